@@ -1,0 +1,195 @@
+"""The command line: each command reads its arguments, builds the configuration and calls one function.
+
+No default lives here. An option that was not given is None and is not passed on, so that it cannot undo a value of a
+configuration file. Nothing heavy is imported before a command needs it: `longtake --help` loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longtake.errors import ConfigError, LongtakeError
+
+EXIT_ERROR, EXIT_CONFIG = 1, 2
+
+app = typer.Typer(
+    name="longtake",
+    help="Trains and runs streaming image-to-video generators distilled from Wan video diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ConfigKind(StrEnum):
+    """The two kinds of configuration file."""
+
+    stage = "stage"
+    job = "job"
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+    context.obj = debug
+
+
+Logdir = Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")]
+Run = Annotated[Path, typer.Option(help="Log folder or stage folder of a training run.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of a job or of one stage, e.g. configs/toy/i2v.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values that win over the file, e.g. distill.optim.lr=1e-5."),
+    ] = None,
+    logdir: Logdir = None,
+    check: Annotated[bool, typer.Option("--check", help="Only validate and print the resolved configuration.")] = False,
+) -> None:
+    """Train a stage, or run a whole job; an interrupted run goes on from its last checkpoint."""
+    with clean_errors(context):
+        from longtake.config import dump, load_config
+
+        resolved = load_config(config, [*(overrides or []), *_override("logdir", logdir)])
+        if check:
+            typer.echo(dump(resolved), nl=False)
+            return
+        from longtake.train.main import run
+
+        run(resolved)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    run: Run,
+    image: Annotated[Path, typer.Option(help="The first frame; any size, cropped to the aspect, never stretched.")],
+    prompt: Annotated[str, typer.Option(help="What happens in the video.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 file, written while it is generated.")],
+    seconds: Annotated[float | None, typer.Option(help="Length in seconds.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length in frames.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
+    device: Device = None,
+) -> None:
+    """Turn one picture and a prompt into a video."""
+    with clean_errors(context):
+        if seconds is not None and frames is not None:
+            raise ConfigError(f"--seconds {seconds:g} and --frames {frames} were given; give one of them")
+        if (length := seconds if seconds is not None else frames) is not None and length <= 0:
+            raise ConfigError(f"a length of {length:g} was given; it must be above 0")
+        from longtake.inference.generator import generate_file
+
+        given = _given(num_frames=frames, seconds=seconds, seed=seed, device=device)
+        typer.echo(str(generate_file(run, image, prompt, output, **given)))
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    run: Run,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of table, JSON and plots.")] = None,
+    num_worlds: Annotated[int | None, typer.Option(help="Held-out toy worlds, in place of the run's value.")] = None,
+    num_latent_frames: Annotated[int | None, typer.Option(help="Length, in place of the run's value.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of worlds and noise, in place of the run's value.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Worlds at once, in place of the run's value.")] = None,
+    ablations: Annotated[bool | None, typer.Option(help="Rows with a condition taken away.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure a run in held-out toy worlds: table, JSON and plots."""
+    with clean_errors(context):
+        from longtake.evaluation.run import evaluate as measure
+
+        settings = _given(
+            num_worlds=num_worlds,
+            num_latent_frames=num_latent_frames,
+            seed=seed,
+            batch_size=batch_size,
+            ablations=ablations,
+        )
+        report = measure(run, overrides=settings, **_given(output=output, device=device))
+        typer.echo(str(report))
+
+
+@app.command()
+def world(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; nothing happens when it holds the same world.")],
+    num_worlds: Annotated[int | None, typer.Option(help="Worlds, one sample each.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Pixel frames of each clip.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the worlds.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="images, clips or lmdb; may be given several times.")
+    ] = None,
+) -> None:
+    """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
+    with clean_errors(context):
+        from longtake.config import WorldConfig
+        from longtake.data.world_files import write_world
+
+        given = _given(num_worlds=num_worlds, num_frames=num_frames, seed=seed, formats=formats or None)
+        settings = WorldConfig.from_tree(given)
+        written = write_world(
+            folder,
+            settings.num_worlds,
+            seed=settings.seed,
+            num_frames=settings.num_frames,
+            formats=settings.formats,
+        )
+        typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")
+
+
+@app.command("config")
+def show_config(
+    kind: Annotated[ConfigKind, typer.Argument(help="stage or job.")] = ConfigKind.stage,
+) -> None:
+    """List every key of a configuration file with its type, default and meaning."""
+    from longtake.config import JobConfig, StageConfig
+    from longtake.config_base import describe
+
+    for key, annotation, default, description in describe(StageConfig if kind is ConfigKind.stage else JobConfig):
+        value = "required" if default is ... else json.dumps(default)
+        typer.echo(f"{key}  ({annotation}; {value})\n    {description}")
+
+
+@contextmanager
+def clean_errors(context: typer.Context) -> Iterator[None]:
+    """Turns our own errors into one message on stderr and an exit code; all others keep their traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        yield
+    except LongtakeError as error:
+        if context.obj:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR) from None
+
+
+def _override(key: str, value: str | None) -> list[str]:
+    # JSON is YAML: a folder called 2024 stays text.
+    return [] if value is None else [f"{key}={json.dumps(value)}"]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Only the options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def main() -> None:
+    """The console script."""
+    app()

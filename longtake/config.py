@@ -1,0 +1,311 @@
+"""Every configuration value of Longtake: its name, type, default, meaning and rules, each in exactly one place.
+
+A value given on the command line (`a.b=c`) wins over the YAML file, which wins over the default in the model field.
+Whatever can be refused without building a model is refused here, when the configuration is read. This file must know
+no tensor and no model, so that the command line can read it without importing torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from longtake.config_base import Settings, read_yaml, set_path, split_override
+from longtake.config_groups import (
+    CriticConfig,
+    DataConfig,
+    EmaConfig,
+    EvaluationConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    ValidationConfig,
+    VideoConfig,
+    WandbConfig,
+    WorldConfig,
+)
+from longtake.errors import ConfigError
+from longtake.structs import pixel_frames
+
+__all__ = [
+    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "ModelConfig"),
+    *("OptimConfig", "PlanConfig", "StageConfig", "ValidationConfig", "VideoConfig", "WandbConfig", "WorldConfig"),
+    *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
+]
+
+TOY_ASSETS = Path(__file__).parent / "assets" / "toy"
+TOY = "toy"
+
+
+class StageConfig(Settings):
+    """One training stage."""
+
+    stage: Literal["teacher", "causal", "distill"] = Field(description="what is trained: the kind of stage")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
+    logdir: str = Field(min_length=1, description="log folder, shared by all stages of a run")
+    seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
+    init_from: str | None = Field(
+        default=None,
+        description="weights to start from: name of a stage of the log folder, a path (with a slash), or `toy`; "
+        "null = random weights (teacher only)",
+    )
+    teacher: str | None = Field(
+        default=None, description="weights of the real score, as `init_from` (distill only, required)"
+    )
+    encoders: str = Field(default="toy", description="folder of VAE, text and image encoder, or `toy`")
+    model: ModelConfig = Field(default=ModelConfig(), description=ModelConfig.__doc__)
+    video: VideoConfig = Field(default=VideoConfig(), description=VideoConfig.__doc__)
+    plan: PlanConfig = Field(default=PlanConfig(), description=PlanConfig.__doc__)
+    rope: Literal["relative", "absolute"] = Field(
+        default="relative",
+        description="frame positions counted in the attended window or since the start; kept with the weights",
+    )
+    flow: FlowConfig = Field(default=FlowConfig(), description=FlowConfig.__doc__)
+    data: DataConfig = Field(description=DataConfig.__doc__)
+    batch_size: int = Field(default=8, gt=0, description="samples of one update, over all ranks")
+    micro_batch_size: int = Field(
+        default=4, gt=0, description="samples of one forward on one rank; the rest is accumulated"
+    )
+    max_steps: int = Field(gt=0, description="iterations; in distill an iteration is one critic update")
+    optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
+    critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
+    ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of the matrix products; weights stay fp32"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute blocks in backward: less memory, more time"
+    )
+    save_every: int = Field(
+        default=100, gt=0, description="iterations between checkpoints; the last step is always saved"
+    )
+    keep_checkpoints: int = Field(default=2, gt=0, description="checkpoints kept, the newest")
+    validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
+    log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
+    validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)
+    wandb: WandbConfig = Field(default=WandbConfig(), description=WandbConfig.__doc__)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self._check_sizes()
+            self._check_sources()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        # The model is frozen for its users; these two follow from other values of the same file.
+        if self.stage == "distill" and self.critic is None:
+            object.__setattr__(self, "critic", CriticConfig())
+        if "{logdir}" in self.data.path:
+            path = self.data.path.replace("{logdir}", self.logdir)
+            object.__setattr__(self, "data", self.data.model_copy(update={"path": path}))
+        return self
+
+    def _check_sizes(self) -> None:
+        if self.model.image_condition == "i2v":
+            if self.plan.first_frames != 1:
+                raise ConfigError(
+                    f"plan.first_frames={self.plan.first_frames} must be 1 for model.image_condition=i2v: the given "
+                    "picture is a block of its own; set it to 1"
+                )
+            if self.video.num_latent_frames < 2:
+                raise ConfigError(
+                    "video.num_latent_frames=1 leaves nothing to generate after the given picture; "
+                    f"set it to {1 + self.plan.block_frames}"
+                )
+        blocks = self.plan.blocks
+        blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
+        if self.validation.num_latent_frames is not None:
+            blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
+
+    def _check_sources(self) -> None:
+        if self.stage != "teacher" and self.init_from is None:
+            raise ConfigError(f"init_from=null: stage {self.stage} needs trained weights; name a stage, a path or toy")
+        if self.name == TOY:
+            raise ConfigError("name=toy is taken by the weights that ship with the package; choose another name")
+        for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
+            if source == self.name:
+                raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
+        if self.stage == "distill" and self.teacher is None:
+            raise ConfigError("teacher=null: stage distill needs a real score; name a stage, a path or toy")
+        if self.stage == "distill" and self.caption_dropout:
+            raise ConfigError(f"caption_dropout={self.caption_dropout} has no effect in stage distill; set it to 0")
+        if self.stage != "distill" and (self.teacher is not None or self.critic is not None):
+            raise ConfigError(f"teacher and critic belong to stage distill, this is stage {self.stage}; remove them")
+        if self.stage != "distill" and self.data.kind == "images":
+            raise ConfigError(f"data.kind=images has no motion to learn from in stage {self.stage}; use clips or lmdb")
+
+    @property
+    def folder(self) -> Path:
+        """The stage's own folder: checkpoints, metrics and samples."""
+        return Path(self.logdir) / self.name
+
+    @property
+    def encoders_folder(self) -> Path:
+        """Folder of the encoders."""
+        return TOY_ASSETS if self.encoders == TOY else Path(self.encoders)
+
+    def source(self, weights: str) -> Path:
+        """The path that a value of `init_from` or `teacher` means: the packaged toy, a path, or a stage by its name."""
+        return resolve_source(weights, self.logdir)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` ranks accumulates for one update.
+
+        Raises: ConfigError with the nearest valid values of `batch_size` when it is not divisible.
+        """
+        together = self.micro_batch_size * world_size
+        if self.batch_size % together:
+            raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, world_size))
+        return self.batch_size // together
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {
+            "batch_size_per_gpu": "micro_batch_size",
+            "denoising_step_list": "flow.steps (divided by 1000)",
+            "dfake_gen_update_ratio": "critic.updates_per_generator",
+            "ema_weight": "ema.decay",
+            "ema_start_step": "ema.start_step",
+            "generator_ckpt": "init_from",
+            "gradient_accumulation_steps": "batch_size / (micro_batch_size x ranks)",
+            "gradient_checkpointing": "activation_checkpointing",
+            "guidance_scale": "flow.guidance (as w: guidance_scale + 1)",
+            "independent_first_frame": "plan.first_frames (true = 1)",
+            "local_attn_size": "plan.window_frames",
+            "lr_critic": "critic.lr",
+            "max_checkpoints": "keep_checkpoints",
+            "max_iters": "max_steps",
+            "mixed_precision": "precision (true = bf16)",
+            "num_frame_per_block": "plan.block_frames",
+            "real_name": "teacher",
+            "sink_size": "plan.sink_frames",
+            "timestep_shift": "flow.shift",
+            "total_batch_size": "batch_size",
+        }
+
+
+class JobConfig(Settings):
+    """A whole run: write the toy world, train the stages in order, evaluate."""
+
+    logdir: str = Field(min_length=1, description="log folder: data and a folder a stage")
+    data: WorldConfig = Field(default=WorldConfig(), description=WorldConfig.__doc__)
+    stages: dict[str, StageConfig] = Field(
+        min_length=1, description="stages in the order they run, each the path of its YAML file beside this one"
+    )
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description=EvaluationConfig.__doc__)
+
+    @property
+    def data_folder(self) -> Path:
+        """Folder of the written toy world."""
+        return Path(self.logdir) / "data"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        earlier: list[str] = []
+        for key, stage in self.stages.items():
+            try:
+                self._check_stage(key, stage, earlier)
+            except ConfigError as error:
+                raise ValueError(f"stages.{key}: {error}") from None
+            earlier.append(key)
+        if self.evaluation.seed == self.data.seed:
+            raise ValueError(f"evaluation.seed={self.evaluation.seed} equals data.seed: worlds would not be held out")
+        return self
+
+    def _check_stage(self, key: str, stage: StageConfig, earlier: list[str]) -> None:
+        if stage.name != key:
+            raise ConfigError(f"name={stage.name} must be the key of the stage; set it to {key}")
+        if stage.logdir != self.logdir:
+            raise ConfigError(f"logdir={stage.logdir} must be that of the job, {self.logdir}; set only the job's")
+        if stage.validation.seed == self.data.seed:
+            raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
+        for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher)):
+            known = source is None or source == TOY or is_path(source) or source in earlier
+            if not known and not resolve_source(source or "", self.logdir).is_dir():
+                raise ConfigError(
+                    f"{field}={source} is no earlier stage of this job ({', '.join(earlier) or 'there is none'}); "
+                    "name one of them, a path (with a slash) or toy"
+                )
+        needed = pixel_frames(stage.video.num_latent_frames, stage.video.temporal_stride)
+        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.stage != "distill"
+        if reads_clips and self.data.num_frames < needed:
+            raise ConfigError(
+                f"video.num_latent_frames={stage.video.num_latent_frames} needs clips of {needed} frames and the job "
+                f"writes data.num_frames={self.data.num_frames}; set data.num_frames={needed}"
+            )
+
+
+def is_path(source: str) -> bool:
+    """True when a weight source is written as a path: with a slash, or `.`, or absolute."""
+    return "/" in source or os.sep in source or source.startswith((".", "~"))
+
+
+def resolve_source(source: str, logdir: str | Path) -> Path:
+    """The path of a weight source: `toy` = the packaged teacher, a path, or the stage of that name in `logdir`."""
+    if source == TOY:
+        return TOY_ASSETS / "teacher"
+    return Path(source).expanduser() if is_path(source) else Path(logdir) / source
+
+
+def _batch_rule(batch_size: int, micro_batch_size: int, world_size: int) -> str:
+    unit = micro_batch_size * world_size
+    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+    fix = f"{below} or {above}" if below else f"{above}"
+    ranks = f" x {world_size} ranks" if world_size > 1 else ""
+    return (
+        f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}{ranks} = {unit}; "
+        f"set batch_size to {fix}, or micro_batch_size lower"
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig | JobConfig:
+    """The configuration in a YAML file (a job when it has `stages:`), with `a.b=c` overrides on top.
+
+    In a job `causal.optim.lr=1e-4` means the stage named causal; a stage file's `logdir` gives way to the job's.
+    Raises: ConfigError naming every wrong key, its value and the rule.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    if "stages" in tree:
+        return _load_job(tree, path, overrides)
+    if "stage" not in tree:
+        raise ConfigError(f"config {path} has neither `stage:` (one stage) nor `stages:` (a job); add one of them")
+    for override in overrides:
+        keys, value = split_override(override)
+        set_path(tree, keys, value)
+    return StageConfig.from_tree(tree)
+
+
+def _load_job(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> JobConfig:
+    files = tree["stages"]
+    if not isinstance(files, dict) or not files:
+        raise ConfigError(f"config {path}: stages must map a name to the YAML file of each stage, got {files!r}")
+    if clash := set(files) & set(JobConfig.model_fields):
+        raise ConfigError(f"config {path}: a stage cannot be called {min(clash)}, which is a key of the job; rename it")
+    stages: dict[str, Any] = {}
+    for name, file in files.items():
+        stage = read_yaml(path.parent / file) if isinstance(file, str) else file
+        # The log folder of a job has one home, the job; a stage file's own is for running it alone.
+        stages[name] = {k: v for k, v in stage.items() if k != "logdir"} if isinstance(stage, dict) else stage
+    tree["stages"] = stages
+    for override in overrides:
+        keys, value = split_override(override)
+        set_path(tree, ["stages", *keys] if keys[0] in stages else keys, value)
+    for stage in stages.values():
+        if isinstance(stage, dict) and "logdir" in tree:
+            stage.setdefault("logdir", tree["logdir"])
+    return JobConfig.from_tree(tree)
+
+
+def dump(config: Settings) -> str:
+    """The resolved configuration as YAML; reading it back gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

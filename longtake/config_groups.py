@@ -1,0 +1,214 @@
+"""The groups of values inside a stage's or a job's configuration; `longtake/config.py` puts them together."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from longtake.config_base import Settings
+from longtake.errors import ConfigError
+from longtake.structs import BlockPlan, VideoShape
+
+WorldFormat = Literal["images", "clips", "lmdb"]
+
+
+class ModelConfig(Settings):
+    """The transformer and how it is told about the given picture."""
+
+    preset: str = Field(
+        default="toy", description="architecture: `toy`, or the folder of a model whose config.json is used"
+    )
+    image_condition: Literal["i2v", "t2v"] = Field(
+        default="i2v", description="`i2v`: a picture is given and is frame 0; `t2v`: a prompt alone"
+    )
+    first_frame_sigma: Literal["clip", "zero"] = Field(
+        default="clip",
+        description="noise level of frame 0 in teacher and critic: `clip` = as the rest of the clip (36-channel Wan2.1 "
+        "models, the toy), `zero` = always clean (TI2V models)",
+    )
+
+
+class VideoConfig(Settings):
+    """The size of the training clips."""
+
+    height: int = Field(
+        default=64, gt=0, description="height in pixels, a multiple of twice the spatial stride of the VAE"
+    )
+    width: int = Field(
+        default=64, gt=0, description="width in pixels, a multiple of twice the spatial stride of the VAE"
+    )
+    num_latent_frames: int = Field(default=9, gt=0, description="latent frames of a clip; must end on a block boundary")
+    fps: int = Field(default=16, gt=0, description="frames a second, at which clips are read and videos are written")
+    temporal_stride: int = Field(default=4, gt=0, description="pixel frames a latent frame; must be that of the VAE")
+    spatial_stride: int = Field(default=8, gt=0, description="pixels a latent pixel; must be that of the VAE")
+
+    @property
+    def shape(self) -> VideoShape:
+        """All sizes of a clip."""
+        return VideoShape(self.height, self.width, self.num_latent_frames, self.temporal_stride, self.spatial_stride)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            _ = self.shape
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class PlanConfig(Settings):
+    """Blocks that are generated at once, and what a block attends to."""
+
+    block_frames: int = Field(default=4, gt=0, description="latent frames of a block")
+    first_frames: int = Field(
+        default=1, gt=0, description="latent frames of the first block: 1 for i2v (the given picture)"
+    )
+    window_frames: int | None = Field(
+        default=9, gt=0, description="latent frames that a block attends to, sink and itself counted; null = all"
+    )
+    sink_frames: int = Field(
+        default=1, ge=0, description="first latent frames that are never evicted: 0 or a block boundary"
+    )
+
+    @property
+    def blocks(self) -> BlockPlan:
+        """The block boundaries."""
+        return BlockPlan(self.block_frames, self.first_frames)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self.blocks.check_window(self.window_frames, self.sink_frames)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class FlowConfig(Settings):
+    """The noise schedule."""
+
+    steps: list[float] = Field(
+        default=[1.0, 0.75, 0.5, 0.25],
+        min_length=1,
+        description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
+    )
+    shift: float = Field(default=5.0, gt=0, description="warp of noise levels: sigma = s u / (1 + (s - 1) u)")
+    guidance: float = Field(
+        default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
+    )
+    sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
+    sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if max(self.steps) > 1:
+            raise ValueError(f"steps={self.steps} are noise levels in (0, 1], not a 0..1000 clock; divide them by 1000")
+        if min(self.steps) <= 0:
+            raise ValueError(f"steps={self.steps} must be above 0; the last step ends at 0 without naming it")
+        if self.steps[0] != 1 or any(a <= b for a, b in zip(self.steps, self.steps[1:])):
+            raise ValueError(f"steps={self.steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
+        return self
+
+
+class DataConfig(Settings):
+    """Where a stage reads its samples."""
+
+    path: str = Field(description="folder of the data set; `{logdir}` stands for the log folder")
+    kind: Literal["auto", "images", "clips", "lmdb"] = Field(
+        default="auto", description="format; `auto` looks into the folder"
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="an unreadable row stops the run (`fail`) or is replaced by the next good one (`skip`)",
+    )
+    max_bad_share: float = Field(
+        default=0.01, ge=0, le=1, description="share of bad rows above which `skip` stops the run too"
+    )
+    num_workers: int = Field(default=2, ge=0, description="threads that read ahead; 0 = read when needed")
+
+
+class OptimConfig(Settings):
+    """AdamW, constant learning rate after the warm-up."""
+
+    lr: float = Field(default=1e-4, gt=0, description="learning rate")
+    beta1: float = Field(default=0.0, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="term added to the denominator")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(default=10.0, gt=0, description="norm to which gradients are clipped")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
+    )
+
+
+class CriticConfig(OptimConfig):
+    """The fake score of distribution matching and its optimizer."""
+
+    lr: float = Field(default=2e-5, gt=0, description="learning rate")
+    updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
+    init_from: str | None = Field(
+        default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
+    )
+
+
+class EmaConfig(Settings):
+    """Exponential moving average of the weights."""
+
+    enabled: bool = Field(default=True, description="keep an average")
+    decay: float = Field(default=0.99, ge=0, lt=1, description="weight of the old average, once a (generator) update")
+    start_step: int = Field(default=200, ge=0, description="iteration from whose weights the average starts")
+
+
+class ValidationConfig(Settings):
+    """What a stage generates and measures while it trains, in held-out toy worlds."""
+
+    num_worlds: int = Field(default=8, ge=0, description="worlds generated at each validation; 0 = no validation")
+    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
+    seed: int = Field(
+        default=1_000_003, ge=0, description="seed of worlds and noise; must differ from the training data's"
+    )
+    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher that is shown beside")
+    teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher that is shown beside")
+
+
+class WandbConfig(Settings):
+    """Weights & Biases; nothing of it is imported or asked for unless enabled."""
+
+    enabled: bool = Field(default=False, description="also log to Weights & Biases")
+    project: str | None = Field(default=None, description="project name; needed when enabled")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.enabled and not self.project:
+            raise ValueError("enabled=true needs project, e.g. wandb.project=longtake")
+        return self
+
+
+class WorldConfig(Settings):
+    """The toy world that is written to `{logdir}/data` as training data."""
+
+    num_worlds: int = Field(default=512, gt=0, description="worlds, one sample each")
+    num_frames: int = Field(default=33, gt=1, description="pixel frames of each clip")
+    seed: int = Field(default=0, ge=0, description="seed of the worlds")
+    formats: list[WorldFormat] = Field(
+        default=["images", "clips", "lmdb"], min_length=1, description="formats to write"
+    )
+
+
+class EvaluationConfig(Settings):
+    """The table at the end, over held-out toy worlds."""
+
+    num_worlds: int = Field(default=32, gt=0, description="worlds that every row of the table generates")
+    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
+    seed: int = Field(
+        default=1_000_003, ge=0, description="seed of the worlds and the noise; must differ from data.seed"
+    )
+    batch_size: int = Field(default=8, gt=0, description="worlds generated at once")
+    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher's row")
+    teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
+    ablations: bool = Field(
+        default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
+    )

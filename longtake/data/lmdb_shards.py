@@ -1,0 +1,210 @@
+"""Rows in LMDB databases, one folder or many `shard*` folders: our own format, and the published layouts.
+
+Own format: `longtake_format` = `1`, `num_rows`; for row i `img_{i}_data` (bytes of a PNG, JPEG or WebP file),
+`prompts_{i}_data` (UTF-8), and optionally `latents_`, `y_`, `clip_`, `text_{i}_data` (raw little-endian numbers) with
+`..._{i}_shape` ("9 16 8 8") and `..._{i}_dtype` ("float16"). Axes of latents and y are [F, C, H, W].
+Published layouts (no `longtake_format`): `img_{i}_data` is raw RGB of one fixed size, `latents_{i}_data` raw fp16 of
+the shape in `latents_shape` after its first number, which counts the rows; without that key the pictures are counted.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.data.images import decode_image, fit_pixels
+from longtake.data.samples import FileSize, Sample
+from longtake.errors import DataError
+
+if TYPE_CHECKING:
+    import lmdb
+
+FORMAT_KEY, FORMAT_VERSION = b"longtake_format", b"1"
+ENCODINGS = ("latents", "y", "clip", "text")
+PUBLISHED_IMAGE_SHAPE = (480, 832, 3)  # the published layout stores no picture size; this is the only one in use
+
+# LMDB allows a database to be open once in a process, and not across a fork. A read opens it, copies the bytes and
+# closes it (45 microseconds), so that any number of readers, threads and forked workers can share a folder.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One database: its folder, number of rows, and for a published layout the shape of its latents."""
+
+    path: Path
+    num_rows: int
+    is_own: bool
+    has_images: bool
+    latents_shape: tuple[int, ...] | None = None
+
+
+class LmdbShards:
+    """The rows of one LMDB folder or of all `shard*` folders in it, in the order of their numbers.
+
+    Args: `size` to bring pictures to; `published_image_shape` [h, w, 3] of raw pictures in the published layout.
+    Raises: DataError when there is no database, or one that is damaged or of an unknown format version.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: FileSize | None = None,
+        published_image_shape: tuple[int, int, int] = PUBLISHED_IMAGE_SHAPE,
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.published_image_shape = published_image_shape
+        folders = [path] if (path / "data.mdb").is_file() else sorted(path.glob("shard*"), key=_shard_order)
+        folders = [folder for folder in folders if (folder / "data.mdb").is_file()]
+        if not folders:
+            raise DataError(f"{path} holds no LMDB: it needs data.mdb, or shard*/data.mdb")
+        self._shards = [_inspect(folder) for folder in folders]
+        self._ends = list(accumulate(shard.num_rows for shard in self._shards))
+        if not len(self):
+            raise DataError(f"{path} has no rows")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> Sample:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        number = bisect_right(self._ends, row)
+        shard = self._shards[number]
+        local = row - (self._ends[number] - shard.num_rows)
+        where = f"{shard.path} row {local}"
+        raw = _read(shard.path, _row_keys(local))
+        prompt = _prompt(raw, f"prompts_{local}_data", where)
+        image = None
+        if shard.has_images:
+            data = _needed(raw, f"img_{local}_data", where)
+            key = f"{where}: img_{local}_data"
+            image = decode_image(data, key, self.size) if shard.is_own else self._raw_image(data, key)
+        extras = {}
+        for name in ENCODINGS:
+            if raw.get(f"{name}_{local}_data") is not None:
+                extras[name] = _encoding(raw, name, local, shard, where)
+        if not extras and image is None:
+            raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
+        name = f"{local:06d}" if len(self._shards) == 1 else f"{shard.path.name}_{local:06d}"
+        return Sample(name=name, prompt=prompt, image=image, extras=extras)
+
+    def _raw_image(self, data: bytes, where: str) -> NDArray[np.uint8]:
+        pixels = _numbers(data, self.published_image_shape, "uint8", where)
+        return fit_pixels(pixels, self.size)
+
+
+def _shard_order(folder: Path) -> tuple[int, str]:
+    digits = "".join(c for c in folder.name if c.isdigit())
+    return int(digits or 0), folder.name  # shard_2 before shard_10
+
+
+def _row_keys(row: int) -> list[str]:
+    keys = [f"img_{row}_data", f"prompts_{row}_data"]
+    return keys + [f"{name}_{row}_{part}" for name in ENCODINGS for part in ("data", "shape", "dtype")]
+
+
+def _open(folder: Path) -> lmdb.Environment:
+    import lmdb
+
+    return lmdb.open(str(folder), readonly=True, lock=False, create=False)
+
+
+def _read(folder: Path, keys: list[str]) -> dict[str, bytes | None]:
+    import lmdb
+
+    try:
+        with _ONE_AT_A_TIME, _open(folder) as database, database.begin() as transaction:
+            return {key: transaction.get(key.encode()) for key in keys}
+    except lmdb.Error as error:
+        raise DataError(f"LMDB {folder} cannot be read ({error})") from error
+
+
+def _inspect(folder: Path) -> _Shard:
+    head = _read(folder, ["longtake_format", "num_rows", "latents_shape", "img_0_data"])
+    version = head["longtake_format"]
+    if version is not None:
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has longtake_format={version!r} and this version reads {FORMAT_VERSION!r}; update longtake"
+            )
+        rows = _shape(head["num_rows"], f"{folder}: num_rows")
+        return _Shard(folder, rows[0], is_own=True, has_images=True)
+    has_images = head["img_0_data"] is not None
+    if head["latents_shape"] is not None:
+        count, *shape = _shape(head["latents_shape"], f"{folder}: latents_shape")
+        return _Shard(folder, count, is_own=False, has_images=has_images, latents_shape=tuple(shape))
+    count = _count(folder, b"img_")
+    if not count:
+        raise DataError(f"{folder} has no rows: neither longtake_format, nor latents_shape, nor img_ keys")
+    return _Shard(folder, count, is_own=False, has_images=True)
+
+
+def _count(folder: Path, prefix: bytes) -> int:
+    with _ONE_AT_A_TIME, _open(folder) as database, database.begin() as transaction, transaction.cursor() as cursor:
+        number = 0
+        found = cursor.set_range(prefix)
+        while found and cursor.key().startswith(prefix):
+            number += cursor.key().endswith(b"_data")
+            found = cursor.next()
+        return number
+
+
+def _needed(raw: dict[str, bytes | None], key: str, where: str) -> bytes:
+    data = raw.get(key)
+    if data is None:
+        raise DataError(f"{where}: key {key} is missing")
+    return data
+
+
+def _prompt(raw: dict[str, bytes | None], key: str, where: str) -> str:
+    try:
+        prompt = _needed(raw, key, where).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: {key} is not UTF-8 text ({error})") from error
+    if not prompt:
+        raise DataError(f"{where}: {key} is empty; every row needs a prompt")
+    return prompt
+
+
+def _encoding(raw: dict[str, bytes | None], name: str, row: int, shard: _Shard, where: str) -> NDArray:
+    data = _needed(raw, f"{name}_{row}_data", where)
+    label = f"{where}: {name}_{row}_data"
+    if shard.is_own:
+        shape = _shape(_needed(raw, f"{name}_{row}_shape", where), f"{where}: {name}_{row}_shape")
+        dtype = _needed(raw, f"{name}_{row}_dtype", where).decode("ascii", "replace")
+        return _numbers(data, shape, dtype, label)
+    if shard.latents_shape is None:
+        raise DataError(f"{label}: the database has no latents_shape that says its shape")
+    return _numbers(data, shard.latents_shape, "float16", label)
+
+
+def _shape(text: bytes | None, where: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(number) for number in (text or b"").split())
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 0:
+        raise DataError(f"{where} is {text!r}; it must be whole numbers separated by spaces")
+    return shape
+
+
+def _numbers(data: bytes, shape: tuple[int, ...], dtype: str, where: str) -> NDArray:
+    """The array of raw little-endian bytes. numpy has no bfloat16: such numbers are widened to float32, exactly."""
+    if not re.fullmatch(r"(u?int(8|16|32|64))|(float(16|32|64))|bfloat16|bool", dtype):
+        raise DataError(f"{where}: dtype is {dtype!r} and must be the name of a number type, e.g. float16")
+    stored = np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+    needed = int(np.prod(shape)) * stored.itemsize
+    if len(data) != needed:
+        raise DataError(f"{where} has {len(data)} bytes; shape {shape} of {dtype} needs {needed}")
+    array = np.frombuffer(data, stored).reshape(shape).astype(stored.newbyteorder("="))  # a writable copy
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array

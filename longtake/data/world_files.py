@@ -1,0 +1,298 @@
+"""Writes the embedded world in the formats that users have: images, clips and LMDB shards with captions.
+
+`docs/formats.md` describes the layouts. A folder appears whole or not at all: everything is written to a temporary
+sibling and renamed. This file must know no model; LMDB shards may carry encodings, which are bytes to it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.data.world import FPS, SIZE, World, sample_world
+from longtake.errors import ConfigError, DataError
+
+FORMATS = ("images", "clips", "lmdb")
+STAMP = "world.json"
+LMDB_FORMAT = "1"
+LMDB_ARRAYS = ("latents", "y", "clip", "text")  # optional columns of a shard
+_ROWS_A_SHARD = 256
+_CRF = "10"
+_STAMP_VERSION = 1
+_CLIPS_A_PROCESS = 500  # fewer are written faster than a process starts
+_IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+
+
+def write_world(
+    folder: str | Path,
+    num_worlds: int,
+    *,
+    seed: int,
+    num_frames: int,
+    formats: Sequence[str] = FORMATS,
+) -> Path:
+    """The folder, holding worlds 0..num_worlds-1 of `seed` in each of `formats`; nothing is done if it holds them.
+
+    Layout: `images/NNNNNN.png` (the first frame) and `clips/NNNNNN.mp4` (`num_frames` frames), each with
+    `metadata.jsonl` (file_name, text); `lmdb/shard_NN` (see `write_lmdb_shard`); `worlds.jsonl` (see `read_worlds`);
+    `world.json` with the request.
+    Raises: ConfigError on a request without sense; DataError when the folder holds something else.
+    """
+    folder = Path(folder)
+    request = _request(num_worlds, seed, num_frames, formats)
+    if _already_written(folder, request):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    partial = folder.parent / f"{_partial_prefix(folder)}{os.getpid()}"
+    partial.mkdir()
+    try:
+        worlds = [sample_world(seed, index) for index in range(num_worlds)]
+        writers: dict[str, Callable[[Path], None]] = {
+            "images": lambda path: _write_images(path, worlds),
+            "clips": lambda path: _write_clips(path, worlds, num_frames),
+            "lmdb": lambda path: _write_shards(path, worlds),
+        }
+        for name in request["formats"]:
+            (partial / name).mkdir()
+            writers[name](partial / name)
+        rows = ({"seed": w.seed, "index": w.index, "caption": w.caption} for w in worlds)
+        _write_jsonl(partial / "worlds.jsonl", rows)
+        (partial / STAMP).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+        _publish(partial, folder, request)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def read_worlds(folder: str | Path) -> list[World]:
+    """The worlds that a folder of `write_world` holds, in the order of its rows, rebuilt from `worlds.jsonl`.
+
+    Raises: DataError when the file is missing, or when a rebuilt caption is not the written one.
+    """
+    path = Path(folder) / "worlds.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; truth can only be rebuilt for folders that write_world made")
+    worlds = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        world = sample_world(row["seed"], row["index"])
+        if world.caption != row["caption"]:
+            raise DataError(
+                f"{path}: world {row['index']} is now {world.caption!r} and was written as {row['caption']!r}; "
+                f"the generator of worlds has changed since: delete the folder and write it again"
+            )
+        worlds.append(world)
+    return worlds
+
+
+def write_lmdb_shard(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes one shard, an LMDB folder in Longtake's format, and returns the number of rows.
+
+    Args: `rows` hold `img` (bytes of a PNG, JPEG or WebP), `prompts` (str), and any of LMDB_ARRAYS as a numpy array or
+    a torch tensor (any dtype, bfloat16 included).
+    Keys written: `longtake_format` = `1`, `num_rows`, `img_{i}_data`, `prompts_{i}_data` (UTF-8), and for each array
+    `{name}_{i}_data` (raw, C order, little endian), `{name}_{i}_shape` (integers separated by spaces) and
+    `{name}_{i}_dtype`. The shard appears whole or not at all.
+    Raises: DataError when `path` exists or a row lacks something.
+    """
+    import lmdb
+
+    path = Path(path)
+    if path.exists():
+        raise DataError(f"{path} exists already; delete it or write the shard elsewhere")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        count = 0
+        with lmdb.open(str(partial), map_size=1 << 26, lock=False, sync=False) as env:
+            for count, row in enumerate(rows, start=1):
+                _put(env, _row_entries(count - 1, row, path))
+            _put(env, {"longtake_format": LMDB_FORMAT.encode(), "num_rows": str(count).encode()})
+            env.sync(True)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """PNG bytes of an RGB picture, uint8 [h, w, 3]."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _request(num_worlds: int, seed: int, num_frames: int, formats: Sequence[str]) -> dict[str, Any]:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ConfigError(f"formats={list(formats)} must name at least one of {list(FORMATS)} and nothing else")
+    for name, value, least in (("num_worlds", num_worlds, 1), ("num_frames", num_frames, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}")
+    return {
+        "version": _STAMP_VERSION,
+        "num_worlds": num_worlds,
+        "seed": seed,
+        "num_frames": num_frames,
+        "formats": [name for name in FORMATS if name in formats],
+        "fps": FPS,
+        "size": SIZE,
+    }
+
+
+def _already_written(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether `folder` holds this request; False when there is nothing in it. Raises: DataError otherwise."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    stamp = folder / STAMP
+    if not stamp.is_file():
+        raise DataError(f"{folder} exists and is no folder of write_world (no {STAMP}); name an empty or a new folder")
+    try:
+        present = json.loads(stamp.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{stamp} is not readable ({error}); delete {folder} or name another folder") from error
+    if present != request:
+        raise DataError(f"{folder} holds {present}, asked for was {request}; delete it or name another folder")
+    return True
+
+
+def _publish(partial: Path, folder: Path, request: dict[str, Any]) -> None:
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        # Another process was faster; its folder is as good if it holds the same request.
+        if not _already_written(folder, request):
+            raise
+
+
+def _partial_prefix(folder: Path) -> str:
+    return f".{folder.name}.partial-{socket.gethostname()}-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed runs on this machine left beside `folder`."""
+    prefix = _partial_prefix(folder)
+    for path in folder.parent.iterdir():
+        process = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # a run before this one had the same number
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_images(folder: Path, worlds: list[World]) -> None:
+    for number, world in enumerate(worlds):
+        (folder / f"{number:06d}.png").write_bytes(encode_png(world.render(1)[0]))
+    rows = ({"file_name": f"{number:06d}.png", "text": world.caption} for number, world in enumerate(worlds))
+    _write_jsonl(folder / "metadata.jsonl", rows)
+
+
+def _write_clips(folder: Path, worlds: list[World], num_frames: int) -> None:
+    jobs = [(folder / f"{number:06d}.mp4", world, num_frames) for number, world in enumerate(worlds)]
+    processes = min(os.cpu_count() or 1, len(jobs) // _CLIPS_A_PROCESS)
+    if processes > 1:
+        # Spawned, not forked: the caller may have threads.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_write_clip, *zip(*jobs), chunksize=32))
+    else:
+        for job in jobs:
+            _write_clip(*job)
+    rows = ({"file_name": f"{number:06d}.mp4", "text": world.caption} for number, world in enumerate(worlds))
+    _write_jsonl(folder / "metadata.jsonl", rows)
+
+
+def _write_clip(path: Path, world: World, num_frames: int) -> None:
+    """H.264 with full colour resolution: sprites are a few pixels wide, and 4:2:0 would smear their colours."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": _CRF, "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv444p"
+        stream.codec_context.thread_count = 1  # pictures are tiny; threads cost more than they give
+        for picture in world.render(num_frames):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def _write_shards(folder: Path, worlds: list[World]) -> None:
+    for shard, start in enumerate(range(0, len(worlds), _ROWS_A_SHARD)):
+        rows = (
+            {"img": encode_png(world.render(1)[0]), "prompts": world.caption}
+            for world in worlds[start : start + _ROWS_A_SHARD]
+        )
+        write_lmdb_shard(folder / f"shard_{shard:02d}", rows)
+
+
+def _row_entries(number: int, row: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    where = f"row {number} of {path}"
+    surplus = set(row) - {"img", "prompts", *LMDB_ARRAYS}
+    if surplus or not {"img", "prompts"} <= set(row):
+        raise DataError(f"{where} has columns {sorted(row)}; img and prompts are needed, {LMDB_ARRAYS} are allowed")
+    if not bytes(row["img"]).startswith(_IMAGE_MAGIC):
+        raise DataError(
+            f"{where}: img starts with {bytes(row['img'][:4])!r}; give the bytes of a PNG, JPEG or WebP file"
+        )
+    entries = {f"img_{number}_data": bytes(row["img"]), f"prompts_{number}_data": row["prompts"].encode("utf-8")}
+    for name in LMDB_ARRAYS:
+        if name in row:
+            data, shape, dtype = _raw(row[name])
+            entries[f"{name}_{number}_data"] = data
+            entries[f"{name}_{number}_shape"] = " ".join(map(str, shape)).encode()
+            entries[f"{name}_{number}_dtype"] = dtype.encode()
+    return entries
+
+
+def _raw(array: Any) -> tuple[bytes, tuple[int, ...], str]:
+    """Bytes, shape and dtype name of a numpy array or a torch tensor."""
+    if isinstance(array, np.ndarray):
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        return little.tobytes(), array.shape, array.dtype.name
+    import torch
+
+    flat = array.detach().cpu().contiguous().reshape(-1)  # numpy has no bfloat16, hence the view as bytes
+    return flat.view(torch.uint8).numpy().tobytes(), tuple(array.shape), str(array.dtype).removeprefix("torch.")
+
+
+def _put(env: Any, entries: Mapping[str, bytes]) -> None:
+    """One transaction; the map grows as it fills, so that no size has to be guessed."""
+    import lmdb
+
+    while True:
+        try:
+            with env.begin(write=True) as transaction:
+                for key, value in entries.items():
+                    transaction.put(key.encode(), value)
+            return
+        except lmdb.MapFullError:
+            env.set_mapsize(2 * env.info()["map_size"])

@@ -1,0 +1,129 @@
+"""The ranks of a run: start-up from torchrun's environment, and the few collectives that training needs.
+
+Without torchrun (or with one process) there is no process group and every helper is the identity, so that nothing
+outside this file asks whether it is distributed. This file must know no model and no training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longtake.errors import ConfigError, LongtakeError, TrainingError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One process among `world_size`; a context manager that leaves the process group on a clean exit.
+
+    Fields: `rank`, `world_size`, the `device` of this process, and the one-dimensional `device_mesh` over all ranks,
+    or None for a single process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    device_mesh: DeviceMesh | None = None
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the other ranks may sit in another collective: leaving the group could wait for them for ever.
+        if kind is None and self.is_distributed:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.device_mesh is not None
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.every(lambda: None)
+
+    def every(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returned on each rank, known to all of them.
+
+        Raises: on every rank, as soon as `work` failed on one (the error of the lowest such rank; errors that are not
+        ours become a TrainingError on the other ranks), so that no rank goes on alone.
+        """
+        if not self.is_distributed:
+            return [work()]
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
+            error = caught
+        text = error if isinstance(error, LongtakeError) else f"{type(error).__name__}: {error}"
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, (value, text if error is not None else None))
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(outcomes):
+            if isinstance(failure, LongtakeError):
+                raise failure
+            if failure is not None:
+                raise TrainingError(f"rank {rank} failed with {failure}; see its traceback")
+        return [value for value, _ in outcomes]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returned on rank 0, the only rank that runs it. Raises: its error, on every rank."""
+        return self.every(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one."""
+        return bool(self.gather([float(flag)]).any())
+
+    def gather(self, values: Sequence[float]) -> torch.Tensor:
+        """The equally many `values` of each rank: float64 [world_size, n] on the CPU."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if not self.is_distributed:
+            return mine[None].cpu()
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu()
+
+
+def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Mesh:
+    """The mesh of this process, from torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them.
+
+    Args: `device` "cpu" or "cuda" (default: CUDA where present); a collective fails after `timeout_minutes`.
+    Raises: ConfigError when CUDA is asked for and missing, or has fewer devices than local ranks.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} needs a CUDA device and {torch.cuda.device_count()} are visible; "
+                "start at most that many processes, or set device=cpu"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    elif kind == "cpu":
+        chosen = torch.device("cpu")
+    else:
+        raise ConfigError(f"device={kind!r} must be cpu or cuda")
+    if world_size == 1:
+        return Mesh(device=chosen)
+    # gloo beside nccl: objects and CPU tensors (errors, checkpoint plans) travel without touching the GPU.
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=chosen if kind == "cuda" else None,
+    )
+    return Mesh(rank, world_size, chosen, init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",)))

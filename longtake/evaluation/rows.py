@@ -1,0 +1,187 @@
+"""Rows of the evaluation: held-out worlds, the ways to make videos of them, and their exact scores.
+
+A row is a function from a batch of worlds to uint8 videos. Ranks share the worlds and gather the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longtake.data.world import World, sample_world
+from longtake.distributed.mesh import Mesh
+from longtake.evaluation.world_metrics import WorldScores, measure
+from longtake.inference.generator import to_frames
+from longtake.inference.sampling import student_latents, teacher_latents
+from longtake.models.conditioning import encode_condition
+from longtake.models.dit import VideoDiT
+from longtake.models.encoders import Encoders
+from longtake.rollout.self_forcing import RollOutRules
+from longtake.structs import Condition, pixel_frames
+
+Videos = list[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class WorldBatch:
+    """Some held-out worlds with their conditions. `numbers` are their indices; `counted` is False for padding."""
+
+    worlds: list[World]
+    numbers: list[int]
+    counted: list[bool]
+    condition: Condition
+    empty_text: Tensor
+    picture_latent: Tensor
+    num_latent_frames: int
+    encoders: Encoders
+
+    @property
+    def num_frames(self) -> int:
+        return pixel_frames(self.num_latent_frames, self.encoders.vae.temporal_stride)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture_latent.shape[3], self.picture_latent.shape[4]
+
+    @cached_property
+    def truth(self) -> Videos:
+        """The true videos."""
+        return [world.render(self.num_frames) for world in self.worlds]
+
+    def decode(self, latents: Tensor) -> Videos:
+        """uint8 videos of latents [B, F, C, H, W]."""
+        return [to_frames(video) for video in self.encoders.vae.decode(latents)]
+
+
+Row = Callable[[WorldBatch], Videos]
+
+
+def held_out(
+    encoders: Encoders,
+    mesh: Mesh,
+    *,
+    seed: int,
+    num_worlds: int,
+    num_latent_frames: int,
+    batch_size: int,
+) -> list[WorldBatch]:
+    """This rank's share of the held-out worlds; every rank gets equally many batches (padded with uncounted repeats)."""
+    per_rank = -(-num_worlds // mesh.world_size)
+    mine = [mesh.rank + k * mesh.world_size for k in range(per_rank)]
+    batches = []
+    for start in range(0, per_rank, batch_size):
+        numbers = mine[start : start + batch_size]
+        worlds = [sample_world(seed, number % num_worlds) for number in numbers]
+        pictures = np.stack([world.render(1)[0] for world in worlds])
+        images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        condition = encode_condition(encoders, images, [world.caption for world in worlds])
+        empty = encoders.text.encode([""]).expand(len(worlds), -1, -1)
+        counted = [number < num_worlds for number in numbers]
+        assert condition.frames is not None
+        picture = condition.frames[:, :1, -encoders.vae.latent_channels :]
+        batches.append(WorldBatch(worlds, numbers, counted, condition, empty, picture, num_latent_frames, encoders))
+    return batches
+
+
+def truth(batch: WorldBatch) -> Videos:
+    """The true videos: what the metric itself makes of perfection."""
+    return batch.truth
+
+
+def vae_round_trip(batch: WorldBatch) -> Videos:
+    """The true videos through the VAE: what no model on these latents can beat."""
+    videos = torch.from_numpy(np.stack(batch.truth)).permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
+    return batch.decode(batch.encoders.vae.encode(videos.to(batch.condition.text.device)))
+
+
+def frozen(batch: WorldBatch) -> Videos:
+    """The first frame for ever: what a student that froze would score."""
+    return [np.repeat(video[:1], len(video), 0) for video in batch.truth]
+
+
+def teacher_row(
+    model: VideoDiT, *, seed: int, num_steps: int, shift: float, guidance: float, first_frame_clean: bool
+) -> Row:
+    """Bidirectional weights with many steps and guidance."""
+
+    def make(batch: WorldBatch) -> Videos:
+        return batch.decode(
+            teacher_latents(
+                model,
+                batch.condition,
+                batch.empty_text,
+                batch.num_latent_frames,
+                batch.size,
+                seed=seed,
+                videos=batch.numbers,
+                num_steps=num_steps,
+                shift=shift,
+                guidance=guidance,
+                first_latent=batch.picture_latent if first_frame_clean else None,
+            )
+        )
+
+    return make
+
+
+def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int) -> Row:
+    """Weights streamed causally in a few steps."""
+
+    def make(batch: WorldBatch) -> Videos:
+        return batch.decode(
+            student_latents(
+                model,
+                batch.condition,
+                batch.picture_latent,
+                rules,
+                batch.num_latent_frames,
+                batch.size,
+                seed=seed,
+                videos=batch.numbers,
+            )
+        )
+
+    return make
+
+
+def broken_row(row: Row, broken: str) -> Row:
+    """Another row with one condition taken away, to show that it is used: `y`, `clip`, or `text` (another world's)."""
+    return lambda batch: row(replace(batch, condition=break_condition(batch.condition, broken)))
+
+
+def break_condition(condition: Condition, broken: str | None) -> Condition:
+    """The condition with one part useless: `y` or `clip` zeroed, `text` given to the next world of the batch."""
+    if broken == "y" and condition.frames is not None:
+        return replace(condition, frames=torch.zeros_like(condition.frames))
+    if broken == "clip" and condition.image is not None:
+        return replace(condition, image=torch.zeros_like(condition.image))
+    if broken == "text":
+        return condition.with_text(condition.text.roll(1, 0))
+    return condition
+
+
+def score_row(row: Row, batches: Sequence[WorldBatch], mesh: Mesh) -> tuple[list[WorldScores], Videos]:
+    """Scores of all counted worlds in order, on every rank, and this rank's first batch of videos."""
+    mine: list[tuple[int, WorldScores]] = []
+    shown: Videos = []
+    for batch in batches:
+        videos = row(batch)
+        shown = shown or videos
+        for world, number, counted, video in zip(batch.worlds, batch.numbers, batch.counted, videos):
+            if counted:
+                mine.append((number, measure(world, video)))
+    gathered = [pair for part in mesh.every(lambda: mine) for pair in part]
+    return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
+
+
+def iterate(rows: dict[str, Row], batches: Sequence[WorldBatch], mesh: Mesh) -> Iterator[tuple[str, list, Videos]]:
+    """Yields (name, scores, shown videos) row by row."""
+    for name, row in rows.items():
+        scores, shown = score_row(row, batches, mesh)
+        yield name, scores, shown

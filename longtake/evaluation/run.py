@@ -1,0 +1,159 @@
+"""`longtake evaluate`: every row of a run over the same held-out worlds and seeds; table, JSON, curves, contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longtake.config import EvaluationConfig, StageConfig
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.errors import CheckpointError
+from longtake.evaluation import report
+from longtake.evaluation.rows import (
+    Row,
+    Videos,
+    broken_row,
+    frozen,
+    held_out,
+    iterate,
+    student_row,
+    teacher_row,
+    truth,
+    vae_round_trip,
+)
+from longtake.evaluation.world_metrics import summarise
+from longtake.inference.generator import find_checkpoint, rules_of
+from longtake.models.encoders import Encoders
+from longtake.models.weights import load_dit
+from longtake.runs import checkpoints_folder, exported_weights, read_manifest
+
+# Shown on the contact sheet: the story of a run, from truth to student.
+_SHEET_STAGES = ("truth", "teacher", "teacher, causal")
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Summaries by row name, and the folder they were written to; prints as the table."""
+
+    summaries: dict[str, dict[str, Any]]
+    folder: Path
+
+    def __str__(self) -> str:
+        return report.table(self.summaries)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    device: str | None = None,
+    mesh: Mesh | None = None,
+    settings: EvaluationConfig | None = None,
+) -> EvaluationReport:
+    """Measures a log folder (all its stages) or one stage folder, and writes the report.
+
+    Rows: truth, VAE round trip, frozen first frame, teacher, the teacher's weights streamed causally in the student's
+    steps, each trained stage, and the last stage with one condition taken away. All ranks call it.
+    Raises: CheckpointError when nothing there was trained.
+    """
+    run = Path(run)
+    mesh = mesh or init_mesh(device)
+    stages = trained_stages(run)
+    last = stages[-1][1]
+    if settings is None:
+        settings = _stored_settings(run)
+    settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
+    encoders = Encoders.load(last.encoders_folder, mesh.device)
+    frames = settings.num_latent_frames or last.video.num_latent_frames
+    batches = held_out(
+        encoders,
+        mesh,
+        seed=settings.seed,
+        num_worlds=settings.num_worlds,
+        num_latent_frames=frames,
+        batch_size=settings.batch_size,
+    )
+    summaries: dict[str, dict[str, Any]] = {}
+    shown: dict[str, Videos] = {}
+    for name, scores, videos in iterate(_rows(stages, settings, frames, mesh), batches, mesh):
+        summaries[name] = summarise(scores)
+        shown[name] = videos
+    folder = Path(output) if output is not None else run
+    sheet_rows = [name for name in (*_SHEET_STAGES, *(config.name for _, config in stages)) if name in shown]
+    result = EvaluationReport(summaries, folder)
+    mesh.on_main(lambda: _write(result, {name: shown[name] for name in sheet_rows}, settings, last, frames))
+    return result
+
+
+def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
+    """(checkpoint, configuration) of each trained student in a log folder, or of one stage folder, in training order."""
+    if checkpoints_folder(run).is_dir() or (run / "manifest.json").is_file():
+        folders = [run]
+    else:
+        folders = [run / name for name in ("causal", "distill", "long") if checkpoints_folder(run / name).is_dir()]
+    if not folders:
+        raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
+    found = [find_checkpoint(folder) for folder in folders]
+    return [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
+
+
+def _rows(
+    stages: list[tuple[Path, StageConfig]], settings: EvaluationConfig, frames: int, mesh: Mesh
+) -> dict[str, Row]:
+    _, last = stages[-1]
+    seed = settings.seed
+    rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
+    source = last.teacher or last.init_from
+    if source is not None and frames == last.video.num_latent_frames:
+        teacher = load_dit(_weights(last.source(source)), mesh.device).eval().requires_grad_(False)
+        rows["teacher"] = teacher_row(
+            teacher,
+            seed=seed,
+            num_steps=settings.teacher_steps,
+            shift=last.flow.shift,
+            guidance=settings.teacher_guidance,
+            first_frame_clean=last.model.first_frame_sigma == "zero",
+        )
+        rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
+        rows["teacher, causal"] = student_row(teacher, rules_of(last), seed=seed)
+    for path, config in stages:
+        model = load_dit(exported_weights(path), mesh.device).eval().requires_grad_(False)
+        if config.stage != "teacher":
+            rows[config.name] = student_row(model, rules_of(config), seed=seed)
+    if settings.ablations and last.stage != "teacher":
+        for broken, label in (("y", "zeroed y"), ("clip", "zeroed CLIP"), ("text", "shuffled captions")):
+            rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
+    return rows
+
+
+def _weights(source: Path) -> Path:
+    return source if any(source.glob("*.safetensors")) else exported_weights(find_checkpoint(source))
+
+
+def _stored_settings(run: Path) -> EvaluationConfig:
+    """The evaluation settings of the job that made the run, or the defaults."""
+    for folder in (run, run.parent):
+        job = folder / "job.yaml"
+        if job.is_file():
+            return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation", {}))
+    return EvaluationConfig()
+
+
+def _write(
+    result: EvaluationReport, shown: Mapping[str, Videos], settings: EvaluationConfig, config: StageConfig, frames: int
+) -> None:
+    folder = result.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    head = f"{settings.num_worlds} held-out worlds, seed {settings.seed}, {frames} latent frames"
+    (folder / "evaluation.md").write_text(f"{head}\n\n{result}\n")
+    report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
+    report.write_curves(folder / "evaluation.png", result.summaries)
+    report.write_png(folder / "contact_sheet.png", report.contact_sheet(shown))
+    for name, videos in shown.items():
+        samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:3])}
+        report.write_samples(folder / "samples", samples, config.video.fps)

@@ -1,0 +1,278 @@
+"""Finds the sprites of a world in decoded pixels: where each one is, what shape it has, and what else is there.
+
+Every function works on all frames of a video at once. Sprites are looked for by the colour that the world gives them
+(no two share one), first on whole pixels by template matching on the torus, then to a small part of a pixel by fitting
+the renderer itself to the video, so that occlusion and wrapping are exact. This file must know no score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.data.world import (
+    COLOURS,
+    PALETTE,
+    RADII,
+    SHAPES,
+    SIZE,
+    World,
+    coverage,
+    sprite_mask,
+    sprite_patch,
+    sprite_reach,
+)
+
+COLOUR_SPREAD = 35.0  # levels of 255; how far a pixel may be from a colour and still belong to it
+FOUND_SHARE = 0.2  # a sprite is found when this share of its area shows its colour
+PRESENT_SHARE = 0.08  # a sprite of which less is seen cannot be located, but from here on it explains what is seen
+EXTRA_SHARE = 0.4  # unexplained colour, in areas of the smallest sprite, that counts as one more sprite
+_EXTRA_BOX = 9  # pixels, side of the box in which unexplained colour is summed
+_FIT_STEPS = 12
+_FIT_TOLERANCE = 0.003  # pixels; the fit ends when no sprite moves more
+_FIT_BLUR = 0.75  # pixels, half the baseline of the template's derivative
+_FIT_OUTLIER = 60.0  # levels of 255, scale of the robust weights
+_SHAPE_STEP, _SHAPE_REACH = 0.5, 1.0  # pixels, grid of the search over shapes
+_SHAPE_BLURS = (0.0, 1.0, 2.0)  # pixels, standard deviations: a decoder blurs, and a blurred square is no circle
+
+
+@dataclass(frozen=True)
+class Located:
+    """What was seen in T frames of a world with S sprites.
+
+    Fields: `positions` [T, S, 2] centres (x, y) in pixels, NaN where the sprite was not found; `shape` [T, S] index
+    into SHAPES and `colour` [T, S] index into COLOURS, -1 where not found or background; `extra` [T] colour that no
+    sprite explains, in areas of the smallest sprite.
+    """
+
+    positions: NDArray[np.float64]
+    shape: NDArray[np.intp]
+    colour: NDArray[np.intp]
+    extra: NDArray[np.float64]
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """[T, S] whether the sprite was found."""
+        return np.isfinite(self.positions[..., 0])
+
+
+def locate(world: World, video: NDArray[np.uint8]) -> Located:
+    """Finds every sprite of `world` in `video`, uint8 [T, SIZE, SIZE, 3]."""
+    pixels = video.astype(np.float32)
+    member = _membership(pixels, world)
+    positions, share = _coarse_positions(member, world)
+    masks = _fit(positions, share >= PRESENT_SHARE, pixels, world)
+    found = share >= FOUND_SHARE
+    shape = np.full(found.shape, -1, np.intp)
+    colour = np.full(found.shape, -1, np.intp)
+    for index in range(len(world.sprites)):
+        shape[:, index] = _best_shape(index, positions, masks, pixels, world)
+        colour[:, index] = _mean_colour(index, masks, member, world)
+    extra = _unexplained(masks, member)
+    return Located(
+        np.where(found[..., None], positions % SIZE, np.nan),
+        np.where(found, shape, -1),
+        np.where(found, colour, -1),
+        extra,
+    )
+
+
+def _membership(pixels: NDArray[np.float32], world: World) -> NDArray[np.float32]:
+    """[C + 1, T, SIZE, SIZE] how much each pixel belongs to each colour of COLOURS, and last to the background."""
+    distance = np.empty((len(COLOURS) + 1, *pixels.shape[:3]), np.float32)
+    targets = [*(np.array(PALETTE[colour], np.float32) for colour in COLOURS), world.background.astype(np.float32)]
+    for row, target in zip(distance, targets):
+        difference = pixels - target
+        np.einsum("thwc,thwc->thw", difference, difference, out=row)
+    distance -= distance.min(0)
+    member = np.exp(distance * np.float32(-0.5 / COLOUR_SPREAD**2))
+    return member / member.sum(0)
+
+
+def _coarse_positions(member: NDArray[np.float32], world: World) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Whole-pixel centres [T, S, 2] of least squared difference to the template; share of its area in its colour."""
+    own = [member[COLOURS.index(sprite.colour)] for sprite in world.sprites]
+    frames = len(own[0])
+    positions = np.zeros((frames, len(own), 2))
+    share = np.zeros((frames, len(own)))
+    for index, (sprite, seen) in enumerate(zip(world.sprites, own)):
+        # Pixels that a sprite in front has taken say nothing about this one.
+        free = 1 - sum(own[index + 1 :], np.zeros_like(seen))
+        template, squared = _template_spectra(sprite.shape, sprite.radius)
+        free_spectrum, seen_spectrum = np.fft.rfft2(free), np.fft.rfft2(free * seen)
+        cost = np.fft.irfft2(free_spectrum * squared - 2 * seen_spectrum * template, s=(SIZE, SIZE))
+        rows, columns = np.divmod(cost.reshape(frames, -1).argmin(1), SIZE)
+        positions[:, index] = np.stack([columns, rows], 1)
+        where, mask = sprite_mask(sprite.shape, sprite.radius, positions[:, index])
+        shown = ((free * seen).reshape(-1)[where] * mask).sum((1, 2))
+        share[:, index] = shown / mask.sum((1, 2))
+    return positions, share
+
+
+@lru_cache(maxsize=64)
+def _template_spectra(shape: str, radius: float) -> tuple[NDArray[np.complexfloating], NDArray[np.complexfloating]]:
+    """Conjugated spectra of a sprite's coverage centred on pixel (0, 0), and of its square."""
+    where, mask = sprite_mask(shape, radius, np.zeros((1, 2)))
+    full = np.zeros(SIZE * SIZE, np.float32)
+    full[where] = mask
+    image = full.reshape(SIZE, SIZE)
+    return np.conj(np.fft.rfft2(image)), np.conj(np.fft.rfft2(image * image))
+
+
+def _fit(
+    positions: NDArray[np.float64], present: NDArray[np.bool_], pixels: NDArray[np.float32], world: World
+) -> list[NDArray[np.float32]]:
+    """Moves `positions` (in place) to where the renderer reproduces the video best; returns each sprite's coverage.
+
+    Gauss-Newton, one sprite after another with the others held, robust to pixels that the renderer cannot explain.
+    The coverage is flat, [T * SIZE * SIZE], zero in frames where the sprite is not present.
+    """
+    masks = [_full_mask(index, positions, present, world) for index in range(len(world.sprites))]
+    flat = pixels.reshape(-1, 3)
+    for _ in range(_FIT_STEPS):
+        largest = 0.0
+        for index, sprite in enumerate(world.sprites):
+            where, dx, dy = sprite_patch(sprite.shape, sprite.radius, positions[:, index], margin=2)
+            own = coverage(sprite.shape, sprite.radius, dx, dy)
+            under, through = _layers(index, where, masks, world)
+            contrast = (world.colours[index] - under) * through[..., None]
+            shown = _cover(under + (world.colours[index] - under) * own[..., None], index, where, masks, world)
+            residual = flat[where] - shown
+            weight = (1 + np.einsum("tyxc,tyxc->tyx", residual, residual) / np.float32(_FIT_OUTLIER**2)) ** -2
+            slopes = [
+                coverage(sprite.shape, sprite.radius, dx - sx, dy - sy)
+                - coverage(sprite.shape, sprite.radius, dx + sx, dy + sy)
+                for sx, sy in ((np.float32(_FIT_BLUR), np.float32(0)), (np.float32(0), np.float32(_FIT_BLUR)))
+            ]
+            curvature = weight * np.einsum("tyxc,tyxc->tyx", contrast, contrast)
+            pull = weight * np.einsum("tyxc,tyxc->tyx", contrast, residual)
+            step = present[:, index, None] * _newton_step(slopes, curvature, pull)
+            positions[:, index] += step
+            masks[index] = _full_mask(index, positions, present, world)
+            largest = max(largest, float(np.abs(step).max()))
+        if largest < _FIT_TOLERANCE:
+            break
+    return masks
+
+
+def _newton_step(
+    slopes: list[NDArray[np.float32]], curvature: NDArray[np.float32], pull: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """[T, 2] step in pixels, at most one pixel along each axis."""
+    baseline = 2 * _FIT_BLUR
+    xx, xy, yy = (np.einsum("tyx,tyx,tyx->t", curvature, a, b, dtype=np.float64) / baseline**2
+                  for a, b in ((slopes[0], slopes[0]), (slopes[0], slopes[1]), (slopes[1], slopes[1])))  # fmt: skip
+    bx, by = (np.einsum("tyx,tyx->t", pull, slope, dtype=np.float64) / baseline for slope in slopes)
+    damping = 1e-3 * (xx + yy) + 1.0  # keeps a covered sprite where it is
+    xx, yy = xx + damping, yy + damping
+    step = np.stack([yy * bx - xy * by, xx * by - xy * bx], 1) / (xx * yy - xy * xy)[:, None]
+    return np.clip(step, -1, 1)
+
+
+def _full_mask(
+    index: int, positions: NDArray[np.float64], present: NDArray[np.bool_], world: World
+) -> NDArray[np.float32]:
+    sprite = world.sprites[index]
+    where, mask = sprite_mask(sprite.shape, sprite.radius, positions[:, index])
+    full = np.zeros(len(positions) * SIZE * SIZE, np.float32)
+    full[where] = mask * present[:, index, None, None]
+    return full
+
+
+def _layers(
+    index: int, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What lies under sprite `index` at pixels `where` (RGB), and how much of it the sprites in front let through."""
+    under = world.background.reshape(-1, 3)[where % (SIZE * SIZE)].astype(np.float32)
+    for other in range(index):
+        under += (world.colours[other] - under) * masks[other][where][..., None]
+    through = np.ones(where.shape, np.float32)
+    for other in range(index + 1, len(masks)):
+        through *= 1 - masks[other][where]
+    return under, through
+
+
+def _cover(
+    colour: NDArray[np.float32], index: int, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
+) -> NDArray[np.float32]:
+    """Draws the sprites in front of sprite `index` over `colour`."""
+    for other in range(index + 1, len(masks)):
+        colour = colour + (world.colours[other] - colour) * masks[other][where][..., None]
+    return colour
+
+
+def _best_shape(
+    index: int,
+    positions: NDArray[np.float64],
+    masks: list[NDArray[np.float32]],
+    pixels: NDArray[np.float32],
+    world: World,
+) -> NDArray[np.intp]:
+    """[T] index into SHAPES of the silhouette that explains sprite `index` best, near its position, at its size."""
+    sprite = world.sprites[index]
+    half, dictionary = _silhouettes(sprite.radius)
+    nearest = np.rint(positions[:, index]).astype(np.intp)
+    offsets = np.arange(-half, half + 1)
+    columns, rows = ((nearest[:, axis, None] + offsets) % SIZE for axis in (0, 1))
+    frames = np.arange(len(positions), dtype=np.intp)[:, None, None] * (SIZE * SIZE)
+    where = (frames + rows[:, :, None] * SIZE + columns[:, None, :]).reshape(len(positions), -1)
+    under, through = _layers(index, where, masks, world)
+    contrast = world.colours[index] - under
+    # The share of the sprite's colour in each pixel; exact for an anti-aliased edge.
+    share = ((pixels.reshape(-1, 3)[where] - under) * contrast).sum(-1) / (contrast * contrast).sum(-1)
+    share = np.clip(share, -0.5, 1.5)
+    # Best amplitude for each silhouette, so that a paler sprite keeps its shape.
+    match = (through * share) @ dictionary.T
+    energy = through @ (dictionary * dictionary).T
+    score = np.where(match > 0, match * match / np.maximum(energy, 1e-3), 0)
+    return score.reshape(len(positions), len(SHAPES), -1).max(-1).argmax(-1)
+
+
+@lru_cache(maxsize=8)
+def _silhouettes(radius: float) -> tuple[int, NDArray[np.float32]]:
+    """`(half, masks)`: coverage [shapes * centres * blurs, P * P] of every shape, centred near the patch's middle."""
+    half = int(np.ceil(max(sprite_reach(shape, radius) for shape in SHAPES) + _SHAPE_REACH + max(_SHAPE_BLURS)))
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    grid = np.arange(-_SHAPE_REACH, _SHAPE_REACH + 1e-6, _SHAPE_STEP, dtype=np.float32)
+    masks = [
+        coverage(shape, radius, (axis - cx)[None, :], (axis - cy)[:, None])
+        for shape in SHAPES for cx in grid for cy in grid
+    ]  # fmt: skip
+    blurred = []
+    for blur in _SHAPE_BLURS:
+        kernel = np.exp(-((axis[:, None] - axis[None, :]) ** 2) / (2 * blur**2)) if blur else np.eye(len(axis))
+        kernel = (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+        blurred.append(kernel @ np.stack(masks) @ kernel.T)
+    return half, np.stack(blurred, 1).reshape(len(masks) * len(blurred), -1)
+
+
+def _mean_colour(
+    index: int, masks: list[NDArray[np.float32]], member: NDArray[np.float32], world: World
+) -> NDArray[np.intp]:
+    """[T] index into COLOURS that most of the sprite's visible area shows, -1 when it is the background."""
+    visible = masks[index]
+    for other in masks[index + 1 :]:
+        visible = visible * (1 - other)
+    frames = member.shape[1]
+    shares = np.einsum("ctp,tp->tc", member.reshape(len(member), frames, -1), visible.reshape(frames, -1))
+    colour = shares.argmax(1)
+    return np.where(colour == len(COLOURS), -1, colour)
+
+
+def _unexplained(masks: list[NDArray[np.float32]], member: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[T] the most sprite colour in one box that no located sprite explains, in areas of the smallest sprite."""
+    frames = member.shape[1]
+    taken = np.zeros(frames * SIZE * SIZE, np.float32)
+    for mask in masks:
+        taken = np.maximum(taken, mask)
+    taken = taken.reshape(frames, SIZE, SIZE)
+    for axis in (1, 2):  # a blurred outline is no new sprite
+        taken = np.maximum(taken, np.maximum(np.roll(taken, 1, axis), np.roll(taken, -1, axis)))
+    box = (1 - member[-1]) * (taken < 0.5)
+    for axis in (1, 2):
+        box = sum(np.roll(box, shift, axis) for shift in range(_EXTRA_BOX))
+    smallest = np.pi * min(RADII.values()) ** 2
+    return box.max((1, 2)).astype(np.float64) / smallest

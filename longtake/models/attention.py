@@ -1,0 +1,124 @@
+"""The one entry to attention: picks a verified kernel and applies a mask when there is one.
+
+Everything that attends calls `attend` (or whatever replaced it through `VideoDiT.set_attention`, for instance sequence
+parallelism). This file knows shapes and kernels; it must not know the model, the cache or block boundaries.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+
+class Attention(Protocol):
+    """Signature of the replaceable entry."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class FrameMask:
+    """A mask at the granularity of frames, in the form that the chosen kernel reads.
+
+    `allowed` [E, S] boolean, `tokens` per frame, `flex` the block mask of `flex_attention` or None, `dense`
+    [E * tokens, S * tokens] boolean or None. Exactly one of `flex` and `dense` is set.
+    """
+
+    allowed: Tensor
+    tokens: int
+    flex: Any = None
+    dense: Tensor | None = None
+
+
+def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool | None = None) -> FrameMask:
+    """The mask for `attend`: `flex_attention`'s on CUDA with triton, else a dense boolean one.
+
+    Args: `allowed` [E, S] boolean; `tokens` per frame; `flex` forces (True) or forbids (False) flex attention.
+    """
+    allowed = allowed.to(device)
+    if flex is None:
+        flex = device.type == "cuda" and _has_triton()
+    if not flex:
+        dense = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return FrameMask(allowed, tokens, dense=dense)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allow(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return allowed[query // tokens, key // tokens]
+
+    entries, slots = allowed.shape
+    block = create_block_mask(allow, None, None, entries * tokens, slots * tokens, device=str(device))
+    return FrameMask(allowed, tokens, flex=block)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
+    """Softmax attention, scale 1/sqrt(K): q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N, K]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if mask is not None and mask.flex is not None:
+        out = _flex(q.is_cuda)(q, k, v, block_mask=mask.flex)
+    elif mask is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
+    elif q.is_cuda:
+        with sdpa_kernel(list(backends(q.device.index or 0, q.dtype, q.shape[-1])), set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2)
+
+
+@cache
+def backends(device_index: int, dtype: torch.dtype, head_width: int) -> tuple[SDPBackend, ...]:
+    """CUDA kernels of `scaled_dot_product_attention` that give the right answer here, fastest first.
+
+    cuDNN's is 1.6x the flash kernel on Hopper. Each candidate is run once on a small random problem and compared with
+    the mathematical definition in float64; one that fails or raises is left out and named once in the log.
+    """
+    device = torch.device("cuda", device_index)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 192, head_width, device=device, generator=generator).to(dtype) for _ in range(3))
+    truth = torch.softmax(q.double() @ k.double().mT / head_width**0.5, -1) @ v.double()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
+    good = []
+    for backend in order:
+        try:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v).double()
+        except RuntimeError as error:  # the kernel does not support this type or device
+            logger.debug("attention kernel %s is not available: %s", backend.name, error)
+            continue
+        if float((out - truth).norm() / truth.norm()) <= tolerance:
+            good.append(backend)
+        else:
+            logger.warning("attention kernel %s gave a wrong result on %s and is not used", backend.name, device)
+    logger.info("attention on %s in %s: %s", device, dtype, ", ".join(b.name for b in good))
+    return tuple(good)
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled flex attention materialises the scores: only for tests on a CPU.
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+@cache
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    if find_spec("triton") is not None:
+        return True
+    logger.warning("triton is not installed: masked attention falls back to a dense mask (slower, more memory)")
+    return False

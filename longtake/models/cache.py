@@ -1,0 +1,336 @@
+"""The key/value cache of streaming: a preallocated sink and ring of frames, and cross-attention keys and values.
+
+Rules it holds (each has a test):
+- only frames that were committed are ever attended to; a slot that holds nothing is never read;
+- a graded call never writes; what it reads while activations are recomputed in backward cannot be overwritten
+  (CacheError) until that backward has run or its graph is gone;
+- once the window is full, every pass repeats the same shapes and addresses; the position enters only through device
+  tensors (`Reading`), so that a pass can be captured in a CUDA graph;
+- no copy of the whole cache and no device synchronisation.
+
+It must not know block plans, noise levels or prompts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.errors import CacheError, ConfigError, ShapeError
+from longtake.structs import Condition
+
+
+class Lease:
+    """Slots that a pending backward still reads. Ends with `release()` or with its graph."""
+
+    def __init__(self, slots: frozenset[int]) -> None:
+        self.slots = slots
+        self.active = True
+
+    def release(self) -> None:
+        self.active = False
+
+
+class _HoldUntilBackward(torch.autograd.Function):
+    """Identity whose graph node owns a lease: released after the backward that runs through it, or with the graph."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, lease: Lease) -> Tensor:
+        ctx.lease = lease  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # The node runs first in backward; recomputation happens later in the same pass, so release at its end. A graph
+        # that is kept (`retain_graph`) may be recomputed again: it keeps its lease until a backward that frees it.
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            torch.autograd.Variable._execution_engine.queue_callback(ctx.lease.release)  # type: ignore[attr-defined]
+        return grad, None
+
+
+@dataclass
+class Reading:
+    """What one call reads: device tensors only, so that a captured graph can be replayed after they were updated.
+
+    `slots` [P] cache slots of the attended past, `frame_index` [f] absolute frames of the block, `query_position` [f]
+    and `key_position` [P + f] positions for the rotation, `write_slots` [f].
+    """
+
+    slots: Tensor
+    frame_index: Tensor
+    query_position: Tensor
+    key_position: Tensor
+    write_slots: Tensor
+    num_past: int
+
+
+@contextmanager
+def _lasting_tensors() -> Iterator[None]:
+    """Tensors made here are updated by later calls: made under `inference_mode`, only such calls could do that."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class KVCache:
+    """Keys and values of past frames for every layer; made by `VideoDiT.new_cache`.
+
+    Stored keys are rotated for `rope="absolute"` and not rotated for `"relative"`, where positions are indices within
+    the attended list (sink first, then window) and are applied at each call.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        tokens_per_frame: int,
+        num_heads: int,
+        head_width: int,
+        window_frames: int | None,
+        sink_frames: int,
+        rope: str,
+        max_frames: int | None,
+        spare_frames: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        if rope not in ("absolute", "relative"):
+            raise ConfigError(f"rope={rope!r} is not known; use 'absolute' or 'relative'")
+        if window_frames is None and max_frames is None:
+            raise ConfigError("window_frames=None keeps every frame and needs max_frames; give one of them")
+        if sink_frames < 0 or spare_frames < 0:
+            raise ConfigError(f"sink_frames={sink_frames} and spare_frames={spare_frames} must not be negative")
+        if window_frames is not None and window_frames <= sink_frames:
+            raise ConfigError(f"window_frames={window_frames} must be larger than sink_frames={sink_frames}")
+        self.window_frames, self.sink_frames, self.rope = window_frames, sink_frames, rope
+        self.max_frames = max_frames
+        self.batch_size, self.tokens_per_frame = batch_size, tokens_per_frame
+        if window_frames is None:
+            assert max_frames is not None
+            # Nothing is evicted, so the sink has no meaning.
+            self.sink_frames = 0
+            self.num_slots = max_frames
+        else:
+            self.num_slots = window_frames + spare_frames
+        shape = (num_layers, batch_size, self.num_slots, tokens_per_frame, num_heads, head_width)
+        # What one layer attends to, gathered: shared by all layers, so that addresses repeat.
+        attended = self.num_slots if window_frames is None else window_frames
+        space = batch_size * attended * tokens_per_frame * num_heads * head_width
+        with _lasting_tensors():
+            self.keys = torch.zeros(shape, device=device, dtype=dtype)
+            self.values = torch.zeros(shape, device=device, dtype=dtype)
+            self._key_space = torch.empty(space, device=device, dtype=dtype)
+            self._value_space = torch.empty(space, device=device, dtype=dtype)
+        self._held: list[int | None] = [None] * self.num_slots
+        self._position = 0
+        self._readings: dict[tuple[int, int], Reading] = {}
+        self._leases: list[weakref.ref[Lease]] = []
+        self._cross: dict[int, tuple[Tensor, ...]] = {}
+        self._cross_key: tuple | None = None
+
+    # ---- position and content -------------------------------------------------------------------------------------
+    @property
+    def position(self) -> int:
+        """The absolute frame that the next block starts at."""
+        return self._position
+
+    @position.setter
+    def position(self, frame: int) -> None:
+        if frame < 0:
+            raise CacheError(f"cache.position={frame} must not be negative")
+        # Frames at or after the new position will be generated again: they are no context any more.
+        self._held = [None if held is not None and held >= frame else held for held in self._held]
+        self._position = frame
+
+    @property
+    def held_frames(self) -> list[int]:
+        """Absolute frames whose keys and values can be read, ascending."""
+        return sorted(frame for frame in self._held if frame is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def size_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def clear(self) -> None:
+        """Forgets every frame and the condition and returns to position 0; memory is kept."""
+        self._held = [None] * self.num_slots
+        self._position = 0
+        self.clear_condition()
+
+    def clear_condition(self) -> None:
+        """Forgets the cross-attention keys and values (after the weights that made them have changed)."""
+        self._cross_key = None
+
+    def _slot(self, frame: int) -> int:
+        if frame < self.sink_frames:
+            return frame
+        return self.sink_frames + (frame - self.sink_frames) % (self.num_slots - self.sink_frames)
+
+    def attended_frames(self, block_frames: int) -> list[int]:
+        """Committed frames that a block of `block_frames` at `position` attends to, ascending."""
+        end = self._position + block_frames
+        if self.window_frames is None:
+            return self.held_frames
+        oldest = end - (self.window_frames - self.sink_frames)
+        return [frame for frame in self.held_frames if frame < self.sink_frames or frame >= oldest]
+
+    # ---- one call -------------------------------------------------------------------------------------------------
+    def read(self, block_frames: int, *, graded: bool) -> Reading:
+        """Where a block of `block_frames` frames at `position` reads and writes.
+
+        Raises: ShapeError when the block does not fit window or `max_frames`.
+        """
+        start, end = self._position, self._position + block_frames
+        if self.window_frames is None:
+            if end > self.num_slots:
+                raise ShapeError(
+                    f"frames [{start}, {end}) do not fit max_frames={self.num_slots}; make the cache larger"
+                )
+        elif block_frames > self.window_frames - min(self.sink_frames, start):
+            raise ShapeError(
+                f"a block of {block_frames} frames at frame {start} does not fit window_frames={self.window_frames} "
+                f"beside sink_frames={self.sink_frames}; set window_frames to {block_frames + self.sink_frames} or more"
+            )
+        past = self.attended_frames(block_frames)
+        count = len(past)
+        first = count if self.rope == "relative" else start
+        columns = {
+            "slots": [self._slot(frame) for frame in past],
+            "frame_index": list(range(start, end)),
+            "query_position": list(range(first, first + block_frames)),
+            "key_position": list(range(count + block_frames)),
+            "write_slots": [self._slot(frame) for frame in range(start, end)],
+        }
+        with _lasting_tensors():
+            fresh = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
+        reading = None if graded else self._readings.get((count, block_frames))
+        if reading is None:
+            # A graded call keeps its own copy: backward may recompute after later calls have moved on.
+            with _lasting_tensors():
+                moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fresh.items()}
+            reading = Reading(**moved, num_past=count)
+            if not graded:
+                self._readings[(count, block_frames)] = reading
+            return reading
+        for name, tensor in fresh.items():
+            getattr(reading, name).copy_(tensor, non_blocking=True)
+        return reading
+
+    def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
+        """Attended past and own keys and values, [B, (P + f) * tokens, N, K]; own ones come last."""
+        past_k, past_v = self.keys[layer], self.values[layer]
+        if graded:
+            k_past = past_k.index_select(1, reading.slots).flatten(1, 2).to(k.dtype)
+            v_past = past_v.index_select(1, reading.slots).flatten(1, 2).to(v.dtype)
+            return torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)
+        out = []
+        for space, past, own in ((self._key_space, past_k, k), (self._value_space, past_v, v)):
+            frames = reading.num_past + own.shape[1] // self.tokens_per_frame
+            shape = (self.batch_size, frames, *past.shape[2:])
+            view = space[: shape[0] * shape[1] * past[0, 0].numel()].view(shape)
+            if reading.num_past:
+                # index_select(out=) wants a contiguous target, which a slice of a batched view is not.
+                view[:, : reading.num_past] = past.index_select(1, reading.slots)
+            view[:, reading.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
+            out.append(view.flatten(1, 2))
+        return out[0], out[1]
+
+    def begin_commit(self, block_frames: int) -> None:
+        """Reserves the slots of the block at `position`; they hold nothing until `end_commit`.
+
+        Raises: CacheError in a graded call, or when a pending backward still reads one of the slots.
+        """
+        if torch.is_grad_enabled():
+            raise CacheError(
+                "commit=True was asked for with gradients enabled; commit in a pass of its own under no_grad"
+            )
+        slots = {self._slot(frame) for frame in range(self._position, self._position + block_frames)}
+        for lease in self._live_leases():
+            if lease.slots & slots:
+                raise CacheError(
+                    f"frames [{self._position}, {self._position + block_frames}) would overwrite keys that a pending "
+                    "backward still recomputes from; run that backward first or raise spare_frames by "
+                    f"{block_frames} or more"
+                )
+        for slot in slots:
+            self._held[slot] = None
+
+    def write(self, layer: int, reading: Reading, k: Tensor, v: Tensor) -> None:
+        """Stores the block's keys and values of one layer, detached."""
+        for target, own in ((self.keys[layer], k), (self.values[layer], v)):
+            frames = own.detach().unflatten(1, (-1, self.tokens_per_frame)).to(target.dtype)
+            target.index_copy_(1, reading.write_slots, frames)
+
+    def end_commit(self, block_frames: int) -> None:
+        """Makes the block readable and moves `position` past it."""
+        for frame in range(self._position, self._position + block_frames):
+            self._held[self._slot(frame)] = frame
+        self._position += block_frames
+
+    # ---- pending backwards ----------------------------------------------------------------------------------------
+    def hold(self, output: Tensor, block_frames: int) -> Tensor:
+        """Ties the slots that this graded call read to the graph of `output` (for recomputation in backward)."""
+        slots = frozenset(self._slot(frame) for frame in self.attended_frames(block_frames))
+        if not slots or not output.requires_grad:
+            return output
+        lease = Lease(slots)
+        self._leases = [ref for ref in self._leases if ref() is not None]
+        self._leases.append(weakref.ref(lease))
+        return _HoldUntilBackward.apply(output, lease)
+
+    def _live_leases(self) -> list[Lease]:
+        leases = [ref() for ref in self._leases]
+        return [lease for lease in leases if lease is not None and lease.active]
+
+    # ---- cross-attention ------------------------------------------------------------------------------------------
+    def has_cross(self, condition: Condition) -> bool:
+        """True when the kept cross-attention keys and values are those of this very condition."""
+        return self._cross_key == _identity(condition)
+
+    def cross(self, layer: int) -> tuple[Tensor, ...]:
+        """Kept cross-attention keys and values of one layer."""
+        return self._cross[layer]
+
+    def set_cross(self, layer: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Keeps one layer's cross-attention keys and values, at the old addresses where shapes allow it."""
+        self._cross_key = None  # valid again when every layer has been written (`cross_is_for`)
+        old = self._cross.get(layer, ())
+        if len(old) == len(tensors) and all(x.shape == y.shape and x.dtype == y.dtype for x, y in zip(old, tensors)):
+            for target, source in zip(old, tensors):
+                target.copy_(source)
+        else:
+            with _lasting_tensors():
+                self._cross[layer] = tuple(t.clone() for t in tensors)
+        return self._cross[layer]
+
+    def cross_is_for(self, condition: Condition) -> None:
+        """Declares the kept cross-attention keys and values complete for `condition`."""
+        self._cross_key = _identity(condition)
+
+
+def _identity(condition: Condition) -> tuple:
+    tensors = [t for t in (condition.text, condition.image) if t is not None]
+    versions = tuple(None if t.is_inference() else t._version for t in tensors)
+    return _ById(condition), versions
+
+
+class _ById:
+    """Equality by identity that keeps its object alive."""
+
+    def __init__(self, item: object) -> None:
+        self.item = item
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.item is self.item
+
+    def __hash__(self) -> int:
+        return id(self.item)

@@ -1,0 +1,112 @@
+"""Image and prompt to `Condition`: the 4 + C channels of `y`, CLIP tokens and text rows.
+
+Must know no transformer and no sampler; reads pictures, but no datasets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.errors import DataError, ShapeError
+from longtake.models.encoders import Encoders, VideoVAE
+from longtake.structs import Condition
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+
+def condition_frames(vae: VideoVAE, image: Tensor) -> Tensor:
+    """The condition channels `y`, float32 [B, steady_index + 1, temporal_stride + C, H, W].
+
+    The mask comes first (its channels are the pixel frames of a latent: 1 on latent frame 0, else 0), then the latents
+    of the picture followed by mid grey (0.0 in pixels, neither black nor zero latents). Always encoded up to the VAE's
+    steady index: the last frame stands for every later one.
+
+    Args: `image` [B, 3, h, w] in [-1, 1], already at the size of the video.
+    Raises: ShapeError.
+    Source: Wan2.1 image-to-video; spec B.3.
+    """
+    if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        raise ShapeError(
+            f"image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
+        )
+    session = vae.encoder_session()
+    latents = [session.encode(image[:, None])]
+    grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
+    latents += [session.encode(grey) for _ in range(vae.steady_index)]
+    y = torch.cat(latents, dim=1)
+    mask = torch.zeros_like(y[:, :, :1]).repeat(1, 1, vae.temporal_stride, 1, 1)
+    mask[:, 0] = 1
+    return torch.cat([mask, y], dim=2)
+
+
+def encode_condition(encoders: Encoders, images: Tensor, prompts: list[str]) -> Condition:
+    """The condition of a batch: text rows, CLIP tokens (None without image encoder) and `y`.
+
+    Args: `images` [B, 3, h, w] in [-1, 1], one a prompt.
+    Raises: ShapeError when the numbers differ.
+    """
+    if images.shape[0] != len(prompts):
+        raise ShapeError(f"{images.shape[0]} images and {len(prompts)} prompts were given; each image needs one prompt")
+    tokens = None if encoders.image is None else encoders.image.encode(images)
+    return Condition(encoders.text.encode(prompts), tokens, condition_frames(encoders.vae, images))
+
+
+def prepare_image(image: str | Path | Image.Image | NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """A picture at the size of the video, float32 [3, h, w] in [-1, 1].
+
+    Cut around the centre to the aspect of the video, then resized (bicubic, antialiased); never stretched. Orientation
+    tags are obeyed, greyscale and palettes become RGB, transparent parts lie on white.
+
+    Args: `image`, a path, a PIL image, or uint8 [h, w], [h, w, 3] or [h, w, 4].
+    Raises: DataError, naming the file, when the picture cannot be read.
+    """
+    if height < 1 or width < 1:
+        raise ShapeError(f"height={height} and width={width} must be positive")
+    picture = _to_rgb(*_open(image))
+    scale = min(picture.width / width, picture.height / height)
+    cut_width, cut_height = width * scale, height * scale
+    left, top = (picture.width - cut_width) / 2, (picture.height - cut_height) / 2
+    from PIL.Image import Resampling
+
+    box = (left, top, min(left + cut_width, picture.width), min(top + cut_height, picture.height))
+    resized = picture.resize((width, height), Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+
+
+def _open(image: str | Path | Image.Image | NDArray[np.uint8]) -> tuple[Image.Image, str]:
+    """The picture, decoded, and how to name it in an error."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, np.ndarray):
+        name = f"an array of {image.dtype} {image.shape}"
+        if image.dtype != np.uint8 or image.size == 0 or not (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+            raise DataError(f"{name} is no picture; give uint8 [h, w, 3]")
+        return Image.fromarray(np.ascontiguousarray(image)), name
+    if not isinstance(image, str | Path | Image.Image):
+        raise DataError(f"a picture must be a path, a PIL image or a uint8 array; got {type(image).__name__}")
+    name = f"image {getattr(image, 'filename', '')}".strip() if isinstance(image, Image.Image) else f"image {image}"
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        picture.load()
+        return ImageOps.exif_transpose(picture), name
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Three channels of 8 bits; transparency on white."""
+    from PIL import Image
+
+    if picture.mode[0] in "IF":  # 16 and 32 bits a channel: PIL would clip, not scale
+        raise DataError(f"{name} has {picture.mode} pixels; only 8 bits a channel are read: convert it to 8-bit RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")

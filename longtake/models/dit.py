@@ -1,0 +1,499 @@
+"""Wan's video transformer: one forward for the bidirectional teacher, masked causal training and cached streaming.
+
+Parameter names are the original Wan ones, so that a state dict is a Wan checkpoint. Source: Wan2.1
+(Wan-Video/Wan2.1 wan/modules/model.py) and its causal use in Self-Forcing, checked through the project's
+specification A and E. This file must not know block plans, roll-outs, objectives or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longtake.errors import ConfigError, ShapeError
+from longtake.models import attention
+from longtake.models.attention import Attention, FrameMask
+from longtake.models.cache import KVCache, Reading
+from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.structs import Condition, MaskLayout
+
+# Parts that Wan computes in float32; `VideoDiT.cast` leaves their weights there.
+_FLOAT32_PARTS = (
+    "time_embedding.",
+    "time_projection.",
+    "modulation",
+    "norm",
+    "head.",
+    "img_emb.proj.0",
+    "img_emb.proj.4",
+)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a Wan transformer; `image_dim=None`: no CLIP branch; `in_channels - out_channels` = channels of y."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    model_type: str = "t2v"
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    image_dim: int | None = None
+    image_positions: int | None = None
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of an even width")
+        if self.patch_size[0] != 1:
+            raise ConfigError(
+                f"patch_size={self.patch_size} must be 1 in time: a frame is the unit of blocks and caches"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of `Condition.frames`: mask and condition latents (0 for text-to-video)."""
+        return self.in_channels - self.out_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _SelfContext:
+    """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache."""
+
+    def __init__(self, query: Rotation, key: Rotation) -> None:
+        self.query, self.key = query, key
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        return self.key(k), v, None
+
+
+class _MaskedContext(_SelfContext):
+    def __init__(self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None) -> None:
+        super().__init__(query, key)
+        self.mask, self.key_entry = mask, key_entry
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        if self.key_entry is not None:
+            k, v = (
+                t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
+            )
+        return self.key(k), v, self.mask
+
+
+class _CachedContext(_SelfContext):
+    def __init__(
+        self, query: Rotation, key: Rotation, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
+    ) -> None:
+        super().__init__(query, key)
+        self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        relative = self.cache.rope == "relative"
+        k = k if relative else self.key(k)
+        keys, values = self.cache.gather(layer, self.reading, k, v, graded=self.graded)
+        if self.commit:
+            self.cache.write(layer, self.reading, k, v)
+        return (self.key(keys) if relative else keys), values, None
+
+
+class _CrossContext:
+    """Where cross-attention gets keys and values: projected in each block, or kept in the cache for one condition.
+
+    The projection always runs inside the block's own forward, because sharded weights exist only there.
+    """
+
+    def __init__(self, text: Tensor | None, image: Tensor | None, cache: KVCache | None) -> None:
+        self.text, self.image, self.cache = text, image, cache
+
+    def keys_values(self, module: CrossAttention, layer: int) -> tuple[Tensor, ...]:
+        if self.text is None:
+            assert self.cache is not None
+            return self.cache.cross(layer)
+        projected = module.project(self.text, self.image)
+        return projected if self.cache is None else self.cache.set_cross(layer, projected)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with normalised queries and keys over the whole width and rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attend: Attention = attention.attend
+
+    def forward(self, x: Tensor, context: _SelfContext, layer: int) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = context.query(self.norm_q(self.q(x)).unflatten(-1, heads))
+        k, v = self.norm_k(self.k(x)).unflatten(-1, heads), self.v(x).unflatten(-1, heads)
+        k, v, mask = context.extend(layer, k, v)
+        return self.o(self.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to text and, separately, to image tokens; the two results are added before the output projection."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, *, image: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.image = image
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+        self.attend: Attention = attention.attend
+
+    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
+        """Keys and values: (k, v) [B, M, N, K] of the text, then (k_img, v_img) of the image tokens."""
+        heads = (self.num_heads, -1)
+        out = [self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)]
+        if self.image:
+            assert image is not None
+            out += [self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)]
+        return tuple(out)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, ...]) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        out = self.attend(q, keys_values[0].to(q.dtype), keys_values[1].to(q.dtype))
+        if self.image:
+            out = out + self.attend(q, keys_values[2].to(q.dtype), keys_values[3].to(q.dtype))
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated MLP."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps, image=config.image_dim is not None)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        self_context: _SelfContext,
+        cross_context: _CrossContext,
+        layer: int,
+    ) -> Tensor:
+        """x [B, E, L, D] float32 -> the same; `modulation` [B, E, 6, D]."""
+        entries, tokens = x.shape[1], x.shape[2]
+        dtype = self.ffn[0].weight.dtype
+        # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
+        s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
+
+        h = layer_norm(x, self.eps) * (1 + c1) + s1
+        h = self.self_attn(h.flatten(1, 2).to(dtype), self_context, layer)
+        x = x + h.unflatten(1, (entries, tokens)) * g1
+
+        h = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias)
+        cross = cross_context.keys_values(self.cross_attn, layer)
+        x = x + self.cross_attn(h.flatten(1, 2).to(dtype), cross).unflatten(1, (entries, tokens))
+
+        h = layer_norm(x, self.eps) * (1 + c2) + s2
+        return x + self.ffn(h.to(dtype)) * g2
+
+
+class Head(nn.Module):
+    """Modulated projection to patches, in float32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        size = config.out_channels * config.patch_size[1] * config.patch_size[2]
+        self.head = nn.Linear(config.dim, size)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (e[:, :, None] + self.modulation.float()).unsqueeze(3).unbind(2)
+        return linear_fp32(self.head, layer_norm(x, self.eps) * (1 + scale) + shift)
+
+
+class VideoDiT(nn.Module):
+    """Wan's transformer. See `forward`; sizes in `config`; `new_cache` makes the cache for streaming."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.activation_checkpointing = False
+        self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
+        if self.head.head.weight.device.type != "meta":
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Wan's initialisation (specification A.5): Xavier, small embeddings, zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for layer in sequence:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def set_attention(self, attend: Attention) -> None:
+        """Replaces the attention entry of every self-attention."""
+        for block in self.blocks:
+            block.self_attn.attend = attend  # type: ignore[union-attr]
+
+    def cast(self, dtype: torch.dtype) -> VideoDiT:
+        """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
+        for name, parameter in self.named_parameters():
+            keep = any(part in name for part in _FLOAT32_PARTS) and "norm_" not in name
+            parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+        return self
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame. Raises: ShapeError unless height and width are multiples of the patch."""
+        _, ph, pw = self.config.patch_size
+        if height % ph or width % pw:
+            raise ShapeError(f"latent height x width = {height}x{width} must be a multiple of the patch {ph}x{pw}")
+        return (height // ph) * (width // pw)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        window_frames: int | None,
+        sink_frames: int,
+        rope: str = "relative",
+        max_frames: int | None = None,
+        spare_frames: int = 0,
+    ) -> KVCache:
+        """An empty cache for videos of `height` x `width` latents.
+
+        Args: `window_frames` latent frames attended to, counting sink and current block; None keeps everything and
+        needs `max_frames`. `sink_frames` first frames are never evicted. `rope` is the rule of temporal positions.
+        `spare_frames` more frames are kept for recomputation in backward.
+        Raises: ConfigError, ShapeError on sizes that cannot work.
+        """
+        weight = self.blocks[0].self_attn.q.weight  # type: ignore[union-attr]
+        device = weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        return KVCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            tokens_per_frame=self.tokens_per_frame(height, width),
+            num_heads=self.config.num_heads,
+            head_width=self.config.head_width,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+            rope=rope,
+            max_frames=max_frames,
+            spare_frames=spare_frames,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        *,
+        mask: MaskLayout | None = None,
+        cache: KVCache | None = None,
+        commit: bool = False,
+    ) -> Tensor:
+        """Velocity (noise - clean) of noisy latents, float32 [B, E, C_out, H, W].
+
+        Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
+        noise level in [0, 1]. With neither `mask` nor `cache` every frame sees every frame; a `mask` (made by
+        `BlockPlan`) says who sees whom; with a `cache`, the frames are the block at `cache.position` and see the sink,
+        the latest committed frames that fit the window, and themselves. `commit=True` stores their keys and values at
+        the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`.
+        Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
+        """
+        self._check(x, sigma, condition, mask, cache, commit)
+        batch, entries, _, height, width = x.shape
+        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
+        rotation = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
+        graded = torch.is_grad_enabled()
+
+        reading = None
+        if cache is not None:
+            reading = cache.read(entries, graded=graded)
+            if commit:
+                cache.begin_commit(entries)
+            frame_index = reading.frame_index
+            query = Rotation(rotation(reading.query_position))
+            # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
+            key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
+            context: _SelfContext = _CachedContext(query, key, cache, reading, graded=graded, commit=commit)
+        elif mask is not None:
+            kit = self._mask_kit(mask, rows * columns, x.device)
+            frame_index = kit["frame_index"]
+            query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
+            context = _MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"])
+        else:
+            frame_index = torch.arange(entries, device=x.device)
+            query = Rotation(rotation(frame_index))
+            context = _SelfContext(query, query)
+
+        e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
+        hidden = self._embed_patches(x, condition, frame_index)
+        cross = self._cross_context(condition, cache if not graded else None)
+        for layer, block in enumerate(self.blocks):
+            arguments = (hidden, modulation, context, cross, layer)
+            if graded and self.activation_checkpointing:
+                hidden = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden = block(*arguments)
+        velocity = self._unpatchify(self.head(hidden, e), rows, columns)
+        if cross.cache is not None:
+            cross.cache.cross_is_for(condition)
+        if cache is not None and commit:
+            cache.end_commit(entries)
+        if cache is not None and graded and self.activation_checkpointing:
+            velocity = cache.hold(velocity, entries)
+        return velocity
+
+    # ---- parts of forward -------------------------------------------------------------------------------------------
+    def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma [B, E] -> (e [B, E, D], modulation [B, E, 6, D]), all in float32."""
+        embedded = sinusoid(sigma.double() * 1000.0, self.config.freq_dim)
+        first, second = self.time_embedding[0], self.time_embedding[2]
+        e = linear_fp32(second, F.silu(linear_fp32(first, embedded)))  # type: ignore[arg-type]
+        modulation = linear_fp32(self.time_projection[1], F.silu(e))  # type: ignore[arg-type]
+        return e, modulation.unflatten(-1, (6, -1))
+
+    def _embed_patches(self, x: Tensor, condition: Condition, frame_index: Tensor) -> Tensor:
+        """Latents and condition frames -> tokens [B, E, L, D] in (frame, row, column) order, float32."""
+        if condition.frames is not None:
+            index = frame_index.clamp(max=condition.frames.shape[1] - 1)
+            x = torch.cat([x, condition.frames.index_select(1, index).to(x.dtype)], 2)
+        _, ph, pw = self.config.patch_size
+        patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, E, C, rows, ph, columns, pw]
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, E, L, C * ph * pw]
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias).float()
+
+    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """[B, E, L, ph * pw * C_out], channel fastest -> [B, E, C_out, H, W]."""
+        _, ph, pw = self.config.patch_size
+        grid = tokens.unflatten(3, (ph, pw, -1)).unflatten(2, (rows, columns))  # [B, E, rows, columns, ph, pw, C]
+        return grid.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Text padded with zero rows to text_len, and CLIP tokens, as context tokens [B, M, D]."""
+        text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
+        dtype = self.text_embedding[0].weight.dtype
+        embedded = self.text_embedding(text.to(dtype))
+        image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
+        return embedded, image
+
+    def _cross_context(self, condition: Condition, cache: KVCache | None) -> _CrossContext:
+        if cache is not None and cache.has_cross(condition):
+            return _CrossContext(None, None, cache)
+        return _CrossContext(*self._embed_condition(condition), cache)
+
+    def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:
+        kits = self._masks.setdefault(layout, {})
+        if (tokens, device) not in kits:
+            moved = layout.to(device)
+            kits[tokens, device] = {
+                "mask": attention.make_mask(moved.allowed, tokens, device),
+                "frame_index": moved.frame_index,
+                "key_position": moved.key_position,
+                "key_entry": moved.key_entry,
+            }
+        return kits[tokens, device]
+
+    def _check(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        mask: MaskLayout | None,
+        cache: KVCache | None,
+        commit: bool,
+    ) -> None:
+        config = self.config
+        if mask is not None and cache is not None:
+            raise ShapeError("mask and cache were both given; a call is either masked training or streaming")
+        if commit and cache is None:
+            raise ShapeError("commit=True needs a cache")
+        if x.ndim != 5 or x.shape[2] != config.out_channels:
+            raise ShapeError(f"x has shape {tuple(x.shape)}; it must be [B, F, {config.out_channels}, H, W]")
+        batch, entries = x.shape[:2]
+        if sigma.shape not in ((batch,), (batch, entries)):
+            raise ShapeError(f"sigma has shape {tuple(sigma.shape)}; it must be [{batch}] or [{batch}, {entries}]")
+        if sigma.dtype not in (torch.float32, torch.float64):
+            # Mixed-precision wrappers that cast inputs do this silently: 937.5 of Wan's clock would become 936.
+            raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
+        if mask is not None and mask.num_entries != entries:
+            raise ShapeError(f"x has {entries} entries and the mask {mask.num_entries}; they must be equal")
+        tokens = self.tokens_per_frame(x.shape[3], x.shape[4])
+        if cache is not None and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
+            raise ShapeError(
+                f"x has batch {batch} and {tokens} tokens a frame, the cache was made for batch {cache.batch_size} and "
+                f"{cache.tokens_per_frame}; make a cache for this size with new_cache"
+            )
+        self._check_condition(condition, batch, x.shape[3:])
+
+    def _check_condition(self, condition: Condition, batch: int, size: torch.Size) -> None:
+        config = self.config
+        if condition.batch_size != batch:
+            raise ShapeError(f"the condition has batch {condition.batch_size} and x has {batch}; they must be equal")
+        if condition.text.shape[1] > config.text_len or condition.text.shape[2] != config.text_dim:
+            raise ShapeError(
+                f"condition.text has shape {tuple(condition.text.shape)}; "
+                f"it must be [B, M <= {config.text_len}, {config.text_dim}]"
+            )
+        for name, wanted in (("image", config.image_dim is not None), ("frames", config.condition_channels > 0)):
+            given = getattr(condition, name) is not None
+            if given != wanted:
+                rule = f"needs condition.{name}" if wanted else f"takes no condition.{name}"
+                raise ShapeError(f"condition.{name} was {'given' if given else 'not given'}; this model {rule}")
+        if condition.image is not None and condition.image.shape[2] != config.image_dim:
+            raise ShapeError(f"condition.image has width {condition.image.shape[2]}; the model's is {config.image_dim}")
+        frames = condition.frames
+        if frames is not None and (frames.shape[2] != config.condition_channels or frames.shape[3:] != size):
+            raise ShapeError(
+                f"condition.frames has shape {tuple(frames.shape)}; it must be "
+                f"[{batch}, F_total, {config.condition_channels}, {size[0]}, {size[1]}]"
+            )

@@ -1,0 +1,81 @@
+"""The image encoder: a picture to CLIP tokens of the penultimate layer.
+
+Must know no text, no video and no transformer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.errors import ConfigError, ShapeError
+from longtake.models.pretrained import check_folder, load_strictly
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What full CLIP checkpoints hold beside the vision tower.
+_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
+class ImageEncoder:
+    """A frozen `CLIPVisionModel`, read at its penultimate layer.
+
+    Args: `preprocess`, how pixels are prepared; "original" is Wan's way: resized to a square without keeping the
+    aspect, bicubic without antialiasing.
+    """
+
+    def __init__(self, model: Any, preprocess: str = "original") -> None:
+        if preprocess != "original":
+            raise ConfigError(f"preprocess={preprocess!r} is unknown; the only value is 'original'")
+        self.model = model.eval().requires_grad_(False)
+        config = self.model.config
+        self.image_size: int = config.image_size
+        self.width: int = config.hidden_size
+        self.num_tokens: int = (config.image_size // config.patch_size) ** 2 + 1
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> ImageEncoder:
+        """The encoder of a library folder (`config.json` and safetensors). Raises: CheckpointError."""
+        from transformers import CLIPVisionModel
+
+        path = check_folder(folder, "image encoder")
+        # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
+        model = load_strictly(CLIPVisionModel, path, ignore=_OTHER_PARTS, dtype=dtype, ignore_mismatched_sizes=True)
+        return cls(model.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """float32 [B, 3, s, s] as CLIP expects it, of `image` [B, 3, h, w] in [-1, 1]. Source: Wan2.1; spec C.2."""
+        size = (self.image_size, self.image_size)
+        # The resize overshoots at edges; clamping would be better, but the released models never saw it.
+        resized = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False, antialias=False)
+        mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return (resized * 0.5 + 0.5 - mean) / std
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """float32 [B, L, D]: class token and patches after all blocks but the last, without a final norm.
+
+        Args: `image` [B, 3, h, w] in [-1, 1], any size.
+        Raises: ShapeError.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ShapeError(
+                f"an image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
+            )
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self.preprocess(image.to(self.device)).to(self.dtype)
+            return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float()

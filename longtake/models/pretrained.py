@@ -1,0 +1,50 @@
+"""Loads library models from local folders and refuses every key that does not fit.
+
+The libraries' own loaders fill missing weights with random numbers and only warn. Must know no model in particular.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longtake.errors import CheckpointError
+
+
+def check_folder(folder: str | Path, what: str) -> Path:
+    """`folder` as a path. Raises: CheckpointError unless it holds `config.json` and safetensors weights."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"the {what} folder {path} does not exist; give a folder with config.json and *.safetensors"
+        )
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'} is missing; the {what} folder needs it beside its weights")
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no *.safetensors file; the {what} folder needs its weights in this format")
+    return path
+
+
+def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (), **options: Any) -> Any:
+    """`model_class.from_pretrained(folder)` on the CPU, in eval mode.
+
+    Args: `ignore`, prefixes of surplus keys that belong to parts which are not wanted (a text tower, a head).
+    Raises: CheckpointError that lists missing, surplus and reshaped keys, or says that the files cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, info = model_class.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "surplus": sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore)),
+        "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    found = [f"{len(keys)} {name}: {', '.join(keys[:20])}" for name, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f"the weights in {folder} do not fit {model_class.__name__}; keys {'; '.join(found)}")
+    return model.eval()

@@ -1,0 +1,115 @@
+"""The text encoder: prompts to umT5 hidden states with exact zeros past each prompt.
+
+Must know no image and no transformer; the length of the text is the encoder's.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.errors import CheckpointError, ConfigError, DataError
+from longtake.models.pretrained import check_folder, load_strictly
+
+WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
+_LONGEST_STATED_LEN = 100_000  # transformers writes 1e30 into tokenizer_config.json where no length is known
+
+log = logging.getLogger(__name__)
+
+
+def clean_prompt(prompt: str) -> str:
+    """The prompt with mended unicode, HTML entities resolved, white space collapsed and stripped (spec C.1)."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TextEncoder:
+    """A frozen `UMT5EncoderModel` and its tokenizer.
+
+    Args: `text_len` M, the number of rows of every output, `</s>` included; longer prompts are cut, as Wan does.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, text_len: int) -> None:
+        if text_len < 1:
+            raise ConfigError(f"text_len={text_len} must be at least 1")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+        self.width: int = self.model.config.d_model
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        text_len: int | None = None,
+    ) -> TextEncoder:
+        """The encoder of a library folder; the tokenizer lies in the same folder or beside it in `tokenizer/`.
+
+        Without `text_len` the length stated in `tokenizer_config.json` counts, and 512 where none is stated.
+        Raises: CheckpointError.
+        """
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        path = check_folder(folder, "text encoder")
+        places = [p for p in (path, path.parent / "tokenizer") if (p / "tokenizer_config.json").is_file()]
+        if not places:
+            raise CheckpointError(
+                f"no tokenizer_config.json in {path} or {path.parent / 'tokenizer'}; put the tokenizer's files there"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(places[0], local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the tokenizer in {places[0]} cannot be loaded: {error}") from error
+        # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
+        model = load_strictly(UMT5EncoderModel, path, dtype=dtype, ignore_mismatched_sizes=True)
+        if len(tokenizer) > model.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {places[0]} has {len(tokenizer)} tokens and the text encoder in {path} only "
+                f"{model.config.vocab_size}; take both from the same release"
+            )
+        if text_len is None:
+            stated = tokenizer.model_max_length
+            text_len = stated if stated < _LONGEST_STATED_LEN else WAN_TEXT_LEN
+        return cls(model.to(device), tokenizer, text_len)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """float32 [B, M, D]; rows past a prompt's `</s>` are exactly 0. The empty prompt is `</s>` alone.
+
+        Raises: DataError when a prompt is no text.
+        Source: Wan2.1; spec C.1.
+        """
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise DataError(f"prompts must be a non-empty list of strings; got {type(prompts).__name__} {prompts!r}")
+        # Always padded to the full length, so that a prompt's rows do not depend on the others of its batch.
+        tokens = self.tokenizer(
+            [clean_prompt(p) for p in prompts],
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = tokens.attention_mask
+        if bool(mask[:, -1].any()):
+            log.warning("a prompt fills all %d tokens of the text encoder and may have been cut", self.text_len)
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        # Not a product with the mask: it would keep NaN and give -0.
+        return hidden.float().masked_fill(~mask.bool()[..., None], 0.0)

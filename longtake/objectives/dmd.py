@@ -1,0 +1,164 @@
+"""Distribution matching distillation of a causal student on its own roll-outs.
+
+Source: DMD2 (arXiv 2405.14867), Self-Forcing (arXiv 2506.08009) and specification G. Scores are compared in float32
+with sigma exact; the velocity of the critic is used as it comes, never through clean latents and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longtake.flow.path import add_noise, clean_from_velocity, guided, velocity
+from longtake.flow.schedule import training_sigma
+from longtake.models.dit import VideoDiT
+from longtake.objectives.base import LossResult
+from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.flow_matching import clip_sigma
+from longtake.randomness import Draws
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
+from longtake.structs import Condition
+
+# score(noisy, sigma [B, F], condition) -> velocity
+Score = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True)
+class DmdSettings:
+    """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond)."""
+
+    shift: float
+    guidance: float
+    sigma_min: float = 0.02
+    sigma_max: float = 0.98
+    updates_per_generator: int = 5
+    first_frame_clean: bool = False
+
+
+def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:
+    """The normalised gradient (p_fake - p_real) / mean |x - p_real|, zero outside `counted`.
+
+    Args: clean predictions of the fake and the real score and the student's latents, all [B, F, C, H, W];
+    `counted` [F] boolean. The mean runs over the counted frames of each sample. Source: DMD2 eq. 8; specification G.1.
+    """
+    weight = counted.float()[None, :, None, None, None]
+    count = weight.sum() * student[0, 0].numel()
+    scale = ((student - real).abs() * weight).sum((1, 2, 3, 4), keepdim=True) / count
+    return (fake - real) / scale * weight
+
+
+def dmd_loss(student: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
+    """0.5 mean (x - sg(x - gradient))^2 over the counted frames: its gradient in x is `gradient / count`."""
+    target = (student - gradient).detach()
+    return 0.5 * (student - target)[:, counted].square().mean()
+
+
+class Dmd:
+    """Self-Forcing with distribution matching: `updates_per_generator` critic updates to one generator update.
+
+    Networks: `generator` (causal student) and `critic` (fake score) are trained, `real` is frozen. All random numbers
+    follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks.
+    """
+
+    def __init__(
+        self,
+        generator: VideoDiT,
+        critic: VideoDiT,
+        real: VideoDiT,
+        draws: Draws,
+        rules: RollOutRules,
+        num_frames: int,
+        settings: DmdSettings,
+    ) -> None:
+        self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
+        self.generator, self.critic = generator, critic
+        self.real = real.eval().requires_grad_(False)
+        self.draws, self.rules, self.num_frames, self.settings = draws, rules, num_frames, settings
+        self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
+
+    def turns(self, step: int) -> list[str]:
+        """The critic every iteration, the generator before it in every `updates_per_generator`-th."""
+        generator = step % self.settings.updates_per_generator == 0
+        return ["generator", "critic"] if generator else ["critic"]
+
+    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+        """Generator: the DMD loss through a graded roll-out. Critic: flow matching on the student's videos."""
+        return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
+
+    def exit_step(self, step: int) -> int:
+        """Denoising step at which every block of this iteration stops."""
+        return self.draws.integer(step, "exit_step", 0, len(self.rules.sigmas))
+
+    # ---- the two losses -------------------------------------------------------------------------------------------
+    def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
+        made = self._roll_out(batch, step, graded=True)
+        # The critic of this iteration learns from the same videos: no second roll-out.
+        self._shared[step, tuple(batch.indices)] = RollOut(made.latents.detach(), made.generated)
+        student = made.latents
+        with torch.no_grad():
+            noisy, sigma, _ = self._noised(student, batch, step, "generator")
+            fake = clean_from_velocity(noisy, self.critic(noisy, sigma, batch.condition), sigma)
+            real = clean_from_velocity(noisy, self._real_velocity(noisy, sigma, batch), sigma)
+            gradient = dmd_gradient(fake, real, student, made.generated)
+        loss = dmd_loss(student, gradient, made.generated)
+        metrics = {
+            "generator_loss": loss.detach(),
+            "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
+            "exit_step": float(self.exit_step(step)),
+        }
+        return LossResult(loss, metrics)
+
+    def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:
+        made = self._shared.pop((step, tuple(batch.indices)), None)
+        if made is None:
+            with torch.no_grad():
+                made = self._roll_out(batch, step, graded=False)
+        self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
+        noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
+        predicted = self.critic(noisy, sigma, batch.condition)
+        error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
+        loss = error.mean()
+        return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+    def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
+        return roll_out(
+            self.generator,
+            batch.condition,
+            batch.first_latent,
+            self._roll_out_noise(batch, step),
+            self.rules,
+            self.num_frames,
+            batch.latent_size,
+            exit_step=self.exit_step(step),
+            graded=graded,
+        )
+
+    def _roll_out_noise(self, batch: EncodedBatch, step: int) -> RollOutNoise:
+        device = batch.condition.text.device
+        channels = self.generator.config.out_channels
+
+        def noise(start: int, end: int, denoising_step: int) -> Tensor:
+            shape = (end - start, channels, *batch.latent_size)
+            part = start * len(self.rules.sigmas) + denoising_step
+            return self.draws.noise(step, "roll_out", batch.indices, shape, device, part=part)
+
+        return noise
+
+    def _noised(self, clean: Tensor, batch: EncodedBatch, step: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, sigma [B, F], noise) at one level a clip."""
+        settings = self.settings
+        u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64).to(clean.device)
+        level = training_sigma(u, settings.shift, settings.sigma_min, settings.sigma_max)
+        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=settings.first_frame_clean)
+        noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)
+        return add_noise(clean.detach(), noise, sigma), sigma, noise
+
+    def _real_velocity(self, noisy: Tensor, sigma: Tensor, batch: EncodedBatch) -> Tensor:
+        conditional = self.real(noisy, sigma, batch.condition)
+        if self.settings.guidance == 1:
+            return conditional
+        return guided(conditional, self.real(noisy, sigma, batch.unconditional), self.settings.guidance)

@@ -1,0 +1,32 @@
+"""What objectives are fed: one micro-batch after the encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longtake.structs import Condition
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """One micro-batch of conditions and, where the stage learns from videos, clean latents.
+
+    Fields: `indices` global sample indices (they key every random number); `condition`; `empty_text` [B, M, text_dim]
+    embeddings of the empty or negative prompt; `latent_size` (H, W); `latents` [B, F, C, H, W] of the real video or
+    None; `first_latent` [B, 1, C, H, W] the given picture, or None for text-to-video.
+    """
+
+    indices: Sequence[int]
+    condition: Condition
+    empty_text: Tensor
+    latent_size: tuple[int, int]
+    latents: Tensor | None = None
+    first_latent: Tensor | None = None
+
+    @property
+    def unconditional(self) -> Condition:
+        """The same picture under the empty prompt (guidance keeps y and CLIP tokens)."""
+        return self.condition.with_text(self.empty_text)

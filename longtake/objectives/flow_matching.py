@@ -1,0 +1,78 @@
+"""Bidirectional flow matching: trains the teacher, and scores of any kind.
+
+Source: Wan2.1 technical report; Lipman et al. 2022 (arXiv 2210.02747). The whole clip has one noise level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longtake.errors import TrainingError
+from longtake.flow.path import add_noise, velocity
+from longtake.flow.schedule import training_sigma
+from longtake.models.dit import VideoDiT
+from longtake.objectives.base import LossResult
+from longtake.objectives.encoded import EncodedBatch
+from longtake.randomness import Draws
+from longtake.structs import Condition
+
+
+def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Tensor:
+    """Noise level [B, F] of a clip from one level [B] a clip.
+
+    Models of the Wan2.1 kind know the picture from 36 channels and see one level everywhere; models of the TI2V kind
+    know it from a clean frame 0 (`first_frame_clean`).
+    """
+    levels = sigma[:, None].repeat(1, num_frames)
+    if first_frame_clean:
+        levels[:, 0] = 0.0
+    return levels
+
+
+def require_latents(batch: EncodedBatch, stage: str) -> Tensor:
+    """The batch's clean latents. Raises: TrainingError when the data hold none."""
+    if batch.latents is None:
+        raise TrainingError(f"stage {stage} learns from videos and its data have none; use clips or LMDB with latents")
+    return batch.latents
+
+
+class FlowMatching:
+    """Teacher training: predict the velocity of the whole clip at one noise level.
+
+    Args: `shift` warps the uniform noise levels; `caption_dropout` share of samples that see the empty prompt;
+    `first_frame_clean` as in `clip_sigma`. Frame 0 is part of the loss where it is noised: this teacher generates it
+    too, from `y` alone.
+    """
+
+    def __init__(
+        self, model: VideoDiT, draws: Draws, *, shift: float, caption_dropout: float, first_frame_clean: bool
+    ) -> None:
+        self.networks: dict[str, nn.Module] = {"generator": model}
+        self.model, self.draws = model, draws
+        self.shift, self.caption_dropout, self.first_frame_clean = shift, caption_dropout, first_frame_clean
+
+    def turns(self, step: int) -> list[str]:
+        """The one network, every iteration."""
+        return ["generator"]
+
+    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+        """Mean squared error of the velocity."""
+        clean = require_latents(batch, "teacher").float()
+        noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
+        u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64).to(clean.device)
+        sigma = clip_sigma(training_sigma(u, self.shift), clean.shape[1], first_frame_clean=self.first_frame_clean)
+        condition = drop_captions(batch, self.draws, step, self.caption_dropout)
+        predicted = self.model(add_noise(clean, noise, sigma), sigma, condition)
+        error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
+        counted = (sigma > 0).float()
+        loss = (error * counted).sum() / counted.sum()
+        return LossResult(loss, {"generator_loss": loss.detach()})
+
+
+def drop_captions(batch: EncodedBatch, draws: Draws, step: int, share: float) -> Condition:
+    """The batch's condition with the empty prompt in a random `share` of the samples."""
+    if share <= 0:
+        return batch.condition
+    dropped = draws.uniform(step, "caption_dropout", batch.indices).to(batch.empty_text.device) < share
+    return batch.condition.with_text(torch.where(dropped[:, None, None], batch.empty_text, batch.condition.text))

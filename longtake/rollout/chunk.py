@@ -1,0 +1,60 @@
+"""Denoise one block against a cache, and commit it: the only place that does so, in training and in inference.
+
+Source: Self-Forcing (Huang et al. 2025, arXiv 2506.08009, algorithm 1) with the rules of the project's specification:
+context is stored at sigma exactly 0, and only the exit step may carry gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longtake.flow.path import add_noise, clean_from_velocity
+from longtake.models.cache import KVCache
+from longtake.models.dit import VideoDiT
+from longtake.structs import Condition
+
+# noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
+BlockNoise = Callable[[int], Tensor]
+
+
+def denoise_block(
+    model: VideoDiT,
+    cache: KVCache,
+    condition: Condition,
+    noise: BlockNoise,
+    sigmas: Sequence[float],
+    *,
+    exit_step: int | None = None,
+    graded: bool = False,
+) -> Tensor:
+    """Clean latents [B, f, C, H, W] of the block at `cache.position`; the cache is only read.
+
+    Args: `sigmas` falling noise levels of the student; `exit_step` stops after that step (default: the last one);
+    `graded` lets gradient through the exit step, and through that step alone.
+    """
+    last = len(sigmas) - 1 if exit_step is None else exit_step
+    x = noise(0).float()
+    with torch.no_grad():
+        for step in range(last):
+            clean = _predict(model, cache, condition, x, sigmas[step])
+            x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
+    with torch.set_grad_enabled(graded):
+        return _predict(model, cache, condition, x, sigmas[last])
+
+
+@torch.no_grad()
+def commit_block(model: VideoDiT, cache: KVCache, condition: Condition, clean: Tensor) -> None:
+    """The context pass: stores keys and values of finished latents at sigma 0 and advances the cache."""
+    model(clean.detach(), _level(clean, 0.0), condition, cache=cache, commit=True)
+
+
+def _predict(model: VideoDiT, cache: KVCache, condition: Condition, x: Tensor, sigma: float) -> Tensor:
+    level = _level(x, sigma)
+    return clean_from_velocity(x, model(x, level, condition, cache=cache), level)
+
+
+def _level(x: Tensor, sigma: float) -> Tensor:
+    return torch.full((x.shape[0],), sigma, device=x.device)

@@ -1,0 +1,89 @@
+"""The student's own roll-out over a training horizon: what it will do at inference, with gradient where it is wanted.
+
+Source: Self-Forcing (arXiv 2506.08009); specification F and its I2V rules: the given picture is frame 0, cached at
+sigma 0, never generated; the context pass of the last block is left out, since nobody reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.models.dit import VideoDiT
+from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.structs import BlockPlan, Condition
+
+# noise(start frame, end frame, step) -> [B, end - start, C, H, W]
+RollOutNoise = Callable[[int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class RollOut:
+    """`latents` [B, F, C, H, W]; `generated` [F] boolean, False for the given picture."""
+
+    latents: Tensor
+    generated: Tensor
+
+
+@dataclass(frozen=True)
+class RollOutRules:
+    """How the student unrolls: block boundaries, window, positions and noise levels; the same at inference."""
+
+    plan: BlockPlan
+    sigmas: Sequence[float]
+    window_frames: int | None
+    sink_frames: int
+    rope: str
+
+
+def roll_out(
+    model: VideoDiT,
+    condition: Condition,
+    first_latent: Tensor | None,
+    noise: RollOutNoise,
+    rules: RollOutRules,
+    num_frames: int,
+    latent_size: tuple[int, int],
+    *,
+    exit_step: int | None = None,
+    graded: bool = False,
+) -> RollOut:
+    """Unrolls `num_frames` latent frames block by block from an empty cache.
+
+    Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
+    frames and denoising step; `exit_step` one step for every block; `graded` keeps the graph of each exit step.
+    Raises: ConfigError when `num_frames` does not fit the block plan.
+    """
+    rules.plan.check(num_frames)
+    # Recomputation in backward reads the context again, so nothing may be evicted before it.
+    evicted = 0 if rules.window_frames is None else max(0, num_frames - rules.window_frames)
+    cache = model.new_cache(
+        condition.batch_size,
+        *latent_size,
+        rules.window_frames,
+        rules.sink_frames,
+        rules.rope,
+        max_frames=num_frames,
+        spare_frames=evicted if graded and model.activation_checkpointing else 0,
+    )
+    blocks: list[Tensor] = []
+    if first_latent is not None:
+        commit_block(model, cache, condition, first_latent)
+        blocks.append(first_latent.float())
+    for start, end in rules.plan.blocks(cache.position, num_frames):
+        block_noise = block_noise_at(noise, start, end)
+        clean = denoise_block(model, cache, condition, block_noise, rules.sigmas, exit_step=exit_step, graded=graded)
+        blocks.append(clean)
+        if end < num_frames:
+            commit_block(model, cache, condition, clean)
+    generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
+    generated[: 0 if first_latent is None else 1] = False
+    return RollOut(torch.cat(blocks, 1), generated)
+
+
+def block_noise_at(noise: RollOutNoise, start: int, end: int) -> Callable[[int], Tensor]:
+    """Noise of one block as a function of the denoising step alone."""
+    return lambda step: noise(start, end, step)

@@ -1,0 +1,116 @@
+"""What a stage folder on disk looks like: checkpoints, their manifests, which one is the newest complete one.
+
+`<logdir>/<stage>/checkpoints/step_000100/` holds `state/*.safetensors` (everything that resuming needs, sharded),
+one folder per exported network (`generator/`, `generator_ema/`: `model.safetensors` + `config.json`) and
+`manifest.json`, which lists every other file with its size and SHA-256. A checkpoint is written under a `.tmp-` name
+and renamed when complete. No torch here and nothing that unpickles: inference reads these folders without training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from longtake.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+_NAME = re.compile(r"step_(\d{6,})")
+logger = logging.getLogger(__name__)
+
+
+def checkpoints_folder(stage_folder: str | Path) -> Path:
+    """Where the stage in `stage_folder` keeps its checkpoints."""
+    return Path(stage_folder) / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint made after `step` iterations."""
+    return f"step_{step:06d}"
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Published checkpoints in `folder`, oldest first; temporary and foreign names are left out."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as manifests list it."""
+    with path.open("rb") as file:
+        return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """Relative names of all files of a checkpoint except its manifest, sorted."""
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises: CheckpointError when it is missing, unreadable or of another format."""
+    path = Path(checkpoint) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); the checkpoint is incomplete, use another one"
+        ) from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version}; this version of Longtake reads {FORMAT_VERSION}. "
+            "Use the version of Longtake that wrote it"
+        )
+    return manifest
+
+
+def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are exactly those listed, each with its size and checksum.
+
+    Raises: CheckpointError naming the first file that is missing, surplus or changed.
+    """
+    checkpoint = Path(checkpoint)
+    manifest = read_manifest(checkpoint)
+    listed, present = manifest.get("files", {}), files_of(checkpoint)
+    if surplus := sorted(set(present) - set(listed)):
+        raise CheckpointError(f"{checkpoint} holds files that its manifest does not list: {surplus[:5]}; remove them")
+    for name, record in listed.items():
+        if name not in present:
+            raise CheckpointError(f"{checkpoint} lacks {name}; the checkpoint is damaged, use another one")
+        if (checkpoint / name).stat().st_size != record["size_bytes"] or file_record(checkpoint / name) != record:
+            raise CheckpointError(f"{checkpoint / name} is not the file that was saved; use another checkpoint")
+    return manifest
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, verified; None when there is none.
+
+    A damaged newer one is passed over with a warning that names it.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
+        else:
+            return path
+    return None
+
+
+def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:
+    """Folder with `model.safetensors` and `config.json` of a network in a checkpoint, its EMA where there is one.
+
+    Raises: CheckpointError when the checkpoint does not hold that network.
+    """
+    names = [f"{network}_ema", network] if prefer_ema else [network]
+    for name in names:
+        if (folder := Path(checkpoint) / name).is_dir():
+            return folder
+    held = sorted(path.name for path in Path(checkpoint).glob("*") if path.is_dir() and path.name != "state")
+    raise CheckpointError(f"{checkpoint} holds no exported network {network!r}; it holds {held}")

@@ -1,0 +1,147 @@
+"""From a batch of pictures, prompts and videos to what objectives need; each row is encoded once and remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from longtake.data.loader import Batch, Loader, Pick, collate
+from longtake.errors import DataError
+from longtake.models.conditioning import condition_frames
+from longtake.models.encoders import Encoders
+from longtake.objectives.encoded import EncodedBatch
+from longtake.structs import Condition, VideoShape
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Encodings of one row: text [M, D], CLIP tokens [L, D], y [F_total, C_y, H, W], latents
+    [F, C, H, W]."""
+
+    text: Tensor
+    image: Tensor | None = None
+    frames: Tensor | None = None
+    latents: Tensor | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class BatchEncoder:
+    """Turns pictures, prompts and videos into encodings on the device.
+
+    Args: `with_image` gives the picture's conditions (image-to-video); `with_latents` encodes the videos.
+    """
+
+    def __init__(
+        self, encoders: Encoders, shape: VideoShape, *, with_image: bool, with_latents: bool, device: torch.device
+    ) -> None:
+        self.encoders, self.shape, self.device = encoders, shape, device
+        self.with_image, self.with_latents = with_image, with_latents
+        self.empty_text = encoders.text.encode([""]).to(device)
+
+    @torch.no_grad()
+    def rows(self, batch: Batch) -> list[EncodedRow]:
+        """Encodings of each sample. Raises: DataError when pictures or videos are missing."""
+        names = ", ".join(batch.names)
+        text: Tensor = self.encoders.text.encode(batch.prompts)
+        image = frames = latents = None
+        if self.with_image:
+            if batch.images is None:
+                raise DataError(f"samples {names} have no image; image-to-video needs one a row")
+            pictures = batch.images.to(self.device)
+            frames = condition_frames(self.encoders.vae, pictures)
+            image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
+        if self.with_latents:
+            if batch.videos is None:
+                raise DataError(f"samples {names} have no video; this stage learns from clips")
+            latents = self.encoders.vae.encode(batch.videos.to(self.device))
+
+        def pick(part: Tensor | None, k: int) -> Tensor | None:
+            return None if part is None else part[k].clone()
+
+        return [
+            EncodedRow(text[k].clone(), pick(image, k), pick(frames, k), pick(latents, k)) for k in range(len(batch))
+        ]
+
+    def batch(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> EncodedBatch:
+        """The micro-batch of encoded rows with their global sample indices."""
+        condition = Condition(
+            torch.stack([row.text for row in rows]),
+            _stack([row.image for row in rows]),
+            _stack([row.frames for row in rows]),
+        )
+        first = None
+        if condition.frames is not None:
+            # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
+            first = condition.frames[:, :1, -self.encoders.vae.latent_channels :]
+        return EncodedBatch(
+            indices=indices,
+            condition=condition,
+            empty_text=self.empty_text.expand(len(rows), -1, -1),
+            latent_size=(self.shape.latent_height, self.shape.latent_width),
+            latents=_stack([row.latents for row in rows]),
+            first_latent=first,
+        )
+
+
+class EncodedLoader:
+    """Micro-batches after the encoders; a row is read and encoded once and remembered, up to `memory_bytes`.
+
+    Position and seeking are those of the loader.
+    """
+
+    def __init__(self, loader: Loader, encoder: BatchEncoder, *, memory_bytes: int = 4 << 30) -> None:
+        self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
+        self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
+        self._used_bytes = 0
+        self._pending: list[list[Pick]] = []
+
+    @property
+    def position(self) -> int:
+        """Samples taken by all ranks together."""
+        return self.loader.position
+
+    def seek(self, position: int) -> None:
+        """Makes the next micro-batch the first one of the update at `position`."""
+        self._pending = []
+        self.loader.seek(position)
+
+    def __next__(self) -> EncodedBatch:
+        """The next micro-batch; `position` moves with the last one of an update."""
+        if not self._pending:
+            self._pending = self.loader.picks(self.position)
+        picks = self._pending.pop(0)
+        if not self._pending:
+            self.loader.seek(self.position + self.loader.batch_size)
+        if missing := [pick for pick in picks if pick.row not in self._rows]:
+            with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
+                read = list(pool.map(self.loader.read, [pick.row for pick in missing]))
+            batch = collate([sample for _, sample in read], missing, [row for row, _ in read])
+            for pick, row in zip(missing, self.encoder.rows(batch)):
+                self._remember(pick.row, row)
+        rows = [self._rows[pick.row] for pick in picks]
+        self._forget()
+        return self.encoder.batch(rows, [pick.index for pick in picks])
+
+    def _remember(self, number: int, row: EncodedRow) -> None:
+        if number not in self._rows:
+            self._used_bytes += row.size_bytes
+        self._rows[number] = row
+
+    def _forget(self) -> None:
+        while self._used_bytes > self.memory_bytes:
+            _, oldest = self._rows.popitem(last=False)
+            self._used_bytes -= oldest.size_bytes
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

@@ -1,0 +1,74 @@
+"""`longtake train`: one stage, or a job: write the toy world, train the stages in order, measure, report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from longtake.config import JobConfig, StageConfig, dump
+from longtake.data.world_files import write_world
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.evaluation.run import evaluate
+from longtake.runs import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
+from longtake.train.stages import run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: StageConfig | JobConfig) -> None:
+    """Trains what `config` says, on all ranks that torchrun started (or in this process alone)."""
+    with init_mesh() as mesh:
+        _log_on_main(mesh)
+        if isinstance(config, StageConfig):
+            run_stage(config, mesh)
+        else:
+            run_job(config, mesh)
+
+
+def run_job(config: JobConfig, mesh: Mesh) -> None:
+    """The whole way; what an earlier run of the same job completed is not done again."""
+    logdir = Path(config.logdir)
+
+    def prepare() -> None:
+        logdir.mkdir(parents=True, exist_ok=True)
+        (logdir / "job.yaml").write_text(dump(config))
+        data = config.data
+        write_world(
+            config.data_folder, data.num_worlds, seed=data.seed, num_frames=data.num_frames, formats=tuple(data.formats)
+        )
+
+    mesh.on_main(prepare)
+    for name, stage in config.stages.items():
+        stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
+        if mesh.on_main(lambda stage=stage: _is_done(stage)):  # type: ignore[misc]
+            logger.info("Stage %s is complete", name)
+            continue
+        logger.info("Stage %s", name)
+        run_stage(stage, mesh)
+    logger.info("Evaluation over %d held-out worlds", config.evaluation.num_worlds)
+    result = evaluate(logdir, mesh=mesh, settings=config.evaluation)
+    if mesh.is_main:
+        sys.stdout.write(
+            f"\n{result}\n\nWritten to {logdir}: contact_sheet.png, samples/, evaluation.{{md,json,png}}\n"
+        )
+        sys.stdout.flush()
+
+
+def _is_done(stage: StageConfig) -> bool:
+    folder = checkpoints_folder(stage.folder)
+    if not (folder / checkpoint_name(stage.max_steps)).is_dir():
+        return False
+    newest = latest_checkpoint(folder)
+    return newest is not None and read_manifest(newest)["step"] >= stage.max_steps
+
+
+def _log_on_main(mesh: Mesh) -> None:
+    logging.basicConfig(
+        level=logging.INFO if mesh.is_main else logging.WARNING,
+        format=f"%(asctime)s {'' if mesh.is_main else f'rank {mesh.rank} '}%(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("httpx", "matplotlib", "diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

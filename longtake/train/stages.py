@@ -1,0 +1,230 @@
+"""Builds one stage from its configuration and trains it: weights, encoders, objective, data, validation."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longtake.config import StageConfig, dump
+from longtake.config_groups import CriticConfig, OptimConfig
+from longtake.data.loader import Loader
+from longtake.data.samples import open_dataset
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.errors import CheckpointError, ConfigError
+from longtake.inference.generator import find_checkpoint, rules_of
+from longtake.models.dit import VideoDiT
+from longtake.models.encoders import Encoders
+from longtake.models.presets import model_config
+from longtake.models.weights import load_dit
+from longtake.objectives.base import LossResult, Objective
+from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.flow_matching import FlowMatching
+from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.randomness import Draws
+from longtake.runs import exported_weights
+from longtake.train.ema import EMASettings
+from longtake.train.encode import BatchEncoder, EncodedLoader
+from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
+from longtake.train.optim import OptimizerSettings
+from longtake.train.state import TrainState
+from longtake.train.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class InPrecision:
+    """An objective whose losses run under autocast; weights, optimizer and losses stay float32."""
+
+    def __init__(self, objective: Objective, device: torch.device, *, bf16: bool) -> None:
+        self.objective, self.device, self.bf16 = objective, device, bf16
+        self.networks = objective.networks
+
+    def turns(self, step: int) -> list[str]:
+        """As the objective's."""
+        return self.objective.turns(step)
+
+    def loss(self, turn: str, batch: Any, step: int) -> LossResult:
+        """As the objective's, with matrix products in bfloat16 where asked for."""
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            return self.objective.loss(turn, batch, step)
+
+
+def weights_folder(source: Path) -> Path:
+    """The folder with weights that a source means: a model folder itself, or the newest checkpoint of a stage."""
+    if any(source.glob("*.safetensors")) or source.suffix == ".safetensors":
+        return source
+    try:
+        return exported_weights(find_checkpoint(source))
+    except CheckpointError as error:
+        raise CheckpointError(f"no weights at {source}: {error}") from error
+
+
+def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
+    """A model from a source, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
+    model = load_dit(weights_folder(source), mesh.device)
+    wanted = config.model.image_condition == "i2v"
+    if (model.config.condition_channels > 0) != wanted:
+        raise ConfigError(
+            f"model.image_condition={config.model.image_condition} does not fit the weights at {source}, which have "
+            f"in_channels={model.config.in_channels}; set it to {'t2v' if wanted else 'i2v'}"
+        )
+    return model
+
+
+def run_stage(config: StageConfig, mesh: Mesh) -> None:
+    """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
+    accumulation = config.accumulation(mesh.world_size)
+    folder = config.folder
+    encoders = Encoders.load(config.encoders_folder, mesh.device, with_image=config.model.image_condition == "i2v")
+    _check_strides(config, encoders)
+    networks, real = _networks(config, mesh)
+    draws = Draws(config.seed)
+    objective = InPrecision(_objective(config, networks, real, draws), mesh.device, bf16=config.precision == "bf16")
+    state = _state(config, objective.networks)
+    _write_config(config, mesh)
+
+    dataset = open_dataset(
+        config.data.path,
+        kind=config.data.kind,
+        num_frames=config.video.shape.num_pixel_frames,
+        height=config.video.height,
+        width=config.video.width,
+    )
+    loader = Loader.from_config(
+        dataset,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+    )
+    encode = BatchEncoder(
+        encoders,
+        config.video.shape,
+        with_image=config.model.image_condition == "i2v",
+        with_latents=config.stage != "distill",
+        device=mesh.device,
+    )
+    validation = Validation(config, encoders, state, real, mesh, folder)
+    hooks = Hooks(validation.evaluate, validation.sample) if validation.enabled else Hooks()
+    settings = LoopSettings(
+        max_steps=config.max_steps,
+        accumulation=accumulation,
+        save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+        log_every=config.log_every,
+        validate_every=config.validate_every or config.max_steps,
+        sample_every=config.validate_every or config.max_steps,
+    )
+    info = RunInfo(
+        config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
+    )
+    try:
+        train(
+            state, objective, EncodedLoader(loader, encode), settings, folder=folder, mesh=mesh, info=info, hooks=hooks
+        )
+    finally:
+        loader.close()
+
+
+def facts(config: StageConfig) -> dict[str, Any]:
+    """What must not change between a run, its resumption and its use: stored in every manifest."""
+    return {
+        "rope": config.rope,
+        "plan": config.plan.model_dump(),
+        "steps": config.flow.steps,
+        "shift": config.flow.shift,
+        "fps": config.video.fps,
+    }
+
+
+def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None]:
+    if config.init_from is None:
+        # The same random weights on every rank: sharding takes a slice of each.
+        torch.manual_seed(config.seed)
+        generator = VideoDiT(model_config(config.model.preset)).to(mesh.device)
+    else:
+        generator = load_weights(config.source(config.init_from), config, mesh)
+    networks = {"generator": generator}
+    real = None
+    if config.stage == "distill":
+        assert config.teacher is not None and config.critic is not None
+        real = load_weights(config.source(config.teacher), config, mesh)
+        networks["critic"] = load_weights(config.source(config.critic.init_from or config.teacher), config, mesh)
+        real.requires_grad_(False)
+        parallelize(real, mesh)
+    for network in networks.values():
+        network.activation_checkpointing = config.activation_checkpointing
+        parallelize(network, mesh)
+    return networks, real
+
+
+def _objective(config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws) -> Objective:
+    clean = config.model.first_frame_sigma == "zero"
+    flow = config.flow
+    if config.stage == "teacher":
+        return FlowMatching(
+            networks["generator"],
+            draws,
+            shift=flow.shift,
+            caption_dropout=config.caption_dropout,
+            first_frame_clean=clean,
+        )
+    if config.stage == "causal":
+        return TeacherForcing(
+            networks["generator"], draws, rules_of(config), shift=flow.shift, caption_dropout=config.caption_dropout
+        )
+    assert real is not None and config.critic is not None
+    settings = DmdSettings(
+        shift=flow.shift,
+        guidance=flow.guidance,
+        sigma_min=flow.sigma_min,
+        sigma_max=flow.sigma_max,
+        updates_per_generator=config.critic.updates_per_generator,
+        first_frame_clean=clean,
+    )
+    frames = config.video.num_latent_frames
+    return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings)
+
+
+def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
+    groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
+    optimizers = {}
+    for name in networks:
+        group = groups[name]
+        assert group is not None
+        optimizers[name] = OptimizerSettings(
+            lr=group.lr,
+            betas=(group.beta1, group.beta2),
+            eps=group.eps,
+            weight_decay=group.weight_decay,
+            warmup_steps=group.warmup_steps,
+            max_grad_norm=group.max_grad_norm,
+        )
+    ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
+    return TrainState.build(networks, optimizers, ema, seed=config.seed)
+
+
+def _check_strides(config: StageConfig, encoders: Encoders) -> None:
+    vae, video = encoders.vae, config.video
+    for name in ("temporal_stride", "spatial_stride"):
+        if getattr(vae, name) != getattr(video, name):
+            raise ConfigError(
+                f"video.{name}={getattr(video, name)} is not that of the VAE in {config.encoders_folder}, "
+                f"{getattr(vae, name)}; set it to {getattr(vae, name)}"
+            )
+
+
+def _write_config(config: StageConfig, mesh: Mesh) -> None:
+    def write() -> None:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / "config.yaml").write_text(dump(config))
+
+    mesh.on_main(write)

@@ -1,0 +1,66 @@
+"""Everything that a resumed run needs and a fresh run does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from longtake.errors import ConfigError
+from longtake.train.ema import EMA, EMASettings
+from longtake.train.optim import NetworkOptimizer, OptimizerSettings, clean_name
+
+
+@dataclass
+class TrainState:
+    """The state of a training run.
+
+    Fields: `networks` that are trained, their `optimizers` and averages (`ema`, for some of them) by name; `step`,
+    the number of completed iterations; `data_position`, the number of samples taken by all ranks; `seed` of all
+    randomness (there is no generator state: every draw is a function of seed, step, purpose and sample index).
+    """
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, NetworkOptimizer]
+    ema: dict[str, EMA] = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
+    data_position: int = 0
+
+    @classmethod
+    def build(
+        cls,
+        networks: Mapping[str, nn.Module],
+        optimizers: Mapping[str, OptimizerSettings],
+        ema: Mapping[str, EMASettings] | None = None,
+        *,
+        seed: int = 0,
+    ) -> TrainState:
+        """The state before the first iteration, of networks that are already sharded.
+
+        Raises: ConfigError when a network has no optimizer settings or settings name no network.
+        """
+        averages = dict(ema or {})
+        if set(optimizers) != set(networks) or not set(averages) <= set(networks):
+            raise ConfigError(
+                f"optimizers for {sorted(optimizers)} and ema for {sorted(averages)} do not fit the trained networks "
+                f"{sorted(networks)}; give each network an optimizer, and name only these"
+            )
+        return cls(
+            networks=dict(networks),
+            optimizers={name: NetworkOptimizer(networks[name], settings) for name, settings in optimizers.items()},
+            ema={name: EMA(networks[name], settings) for name, settings in averages.items()},
+            seed=seed,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name; writing into them restores the state."""
+        named: dict[str, Tensor] = {}
+        for name, network in self.networks.items():
+            named |= {f"networks.{name}.{clean_name(key)}": value for key, value in network.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            named |= {f"optimizers.{name}.{key}": value for key, value in optimizer.tensors().items()}
+        for name, average in self.ema.items():
+            named |= {f"ema.{name}.{key}": value for key, value in average.tensors().items()}
+        return named

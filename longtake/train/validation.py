@@ -1,0 +1,112 @@
+"""What a stage generates and measures while it trains: the motion of the student beside the teacher's.
+
+Students that freeze are this field's first complaint; the motion ratio of both goes into `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.config import StageConfig
+from longtake.data.world import SIZE
+from longtake.distributed.mesh import Mesh
+from longtake.evaluation import report
+from longtake.evaluation.rows import Row, Videos, held_out, score_row, student_row, teacher_row, truth
+from longtake.evaluation.world_metrics import summarise
+from longtake.inference.generator import rules_of
+from longtake.models.dit import VideoDiT
+from longtake.models.encoders import Encoders
+from longtake.train.state import TrainState
+
+# Numbers that are written to metrics.jsonl, by their name in the summary
+_LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
+
+
+class Validation:
+    """Generates the held-out worlds with the current (averaged) weights, and once with the teacher's.
+
+    Only image-to-video at the size of the embedded world can be measured; `enabled` says whether this stage is.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        encoders: Encoders,
+        state: TrainState,
+        teacher: VideoDiT | None,
+        mesh: Mesh,
+        folder: Path,
+    ) -> None:
+        self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, folder
+        self.teacher = teacher
+        size = (config.video.height, config.video.width)
+        self.enabled = (
+            config.validation.num_worlds > 0 and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
+        )
+        self._batches: list | None = None
+        self._teacher_numbers: dict[str, float] = {}
+        self._shown: dict[str, Videos] = {}
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Scores after `step` iterations; all ranks call it."""
+        settings = self.config.validation
+        frames = settings.num_latent_frames or self.config.video.num_latent_frames
+        if self._batches is None:
+            self._batches = held_out(
+                self.encoders,
+                self.mesh,
+                seed=settings.seed,
+                num_worlds=settings.num_worlds,
+                num_latent_frames=frames,
+                batch_size=8,
+            )
+            self._shown["truth"] = truth(self._batches[0])
+            if self.teacher is not None:
+                self._teacher_numbers = self._measure("teacher", self._teacher(self.teacher))
+        generator = self.state.networks["generator"]
+        assert isinstance(generator, VideoDiT)
+        average = self.state.ema.get("generator")
+        with average.applied() if average is not None else nullcontext():
+            numbers = self._measure(self.config.name, self._student(generator))
+        return {
+            **{f"validation/{name}": value for name, value in numbers.items()},
+            **{f"validation/teacher_{name}": value for name, value in self._teacher_numbers.items()},
+        }
+
+    def sample(self, step: int) -> Mapping[str, NDArray[np.uint8]]:
+        """The contact sheet of the last evaluation, also written to the stage's folder with its videos."""
+        if self.mesh.is_main:
+            sheet = report.contact_sheet(self._shown)
+            report.write_png(self.folder / "contact_sheet.png", sheet)
+            videos = {f"step_{step:06d}_{k}": video for k, video in enumerate(self._shown[self.config.name][:3])}
+            report.write_samples(self.folder / "samples", videos, self.config.video.fps)
+            return {"contact_sheet": sheet}
+        return {}
+
+    def _measure(self, name: str, row: Row) -> dict[str, float]:
+        assert self._batches is not None
+        scores, shown = score_row(row, self._batches, self.mesh)
+        self._shown[name] = shown
+        summary = summarise(scores)
+        return {key: float("nan") if summary[key] is None else summary[key] for key in _LOGGED}
+
+    def _student(self, model: VideoDiT) -> Row:
+        if self.config.stage == "teacher":
+            return self._teacher(model)
+        return student_row(model, rules_of(self.config), seed=self.config.validation.seed)
+
+    def _teacher(self, model: VideoDiT) -> Row:
+        flow = self.config.flow
+        return teacher_row(
+            model,
+            seed=self.config.validation.seed,
+            num_steps=self.config.validation.teacher_steps,
+            shift=flow.shift,
+            guidance=self.config.validation.teacher_guidance,
+            first_frame_clean=self.config.model.first_frame_sigma == "zero",
+        )

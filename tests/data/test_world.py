@@ -1,0 +1,219 @@
+"""The embedded world: purity, captions, truth, and the files it is written to."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+from longtake.data.world import (
+    DIRECTIONS,
+    FPS,
+    SIZE,
+    SPEED_PX,
+    SPEEDS,
+    VOCABULARY,
+    Clause,
+    clause_spans,
+    parse_caption,
+    sample_world,
+    sprite_reach,
+    tokenize,
+    toroidal_offset,
+)
+from longtake.data.world_files import read_worlds, write_lmdb_shard, write_world
+from longtake.errors import ConfigError, DataError
+
+WORLDS = [sample_world(7, index) for index in range(400)]
+
+
+def test_world_is_a_pure_function_of_seed_and_index():
+    first, again, other = sample_world(3, 5), sample_world(3, 5), sample_world(3, 6)
+    assert first.sprites == again.sprites and first.caption == again.caption
+    assert np.array_equal(first.render(5), again.render(5))
+    assert not np.array_equal(first.render(1), other.render(1))
+
+
+def test_render_has_the_promised_shape_and_a_prefix_does_not_depend_on_length():
+    video = WORLDS[0].render(33)
+    assert video.shape == (33, SIZE, SIZE, 3) and video.dtype == np.uint8 and FPS == 16
+    assert np.array_equal(video[:7], WORLDS[0].render(7))
+    frozen = WORLDS[0].render(5, time_scale=0)
+    assert (frozen == video[0]).all()
+
+
+def test_captions_parse_back_exactly():
+    words = set()
+    for index in range(3000):
+        world = sample_world(11, index)
+        assert parse_caption(world.caption) == [sprite.clause for sprite in world.sprites], world.caption
+        tokens = tokenize(world.caption)
+        words.update(tokens)
+        assert len(tokens) + 1 < 48  # room for </s> in the toy text length
+    assert words == set(VOCABULARY) and list(VOCABULARY) == sorted(VOCABULARY)
+
+
+def test_the_caption_of_the_issue_parses():
+    caption = "a small red circle drifts to the right, a green square climbs quickly"
+    assert parse_caption(caption) == [
+        Clause("small", "circle", "red", "right", "slow"),
+        Clause("medium", "square", "green", "up", "fast"),
+    ]
+    assert clause_spans(caption) == [0] * 8 + [-1] + [1] * 5
+
+
+def test_clause_spans_keep_the_and_of_a_diagonal_inside_its_clause():
+    caption = "a red circle moves up and to the left, and a blue cross wanders off"
+    assert clause_spans(caption) == [0] * 9 + [-1, -1] + [1] * 5
+    assert parse_caption(caption)[0].direction == "upper left" and parse_caption(caption)[1].direction is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "nothing here",
+        "a red circle flies right",
+        "a red circle moves",
+        "a red circle moves left and right",
+        "a red circle moves somewhere right",
+        "a red blue circle moves right",
+        "a circle moves right",
+        "a red circle races slowly right",
+    ],
+)
+def test_captions_without_one_meaning_are_refused(caption):
+    with pytest.raises(DataError):
+        parse_caption(caption)
+
+
+def test_sampling_covers_everything_with_the_promised_shares():
+    assert 0.15 < np.mean([any(s.is_open for s in w.sprites) for w in WORLDS]) < 0.25
+    assert max(sum(s.is_open for s in w.sprites) for w in WORLDS) == 1
+    assert {len(w.sprites) for w in WORLDS} == {1, 2, 3}
+    sprites = [s for w in WORLDS for s in w.sprites]
+    assert {(s.direction, s.speed) for s in sprites} == {(d, v) for d in DIRECTIONS for v in SPEEDS}
+    for sprite in sprites:
+        assert np.hypot(*sprite.velocity) == pytest.approx(SPEED_PX[sprite.speed])
+        assert (sprite.clause.direction is None) == (sprite.clause.speed is None) == sprite.is_open
+
+
+def test_sprites_of_a_world_differ_in_colour_and_start_apart():
+    for world in WORLDS:
+        assert len({s.colour for s in world.sprites}) == len(world.sprites)
+        assert world.visibility(1).min() > 0.999
+        starts = world.positions(1)[0]
+        for i, a in enumerate(world.sprites):
+            for j, b in enumerate(world.sprites[:i]):
+                gap = np.hypot(*toroidal_offset(starts[i] - starts[j]))
+                assert gap > sprite_reach(a.shape, a.radius) + sprite_reach(b.shape, b.radius)
+
+
+def test_motion_wraps_and_shifting_moves_every_sprite():
+    world = WORLDS[1]
+    positions, free = world.positions(200), world.positions(200, wrap=False)
+    assert positions.min() >= 0 and positions.max() < SIZE
+    assert np.allclose(toroidal_offset(positions - free), 0)
+    moved = toroidal_offset(world.shifted(3, -2).positions(9) - world.positions(9))
+    assert np.allclose(moved, (3, -2))
+    flat = world.shifted(SIZE, 0)
+    assert np.array_equal(flat.render(3), world.render(3))
+
+
+def test_a_sprite_that_crosses_the_edge_is_drawn_on_both_sides():
+    world = next(w for w in WORLDS if len(w.sprites) == 1 and w.sprites[0].shape == "square")
+    sprite = world.sprites[0]
+    seam = world.shifted(-sprite.x, 0).render(1)[0].astype(int) - world.background
+    changed = np.abs(seam).sum((0, 2)) > 0
+    assert changed[0] and changed[-1] and not changed[SIZE // 2]
+
+
+def test_a_folder_is_written_once_and_reads_back(tmp_path):
+    av, lmdb = pytest.importorskip("av"), pytest.importorskip("lmdb")
+    from PIL import Image
+
+    folder = write_world(tmp_path / "data", 3, seed=5, num_frames=9)
+    worlds = read_worlds(folder)
+    assert [(w.seed, w.index) for w in worlds] == [(5, 0), (5, 1), (5, 2)]
+    assert sorted(os.listdir(folder)) == ["clips", "images", "lmdb", "world.json", "worlds.jsonl"]
+    assert os.listdir(tmp_path) == ["data"]  # nothing temporary is left
+    for name, suffix in (("images", "png"), ("clips", "mp4")):
+        rows = [json.loads(line) for line in (folder / name / "metadata.jsonl").read_text().splitlines()]
+        assert rows == [{"file_name": f"{i:06d}.{suffix}", "text": w.caption} for i, w in enumerate(worlds)]
+    assert np.array_equal(np.asarray(Image.open(folder / "images/000001.png")), worlds[1].render(1)[0])
+    with av.open(str(folder / "clips/000001.mp4")) as container:
+        assert container.streams.video[0].average_rate == FPS
+        clip = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    truth = worlds[1].render(9)
+    assert clip.shape == truth.shape
+    assert 10 * np.log10(255**2 / np.mean((clip.astype(float) - truth) ** 2)) > 32
+    with lmdb.open(str(folder / "lmdb/shard_00"), readonly=True, lock=False) as env, env.begin() as read:
+        assert (read.get(b"longtake_format"), read.get(b"num_rows")) == (b"1", b"3")
+        assert read.get(b"prompts_2_data").decode() == worlds[2].caption
+        picture = np.asarray(Image.open(io.BytesIO(read.get(b"img_2_data"))))
+    assert np.array_equal(picture, worlds[2].render(1)[0])
+    before = (folder / "world.json").stat().st_mtime_ns
+    write_world(folder, 3, seed=5, num_frames=9)
+    assert (folder / "world.json").stat().st_mtime_ns == before
+
+
+def test_other_contents_are_never_overwritten(tmp_path):
+    folder = write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
+    with pytest.raises(DataError, match="asked for"):
+        write_world(folder, 1, seed=6, num_frames=1, formats=("images",))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"world\.json"):
+        write_world(tmp_path / "mine", 1, seed=5, num_frames=1, formats=("images",))
+    with pytest.raises(ConfigError, match="formats"):
+        write_world(tmp_path / "new", 1, seed=5, num_frames=1, formats=("gif",))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_write_leaves_nothing_and_leftovers_of_killed_runs_go(tmp_path, monkeypatch):
+    import longtake.data.world_files as files
+
+    leftover = tmp_path / f"{files._partial_prefix(tmp_path / 'data')}{2**22 + 1}"  # above any process number
+    leftover.mkdir()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "_write_images", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
+    assert os.listdir(tmp_path) == []
+
+
+def test_worlds_of_another_generator_are_refused(tmp_path):
+    folder = write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
+    (folder / "worlds.jsonl").write_text('{"seed": 5, "index": 0, "caption": "a red circle"}\n')
+    with pytest.raises(DataError, match="generator"):
+        read_worlds(folder)
+
+
+def test_lmdb_shard_keeps_arrays_of_any_dtype_and_grows(tmp_path):
+    lmdb, torch = pytest.importorskip("lmdb"), pytest.importorskip("torch")
+    from longtake.data.world_files import encode_png
+
+    image = encode_png(WORLDS[0].render(1)[0])
+    latents = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4)
+    rows = [
+        {"img": image, "prompts": "ü", "latents": latents, "clip": np.ones((2, 5), np.float16)},
+        {"img": image, "prompts": "b", "y": np.zeros(20_000_000, np.float32)},  # more than the map's first size
+    ]
+    assert write_lmdb_shard(tmp_path / "shard_00", rows) == 2
+    with lmdb.open(str(tmp_path / "shard_00"), readonly=True, lock=False) as env, env.begin() as read:
+        assert read.get(b"prompts_0_data").decode() == "ü"
+        assert (read.get(b"latents_0_shape"), read.get(b"latents_0_dtype")) == (b"2 3 4", b"bfloat16")
+        back = torch.frombuffer(bytearray(read.get(b"latents_0_data")), dtype=torch.bfloat16).reshape(2, 3, 4)
+        assert torch.equal(back, latents)
+        assert (read.get(b"clip_0_shape"), read.get(b"clip_0_dtype")) == (b"2 5", b"float16")
+        assert len(read.get(b"y_1_data")) == 80_000_000
+    with pytest.raises(DataError, match="exists"):
+        write_lmdb_shard(tmp_path / "shard_00", rows)
+    with pytest.raises(DataError, match="columns"):
+        write_lmdb_shard(tmp_path / "shard_01", [{"img": image}])
+    with pytest.raises(DataError, match="PNG"):
+        write_lmdb_shard(tmp_path / "shard_01", [{"img": b"text", "prompts": "x"}])
+    assert os.listdir(tmp_path) == ["shard_00"]

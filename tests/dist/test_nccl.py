@@ -1,0 +1,60 @@
+"""The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with bfloat16 compute and a resume."""
+
+import pytest
+import tiny_run
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.train.checkpoint import load_checkpoint, save_checkpoint
+from longtake.train.ema import EMASettings
+from longtake.train.loop import Window, _iteration
+from longtake.train.metrics_log import Phases
+from longtake.train.optim import OptimizerSettings
+from longtake.train.state import TrainState
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class CudaRows(tiny_run.Rows):
+    def __next__(self):
+        return super().__next__().cuda()
+
+
+def build(mesh, param_dtype):
+    networks = {
+        name: parallelize(tiny_run.Tiny(i).cuda(), mesh, param_dtype=param_dtype)
+        for i, name in enumerate(("generator", "critic"))
+    }
+    settings = OptimizerSettings(lr=1e-2, max_grad_norm=0.5)
+    state = TrainState.build(networks, dict.fromkeys(networks, settings), {"generator": EMASettings(0.9)})
+    return state, tiny_run.TwoPlayers(networks)
+
+
+def iterate(state, objective, mesh, count):
+    rows, window = CudaRows(mesh), Window()
+    rows.seek(state.data_position)
+    for _ in range(count):
+        _iteration(state, objective, rows, 1, mesh, Phases(), window)
+    return window.take(mesh)
+
+
+def test_fsdp_over_nccl_equals_one_device_and_resumes(tmp_path, monkeypatch):
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    plain = Mesh(device=torch.device("cuda", 0))
+    expected = iterate(*build(plain, None), plain, 4)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    with Mesh(0, 1, plain.device, init_device_mesh("cuda", (1,), mesh_dim_names=("shard",))) as mesh:
+        assert iterate(*build(mesh, None), mesh, 4) == pytest.approx(expected, rel=1e-4)
+        state, objective = build(mesh, torch.bfloat16)
+        iterate(state, objective, mesh, 2)
+        assert state.networks["generator"].head.weight.dtype == torch.float32
+        path = save_checkpoint(state, tmp_path, mesh=mesh, config={}, facts={}, keep=1, export=("generator",))
+        other, again = build(mesh, torch.bfloat16)
+        load_checkpoint(other, path, mesh=mesh)
+        assert iterate(state, objective, mesh, 2) == iterate(other, again, mesh, 2)
+        for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True):
+            assert torch.equal(a, b) if a.ndim == 0 else torch.equal(a.full_tensor(), b.full_tensor())

@@ -1,0 +1,82 @@
+"""Two real ranks (torchrun, gloo, CPU): FSDP2 against one process, resume across rank counts, errors on every rank."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+from safetensors.torch import load_file
+
+from longtake.distributed.mesh import Mesh
+from longtake.runs import exported_weights, latest_checkpoint
+from longtake.train.metrics_log import read_rows
+
+
+def torchrun(folder, *arguments, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, tiny_run.__file__, str(folder), *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def losses(folder):
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "critic_loss" in row]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def weights(folder):
+    return load_file(exported_weights(latest_checkpoint(folder / "checkpoints")) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_ranks_equal_one(tmp_path, two_ranks):
+    tiny_run.run(tmp_path, Mesh())
+    one, two = losses(tmp_path), losses(two_ranks)
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+    for key, value in weights(tmp_path).items():
+        assert (value - weights(two_ranks)[key]).abs().max() < 1e-5
+
+
+def test_two_ranks_killed_in_a_save_resume_on_two_and_on_one(tmp_path, two_ranks):
+    killed = torchrun(tmp_path / "two", "--kill-in-save", "6")
+    assert killed.returncode != 0 and f"exitcode  : {-signal.SIGKILL}" in killed.stderr, killed.stderr
+    assert latest_checkpoint(tmp_path / "two/checkpoints").name == "step_000003"
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    done = torchrun(tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == losses(two_ranks)
+    resumed, whole = weights(tmp_path / "two"), weights(two_ranks)
+    assert all(resumed[key].equal(whole[key]) for key in whole)
+
+    tiny_run.run(tmp_path / "one", Mesh())
+    for a, b in zip(losses(tmp_path / "one"), losses(two_ranks), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_non_finite_on_one_rank_is_an_error_on_both(tmp_path, two_ranks):
+    """Two ranks go on from what one rank saved, and stop together two steps later."""
+    tiny_run.run(tmp_path, Mesh(), steps=3)
+    failed = torchrun(tmp_path, "--nan-at", "4")
+    assert failed.returncode != 0
+    for rank in (0, 1):
+        assert f"[rank{rank}]: longtake.errors.TrainingError: step 4, generator: loss=[" in failed.stderr, failed.stderr
+    for a, b in zip(losses(tmp_path), losses(two_ranks)[:4], strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_000003"
+
+
+def test_an_error_on_one_rank_ends_both(tmp_path):
+    failed = torchrun(tmp_path, "--raise-on", "1")
+    assert failed.returncode != 0 and "this rank broke" in failed.stderr

@@ -1,0 +1,165 @@
+"""The attention entry: every kernel and every form of mask gives the same numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.models import attention
+from longtake.models.attention import attend, backends, make_mask
+from longtake.structs import BlockPlan, MaskLayout
+
+PLAN = BlockPlan(2, 1)
+LAYOUTS = {
+    "causal": PLAN.causal_layout(7),
+    "window": PLAN.causal_layout(7, window_frames=5, sink_frames=1),
+    "copied sink": PLAN.causal_layout(7, window_frames=3, sink_frames=1, rope="relative"),
+    "teacher forcing": PLAN.teacher_forcing_layout(5, window_frames=3, sink_frames=1, rope="relative"),
+}
+
+
+def _tensors(layout: MaskLayout, tokens: int, width: int = 16, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    entries, slots = layout.allowed.shape
+    shapes = [(2, count * tokens, 3, width) for count in (entries, slots, slots)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return q, k, v
+
+
+def _truth(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, tokens: int) -> Tensor:
+    """Row by row in float64: softmax over the permitted keys only."""
+    q, k, v = (t.double().cpu() for t in (q, k, v))
+    out = torch.zeros_like(q)
+    for row in range(q.shape[1]):
+        slots = allowed[row // tokens].cpu().nonzero().flatten().tolist()
+        keys = [slot * tokens + token for slot in slots for token in range(tokens)]
+        score = torch.einsum("bnk,bsnk->bns", q[:, row], k[:, keys]) / q.shape[3] ** 0.5
+        out[:, row] = torch.einsum("bns,bsnk->bnk", score.softmax(-1), v[:, keys])
+    return out
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flex_equals_dense_equals_definition(name: str, rel) -> None:
+    # 5 tokens a frame: lengths are no multiple of flex attention's block of 128.
+    layout, tokens = LAYOUTS[name], 5
+    q, k, v = _tensors(layout, tokens)
+    truth = _truth(q, k, v, layout.allowed, tokens)
+    with torch.no_grad():
+        for flex in (False, True):
+            mask = make_mask(layout.allowed, tokens, torch.device("cpu"), flex=flex)
+            assert (mask.flex is None) != (mask.dense is None) and (mask.dense is None) == flex
+            assert rel(attend(q, k, v, mask=mask), truth) < 1e-6
+        everything = torch.ones_like(layout.allowed)
+        assert rel(attend(q, k, v), _truth(q, k, v, everything, tokens)) < 1e-6
+    assert rel(truth, _truth(q, k, v, everything, tokens)) > 1e-2
+
+
+def test_flex_spans_several_blocks(rel) -> None:
+    layout, tokens = LAYOUTS["window"], 60  # 420 queries and keys: 4 blocks of 128
+    q, k, v = _tensors(layout, tokens)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        dense = attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=False))
+        assert rel(attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=True)), dense) < 1e-6
+
+
+def test_cpu_takes_the_dense_mask_and_the_fallback_names_itself_once(monkeypatch, caplog) -> None:
+    allowed = LAYOUTS["causal"].allowed
+    assert make_mask(allowed, 2, torch.device("cpu")).dense is not None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    attention._has_triton.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [attention._has_triton() for _ in range(3)] == [False] * 3
+    finally:
+        attention._has_triton.cache_clear()
+    messages = [record.getMessage() for record in caplog.records if "triton" in record.getMessage()]
+    assert len(messages) == 1 and "dense mask" in messages[0]
+
+
+def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_latents) -> None:
+    model = tiny_model()
+    calls: list[tuple[int, ...]] = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
+        calls.append(tuple(q.shape))
+        return attend(q, k, v, mask=mask)
+
+    x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
+    with torch.no_grad():
+        before = model(x, sigma, condition)
+        model.set_attention(counting)
+        assert torch.equal(model(x, sigma, condition), before)
+        model(x, sigma, condition, mask=PLAN.causal_layout(3))
+        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 3, 0))
+    assert calls == [(2, 18, 2, 16)] * 3 * model.config.num_layers
+
+
+def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny_condition, tiny_latents) -> None:
+    model, layout = tiny_model(), PLAN.causal_layout(3)
+    x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x, sigma, condition, mask=layout)
+        assert len(model._masks) == 1 and len(model._masks[layout]) == 1
+        model(x[..., :4], sigma, condition, mask=layout)  # another size of the picture: another mask
+        assert len(model._masks[layout]) == 2
+    del layout
+    assert len(model._masks) == 0
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class TestCuda:
+    pytestmark = cuda
+
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_flex_and_dense_agree_forward_and_backward(self, name: str, rel) -> None:
+        layout, tokens = LAYOUTS[name], 60
+        results = []
+        for flex in (False, True):
+            q, k, v = (t.requires_grad_() for t in _tensors(layout, tokens, 64, "cuda"))
+            mask = make_mask(layout.allowed, tokens, q.device, flex=flex)
+            out = attend(q, k, v, mask=mask)
+            out.square().sum().backward()
+            results.append((out.detach(), q.grad, k.grad, v.grad))
+        for dense, flexible in zip(*results):
+            assert rel(flexible, dense) < 5e-3  # TF32 may be on inside the compiled kernel
+        assert make_mask(layout.allowed, tokens, torch.device("cuda")).flex is not None or not attention._has_triton()
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
+    def test_chosen_kernels_are_right(self, dtype: torch.dtype, tolerance: float, rel) -> None:
+        layout = PLAN.causal_layout(5)
+        q, k, v = (t.to(dtype) for t in _tensors(layout, 40, 128, "cuda"))
+        assert backends(0, dtype, 128)
+        assert rel(attend(q, k, v).cpu(), _truth(q, k, v, torch.ones_like(layout.allowed), 40)) < tolerance
+
+    @pytest.mark.parametrize("rope", ["absolute", "relative"])
+    def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):
+        model = tiny_model(True).cuda()
+        condition, x = tiny_condition(model).to("cuda"), tiny_latents(2).cuda()
+        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(2, 4, 6, 6, 2, rope)
+        for step in range(5):
+            torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+            try:
+                with torch.no_grad():
+                    model(x, zero, condition, cache=cache)
+                    model(x, zero, condition, cache=cache, commit=True)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_masked_forward_equals_the_cpu(self, tiny_model, tiny_condition, tiny_latents, rel) -> None:
+        model = tiny_model(True)
+        condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
+        layout = PLAN.causal_layout(5, window_frames=3, sink_frames=1, rope="relative")
+        with torch.no_grad():
+            truth = model(x, zero, condition, mask=layout)
+            out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), mask=layout).cpu()
+        assert rel(out, truth) < 5e-3

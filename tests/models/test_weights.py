@@ -1,0 +1,190 @@
+"""Reading and writing weights: both name formats, strict, and nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import longtake
+from longtake.errors import CheckpointError
+from longtake.models.dit import VideoDiT
+from longtake.models.weights import (
+    check_state,
+    config_from_json,
+    config_to_json,
+    load_dit,
+    load_state,
+    save_dit,
+    to_diffusers_key,
+    to_original_key,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _same(a: VideoDiT, b: VideoDiT) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+def _diffusers_config(model: VideoDiT) -> dict:
+    c = model.config
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.head_width,
+        "ffn_dim": c.ffn_dim,
+        "num_layers": c.num_layers,
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "text_dim": c.text_dim,
+        "freq_dim": c.freq_dim,
+        "image_dim": c.image_dim,
+        "pos_embed_seq_len": c.image_positions,
+        "eps": c.eps,
+    }
+
+
+@pytest.mark.parametrize("i2v", [False, True])
+def test_original_folder_and_single_file(i2v: bool, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(i2v)
+    save_dit(model.config, model.state_dict(), tmp_path)
+    for path in (tmp_path, tmp_path / WEIGHTS, str(tmp_path)):
+        loaded = longtake.load_dit(path)
+        assert loaded.config == model.config and _same(loaded, model)
+        assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    assert config_from_json(config_to_json(model.config)) == model.config
+
+
+@pytest.mark.parametrize("positions", [None, 5])
+def test_diffusers_folder_whole_sharded_and_single_file(positions, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(True, image_positions=positions)
+    renamed = {to_diffusers_key(key): value for key, value in model.state_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps(_diffusers_config(model)))
+    save_file(renamed, tmp_path / WEIGHTS)
+    for path in (tmp_path, tmp_path / WEIGHTS):
+        assert _same(load_dit(path), model)
+    (tmp_path / WEIGHTS).unlink()
+    # A shard need not hold a name by which the format is recognised: formats are told apart over all shards.
+    names = sorted(renamed)
+    for shard, part in enumerate((names[:7], names[7:40], names[40:])):
+        save_file(
+            {n: renamed[n] for n in part}, tmp_path / f"diffusion_pytorch_model-{shard + 1:05d}-of-00003.safetensors"
+        )
+    assert _same(load_dit(tmp_path), model)
+    (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing \(33\)"):
+        load_dit(tmp_path)
+
+
+def test_a_folder_saved_by_diffusers_loads(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    theirs = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, text_dim=12, freq_dim=32, ffn_dim=48, num_layers=2
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = load_dit(tmp_path)
+    state = {to_original_key(key): value for key, value in theirs.state_dict().items()}
+    assert state.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+
+
+def test_missing_surplus_and_reshaped_keys_are_listed(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(True)
+    state = dict(model.state_dict())
+    del state["blocks.1.cross_attn.k_img.weight"]
+    state["blocks.7.ffn.0.bias"] = torch.zeros(3)
+    state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :4].contiguous()
+    save_dit(model.config, state, tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(tmp_path)
+    for part in (
+        "missing (1): blocks.1.cross_attn.k_img.weight",
+        "surplus (1): blocks.7.ffn.0.bias",
+        "reshaped (1): patch_embedding.weight (32, 4, 1, 2, 2) instead of (32, 12, 1, 2, 2)",
+        str(tmp_path),
+    ):
+        assert part in str(caught.value)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="here does not fit"):
+        load_state(model, state, "here")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    check_state(before, model, "same")
+
+
+def test_text_model_does_not_take_image_weights(tiny_model) -> None:
+    with pytest.raises(CheckpointError, match=r"surplus .*img_emb"):
+        load_state(tiny_model(), tiny_model(True).state_dict(), "i2v")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("a pickle of a foreign folder was executed",))
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "model.pth", WEIGHTS])
+def test_pickles_are_never_loaded(name: str, tiny_model, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_model().config)))
+    (tmp_path / name).write_bytes(pickle.dumps(_Bomb()))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match="safetensors"):
+            load_dit(path)
+
+
+def test_broken_folders_are_named(tiny_model, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json does not exist"):
+        load_dit(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_dit(tmp_path)
+    fields = config_to_json(tiny_model().config)
+    del fields["ffn_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="ffn_dim"):
+        load_dit(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_model().config)))
+    with pytest.raises(CheckpointError, match="holds no safetensors"):
+        load_dit(tmp_path)
+    for key in ("blocks.0.self_attn.w.weight", "head.norm", "model.patch_embedding.weight"):
+        with pytest.raises(CheckpointError, match="not a parameter name"):
+            to_diffusers_key(key)
+        with pytest.raises(CheckpointError, match="not a parameter name"):
+            to_original_key(key)
+
+
+@pytest.mark.parametrize("how", ["cast", "load"])
+def test_cast_keeps_the_float32_parts(how: str, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(True, image_positions=5)
+    if how == "load":
+        save_dit(model.config, model.state_dict(), tmp_path, torch.bfloat16)
+        assert load_file(tmp_path / WEIGHTS)["head.head.weight"].dtype == torch.bfloat16
+        assert {p.dtype for p in load_dit(tmp_path).parameters()} == {torch.float32}
+        model = load_dit(tmp_path, dtype=torch.bfloat16)
+    else:
+        model = model.cast(torch.bfloat16)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if name not in kept} == {torch.bfloat16}
+    # A.4: time MLP, modulation, layer norms and head; the weights of RMS norms follow the matrix products.
+    wanted = {"head.modulation", "head.head.weight", "head.head.bias"}
+    for module in ("time_embedding.0", "time_embedding.2", "time_projection.1", "img_emb.proj.0", "img_emb.proj.4"):
+        wanted |= {f"{module}.weight", f"{module}.bias"}
+    for layer in (0, 1):
+        wanted |= {f"blocks.{layer}.{name}" for name in ("modulation", "norm3.weight", "norm3.bias")}
+    assert kept == wanted
+    back = model.cast(torch.float32)
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+
+
+def test_saving_through_a_type_changes_only_the_type(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model()
+    save_dit(model.config, model.state_dict(), tmp_path / "new" / "folder", torch.bfloat16)
+    loaded = load_dit(tmp_path / "new" / "folder")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value.bfloat16().float())

@@ -1,0 +1,231 @@
+"""The command line: quick and torch-free help, clean errors, and options that undo nothing."""
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from longtake import cli
+from longtake.config import JobConfig, StageConfig, load_config
+from longtake.config_base import describe
+from longtake.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
+runner = CliRunner()
+
+# Options that say what the command does, and no value of a configuration: false until given is their meaning.
+FLAGS = {"debug", "check", "help"}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Stands in for the functions behind the commands, and records their arguments."""
+    calls = {}
+
+    def stub(module, name):
+        def record(*args, **kwargs):
+            calls[name] = (args, kwargs)
+            return "report"
+
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: record}))
+
+    stub("longtake.train.main", "run")
+    stub("longtake.inference.generator", "generate_file")
+    stub("longtake.evaluation.run", "evaluate")
+    stub("longtake.data.world_files", "write_world")
+    return calls
+
+
+def invoke(*arguments):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+# Every key of a distill stage with a value that is not the default.
+NOT_DEFAULT = {
+    "stage": "distill",
+    "name": "mine",
+    "logdir": "elsewhere",
+    "seed": 5,
+    "init_from": "./weights",
+    "teacher": "./teacher",
+    "encoders": "/encoders",
+    "model": {"preset": "/model", "image_condition": "t2v", "first_frame_sigma": "zero"},
+    "video": {
+        "height": 128, "width": 192, "num_latent_frames": 8, "fps": 24, "temporal_stride": 8, "spatial_stride": 16,
+    },
+    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2},
+    "rope": "absolute",
+    "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "sigma_min": 0.1, "sigma_max": 0.9},
+    "data": {"path": "/data", "kind": "lmdb", "on_bad_row": "skip", "max_bad_share": 0.5, "num_workers": 7},
+    "batch_size": 12,
+    "micro_batch_size": 3,
+    "max_steps": 77,
+    "optim": {
+        "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,
+    },
+    "critic": {
+        "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
+        "updates_per_generator": 3, "init_from": "./critic",
+    },
+    "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
+    "precision": "bf16",
+    "activation_checkpointing": True,
+    "save_every": 11,
+    "keep_checkpoints": 13,
+    "validate_every": 17,
+    "log_every": 19,
+    "validation": {"num_worlds": 23, "num_latent_frames": 10, "seed": 29, "teacher_steps": 31, "teacher_guidance": 1.5},
+    "wandb": {"enabled": True, "project": "p"},
+}  # fmt: skip
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
+    # 1. No option of any command has a default of its own that could reach a configuration.
+    commands = typer.main.get_command(cli.app)
+    options = [p for command in [commands, *commands.commands.values()] for p in command.params if not p.required]
+    assert {p.name for p in options} > {"logdir", "ablations", "num_worlds", "seed", "check"}
+    for option in options:
+        if option.name not in {*FLAGS, "kind"}:
+            assert option.default is None, f"--{option.name} has the default {option.default!r}"
+        if option.name in FLAGS:
+            assert option.default is False
+
+    # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
+    written = dict(leaves(NOT_DEFAULT))
+    fixed_by_stage = {"caption_dropout"}  # of no effect in distill, so refused there; see below
+    defaults = {key: default for key, _, default, _ in describe(StageConfig)}
+    assert set(written) == set(defaults) - fixed_by_stage
+    assert all(written[key] != default for key, default in defaults.items() if key in written)
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump(NOT_DEFAULT))
+    assert invoke("train", path).exit_code == 0
+    assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
+    path.write_text(
+        yaml.safe_dump(NOT_DEFAULT | {"stage": "teacher", "teacher": None, "caption_dropout": 0.3} | {"critic": None})
+    )
+    assert invoke("train", path).exit_code == 0
+    assert called["run"][0][0].caption_dropout == 0.3
+
+    # 3. The same for a job, whose evaluation and data have options of other commands.
+    values = {
+        "evaluation.num_worlds": 3,
+        "evaluation.num_latent_frames": 13,
+        "evaluation.seed": 4,
+        "evaluation.batch_size": 2,
+    }
+    values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 41, "data.seed": 8}
+    values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
+    values |= {"data.formats": ["clips"], "logdir": "/tmp/z"}
+    defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
+    assert set(values) == set(defaults)
+    tree = yaml.safe_load(RECIPE.read_text())
+    tree |= {"logdir": "/tmp/z", "stages": {k: str(RECIPE.parent / v) for k, v in tree["stages"].items()}}
+    for key, value in values.items():
+        *group, leaf = key.split(".")
+        (tree.setdefault(group[0], {}) if group else tree)[leaf] = value
+    path.write_text(yaml.safe_dump(tree))
+    assert invoke("train", path).exit_code == 0
+    assert values.items() <= dict(leaves(called["run"][0][0].model_dump())).items()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["generate", "--run", "r", "--image", "i.png", "--prompt", "p", "-o", "o.mp4"], "generate_file"),
+        (["evaluate", "--run", "r"], "evaluate"),
+    ],
+)
+def test_e_only_given_options_reach_the_function(called, command, name):
+    assert invoke(*command).exit_code == 0
+    _, kwargs = called[name]
+    assert {key: value for key, value in kwargs.items() if value not in (None, {})} == {}
+
+
+def test_given_options_reach_the_function(called):
+    invoke("evaluate", "--run", "r", "--no-ablations", "--num-worlds", "4", "--device", "cpu", "-o", "out")
+    args, kwargs = called["evaluate"]
+    assert args == (Path("r"),) and kwargs["overrides"] == {"ablations": False, "num_worlds": 4}
+    assert kwargs["device"] == "cpu" and kwargs["output"] == Path("out")
+    command = ["generate", "--run", "r", "--image", "i.png", "--prompt", "p", "-o", "o.mp4"]
+    result = invoke(*command, "--frames", "40", "--seed", "0")
+    assert result.exit_code == 0 and "report" in result.output
+    assert called["generate_file"] == ((Path("r"), Path("i.png"), "p", Path("o.mp4")), {"num_frames": 40, "seed": 0})
+    invoke(*command, "--seconds", "2.5")
+    assert called["generate_file"][1] == {"seconds": 2.5}
+    for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):
+        assert invoke(*command, *wrong).exit_code == 2
+    invoke("world", "w", "--num-worlds", "3", "--format", "lmdb", "--format", "images")
+    args, kwargs = called["write_world"]
+    assert args == (Path("w"), 3) and kwargs["formats"] == ["lmdb", "images"] and kwargs["seed"] == 0
+    assert invoke("world", "w", "--format", "gif").exit_code == 2
+
+
+def test_train_merges_overrides_and_logdir(called):
+    assert invoke("train", RECIPE, "distill.max_steps=3", "--logdir", "2024").exit_code == 0
+    job = called["run"][0][0]
+    assert job.stages["distill"].max_steps == 3 and job.logdir == "2024" and job.stages["causal"].logdir == "2024"
+
+
+def test_check_prints_the_resolved_config_and_runs_nothing(called, tmp_path):
+    result = invoke("train", RECIPE, "--check", "causal.optim.lr=1e-7")
+    assert result.exit_code == 0 and "run" not in called
+    (tmp_path / "resolved.yaml").write_text(result.output)
+    assert load_config(tmp_path / "resolved.yaml") == load_config(RECIPE, ["causal.optim.lr=1e-7"])
+
+
+def test_errors_are_one_message_and_an_exit_code(monkeypatch):
+    result = invoke("train", RECIPE, "distill.max_step=3")
+    assert result.exit_code == 2 and result.output.startswith("ConfigError: unknown key stages.distill.max_step")
+    assert "Traceback" not in result.output
+
+    def fail(config):
+        raise DataError("row 3 is broken")
+
+    monkeypatch.setitem(sys.modules, "longtake.train.main", types.SimpleNamespace(run=fail))
+    result = invoke("train", RECIPE)
+    assert result.exit_code == 1 and result.output == "DataError: row 3 is broken\n"
+    assert isinstance(invoke("--debug", "train", RECIPE).exception, DataError)
+
+
+def test_config_command_lists_every_key():
+    for kind, model in (("stage", StageConfig), ("job", JobConfig)):
+        output = invoke("config", kind).output
+        for key, *_ in describe(model):
+            assert f"{key}  (" in output
+
+
+def timed(*arguments):
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return time.perf_counter() - started, result
+
+
+def test_help_imports_no_torch_and_is_quick():
+    program = "import sys; sys.argv=['longtake', '--help']\nfrom longtake.cli import main\n"
+    program += "try: main()\nexcept SystemExit: pass\n"
+    program += "heavy = {'torch', 'diffusers', 'transformers', 'av', 'lmdb', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    assert "generate" in timed("-c", program)[1].stdout
+    help_time = min(timed("-m", "longtake", "--help")[0] for _ in range(3))
+    torch_time = min(timed("-c", "import torch")[0] for _ in range(3))
+    assert help_time < torch_time / 2
+
+
+def test_check_imports_no_torch():
+    program = "import sys\nfrom longtake.config import load_config\nload_config('configs/toy/i2v.yaml')\n"
+    timed("-c", program + "assert 'torch' not in sys.modules")

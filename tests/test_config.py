@@ -1,0 +1,269 @@
+"""Configuration: precedence, errors that name key, value and rule, and every cross-field rule."""
+
+import pytest
+import yaml
+
+from longtake.config import (
+    TOY_ASSETS,
+    CriticConfig,
+    JobConfig,
+    OptimConfig,
+    StageConfig,
+    dump,
+    load_config,
+    resolve_source,
+)
+from longtake.config_base import describe
+from longtake.errors import ConfigError
+
+STAGE = {
+    "stage": "causal",
+    "name": "causal",
+    "logdir": "out",
+    "init_from": "toy",
+    "max_steps": 10,
+    "data": {"path": "d"},
+}
+DISTILL = STAGE | {"stage": "distill", "name": "distill", "init_from": "causal", "teacher": "toy"}
+
+
+def write(folder, tree, name="c.yaml"):
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def job(tmp_path):
+    write(tmp_path, STAGE, "causal.yaml")
+    write(tmp_path, DISTILL, "distill.yaml")
+    return write(tmp_path, {"logdir": "run", "stages": {"causal": "causal.yaml", "distill": "distill.yaml"}})
+
+
+def stage(tmp_path, *overrides, base=STAGE):
+    config = load_config(write(tmp_path, base), list(overrides))
+    assert isinstance(config, StageConfig)
+    return config
+
+
+def test_command_line_wins_over_yaml_wins_over_default(tmp_path):
+    file = STAGE | {"batch_size": 16, "optim": {"lr": 3e-4}}
+    assert stage(tmp_path, base=STAGE).batch_size == StageConfig.model_fields["batch_size"].default
+    assert stage(tmp_path, base=file).batch_size == 16
+    config = stage(tmp_path, "batch_size=32", "optim.beta1=0.5", base=file)
+    assert (config.batch_size, config.optim.lr, config.optim.beta1) == (32, 3e-4, 0.5)
+
+
+def test_override_values_are_yaml(tmp_path):
+    config = stage(
+        tmp_path, "optim.lr=1e-4", "flow.steps=[1, 0.5]", "plan.window_frames=null", "ema.enabled=false", "name=x"
+    )
+    assert config.optim.lr == 1e-4 and config.flow.steps == [1.0, 0.5] and config.plan.window_frames is None
+    assert config.ema.enabled is False and config.name == "x"
+
+
+def test_yaml_reads_numbers_as_written(tmp_path):
+    text = yaml.safe_dump(STAGE) + "optim: {lr: 1e-4, eps: 1E-9}\n"
+    config = load_config(write(tmp_path, text))
+    assert (config.optim.lr, config.optim.eps) == (1e-4, 1e-9)
+
+
+def test_dump_reads_back_equal(tmp_path, job):
+    for config in (stage(tmp_path), stage(tmp_path, base=DISTILL), load_config(job)):
+        assert load_config(write(tmp_path, dump(config), "resolved.yaml")) == config
+        assert type(config).from_tree(yaml.safe_load(dump(config))) == config
+
+
+def test_config_is_frozen(tmp_path):
+    with pytest.raises(ValueError, match="frozen"):
+        stage(tmp_path).batch_size = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("btach_size=3", r"unknown key btach_size; did you mean batch_size"),
+        ("optim.lrr=3", r"unknown key optim.lrr; did you mean optim.lr"),
+        ("window_frames=3", r"unknown key window_frames; did you mean plan.window_frames"),
+        ("lr=3", r"unknown key lr; did you mean optim.lr or critic.lr"),
+        ("denoising_step_list=[1000]", r"unknown key denoising_step_list; here it is flow.steps"),
+        ("num_frame_per_block=3", r"here it is plan.block_frames"),
+        ("zzz=3", r"unknown key zzz; the keys of the top level are stage, name"),
+        ("optim.lr=-1", r"optim.lr: got -1; must be greater than 0"),
+        ("optim.lr=fast", r"optim.lr: got 'fast'; must be a valid number"),
+        ("batch_size=true", r"batch_size: got True; must be a valid integer"),
+        ("batch_size='8'", r"batch_size: got '8'; must be a valid integer"),
+        ("ema.enabled=1", r"ema.enabled: got 1; must be a valid boolean"),
+        ("rope=fancy", r"rope: got 'fancy'; must be 'relative' or 'absolute'"),
+        ("optim=3", r"optim: got 3"),
+        ("optim.lr.x=3", r"optim.lr: got {'x': 3}; must be a valid number"),
+        ("batch_size.x=3", r"override batch_size.x|batch_size: got"),
+        ("name=../x", r"name: got '../x'"),
+        ("max_steps=null", r"max_steps: got None; must be a valid integer"),
+        ("batch_size", r"must have the form key=value"),
+        ("=3", r"must have the form key=value"),
+        ("optim.lr=[1", r"not valid YAML"),
+    ],
+)
+def test_wrong_values_name_key_value_and_rule(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        stage(tmp_path, override)
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        stage(tmp_path, "optim.lr=-1", "seed=x", "zzz=1")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_missing_keys_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"max_steps: missing"):
+        stage(tmp_path, base={k: v for k, v in STAGE.items() if k != "max_steps"})
+
+
+def test_python_construction_raises_the_same_error():
+    with pytest.raises(ConfigError, match="lr: got -1; must be greater than 0"):
+        OptimConfig(lr=-1)
+    with pytest.raises(ConfigError, match=r"data.path: missing"):
+        StageConfig(**(STAGE | {"data": {}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("logdir: x", "neither `stage:`"),
+        ("stage: causal\nstage: distill", "'stage' is written twice"),
+        ("stages: []", "stages must map"),
+        ("stages: {data: x.yaml}", "cannot be called data"),
+        ("stages: {a: gone.yaml}", "gone.yaml is not a file"),
+        ("stages: {a: 3}\nlogdir: x", "stages.a: got 3"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_config(tmp_path / "gone.yaml")
+
+
+def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"video.num_latent_frames=8 does not fit .*set it to 5 or 9"):
+        stage(tmp_path, "video.num_latent_frames=8")
+    with pytest.raises(ConfigError, match=r"validation.num_latent_frames=10 does not fit .*set it to 9 or 13"):
+        stage(tmp_path, "validation.num_latent_frames=10")
+    assert stage(tmp_path, "video.num_latent_frames=13").video.shape.num_pixel_frames == 49
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.window_frames=8"], r"plan: window_frames=8 .*set window_frames to 5 or 9"),
+        (["plan.sink_frames=3"], r"plan: sink_frames=3 must be 0 or a block boundary; set it to 1 or 5"),
+        (["video.height=60"], r"video: height=60 must be a positive multiple of 16; set it to 48 or 64"),
+        (["plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8"], r"plan.first_frames=4 must be 1"),
+        (["video.num_latent_frames=1"], r"leaves nothing to generate.*set it to 5"),
+        (["flow.steps=[1000, 500]"], r"divide them by 1000"),
+        (["flow.steps=[1, 0.5, 0]"], r"must be above 0"),
+        (["flow.steps=[0.9, 0.5]"], r"must descend strictly from 1"),
+        (["flow.steps=[1, 0.5, 0.5]"], r"must descend strictly from 1"),
+        (["flow.steps=[]"], r"flow.steps: got \[\]"),
+        (["flow.sigma_min=0.99"], r"sigma_min=0.99 must be below"),
+        (["batch_size=6"], r"batch_size=6 must be a multiple of micro_batch_size=4 = 4; set batch_size to 4 or 8"),
+        (["batch_size=2"], r"set batch_size to 4, or"),
+        (["init_from=null"], r"init_from=null: stage causal needs trained weights"),
+        (["init_from=causal"], r"init_from=causal is the stage itself"),
+        (["name=toy"], r"name=toy is taken"),
+        (["teacher=toy"], r"teacher and critic belong to stage distill"),
+        (["critic.lr=1e-5"], r"teacher and critic belong to stage distill"),
+        (["data.kind=images"], r"has no motion to learn from"),
+        (["wandb.enabled=true"], r"wandb: enabled=true needs project"),
+    ],
+)
+def test_combinations_are_checked_when_the_config_is_read(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        stage(tmp_path, *overrides)
+
+
+def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
+    assert stage(tmp_path, base=DISTILL).critic == CriticConfig()
+    assert stage(tmp_path, "critic.lr=1e-6", base=DISTILL).critic.lr == 1e-6
+    with pytest.raises(ConfigError, match="teacher=null: stage distill needs a real score"):
+        stage(tmp_path, "teacher=null", base=DISTILL)
+    with pytest.raises(ConfigError, match="caption_dropout=0.1 has no effect"):
+        stage(tmp_path, "caption_dropout=0.1", base=DISTILL)
+
+
+def test_a_new_teacher_starts_from_random_weights(tmp_path):
+    assert stage(tmp_path, "stage=teacher", "init_from=null").init_from is None
+
+
+def test_t2v_may_have_any_first_block(tmp_path):
+    frames = ["plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8", "video.num_latent_frames=8"]
+    assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.blocks.num_blocks(8) == 2
+
+
+def test_accumulation_follows_the_ranks(tmp_path):
+    config = stage(tmp_path)
+    assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
+    with pytest.raises(ConfigError, match=r"micro_batch_size=4 x 3 ranks = 12; set batch_size to 12, or"):
+        config.accumulation(3)
+
+
+def test_weight_sources(tmp_path):
+    config = stage(tmp_path)
+    assert config.source("toy") == TOY_ASSETS / "teacher"
+    assert config.source("causal").as_posix() == "out/causal"
+    assert config.source("./causal").as_posix() == "causal"
+    assert resolve_source("/a/b", "out").as_posix() == "/a/b"
+    assert config.folder.as_posix() == "out/causal"
+
+
+def test_logdir_stands_in_data_path(tmp_path):
+    config = stage(tmp_path, "data.path='{logdir}/data/clips'", "logdir=/tmp/y")
+    assert config.data.path == "/tmp/y/data/clips"
+
+
+def test_a_job_reads_its_stages_and_routes_overrides(job):
+    config = load_config(job, ["causal.optim.lr=1e-6", "distill.max_steps=7", "evaluation.num_worlds=4", "logdir=q"])
+    assert isinstance(config, JobConfig) and list(config.stages) == ["causal", "distill"]
+    assert config.stages["causal"].optim.lr == 1e-6 and config.stages["distill"].optim.lr == OptimConfig().lr
+    assert config.stages["distill"].max_steps == 7 and config.evaluation.num_worlds == 4
+    assert {stage.logdir for stage in config.stages.values()} == {"q"} and config.data_folder.as_posix() == "q/data"
+    assert load_config(job, ["stages.distill.max_steps=7"]).stages["distill"].max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("causal.optim.lr=-1", r"stages.causal.optim.lr: got -1"),
+        ("distill.max_step=3", r"unknown key stages.distill.max_step; did you mean stages.distill.max_steps"),
+        ("distill.window_frames=3", r"did you mean stages.distill.plan.window_frames"),
+        ("distill.init_from=causl", r"stages.distill: init_from=causl is no earlier stage of this job \(causal\)"),
+        (
+            "causal.init_from=distill",
+            r"stages.causal: init_from=distill is no earlier stage of this job \(there is none",
+        ),
+        ("distill.logdir=other", r"logdir=other must be that of the job"),
+        ("distill.name=other", r"name=other must be the key"),
+        ("evaluation.seed=0", r"would not be held out"),
+        ("distill.validation.seed=0", r"would not be held out"),
+        ("distil.max_steps=3", r"unknown key distil"),
+    ],
+)
+def test_rules_of_a_job(job, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(job, [override])
+
+
+def test_a_job_writes_clips_that_are_long_enough(job):
+    with pytest.raises(ConfigError, match=r"needs clips of 49 frames .* set data.num_frames=49"):
+        load_config(job, ["causal.data.path='{logdir}/data/clips'", "causal.video.num_latent_frames=13"])
+
+
+def test_every_key_is_described():
+    rows = [*describe(StageConfig), *describe(JobConfig)]
+    assert all(description.strip() for _, _, _, description in rows)
+    assert len({key for key, *_ in describe(StageConfig)}) == len(list(describe(StageConfig)))

@@ -1,0 +1,46 @@
+"""Every YAML file that ships is read, valid, and says nothing that the rest of the package contradicts."""
+
+from pathlib import Path
+
+import pytest
+
+from longtake.config import JobConfig, StageConfig, dump, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert {path.name for path in (CONFIGS / "toy").iterdir()} >= {
+        "teacher.yaml",
+        "causal.yaml",
+        "distill.yaml",
+        "i2v.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(CONFIGS).as_posix())
+def test_recipe_is_valid_and_reads_back(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    for stage in config.stages.values() if isinstance(config, JobConfig) else [config]:
+        assert stage.accumulation(1) >= 1
+
+
+def test_main_job_runs_on_two_ranks_over_at_least_two_blocks():
+    job = load_config(CONFIGS / "toy" / "i2v.yaml")
+    assert isinstance(job, JobConfig) and list(job.stages) == ["causal", "distill"]
+    for stage in job.stages.values():
+        assert stage.accumulation(2) >= 1
+        assert stage.video.num_latent_frames >= 9 and stage.plan.blocks.num_blocks(stage.video.num_latent_frames) >= 3
+        assert stage.video.shape.num_pixel_frames >= 33
+        assert not stage.wandb.enabled
+    assert job.evaluation.num_worlds >= 32
+
+
+def test_toy_recipes_agree_on_what_weights_are_bound_to():
+    stages = [load_config(CONFIGS / "toy" / f"{name}.yaml") for name in ("teacher", "causal", "distill")]
+    assert all(isinstance(stage, StageConfig) for stage in stages)
+    for key in ("model", "video", "plan", "rope", "encoders", "logdir"):
+        assert len({str(getattr(stage, key)) for stage in stages}) == 1, key

@@ -1,0 +1,108 @@
+"""The import direction of the package, its lazy heavy imports, and who may know the process group or the environment."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "longtake"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+BASE = {"errors", "structs", "config", "config_base", "config_groups", "randomness", "runs"}
+BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
+INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
+# What each part of the package may import; a part may always import itself.
+ALLOWED = {
+    **dict.fromkeys(BASE, BASE),
+    "flow": BASE,
+    "data": BASE,
+    "models": BELOW_ROLLOUT,
+    "distributed": BASE | {"models"},
+    "rollout": BELOW_ROLLOUT,
+    "objectives": BELOW_ROLLOUT | {"rollout"},
+    "inference": INFERENCE,
+    "evaluation": INFERENCE | {"evaluation", "distributed"},
+    "serve": INFERENCE,
+    "train": INFERENCE | {"objectives", "distributed", "evaluation"},
+}
+ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily
+
+HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
+TORCH_FREE = BASE - {"randomness"} | ENTRANCES
+PROCESS_GROUP = ("distributed/", "train/", "data/loader.py", "evaluation/run.py")
+ENVIRONMENT = ("cli.py", "distributed/mesh.py")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Dotted names of all imports outside `if TYPE_CHECKING`; with `top_level`, only those made on import."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    yield from walk(ast.parse(path.read_text()))
+
+
+def own_parts(path: Path) -> set[str]:
+    names = [name.split(".") for name in imports(path) if name.split(".")[0] == "longtake"]
+    return {name[1] for name in names if len(name) > 1}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_import_direction(path):
+    if part(path) in ENTRANCES:
+        return
+    allowed = ALLOWED[part(path)] | {part(path)}
+    assert own_parts(path) <= allowed, f"{relative(path)} imports {sorted(own_parts(path) - allowed)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_heavy_imports_are_lazy(path):
+    loaded = {name.split(".")[0] for name in imports(path, top_level=True)}
+    assert not loaded & HEAVY
+    if part(path) in TORCH_FREE:
+        assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_process_group_and_environment_have_their_places(path):
+    if not relative(path).startswith(PROCESS_GROUP):
+        assert not any(name.startswith("torch.distributed") for name in imports(path))
+        assert "torch.distributed" not in path.read_text()
+    if relative(path) not in ENVIRONMENT:
+        assert "environ" not in path.read_text() and "getenv" not in path.read_text()
+
+
+def test_torchvision_is_never_imported():
+    assert not any(name.split(".")[0] == "torchvision" for path in FILES for name in imports(path))
+
+
+def test_the_rules_see_a_wrong_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tests.test_imports.PACKAGE" if __name__.startswith("tests.") else f"{__name__}.PACKAGE", tmp_path
+    )
+    (tmp_path / "flow").mkdir()
+    bad = tmp_path / "flow" / "x.py"
+    bad.write_text("import lmdb\ndef f():\n    from longtake.train.loop import train\n")
+    with pytest.raises(AssertionError, match="imports \\['train'\\]"):
+        test_import_direction(bad)
+    with pytest.raises(AssertionError):
+        test_heavy_imports_are_lazy(bad)

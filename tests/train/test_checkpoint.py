@@ -1,0 +1,193 @@
+"""Checkpoints: bit-equal resume, atomic publication, damage, strictness, and no pickle anywhere."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from longtake import runs
+from longtake.distributed.mesh import Mesh
+from longtake.errors import CheckpointError
+from longtake.train import checkpoint
+from longtake.train.checkpoint import initialise_from, latest_checkpoint, load_checkpoint
+from longtake.train.metrics_log import read_rows
+from longtake.train.state import TrainState
+
+
+def assert_same(one: TrainState, other: TrainState) -> None:
+    a, b = one.tensors(), other.tensors()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    assert (one.step, one.data_position) == (other.step, other.data_position)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def losses(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def test_resume_is_bit_equal_to_an_uninterrupted_run(tmp_path):
+    whole = tiny_run.run(tmp_path / "whole", Mesh())
+    tiny_run.run(tmp_path / "parts", Mesh(), steps=5)
+    parts = tiny_run.run(tmp_path / "parts", Mesh())
+    assert_same(whole, parts)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_retention_manifest_and_a_finished_run(tmp_path):
+    state = tiny_run.run(tmp_path, Mesh())
+    assert names(tmp_path) == ["step_000006", "step_000008"]
+    manifest = runs.verify_checkpoint(tmp_path / "checkpoints/step_000008")
+    assert (
+        manifest["step"] == 8 and manifest["data_position"] == 8 * tiny_run.BATCH and manifest["config"] == {"steps": 8}
+    )
+    assert (manifest["rope"], manifest["block_plan"], manifest["fps"]) == ("relative", [1, 4], 16)
+    assert manifest["world_size"] == 1 and manifest["torch_version"] == torch.__version__
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert_same(state, tiny_run.run(tmp_path, Mesh()))
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("fails_in", ["_write_state", "_write_weights", "_synced_record", "_publish"])
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails_in):
+    whole = tiny_run.run(tmp_path / "whole", Mesh())
+    tiny_run.run(tmp_path / "run", Mesh(), steps=3)
+
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, fails_in, full_disk)
+        with pytest.raises(OSError, match="disk full"):
+            tiny_run.run(tmp_path / "run", Mesh())
+    assert latest_checkpoint(tmp_path / "run/checkpoints").name == "step_000003"
+    assert_same(whole, tiny_run.run(tmp_path / "run", Mesh()))
+    assert names(tmp_path / "run") == ["step_000006", "step_000008"]
+
+
+def test_kill_9_in_a_save_resumes_bit_equal(tmp_path):
+    """A real process, killed between the files of its second checkpoint."""
+    command = [sys.executable, tiny_run.__file__, str(tmp_path / "run"), "--kill-in-save", "6"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert names(tmp_path / "run") == [".tmp-step_000006", "step_000003"]
+    assert_same(tiny_run.run(tmp_path / "whole", Mesh()), tiny_run.run(tmp_path / "run", Mesh()))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "add"])
+def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage):
+    whole = tiny_run.run(tmp_path, Mesh())
+    newest = tmp_path / "checkpoints/step_000008"
+    victim = next((newest / "state").iterdir())
+    content = victim.read_bytes()
+    match damage:
+        case "flip":
+            victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "cut":
+            victim.write_bytes(content[:-1])
+        case "remove":
+            victim.unlink()
+        case "manifest":
+            (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-9])
+        case "add":
+            (newest / "state/extra.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        runs.verify_checkpoint(newest)
+    assert latest_checkpoint(newest.parent).name == "step_000006"
+    assert "step_000008" in caplog.text
+    assert_same(whole, tiny_run.run(tmp_path, Mesh()))
+    assert names(tmp_path) == ["damaged-step_000008", "step_000006", "step_000008"]
+
+
+def test_no_usable_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
+    tiny_run.run(tmp_path, Mesh(), steps=3)
+    (tmp_path / "checkpoints/step_000003/manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        tiny_run.run(tmp_path, Mesh())
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypatch):
+    """The published folder's state is replaced by pickles, with a manifest that vouches for them."""
+    monkeypatch.chdir(tmp_path)
+    tiny_run.run(tmp_path / "run", Mesh(), steps=3)
+    path = tmp_path / "run/checkpoints/step_000003"
+
+    def no_pickle(*_, **__):
+        raise AssertionError("a checkpoint was unpickled")
+
+    with monkeypatch.context() as patch:
+        for name in ("load", "loads", "Unpickler"):
+            patch.setattr(pickle, name, no_pickle)
+        patch.setattr(torch, "load", no_pickle)
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+
+    for file in (path / "state").iterdir():
+        file.write_bytes(pickle.dumps(Bomb()))
+    for name in (".metadata", "__0_0.distcp"):
+        (path / "state" / name).write_bytes(pickle.dumps(Bomb()))
+    (path / "generator/model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {name: runs.file_record(path / name) for name in runs.files_of(path)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        initialise_from(tiny_run.Tiny(0), path / "generator")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_loading_is_strict(tmp_path):
+    tiny_run.run(tmp_path, Mesh(), steps=3)
+    path = tmp_path / "checkpoints/step_000003"
+    state, _ = tiny_run.build(Mesh())
+    state.networks["generator"].extra = torch.nn.Parameter(torch.zeros(1))
+    state.networks["generator"].head = torch.nn.Linear(tiny_run.WIDTH, 2)
+    del state.ema["generator"]
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(state, path, mesh=Mesh())
+    for text in ("1 missing: networks.generator.extra", "surplus: ema.generator", "(3, 5) instead of (2, 5)"):
+        assert text in str(error.value)
+
+
+def test_another_seed_or_rope_is_not_a_resume(tmp_path):
+    tiny_run.run(tmp_path, Mesh(), steps=3)
+    with pytest.raises(CheckpointError, match="seed=1 and this run has 2"):
+        tiny_run.run(tmp_path, Mesh(), seed=2)
+    with pytest.raises(CheckpointError, match="rope='relative' and this run has 'absolute'"):
+        tiny_run.run(tmp_path, Mesh(), facts={"rope": "absolute"})
+
+
+def test_initialise_from_takes_weights_only(tmp_path):
+    state = tiny_run.run(tmp_path, Mesh(), steps=6)
+    path = latest_checkpoint(tmp_path / "checkpoints")
+    assert runs.exported_weights(path).name == "generator_ema"
+    assert json.loads((runs.exported_weights(path) / "config.json").read_text()) == {"width": tiny_run.WIDTH}
+    fresh, _ = tiny_run.build(Mesh())
+    initialise_from(fresh.networks["generator"], runs.exported_weights(path, prefer_ema=False))
+    for key, value in fresh.networks["generator"].state_dict().items():
+        assert torch.equal(value, state.networks["generator"].state_dict()[key])
+    assert fresh.step == 0 and all(not t.any() for t in fresh.optimizers["generator"].tensors().values())
+    averaged = tiny_run.Tiny(7)
+    initialise_from(averaged, runs.exported_weights(path))
+    assert torch.equal(averaged.head.weight, state.ema["generator"].tensors()["head.weight"])
+    assert not torch.equal(averaged.head.weight, state.networks["generator"].head.weight)
+    with pytest.raises(CheckpointError, match="holds no exported network 'critic'"):
+        runs.exported_weights(path, "critic")

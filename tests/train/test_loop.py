@@ -1,0 +1,149 @@
+"""The loop: what is logged, what stops it, optimizer and EMA against their formulas."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+
+from longtake.distributed.mesh import Mesh
+from longtake.errors import ConfigError, TrainingError
+from longtake.runs import latest_checkpoint
+from longtake.train.ema import EMA, EMASettings
+from longtake.train.loop import Hooks, LoopSettings
+from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows
+from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+
+
+def test_rows_hold_the_published_names(tmp_path):
+    tiny_run.run(
+        tmp_path, Mesh(), hooks=Hooks(evaluate=lambda step: {"motion_ratio": np.float32(0.5), "entropy": math.nan})
+    )
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    steps = [row for row in rows if "critic_loss" in row]
+    assert [row["step"] for row in steps] == list(range(8))
+    assert ["generator_loss" in row for row in steps] == [True, False] * 4
+    assert {"critic_grad_norm", "batch_mean", "seconds", "seconds/fetch", "seconds/critic"} <= steps[0].keys()
+    validations = [row for row in rows if "motion_ratio" in row]
+    assert [row["step"] for row in validations] == [0, 4, 8] and validations[0]["entropy"] is None
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_accumulation_does_not_change_the_run(tmp_path):
+    one, four = tiny_run.run(tmp_path / "1", Mesh()), tiny_run.run(tmp_path / "4", Mesh(), accumulation=4)
+    for a, b in zip(one.tensors().values(), four.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert one.data_position == four.data_position
+
+
+def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
+    with pytest.raises(TrainingError, match="step 4, generator: loss=.nan"):
+        tiny_run.run(tmp_path, Mesh(), nan_at=4)
+    before = tiny_run.run(tmp_path / "before", Mesh(), steps=4, save_every=1)
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_000003"
+    state, objective = tiny_run.build(Mesh(), nan_at=4)
+    from longtake.train.loop import Window, _iteration
+
+    rows = tiny_run.Rows(Mesh())
+    for _ in range(4):
+        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+    with pytest.raises(TrainingError):
+        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+    for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
+        assert torch.equal(a, b)
+    assert state.step == 4
+
+
+def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
+    state, objective = tiny_run.build(Mesh())
+    parameter = state.networks["critic"].head.bias
+    parameter.register_hook(lambda grad: grad * math.inf)
+    from longtake.train.loop import Window, _iteration
+
+    with pytest.raises(TrainingError, match="step 0, critic"):
+        _iteration(state, objective, tiny_run.Rows(Mesh()), 1, Mesh(), Phases(), Window())
+
+
+def test_sigterm_saves_and_exits_non_zero(tmp_path):
+    def evaluate(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"motion_ratio": 1.0}
+
+    with pytest.raises(SystemExit) as stopped:
+        tiny_run.run(tmp_path, Mesh(), hooks=Hooks(evaluate=evaluate))
+    assert stopped.value.code == 143
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_000004"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_error_in_the_objective_is_not_swallowed(tmp_path):
+    def broken(step):
+        raise ZeroDivisionError("inside")
+
+    with pytest.raises(ZeroDivisionError):
+        tiny_run.run(tmp_path, Mesh(), hooks=Hooks(evaluate=broken))
+
+
+def test_optimizer_equals_torch_with_clipping_and_warm_up():
+    torch.manual_seed(0)
+    ours, theirs = tiny_run.Tiny(0), tiny_run.Tiny(0)
+    optimizer = NetworkOptimizer(
+        ours, OptimizerSettings(1e-2, (0.5, 0.9), 1e-7, 0.1, warmup_steps=4, max_grad_norm=0.1)
+    )
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.5, 0.9), eps=1e-7, weight_decay=0.1)
+    for step in range(6):
+        x = torch.randn(8, tiny_run.WIDTH)
+        for network, zero in ((ours, optimizer.zero_grad), (theirs, reference.zero_grad)):
+            zero()
+            network(x).square().sum().backward()
+        norm = optimizer.gradient_norm()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        assert norm == pytest.approx(expected.item(), rel=1e-6)
+        reference.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4)
+        optimizer.step(step, norm)
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ema_follows_its_formula_and_gives_the_weights_back():
+    network = tiny_run.Tiny(0)
+    ema = EMA(network, EMASettings(0.9, start_step=1))
+    expected = None
+    for step in range(4):
+        with torch.no_grad():
+            network.head.weight.add_(step + 1)
+        ema.update(step)
+        weight = network.head.weight.detach().clone()
+        expected = weight if step <= 1 else 0.9 * expected + 0.1 * weight
+        torch.testing.assert_close(ema.tensors()["head.weight"], expected)
+    with ema.applied():
+        torch.testing.assert_close(network.head.weight.detach(), expected)
+    assert torch.equal(network.head.weight, weight)
+    half = tiny_run.Tiny(0).to(torch.bfloat16)
+    assert EMA(half, EMASettings()).tensors()["head.weight"].dtype == torch.float32
+
+
+def test_rows_of_an_interrupted_run_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "los')
+    cut_from(path, 4)
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
+
+
+def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb is switched on and not installed"):
+        MetricsLog(tmp_path, wandb={"mode": "offline"})
+    MetricsLog(tmp_path, progress=False).close()
+
+
+def test_settings_refuse_zero():
+    with pytest.raises(ConfigError, match="keep_checkpoints=0 must be at least 1"):
+        LoopSettings(10, keep_checkpoints=0)

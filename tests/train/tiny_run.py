@@ -1,0 +1,170 @@
+"""A tiny network of two blocks, a deterministic objective and data, and the run that tests and subprocesses share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.objectives.base import LossResult
+from longtake.train.ema import EMASettings
+from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
+from longtake.train.optim import OptimizerSettings
+from longtake.train.state import TrainState
+
+WIDTH, BATCH = 5, 4
+
+
+@dataclass
+class TinyConfig:
+    width: int = WIDTH
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 7), nn.Linear(7, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x.to(self.up.weight.dtype))))
+
+
+class Tiny(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.config = TinyConfig()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.head = nn.Linear(WIDTH, 3)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.to(self.head.weight.dtype)).float() * self.scale
+
+
+class Rows:
+    """Micro-batches whose sample `i` is a function of `i`; the global batch is split over the ranks."""
+
+    def __init__(self, mesh: Mesh, accumulation: int = 1) -> None:
+        self.mesh, self.position = mesh, 0
+        self.per_rank = BATCH // mesh.world_size // accumulation
+
+    def seek(self, position: int) -> None:
+        self.position = position
+
+    def __next__(self) -> torch.Tensor:
+        start = self.position + self.mesh.rank * self.per_rank
+        self.position += self.per_rank * self.mesh.world_size
+        return torch.stack(
+            [torch.randn(WIDTH, generator=torch.Generator().manual_seed(start + i)) for i in range(self.per_rank)]
+        )
+
+
+class TwoPlayers:
+    """A generator updated every second iteration (through two forwards, as a roll-out does) and a critic in all."""
+
+    def __init__(self, networks: dict[str, nn.Module], nan_at: int = -1, nan_rank: int = 0, rank: int = 0) -> None:
+        self.networks, self.nan_at, self.is_bad_rank = networks, nan_at, rank == nan_rank
+
+    def turns(self, step: int) -> list[str]:
+        return ["generator", "critic"] if step % 2 == 0 else ["critic"]
+
+    def loss(self, turn: str, batch: torch.Tensor, step: int) -> LossResult:
+        target = torch.sin(3 * batch[:, :3])
+        if turn == "generator":
+            first = self.networks["generator"](batch)
+            second = self.networks["generator"](batch + 0.1)
+            loss = (first - target).square().mean() + (second - target).square().mean()
+        else:
+            with torch.no_grad():
+                fake = self.networks["generator"](batch)
+            loss = (self.networks["critic"](batch) - fake).square().mean()
+        if step == self.nan_at and self.is_bad_rank:
+            loss = loss * float("nan")
+        return LossResult(loss, {"batch_mean": batch.mean()})
+
+
+def build(mesh: Mesh, *, seed: int = 1, nan_at: int = -1) -> tuple[TrainState, TwoPlayers]:
+    networks = {name: parallelize(Tiny(i), mesh) for i, name in enumerate(("generator", "critic"))}
+    settings = OptimizerSettings(lr=1e-2, betas=(0.5, 0.9), weight_decay=0.01, warmup_steps=3, max_grad_norm=0.5)
+    state = TrainState.build(
+        networks, dict.fromkeys(networks, settings), {"generator": EMASettings(0.9, start_step=2)}, seed=seed
+    )
+    return state, TwoPlayers(networks, nan_at, nan_rank=mesh.world_size - 1, rank=mesh.rank)
+
+
+def run(
+    folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
+) -> TrainState:
+    hooks, wandb = options.pop("hooks", Hooks()), options.pop("wandb", None)
+    facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
+    state, objective = build(mesh, **options)
+    train(
+        state,
+        objective,
+        Rows(mesh, accumulation),
+        LoopSettings(steps, accumulation, save_every=save_every, keep_checkpoints=2, validate_every=4),
+        folder=folder,
+        mesh=mesh,
+        info=RunInfo({"steps": steps}, facts, wandb=wandb, progress=False),
+        hooks=hooks,
+    )
+    return state
+
+
+def kill_in_save(step: int) -> None:
+    """From now on this process kills itself in the middle of the save of `step`."""
+    from longtake.train import checkpoint
+
+    original = checkpoint._synced_record
+
+    def record(path: Path) -> dict:
+        if f"step_{step:06d}" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path)
+
+    checkpoint._synced_record = record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--kill-in-save", type=int)
+    parser.add_argument("--nan-at", type=int, default=-1)
+    parser.add_argument("--raise-on", type=int, default=-1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.kill_in_save is not None:
+        kill_in_save(args.kill_in_save)
+
+    with init_mesh("cpu") as mesh:
+
+        def evaluate(step: int) -> dict[str, float]:
+            if args.raise_on == mesh.rank:
+                raise ValueError("this rank broke")
+            return {"motion_ratio": 1.0}
+
+        run(
+            args.folder,
+            mesh,
+            steps=args.steps,
+            accumulation=args.accumulation,
+            nan_at=args.nan_at,
+            hooks=Hooks(evaluate=evaluate),
+        )
+
+
+if __name__ == "__main__":
+    main()
