@@ -20,6 +20,8 @@ from longtake.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+# Kinds of stages that train a student, in the order of training
+STUDENTS = ("causal", "distill", "long")
 _NAME = re.compile(r"step_(\d{6,})")
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,32 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         else:
             return path
     return None
+
+
+def student_stages(logdir: str | Path) -> list[Path]:
+    """Folders of the stages in `logdir` that trained a student, in training order, whatever their names."""
+    configs = {folder.name: _config_of(folder) for folder in sorted(Path(logdir).iterdir())}
+    students = {name: config for name, config in configs.items() if config.get("stage") in STUDENTS}
+
+    def depth(name: str) -> int:
+        ancestors: list[str] = []
+        while name in students and name not in ancestors:
+            ancestors.append(name)
+            name = students[name].get("init_from") or ""
+        return len(ancestors)
+
+    order = sorted(students, key=lambda name: (STUDENTS.index(students[name]["stage"]), depth(name), name))
+    return [Path(logdir) / name for name in order]
+
+
+def _config_of(stage_folder: Path) -> dict[str, Any]:
+    """The configuration in the newest readable checkpoint of a stage; empty when there is none."""
+    for checkpoint in reversed(list_checkpoints(checkpoints_folder(stage_folder))):
+        try:
+            return read_manifest(checkpoint)["config"]
+        except CheckpointError as error:
+            logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
+    return {}
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:

@@ -269,8 +269,12 @@ class Condition:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """The same condition on another device (and in another floating-point type)."""
-        move = lambda t: None if t is None else t.to(device=device, dtype=dtype or t.dtype)  # noqa: E731
-        return Condition(move(self.text), move(self.image), move(self.frames))
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype or tensor.dtype)
+
+        image = None if self.image is None else move(self.image)
+        return Condition(move(self.text), image, None if self.frames is None else move(self.frames))
 
     def with_text(self, text: Tensor) -> Condition:
         """The same picture under other text (classifier-free guidance: same `frames`, same `image`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,11 @@ def tiny_latents() -> Callable[..., torch.Tensor]:
 @pytest.fixture(scope="session")
 def rel() -> Callable[[torch.Tensor, torch.Tensor], float]:
     return relative_error
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random tiny `encoders/`, a random `teacher/` and the `data/` of six worlds; only to be read."""
+    from tiny_stage import make_workshop
+
+    return make_workshop(tmp_path_factory.mktemp("workshop"))

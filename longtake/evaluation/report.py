@@ -68,7 +68,7 @@ def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None
 def contact_sheet(
     rows: Mapping[str, Sequence[NDArray[np.uint8]]], *, num_videos: int = 3, num_frames: int = 9, zoom: int = 2
 ) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3]: a labelled line a row; the first `num_videos` videos side by side, `num_frames` frames of each."""
+    """uint8 [h, w, 3]: a labelled line a row; `num_frames` frames of each of the first `num_videos` videos."""
     from PIL import Image, ImageDraw
 
     label = 150

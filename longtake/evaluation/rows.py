@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.data.world import World, sample_world
 from longtake.distributed.mesh import Mesh
+from longtake.errors import ConfigError
 from longtake.evaluation.world_metrics import WorldScores, measure
 from longtake.inference.generator import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
@@ -30,13 +31,18 @@ Videos = list[NDArray[np.uint8]]
 
 @dataclass(frozen=True, eq=False)
 class WorldBatch:
-    """Some held-out worlds with their conditions. `numbers` are their indices; `counted` is False for padding."""
+    """Some held-out worlds with their conditions.
+
+    Fields: `numbers`, their indices; `counted`, False for padding; `other_text` [B, M, text_dim], the captions of the
+    worlds that follow in the list, whatever the batch holds.
+    """
 
     worlds: list[World]
     numbers: list[int]
     counted: list[bool]
     condition: Condition
     empty_text: Tensor
+    other_text: Tensor
     picture_latent: Tensor
     num_latent_frames: int
     encoders: Encoders
@@ -71,13 +77,14 @@ def held_out(
     num_latent_frames: int,
     batch_size: int,
 ) -> list[WorldBatch]:
-    """This rank's share of the held-out worlds; every rank gets equally many batches (padded with uncounted repeats)."""
+    """This rank's share of the held-out worlds, as many on every rank (uncounted repeats fill up)."""
     per_rank = -(-num_worlds // mesh.world_size)
     mine = [mesh.rank + k * mesh.world_size for k in range(per_rank)]
     batches = []
     for start in range(0, per_rank, batch_size):
         numbers = mine[start : start + batch_size]
         worlds = [sample_world(seed, number % num_worlds) for number in numbers]
+        others = [sample_world(seed, number % num_worlds + 1).caption for number in numbers]
         pictures = np.stack([world.render(1)[0] for world in worlds])
         images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         condition = encode_condition(encoders, images, [world.caption for world in worlds])
@@ -85,7 +92,10 @@ def held_out(
         counted = [number < num_worlds for number in numbers]
         assert condition.frames is not None
         picture = condition.frames[:, :1, -encoders.vae.latent_channels :]
-        batches.append(WorldBatch(worlds, numbers, counted, condition, empty, picture, num_latent_frames, encoders))
+        other = encoders.text.encode(others)
+        batches.append(
+            WorldBatch(worlds, numbers, counted, condition, empty, other, picture, num_latent_frames, encoders)
+        )
     return batches
 
 
@@ -152,18 +162,22 @@ def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int) -> Row:
 
 def broken_row(row: Row, broken: str) -> Row:
     """Another row with one condition taken away, to show that it is used: `y`, `clip`, or `text` (another world's)."""
-    return lambda batch: row(replace(batch, condition=break_condition(batch.condition, broken)))
+    return lambda batch: row(replace(batch, condition=break_condition(batch, broken)))
 
 
-def break_condition(condition: Condition, broken: str | None) -> Condition:
-    """The condition with one part useless: `y` or `clip` zeroed, `text` given to the next world of the batch."""
+def break_condition(batch: WorldBatch, broken: str) -> Condition:
+    """The condition with one part useless: `y` or `clip` zeroed, `text` that of the world after.
+
+    Raises: ConfigError when the condition has no such part, so that nothing counts as broken that is whole.
+    """
+    condition = batch.condition
     if broken == "y" and condition.frames is not None:
         return replace(condition, frames=torch.zeros_like(condition.frames))
     if broken == "clip" and condition.image is not None:
         return replace(condition, image=torch.zeros_like(condition.image))
     if broken == "text":
-        return condition.with_text(condition.text.roll(1, 0))
-    return condition
+        return condition.with_text(batch.other_text)
+    raise ConfigError(f"the condition has no part {broken!r} to break; y, clip (with an image encoder) and text can be")
 
 
 def score_row(row: Row, batches: Sequence[WorldBatch], mesh: Mesh) -> tuple[list[WorldScores], Videos]:

@@ -1,4 +1,4 @@
-"""`longtake evaluate`: every row of a run over the same held-out worlds and seeds; table, JSON, curves, contact sheet."""
+"""`longtake evaluate`: every row of a run over the same held-out worlds and seeds; table, JSON, curves, sheet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from longtake.config import EvaluationConfig, StageConfig
 from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.errors import CheckpointError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation import report
 from longtake.evaluation.rows import (
     Row,
@@ -27,9 +27,11 @@ from longtake.evaluation.rows import (
 )
 from longtake.evaluation.world_metrics import summarise
 from longtake.inference.generator import find_checkpoint, rules_of
+from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.presets import model_config
 from longtake.models.weights import load_dit
-from longtake.runs import checkpoints_folder, exported_weights, read_manifest
+from longtake.runs import checkpoints_folder, exported_weights, read_manifest, student_stages
 
 # Shown on the contact sheet: the story of a run, from truth to student.
 _SHEET_STAGES = ("truth", "teacher", "teacher, causal")
@@ -68,7 +70,8 @@ def evaluate(
     if settings is None:
         settings = _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
-    encoders = Encoders.load(last.encoders_folder, mesh.device)
+    with_tokens = model_config(str(exported_weights(stages[-1][0]))).image_dim is not None
+    encoders = Encoders.load(last.encoders_folder, mesh.device, with_image=with_tokens)
     frames = settings.num_latent_frames or last.video.num_latent_frames
     batches = held_out(
         encoders,
@@ -80,7 +83,8 @@ def evaluate(
     )
     summaries: dict[str, dict[str, Any]] = {}
     shown: dict[str, Videos] = {}
-    for name, scores, videos in iterate(_rows(stages, settings, frames, mesh), batches, mesh):
+    rows = _rows(stages, settings, frames, mesh, with_tokens=with_tokens)
+    for name, scores, videos in iterate(rows, batches, mesh):
         summaries[name] = summarise(scores)
         shown[name] = videos
     folder = Path(output) if output is not None else run
@@ -91,43 +95,55 @@ def evaluate(
 
 
 def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
-    """(checkpoint, configuration) of each trained student in a log folder, or of one stage folder, in training order."""
+    """(checkpoint, configuration) of each student in a log folder, or of one stage folder, in training order."""
     if checkpoints_folder(run).is_dir() or (run / "manifest.json").is_file():
         folders = [run]
     else:
-        folders = [run / name for name in ("causal", "distill", "long") if checkpoints_folder(run / name).is_dir()]
+        folders = student_stages(run) if run.is_dir() else []
     if not folders:
         raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
     found = [find_checkpoint(folder) for folder in folders]
-    return [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
+    stages = [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
+    if any(config.model.image_condition != "i2v" for _, config in stages):
+        raise ConfigError(f"{run} holds a text-to-video model; the evaluation gives a picture and needs an i2v model")
+    return stages
 
 
 def _rows(
-    stages: list[tuple[Path, StageConfig]], settings: EvaluationConfig, frames: int, mesh: Mesh
+    stages: list[tuple[Path, StageConfig]], settings: EvaluationConfig, frames: int, mesh: Mesh, *, with_tokens: bool
 ) -> dict[str, Row]:
     _, last = stages[-1]
     seed = settings.seed
     rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
-    source = last.teacher or last.init_from
-    if source is not None and frames == last.video.num_latent_frames:
-        teacher = load_dit(_weights(last.source(source)), mesh.device).eval().requires_grad_(False)
-        rows["teacher"] = teacher_row(
-            teacher,
+
+    def load(weights: Path) -> VideoDiT:
+        return load_dit(weights, mesh.device).eval().requires_grad_(False)
+
+    def bidirectional(model: VideoDiT) -> Row:
+        return teacher_row(
+            model,
             seed=seed,
             num_steps=settings.teacher_steps,
             shift=last.flow.shift,
             guidance=settings.teacher_guidance,
             first_frame_clean=last.model.first_frame_sigma == "zero",
         )
+
+    source = last.teacher or last.init_from
+    if last.stage != "teacher" and source is not None and frames == last.video.num_latent_frames:
+        teacher = load(_weights(last.source(source)))
+        rows["teacher"] = bidirectional(teacher)
         rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
         rows["teacher, causal"] = student_row(teacher, rules_of(last), seed=seed)
     for path, config in stages:
-        model = load_dit(exported_weights(path), mesh.device).eval().requires_grad_(False)
-        if config.stage != "teacher":
-            rows[config.name] = student_row(model, rules_of(config), seed=seed)
+        model = load(exported_weights(path))
+        is_teacher = config.stage == "teacher"
+        rows[config.name] = bidirectional(model) if is_teacher else student_row(model, rules_of(config), seed=seed)
     if settings.ablations and last.stage != "teacher":
-        for broken, label in (("y", "zeroed y"), ("clip", "zeroed CLIP"), ("text", "shuffled captions")):
-            rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
+        labels = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
+        for broken, label in labels.items():
+            if broken != "clip" or with_tokens:
+                rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,19 @@ from longtake.models.encoders import Encoders
 from longtake.models.weights import load_dit
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.rollout.stream import stream_latents
-from longtake.runs import checkpoints_folder, exported_weights, latest_checkpoint, read_manifest
+from longtake.runs import (
+    STUDENTS,
+    checkpoints_folder,
+    exported_weights,
+    latest_checkpoint,
+    read_manifest,
+    student_stages,
+)
+from longtake.structs import latent_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
-
-# Students, most trained first: what `from_run` takes from a log folder.
-_STAGES = ("long", "distill", "causal")
 
 
 def rules_of(config: StageConfig) -> RollOutRules:
@@ -71,6 +75,11 @@ class Generator:
             raise CheckpointError(
                 f"{path} holds a bidirectional teacher, which cannot stream; give a causal or distill run"
             )
+        if config.model.image_condition != "i2v":
+            raise CheckpointError(
+                f"{path} holds a text-to-video student, and a Generator starts from a picture; give a run with "
+                "model.image_condition=i2v"
+            )
         model = load_dit(exported_weights(checkpoint), device).eval().requires_grad_(False)
         encoders = Encoders.load(config.encoders_folder, device, with_image=model.config.image_dim is not None)
         return cls(model, encoders, config, device)
@@ -104,6 +113,8 @@ class Generator:
             raise ConfigError(f"num_frames={num_frames} must be at least 1")
         if not prompt.strip():
             raise ConfigError("the prompt is empty; say what should move and how")
+        if num_frames is None and self.rules.window_frames is None:
+            raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         video = self.config.video
         picture = prepare_image(image, video.height, video.width)[None].to(self.device)
         return self._frames(picture, prompt, num_frames, seed)
@@ -119,9 +130,8 @@ class Generator:
         # Without a window nothing is evicted, and the cache must be as long as the video.
         max_frames = None
         if rules.window_frames is None:
-            if num_frames is None:
-                raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
-            latent = 1 + math.ceil((num_frames - 1) / self.encoders.vae.temporal_stride)
+            assert num_frames is not None
+            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
             max_frames = rules.plan.block_of(latent - 1)[1]
         cache = self.model.new_cache(
             1, *size, rules.window_frames, rules.sink_frames, rules.rope, max_frames=max_frames
@@ -155,11 +165,11 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (path / "manifest.json").is_file():
         return path
-    stages = [path] if checkpoints_folder(path).is_dir() else [path / name for name in _STAGES]
+    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
     for stage in stages:
-        if checkpoints_folder(stage).is_dir() and (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
+        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
             return found
-    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(_STAGES)}); train one first")
+    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
 
 
 @dataclass(frozen=True)

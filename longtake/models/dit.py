@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -207,7 +207,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, E, L, D] float32 -> the same; `modulation` [B, E, 6, D]."""
         entries, tokens = x.shape[1], x.shape[2]
-        dtype = self.ffn[0].weight.dtype
+        dtype = cast(nn.Linear, self.ffn[0]).weight.dtype
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
@@ -277,7 +277,7 @@ class VideoDiT(nn.Module):
     def set_attention(self, attend: Attention) -> None:
         """Replaces the attention entry of every self-attention."""
         for block in self.blocks:
-            block.self_attn.attend = attend  # type: ignore[union-attr]
+            cast(Block, block).self_attn.attend = attend
 
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
@@ -311,7 +311,7 @@ class VideoDiT(nn.Module):
         `spare_frames` more frames are kept for recomputation in backward.
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
-        weight = self.blocks[0].self_attn.q.weight  # type: ignore[union-attr]
+        weight = cast(Block, self.blocks[0]).self_attn.q.weight
         device = weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         return KVCache(
@@ -396,9 +396,9 @@ class VideoDiT(nn.Module):
     def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [B, E] -> (e [B, E, D], modulation [B, E, 6, D]), all in float32."""
         embedded = sinusoid(sigma.double() * 1000.0, self.config.freq_dim)
-        first, second = self.time_embedding[0], self.time_embedding[2]
-        e = linear_fp32(second, F.silu(linear_fp32(first, embedded)))  # type: ignore[arg-type]
-        modulation = linear_fp32(self.time_projection[1], F.silu(e))  # type: ignore[arg-type]
+        first, second = cast(nn.Linear, self.time_embedding[0]), cast(nn.Linear, self.time_embedding[2])
+        e = linear_fp32(second, F.silu(linear_fp32(first, embedded)))
+        modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
 
     def _embed_patches(self, x: Tensor, condition: Condition, frame_index: Tensor) -> Tensor:
@@ -421,7 +421,7 @@ class VideoDiT(nn.Module):
     def _embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Text padded with zero rows to text_len, and CLIP tokens, as context tokens [B, M, D]."""
         text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
-        dtype = self.text_embedding[0].weight.dtype
+        dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         embedded = self.text_embedding(text.to(dtype))
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
         return embedded, image

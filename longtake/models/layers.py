@@ -6,6 +6,8 @@ original computes in float32 is computed in float32 here, under autocast as well
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,7 +99,7 @@ class ImageEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.emb_pos is not None:
             tokens = tokens + self.emb_pos
-        first, last = self.proj[0], self.proj[4]
+        first, last = cast(nn.LayerNorm, self.proj[0]), cast(nn.LayerNorm, self.proj[4])
         x = layer_norm(tokens, first.eps, first.weight, first.bias)
-        x = self.proj[3](self.proj[2](self.proj[1](x.to(self.proj[1].weight.dtype))))
+        x = self.proj[3](self.proj[2](self.proj[1](x.to(cast(nn.Linear, self.proj[1]).weight.dtype))))
         return layer_norm(x, last.eps, last.weight, last.bias)

@@ -7,6 +7,7 @@ with sigma exact; the velocity of the critic is used as it comes, never through 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,9 @@ from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
-from longtake.structs import Condition
 
-# score(noisy, sigma [B, F], condition) -> velocity
-Score = Callable[[Tensor, Tensor, Condition], Tensor]
+# phase(name) -> context manager that a caller times
+Phase = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Dmd:
     """Self-Forcing with distribution matching: `updates_per_generator` critic updates to one generator update.
 
     Networks: `generator` (causal student) and `critic` (fake score) are trained, `real` is frozen. All random numbers
-    follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks.
+    follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks. `phase` is entered
+    around each roll-out ("rollout") and each call of the scores ("scores"), for timing.
     """
 
     def __init__(
@@ -72,11 +73,14 @@ class Dmd:
         rules: RollOutRules,
         num_frames: int,
         settings: DmdSettings,
+        *,
+        phase: Phase = nullcontext,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
         self.generator, self.critic = generator, critic
         self.real = real.eval().requires_grad_(False)
         self.draws, self.rules, self.num_frames, self.settings = draws, rules, num_frames, settings
+        self.phase = phase
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -98,13 +102,13 @@ class Dmd:
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = RollOut(made.latents.detach(), made.generated)
         student = made.latents
-        with torch.no_grad():
+        with torch.no_grad(), self.phase("scores"):
             noisy, sigma, _ = self._noised(student, batch, step, "generator")
             fake = clean_from_velocity(noisy, self.critic(noisy, sigma, batch.condition), sigma)
             real = clean_from_velocity(noisy, self._real_velocity(noisy, sigma, batch), sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
-        metrics = {
+        metrics: dict[str, float | Tensor] = {
             "generator_loss": loss.detach(),
             "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
             "exit_step": float(self.exit_step(step)),
@@ -118,24 +122,26 @@ class Dmd:
                 made = self._roll_out(batch, step, graded=False)
         self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
         noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
-        predicted = self.critic(noisy, sigma, batch.condition)
+        with self.phase("scores"):
+            predicted = self.critic(noisy, sigma, batch.condition)
         error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
-        return roll_out(
-            self.generator,
-            batch.condition,
-            batch.first_latent,
-            self._roll_out_noise(batch, step),
-            self.rules,
-            self.num_frames,
-            batch.latent_size,
-            exit_step=self.exit_step(step),
-            graded=graded,
-        )
+        with self.phase("rollout"):
+            return roll_out(
+                self.generator,
+                batch.condition,
+                batch.first_latent,
+                self._roll_out_noise(batch, step),
+                self.rules,
+                self.num_frames,
+                batch.latent_size,
+                exit_step=self.exit_step(step),
+                graded=graded,
+            )
 
     def _roll_out_noise(self, batch: EncodedBatch, step: int) -> RollOutNoise:
         device = batch.condition.text.device

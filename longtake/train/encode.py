@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.loader import Batch, Loader, Pick, collate
+from longtake.distributed.mesh import Mesh
 from longtake.errors import DataError
 from longtake.models.conditioning import condition_frames
 from longtake.models.encoders import Encoders
@@ -121,20 +122,41 @@ class EncodedLoader:
         picks = self._pending.pop(0)
         if not self._pending:
             self.loader.seek(self.position + self.loader.batch_size)
-        if missing := [pick for pick in picks if pick.row not in self._rows]:
-            with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
-                read = list(pool.map(self.loader.read, [pick.row for pick in missing]))
-            batch = collate([sample for _, sample in read], missing, [row for row, _ in read])
-            for pick, row in zip(missing, self.encoder.rows(batch)):
-                self._remember(pick.row, row)
+        if missing := {pick.row: pick for pick in picks if pick.row not in self._rows}:
+            self._encode(list(missing.values()), len(picks))
         rows = [self._rows[pick.row] for pick in picks]
         self._forget()
         return self.encoder.batch(rows, [pick.index for pick in picks])
 
-    def _remember(self, number: int, row: EncodedRow) -> None:
-        if number not in self._rows:
+    def prefill(self, mesh: Mesh) -> None:
+        """Encodes every row now, each on one rank, and shares the encodings: without it every rank encodes them all.
+
+        For data sets that are small enough to be remembered whole and to travel between the ranks.
+        """
+        size = self.loader.micro_batch_size
+        chunks = [range(start, start + size) for start in range(0, len(self.loader.dataset), size)]
+        for chunk in chunks[mesh.rank :: mesh.world_size]:
+            picks = [Pick(index=row, row=row) for row in chunk if row < len(self.loader.dataset)]
+            self._encode(picks, size)
+        mine = dict(self._rows)
+        for part in mesh.every(lambda: mine):
+            for number, row in part.items():
+                if number not in self._rows:
+                    self._rows[number] = row
+                    self._used_bytes += row.size_bytes
+        # Like lazy encoding, leave the oldest first: here rows in order, the same on every rank.
+        self._rows = OrderedDict(sorted(self._rows.items()))
+
+    def _encode(self, picks: Sequence[Pick], batch_size: int) -> None:
+        with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
+            read = list(pool.map(self.loader.read, [pick.row for pick in picks]))
+        # Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on
+        # the batch size, and a resumed run misses other rows than one that remembers earlier epochs.
+        filled = [min(k, len(picks) - 1) for k in range(batch_size)]
+        batch = collate([read[k][1] for k in filled], [picks[k] for k in filled], [read[k][0] for k in filled])
+        for pick, row in zip(picks, self.encoder.rows(batch)):
+            self._rows[pick.row] = row
             self._used_bytes += row.size_bytes
-        self._rows[number] = row
 
     def _forget(self) -> None:
         while self._used_bytes > self.memory_bytes:

@@ -31,6 +31,7 @@ from longtake.runs import exported_weights
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, EncodedLoader
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
+from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation
@@ -81,11 +82,15 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
     accumulation = config.accumulation(mesh.world_size)
     folder = config.folder
-    encoders = Encoders.load(config.encoders_folder, mesh.device, with_image=config.model.image_condition == "i2v")
-    _check_strides(config, encoders)
     networks, real = _networks(config, mesh)
+    with_tokens = networks["generator"].config.image_dim is not None
+    encoders = Encoders.load(config.encoders_folder, mesh.device, with_image=with_tokens)
+    _check_strides(config, encoders)
     draws = Draws(config.seed)
-    objective = InPrecision(_objective(config, networks, real, draws), mesh.device, bf16=config.precision == "bf16")
+    phases = Phases()
+    objective = InPrecision(
+        _objective(config, networks, real, draws, phases), mesh.device, bf16=config.precision == "bf16"
+    )
     state = _state(config, objective.networks)
     _write_config(config, mesh)
 
@@ -112,23 +117,40 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         with_latents=config.stage != "distill",
         device=mesh.device,
     )
-    validation = Validation(config, encoders, state, real, mesh, folder)
-    hooks = Hooks(validation.evaluate, validation.sample) if validation.enabled else Hooks()
+    batches = EncodedLoader(loader, encode)
+    # Small enough to be remembered whole, and every row is needed at least twice.
+    if len(dataset) <= 4096 and 2 * len(dataset) <= config.max_steps * config.batch_size:
+        with phases("encode"):
+            batches.prefill(mesh)
+    teacher = real
+    if config.stage == "causal" and config.validate_every > 0:
+        teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
+    validation = Validation(config, encoders, state, teacher, mesh, folder)
+    validates = validation.enabled and config.validate_every > 0
+    hooks = Hooks(validation.evaluate, validation.sample) if validates else Hooks()
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
         log_every=config.log_every,
-        validate_every=config.validate_every or config.max_steps,
-        sample_every=config.validate_every or config.max_steps,
+        validate_every=config.validate_every,
+        sample_every=config.validate_every,
     )
     info = RunInfo(
         config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
     )
     try:
         train(
-            state, objective, EncodedLoader(loader, encode), settings, folder=folder, mesh=mesh, info=info, hooks=hooks
+            state,
+            objective,
+            batches,
+            settings,
+            folder=folder,
+            mesh=mesh,
+            info=info,
+            hooks=hooks,
+            phases=phases,
         )
     finally:
         loader.close()
@@ -166,7 +188,9 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
     return networks, real
 
 
-def _objective(config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws) -> Objective:
+def _objective(
+    config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws, phases: Phases
+) -> Objective:
     clean = config.model.first_frame_sigma == "zero"
     flow = config.flow
     if config.stage == "teacher":
@@ -191,7 +215,7 @@ def _objective(config: StageConfig, networks: dict[str, VideoDiT], real: VideoDi
         first_frame_clean=clean,
     )
     frames = config.video.num_latent_frames
-    return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings)
+    return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings, phase=phases)
 
 
 def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:

@@ -91,8 +91,8 @@ def train(args: argparse.Namespace) -> None:
         optimizers.append(torch.optim.AdamW(inner, lr=args.lr, betas=(0.9, 0.99)))
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     started, step = time.time(), 0
-    total = args.seconds - (started - began)
-    running, clock = torch.zeros((), device=device), time.time()
+    total = max(1.0, args.seconds - (started - began))
+    running, clock, saved = torch.zeros((), device=device), time.time(), time.time()
     while (progress := (time.time() - started) / total) < 1:
         factor = min(1.0, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer, peak in zip(optimizers, peaks):
@@ -117,6 +117,9 @@ def train(args: argparse.Namespace) -> None:
             speed = args.log_every / (time.time() - clock)
             print(f"{time.time() - began:5.0f}s step {step} loss {mean:.4f} {speed:.1f} steps/s", flush=True)
             running, clock = torch.zeros((), device=device), time.time()
+        if time.time() - saved > args.save_seconds:
+            save_dit(model.config, average, args.output.with_name(f"{args.output.name}.partial"), torch.float16)
+            saved = time.time()
     save_dit(model.config, average, args.output, torch.float16)
     print(f"{step} steps, saved {args.output}", flush=True)
 
@@ -128,13 +131,14 @@ def main() -> None:
     parser.add_argument("--init", type=Path, default=None, help="start from these weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1500)
+    parser.add_argument("--save-seconds", type=float, default=45, help="between saves to OUTPUT.partial")
     parser.add_argument("--worlds", type=int, default=10000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3, help="of the matrices inside the blocks")
     parser.add_argument("--adam-lr", type=float, default=1e-3, help="of everything else")
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--shift", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=5.0)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--log-every", type=int, default=250)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Set-up and the tests.
+#
+# Usage: bash scripts/test.sh [--all] [pytest arguments]
+#   (nothing)  the fast tests, under 5 minutes on two cores
+#   --all      the slow ones too, and those that need a GPU where there is one
+# Arguments go to pytest, e.g.: bash scripts/test.sh tests/test_config.py -k window
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+all=no arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --all) all=yes ;;
+        -h | --help) sed -n '2,/^[^#]/{s/^# //p;s/^#$//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+bash "$root/scripts/setup.sh" dev
+python=$root/.venv/bin/python
+cd "$root"
+
+chosen="not slow and not gpu"
+if [[ $all == yes ]]; then
+    chosen="not gpu"
+    if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        chosen=""
+    fi
+fi
+# Many small tensors: one thread a process, and two processes where there are two cores.
+export OMP_NUM_THREADS=1
+exec "$python" -m pytest -n 2 --dist loadfile -m "$chosen" ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,260 @@
+"""The generator over a checkpoint made by the real save code: what is loaded, what is streamed, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_stage import save_student, stage_config
+
+from longtake import Generator
+from longtake.data.world import sample_world
+from longtake.errors import CheckpointError, ConfigError, DataError
+from longtake.inference import generator as module
+from longtake.inference.generator import find_checkpoint, generate_file, to_frames
+from longtake.inference.sampling import stream_noise, student_latents
+from longtake.inference.video_io import read_video
+from longtake.models.conditioning import encode_condition, prepare_image
+from longtake.models.encoders import Encoders
+from longtake.runs import exported_weights
+from longtake.structs import pixel_frames
+
+WORLD = sample_world(3, 0)
+PICTURE = WORLD.render(1)[0]
+
+
+@pytest.fixture(scope="module")
+def run(workshop, tmp_path_factory):
+    """A log folder with a causal and a distilled student; the stages' names are not those of their kinds."""
+    logdir = tmp_path_factory.mktemp("log")
+    save_student(stage_config(workshop, logdir, "causal", name="z_start"), seed=5)
+    save_student(stage_config(workshop, logdir, "distill", name="final", init_from="z_start"), seed=6)
+    return logdir
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return Generator.from_run(run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def video(generator):
+    """25 frames with seed 0."""
+    return frames_of(generator, num_frames=25)
+
+
+@pytest.fixture(scope="module")
+def other_video(generator):
+    """17 frames with seed 1."""
+    return frames_of(generator, seed=1)
+
+
+def frames_of(generator, *, image=PICTURE, prompt=WORLD.caption, num_frames=17, seed=0):
+    return np.concatenate(list(generator.stream(image, prompt, num_frames=num_frames, seed=seed)))
+
+
+# ---- what is loaded --------------------------------------------------------------------------------------------------
+def test_a_log_folder_gives_its_last_stage_and_the_average(run, generator):
+    assert generator.config.name == "final" and generator.fps == 16
+    path = find_checkpoint(run)
+    assert path == run / "final" / "checkpoints" / "step_000001"
+    assert exported_weights(path).name == "generator_ema"
+    average, weights = (load_file(path / name / "model.safetensors") for name in ("generator_ema", "generator"))
+    state = generator.model.state_dict()
+    assert all(torch.equal(state[key], average[key]) for key in average)
+    assert any(not torch.equal(average[key], weights[key]) for key in average)
+    assert not generator.model.training and not any(p.requires_grad for p in generator.model.parameters())
+
+
+def test_a_stage_folder_and_a_checkpoint_give_themselves(run):
+    assert Generator.from_run(run / "z_start", "cpu").config.stage == "causal"
+    assert find_checkpoint(run / "final" / "checkpoints" / "step_000001").name == "step_000001"
+
+
+def test_without_an_average_the_weights_are_taken(workshop, tmp_path):
+    taken = save_student(stage_config(workshop, tmp_path, "causal"), ema=False)
+    state = Generator.from_run(str(tmp_path), "cpu").model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in taken.state_dict().items())
+
+
+def test_the_newest_checkpoint_wins_and_rules_come_with_it(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "causal", rope="absolute")
+    save_student(config, seed=1, step=9)
+    save_student(config, seed=2, step=10)
+    loaded = Generator.from_run(tmp_path, "cpu")
+    assert find_checkpoint(tmp_path).name == "step_000010"
+    rules = loaded.rules
+    assert rules.rope == "absolute" and rules.window_frames == 5 and rules.sink_frames == 1
+    assert list(rules.plan.blocks(0, 5)) == [(0, 1), (1, 3), (3, 5)]
+    assert rules.sigmas == pytest.approx([1.0, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nothing", "does not exist; give a log folder"),
+        (lambda folder: folder, "holds no complete checkpoint of a student"),
+        (lambda folder: (folder / "checkpoints").mkdir() or folder, "holds no complete checkpoint"),
+    ],
+)
+def test_a_wrong_folder_is_refused(make, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        Generator.from_run(make(tmp_path))
+
+
+def test_a_teacher_and_a_text_to_video_student_cannot_stream(workshop, tmp_path):
+    save_student(stage_config(workshop, tmp_path, "teacher"))
+    with pytest.raises(CheckpointError, match="bidirectional teacher, which cannot stream"):
+        Generator.from_run(tmp_path / "teacher", "cpu")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint of a student"):
+        Generator.from_run(tmp_path, "cpu")
+    save_student(stage_config(workshop, tmp_path, "causal", model={"image_condition": "t2v"}))
+    with pytest.raises(CheckpointError, match="text-to-video student"):
+        Generator.from_run(tmp_path, "cpu")
+
+
+# ---- what is streamed ------------------------------------------------------------------------------------------------
+def test_chunks_are_one_frame_and_then_blocks(generator):
+    chunks = list(generator.stream(PICTURE, WORLD.caption, num_frames=25))
+    assert [chunk.shape for chunk in chunks] == [(n, 64, 64, 3) for n in (1, 8, 8, 8)]
+    assert all(chunk.dtype == np.uint8 for chunk in chunks)
+
+
+def test_blocks_of_four_latents_make_chunks_of_sixteen(workshop, tmp_path):
+    plan = {"block_frames": 4, "window_frames": 9, "sink_frames": 1}
+    video = {"height": 64, "width": 64, "num_latent_frames": 9}
+    save_student(stage_config(workshop, tmp_path, "causal", plan=plan, video=video))
+    chunks = Generator.from_run(tmp_path, "cpu").stream(PICTURE, WORLD.caption)
+    assert [len(next(chunks)) for _ in range(3)] == [1, 16, 16]  # without a length: for ever
+
+
+@pytest.mark.parametrize("num_frames", [1, 10, 20])
+def test_whole_blocks_are_generated_and_the_last_is_cut(generator, video, num_frames):
+    assert np.array_equal(frames_of(generator, num_frames=num_frames), video[:num_frames])
+    assert len(video) == 25
+
+
+def test_other_seed_other_frames_after_the_same_picture(video, other_video):
+    assert np.array_equal(video[0], other_video[0])
+    assert all((a != b).any() for a, b in zip(video[1:], other_video[1:]))
+
+
+def test_two_streams_at_once_do_not_mix(generator, video, other_video):
+    a, b = (generator.stream(PICTURE, WORLD.caption, num_frames=17, seed=seed) for seed in (0, 1))
+    pairs = list(zip(a, b, strict=True))
+    assert np.array_equal(np.concatenate([x for x, _ in pairs]), video[:17])
+    assert np.array_equal(np.concatenate([y for _, y in pairs]), other_video)
+
+
+def latents_of(generator, seeds_of_videos, num_frames=5):
+    images = torch.from_numpy(np.stack([PICTURE] * len(seeds_of_videos))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    condition = encode_condition(generator.encoders, images, [WORLD.caption] * len(seeds_of_videos))
+    picture = condition.frames[:, :1, -generator.encoders.vae.latent_channels :]
+    return student_latents(
+        generator.model, condition, picture, generator.rules, num_frames, (8, 8), seed=0, videos=seeds_of_videos
+    )
+
+
+def test_streamed_frames_equal_the_one_shot_decode_of_the_same_latents(generator, video):
+    at_once = to_frames(generator.encoders.vae.decode(latents_of(generator, [0], 7))[0])
+    assert len(video) == pixel_frames(7) and np.abs(video.astype(int) - at_once).max() <= 1
+
+
+def test_a_videos_noise_does_not_depend_on_its_batch(generator):
+    together = latents_of(generator, [7, 3])
+    for k, number in enumerate((7, 3)):
+        torch.testing.assert_close(latents_of(generator, [number])[0], together[k], rtol=0, atol=1e-4)
+    assert not torch.allclose(together[0, 1:], together[1, 1:])
+    noise = stream_noise(0, [7, 3], 4, (2, 2), "cpu")
+    assert torch.equal(noise(1, 3, 0)[1], stream_noise(0, [3], 4, (2, 2), "cpu")(1, 3, 0)[0])
+    parts = [noise(1, 3, 0), noise(1, 3, 1), noise(3, 5, 0), stream_noise(1, [7, 3], 4, (2, 2), "cpu")(1, 3, 0)]
+    assert len({part.flatten()[0].item() for part in parts}) == 4
+
+
+def test_latents_are_cut_from_whole_blocks(generator):
+    assert torch.equal(latents_of(generator, [0], 4), latents_of(generator, [0], 5)[:, :4])
+
+
+def test_the_first_frame_is_the_given_picture_through_the_vae(generator):
+    vae = generator.encoders.vae
+    picture = prepare_image(PICTURE, 64, 64)
+    expected = to_frames(vae.decode(vae.encode(picture[None, None]))[0])
+    assert np.abs(frames_of(generator, num_frames=1).astype(int) - expected).max() <= 1
+
+
+def test_a_student_that_keeps_every_frame_needs_a_length(workshop, tmp_path):
+    plan = {"block_frames": 2, "window_frames": None, "sink_frames": 0}
+    save_student(stage_config(workshop, tmp_path, "causal", plan=plan))
+    keeps = Generator.from_run(tmp_path, "cpu")
+    assert len(frames_of(keeps, num_frames=30)) == 30
+    with pytest.raises(ConfigError, match="needs num_frames"):
+        keeps.stream(PICTURE, WORLD.caption)
+
+
+# ---- pictures and prompts --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(200, 90), (31, 77)])
+def test_a_picture_of_any_size_is_cropped_and_never_stretched(generator, size):
+    """A disc stays a disc: the frame that the model gets has the aspect of the middle of the picture."""
+    width, height = size
+    rows, columns = np.mgrid[:height, :width]
+    radius = min(size) / 4
+    disc = (rows - height / 2 + 0.5) ** 2 + (columns - width / 2 + 0.5) ** 2 < radius**2
+    image = np.repeat((255 * disc[..., None]).astype(np.uint8), 3, 2)
+    seen = prepare_image(image, 64, 64)[0] > 0
+    assert seen.any(0).sum() == pytest.approx(32, abs=3) and seen.any(1).sum() == pytest.approx(32, abs=3)
+    (chunk,) = generator.stream(image, "a red circle drifts to the right", num_frames=1)
+    assert chunk.shape == (1, 64, 64, 3)
+
+
+def test_a_path_a_pil_image_and_an_array_are_the_same_picture(generator, video, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(PICTURE).save(file)
+    for image in (file, str(file), Image.open(file)):
+        assert np.array_equal(frames_of(generator, image=image, num_frames=9), video[:9])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image": "no/such.png"}, DataError, "no/such.png"),
+        ({"image": np.zeros((4, 4), np.float32)}, DataError, "float32"),
+        ({"prompt": ""}, ConfigError, "prompt is empty"),
+        ({"prompt": "  \n"}, ConfigError, "prompt is empty"),
+        ({"num_frames": 0}, ConfigError, "num_frames=0 must be at least 1"),
+        ({"num_frames": -3}, ConfigError, "num_frames=-3"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(generator, change, error, message, monkeypatch):
+    monkeypatch.setattr(module, "encode_condition", lambda *_: pytest.fail("work was done"))
+    request = {"image": PICTURE, "prompt": "a red circle drifts", "num_frames": 9} | change
+    image, prompt = request.pop("image"), request.pop("prompt")
+    with pytest.raises(error, match=message):
+        generator.stream(image, prompt, **request)  # not even one frame is asked for
+
+
+def test_a_file_that_is_no_picture_leaves_no_video(run, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG no")
+    with pytest.raises(DataError, match="a.png"):
+        generate_file(run, tmp_path / "a.png", "a red circle drifts", tmp_path / "out.mp4", device="cpu")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_text_and_picture_are_used(generator, video):
+    for change in ({"prompt": "a green square climbs quickly"}, {"image": 255 - PICTURE}):
+        assert not np.array_equal(video[1:9], frames_of(generator, num_frames=9, **change)[1:])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("length", "expected"), [({}, 17), ({"num_frames": 11}, 11), ({"seconds": 1.25}, 20)])
+def test_a_file_has_the_length_that_was_asked_for(run, tmp_path, length, expected):
+    image, output = tmp_path / "a.png", tmp_path / "out.mp4"
+    Image.fromarray(PICTURE).save(image)
+    report = generate_file(run, image, WORLD.caption, output, device="cpu", **length)
+    assert report.num_frames == expected and read_video(output)[0].shape == (expected, 64, 64, 3)
+    assert 0 < report.first_frame_seconds <= report.seconds
+    assert f"{expected} frames in" in str(report) and "frames/s" in str(report)
+
+
+def test_encoders_come_from_the_runs_configuration(workshop, generator):
+    ours = Encoders.load(workshop / "encoders").text.encode([WORLD.caption])
+    assert torch.equal(generator.encoders.text.encode([WORLD.caption]), ours)

@@ -1,0 +1,118 @@
+"""Teacher forcing: the picture is clean and outside the loss, and each block sees what its cache would hold (N.4)."""
+
+import pytest
+import torch
+from tiny_batches import RULES, make_batch, record
+from tiny_models import make_tiny_model
+
+from longtake.errors import TrainingError
+from longtake.flow.path import add_noise
+from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.randomness import Draws
+from longtake.rollout.chunk import commit_block
+from longtake.rollout.self_forcing import RollOutRules
+from longtake.structs import BlockPlan
+
+
+def objective(model, rules=RULES, **options):
+    return TeacherForcing(model, Draws(3), rules, **{"shift": 3.0} | options)
+
+
+def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=5, **options):
+    batch = make_batch(model, list(indices), frames)
+    calls = record(model, monkeypatch)
+    result = objective(model, rules, **options).loss("generator", batch, step)
+    (call,) = calls
+    return batch, call, result
+
+
+def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    batch, call, result = one_call(model, monkeypatch)
+    clean = batch.latents
+    x, sigma = call["x"], call["sigma"]
+    assert x.shape[1] == 14 and torch.equal(x[:, :7], clean) and (sigma[:, :7] == 0).all()
+    assert torch.equal(x[:, 7], clean[:, 0]) and (sigma[:, 7] == 0).all()
+    noise = Draws(3).noise(5, "noise", batch.indices, clean.shape[1:])
+    assert torch.equal(x[:, 7:], add_noise(clean, noise, sigma[:, 7:]))
+    error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
+    torch.testing.assert_close(result.loss, error)
+    (grad,) = torch.autograd.grad(result.loss, call["out"])
+    assert (grad[:, :8] == 0).all() and (grad[:, 8:] != 0).any()
+
+
+def test_text_to_video_scores_every_frame(monkeypatch):
+    model = make_tiny_model()
+    rules = RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 2, "relative")
+    batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
+    noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
+    assert (call["sigma"][:, 6:] > 0).all()
+    torch.testing.assert_close(result.loss, (call["out"][:, 6:] - (noise - batch.latents)).square().mean())
+
+
+def test_one_level_a_block_drawn_for_each_sample(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    _, call, _ = one_call(model, monkeypatch)
+    noisy = call["sigma"][:, 7:]
+    assert noisy[0].unique().numel() == 4 and noisy.unique().numel() == 7
+    for start in (1, 3, 5):
+        assert torch.equal(noisy[:, start], noisy[:, start + 1])
+
+
+def test_at_steps_draws_the_students_own_levels(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    seen = set()
+    for step in range(12):
+        with monkeypatch.context() as patch:
+            _, call, _ = one_call(model, patch, step=step, at_steps=True)
+            seen |= set(call["sigma"][:, 8:].unique().tolist())
+    assert sorted(seen) == pytest.approx(sorted(RULES.sigmas))
+
+
+@pytest.mark.parametrize("i2v", [True, False])
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (5, 1), (4, 0)])
+def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope, window, sink, monkeypatch):
+    """N.4, for [1, n, n, ...] with 36-channel conditions and for [n, n, ...], with and without eviction."""
+    model = make_tiny_model(i2v=i2v)
+    first = 1 if i2v else 2
+    rules = RollOutRules(BlockPlan(2, first), RULES.sigmas, window, 0 if not i2v else sink, rope)
+    frames = 9 if i2v else 8
+    batch, call, result = one_call(model, monkeypatch, rules=rules, frames=frames)
+    noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
+    cache = model.new_cache(2, 4, 6, window, rules.sink_frames, rope, max_frames=frames)
+    errors = []
+    for start, end in rules.plan.blocks(0, frames):
+        at = slice(frames + start, frames + end)
+        with torch.no_grad():
+            out = model(call["x"][:, at], call["sigma"][:, at], batch.condition, cache=cache)
+        torch.testing.assert_close(out, call["out"][:, at].detach(), rtol=0, atol=2e-5)
+        errors.append((out - (noise - batch.latents)[:, start:end]).square().mean((2, 3, 4)))
+        commit_block(model, cache, batch.condition, batch.latents[:, start:end])
+    expected = torch.cat(errors, 1)[:, 1 if i2v else 0 :].mean()
+    torch.testing.assert_close(result.loss.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split():
+    model = make_tiny_model(i2v=True)
+    causal = objective(model, caption_dropout=0.5)
+    whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss
+    parts = [causal.loss("generator", make_batch(model, part), 2).loss for part in ([3, 4], [5, 6])]
+    torch.testing.assert_close(whole, sum(parts) / 2)
+    assert not torch.equal(whole, causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 3).loss)
+
+
+def test_all_captions_dropped_changes_the_condition_and_nothing_else(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    with monkeypatch.context() as patch:
+        batch, kept, _ = one_call(model, patch)
+    _, dropped, _ = one_call(model, monkeypatch, caption_dropout=1.0)
+    assert torch.equal(dropped["condition"].text, batch.empty_text)
+    assert torch.equal(dropped["x"], kept["x"]) and torch.equal(dropped["sigma"], kept["sigma"])
+    assert not torch.equal(dropped["out"], kept["out"])
+
+
+def test_data_without_videos_is_refused():
+    model = make_tiny_model(i2v=True)
+    with pytest.raises(TrainingError, match="causal learns from videos"):
+        objective(model).loss("generator", make_batch(model, [0], videos=False), 0)

@@ -1,0 +1,191 @@
+"""The roll-out in training and the stream at inference: one behaviour, block by block (spec F, M-03, M-06, N.6, N.13)."""
+
+from itertools import islice
+
+import pytest
+import torch
+from tiny_batches import record
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+
+from longtake.errors import ConfigError
+from longtake.randomness import Draws
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.rollout.stream import stream_latents
+from longtake.structs import BlockPlan, pixel_frames
+
+SIGMAS = (1.0, 0.9, 0.75, 0.5)
+SIZE = (4, 6)
+
+
+def rules(first=1, window=5, sink=1, rope="relative", sigmas=SIGMAS):
+    return RollOutRules(BlockPlan(2, first), sigmas, window, sink, rope)
+
+
+def noise_at(start, end, step):
+    """Noise of absolute frames and a denoising step, two samples."""
+    return Draws(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
+
+
+def scene(i2v=True, **changes):
+    model = make_tiny_model(i2v=i2v, **changes)
+    return model, make_tiny_condition(model), make_tiny_latents(1, seed=7) if i2v else None
+
+
+def unroll(model, condition, picture, frames=7, *, rules=rules(), noise=noise_at, **options):  # noqa: B008
+    return roll_out(model, condition, picture, noise, rules, frames, SIZE, **options)
+
+
+def test_the_given_picture_is_frame_zero_committed_clean_and_never_generated(monkeypatch):
+    model, condition, picture = scene()
+    calls, asked = record(model, monkeypatch), []
+
+    def noise(start, end, step):
+        asked.append((start, end))
+        return noise_at(start, end, step)
+
+    made = unroll(model, condition, picture, noise=noise)
+    assert torch.equal(made.latents[:, :1], picture) and made.latents.shape == (2, 7, 4, *SIZE)
+    assert made.generated.tolist() == [False] + [True] * 6
+    first = calls[0]
+    assert first["commit"] and torch.equal(first["x"], picture) and first["sigma"].tolist() == [0.0, 0.0]
+    assert not first["graded"]
+    assert {start for start, _ in asked} == {1, 3, 5}  # no noise for frame 0: nothing generates it
+
+
+def test_text_to_video_generates_frame_zero():
+    model, condition, _ = scene(i2v=False)
+    made = unroll(model, condition, None, 6, rules=rules(first=2, window=6, sink=2))
+    assert made.generated.all() and made.latents.shape[1] == 6
+
+
+@pytest.mark.parametrize("exit_step", [None, 0, 2])
+def test_number_and_order_of_the_calls(exit_step, monkeypatch):
+    """Picture; then per block its steps, and the context pass of every block but the last, which nobody reads."""
+    model, condition, picture = scene()
+    calls = record(model, monkeypatch)
+    unroll(model, condition, picture, exit_step=exit_step, graded=True)
+    last = 3 if exit_step is None else exit_step
+    steps = [(False, sigma, step == last) for step, sigma in enumerate(SIGMAS[: last + 1])]
+    commit = (True, 0.0, False)
+    expected = [commit, *steps, commit, *steps, commit, *steps]
+    seen = [(call["commit"], pytest.approx(call["sigma"][0].item()), call["graded"]) for call in calls]
+    assert expected == seen
+
+
+def test_the_context_of_a_block_is_its_own_clean_prediction(monkeypatch):
+    model, condition, picture = scene()
+    calls = record(model, monkeypatch)
+    made = unroll(model, condition, picture, exit_step=1, graded=True)
+    committed = [call["x"] for call in calls if call["commit"]]
+    assert torch.equal(torch.cat(committed, 1), made.latents[:, :5].detach())
+    assert not any(x.requires_grad for x in committed)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("window", [5, None])
+def test_gradient_stays_inside_its_own_block(checkpointing, window):
+    """M-03: the loss of block j sends nothing into block i != j, and nothing into earlier steps of its own block."""
+    model, condition, picture = scene()
+    model.activation_checkpointing = checkpointing
+    leaves = {}
+
+    def noise(start, end, step):
+        leaves[start, step] = noise_at(start, end, step).requires_grad_()
+        return leaves[start, step]
+
+    # With the exit at step 0 the noise itself is the input of the graded call.
+    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=0, graded=True)
+    for start in (1, 3, 5):
+        loss = made.latents[:, start : start + 2].square().sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
+        reached = {key for key, grad in zip(leaves, grads) if grad is not None and grad.abs().max() > 0}
+        assert reached == {(start, 0)}
+    leaves.clear()
+    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=2, graded=True)
+    grads = torch.autograd.grad(made.latents.square().sum(), list(leaves.values()), allow_unused=True)
+    assert all(grad is None for grad in grads) and len(leaves) == 9
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
+    gradients = []
+    for checkpointing in (False, True):
+        model, condition, picture = scene()
+        model.activation_checkpointing = checkpointing
+        made = unroll(model, condition, picture, 9, rules=rules(window=5, rope=rope), exit_step=1, graded=True)
+        made.latents.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_graded_and_plain_roll_outs_make_the_same_video():
+    model, condition, picture = scene()
+    plain = unroll(model, condition, picture, exit_step=2)
+    graded = unroll(model, condition, picture, exit_step=2, graded=True)
+    assert not plain.latents.requires_grad and graded.latents.requires_grad
+    torch.testing.assert_close(graded.latents.detach(), plain.latents)
+
+
+def test_the_picture_receives_no_gradient():
+    model, condition, picture = scene()
+    picture = picture.requires_grad_()
+    made = unroll(model, condition, picture, exit_step=0, graded=True)
+    (grad,) = torch.autograd.grad(made.latents[:, 1:].sum(), picture, allow_unused=True)
+    assert grad is None or grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("frames", [2, 4, 8])
+def test_a_length_off_the_block_plan_is_refused(frames):
+    model, condition, picture = scene()
+    with pytest.raises(ConfigError, match="does not fit the block plan"):
+        unroll(model, condition, picture, frames)
+
+
+def stream(model, condition, picture, number, rules, noise=noise_at):
+    cache = model.new_cache(2, *SIZE, rules.window_frames, rules.sink_frames, rules.rope, max_frames=99)
+    return torch.cat(list(islice(stream_latents(model, cache, condition, picture, noise, rules), number)), 1)
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+@pytest.mark.parametrize(("window", "sink"), [(5, 1), (7, 3), (4, 0), (None, 0)])
+def test_streaming_equals_the_roll_out_with_the_last_exit_step(rope, window, sink):
+    model, condition, picture = scene()
+    chosen = rules(window=window, sink=sink, rope=rope)
+    whole = unroll(model, condition, picture, 9, rules=chosen, exit_step=3)
+    assert torch.equal(stream(model, condition, picture, 5, chosen), whole.latents)
+
+
+def test_streaming_text_to_video_equals_its_roll_out():
+    model, condition, _ = scene(i2v=False)
+    chosen = rules(first=2, window=4, sink=2)
+    whole = unroll(model, condition, None, 8, rules=chosen)
+    assert torch.equal(stream(model, condition, None, 4, chosen), whole.latents)
+
+
+def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypatch):
+    model, condition, picture = scene()
+    calls = record(model, monkeypatch)
+    cache = model.new_cache(2, *SIZE, 5, 1)
+    blocks = stream_latents(model, cache, condition, picture, noise_at, rules())
+    assert torch.equal(next(blocks), picture) and calls == []
+    next(blocks)
+    assert [bool(call["commit"]) for call in calls] == [True, False, False, False, False]
+    assert cache.position == 1
+    next(blocks)
+    assert cache.position == 3 and len(calls) == 10
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+def test_a_hundred_blocks(rope):  # spec N.13
+    model, condition, picture = scene(num_layers=1)
+    chosen = rules(rope=rope, sigmas=(1.0, 0.5))
+    cache = model.new_cache(2, *SIZE, chosen.window_frames, chosen.sink_frames, rope)
+    size = cache.size_bytes
+    frames = 0
+    for number, block in enumerate(islice(stream_latents(model, cache, condition, picture, noise_at, chosen), 101)):
+        assert block.shape[1] == (2 if number else 1) and block.isfinite().all()
+        frames += block.shape[1]
+    assert frames == 201 and pixel_frames(frames) == 4 * (frames - 1) + 1 == 801
+    assert cache.position == 199 and len(cache.held_frames) <= 5 and cache.held_frames[0] == 0
+    assert cache.size_bytes == size

@@ -1,0 +1,181 @@
+"""What README and docs say exists: commands, options, paths, keys, snippets; and the file tree is complete."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from longtake import cli
+from longtake.config import JobConfig, StageConfig, load_config
+from longtake.config_base import describe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+COMMANDS = [line for block in fenced("bash") for line in block.splitlines() if line.strip()]
+SNIPPETS = fenced("python")
+
+
+def inline(text: str) -> list[str]:
+    """What stands between backticks, outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------
+def check_command(line: str) -> None:
+    """The command exists and takes these options; a training command's configuration is valid."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "bash":
+        script = ROOT / words[1]
+        shown = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, timeout=30, check=True)
+        assert all(word in shown.stdout for word in words[2:] if word.startswith("--"))
+        return
+    assert words.pop(0).removeprefix(".venv/bin/") == "longtake"
+    command = typer.main.get_command(cli.app).commands[words[0]]
+    context = command.make_context(words[0], words[1:])
+    if words[0] == "train":
+        load_config(ROOT / context.params["config"], context.params["overrides"] or [])
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_of_the_readme_parses(line):
+    check_command(line)
+
+
+def test_the_two_commands_and_all_others_are_shown():
+    assert any(line.startswith("bash scripts/train_i2v_local.sh") for line in COMMANDS)
+    assert any(line.startswith("bash scripts/test.sh") for line in COMMANDS)
+    named = " ".join(DOCS.values())
+    for name in typer.main.get_command(cli.app).commands:
+        assert f"longtake {name}" in named, f"no document shows `longtake {name}`"
+
+
+@pytest.mark.parametrize("name", sorted(DOCS))
+def test_commands_inside_the_text_parse(name):
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", DOCS[name])  # a command may be wrapped
+    for command in inline(text):
+        if (
+            re.match(r"(\.venv/bin/)?longtake (train|generate|evaluate|world|config) ", command)
+            and "FILE" not in command
+        ):
+            check_command(command)
+
+
+# ---- paths and keys ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", sorted(DOCS))
+def test_named_paths_exist(name):
+    folders = ("configs", "docs", "scripts", "tests", "longtake")
+    inside = {path.name for path in (ROOT / "longtake").iterdir() if path.is_dir()}
+    for text in inline(DOCS[name]):
+        word = text.split()[-1] if text.startswith("bash ") else text
+        if re.fullmatch(r"[\w./-]+", word) is None:
+            continue
+        if word.split("/")[0] in folders and "/" in word:
+            assert (ROOT / word).exists(), word
+        elif word.split("/")[0] in inside and (word.endswith(".py") or word.endswith("/")) and name == "design.md":
+            assert (ROOT / "longtake" / word).exists(), word
+
+
+@pytest.mark.parametrize("name", sorted(DOCS))
+def test_named_keys_exist(name):
+    known = {key for model in (StageConfig, JobConfig) for key, *_ in describe(model)}
+    groups = {key.split(".")[0] for key in known if "." in key} - {"stages", "evaluation"}
+    files = (".py", ".md", ".sh", ".txt", ".yaml", ".png", ".mp4", ".json", ".jsonl")
+    for text in inline(DOCS[name]):
+        key = text.split(":")[0].split("=")[0]
+        if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", key) and key.split(".")[0] in groups and not key.endswith(files):
+            assert key in known, f"{name}: `{text}` names a key that does not exist"
+
+
+def test_recipes_are_described():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert f"`{path.relative_to(ROOT).as_posix()}`" in DOCS["recipes.md"], path
+
+
+# ---- the file tree ----------------------------------------------------------------------------------------------------
+def tree() -> dict[str, str]:
+    """Path and description of each line."""
+    block = next(block for block in README.split("```")[1::2] if block.startswith("\n"))
+    lines = {}
+    for line in block.strip("\n").splitlines():
+        name, _, text = line.strip().partition(" ")
+        lines[("longtake/" if line.startswith("  ") else "") + name] = text.strip()
+    return lines
+
+
+def test_file_tree_names_real_files_and_every_module():
+    named = tree()
+    for path, text in named.items():
+        assert (ROOT / path).exists(), path
+        assert text or path == "longtake/", f"{path} has no description"
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "longtake").rglob("*.py")}
+    packages = {path for path in modules if path.endswith("__init__.py") and path != "longtake/__init__.py"}
+    assert modules - packages - set(named) == set()
+    others = [*(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]
+    assert {path.relative_to(ROOT).as_posix() for path in others} <= set(named)
+
+
+# ---- snippets ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_compiles_and_uses_public_names(number):
+    import longtake
+
+    compile(SNIPPETS[number], f"README snippet {number}", "exec")
+    for name in re.findall(r"longtake\.(\w+)", re.sub(r'"[^"]*"', "", SNIPPETS[number])):
+        assert name in longtake.__all__, name
+
+
+def test_snippet_of_the_model_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    snippet = next(snippet for snippet in SNIPPETS if "load_dit" in snippet)
+    scope: dict = {}
+    exec(compile(snippet, "README", "exec"), scope)
+    assert scope["velocity"].shape == (1, 5, 16, 8, 8)
+
+
+def test_snippet_of_the_generator_runs(monkeypatch, capsys):
+    """With a stand-in for the trained run: the call is what the real one takes, the shapes are what is promised."""
+    import inspect
+
+    import numpy as np
+
+    import longtake
+    from longtake.inference.generator import Generator
+
+    def stream(*args, **kwargs):
+        inspect.signature(Generator.stream).bind(None, *args, **kwargs)
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+
+    class Stand:
+        @staticmethod
+        def from_run(path):
+            inspect.signature(Generator.from_run).bind(path)
+            stand = Stand()
+            stand.stream = stream
+            return stand
+
+    monkeypatch.setattr(longtake, "Generator", Stand, raising=False)
+    exec(next(snippet for snippet in SNIPPETS if "from_run" in snippet), {})
+    assert capsys.readouterr().out == "(1, 64, 64, 3)\n"
+
+
+# ---- house rules for prose --------------------------------------------------------------------------------------------
+def test_results_have_their_place():
+    assert README.count("<!-- results -->") == 1
+
+
+def test_licence_is_the_declared_one():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
