@@ -39,11 +39,12 @@ TEACHER = DiTConfig(
 
 
 def make_encoders(seed: int = 0) -> Encoders:
-    """Random toy encoders with a narrower VAE of 4 channels."""
+    """Random toy encoders with a smaller VAE of 4 channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         statistics = {"latents_mean": [0.1] * CHANNELS, "latents_std": [0.3] * CHANNELS}
-        vae = VideoVAE(toy.build_vae(base_dim=8, z_dim=CHANNELS, **statistics))
+        sizes = {"base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 0, "z_dim": CHANNELS}
+        vae = VideoVAE(toy.build_vae(**sizes, **statistics))
         tokenizer = toy.build_tokenizer()
         text = TextEncoder(toy.build_text_model(len(tokenizer)), tokenizer, toy.TEXT_LEN)
         return Encoders(vae, text, ImageEncoder(toy.build_image_model()))
@@ -92,7 +93,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
         "ema": {"decay": 0.5, "start_step": 0},
         "save_every": 2,
         "validate_every": 0,
-        "validation": {"num_worlds": 2, "teacher_steps": 2},
+        "validation": {"num_worlds": 1, "teacher_steps": 2},
     }
     if stage == "distill":
         tree |= {"teacher": str(workshop / "teacher"), "critic": {"lr": 1e-3, "updates_per_generator": 2}}

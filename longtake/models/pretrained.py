@@ -32,7 +32,9 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
     Raises: CheckpointError that lists missing, surplus and reshaped keys, or says that the files cannot be read.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
     try:
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options

@@ -1,11 +1,10 @@
 """Trains the toy teacher on one GPU within a wall-clock limit: latents in memory, Muon, learning rate to zero.
 
-Reproduces `longtake/assets/toy/teacher`:
+    python scripts/assets/train_teacher.py --init FOLDER --seconds 265
 
-    python scripts/assets/train_teacher.py --seconds 1500
-
-The loss is that of `longtake/objectives/flow_matching.py` (stage `teacher`, which trains the same from files on any
-machine, slower); only data and optimizer are arranged for speed.
+`longtake/assets/toy/README.md` has the commands that made the shipped weights. The loss is that of
+`longtake/objectives/flow_matching.py` (stage `teacher`, which trains the same from files on any machine, slower); only
+data and optimizer are arranged for speed.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=12000, help="worlds that are rendered, once")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that render")
     parser.add_argument("--frames", type=int, default=576, help="pixel frames of a batch")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--kl-weight", type=float, default=1e-4)
     parser.add_argument("--moving-gain", type=float, default=3.0)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fake_ranks import on_ranks
 from tiny_stage import make_encoders
 
 from longtake.data.loader import Loader
@@ -172,3 +173,29 @@ def test_missing_pictures_and_videos_are_named(encoders):
         next(make(encoders, Clips(video=False)))
     with pytest.raises(DataError, match="samples s., s. have no image"):
         next(make(encoders, Clips(image=False), with_latents=False))
+
+
+def test_prefill_encodes_each_row_on_one_rank_and_changes_no_number(encoders):
+    """A run that prefills and one that encodes as it goes are the same run."""
+
+    def run(mesh):
+        data = Clips()
+        batches = make(encoders, data, rank=mesh.rank, world_size=mesh.world_size)
+        batches.prefill(mesh)
+        read, taken = len(data.read), take(batches, 5)
+        assert len(data.read) == read  # nothing is read or encoded again
+        return read, taken, list(batches._rows)
+
+    filled = on_ranks(run)
+    assert sum(read for read, _, _ in filled) == ROWS and all(rows == list(range(ROWS)) for _, _, rows in filled)
+    for rank, (_, taken, _) in enumerate(filled):
+        for a, b in zip(taken, take(make(encoders, rank=rank, world_size=2), 5), strict=True):
+            assert same(a, b)
+
+
+def test_prefill_fills_up_a_last_short_group(encoders):
+    one = make(encoders, batch_size=4, micro_batch_size=4)
+    one.prefill(on_ranks(lambda mesh: mesh, 1)[0])
+    assert one.encoder.sizes == [4, 4]
+    for a, b in zip(take(one, 3), take(make(encoders, batch_size=4, micro_batch_size=4), 3), strict=True):
+        assert same(a, b)
