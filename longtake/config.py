@@ -157,15 +157,21 @@ class StageConfig(Settings):
         """The path that a value of `init_from` or `teacher` means: the packaged toy, a path, or a stage by its name."""
         return resolve_source(weights, self.logdir)
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches that each of `world_size` ranks accumulates for one update.
+    def micro_batch(self, world_size: int) -> int:
+        """Samples of one forward on one of `world_size` ranks: `micro_batch_size`, or a rank's whole share if smaller.
 
         Raises: ConfigError with the nearest valid values of `batch_size` when it is not divisible.
         """
-        together = self.micro_batch_size * world_size
-        if self.batch_size % together:
+        share, rest = divmod(self.batch_size, world_size)
+        if rest:
+            raise ConfigError(_batch_rule(self.batch_size, 1, world_size))
+        if share > self.micro_batch_size and share % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, world_size))
-        return self.batch_size // together
+        return min(share, self.micro_batch_size)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` ranks accumulates for one update. Raises: as `micro_batch`."""
+        return self.batch_size // (self.micro_batch(world_size) * world_size)
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
@@ -260,11 +266,10 @@ def _batch_rule(batch_size: int, micro_batch_size: int, world_size: int) -> str:
     unit = micro_batch_size * world_size
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     fix = f"{below} or {above}" if below else f"{above}"
-    ranks = f" x {world_size} ranks" if world_size > 1 else ""
-    return (
-        f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}{ranks} = {unit}; "
-        f"set batch_size to {fix}, or micro_batch_size lower"
-    )
+    factors = [f"micro_batch_size={micro_batch_size}"] if micro_batch_size > 1 else []
+    factors += [f"{world_size} ranks"] if world_size > 1 else []
+    lower = ", or micro_batch_size lower" if micro_batch_size > 1 else ""
+    return f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig | JobConfig:

@@ -208,7 +208,8 @@ def test_t2v_may_have_any_first_block(tmp_path):
 def test_accumulation_follows_the_ranks(tmp_path):
     config = stage(tmp_path)
     assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
-    with pytest.raises(ConfigError, match=r"micro_batch_size=4 x 3 ranks = 12; set batch_size to 12, or"):
+    assert (config.micro_batch(2), config.micro_batch(4), config.accumulation(4)) == (4, 2, 1)  # a rank's whole share
+    with pytest.raises(ConfigError, match=r"multiple of 3 ranks = 3; set batch_size to 6 or 9"):
         config.accumulation(3)
 
 

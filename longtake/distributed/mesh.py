@@ -7,6 +7,8 @@ outside this file asks whether it is distributed. This file must know no model a
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,6 +122,7 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
         raise ConfigError(f"device={kind!r} must be cpu or cuda")
     if world_size == 1:
         return Mesh(device=chosen)
+    _die_with_launcher()
     # gloo beside nccl: objects and CPU tensors (errors, checkpoint plans) travel without touching the GPU.
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -127,3 +130,15 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
         device_id=chosen if kind == "cuda" else None,
     )
     return Mesh(rank, world_size, chosen, init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",)))
+
+
+def _die_with_launcher() -> None:
+    """Ends this process when the launcher is killed: torchrun's workers live in sessions of their own and would go on
+    writing checkpoints beside those of a restarted run. Linux only; elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))

@@ -106,7 +106,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         config.data,
         seed=config.seed,
         batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=config.micro_batch(mesh.world_size),
         rank=mesh.rank,
         world_size=mesh.world_size,
     )
