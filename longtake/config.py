@@ -129,8 +129,9 @@ class StageConfig(Settings):
     def _check_sources(self) -> None:
         if self.stage != "teacher" and self.init_from is None:
             raise ConfigError(f"init_from=null: stage {self.stage} needs trained weights; name a stage, a path or toy")
-        if self.name == TOY:
-            raise ConfigError("name=toy is taken by the weights that ship with the package; choose another name")
+        taken = (TOY, "truth", "frozen") if self.stage == "teacher" else (TOY, "truth", "frozen", "teacher")
+        if self.name in taken:
+            raise ConfigError(f"name={self.name} is taken (shipped weights or a row of the table); choose another")
         for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
             if source == self.name:
                 raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
@@ -234,13 +235,18 @@ class JobConfig(Settings):
             raise ConfigError(f"logdir={stage.logdir} must be that of the job, {self.logdir}; set only the job's")
         if stage.validation.seed == self.data.seed:
             raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
-        for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher)):
+        critic = stage.critic.init_from if stage.critic is not None else None
+        for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher), ("critic.init_from", critic)):
             known = source is None or source == TOY or is_path(source) or source in earlier
             if not known and not resolve_source(source or "", self.logdir).is_dir():
                 raise ConfigError(
                     f"{field}={source} is no earlier stage of this job ({', '.join(earlier) or 'there is none'}); "
                     "name one of them, a path (with a slash) or toy"
                 )
+        if Path(stage.data.path).parent == self.data_folder and Path(stage.data.path).name not in self.data.formats:
+            raise ConfigError(
+                f"data.path={stage.data.path} is not written by the job: add it to data.formats={self.data.formats}"
+            )
         needed = pixel_frames(stage.video.num_latent_frames, stage.video.temporal_stride)
         reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.stage != "distill"
         if reads_clips and self.data.num_frames < needed:
@@ -269,7 +275,9 @@ def _batch_rule(batch_size: int, micro_batch_size: int, world_size: int) -> str:
     factors = [f"micro_batch_size={micro_batch_size}"] if micro_batch_size > 1 else []
     factors += [f"{world_size} ranks"] if world_size > 1 else []
     lower = ", or micro_batch_size lower" if micro_batch_size > 1 else ""
-    return f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
+    return (
+        f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig | JobConfig:

@@ -127,7 +127,7 @@ class DataConfig(Settings):
     max_bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of bad rows above which `skip` stops the run too"
     )
-    num_workers: int = Field(default=2, ge=0, description="threads that read ahead; 0 = read when needed")
+    num_workers: int = Field(default=2, ge=0, description="threads that read a micro-batch")
 
 
 class OptimConfig(Settings):
@@ -168,7 +168,7 @@ class ValidationConfig(Settings):
     num_worlds: int = Field(default=8, ge=0, description="worlds generated at each validation; 0 = no validation")
     num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
     seed: int = Field(
-        default=1_000_003, ge=0, description="seed of worlds and noise; must differ from the training data's"
+        default=1_000_033, ge=0, description="seed of worlds and noise; must differ from the training data's"
     )
     teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher that is shown beside")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher that is shown beside")

@@ -182,13 +182,13 @@ class BlockPlan:
         return [p for p in range(start) if p < sink_frames or p >= oldest]
 
     def causal_layout(
-        self, num_frames: int, *, window_frames: int | None = None, sink_frames: int = 0, rope: str = "absolute"
+        self, num_frames: int, *, window_frames: int | None = None, sink_frames: int = 0, rope: str = "relative"
     ) -> MaskLayout:
         """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
         return self._layout(num_frames, window_frames, sink_frames, rope, teacher_forcing=False)
 
     def teacher_forcing_layout(
-        self, num_frames: int, *, window_frames: int | None = None, sink_frames: int = 0, rope: str = "absolute"
+        self, num_frames: int, *, window_frames: int | None = None, sink_frames: int = 0, rope: str = "relative"
     ) -> MaskLayout:
         """Layout of `[clean F | noisy F]`: a noisy block sees itself and the clean frames it would find in the cache.
 

@@ -25,6 +25,10 @@ class FakeMesh(Mesh):
 
     meeting: _Meeting | None = None
 
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
     def every(self, work: Callable[[], T]) -> list[T]:
         assert self.meeting is not None
         self.meeting.values[self.rank] = work()

@@ -130,7 +130,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     }
     values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 41, "data.seed": 8}
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
-    values |= {"data.formats": ["clips"], "logdir": "/tmp/z"}
+    values |= {"data.formats": ["clips", "images"], "logdir": "/tmp/z"}
     defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
     assert set(values) == set(defaults)
     tree = yaml.safe_load(RECIPE.read_text())

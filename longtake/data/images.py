@@ -39,11 +39,31 @@ def decode_image(data: bytes, where: str, size: FileSize | None = None) -> NDArr
     Raises: DataError naming `where` when the bytes are no whole picture.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        image = image.convert("RGB")  # decodes: a truncated file is found here
+        opened = Image.open(io.BytesIO(data))
     except _DECODE_ERRORS as error:
         raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({error})") from error
+    image = upright_rgb(opened, where)
     return np.array(image, dtype=np.uint8) if size is None else fit_image(image, size.height, size.width)
+
+
+def upright_rgb(image: Image.Image, where: str) -> Image.Image:
+    """The decoded picture as RGB: upright as its EXIF says, transparent parts on white.
+
+    Raises: DataError naming `where` when the file is damaged or has more than 8 bits a channel.
+    """
+    try:
+        image.load()  # a truncated file is found here
+        image = ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS as error:
+        raise DataError(
+            f"{where} cannot be decoded as a picture ({error}); give a whole PNG, JPEG or WebP file"
+        ) from error
+    if image.mode[0] in "IF":  # 16 and 32 bits a channel: PIL would clip, not scale
+        raise DataError(f"{where} has {image.mode} pixels; only 8 bits a channel are read: convert it to 8-bit RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class ImageFolder:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from longtake.config import DataConfig  # pydantic is not needed to load data
 
 logger = logging.getLogger(__name__)
-
-_STEPS_AHEAD = 2  # optimisation steps whose samples are read ahead
 
 
 @lru_cache(maxsize=4)
@@ -131,11 +127,10 @@ def _stack(arrays: Sequence[NDArray], samples: Sequence[Sample], what: str) -> N
 
 
 class Loader:
-    """Endless micro-batches of one rank, from a position on: `next(loader)`, or whole updates with `steps()`.
+    """What one rank reads: the rows of its micro-batches at a position, and the sample of a row.
 
-    `position` is that of the next update whose micro-batches have not all been handed out: store it, and pass it to
-    go on from there. Args: `workers` threads read ahead (0 = read when needed); `on_bad_row`, `max_bad_share` as in
-    `DataConfig`.
+    `position` is that of the next update: store it, and `seek` it to go on from there. Args: `on_bad_row`,
+    `max_bad_share` as in `DataConfig`; `workers`, how many threads may call `read` at once.
     Raises: DataError for a bad row, or with `on_bad_row="skip"` for too many of them; ConfigError for the batch size.
     """
 
@@ -148,7 +143,6 @@ class Loader:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        position: int = 0,
         on_bad_row: str = "fail",
         max_bad_share: float = 0.01,
         workers: int = 0,
@@ -159,14 +153,13 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.position = position
+        self.position = 0
         self.on_bad_row = on_bad_row
         self.max_bad_share = max_bad_share
         self.workers = workers
         self._bad_rows: set[int] = set()
-        self._running: Generator[Batch, None, None] | None = None
         self._lock = threading.Lock()
-        self.picks(position)  # a batch size that does not divide is refused now, not at the first batch
+        self.picks(0)  # a batch size that does not divide is refused now, not at the first batch
 
     @classmethod
     def from_config(
@@ -179,9 +172,8 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        position: int = 0,
     ) -> Loader:
-        """A loader that treats bad rows and reads ahead as the configuration says."""
+        """A loader that treats bad rows as the configuration says."""
         return cls(
             dataset,
             seed=seed,
@@ -189,7 +181,6 @@ class Loader:
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
-            position=position,
             on_bad_row=data.on_bad_row,
             max_bad_share=data.max_bad_share,
             workers=data.num_workers,
@@ -200,64 +191,9 @@ class Loader:
         """Different bad rows that this rank has met so far."""
         return len(self._bad_rows)
 
-    def fetch(self, position: int) -> list[Batch]:
-        """The micro-batches of the update at a position, read now; the loader's own position does not change."""
-        return [self._batch(picks, [self.read(p.row) for p in picks]) for picks in self.picks(position)]
-
-    def steps(self) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of one update after the other, from `position` on, for ever."""
-        if self.workers == 0:
-            while True:
-                batches = self.fetch(self.position)
-                self.position += self.batch_size
-                yield batches
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="longtake-read") as pool:
-            yield from self._steps_ahead(pool)
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next micro-batch; `position` moves when the last one of an update is handed out."""
-        if self._running is None:
-            self._running = self._micro_batches()
-        return next(self._running)
-
     def seek(self, position: int) -> None:
-        """Makes the next micro-batch the first one of the update at `position`."""
-        self.close()
+        """Makes the update at `position` the next one."""
         self.position = position
-
-    def close(self) -> None:
-        """Stops the reading threads; a next micro-batch would start them again at `position`."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
-
-    def _micro_batches(self) -> Generator[Batch, None, None]:
-        for batches in self.steps():
-            self.position -= self.batch_size
-            yield from batches[:-1]
-            self.position += self.batch_size
-            yield batches[-1]
-
-    def _steps_ahead(self, pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
-        waiting: deque[tuple[list[list[Pick]], list[list[Future[tuple[int, Sample]]]]]] = deque()
-        ahead = self.position
-        try:
-            while True:
-                while len(waiting) <= _STEPS_AHEAD:
-                    groups = self.picks(ahead)
-                    waiting.append((groups, [[pool.submit(self.read, p.row) for p in group] for group in groups]))
-                    ahead += self.batch_size
-                groups, futures = waiting.popleft()
-                batches = [
-                    self._batch(picks, [future.result() for future in row]) for picks, row in zip(groups, futures)
-                ]
-                self.position += self.batch_size
-                yield batches
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def picks(self, position: int) -> list[list[Pick]]:
         """Rows and global sample indices of this rank's micro-batches of the update at `position`."""
@@ -270,9 +206,6 @@ class Loader:
             world_size=self.world_size,
             micro=self.micro_batch_size,
         )
-
-    def _batch(self, picks: Sequence[Pick], read: Sequence[tuple[int, Sample]]) -> Batch:
-        return collate([sample for _, sample in read], picks, [row for row, _ in read])
 
     def read(self, row: int) -> tuple[int, Sample]:
         """The sample of a row, or of the next good row: which one depends on the data alone, on every rank."""

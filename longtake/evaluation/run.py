@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from longtake.config import EvaluationConfig, StageConfig
+from longtake.config import EvaluationConfig, StageConfig, resolve_source
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation import report
@@ -35,6 +36,8 @@ from longtake.runs import checkpoints_folder, exported_weights, read_manifest, s
 
 # Shown on the contact sheet: the story of a run, from truth to student.
 _SHEET_STAGES = ("truth", "teacher", "teacher, causal")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
 def _rows(
     stages: list[tuple[Path, StageConfig]], settings: EvaluationConfig, frames: int, mesh: Mesh, *, with_tokens: bool
 ) -> dict[str, Row]:
-    _, last = stages[-1]
+    checkpoint, last = stages[-1]
     seed = settings.seed
     rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
 
@@ -130,10 +133,14 @@ def _rows(
         )
 
     source = last.teacher or last.init_from
-    if last.stage != "teacher" and source is not None and frames == last.video.num_latent_frames:
-        teacher = load(_weights(last.source(source)))
-        rows["teacher"] = bidirectional(teacher)
-        rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
+    if last.stage != "teacher" and source is not None:
+        # By name within the log folder where it lies now: it may have been moved since.
+        teacher = load(_weights(resolve_source(source, checkpoint.parents[2])))
+        if frames == last.video.num_latent_frames:
+            rows["teacher"] = bidirectional(teacher)
+            rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
+        else:
+            logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
         rows["teacher, causal"] = student_row(teacher, rules_of(last), seed=seed)
     for path, config in stages:
         model = load(exported_weights(path))

@@ -22,11 +22,6 @@ def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def unwarp(sigma: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """The fraction u whose warp is `sigma`."""
-    return sigma / (shift - (shift - 1) * sigma)
-
-
 def student_sigmas(steps: Sequence[float], shift: float) -> list[float]:
     """Noise levels at which the student is called, from un-warped `steps`.
 

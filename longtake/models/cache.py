@@ -226,7 +226,10 @@ class KVCache:
         return reading
 
     def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
-        """Attended past and own keys and values, [B, (P + f) * tokens, N, K]; own ones come last."""
+        """Attended past and own keys and values, [B, (P + f) * tokens, N, K]; own ones come last.
+
+        Without gradient they are gathered once into a space that all layers share; nothing else is copied.
+        """
         past_k, past_v = self.keys[layer], self.values[layer]
         if graded:
             k_past = past_k.index_select(1, reading.slots).flatten(1, 2).to(k.dtype)
@@ -237,9 +240,8 @@ class KVCache:
             frames = reading.num_past + own.shape[1] // self.tokens_per_frame
             shape = (self.batch_size, frames, *past.shape[2:])
             view = space[: shape[0] * shape[1] * past[0, 0].numel()].view(shape)
-            if reading.num_past:
-                # index_select(out=) wants a contiguous target, which a slice of a batched view is not.
-                view[:, : reading.num_past] = past.index_select(1, reading.slots)
+            for sample in range(self.batch_size):  # a sample's part is contiguous, as index_select(out=) wants it
+                torch.index_select(past[sample], 0, reading.slots, out=view[sample, : reading.num_past])
             view[:, reading.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
             out.append(view.flatten(1, 2))
         return out[0], out[1]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.data.images import fit_image, upright_rgb
 from longtake.errors import DataError, ShapeError
 from longtake.models.encoders import Encoders, VideoVAE
 from longtake.structs import Condition
@@ -69,44 +70,26 @@ def prepare_image(image: str | Path | Image.Image | NDArray[np.uint8], height: i
     """
     if height < 1 or width < 1:
         raise ShapeError(f"height={height} and width={width} must be positive")
-    picture = _to_rgb(*_open(image))
-    scale = min(picture.width / width, picture.height / height)
-    cut_width, cut_height = width * scale, height * scale
-    left, top = (picture.width - cut_width) / 2, (picture.height - cut_height) / 2
-    from PIL.Image import Resampling
-
-    box = (left, top, min(left + cut_width, picture.width), min(top + cut_height, picture.height))
-    resized = picture.resize((width, height), Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+    picture = _open(image)
+    return torch.from_numpy(fit_image(picture, height, width)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
-def _open(image: str | Path | Image.Image | NDArray[np.uint8]) -> tuple[Image.Image, str]:
-    """The picture, decoded, and how to name it in an error."""
-    from PIL import Image, ImageOps
+def _open(image: str | Path | Image.Image | NDArray[np.uint8]) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, np.ndarray):
         name = f"an array of {image.dtype} {image.shape}"
         if image.dtype != np.uint8 or image.size == 0 or not (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
             raise DataError(f"{name} is no picture; give uint8 [h, w, 3]")
-        return Image.fromarray(np.ascontiguousarray(image)), name
-    if not isinstance(image, str | Path | Image.Image):
+        return upright_rgb(Image.fromarray(np.ascontiguousarray(image)), name)
+    if isinstance(image, Image.Image):
+        return upright_rgb(image, f"image {getattr(image, 'filename', '')}".strip())
+    if not isinstance(image, str | Path):
         raise DataError(f"a picture must be a path, a PIL image or a uint8 array; got {type(image).__name__}")
-    name = f"image {getattr(image, 'filename', '')}".strip() if isinstance(image, Image.Image) else f"image {image}"
     try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        picture.load()
-        return ImageOps.exif_transpose(picture), name
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-
-
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """Three channels of 8 bits; transparency on white."""
-    from PIL import Image
-
-    if picture.mode[0] in "IF":  # 16 and 32 bits a channel: PIL would clip, not scale
-        raise DataError(f"{name} has {picture.mode} pixels; only 8 bits a channel are read: convert it to 8-bit RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        picture = Image.open(image)
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"image {image} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file"
+        ) from error
+    return upright_rgb(picture, f"image {image}")

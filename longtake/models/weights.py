@@ -5,6 +5,7 @@ Source of the name table: specification A.2, checked against diffusers' WanTrans
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -49,6 +50,24 @@ _BLOCK = {
 }
 
 
+# What FSDP1, activation checkpointing and compile insert wherever they wrap a module
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# What DDP and the wrapper classes of Self-Forcing's family put before the whole model
+_OWNERS = re.compile(r"((module|model)\.)+")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the parts that FSDP1, activation checkpointing and compile insert."""
+    return _WRAPPERS.sub("", name)
+
+
+def clean_key(key: str) -> str:
+    """The model's own name of a checkpoint's key: no wrapper anywhere, no leading `module.` or `model.`."""
+    key = clean_name(key)
+    owner = _OWNERS.match(key)
+    return key[owner.end() :] if owner else key
+
+
 def _renamed(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
     table, prefix, rest = (block, f"blocks.{match[1]}.", match[2]) if match else (top, "", key)
@@ -83,6 +102,8 @@ def config_from_json(data: Mapping[str, Any]) -> DiTConfig:
     """Model sizes from a Wan or diffusers `config.json`. Raises: CheckpointError when a size is missing."""
     from longtake.models.dit import DiTConfig
 
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"config.json holds a {type(data).__name__}; it must be the object of a Wan transformer")
     try:
         if "num_attention_heads" in data:
             heads = data["num_attention_heads"]
@@ -143,7 +164,11 @@ def config_to_json(config: DiTConfig) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of every shard in a folder, under original Wan names."""
+    """Tensors of a safetensors file, or of every shard in a folder, under original Wan names.
+
+    Keys are cleaned of wrappers (`clean_key`) first.
+    Raises: CheckpointError when a file cannot be read, or when two keys mean the same parameter.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -151,11 +176,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not files or not files[0].exists():
         raise CheckpointError(f"{path} holds no safetensors file; give a Wan or diffusers transformer folder or file")
     state: dict[str, Tensor] = {}
+    origin: dict[str, tuple[Path, str]] = {}
     for file in files:
         try:
-            state.update(load_file(file))
+            tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+        for key, tensor in tensors.items():
+            name = clean_key(key)
+            if name in state:
+                other, first = origin[name]
+                raise CheckpointError(
+                    f"{name} is in {other.name} (as {first}) and in {file.name} (as {key}) of {file.parent}; "
+                    "keep one of them, or give the path of one file"
+                )
+            state[name], origin[name] = tensor, (file, key)
     if is_diffusers(state):
         state = {to_original_key(key): tensor for key, tensor in state.items()}
     return state
@@ -204,6 +239,9 @@ def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{config_file} is not valid JSON: {error}") from error
     state = read_state(path)
+    if config.image_dim is not None and not any(key.startswith("img_emb.") or ".k_img." in key for key in state):
+        # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
+        config = dataclasses.replace(config, image_dim=None, image_positions=None)
     with torch.device("meta"):
         model = VideoDiT(config)
     check_state(state, model, path)

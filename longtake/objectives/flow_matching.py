@@ -33,7 +33,7 @@ def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Te
 def require_latents(batch: EncodedBatch, stage: str) -> Tensor:
     """The batch's clean latents. Raises: TrainingError when the data hold none."""
     if batch.latents is None:
-        raise TrainingError(f"stage {stage} learns from videos and its data have none; use clips or LMDB with latents")
+        raise TrainingError(f"stage {stage} learns from videos and its data have none; use clips, or LMDB with latents")
     return batch.latents
 
 

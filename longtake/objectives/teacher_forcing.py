@@ -21,24 +21,14 @@ from longtake.structs import MaskLayout
 
 
 class TeacherForcing:
-    """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
-
-    With `at_steps` the levels are those at which the student will be called, else they are uniform before the warp.
-    """
+    """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it."""
 
     def __init__(
-        self,
-        model: VideoDiT,
-        draws: Draws,
-        rules: RollOutRules,
-        *,
-        shift: float,
-        caption_dropout: float = 0.0,
-        at_steps: bool = False,
+        self, model: VideoDiT, draws: Draws, rules: RollOutRules, *, shift: float, caption_dropout: float = 0.0
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": model}
         self.model, self.draws, self.rules = model, draws, rules
-        self.shift, self.caption_dropout, self.at_steps = shift, caption_dropout, at_steps
+        self.shift, self.caption_dropout = shift, caption_dropout
         self._layouts: dict[int, MaskLayout] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -62,16 +52,11 @@ class TeacherForcing:
         return LossResult(loss, {"generator_loss": loss.detach()})
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
-        """[B, F]: one draw a block; 0 on the given picture."""
+        """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
         columns = []
         for part, (start, end) in enumerate(self.rules.plan.blocks(0, frames)):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
-            if self.at_steps:
-                levels = torch.tensor(self.rules.sigmas)
-                level = levels[(u * len(levels)).long().clamp(max=len(levels) - 1)]
-            else:
-                level = training_sigma(u, self.shift)
-            columns.append(level[:, None].expand(-1, end - start))
+            columns.append(training_sigma(u, self.shift)[:, None].expand(-1, end - start))
         sigma = torch.cat(columns, 1).clone()
         if batch.first_latent is not None:
             sigma[:, 0] = 0.0

@@ -27,13 +27,12 @@ from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig
-from longtake.models.weights import config_to_json
+from longtake.models.weights import clean_name, config_to_json
 from longtake.runs import latest_checkpoint
 from longtake.train.ema import EMA
-from longtake.train.optim import clean_name
 from longtake.train.state import TrainState
 
-__all__ = ["export_weights", "initialise_from", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint"]
+__all__ = ["export_weights", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint"]
 
 BUCKET_BYTES = 2**31  # a file holds about this much: the writer keeps a whole file in memory, twice
 logger = logging.getLogger(__name__)
@@ -120,31 +119,6 @@ def load_checkpoint(
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
     state.step, state.data_position = manifest["step"], manifest["data_position"]
     return manifest
-
-
-def initialise_from(network: nn.Module, folder: Path) -> None:
-    """Loads exported weights into a network that is not sharded yet, and nothing else: no step, no optimizer.
-
-    Args: `folder` holds `model.safetensors`, as `export_weights` writes it.
-    Raises: CheckpointError that lists missing, surplus and reshaped keys.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; export the weights again") from error
-    own = {clean_name(key): value for key, value in network.state_dict().items()}
-    _raise_on_difference(
-        {key: tuple(value.shape) for key, value in own.items()},
-        {key: tuple(value.shape) for key, value in weights.items()},
-        path,
-    )
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(weights[key])
 
 
 def export_weights(network: nn.Module, folder: Path, *, mesh: Mesh, ema: EMA | None = None) -> None:

@@ -34,6 +34,11 @@ class EncodedRow:
         tensors = (getattr(self, field.name) for field in fields(self))
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def to(self, device: torch.device | str) -> EncodedRow:
+        """The same row on a device."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return EncodedRow(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
 
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
@@ -61,9 +66,7 @@ class BatchEncoder:
             frames = condition_frames(self.encoders.vae, pictures)
             image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
         if self.with_latents:
-            if batch.videos is None:
-                raise DataError(f"samples {names} have no video; this stage learns from clips")
-            latents = self.encoders.vae.encode(batch.videos.to(self.device))
+            latents = self._latents(batch, names)
 
         def pick(part: Tensor | None, k: int) -> Tensor | None:
             return None if part is None else part[k].clone()
@@ -71,6 +74,19 @@ class BatchEncoder:
         return [
             EncodedRow(text[k].clone(), pick(image, k), pick(frames, k), pick(latents, k)) for k in range(len(batch))
         ]
+
+    def _latents(self, batch: Batch, names: str) -> Tensor:
+        """Latents of the videos, or those stored with the rows."""
+        if batch.videos is not None:
+            return self.encoders.vae.encode(batch.videos.to(self.device))
+        stored = batch.extras.get("latents")
+        if stored is None:
+            raise DataError(f"samples {names} have neither video nor latents; this stage learns from videos")
+        shape, channels = self.shape, self.encoders.vae.latent_channels
+        wanted = (shape.num_latent_frames, channels, shape.latent_height, shape.latent_width)
+        if tuple(stored.shape[1:]) != wanted:
+            raise DataError(f"stored latents of samples {names} are {tuple(stored.shape[1:])}; they must be {wanted}")
+        return stored.to(self.device, torch.float32)
 
     def batch(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> EncodedBatch:
         """The micro-batch of encoded rows with their global sample indices."""
@@ -138,11 +154,12 @@ class EncodedLoader:
         for chunk in chunks[mesh.rank :: mesh.world_size]:
             picks = [Pick(index=row, row=row) for row in chunk if row < len(self.loader.dataset)]
             self._encode(picks, size)
-        mine = dict(self._rows)
+        # Through the CPU: a tensor that is sent from a GPU would arrive on the sender's.
+        mine = {number: row.to("cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
         for part in mesh.every(lambda: mine):
             for number, row in part.items():
                 if number not in self._rows:
-                    self._rows[number] = row
+                    self._rows[number] = row.to(self.encoder.device)
                     self._used_bytes += row.size_bytes
         # Like lazy encoding, leave the oldest first: here rows in order, the same on every rank.
         self._rows = OrderedDict(sorted(self._rows.items()))

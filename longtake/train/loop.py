@@ -73,13 +73,15 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a stage adds to the loop; every rank calls them with the number of completed iterations.
+    """What a stage adds to the loop; every rank calls them, the first two with the number of completed iterations.
 
-    `evaluate` returns numbers to log, `sample` uint8 `[h, w, 3]` images.
+    `evaluate` returns numbers to log, `sample` uint8 `[h, w, 3]` images; `start` runs once the run may go on, after a
+    checkpoint that does not fit was refused.
     """
 
     evaluate: Callable[[int], Mapping[str, float]] | None = None
     sample: Callable[[int], Mapping[str, np.ndarray]] | None = None
+    start: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def train(
     resumed = resume(state, checkpoints, mesh=mesh, **facts)
     if resumed is not None and mesh.is_main:
         logger.info("Resuming %s", resumed)
+    if hooks.start:
+        hooks.start()
     first, last = state.step, settings.max_steps
     if first >= last:
         logger.info("%s: all %d iterations are done", folder, last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -60,7 +61,18 @@ def _is_done(stage: StageConfig) -> bool:
     if not (folder / checkpoint_name(stage.max_steps)).is_dir():
         return False
     newest = latest_checkpoint(folder)
-    return newest is not None and read_manifest(newest)["step"] >= stage.max_steps
+    if newest is None:
+        return False
+    manifest = read_manifest(newest)
+    before, now = (json.loads(json.dumps(config)) for config in (manifest["config"], stage.model_dump()))
+    if changed := sorted(key for key in now if key != "logdir" and now[key] != before.get(key)):
+        logger.warning(
+            "Stage %s was completed with other values of %s and is not trained again; remove %s to do so",
+            stage.name,
+            ", ".join(changed),
+            stage.folder,
+        )
+    return manifest["step"] >= stage.max_steps
 
 
 def _log_on_main(mesh: Mesh) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from longtake.models.weights import clean_name
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -74,8 +76,3 @@ class NetworkOptimizer:
         """The state by `<parameter>.<moment>`; writing into these tensors restores it."""
         state = self._adamw.state
         return {f"{name}.{key}": value for name, p in self.parameters.items() for key, value in state[p].items()}
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the prefixes of compile and activation-checkpoint wrappers."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
-from longtake.runs import exported_weights
+from longtake.runs import exported_weights, read_manifest
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, EncodedLoader
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
@@ -37,6 +39,8 @@ from longtake.train.state import TrainState
 from longtake.train.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+PREFILL_BYTES = 2 << 30
 
 
 class InPrecision:
@@ -81,53 +85,21 @@ def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
     accumulation = config.accumulation(mesh.world_size)
-    folder = config.folder
+    if config.wandb.enabled and find_spec("wandb") is None:  # on every rank, before any of them waits for another
+        raise ConfigError(
+            "wandb.enabled=true needs the package wandb; install it (pip install wandb) or set it to false"
+        )
     networks, real = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders = Encoders.load(config.encoders_folder, mesh.device, with_image=with_tokens)
     _check_strides(config, encoders)
-    draws = Draws(config.seed)
     phases = Phases()
     objective = InPrecision(
-        _objective(config, networks, real, draws, phases), mesh.device, bf16=config.precision == "bf16"
+        _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
     )
     state = _state(config, objective.networks)
-    _write_config(config, mesh)
-
-    dataset = open_dataset(
-        config.data.path,
-        kind=config.data.kind,
-        num_frames=config.video.shape.num_pixel_frames,
-        height=config.video.height,
-        width=config.video.width,
-    )
-    loader = Loader.from_config(
-        dataset,
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch(mesh.world_size),
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-    )
-    encode = BatchEncoder(
-        encoders,
-        config.video.shape,
-        with_image=config.model.image_condition == "i2v",
-        with_latents=config.stage != "distill",
-        device=mesh.device,
-    )
-    batches = EncodedLoader(loader, encode)
-    # Small enough to be remembered whole, and every row is needed at least twice.
-    if len(dataset) <= 4096 and 2 * len(dataset) <= config.max_steps * config.batch_size:
-        with phases("encode"):
-            batches.prefill(mesh)
-    teacher = real
-    if config.stage == "causal" and config.validate_every > 0:
-        teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
-    validation = Validation(config, encoders, state, teacher, mesh, folder)
-    validates = validation.enabled and config.validate_every > 0
-    hooks = Hooks(validation.evaluate, validation.sample) if validates else Hooks()
+    with phases("encode"):
+        batches = _batches(config, encoders, mesh)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -140,20 +112,61 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     info = RunInfo(
         config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
     )
-    try:
-        train(
-            state,
-            objective,
-            batches,
-            settings,
-            folder=folder,
-            mesh=mesh,
-            info=info,
-            hooks=hooks,
-            phases=phases,
-        )
-    finally:
-        loader.close()
+    hooks = _hooks(config, encoders, state, real, mesh)
+    train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
+
+
+def _batches(config: StageConfig, encoders: Encoders, mesh: Mesh) -> EncodedLoader:
+    dataset = open_dataset(
+        config.data.path,
+        kind=config.data.kind,
+        num_frames=config.video.shape.num_pixel_frames,
+        height=config.video.height,
+        width=config.video.width,
+        fps=config.video.fps,
+    )
+    loader = Loader.from_config(
+        dataset,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch(mesh.world_size),
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+    )
+    encoder = BatchEncoder(
+        encoders,
+        config.video.shape,
+        with_image=config.model.image_condition == "i2v",
+        with_latents=config.stage != "distill",
+        device=mesh.device,
+    )
+    batches = EncodedLoader(loader, encoder)
+    # Small enough to travel and to be remembered whole, and every row is needed at least twice.
+    if len(dataset) * _row_bytes(config) <= PREFILL_BYTES and 2 * len(dataset) <= config.max_steps * config.batch_size:
+        batches.prefill(mesh)
+    return batches
+
+
+def _row_bytes(config: StageConfig) -> int:
+    """About the size of one row's encodings: latents, and y about three times as long, of 16 to 20 channels."""
+    shape = config.video.shape
+    return 4 * 80 * shape.num_latent_frames * shape.latent_height * shape.latent_width
+
+
+def _hooks(config: StageConfig, encoders: Encoders, state: TrainState, real: VideoDiT | None, mesh: Mesh) -> Hooks:
+    """The configuration is written once the run may really go on; validation where this stage can be measured."""
+    teacher = real
+    if config.stage == "causal" and config.validate_every > 0:
+        teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
+    validation = Validation(config, encoders, state, teacher, mesh, config.folder)
+
+    def start() -> None:
+        _write_config(config, mesh)
+
+    if not validation.enabled or config.validate_every == 0:
+        return Hooks(start=start)
+    return Hooks(validation.evaluate, validation.sample, start)
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
@@ -173,7 +186,9 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
         torch.manual_seed(config.seed)
         generator = VideoDiT(model_config(config.model.preset)).to(mesh.device)
     else:
-        generator = load_weights(config.source(config.init_from), config, mesh)
+        source = config.source(config.init_from)
+        generator = load_weights(source, config, mesh)
+        _check_same_rules(source, config)
     networks = {"generator": generator}
     real = None
     if config.stage == "distill":
@@ -186,6 +201,20 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
         network.activation_checkpointing = config.activation_checkpointing
         parallelize(network, mesh)
     return networks, real
+
+
+def _check_same_rules(source: Path, config: StageConfig) -> None:
+    """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
+    if (source / "config.json").is_file() or config.stage == "teacher":
+        return
+    manifest = read_manifest(find_checkpoint(source))
+    if manifest["config"].get("stage") == "teacher":
+        return
+    for key, value in facts(config).items():
+        if (before := manifest.get(key)) != json.loads(json.dumps(value)):
+            raise ConfigError(
+                f"{key}={value!r} is not that of init_from={config.init_from}, {before!r}; set it to that"
+            )
 
 
 def _objective(

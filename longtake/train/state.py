@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from longtake.errors import ConfigError
+from longtake.models.weights import clean_name
 from longtake.train.ema import EMA, EMASettings
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings, clean_name
+from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
 
 @dataclass

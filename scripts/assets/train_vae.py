@@ -1,8 +1,8 @@
 """Trains the toy VAE (diffusers' `AutoencoderKLWan`) on worlds rendered on the fly, within a wall-clock limit.
 
-Reproduces `longtake/assets/toy/vae`:
+Made `longtake/assets/toy/vae` (the limit is in minutes: another machine makes other weights):
 
-    python scripts/assets/train_vae.py --minutes 5.5
+    python scripts/assets/train_vae.py --minutes 5.5 --pool 12000 --lr 8e-3
 
 The folder is rewritten atomically every few minutes, with `latents_mean` and `latents_std` measured on held-out
 worlds, so that partly trained weights are usable.

@@ -1,12 +1,13 @@
 """The loader: one order of samples for any number of ranks, any position, any worker; bad rows; seeded draws."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from longtake.data.loader import Loader, batch_rows, order, sample_at
+from longtake.data.loader import Loader, batch_rows, collate, order, sample_at
 from longtake.data.samples import Sample
 from longtake.errors import ConfigError, DataError
 from longtake.randomness import Draws
@@ -33,10 +34,18 @@ def make(dataset=None, **changes):
     return Loader(dataset or Memory(), **{"seed": 7, "batch_size": 8, "micro_batch_size": 2} | changes)
 
 
-def take(loader, number):
-    batches = list(itertools.islice(loader, number))
-    loader.close()
-    return batches
+def update(loader, position=0):
+    """The micro-batches of the update at `position`, read by as many threads as the loader allows."""
+    with ThreadPoolExecutor(max(1, loader.workers)) as pool:
+        batches = []
+        for picks in loader.picks(position):
+            read = list(pool.map(loader.read, [pick.row for pick in picks]))
+            batches.append(collate([sample for _, sample in read], picks, [row for row, _ in read]))
+        return batches
+
+
+def take(loader, updates):
+    return [batch for step in range(updates) for batch in update(loader, step * loader.batch_size)]
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ():
@@ -70,7 +79,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_batches_hold_signed_pixels_prompts_and_encodings():
-    batch = make(Memory(video=True)).fetch(0)[0]
+    batch = update(make(Memory(video=True)))[0]
     assert batch.images.shape == (2, 3, 4, 6) and batch.videos.shape == (2, 5, 3, 4, 6)
     assert batch.extras["latents"].shape == (2, 2, 3)
     for b, row in enumerate(batch.rows):
@@ -78,68 +87,47 @@ def test_batches_hold_signed_pixels_prompts_and_encodings():
         assert batch.images[b].unique().item() == pytest.approx(row / 127.5 - 1)
     assert batch.indices == [0, 1] and len(batch) == 2
     white = Sample("w", "p", np.full((2, 2, 3), 255, np.uint8))
-    assert make([white] * 8).fetch(0)[0].images.max() == 1.0
+    assert update(make([white] * 8))[0].images.max() == 1.0
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_position_continues_the_run(workers):
-    whole = take(make(workers=workers), 12)  # three updates of four micro-batches
+    whole = take(make(workers=workers), 3)
     loader = make(workers=workers)
-    first = take(loader, 6)
-    assert loader.position == 8  # the second update is not finished, so it is repeated after a resume
-    rest = take(make(position=loader.position), 8)
-    assert [b.indices for b in first] == [b.indices for b in whole[:6]]
-    assert [(b.indices, b.rows) for b in rest] == [(b.indices, b.rows) for b in whole[4:]]
-    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[4:]))
-    last = take(loader, 4)
-    assert [b.indices for b in last] == [b.indices for b in whole[4:8]] and loader.position == 16
-
-
-def test_seek_goes_to_an_update():
-    whole = take(make(), 12)
-    loader = make(workers=1)
-    next(loader)
-    loader.seek(16)
-    assert next(loader).indices == whole[8].indices
-    loader.close()
-
-
-def test_steps_and_fetch_agree():
-    loader = make(workers=2)
-    steps = loader.steps()
-    for step in range(4):
-        batches = next(steps)
-        assert loader.position == (step + 1) * 8
-        assert [b.rows for b in batches] == [b.rows for b in make().fetch(step * 8)]
-    steps.close()
+    assert loader.position == 0
+    loader.seek(8)
+    assert loader.position == 8
+    rest = update(loader, loader.position)  # rows are a function of the position, not of what was read before
+    assert [(b.indices, b.rows) for b in rest] == [(b.indices, b.rows) for b in whole[4:8]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[4:8], strict=True))
+    assert [b.indices for b in update(loader, 16)] == [b.indices for b in whole[8:]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_row_fails_at_once_with_its_name(workers):
     with pytest.raises(DataError, match=r"memory row 5: broken; .*on_bad_row=skip"):
-        take(make(Memory(bad=[5]), workers=workers), 12)
+        take(make(Memory(bad=[5]), workers=workers), 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skip_replaces_a_bad_row_by_the_next_good_one(workers):
     skipping = {"on_bad_row": "skip", "max_bad_share": 0.2, "workers": workers}
     loader = make(Memory(bad=[5, 6, 19]), **skipping)
-    clean, repaired = take(make(), 10), take(loader, 10)
+    clean, repaired = take(make(), 3), take(loader, 3)
     replaced = {5: 7, 6: 7, 19: 0}
-    for a, b in zip(clean, repaired):
+    for a, b in zip(clean, repaired, strict=True):
         assert b.indices == a.indices
         assert b.rows == [replaced.get(row, row) for row in a.rows]
     assert loader.num_bad_rows == 3
-    rank = [
-        batch for r in range(2) for batch in make(Memory(bad=[5, 6, 19]), rank=r, world_size=2, **skipping).fetch(0)
-    ]
+    ranks = [make(Memory(bad=[5, 6, 19]), rank=r, world_size=2, **skipping) for r in range(2)]
+    rank = [batch for loader in ranks for batch in update(loader)]
     rows = dict(zip(sum((b.indices for b in rank), []), sum((b.rows for b in rank), [])))
     assert rows == dict(zip(sum((b.indices for b in repaired[:4]), []), sum((b.rows for b in repaired[:4]), [])))
 
 
 def test_skip_stops_above_the_share():
     with pytest.raises(DataError, match=r"3 of 20 rows are bad, more than data.max_bad_share=0.1"):
-        take(make(Memory(bad=[1, 2, 3]), on_bad_row="skip", max_bad_share=0.1), 40)
+        take(make(Memory(bad=[1, 2, 3]), on_bad_row="skip", max_bad_share=0.1), 10)
     with pytest.raises(DataError, match="none of the 4 rows"):
         take(make(Memory(4, bad=range(4)), on_bad_row="skip", max_bad_share=1.0), 1)
 
@@ -147,7 +135,7 @@ def test_skip_stops_above_the_share():
 def test_pictures_of_different_sizes_are_refused():
     samples = [Sample(str(i), "p", np.zeros((4, 4 + i, 3), np.uint8)) for i in range(8)]
     with pytest.raises(DataError, match="set height and width"):
-        make(samples).fetch(0)
+        update(make(samples))
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():

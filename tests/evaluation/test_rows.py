@@ -212,7 +212,7 @@ def test_one_stage_folder_longer_than_training_without_ablations(run, tmp_path):
     overrides = {"num_worlds": 1, "num_latent_frames": 7, "ablations": False}
     result = evaluate(run / "causal", device="cpu", output=tmp_path / "new", overrides=overrides)
     # a bidirectional teacher has its own length
-    assert list(result.summaries) == ["truth", "vae round trip", "frozen", "causal"]
+    assert list(result.summaries) == ["truth", "vae round trip", "frozen", "teacher, causal", "causal"]
     assert len(result.summaries["causal"]["curves"]["motion_ratio"]) == 25
     assert (tmp_path / "new/evaluation.json").is_file()
 

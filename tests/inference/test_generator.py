@@ -164,8 +164,9 @@ def test_a_videos_noise_does_not_depend_on_its_batch(generator):
     together = latents_of(generator, [7, 3])
     for k, number in enumerate((7, 3)):
         torch.testing.assert_close(latents_of(generator, [number])[0], together[k], rtol=0, atol=1e-4)
-    assert not torch.allclose(together[0, 1:], together[1, 1:])
+    assert (together[0, 1:] - together[1, 1:]).abs().mean() > 0.1  # same picture and prompt, another seed
     noise = stream_noise(0, [7, 3], 4, (2, 2), "cpu")
+    assert not torch.equal(*noise(1, 3, 0))
     assert torch.equal(noise(1, 3, 0)[1], stream_noise(0, [3], 4, (2, 2), "cpu")(1, 3, 0)[0])
     parts = [noise(1, 3, 0), noise(1, 3, 1), noise(3, 5, 0), stream_noise(1, [7, 3], 4, (2, 2), "cpu")(1, 3, 0)]
     assert len({part.flatten()[0].item() for part in parts}) == 4

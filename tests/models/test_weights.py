@@ -15,10 +15,12 @@ from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT
 from longtake.models.weights import (
     check_state,
+    clean_key,
     config_from_json,
     config_to_json,
     load_dit,
     load_state,
+    read_state,
     save_dit,
     to_diffusers_key,
     to_original_key,
@@ -94,6 +96,67 @@ def test_a_folder_saved_by_diffusers_loads(tmp_path: Path) -> None:
     state = {to_original_key(key): value for key, value in theirs.state_dict().items()}
     assert state.keys() == ours.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+
+
+# How a key `rest` of the model, or `rest` of block i, is called in the checkpoints of Self-Forcing's family (K.3).
+LAYOUTS = {
+    "whole model one FSDP1 unit": ("model._fsdp_wrapped_module.{rest}", "model._fsdp_wrapped_module.blocks.{i}.{rest}"),
+    "an FSDP1 unit a block": ("model.{rest}", "model.blocks.{i}._fsdp_wrapped_module.{rest}"),
+    "units in units, checkpointed": (
+        "_fsdp_wrapped_module.model.{rest}",
+        "_fsdp_wrapped_module.model.blocks.{i}._fsdp_wrapped_module._checkpoint_wrapped_module.{rest}",
+    ),
+    "compiled under DDP": ("module._orig_mod.{rest}", "module._orig_mod.blocks.{i}._orig_mod.{rest}"),
+    "DDP around the wrapper": ("module.model.{rest}", "module.model.blocks.{i}.{rest}"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_keys_of_wrapped_models_are_cleaned(layout, diffusers, tiny_model, tmp_path: Path) -> None:
+    top, block = LAYOUTS[layout]
+
+    def wrapped(key: str) -> str:
+        key = to_diffusers_key(key) if diffusers else key
+        if key.startswith("blocks."):
+            _, layer, rest = key.split(".", 2)
+            return block.format(i=layer, rest=rest)
+        return top.format(rest=key)
+
+    model = tiny_model(True)
+    state = {wrapped(key): value for key, value in model.state_dict().items()}
+    assert len(state) == len(model.state_dict()) and all(key not in state for key in model.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(model.config)))
+    save_file(state, tmp_path / WEIGHTS)
+    assert _same(load_dit(tmp_path), model)
+    del state[wrapped("blocks.1.norm3.weight")]
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"missing \(1\): blocks.1.norm3.weight"):
+        load_dit(tmp_path)
+
+
+def test_cleaning_touches_wrappers_only(tiny_model) -> None:
+    for model in (tiny_model(), tiny_model(True, image_positions=5)):
+        for key in model.state_dict():
+            assert clean_key(key) == key and clean_key(to_diffusers_key(key)) == to_diffusers_key(key)
+    for key in ("blocks.0.model.weight", "blocks.0.module.weight", "remodel.weight", "my_orig_module.weight"):
+        assert clean_key(key) == key
+
+
+def test_a_parameter_that_is_there_twice_is_an_error(tiny_model, tmp_path: Path) -> None:
+    """Two files of one folder that overlap: an old file beside the shards of a new one."""
+    model = tiny_model()
+    save_dit(model.config, model.state_dict(), tmp_path)
+    save_file({"model.head.head.bias": torch.zeros(16)}, tmp_path / "zz.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(tmp_path)
+    for part in (f"head.head.bias is in {WEIGHTS}", "in zz.safetensors (as model.head.head.bias)", str(tmp_path)):
+        assert part in str(caught.value)
+    assert _same(load_dit(tmp_path / WEIGHTS), model)
+    one = tmp_path / "one.safetensors"
+    save_file({"head.head.bias": torch.zeros(16), "module.head.head.bias": torch.ones(16)}, one)
+    with pytest.raises(CheckpointError, match="as module.head.head.bias"):
+        read_state(one)
 
 
 def test_missing_surplus_and_reshaped_keys_are_listed(tiny_model, tmp_path: Path) -> None:

@@ -59,16 +59,6 @@ def test_one_level_a_block_drawn_for_each_sample(monkeypatch):
         assert torch.equal(noisy[:, start], noisy[:, start + 1])
 
 
-def test_at_steps_draws_the_students_own_levels(monkeypatch):
-    model = make_tiny_model(i2v=True)
-    seen = set()
-    for step in range(12):
-        with monkeypatch.context() as patch:
-            _, call, _ = one_call(model, patch, step=step, at_steps=True)
-            seen |= set(call["sigma"][:, 8:].unique().tolist())
-    assert sorted(seen) == pytest.approx(sorted(RULES.sigmas))
-
-
 @pytest.mark.parametrize("i2v", [True, False])
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (5, 1), (4, 0)])

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from tiny_stage import save_student, stage_config
 
 from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
+from longtake.models.weights import read_state
 from longtake.train import checkpoint
-from longtake.train.checkpoint import initialise_from, latest_checkpoint, load_checkpoint
+from longtake.train.checkpoint import latest_checkpoint, load_checkpoint
 from longtake.train.metrics_log import read_rows
+from longtake.train.stages import load_weights, run_stage
 from longtake.train.state import TrainState
 
 
@@ -150,7 +153,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        initialise_from(tiny_run.Tiny(0), path / "generator")
+        read_state(path / "generator")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -175,19 +178,35 @@ def test_another_seed_or_rope_is_not_a_resume(tmp_path):
         tiny_run.run(tmp_path, Mesh(), facts={"rope": "absolute"})
 
 
-def test_initialise_from_takes_weights_only(tmp_path):
+def test_the_average_is_exported_beside_the_weights(tmp_path):
     state = tiny_run.run(tmp_path, Mesh(), steps=6)
     path = latest_checkpoint(tmp_path / "checkpoints")
     assert runs.exported_weights(path).name == "generator_ema"
     assert json.loads((runs.exported_weights(path) / "config.json").read_text()) == {"width": tiny_run.WIDTH}
-    fresh, _ = tiny_run.build(Mesh())
-    initialise_from(fresh.networks["generator"], runs.exported_weights(path, prefer_ema=False))
-    for key, value in fresh.networks["generator"].state_dict().items():
-        assert torch.equal(value, state.networks["generator"].state_dict()[key])
-    assert fresh.step == 0 and all(not t.any() for t in fresh.optimizers["generator"].tensors().values())
-    averaged = tiny_run.Tiny(7)
-    initialise_from(averaged, runs.exported_weights(path))
-    assert torch.equal(averaged.head.weight, state.ema["generator"].tensors()["head.weight"])
-    assert not torch.equal(averaged.head.weight, state.networks["generator"].head.weight)
+    own = read_state(runs.exported_weights(path, prefer_ema=False))
+    average = read_state(runs.exported_weights(path))
+    wanted = state.networks["generator"].state_dict()
+    assert own.keys() == average.keys() == wanted.keys()
+    assert all(torch.equal(own[key], value) for key, value in wanted.items())
+    trained = state.ema["generator"].tensors()
+    assert all(torch.equal(average[key], trained.get(key, value)) for key, value in wanted.items())
+    assert not torch.equal(average["head.weight"], own["head.weight"])
     with pytest.raises(CheckpointError, match="holds no exported network 'critic'"):
         runs.exported_weights(path, "critic")
+
+
+def test_initialisation_takes_weights_only(workshop, tmp_path):
+    """The average, or the weights where there is none; training from them starts at step 0 with an empty optimizer."""
+    for ema in (True, False):
+        config = stage_config(workshop, tmp_path, "causal", name=f"ema-{ema}")
+        student = save_student(config, ema=ema, step=7)
+        model = load_weights(config.folder, config, Mesh())
+        assert all(torch.equal(value, student.state_dict()[key]) for key, value in model.state_dict().items())
+    changes = {"name": "next", "init_from": "ema-False", "max_steps": 1, "save_every": 1}
+    config = stage_config(workshop, tmp_path, "causal", **changes)
+    run_stage(config, Mesh())
+    path = latest_checkpoint(config.folder / "checkpoints")
+    manifest = runs.read_manifest(path)
+    assert (manifest["step"], manifest["data_position"]) == (1, 4)
+    moments = [value for key, value in read_state(path / "state").items() if key.endswith(".step")]
+    assert moments and all(value == 1 for value in moments)

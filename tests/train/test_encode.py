@@ -21,8 +21,8 @@ ROWS = 6
 class Clips:
     """Six rows of noise with the captions of the toy world, counting how often each is read."""
 
-    def __init__(self, *, image=True, video=True):
-        self.image, self.video = image, video
+    def __init__(self, *, image=True, video=True, latents=None):
+        self.image, self.video, self.latents = image, video, latents
         self.read = []
 
     def __len__(self):
@@ -32,7 +32,8 @@ class Clips:
         self.read.append(row)
         video = np.random.default_rng(row).integers(0, 256, (9, 16, 32, 3), np.uint8)
         image = video[0] if self.image else None
-        return Sample(f"s{row}", sample_world(0, row).caption, image, video if self.video else None)
+        extras = {} if self.latents is None else {"latents": self.latents[row]}
+        return Sample(f"s{row}", sample_world(0, row).caption, image, video if self.video else None, extras)
 
 
 class CountingEncoder(BatchEncoder):
@@ -169,7 +170,7 @@ def test_what_a_stage_does_not_need_is_not_encoded(encoders):
 
 
 def test_missing_pictures_and_videos_are_named(encoders):
-    with pytest.raises(DataError, match="samples s., s. have no video"):
+    with pytest.raises(DataError, match="samples s., s. have neither video nor latents"):
         next(make(encoders, Clips(video=False)))
     with pytest.raises(DataError, match="samples s., s. have no image"):
         next(make(encoders, Clips(image=False), with_latents=False))
@@ -199,3 +200,16 @@ def test_prefill_fills_up_a_last_short_group(encoders):
     assert one.encoder.sizes == [4, 4]
     for a, b in zip(take(one, 3), take(make(encoders, batch_size=4, micro_batch_size=4), 3), strict=True):
         assert same(a, b)
+
+
+def test_stored_latents_stand_in_for_videos(encoders):
+    stored = np.random.default_rng(0).normal(size=(ROWS, 3, 4, 2, 4)).astype(np.float16)
+    batches = make(encoders, Clips(video=False, latents=stored))
+    rows = [pick.row for pick in batches.loader.picks(0)[0]]
+    batch = next(batches)
+    assert batch.latents.dtype == torch.float32
+    assert torch.equal(batch.latents, torch.from_numpy(stored[rows]).float())
+    with pytest.raises(
+        DataError, match=r"stored latents of samples s., s. are \(3, 4, 2, 3\); they must be \(3, 4, 2, 4\)"
+    ):
+        next(make(encoders, Clips(video=False, latents=stored[..., :3])))
