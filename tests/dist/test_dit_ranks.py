@@ -73,7 +73,7 @@ def test_one_exit_step_for_all_ranks_and_other_noise_for_each_sample(one, two, k
         # Equally many forwards, as the collectives of a sharded generator need.
         assert a["exit_step"] == b["exit_step"] and a["calls"] == b["calls"]
         assert not set(a["indices"]) & set(b["indices"])
-    # Three blocks to the exit step, context passes of the picture and two blocks; the critic of step 0 rolls nothing out.
+    # Three blocks to the exit step, context passes of the picture and two blocks; step 0 shares one roll-out.
     exits = [call["exit_step"] for call in ranks[0]]
     if kind == "dmd":
         assert [call["calls"] for call in ranks[0]] == [3 * (exits[0] + 1) + 3, 0, 3 * (exits[2] + 1) + 3]
