@@ -42,7 +42,7 @@ class _HoldUntilBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor, lease: Lease) -> Tensor:
         ctx.lease = lease  # type: ignore[attr-defined]
-        return x.view_as(x)
+        return x.clone()  # no view, for the hooks of sharding
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -416,9 +416,10 @@ class VideoDiT(nn.Module):
         """[B, E, L, ph * pw * C_out], channel fastest -> [B, E, C_out, H, W]."""
         _, ph, pw = self.config.patch_size
         grid = tokens.unflatten(3, (ph, pw, -1)).unflatten(2, (rows, columns))  # [B, E, rows, columns, ph, pw, C]
-        velocity = grid.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-        # Not a view: sharding hooks the output, and a hooked view turns a later in-place change into an error.
-        return velocity.clone()
+        batch, entries = tokens.shape[:2]
+        shape = (batch, entries, self.config.out_channels, rows * ph, columns * pw)
+        # A copy, not a view: sharding hooks the output, and a hooked view turns a later in-place change into an error.
+        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)
 
     def _embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Text padded with zero rows to text_len, and CLIP tokens, as context tokens [B, M, D]."""

@@ -205,7 +205,7 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
     """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
-    if (source / "config.json").is_file() or config.stage == "teacher":
+    if config.stage == "teacher" or source.suffix == ".safetensors" or any(source.glob("*.safetensors")):
         return
     manifest = read_manifest(find_checkpoint(source))
     if manifest["config"].get("stage") == "teacher":
