@@ -52,15 +52,16 @@ def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None
     import matplotlib.pyplot as plt
 
     names = ("position_error", "motion_ratio", "shape_kept", "saturation")
+    colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
     for axis, name in zip(axes, names):
-        for row, summary in summaries.items():
+        for number, (row, summary) in enumerate(summaries.items()):
             values = [np.nan if value is None else value for value in summary["curves"][name]]
-            axis.plot(values, label=row, linewidth=1.2)
+            axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20))
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("frame")
-    axes[0].legend(fontsize=6)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center right")
+    figure.tight_layout(rect=(0, 0, 0.86, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

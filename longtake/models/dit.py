@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.errors import ConfigError, ShapeError
 from longtake.models import attention
-from longtake.models.attention import Attention, FrameMask
-from longtake.models.cache import KVCache, Reading
+from longtake.models.attention import Attention
+from longtake.models.cache import KVCache
+from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
 from longtake.structs import Condition, MaskLayout
 
@@ -77,62 +78,6 @@ class DiTConfig:
         return asdict(self)
 
 
-class _SelfContext:
-    """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache."""
-
-    def __init__(self, query: Rotation, key: Rotation) -> None:
-        self.query, self.key = query, key
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        return self.key(k), v, None
-
-
-class _MaskedContext(_SelfContext):
-    def __init__(self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None) -> None:
-        super().__init__(query, key)
-        self.mask, self.key_entry = mask, key_entry
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        if self.key_entry is not None:
-            k, v = (
-                t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
-            )
-        return self.key(k), v, self.mask
-
-
-class _CachedContext(_SelfContext):
-    def __init__(
-        self, query: Rotation, key: Rotation, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
-    ) -> None:
-        super().__init__(query, key)
-        self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        relative = self.cache.rope == "relative"
-        k = k if relative else self.key(k)
-        keys, values = self.cache.gather(layer, self.reading, k, v, graded=self.graded)
-        if self.commit:
-            self.cache.write(layer, self.reading, k, v)
-        return (self.key(keys) if relative else keys), values, None
-
-
-class _CrossContext:
-    """Where cross-attention gets keys and values: projected in each block, or kept in the cache for one condition.
-
-    The projection always runs inside the block's own forward, because sharded weights exist only there.
-    """
-
-    def __init__(self, text: Tensor | None, image: Tensor | None, cache: KVCache | None) -> None:
-        self.text, self.image, self.cache = text, image, cache
-
-    def keys_values(self, module: CrossAttention, layer: int) -> tuple[Tensor, ...]:
-        if self.text is None:
-            assert self.cache is not None
-            return self.cache.cross(layer)
-        projected = module.project(self.text, self.image)
-        return projected if self.cache is None else self.cache.set_cross(layer, projected)
-
-
 class SelfAttention(nn.Module):
     """Self-attention with normalised queries and keys over the whole width and rotary positions."""
 
@@ -143,7 +88,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.attend: Attention = attention.attend
 
-    def forward(self, x: Tensor, context: _SelfContext, layer: int) -> Tensor:
+    def forward(self, x: Tensor, context: SelfContext, layer: int) -> Tensor:
         heads = (self.num_heads, -1)
         q = context.query(self.norm_q(self.q(x)).unflatten(-1, heads))
         k, v = self.norm_k(self.k(x)).unflatten(-1, heads), self.v(x).unflatten(-1, heads)
@@ -201,8 +146,8 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        self_context: _SelfContext,
-        cross_context: _CrossContext,
+        self_context: SelfContext,
+        cross_context: CrossContext,
         layer: int,
     ) -> Tensor:
         """x [B, E, L, D] float32 -> the same; `modulation` [B, E, 6, D]."""
@@ -363,16 +308,16 @@ class VideoDiT(nn.Module):
             query = Rotation(rotation(reading.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
             key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
-            context: _SelfContext = _CachedContext(query, key, cache, reading, graded=graded, commit=commit)
+            context: SelfContext = CachedContext(query, key, cache, reading, graded=graded, commit=commit)
         elif mask is not None:
             kit = self._mask_kit(mask, rows * columns, x.device)
             frame_index = kit["frame_index"]
             query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
-            context = _MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"])
+            context = MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"])
         else:
             frame_index = torch.arange(entries, device=x.device)
             query = Rotation(rotation(frame_index))
-            context = _SelfContext(query, query)
+            context = SelfContext(query, query)
 
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
         hidden = self._embed_patches(x, condition, frame_index)
@@ -429,10 +374,10 @@ class VideoDiT(nn.Module):
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
         return embedded, image
 
-    def _cross_context(self, condition: Condition, cache: KVCache | None) -> _CrossContext:
+    def _cross_context(self, condition: Condition, cache: KVCache | None) -> CrossContext:
         if cache is not None and cache.has_cross(condition):
-            return _CrossContext(None, None, cache)
-        return _CrossContext(*self._embed_condition(condition), cache)
+            return CrossContext(None, None, cache)
+        return CrossContext(*self._embed_condition(condition), cache)
 
     def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:
         kits = self._masks.setdefault(layout, {})

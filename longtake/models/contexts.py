@@ -1,0 +1,77 @@
+"""What one call's attention sees beyond its own tokens: nothing, a mask, a cache; and the condition's keys and values.
+
+Between the transformer, which knows no cache layout, and the cache, which knows no layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from longtake.models.attention import FrameMask
+from longtake.models.cache import KVCache, Reading
+from longtake.models.layers import Rotation
+
+if TYPE_CHECKING:
+    from longtake.models.dit import CrossAttention
+
+
+class SelfContext:
+    """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache."""
+
+    def __init__(self, query: Rotation, key: Rotation) -> None:
+        self.query, self.key = query, key
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        return self.key(k), v, None
+
+
+class MaskedContext(SelfContext):
+    """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
+
+    def __init__(self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None) -> None:
+        super().__init__(query, key)
+        self.mask, self.key_entry = mask, key_entry
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        if self.key_entry is not None:
+            k, v = (
+                t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
+            )
+        return self.key(k), v, self.mask
+
+
+class CachedContext(SelfContext):
+    """The attended past from the cache before the block's own keys and values, which a commit stores."""
+
+    def __init__(
+        self, query: Rotation, key: Rotation, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
+    ) -> None:
+        super().__init__(query, key)
+        self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        relative = self.cache.rope == "relative"
+        k = k if relative else self.key(k)
+        keys, values = self.cache.gather(layer, self.reading, k, v, graded=self.graded)
+        if self.commit:
+            self.cache.write(layer, self.reading, k, v)
+        return (self.key(keys) if relative else keys), values, None
+
+
+class CrossContext:
+    """Where cross-attention gets keys and values: projected in each block, or kept in the cache for one condition.
+
+    The projection always runs inside the block's own forward, because sharded weights exist only there.
+    """
+
+    def __init__(self, text: Tensor | None, image: Tensor | None, cache: KVCache | None) -> None:
+        self.text, self.image, self.cache = text, image, cache
+
+    def keys_values(self, module: CrossAttention, layer: int) -> tuple[Tensor, ...]:
+        if self.text is None:
+            assert self.cache is not None
+            return self.cache.cross(layer)
+        projected = module.project(self.text, self.image)
+        return projected if self.cache is None else self.cache.set_cross(layer, projected)
