@@ -70,7 +70,7 @@ class StageConfig(Settings):
     data: DataConfig = Field(description=DataConfig.__doc__)
     batch_size: int = Field(default=8, gt=0, description="samples of one update, over all ranks")
     micro_batch_size: int = Field(
-        default=4, gt=0, description="samples of one forward on one rank; the rest is accumulated"
+        default=4, gt=0, description="most samples of one forward on one rank; the rest is accumulated"
     )
     max_steps: int = Field(gt=0, description="iterations; in distill an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)

@@ -126,6 +126,11 @@ class EncodedLoader:
         """Samples taken by all ranks together."""
         return self.loader.position
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data set."""
+        return len(self.loader.dataset)
+
     def seek(self, position: int) -> None:
         """Makes the next micro-batch the first one of the update at `position`."""
         self._pending = []

@@ -75,8 +75,8 @@ class Batches(Protocol):
 class Hooks:
     """What a stage adds to the loop; every rank calls them, the first two with the number of completed iterations.
 
-    `evaluate` returns numbers to log, `sample` uint8 `[h, w, 3]` images; `start` runs once the run may go on, after a
-    checkpoint that does not fit was refused.
+    `evaluate` returns numbers to log, `sample` uint8 `[h, w, 3]` images; `start` runs once there is something to do,
+    after a checkpoint that does not fit was refused.
     """
 
     evaluate: Callable[[int], Mapping[str, float]] | None = None
@@ -120,12 +120,12 @@ def train(
     resumed = resume(state, checkpoints, mesh=mesh, **facts)
     if resumed is not None and mesh.is_main:
         logger.info("Resuming %s", resumed)
-    if hooks.start:
-        hooks.start()
     first, last = state.step, settings.max_steps
     if first >= last:
         logger.info("%s: all %d iterations are done", folder, last)
         return
+    if hooks.start:
+        hooks.start()
     batches.seek(state.data_position)
     log = MetricsLog(
         folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb

@@ -98,8 +98,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
     )
     state = _state(config, objective.networks)
-    with phases("encode"):
-        batches = _batches(config, encoders, mesh)
+    batches = _batches(config, encoders, mesh)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -112,7 +111,17 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     info = RunInfo(
         config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
     )
-    hooks = _hooks(config, encoders, state, real, mesh)
+    validation = _validation(config, encoders, state, real, mesh)
+
+    def start() -> None:
+        _write_config(config, mesh)
+        # Small enough to travel and to be remembered whole, and every row is needed at least twice.
+        rows = batches.num_rows
+        if rows * _row_bytes(config) <= PREFILL_BYTES and 2 * rows <= config.max_steps * config.batch_size:
+            with phases("encode"):
+                batches.prefill(mesh)
+
+    hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
 
 
@@ -141,11 +150,7 @@ def _batches(config: StageConfig, encoders: Encoders, mesh: Mesh) -> EncodedLoad
         with_latents=config.stage != "distill",
         device=mesh.device,
     )
-    batches = EncodedLoader(loader, encoder)
-    # Small enough to travel and to be remembered whole, and every row is needed at least twice.
-    if len(dataset) * _row_bytes(config) <= PREFILL_BYTES and 2 * len(dataset) <= config.max_steps * config.batch_size:
-        batches.prefill(mesh)
-    return batches
+    return EncodedLoader(loader, encoder)
 
 
 def _row_bytes(config: StageConfig) -> int:
@@ -154,19 +159,17 @@ def _row_bytes(config: StageConfig) -> int:
     return 4 * 80 * shape.num_latent_frames * shape.latent_height * shape.latent_width
 
 
-def _hooks(config: StageConfig, encoders: Encoders, state: TrainState, real: VideoDiT | None, mesh: Mesh) -> Hooks:
-    """The configuration is written once the run may really go on; validation where this stage can be measured."""
+def _validation(
+    config: StageConfig, encoders: Encoders, state: TrainState, real: VideoDiT | None, mesh: Mesh
+) -> Validation | None:
+    """Validation beside the teacher, where it is asked for and this stage can be measured."""
+    if config.validate_every == 0:
+        return None
     teacher = real
-    if config.stage == "causal" and config.validate_every > 0:
+    if config.stage == "causal":
         teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
     validation = Validation(config, encoders, state, teacher, mesh, config.folder)
-
-    def start() -> None:
-        _write_config(config, mesh)
-
-    if not validation.enabled or config.validate_every == 0:
-        return Hooks(start=start)
-    return Hooks(validation.evaluate, validation.sample, start)
+    return validation if validation.enabled else None
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
