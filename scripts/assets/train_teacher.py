@@ -15,16 +15,18 @@ import os
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from muon import Muon
 from torch import Tensor
 
 from longtake.data.world import World, sample_world
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.dit import VideoDiT
+from longtake.models.dit import Block, VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.presets import PRESETS
 from longtake.models.weights import load_dit, save_dit
@@ -66,6 +68,19 @@ def encode(encoders: Encoders, num_worlds: int, num_latents: int, processes: int
     return [torch.cat(part) for part in parts]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: object = None) -> Tensor:
+    """Attention without the choice of a verified kernel, which a compiled graph cannot contain."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def compiled(model: VideoDiT) -> VideoDiT:
+    """The model as one compiled graph; `model` itself keeps the weights and their names."""
+    model.set_attention(attend)
+    for block in model.blocks:
+        cast(Block, block).cross_attn.attend = attend
+    return cast(VideoDiT, torch.compile(model, dynamic=False))
+
+
 def train(args: argparse.Namespace) -> None:
     """Runs until `args.seconds` after the start of the program are over; writes the averaged weights."""
     began = time.time()
@@ -79,16 +94,26 @@ def train(args: argparse.Namespace) -> None:
     empty = encoders.text.encode([""]).to(device)
     print(f"{time.time() - began:5.0f}s {args.worlds} worlds encoded", flush=True)
     model = load_dit(args.init, device) if args.init else VideoDiT(PRESETS["toy"]).to(device)
+    network = compiled(model) if args.compile else model
     average = {name: p.detach().clone() for name, p in model.state_dict().items()}
     inner = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = set(inner)
     others = [p for p in model.parameters() if p not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.99))]
+    adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.99), fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adam]
     if args.muon:
         optimizers.append(Muon(inner, args.lr, momentum=0.95, weight_decay=0.01))
     else:
         optimizers.append(torch.optim.AdamW(inner, lr=args.lr, betas=(0.9, 0.99)))
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    if args.compile:  # before the clock of the learning rate starts
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            ones = torch.ones(args.batch, frames, device=device)
+            rows = torch.arange(args.batch, device=device) % args.worlds
+            clean, y, text, image = (part[rows].float() for part in data)
+            network(clean, ones, Condition(text, image, y)).sum().backward()
+        model.zero_grad(set_to_none=True)
+        print(f"{time.time() - began:5.0f}s compiled", flush=True)
     started, step = time.time(), 0
     total = max(1.0, args.seconds - (started - began))
     running, clock, saved = torch.zeros((), device=device), time.time(), time.time()
@@ -102,7 +127,9 @@ def train(args: argparse.Namespace) -> None:
         condition = Condition(torch.where(dropped[:, None, None], empty, text), image, y)
         sigma = training_sigma(torch.rand(args.batch, device=device), args.shift)[:, None].expand(-1, frames)
         noise = torch.randn_like(clean)
-        loss = (model(add_noise(clean, noise, sigma), sigma, condition) - velocity(clean, noise)).square().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            predicted = network(add_noise(clean, noise, sigma), sigma, condition)
+        loss = (predicted.float() - velocity(clean, noise)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -134,6 +161,8 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=10000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--lr", type=float, default=3e-3, help="of the matrices inside the blocks")
     parser.add_argument("--adam-lr", type=float, default=1e-3, help="of everything else")
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
