@@ -15,9 +15,11 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of at least two axes, flattened to [out, rest]."""
+    """For weights of at least two axes, flattened to [out, rest]; `lr` may be a tensor (CUDA graphs)."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float | Tensor, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -36,8 +38,8 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(torch.stack([u.flatten(1) for u in looked_ahead]))
                 scale = 0.2 * math.sqrt(max(shape))
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                shaped = [u.view_as(p) for u, p in zip(updates, weights)]
-                torch._foreach_add_(weights, shaped, alpha=-group["lr"] * scale)
+                updates = updates * (scale * group["lr"])
+                torch._foreach_sub_(weights, [u.view_as(p) for u, p in zip(updates, weights)])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import cast
@@ -99,55 +100,74 @@ def train(args: argparse.Namespace) -> None:
     inner = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = set(inner)
     others = [p for p in model.parameters() if p not in chosen]
-    adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.99), fused=True)
+    on_gpu = device.type == "cuda"
+    peaks = (args.adam_lr, args.lr)
+    rates = [torch.zeros((), device=device) for _ in peaks]  # tensors, so that a captured step reads them
+    adam = torch.optim.AdamW(others, lr=rates[0], betas=(0.9, 0.99), fused=True, capturable=on_gpu)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if args.muon:
-        optimizers.append(Muon(inner, args.lr, momentum=0.95, weight_decay=0.01))
+        optimizers.append(Muon(inner, rates[1], momentum=0.95, weight_decay=0.01))
     else:
-        optimizers.append(torch.optim.AdamW(inner, lr=args.lr, betas=(0.9, 0.99)))
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    if args.compile:  # before the clock of the learning rate starts
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            ones = torch.ones(args.batch, frames, device=device)
-            rows = torch.arange(args.batch, device=device) % args.worlds
-            clean, y, text, image = (part[rows].float() for part in data)
-            network(clean, ones, Condition(text, image, y)).sum().backward()
-        model.zero_grad(set_to_none=True)
-        print(f"{time.time() - began:5.0f}s compiled", flush=True)
-    started, step = time.time(), 0
-    total = max(1.0, args.seconds - (started - began))
-    running, clock, saved = torch.zeros((), device=device), time.time(), time.time()
-    while (progress := (time.time() - started) / total) < 1:
-        factor = min(1.0, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * factor
+        optimizers.append(torch.optim.AdamW(inner, lr=rates[1], betas=(0.9, 0.99), fused=True, capturable=on_gpu))
+    running = torch.zeros((), device=device)
+
+    def update() -> None:
         rows = torch.randint(0, args.worlds, (args.batch,), device=device)
         clean, y, text, image = (part[rows].float() for part in data)
         dropped = torch.rand(args.batch, device=device) < 0.1
         condition = Condition(torch.where(dropped[:, None, None], empty, text), image, y)
         sigma = training_sigma(torch.rand(args.batch, device=device), args.shift)[:, None].expand(-1, frames)
         noise = torch.randn_like(clean)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             predicted = network(add_noise(clean, noise, sigma), sigma, condition)
         loss = (predicted.float() - velocity(clean, noise)).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, 1 - 1 / (step + 10))
-        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
-        step, running = step + 1, running + loss.detach()
+        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - args.ema)
+        running.add_(loss.detach())
+        model.zero_grad(set_to_none=True)
+
+    # Warms up with learning rates of 0; on a GPU a step is then replayed as one graph: Python would be the slower half.
+    advance = captured(update) if on_gpu and args.graph else update
+    update()
+    running.zero_()
+    print(f"{time.time() - began:5.0f}s ready", flush=True)
+    started, step = time.time(), 0
+    total = max(1.0, args.seconds - (started - began))
+    clock, saved = time.time(), time.time()
+    while (progress := (time.time() - started) / total) < 1:
+        factor = min(1.0, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for rate, peak in zip(rates, peaks):
+            rate.fill_(peak * factor)
+        advance()
+        step += 1
         if step % args.log_every == 0:
             mean = running.item() / args.log_every
             speed = args.log_every / (time.time() - clock)
             print(f"{time.time() - began:5.0f}s step {step} loss {mean:.4f} {speed:.1f} steps/s", flush=True)
-            running, clock = torch.zeros((), device=device), time.time()
+            running.zero_()
+            clock = time.time()
         if time.time() - saved > args.save_seconds:
             save_dit(model.config, average, args.output.with_name(f"{args.output.name}.partial"), torch.float16)
             saved = time.time()
     save_dit(model.config, average, args.output, torch.float16)
     print(f"{step} steps, saved {args.output}", flush=True)
+
+
+def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
+    """`update` as a CUDA graph; it is called `warmup` times and captured once, which changes nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    return graph.replay
 
 
 def main() -> None:
@@ -163,6 +183,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True, help="replay a CUDA graph")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the matrices inside the blocks")
     parser.add_argument("--adam-lr", type=float, default=1e-3, help="of everything else")
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
