@@ -76,15 +76,21 @@ def held_out(
     num_worlds: int,
     num_latent_frames: int,
     batch_size: int,
+    only: Sequence[int] | None = None,
 ) -> list[WorldBatch]:
-    """This rank's share of the held-out worlds, as many on every rank (uncounted repeats fill up)."""
+    """This rank's share of the held-out worlds, as many on every rank (uncounted repeats fill up).
+
+    Args: `only`, the indices of the worlds (at least `num_worlds`); by default the first ones.
+    """
+    listed = list(range(num_worlds)) if only is None else list(only[:num_worlds])
+    num_worlds = len(listed)
     per_rank = -(-num_worlds // mesh.world_size)
     mine = [mesh.rank + k * mesh.world_size for k in range(per_rank)]
     batches = []
     for start in range(0, per_rank, batch_size):
         numbers = mine[start : start + batch_size]
-        worlds = [sample_world(seed, number % num_worlds) for number in numbers]
-        others = [sample_world(seed, number % num_worlds + 1).caption for number in numbers]
+        worlds = [sample_world(seed, listed[number % num_worlds]) for number in numbers]
+        others = [sample_world(seed, listed[number % num_worlds] + 1).caption for number in numbers]
         pictures = np.stack([world.render(1)[0] for world in worlds])
         images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         condition = encode_condition(encoders, images, [world.caption for world in worlds])
