@@ -29,7 +29,7 @@ class ModelConfig(Settings):
     )
     clip_preprocess: Literal["original", "diffusers"] = Field(
         default="original",
-        description="how a picture becomes the square that CLIP sees: `original` = stretched, as Wan was trained; "
+        description="how a picture becomes the square that CLIP sees: `original` = stretched, as Wan's code does; "
         "`diffusers` = the middle cut out, as its pipelines do; kept with the weights",
     )
     text_precision: Literal["fp32", "bf16"] = Field(
