@@ -58,7 +58,10 @@ class StageConfig(Settings):
     teacher: str | None = Field(
         default=None, description="weights of the real score, as `init_from` (distill only, required)"
     )
-    encoders: str = Field(default="toy", description="folder of VAE, text and image encoder, or `toy`")
+    encoders: str = Field(
+        default="toy",
+        description="folder with VAE, text and image encoder (a Wan model, original or diffusers), or `toy`",
+    )
     model: ModelConfig = Field(default=ModelConfig(), description=ModelConfig.__doc__)
     video: VideoConfig = Field(default=VideoConfig(), description=VideoConfig.__doc__)
     plan: PlanConfig = Field(default=PlanConfig(), description=PlanConfig.__doc__)

@@ -27,6 +27,14 @@ class ModelConfig(Settings):
         description="noise level of frame 0 in teacher and critic: `clip` = as the rest of the clip (36-channel Wan2.1 "
         "models, the toy), `zero` = always clean (TI2V models)",
     )
+    clip_preprocess: Literal["original", "diffusers"] = Field(
+        default="original",
+        description="how a picture becomes the square that CLIP sees: `original` = stretched, as Wan's code does; "
+        "`diffusers` = the middle cut out, as its pipelines do; kept with the weights",
+    )
+    text_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of the text encoder; bf16 for umT5-xxl, which is published in it"
+    )
 
 
 class VideoConfig(Settings):

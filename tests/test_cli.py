@@ -56,7 +56,10 @@ NOT_DEFAULT = {
     "init_from": "./weights",
     "teacher": "./teacher",
     "encoders": "/encoders",
-    "model": {"preset": "/model", "image_condition": "t2v", "first_frame_sigma": "zero"},
+    "model": {
+        "preset": "/model", "image_condition": "t2v", "first_frame_sigma": "zero", "clip_preprocess": "diffusers",
+        "text_precision": "bf16",
+    },
     "video": {
         "height": 128, "width": 192, "num_latent_frames": 8, "fps": 24, "temporal_stride": 8, "spatial_stride": 16,
     },

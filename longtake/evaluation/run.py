@@ -27,9 +27,8 @@ from longtake.evaluation.rows import (
     vae_round_trip,
 )
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import find_checkpoint, rules_of
+from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.models.presets import model_config
 from longtake.models.weights import load_dit
 from longtake.runs import checkpoints_folder, exported_weights, read_manifest, student_stages
@@ -74,7 +73,7 @@ def evaluate(
         settings = _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
     with_tokens = model_config(str(exported_weights(stages[-1][0]))).image_dim is not None
-    encoders = Encoders.load(last.encoders_folder, mesh.device, with_image=with_tokens)
+    encoders = load_encoders(last, mesh.device, with_image=with_tokens)
     frames = settings.num_latent_frames or last.video.num_latent_frames
     batches = held_out(
         encoders,

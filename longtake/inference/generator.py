@@ -48,6 +48,17 @@ def rules_of(config: StageConfig) -> RollOutRules:
     )
 
 
+def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
+    """The encoders of a stage, in training, inference and evaluation alike. Raises: CheckpointError."""
+    return Encoders.load(
+        config.encoders_folder,
+        device,
+        with_image=with_image,
+        clip_preprocess=config.model.clip_preprocess,
+        text_dtype=torch.bfloat16 if config.model.text_precision == "bf16" else torch.float32,
+    )
+
+
 def to_frames(video: Tensor) -> NDArray[np.uint8]:
     """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3]."""
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -81,7 +92,7 @@ class Generator:
                 "model.image_condition=i2v"
             )
         model = load_dit(exported_weights(checkpoint), device).eval().requires_grad_(False)
-        encoders = Encoders.load(config.encoders_folder, device, with_image=model.config.image_dim is not None)
+        encoders = load_encoders(config, device, with_image=model.config.image_dim is not None)
         return cls(model, encoders, config, device)
 
     @property

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.errors import ConfigError, ShapeError
+from longtake.models.original_encoders import load_image_model
 from longtake.models.pretrained import check_folder, load_strictly
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,16 +22,37 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
+def _stretch(image: Tensor, size: int) -> Tensor:
+    # The resize overshoots at edges; clamping would be better, but the released models never saw it.
+    return F.interpolate(image, size=(size, size), mode="bicubic", align_corners=False, antialias=False)
+
+
+def _cut(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[-2:]
+    shorter = min(height, width)
+    sides = (size * height // shorter, size * width // shorter)
+    # PIL, with which the library resizes, cuts what overshoots.
+    resized = F.interpolate(image, size=sides, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+    top, left = ((side - size) // 2 for side in sides)
+    return resized[..., top : top + size, left : left + size]
+
+
+PREPROCESS = {"original": _stretch, "diffusers": _cut}
+
+
 class ImageEncoder:
     """A frozen `CLIPVisionModel`, read at its penultimate layer.
 
-    Args: `preprocess`, how pixels are prepared; "original" is Wan's way: resized to a square without keeping the
-    aspect, bicubic without antialiasing.
+    Args: `preprocess`, how pixels are prepared. "original" is Wan's way: resized to a square without keeping the
+    aspect, bicubic without antialiasing. "diffusers" is the way of its pipelines (transformers' CLIPImageProcessor):
+    the shorter side resized, bicubic with antialiasing, and the square in the middle cut out, so that the ends of a
+    long picture are not seen.
     """
 
     def __init__(self, model: Any, preprocess: str = "original") -> None:
-        if preprocess != "original":
-            raise ConfigError(f"preprocess={preprocess!r} is unknown; the only value is 'original'")
+        if preprocess not in PREPROCESS:
+            raise ConfigError(f"preprocess={preprocess!r} is unknown; the values are {' and '.join(PREPROCESS)}")
+        self._resize = PREPROCESS[preprocess]
         self.model = model.eval().requires_grad_(False)
         config = self.model.config
         self.image_size: int = config.image_size
@@ -39,15 +61,26 @@ class ImageEncoder:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        preprocess: str = "original",
     ) -> ImageEncoder:
-        """The encoder of a library folder (`config.json` and safetensors). Raises: CheckpointError."""
+        """The encoder of a library folder, or the vision half of the original `models_clip_open-clip-....pth`.
+
+        Raises: CheckpointError.
+        """
+        path = Path(folder)
+        if path.suffix == ".pth":
+            return cls(load_image_model(path, device, dtype), preprocess)
         from transformers import CLIPVisionModel
 
-        path = check_folder(folder, "image encoder")
+        check_folder(path, "image encoder")
         # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
         model = load_strictly(CLIPVisionModel, path, ignore=_OTHER_PARTS, dtype=dtype, ignore_mismatched_sizes=True)
-        return cls(model.to(device))
+        return cls(model.to(device), preprocess)
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +92,7 @@ class ImageEncoder:
 
     def preprocess(self, image: Tensor) -> Tensor:
         """float32 [B, 3, s, s] as CLIP expects it, of `image` [B, 3, h, w] in [-1, 1]. Source: Wan2.1; spec C.2."""
-        size = (self.image_size, self.image_size)
-        # The resize overshoots at edges; clamping would be better, but the released models never saw it.
-        resized = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False, antialias=False)
+        resized = self._resize(image.float(), self.image_size)
         mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
         return (resized * 0.5 + 0.5 - mean) / std
 

@@ -5,6 +5,7 @@ The libraries' own loaders fill missing weights with random numbers and only war
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,27 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         "surplus": sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore)),
         "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
     }
+    _refuse(problems, folder, model_class.__name__)
+    return model.eval()
+
+
+def check_keys(
+    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], source: Path, model: str
+) -> None:
+    """Raises CheckpointError that lists the keys of `got` that are missing, surplus or of another shape."""
+    problems = {
+        "missing": sorted(expected.keys() - got.keys()),
+        "surplus": sorted(got.keys() - expected.keys()),
+        "reshaped": [
+            f"{key} {got[key]} instead of {expected[key]}"
+            for key in sorted(expected.keys() & got.keys())
+            if got[key] != expected[key]
+        ],
+    }
+    _refuse(problems, source, model)
+
+
+def _refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
     found = [f"{len(keys)} {name}: {', '.join(keys[:20])}" for name, keys in problems.items() if keys]
     if found:
-        raise CheckpointError(f"the weights in {folder} do not fit {model_class.__name__}; keys {'; '.join(found)}")
-    return model.eval()
+        raise CheckpointError(f"the weights in {source} do not fit {model}; keys {'; '.join(found)}")

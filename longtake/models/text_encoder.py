@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ConfigError, DataError
+from longtake.models.encoder_files import TOKENIZER_FOLDER
+from longtake.models.original_encoders import load_text_model
 from longtake.models.pretrained import check_folder, load_strictly
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
@@ -29,6 +31,22 @@ def clean_prompt(prompt: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
+    """The tokenizer in the first of `places` that holds one, and that place. Raises: CheckpointError."""
+    from transformers import AutoTokenizer
+
+    place = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    if place is None:
+        raise CheckpointError(
+            f"no tokenizer_config.json in {' or '.join(map(str, places))}; put the tokenizer's files there "
+            "(those of google/umt5-xxl, which each Wan repository holds)"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True), place
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {error}") from error
 
 
 class TextEncoder:
@@ -54,28 +72,30 @@ class TextEncoder:
         *,
         text_len: int | None = None,
     ) -> TextEncoder:
-        """The encoder of a library folder; the tokenizer lies in the same folder or beside it in `tokenizer/`.
+        """The encoder of a library folder, or of the original `models_t5_umt5-xxl-enc-bf16.pth`.
 
+        The tokenizer lies in the same folder or beside it in `tokenizer/`; beside the original file in
+        `google/umt5-xxl/` or `tokenizer/`.
         Without `text_len` the length stated in `tokenizer_config.json` counts, and 512 where none is stated.
         Raises: CheckpointError.
         """
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        path = Path(folder)
+        original = path.suffix == ".pth"
+        if not original:
+            check_folder(path, "text encoder")
+        tokenizer, place = _load_tokenizer(
+            path.parent / TOKENIZER_FOLDER if original else path, path.parent / "tokenizer"
+        )
+        if original:
+            model = load_text_model(path, device, dtype)
+        else:
+            from transformers import UMT5EncoderModel
 
-        path = check_folder(folder, "text encoder")
-        places = [p for p in (path, path.parent / "tokenizer") if (p / "tokenizer_config.json").is_file()]
-        if not places:
-            raise CheckpointError(
-                f"no tokenizer_config.json in {path} or {path.parent / 'tokenizer'}; put the tokenizer's files there"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(places[0], local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"the tokenizer in {places[0]} cannot be loaded: {error}") from error
-        # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
-        model = load_strictly(UMT5EncoderModel, path, dtype=dtype, ignore_mismatched_sizes=True)
+            # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
+            model = load_strictly(UMT5EncoderModel, path, dtype=dtype, ignore_mismatched_sizes=True)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer in {places[0]} has {len(tokenizer)} tokens and the text encoder in {path} only "
+                f"the tokenizer in {place} has {len(tokenizer)} tokens and the text encoder in {path} only "
                 f"{model.config.vocab_size}; take both from the same release"
             )
         if text_len is None:

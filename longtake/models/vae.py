@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ShapeError
+from longtake.models.original_encoders import load_vae_module
 from longtake.models.pretrained import check_folder, load_strictly
 from longtake.structs import pixel_frames
 
@@ -60,10 +61,16 @@ class VideoVAE:
         *,
         latents_per_call: int = 1,
     ) -> VideoVAE:
-        """The VAE of a library folder (`config.json` and safetensors). Raises: CheckpointError."""
+        """The VAE of a library folder (`config.json` and safetensors), or of `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`.
+
+        Raises: CheckpointError.
+        """
+        path = Path(folder)
+        if path.suffix == ".pth":
+            return cls(load_vae_module(path, device, dtype), latents_per_call=latents_per_call)
         from diffusers import AutoencoderKLWan
 
-        module = load_strictly(AutoencoderKLWan, check_folder(folder, "VAE"), torch_dtype=dtype)
+        module = load_strictly(AutoencoderKLWan, check_folder(path, "VAE"), torch_dtype=dtype)
         return cls(module.to(device), latents_per_call=latents_per_call)
 
     @property

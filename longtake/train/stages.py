@@ -19,7 +19,7 @@ from longtake.data.samples import open_dataset
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
-from longtake.inference.generator import find_checkpoint, rules_of
+from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.presets import model_config
@@ -91,7 +91,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         )
     networks, real = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
-    encoders = Encoders.load(config.encoders_folder, mesh.device, with_image=with_tokens)
+    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
     _check_strides(config, encoders)
     phases = Phases()
     objective = InPrecision(
@@ -180,6 +180,7 @@ def facts(config: StageConfig) -> dict[str, Any]:
         "steps": config.flow.steps,
         "shift": config.flow.shift,
         "fps": config.video.fps,
+        "clip_preprocess": config.model.clip_preprocess,
     }
 
 

@@ -17,6 +17,7 @@ from longtake.config import JobConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
+from longtake.models.encoders import ImageEncoder
 from longtake.models.weights import save_dit
 from longtake.runs import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.train.main import run_job
@@ -239,6 +240,34 @@ def test_image_to_video_weights_without_clip_tokens(workshop, tmp_path):
     frames = list(Generator.from_run(tmp_path, "cpu").stream(np.zeros((64, 64, 3), np.uint8), "a red circle drifts",
                                                              num_frames=9))  # fmt: skip
     assert sum(map(len, frames)) == 9
+
+
+def test_preprocessing_for_clip_is_kept_with_the_weights(workshop, tmp_path):
+    losses = {}
+    for name, preprocess in (("wan", "original"), ("cut", "diffusers")):
+        model = {"clip_preprocess": preprocess, "text_precision": "bf16"}
+        config = stage_config(workshop, tmp_path, "causal", name=name, model=model, max_steps=1)
+        run_stage(config, Mesh())
+        assert read_manifest(latest_checkpoint(config.folder / "checkpoints"))["clip_preprocess"] == preprocess
+        losses[name] = rows_of(config)[0][0]["generator_loss"]
+    assert losses["wan"] != losses["cut"]  # training sees it
+    picture = torch.from_numpy(sample_world(0, 0).render(1)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    generator = Generator.from_run(tmp_path / "cut", "cpu")  # and so does inference
+    cut = ImageEncoder(generator.encoders.image.model, "diffusers").encode(picture)
+    assert torch.equal(generator.encoders.image.encode(picture), cut)
+    assert not torch.equal(Generator.from_run(tmp_path / "wan", "cpu").encoders.image.encode(picture), cut)
+    assert generator.encoders.text.model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="clip_preprocess='original' is not that of init_from=cut, 'diffusers'"):
+        run_stage(stage_config(workshop, tmp_path, "distill", init_from="cut"), Mesh())
+    with pytest.raises(
+        CheckpointError, match="was trained with clip_preprocess='diffusers' and this run has 'original'"
+    ):
+        run_stage(stage_config(workshop, tmp_path, "causal", name="cut", max_steps=2), Mesh())
+
+
+def test_manifests_from_before_the_option_count_as_original(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1}))
+    assert read_manifest(tmp_path)["clip_preprocess"] == "original"
 
 
 # ---- a job -----------------------------------------------------------------------------------------------------------
