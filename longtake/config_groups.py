@@ -18,8 +18,8 @@ class ModelConfig(Settings):
 
     preset: str = Field(
         default="toy",
-        description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of a "
-        "model whose config.json is used",
+        description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of "
+        "a model whose config.json is used",
     )
     image_condition: Literal["i2v", "t2v"] = Field(
         default="i2v", description="`i2v`: a picture is given and is frame 0; `t2v`: a prompt alone"

@@ -7,6 +7,7 @@ transformer. Must know no tensor.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -22,8 +23,8 @@ _FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """True for OWNER/NAME or OWNER/NAME/PART, unless it, or the folder OWNER, is there locally."""
-    name = Path(source).as_posix()
+    """True for OWNER/NAME or OWNER/NAME/PART without a leading dot, unless the folder OWNER is there locally."""
+    name = os.fspath(source)
     return bool(_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
 
 
