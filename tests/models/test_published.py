@@ -335,11 +335,15 @@ def test_only_the_transformer_of_a_repository_is_fetched(hub, tiny_model) -> Non
 
 def test_experts_and_files_of_a_repository_are_named_behind_it(hub, tiny_model) -> None:
     models = [tiny_model(seed=n) for n in range(2)]
-    for model, name in zip(models, ("high_noise_model", "low_noise_model")):
-        save_dit(model.config, model.state_dict(), hub("Wan-AI/Wan2.2") / name)
-    with pytest.raises(CheckpointError, match=r"holds two transformers; give .*high_noise_model or .*low_noise_model"):
-        load_dit("Wan-AI/Wan2.2")
-    assert not any(file.endswith(".safetensors") for file in hub.fetched)
+    for repository, first, second in (
+        ("Wan-AI/Wan2.2", "high_noise_model", "low_noise_model"),
+        ("Wan-AI/Wan2.2-Diffusers", "transformer", "transformer_2"),
+    ):
+        for model, name in zip(models, (first, second)):
+            save_dit(model.config, model.state_dict(), hub(repository) / name)
+        with pytest.raises(CheckpointError, match=f"holds two transformers; give .*{first} or .*{second}"):
+            load_dit(repository)
+        assert not any(file.endswith(".safetensors") for file in hub.fetched)
     assert same(load_dit("Wan-AI/Wan2.2/low_noise_model"), models[1])
     hub("a/b").mkdir(parents=True)
     (hub("a/b") / "checkpoints").mkdir()
