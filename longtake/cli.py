@@ -154,6 +154,36 @@ def world(
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")
 
 
+class Layout(StrEnum):
+    """The layouts that `convert` writes."""
+
+    original = "original"
+    diffusers = "diffusers"
+    longtake = "longtake"
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Folder or file of weights, or OWNER/NAME on the Hugging Face hub.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[Layout, typer.Option(help="Names and config.json of Wan's code, of diffusers, or of Longtake.")],
+    network: Annotated[
+        str | None, typer.Option(help="Which one of a .pt file: generator, generator_ema, critic, ...")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="File of low-rank updates to merge.")] = None,
+    lora_scale: Annotated[float | None, typer.Option(help="alpha / rank of the updates.")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(help="Most bytes of a weight file.")] = None,
+) -> None:
+    """Rewrite the weights of a transformer in another layout, bit for bit."""
+    with clean_errors(context):
+        from longtake.models.convert import convert as rewrite
+
+        given = _given(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
+        for file in rewrite(source, target, to.value, **given):
+            typer.echo(str(file))
+
+
 @app.command("config")
 def show_config(
     kind: Annotated[ConfigKind, typer.Argument(help="stage or job.")] = ConfigKind.stage,

@@ -52,8 +52,8 @@ class StageConfig(Settings):
     seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
     init_from: str | None = Field(
         default=None,
-        description="weights to start from: name of a stage of the log folder, a path (with a slash), or `toy`; "
-        "null = random weights (teacher only)",
+        description="weights to start from: name of a stage of the log folder, a path (with a slash), OWNER/NAME on "
+        "the Hugging Face hub, or `toy`; null = random weights (teacher only)",
     )
     teacher: str | None = Field(
         default=None, description="weights of the real score, as `init_from` (distill only, required)"
@@ -265,9 +265,14 @@ def is_path(source: str) -> bool:
 
 
 def resolve_source(source: str, logdir: str | Path) -> Path:
-    """The path of a weight source: `toy` = the packaged teacher, a path, or the stage of that name in `logdir`."""
+    """The path of a weight source: `toy` = the packaged teacher, a path, or the stage of that name in `logdir`.
+
+    OWNER/NAME of a repository on the Hugging Face hub stays as it is; `./OWNER/NAME` is always a local path.
+    """
     if source == TOY:
         return TOY_ASSETS / "teacher"
+    if source.startswith("."):
+        return Path(source).absolute()
     return Path(source).expanduser() if is_path(source) else Path(logdir) / source
 
 

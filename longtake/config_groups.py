@@ -17,7 +17,9 @@ class ModelConfig(Settings):
     """The transformer and how it is told about the given picture."""
 
     preset: str = Field(
-        default="toy", description="architecture: `toy`, or the folder of a model whose config.json is used"
+        default="toy",
+        description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of "
+        "a model whose config.json is used",
     )
     image_condition: Literal["i2v", "t2v"] = Field(
         default="i2v", description="`i2v`: a picture is given and is frame 0; `t2v`: a prompt alone"
@@ -35,6 +37,17 @@ class ModelConfig(Settings):
     text_precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="type of the text encoder; bf16 for umT5-xxl, which is published in it"
     )
+    widen: bool = Field(
+        default=False,
+        description="turn text-to-video weights into image-to-video weights of the sizes of `preset`, which compute "
+        "the same until trained",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.widen and self.image_condition != "i2v":
+            raise ValueError("widen=true adds the condition of i2v; set image_condition=i2v, or widen=false")
+        return self
 
 
 class VideoConfig(Settings):

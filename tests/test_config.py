@@ -1,5 +1,7 @@
 """Configuration: precedence, errors that name key, value and rule, and every cross-field rule."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -203,6 +205,10 @@ def test_a_new_teacher_starts_from_random_weights(tmp_path):
 def test_t2v_may_have_any_first_block(tmp_path):
     frames = ["plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8", "video.num_latent_frames=8"]
     assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.blocks.num_blocks(8) == 2
+    with pytest.raises(
+        ConfigError, match="widen=true adds the condition of i2v; set image_condition=i2v, or widen=false"
+    ):
+        stage(tmp_path, "model.image_condition=t2v", "model.widen=true", *frames)
 
 
 def test_accumulation_follows_the_ranks(tmp_path):
@@ -217,7 +223,7 @@ def test_weight_sources(tmp_path):
     config = stage(tmp_path)
     assert config.source("toy") == TOY_ASSETS / "teacher"
     assert config.source("causal").as_posix() == "out/causal"
-    assert config.source("./causal").as_posix() == "causal"
+    assert config.source("./causal") == Path("causal").absolute()  # a dot: never a name of the hub
     assert resolve_source("/a/b", "out").as_posix() == "/a/b"
     assert config.folder.as_posix() == "out/causal"
 

@@ -29,8 +29,11 @@ from longtake.evaluation.rows import (
 from longtake.evaluation.world_metrics import summarise
 from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
 from longtake.models.dit import VideoDiT
+from longtake.models.hub import is_hub_name
 from longtake.models.presets import model_config
+from longtake.models.published import has_weights
 from longtake.models.weights import load_dit
+from longtake.models.widen import widened_as_asked
 from longtake.runs import checkpoints_folder, exported_weights, read_manifest, student_stages
 
 # Shown on the contact sheet: the story of a run, from truth to student.
@@ -134,7 +137,8 @@ def _rows(
     source = last.teacher or last.init_from
     if last.stage != "teacher" and source is not None:
         # By name within the log folder where it lies now: it may have been moved since.
-        teacher = load(_weights(resolve_source(source, checkpoint.parents[2])))
+        weights = _weights(resolve_source(source, checkpoint.parents[2]), checkpoint.parents[2])
+        teacher = widened_as_asked(load(weights), last.model, last.seed).requires_grad_(False)
         if frames == last.video.num_latent_frames:
             rows["teacher"] = bidirectional(teacher)
             rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
@@ -153,8 +157,10 @@ def _rows(
     return rows
 
 
-def _weights(source: Path) -> Path:
-    return source if any(source.glob("*.safetensors")) else exported_weights(find_checkpoint(source))
+def _weights(source: Path, logdir: Path) -> Path:
+    if has_weights(source) or (is_hub_name(source) and not source.is_relative_to(logdir)):
+        return source
+    return exported_weights(find_checkpoint(source))
 
 
 def _stored_settings(run: Path) -> EvaluationConfig:

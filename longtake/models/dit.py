@@ -25,7 +25,7 @@ from longtake.models.contexts import CachedContext, CrossContext, MaskedContext,
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
 from longtake.structs import Condition, MaskLayout
 
-# Parts that Wan computes in float32; `VideoDiT.cast` leaves their weights there.
+# Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
     "time_embedding.",
     "time_projection.",
@@ -35,6 +35,12 @@ _FLOAT32_PARTS = (
     "img_emb.proj.0",
     "img_emb.proj.4",
 )
+
+
+def parameter_type(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a parameter in a model whose matrix products are in `dtype`."""
+    keep = any(part in name for part in _FLOAT32_PARTS) and "norm_" not in name
+    return torch.float32 if keep else dtype
 
 
 @dataclass(frozen=True)
@@ -227,8 +233,7 @@ class VideoDiT(nn.Module):
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
         for name, parameter in self.named_parameters():
-            keep = any(part in name for part in _FLOAT32_PARTS) and "norm_" not in name
-            parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+            parameter.data = parameter.data.to(parameter_type(name, dtype))
         return self
 
     def tokens_per_frame(self, height: int, width: int) -> int:

@@ -1,14 +1,27 @@
-"""Sizes of transformers by name, or from the `config.json` of a folder."""
+"""Sizes of transformers by name, or from the `config.json` of a folder.
+
+Source: specification A.1 (`config.json` of the published models); Wan2.2-TI2V-5B: Wan-Video/Wan2.2
+`wan/configs/wan_ti2v_5B.py`.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from longtake.errors import ConfigError
-from longtake.models.dit import DiTConfig
+from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.model_json import FILE, config_from_json, read_json
+from longtake.models.published import locate
 from longtake.models.toy import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
-from longtake.models.weights import config_from_json
+
+_SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_I2V_LARGE = replace(_LARGE, model_type="i2v", in_channels=36, image_dim=1280)
 
 PRESETS: dict[str, DiTConfig] = {
     "toy": DiTConfig(
@@ -23,6 +36,18 @@ PRESETS: dict[str, DiTConfig] = {
         text_len=TEXT_LEN,
         image_dim=IMAGE_WIDTH,
     ),
+    "wan2.1-t2v-1.3b": _SMALL,
+    "wan2.1-fun-1.3b-inp": replace(_SMALL, model_type="i2v", in_channels=36, image_dim=1280),
+    "wan2.1-t2v-14b": _LARGE,
+    "wan2.1-i2v-14b-480p": _I2V_LARGE,
+    "wan2.1-i2v-14b-720p": _I2V_LARGE,
+    "wan2.1-flf2v-14b-720p": replace(_I2V_LARGE, model_type="flf2v", image_positions=514),
+    # One preset for both experts; i2v has y, but neither CLIP tokens nor their branch.
+    "wan2.2-t2v-a14b": _LARGE,
+    "wan2.2-i2v-a14b": replace(_LARGE, model_type="i2v", in_channels=36),
+    "wan2.2-ti2v-5b": DiTConfig(
+        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, model_type="ti2v", in_channels=48, out_channels=48
+    ),
 }
 
 
@@ -30,8 +55,28 @@ def model_config(preset: str) -> DiTConfig:
     """Sizes by name, or from the `config.json` of a folder. Raises: ConfigError listing the known names."""
     if preset in PRESETS:
         return PRESETS[preset]
-    file = Path(preset) / "config.json"
+    folder = Path(preset)
+    file = (locate(folder) if folder.is_dir() else folder) / FILE
     if not file.is_file():
         known = ", ".join(sorted(PRESETS))
         raise ConfigError(f"model.preset={preset} is neither known ({known}) nor a folder with a config.json")
-    return config_from_json(json.loads(file.read_text()))
+    return config_from_json(read_json(file))
+
+
+def fitting_presets(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the presets whose tensors have exactly these names and shapes (tensors of any device)."""
+    patch = state.get("patch_embedding.weight")
+    size = None if patch is None else tuple(patch.shape[:2])
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    return [
+        name
+        for name, config in PRESETS.items()
+        if size == (config.dim, config.in_channels) and shapes == shapes_of(config)
+    ]
+
+
+def shapes_of(config: DiTConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a model, under original Wan names."""
+    with torch.device("meta"):
+        model = VideoDiT(config)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}

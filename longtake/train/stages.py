@@ -22,8 +22,11 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.hub import is_hub_name
 from longtake.models.presets import model_config
+from longtake.models.published import has_weights
 from longtake.models.weights import load_dit
+from longtake.models.widen import widened_as_asked
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
@@ -60,9 +63,9 @@ class InPrecision:
             return self.objective.loss(turn, batch, step)
 
 
-def weights_folder(source: Path) -> Path:
-    """The folder with weights that a source means: a model folder itself, or the newest checkpoint of a stage."""
-    if any(source.glob("*.safetensors")) or source.suffix == ".safetensors":
+def weights_folder(source: Path, config: StageConfig) -> Path:
+    """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
+    if _is_published(source, config):
         return source
     try:
         return exported_weights(find_checkpoint(source))
@@ -72,14 +75,21 @@ def weights_folder(source: Path) -> Path:
 
 def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
     """A model from a source, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
-    model = load_dit(weights_folder(source), mesh.device)
+    model = load_dit(weights_folder(source, config), mesh.device)
     wanted = config.model.image_condition == "i2v"
+    model = widened_as_asked(model, config.model, config.seed)
     if (model.config.condition_channels > 0) != wanted:
         raise ConfigError(
             f"model.image_condition={config.model.image_condition} does not fit the weights at {source}, which have "
             f"in_channels={model.config.in_channels}; set it to {'t2v' if wanted else 'i2v'}"
+            + (", or model.widen=true and model.preset to the sizes wanted" if wanted else "")
         )
     return model
+
+
+def _is_published(source: Path, config: StageConfig) -> bool:
+    """True for weights that no stage made: local files and folders, and names of the hub (no stage of the log)."""
+    return has_weights(source) or (is_hub_name(source) and not source.is_relative_to(config.logdir))
 
 
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
@@ -209,7 +219,7 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
     """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
-    if config.stage == "teacher" or source.suffix == ".safetensors" or any(source.glob("*.safetensors")):
+    if config.stage == "teacher" or _is_published(source, config):
         return
     manifest = read_manifest(find_checkpoint(source))
     if manifest["config"].get("stage") == "teacher":

@@ -80,7 +80,7 @@ def test_diffusers_folder_whole_sharded_and_single_file(positions, tiny_model, t
         )
     assert _same(load_dit(tmp_path), model)
     (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"missing \(33\)"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 3 weight files: .*-00002-of-00003"):
         load_dit(tmp_path)
 
 
@@ -131,7 +131,8 @@ def test_keys_of_wrapped_models_are_cleaned(layout, diffusers, tiny_model, tmp_p
     assert _same(load_dit(tmp_path), model)
     del state[wrapped("blocks.1.norm3.weight")]
     save_file(state, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"missing \(1\): blocks.1.norm3.weight"):
+    name = "norm2" if diffusers else "norm3"
+    with pytest.raises(CheckpointError, match=rf"missing \(1\): blocks.1.{name}.weight"):
         load_dit(tmp_path)
 
 
@@ -202,7 +203,7 @@ def test_pickles_are_never_loaded(name: str, tiny_model, tmp_path: Path) -> None
 
 
 def test_broken_folders_are_named(tiny_model, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json does not exist"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         load_dit(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):

@@ -17,12 +17,13 @@ from longtake.config import JobConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
+from longtake.evaluation.run import evaluate
 from longtake.models.encoders import ImageEncoder
-from longtake.models.weights import save_dit
+from longtake.models.weights import config_to_json, save_dit
 from longtake.runs import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.train.main import run_job
 from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.stages import load_weights, run_stage
 
 
 def rows_of(config):
@@ -200,9 +201,48 @@ def test_text_to_video_weights_do_not_pass_for_image_to_video(workshop, tmp_path
         run_stage(stage, Mesh())
 
 
-@pytest.mark.parametrize("source", ["earlier", "./missing"])
+def test_text_to_video_weights_widen_on_request(workshop, tmp_path):
+    sizes = TEACHER.__class__(**TEACHER.to_dict() | {"in_channels": 4, "image_dim": None, "model_type": "t2v"})
+    model = make_model(sizes)
+    torch.save({"generator": {f"model.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "student.pt")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(sizes)))
+    widened = {"model": {"widen": True, "preset": str(workshop / "teacher")}}
+    changes = widened | {"init_from": str(tmp_path / "student.pt"), "max_steps": 1}
+    causal = stage_config(workshop, tmp_path, "causal", **changes)
+    start = load_weights(tmp_path / "student.pt", causal, Mesh())
+    assert start.config == TEACHER
+    assert all(torch.equal(start.state_dict()[k], v) for k, v in model.state_dict().items() if "patch" not in k)
+    run_stage(causal, Mesh())
+    trained = load_weights(causal.folder, causal, Mesh()).state_dict()
+    assert trained["patch_embedding.weight"][:, 4:].abs().max() > 0
+    # The table's rows of the weights it started from are widened too.
+    table = evaluate(tmp_path, overrides={"num_worlds": 1, "ablations": False}, device="cpu")
+    assert table is not None and "teacher, causal" in (tmp_path / "evaluation.md").read_text()
+    # A teacher that has the picture's channels is left as it is, one that lacks them widens; both in one stage.
+    run_stage(stage_config(workshop, tmp_path, "distill", **widened | {"max_steps": 1}), Mesh())
+    wrong = stage_config(workshop, tmp_path / "b", "causal", **changes | {"model": {"widen": True, "preset": "toy"}})
+    with pytest.raises(ConfigError, match=r"cannot be widened to these sizes, they have dim=24 \(not 128\), "):
+        run_stage(wrong, Mesh())
+
+
+def test_a_stage_starts_from_a_name_of_the_hub(workshop, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        asked.append(name)
+        return str(workshop / "teacher")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = stage_config(workshop, tmp_path, "causal", init_from="Owner/Tiny-I2V", max_steps=1)
+    run_stage(config, Mesh())
+    assert set(asked) == {"Owner/Tiny-I2V"}
+
+
+@pytest.mark.parametrize("source", ["earlier", "./missing", "./missing/too"])
 def test_missing_sources_are_named(workshop, tmp_path, source):
-    with pytest.raises(CheckpointError, match=f"no weights at .*{source.strip('./')}.* does not exist"):
+    with pytest.raises(CheckpointError, match=f"no weights at .*{source.removeprefix('./')}.* does not exist"):
         run_stage(stage_config(workshop, tmp_path, "causal", init_from=source), Mesh())
 
 

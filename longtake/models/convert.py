@@ -1,0 +1,119 @@
+"""Rewrites transformer weights in another layout, bit for bit, a shard at a time. Source of the layouts: A.2, K.3."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from longtake.errors import CheckpointError, ConfigError
+from longtake.models.dit import DiTConfig
+from longtake.models.lora_files import LowRank, read_lora
+from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
+from longtake.models.names import to_diffusers_key
+from longtake.models.published import INDEX, Published
+from longtake.models.weights import open_dit
+
+Layout = Literal["original", "diffusers", "longtake"]
+SHARD_BYTES = 5 << 30
+_STEM = "diffusion_pytorch_model"
+_CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
+    "original": config_to_original,
+    "diffusers": config_to_diffusers,
+    "longtake": config_to_json,
+}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Layout,
+    *,
+    network: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
+
+    Types stay as they are stored; tensors with a low-rank update are merged in float32 and rounded once. `target`
+    appears whole or not at all.
+    Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `shard_bytes`, most bytes of tensors in a file (a
+    larger single tensor has a file of its own).
+    Raises: ConfigError when `target` exists; CheckpointError when `source` is not whole or `to` cannot say its sizes.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ConfigError(f"{target} exists already; give the name of a folder that does not")
+    if shard_bytes < 1:
+        raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
+    published, model = open_dit(source, network)
+    fields = _CONFIGS[to](model.config)
+    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, lora_scale)
+    partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
+        written = _write(published, names, updates, partial, shard_bytes)
+        write_config(partial, fields)
+        _sync(partial)
+        os.rename(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [target / name for name in written]
+
+
+def _write(
+    published: Published, names: Mapping[str, str], updates: LowRank, folder: Path, shard_bytes: int
+) -> list[str]:
+    """Writes the shards, and their index when there are several; returns the file names."""
+    from safetensors.torch import save_file
+
+    shards = list(_plan(published, shard_bytes))
+    files = [f"{_STEM}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{_STEM}.safetensors"]
+    for file, shard in zip(files, shards):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in published.read(shard):
+            merged = updates.merge(name, tensor).to(tensor.dtype)
+            # Tensors of one torch.save file may lie in one storage, which safetensors refuses.
+            tensors[names[name]] = merged.clone(memory_format=torch.contiguous_format)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {names[name]: file for file, shard in zip(files, shards) for name in shard}
+        total = sum(stored.size_bytes for stored in published.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / f"{_STEM}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _plan(published: Published, shard_bytes: int) -> Iterator[list[str]]:
+    """Names of the tensors of each shard, in the order in which they are stored."""
+    shard: list[str] = []
+    used = 0
+    for name, stored in published.tensors.items():
+        if shard and used + stored.size_bytes > shard_bytes:
+            yield shard
+            shard, used = [], 0
+        shard.append(name)
+        used += stored.size_bytes
+    yield shard
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
