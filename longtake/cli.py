@@ -79,9 +79,12 @@ def train(
 def encode(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of one stage, e.g. configs/toy/distill.yaml.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that win over the file, e.g. data.path=photos.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values that win over the file, e.g. data.path=photos."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")

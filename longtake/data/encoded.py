@@ -158,8 +158,10 @@ class EncodedRows:
         prompts = tuple(about["prompts"])
         return Sample(about["name"], prompts[0], extras=extras, prompts=prompts, where=f"{file} row {local}")
 
-    def pixel_size(self, row: int) -> tuple[int, int]:
-        """(height, width) of the pictures that the row was encoded from."""
+    def pixel_size(self, row: int) -> tuple[int, int] | None:
+        """(height, width) of the pictures that the row was encoded from; None in sets of text alone."""
+        if "sizes" not in self.key:
+            return None
         shard, local = self._place(row)
         height, width = self.key["sizes"][shard["buckets"][local]]
         return height, width

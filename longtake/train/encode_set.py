@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def encode_set(
     missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text))
     writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
     started = time.perf_counter()
-    mesh.every(lambda: writer.write(output, missing[mesh.rank :: mesh.world_size], progress=mesh.is_main))
+    _share(mesh, writer, output, missing)
     seconds = time.perf_counter() - started
     done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
     return EncodeReport(
@@ -139,6 +140,16 @@ def encode_set(
         seconds=seconds,
         num_ranks=mesh.world_size,
     )
+
+
+def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
+    """Writes the missing shards, in each round one on every rank, so that the error of one rank stops all of them."""
+    rows = sum(len(writer.rows_of(shard)) for shard in missing)
+    with tqdm(total=rows, unit="row", disable=not mesh.is_main) as bar:
+        for start in range(0, len(missing), mesh.world_size):
+            together = missing[start : start + mesh.world_size]
+            mesh.every(partial(writer.write, output, together[mesh.rank : mesh.rank + 1]))
+            bar.update(sum(len(writer.rows_of(shard)) for shard in together))
 
 
 class _ShardWriter:
@@ -164,17 +175,14 @@ class _ShardWriter:
         start = shard * self.rows_per_shard
         return range(start, min(len(self.dataset), start + self.rows_per_shard))
 
-    def write(self, output: Path, shards: Sequence[int], *, progress: bool) -> None:
+    def write(self, output: Path, shards: Sequence[int]) -> None:
         """Writes these shards one after the other."""
-        total = sum(len(self.rows_of(shard)) for shard in shards)
-        with ThreadPoolExecutor(self.threads) as pool, tqdm(total=total, unit="row", disable=not progress) as bar:
+        with ThreadPoolExecutor(self.threads) as pool:
             for shard in shards:
                 samples, bad = [], []
                 for read in self._read_ahead(pool, self.rows_of(shard)):
-                    good = [(row, found) for row, found in read if isinstance(found, Sample)]
+                    samples += self._encode([(row, found) for row, found in read if isinstance(found, Sample)])
                     bad += [{"row": row, "problem": str(found)} for row, found in read if isinstance(found, DataError)]
-                    samples += self._encode(good)
-                    bar.update(len(read))
                 samples.sort(key=lambda sample: sample.row)
                 write_shard(output / shard_name(shard), samples, sorted(bad, key=lambda entry: entry["row"]))
 
@@ -216,10 +224,10 @@ class _ShardWriter:
                 "y": None if encoded.frames is None else encoded.frames[:, stride:],
                 "latents": encoded.latents,
             }
-            arrays = {name: part.to(self.dtype) for name, part in parts.items() if part is not None}
+            arrays = {name: part.to("cpu", self.dtype) for name, part in parts.items() if part is not None}
             assert list(arrays) == self.contents
             bucket = int(self.buckets.bucket_of_row[row])
-            stored = [real_rows(text).bfloat16() for text in texts]
+            stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
             result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
         return result
 

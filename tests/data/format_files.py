@@ -158,14 +158,20 @@ def encoded(folder, number, bad=()):
     shards = []
     for shard, rows in enumerate((range(number // 2), range(number // 2, number))):
         samples = [
-            EncodedSample(i, f"s{i}", (f"prompt {i}",), [torch.full((2, 3), i).bfloat16()], {"y": torch.full((2, 1), i)})
+            EncodedSample(
+                i, f"s{i}", (f"prompt {i}",), [torch.full((2, 3), i).bfloat16()], {"y": torch.full((2, 1), i)}
+            )
             for i in rows
         ]
         file = folder / shard_name(shard)
         write_shard(file, samples, [])
-        shards.append({"file": file.name, "num_rows": len(rows), "size_bytes": file.stat().st_size, "buckets": [0] * len(rows)})
+        shards.append(
+            {"file": file.name, "num_rows": len(rows), "size_bytes": file.stat().st_size, "buckets": [0] * len(rows)}
+        )
     write_empty_text(folder, torch.ones(1, 3).bfloat16())
-    write_index(folder, {"format": FORMAT, "version": VERSION, "complete": True, "key": key, "files": {}, "shards": shards})
+    write_index(
+        folder, {"format": FORMAT, "version": VERSION, "complete": True, "key": key, "files": {}, "shards": shards}
+    )
     return folder
 
 

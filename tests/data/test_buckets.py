@@ -148,7 +148,9 @@ def test_nothing_is_stretched(tmp_path):
 
 
 def test_clips_and_tars_have_sizes_texts_have_none(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.mp4", mp4(size=(32, 16))), ("1.txt", b"x"), ("2.png", encode(pixels(0, 10, 20)))])
+    write_tar(
+        tmp_path / "a.tar", [("1.mp4", mp4(size=(32, 16))), ("1.txt", b"x"), ("2.png", encode(pixels(0, 10, 20)))]
+    )
     dataset = open_dataset(tmp_path / "a.tar", num_frames=5, buckets=SIZES)
     assert nearest_buckets(dataset, range(2), SIZES) == [2, 0]
     assert dataset[0].video.shape == (5, 32, 16, 3)

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from encoded_files import ROWS, config_of, files, from_cache, text_to_video
 from fake_ranks import on_ranks
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_stage import TEACHER, make_model, stage_config, stage_tree
+from tiny_stage import stage_config, stage_tree
 from typer.testing import CliRunner
 
 from longtake import cli
@@ -28,32 +26,10 @@ from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.models.conditioning import encode_condition
-from longtake.models.encoders import Encoders, TextEncoder
-from longtake.models.weights import save_dit
-from longtake.runs import latest_checkpoint
+from longtake.models.encoders import Encoders
 from longtake.train import encode_set as module
 from longtake.train.encode_set import encode_set
-from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
-
-ROWS = 6
-
-
-def config_of(workshop, logdir, stage="causal", **changes):
-    return stage_config(workshop, logdir, stage, **changes)
-
-
-def from_cache(workshop, logdir, path, stage="causal", **changes):
-    return config_of(workshop, logdir, stage, **{"data": {"path": str(path), "num_workers": 0}} | changes)
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def weights_of(config):
-    path = latest_checkpoint(config.folder / "checkpoints")
-    return {f.parent.name + k: v for f in sorted(path.rglob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +42,6 @@ def one_load_at_a_time(monkeypatch):
             return load(cls, *arguments, **options)
 
     monkeypatch.setattr(Encoders, "load", classmethod(locked))
-
-
-@pytest.fixture(scope="module")
-def whole(workshop, tmp_path_factory):
-    """The clips of the workshop, encoded for a causal stage in three shards of two rows."""
-    folder = tmp_path_factory.mktemp("encoded") / "whole"
-    encode_set(config_of(workshop, folder), folder, Mesh(), rows_per_shard=2)
-    return folder
 
 
 # ---- what is stored --------------------------------------------------------------------------------------------------
@@ -146,7 +114,9 @@ def _killed_in_a_write(config, folder, shard):
 @pytest.mark.parametrize("shard", [0, 1])
 def test_killed_and_started_again_gives_the_same_bytes(workshop, whole, tmp_path, shard):
     config = config_of(workshop, whole)
-    killed = multiprocessing.get_context("fork").Process(target=_killed_in_a_write, args=(config, tmp_path / "e", shard))
+    killed = multiprocessing.get_context("fork").Process(
+        target=_killed_in_a_write, args=(config, tmp_path / "e", shard)
+    )
     killed.start()
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
@@ -235,7 +205,9 @@ def test_a_set_of_pictures_does_not_pass_for_one_of_videos(workshop, tmp_path):
     assert EncodedRows(tmp_path / "e").key["contents"] == ["clip", "y"]
     with pytest.raises(DataError, match="does not fit stage causal: it lacks latents"):
         run_stage(from_cache(workshop, tmp_path, tmp_path / "e"), Mesh())
-    (tmp_path / "e/index.json").write_text((tmp_path / "e/index.json").read_text().replace('"version": 1', '"version": 9'))
+    (tmp_path / "e/index.json").write_text(
+        (tmp_path / "e/index.json").read_text().replace('"version": 1', '"version": 9')
+    )
     with pytest.raises(DataError, match="version 9; this version of Longtake reads 'longtake_encoded' version 1"):
         run_stage(from_cache(workshop, tmp_path, tmp_path / "e", "distill"), Mesh())
 
@@ -246,21 +218,6 @@ def test_validation_says_that_it_needs_the_encoders(workshop, whole, tmp_path):
 
 
 # ---- bad rows --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def photos(tmp_path):
-    """Eight pictures of two aspects with captions of the toy world; number 2 is broken, 5 has no caption."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for k in range(8):
-        shape = (64, 96, 3) if k % 2 else (80, 40, 3)
-        pixels = np.random.default_rng(k).integers(0, 256, shape, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text(sample_world(0, k).caption)
-    (folder / "2.png").write_bytes(b"broken")
-    (folder / "5.txt").write_text("")
-    return folder
-
-
 def test_bad_rows_stop_or_are_left_out_and_listed(workshop, photos, tmp_path):
     data = {"path": str(photos), "num_workers": 2}
     with pytest.raises(DataError, match=r"row 2 \(2.png\).* set data.on_bad_row=skip"):
@@ -281,107 +238,6 @@ def test_bad_rows_stop_or_are_left_out_and_listed(workshop, photos, tmp_path):
         on_ranks(lambda mesh: encode_set(strict, tmp_path / "ranks", mesh, rows_per_shard=4))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
-def text_to_video(folder, path):
-    """Changes of a stage for a text-to-video model, whose weights are written to `folder`."""
-    sizes = TEACHER.__class__(**TEACHER.to_dict() | {"in_channels": 4, "image_dim": None, "model_type": "t2v"})
-    save_dit(sizes, make_model(sizes).state_dict(), folder / "t2v")
-    return {
-        "model": {"image_condition": "t2v"},
-        "init_from": str(folder / "t2v"),
-        "teacher": str(folder / "t2v"),
-        "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 4, "sink_frames": 2},
-        "video": {"height": 64, "width": 64, "num_latent_frames": 4},
-        "data": {"path": str(path), "num_workers": 0},
-        "max_steps": 2,
-    }
-
-
-def rounding(monkeypatch):
-    """Makes the text encoder round as the set on disk does."""
-    exact = TextEncoder.encode
-    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: exact(self, prompts).bfloat16().float())
-
-
-@pytest.mark.parametrize("stage", ["causal", "distill"])
-def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_path, monkeypatch, stage):
-    """Bit for bit where texts are rounded alike; without that up to the rounding of text to bfloat16."""
-    losses = {}
-    clips = {"data": {"path": str(workshop / "data/clips"), "num_workers": 0}}
-    for name, changes in (("exact", clips), ("cached", {}), ("rounded", clips)):
-        if name == "rounded":
-            rounding(monkeypatch)
-        config = from_cache(workshop, tmp_path / name, whole, stage, **{"max_steps": 3} | changes)
-        run_stage(config, Mesh())
-        losses[name] = [row["generator_loss"] for row in read_rows(config.folder / "metrics.jsonl") if "generator_loss" in row]
-        if name != "exact":
-            weights = weights_of(config)
-            losses[name, "weights"] = weights
-    assert losses["cached"] == losses["rounded"]
-    cached, rounded = losses["cached", "weights"], losses["rounded", "weights"]
-    assert cached.keys() == rounded.keys() and all(torch.equal(cached[key], rounded[key]) for key in cached)
-    assert losses["cached"][0] == pytest.approx(losses["exact"][0], rel=5e-3) and losses["cached"] != losses["exact"]
-
-
-def test_no_encoder_and_no_library_is_needed(workshop, whole, tmp_path):
-    """In a process that cannot import what encoders and readers need, and whose encoders are gone."""
-    script = """
-import sys
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] in ("av", "diffusers", "transformers", "tokenizers", "ftfy", "lmdb"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-from longtake.config import StageConfig
-from longtake.distributed.mesh import Mesh
-from longtake.train.stages import run_stage
-import json
-for tree in json.loads(sys.argv[1]):
-    run_stage(StageConfig.from_tree(tree), Mesh())
-"""
-    data = {"path": str(whole), "kind": "encoded", "num_workers": 0}
-    trees = [
-        stage_tree(workshop, tmp_path, stage, data=data, max_steps=1, encoders=str(tmp_path / "none"))
-        for stage in ("teacher", "causal", "distill")
-    ]
-    trees[2]["init_from"] = "causal"
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(trees)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert {path.parent.name for path in tmp_path.glob("*/checkpoints")} == {"teacher", "causal", "distill"}
-
-
-def test_buckets_train_the_same_with_and_without_the_set(workshop, photos, tmp_path, monkeypatch):
-    rounding(monkeypatch)
-    (photos / "2.png").unlink()
-    (photos / "2.txt").unlink()
-    (photos / "5.txt").write_text(sample_world(0, 5).caption)
-    buckets = {"buckets": [[64, 64], [32, 48], [64, 32]], "num_workers": 0}
-    changes = {"max_steps": 6, "batch_size": 2, "micro_batch_size": 2}
-    direct = config_of(workshop, tmp_path / "direct", "distill", data={"path": str(photos)} | buckets, **changes)
-    encode_set(direct, tmp_path / "e", Mesh(), rows_per_shard=5)
-    assert {tuple(EncodedRows(tmp_path / "e").pixel_size(row)) for row in range(7)} == {(32, 48), (64, 32)}
-    cached = config_of(workshop, tmp_path / "cached", "distill", data={"path": str(tmp_path / "e")} | buckets, **changes)
-    for config in (direct, cached):
-        run_stage(config, Mesh())
-    a, b = weights_of(direct), weights_of(cached)
-    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], rtol=0, atol=1e-6) for key in a)
-    with pytest.raises(DataError, match=r"sizes=\[\[64, 64\], \[32, 48\], \[64, 32\]\], wanted \[\[64, 64\]\]"):
-        run_stage(from_cache(workshop, tmp_path / "x", tmp_path / "e", "distill"), Mesh())
-
-
-def test_prompts_alone_train_a_text_to_video_student(workshop, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(sample_world(0, k).caption for k in range(5)))
-    changes = text_to_video(tmp_path, prompts)
-    encode_set(config_of(workshop, tmp_path, "distill", **changes), tmp_path / "e", Mesh())
-    losses = []
-    for name, path in (("direct", prompts), ("cached", tmp_path / "e")):
-        config = config_of(workshop, tmp_path / name, "distill", **changes | {"data": {"path": str(path)}})
-        run_stage(config, Mesh())
-        losses.append([row["critic_loss"] for row in read_rows(config.folder / "metrics.jsonl")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-
-
 # ---- the command and the documents -----------------------------------------------------------------------------------
 def test_the_command(workshop, tmp_path):
     file = tmp_path / "stage.yaml"
@@ -394,3 +250,34 @@ def test_the_command(workshop, tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"logdir": "x", "stages": {"distill": str(file)}}))
     shown = CliRunner().invoke(cli.app, ["encode", str(tmp_path / "job.yaml"), "-o", str(tmp_path / "f")])
     assert shown.exit_code == 2 and "is a job" in shown.output
+
+
+FORMATS_MD = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+
+
+def stated(words):
+    """The number of bytes that docs/formats.md states in the table row that begins with `words`."""
+    row = next(line for line in FORMATS_MD.splitlines() if line.startswith(f"| {words} |"))
+    return int(row.split("|")[2].replace(" ", ""))
+
+
+def test_the_sizes_in_the_documents_are_those_of_the_files(tmp_path):
+    """Wan at 480x832 from its shapes, written as zeros; the toy measured with its encoders."""
+    latent = (16, 60, 104)
+    arrays = {"clip": (257, 1280), "y": (30, *latent), "latents": (21, *latent)}
+    for name, shape in arrays.items():
+        assert stated(f"`{name}`, Wan2.1, 21 latents of 480x832") == 4 * np.prod(shape)
+    assert stated("`text`, umT5-xxl, each token") == 2 * 4096
+    tensors = {name: torch.zeros(shape) for name, shape in arrays.items()}
+    sample = module.EncodedSample(0, "a", ("p",), [torch.zeros(100, 4096).bfloat16()], tensors)
+    module.write_shard(tmp_path / "shard", [sample], [])
+    size = (tmp_path / "shard").stat().st_size
+    assert 0 < stated("a row with a prompt of 100 tokens, Wan2.1, causal") - size + 1000 < 2000
+    toy = stage_config(tmp_path, tmp_path, "distill", encoders="toy", init_from="toy", teacher="toy",
+                       data={"path": str(tmp_path / "pictures")})  # fmt: skip
+    (tmp_path / "pictures").mkdir()
+    for k in range(4):
+        Image.fromarray(sample_world(0, k).render(1)[0]).save(tmp_path / f"pictures/{k}.png")
+        (tmp_path / f"pictures/{k}.txt").write_text(sample_world(0, k).caption)
+    report = encode_set(toy, tmp_path / "e", Mesh())
+    assert report.size_bytes / 4 == pytest.approx(stated("a row of the toy world, distill"), rel=0.03)
