@@ -28,6 +28,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.models.conditioning import encode_condition
 from longtake.models.encoders import Encoders
 from longtake.train import encode_set as module
+from longtake.train.encode import BatchEncoder
 from longtake.train.encode_set import encode_set
 from longtake.train.stages import run_stage
 
@@ -126,6 +127,14 @@ def test_killed_and_started_again_gives_the_same_bytes(workshop, whole, tmp_path
     report = encode_set(config, tmp_path / "e", Mesh(), rows_per_shard=2)
     assert report.rows_now == ROWS - 2 * shard and report.num_rows == ROWS
     assert files(tmp_path / "e") == files(whole)
+
+
+def test_the_encoders_always_see_one_batch_size(workshop, tmp_path, monkeypatch):
+    """Which the last bits depend on: short batches are filled up, at the end of shards too."""
+    sizes, rows = [], BatchEncoder.rows
+    monkeypatch.setattr(BatchEncoder, "rows", lambda self, batch: sizes.append(len(batch)) or rows(self, batch))
+    encode_set(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), rows_per_shard=3)
+    assert sizes == [2, 2, 2, 2] and len(EncodedRows(tmp_path / "e")) == ROWS
 
 
 def test_two_and_three_ranks_give_the_set_of_one(workshop, whole, tmp_path):
