@@ -76,6 +76,36 @@ def train(
 
 
 @app.command()
+def encode(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of one stage, e.g. configs/toy/distill.yaml.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values that win over the file, e.g. data.path=photos."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
+    ] = None,
+    rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+) -> None:
+    """Encode the data of a stage once, so that training from it loads no encoder."""
+    with clean_errors(context):
+        from longtake.config import StageConfig, load_config
+
+        resolved = load_config(config, overrides or [])
+        if not isinstance(resolved, StageConfig):
+            raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
+        from longtake.train.encode_set import encode as run
+
+        report = run(resolved, output, **_given(dtype=dtype, rows_per_shard=rows_per_shard))
+        if report is not None:
+            typer.echo(str(report))
+
+
+@app.command()
 def generate(
     context: typer.Context,
     run: Run,

@@ -31,7 +31,7 @@ from longtake.config_groups import (
     WorldConfig,
 )
 from longtake.errors import ConfigError
-from longtake.structs import pixel_frames
+from longtake.structs import VideoShape, pixel_frames
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "ModelConfig"),
@@ -128,6 +128,26 @@ class StageConfig(Settings):
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        buckets = self.data.buckets
+        if buckets is None:
+            return
+        if any(len(size) != 2 or min(size) < 1 for size in buckets):
+            raise ConfigError(f"data.buckets={buckets} must be pairs [height, width] of pixels, e.g. [480, 832]")
+        if len({height / width for height, width in buckets}) < len(buckets):
+            raise ConfigError(f"data.buckets={buckets} has two of one aspect, and only the first gets rows; remove one")
+        for height, width in buckets:
+            try:
+                VideoShape(height, width, 1, self.video.temporal_stride, self.video.spatial_stride)
+            except ConfigError as error:
+                raise ConfigError(f"data.buckets={buckets}: {error}") from None
+        if [self.video.height, self.video.width] not in buckets:
+            raise ConfigError(
+                f"data.buckets={buckets} must hold [video.height, video.width]=[{self.video.height}, "
+                f"{self.video.width}], the size at which videos are generated; add it"
+            )
 
     def _check_sources(self) -> None:
         if self.stage != "teacher" and self.init_from is None:
@@ -144,8 +164,15 @@ class StageConfig(Settings):
             raise ConfigError(f"caption_dropout={self.caption_dropout} has no effect in stage distill; set it to 0")
         if self.stage != "distill" and (self.teacher is not None or self.critic is not None):
             raise ConfigError(f"teacher and critic belong to stage distill, this is stage {self.stage}; remove them")
-        if self.stage != "distill" and self.data.kind == "images":
-            raise ConfigError(f"data.kind=images has no motion to learn from in stage {self.stage}; use clips or lmdb")
+        if self.stage != "distill" and self.data.kind in ("images", "texts"):
+            raise ConfigError(
+                f"data.kind={self.data.kind} has no motion to learn from in stage {self.stage}; use clips, webdataset "
+                "or lmdb"
+            )
+        if self.model.image_condition == "i2v" and self.data.kind == "texts":
+            raise ConfigError(
+                "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
+            )
 
     @property
     def folder(self) -> Path:

@@ -137,9 +137,15 @@ class FlowConfig(Settings):
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
-    path: str = Field(description="folder of the data set; `{logdir}` stands for the log folder")
-    kind: Literal["auto", "images", "clips", "lmdb"] = Field(
+    path: str = Field(description="folder (or text or tar file) of the data set; `{logdir}` stands for the log folder")
+    kind: Literal["auto", "images", "clips", "texts", "webdataset", "lmdb", "encoded"] = Field(
         default="auto", description="format; `auto` looks into the folder"
+    )
+    buckets: list[list[int]] | None = Field(
+        default=None,
+        min_length=2,
+        description="sizes [height, width] for pictures of different aspect: each row takes the nearest, an update has "
+        "rows of one; video.height and video.width are one of them. null = that one size for all",
     )
     on_bad_row: Literal["fail", "skip"] = Field(
         default="fail",

@@ -66,7 +66,10 @@ NOT_DEFAULT = {
     "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2},
     "rope": "absolute",
     "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "sigma_min": 0.1, "sigma_max": 0.9},
-    "data": {"path": "/data", "kind": "lmdb", "on_bad_row": "skip", "max_bad_share": 0.5, "num_workers": 7},
+    "data": {
+        "path": "/data", "kind": "lmdb", "buckets": [[128, 192], [192, 128]], "on_bad_row": "skip", "max_bad_share": 0.5,
+        "num_workers": 7,
+    },
     "batch_size": 12,
     "micro_batch_size": 3,
     "max_steps": 77,

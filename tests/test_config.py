@@ -274,3 +274,28 @@ def test_every_key_is_described():
     rows = [*describe(StageConfig), *describe(JobConfig)]
     assert all(description.strip() for _, _, _, description in rows)
     assert len({key for key, *_ in describe(StageConfig)}) == len(list(describe(StageConfig)))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.buckets=[[64, 64]]", "data.buckets: got .* at least 2"),
+        ("data.buckets=[[64, 64], [64]]", "data.buckets=.* must be pairs .height, width."),
+        ("data.buckets=[[64, 64], [60, 64]]", "data.buckets=.*height=60 must be a positive multiple of 16"),
+        ("data.buckets=[[64, 64], [128, 128]]", "data.buckets=.* has two of one aspect"),
+        ("data.buckets=[[32, 64], [64, 32]]", r"data.buckets=.* must hold \[video.height, video.width\]=\[64, 64\]"),
+        ("data.kind=texts", "data.kind=texts has no motion to learn from in stage causal; use clips"),
+        ("data.kind=images", "data.kind=images has no motion to learn from in stage causal; use clips"),
+    ],
+)
+def test_data_that_cannot_train_the_stage_is_refused(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        stage(tmp_path, override)
+
+
+def test_prompts_alone_are_for_text_to_video(tmp_path):
+    with pytest.raises(ConfigError, match="data.kind=texts has no pictures for model.image_condition=i2v"):
+        stage(tmp_path, "data.kind=texts", base=DISTILL)
+    assert stage(tmp_path, "data.kind=texts", "model.image_condition=t2v", base=DISTILL).data.kind == "texts"
+    assert stage(tmp_path, "data.buckets=[[64, 64], [48, 80]]").data.buckets == [[64, 64], [48, 80]]

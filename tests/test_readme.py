@@ -44,7 +44,7 @@ def check_command(line: str) -> None:
     assert words.pop(0).removeprefix(".venv/bin/") == "longtake"
     command = typer.main.get_command(cli.app).commands[words[0]]
     context = command.make_context(words[0], words[1:])
-    if words[0] == "train":
+    if words[0] in ("train", "encode"):
         load_config(ROOT / context.params["config"], context.params["overrides"] or [])
 
 
@@ -66,7 +66,7 @@ def test_commands_inside_the_text_parse(name):
     text = re.sub(r"(?<=\S)\n(?=\S)", " ", DOCS[name])  # a command may be wrapped
     for command in inline(text):
         if (
-            re.match(r"(\.venv/bin/)?longtake (train|generate|evaluate|world|config) ", command)
+            re.match(r"(\.venv/bin/)?longtake (train|encode|generate|evaluate|world|config) ", command)
             and "FILE" not in command
         ):
             check_command(command)

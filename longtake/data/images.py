@@ -1,4 +1,4 @@
-"""Pictures: decoding, fitting to a size, and the folder format of PNG, JPEG or WebP files with captions."""
+"""Pictures: decoding, fitting to a size, and folders of PNG, JPEG or WebP files with captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from longtake.data.samples import FileSize, Sample, load_metadata
+from longtake.data.file_rows import list_files
+from longtake.data.samples import Sample, Sizes, nearest_size
 from longtake.errors import DataError
 
 # What Pillow raises for bytes that are no whole picture; it has no common base class for them.
@@ -26,24 +27,42 @@ def fit_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)
 
 
-def fit_pixels(pixels: NDArray[np.uint8], size: FileSize | None) -> NDArray[np.uint8]:
-    """The same for pixels uint8 [h, w, 3]; unchanged when they have the size or none is wanted."""
-    if size is None or pixels.shape[:2] == (size.height, size.width):
+def fit_pixels(pixels: NDArray[np.uint8], sizes: Sizes) -> NDArray[np.uint8]:
+    """The same for pixels uint8 [h, w, 3] and the nearest of `sizes`; unchanged when they have it or there is none."""
+    if not sizes:
+        return pixels
+    size = sizes[nearest_size(sizes, *pixels.shape[:2])]
+    if pixels.shape[:2] == (size.height, size.width):
         return pixels
     return fit_image(Image.fromarray(np.ascontiguousarray(pixels)), size.height, size.width)
 
 
-def decode_image(data: bytes, where: str, size: FileSize | None = None) -> NDArray[np.uint8]:
-    """Pixels uint8 [h, w, 3] of a PNG, JPEG or WebP file, turned upright as its EXIF says, fitted to `size`.
+def decode_image(data: bytes, where: str, sizes: Sizes = ()) -> NDArray[np.uint8]:
+    """Pixels uint8 [h, w, 3] of a PNG, JPEG or WebP file, upright as its EXIF says, fitted to the nearest of `sizes`.
 
     Raises: DataError naming `where` when the bytes are no whole picture.
     """
+    return fit_pixels(np.array(upright_rgb(_open(data, where), where), dtype=np.uint8), sizes)
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) of a picture as `decode_image` would give it, from the head of the file alone.
+
+    Raises: DataError naming `where`.
+    """
+    opened = _open(data, where)
     try:
-        opened = Image.open(io.BytesIO(data))
+        lies = opened.getexif().get(0x0112, 1) >= 5  # orientations that exchange height and width
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{where}: its EXIF cannot be read ({error})") from error
+    return (opened.width, opened.height) if lies else (opened.height, opened.width)
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
     except _DECODE_ERRORS as error:
         raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({error})") from error
-    image = upright_rgb(opened, where)
-    return np.array(image, dtype=np.uint8) if size is None else fit_image(image, size.height, size.width)
 
 
 def upright_rgb(image: Image.Image, where: str) -> Image.Image:
@@ -67,22 +86,29 @@ def upright_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 class ImageFolder:
-    """A folder of pictures with `metadata.jsonl` (`file_name`, `text`), as many data-set tools write it."""
+    """A folder of pictures with captions, in any of the ways of `file_rows.py`."""
 
-    def __init__(self, path: Path, size: FileSize | None = None) -> None:
+    def __init__(self, path: Path, sizes: Sizes = ()) -> None:
         self.path = path
-        self.size = size
-        self._rows = load_metadata(path)
+        self.sizes = sizes
+        self._rows = list_files(path, "images")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Sample:
-        file_name, prompt = self._rows[row].check()
-        file = self.path / file_name
-        where = f"{self._rows[row].where}: image {file}"
+        file, prompts = self._rows[row].check()
+        where = self._rows[row].where
+        image = decode_image(self._bytes(row, file), f"{where}: image {file}", self.sizes)
+        return Sample(file.stem, prompts[0], image, prompts=prompts, where=where)
+
+    def pixel_size(self, row: int) -> tuple[int, int]:
+        """(height, width) of the picture on disk, upright. Raises: DataError."""
+        file, _ = self._rows[row].check()
+        return image_size(self._bytes(row, file), f"{self._rows[row].where}: image {file}")
+
+    def _bytes(self, row: int, file: Path) -> bytes:
         try:
-            data = file.read_bytes()
+            return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{where} cannot be read ({error.strerror})") from error
-        return Sample(name=Path(file_name).stem, prompt=prompt, image=decode_image(data, where, self.size))
+            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({error.strerror})") from error

@@ -4,7 +4,8 @@ Own format: `longtake_format` = `1`, `num_rows`; for row i `img_{i}_data` (bytes
 `prompts_{i}_data` (UTF-8), and optionally `latents_`, `y_`, `clip_`, `text_{i}_data` (raw little-endian numbers) with
 `..._{i}_shape` ("9 16 8 8") and `..._{i}_dtype` ("float16"). Axes of latents and y are [F, C, H, W].
 Published layouts (no `longtake_format`): `img_{i}_data` is raw RGB of one fixed size, `latents_{i}_data` raw fp16 of
-the shape in `latents_shape` after its first number, which counts the rows; without that key the pictures are counted.
+the shape in `latents_shape` after its first number, which counts the rows; without that key the rows go up to the
+largest number of a picture or prompt.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.images import decode_image, fit_pixels
-from longtake.data.samples import FileSize, Sample
+from longtake.data.images import decode_image, fit_pixels, image_size
+from longtake.data.samples import Sample, Sizes
 from longtake.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ class _Shard:
 class LmdbShards:
     """The rows of one LMDB folder or of all `shard*` folders in it, in the order of their numbers.
 
-    Args: `size` to bring pictures to; `published_image_shape` [h, w, 3] of raw pictures in the published layout.
+    Args: `sizes` to bring pictures to; `published_image_shape` [h, w, 3] of raw pictures in the published layout.
     Raises: DataError when there is no database, or one that is damaged or of an unknown format version.
     """
 
     def __init__(
         self,
         path: Path,
-        size: FileSize | None = None,
+        sizes: Sizes = (),
         published_image_shape: tuple[int, int, int] = PUBLISHED_IMAGE_SHAPE,
     ) -> None:
         self.path = path
-        self.size = size
+        self.sizes = sizes
         self.published_image_shape = published_image_shape
         folders = [path] if (path / "data.mdb").is_file() else sorted(path.glob("shard*"), key=_shard_order)
         folders = [folder for folder in folders if (folder / "data.mdb").is_file()]
@@ -76,19 +77,14 @@ class LmdbShards:
         return self._ends[-1]
 
     def __getitem__(self, row: int) -> Sample:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = bisect_right(self._ends, row)
-        shard = self._shards[number]
-        local = row - (self._ends[number] - shard.num_rows)
-        where = f"{shard.path} row {local}"
+        shard, local, where = self._place(row)
         raw = _read(shard.path, _row_keys(local))
         prompt = _prompt(raw, f"prompts_{local}_data", where)
         image = None
         if shard.has_images:
             data = _needed(raw, f"img_{local}_data", where)
             key = f"{where}: img_{local}_data"
-            image = decode_image(data, key, self.size) if shard.is_own else self._raw_image(data, key)
+            image = decode_image(data, key, self.sizes) if shard.is_own else self._raw_image(data, key)
         extras = {}
         for name in ENCODINGS:
             if raw.get(f"{name}_{local}_data") is not None:
@@ -96,11 +92,30 @@ class LmdbShards:
         if not extras and image is None:
             raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
         name = f"{local:06d}" if len(self._shards) == 1 else f"{shard.path.name}_{local:06d}"
-        return Sample(name=name, prompt=prompt, image=image, extras=extras)
+        return Sample(name=name, prompt=prompt, image=image, extras=extras, where=where)
+
+    def pixel_size(self, row: int) -> tuple[int, int] | None:
+        """(height, width) of the stored picture, upright; None in shards without pictures. Raises: DataError."""
+        shard, local, where = self._place(row)
+        if not shard.has_images:
+            return None
+        if not shard.is_own:
+            return self.published_image_shape[:2]
+        key = f"img_{local}_data"
+        return image_size(_needed(_read(shard.path, [key]), key, where), f"{where}: {key}")
+
+    def _place(self, row: int) -> tuple[_Shard, int, str]:
+        """The shard of a row, the row's number in it, and both in words."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        number = bisect_right(self._ends, row)
+        shard = self._shards[number]
+        local = row - (self._ends[number] - shard.num_rows)
+        return shard, local, f"{shard.path} row {local}"
 
     def _raw_image(self, data: bytes, where: str) -> NDArray[np.uint8]:
         pixels = _numbers(data, self.published_image_shape, "uint8", where)
-        return fit_pixels(pixels, self.size)
+        return fit_pixels(pixels, self.sizes)
 
 
 def _shard_order(folder: Path) -> tuple[int, str]:
@@ -130,7 +145,7 @@ def _read(folder: Path, keys: list[str]) -> dict[str, bytes | None]:
 
 
 def _inspect(folder: Path) -> _Shard:
-    head = _read(folder, ["longtake_format", "num_rows", "latents_shape", "img_0_data"])
+    head = _read(folder, ["longtake_format", "num_rows", "latents_shape"])
     version = head["longtake_format"]
     if version is not None:
         if version != FORMAT_VERSION:
@@ -139,24 +154,28 @@ def _inspect(folder: Path) -> _Shard:
             )
         rows = _shape(head["num_rows"], f"{folder}: num_rows")
         return _Shard(folder, rows[0], is_own=True, has_images=True)
-    has_images = head["img_0_data"] is not None
+    last_image = _last_row(folder, "img_")
     if head["latents_shape"] is not None:
         count, *shape = _shape(head["latents_shape"], f"{folder}: latents_shape")
-        return _Shard(folder, count, is_own=False, has_images=has_images, latents_shape=tuple(shape))
-    count = _count(folder, b"img_")
-    if not count:
+        return _Shard(folder, count, is_own=False, has_images=last_image >= 0, latents_shape=tuple(shape))
+    if last_image < 0:
         raise DataError(f"{folder} has no rows: neither longtake_format, nor latents_shape, nor img_ keys")
+    # Up to the largest number, so that a row without its picture is found missing instead of shortening the set.
+    count = 1 + max(last_image, _last_row(folder, "prompts_"))
     return _Shard(folder, count, is_own=False, has_images=True)
 
 
-def _count(folder: Path, prefix: bytes) -> int:
+def _last_row(folder: Path, prefix: str) -> int:
+    """The largest i of all keys `{prefix}{i}_data`; -1 when there is none."""
+    pattern = re.compile(rf"{prefix}(\d+)_data".encode())
+    last = -1
     with _ONE_AT_A_TIME, _open(folder) as database, database.begin() as transaction, transaction.cursor() as cursor:
-        number = 0
-        found = cursor.set_range(prefix)
-        while found and cursor.key().startswith(prefix):
-            number += cursor.key().endswith(b"_data")
+        found = cursor.set_range(prefix.encode())
+        while found and cursor.key().startswith(prefix.encode()):
+            if match := pattern.fullmatch(cursor.key()):
+                last = max(last, int(match[1]))
             found = cursor.next()
-        return number
+    return last
 
 
 def _needed(raw: dict[str, bytes | None], key: str, where: str) -> bytes:

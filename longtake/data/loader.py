@@ -1,17 +1,14 @@
-"""The order of samples and the batches of every rank, as pure functions of one integer, the position.
+"""The loader: what one rank reads for an update, as a batch; which rows are bad, and what stands in for them.
 
-The position counts global samples since the start of training. Sample g of the whole run is row `sample_at(seed, n, g)`
-whatever the number of ranks and the micro-batch, and g is the key of every random number drawn for it. So a run can
-stop, change its number of ranks and go on with the same samples. This file must know no model and no process group.
+The order of samples is `order.py`'s. This file must know no model and no process group.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,55 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longtake.data.samples import Dataset, Sample
-from longtake.errors import ConfigError, DataError
-from longtake.randomness import Draws
+from longtake.data.order import Buckets, Pick, batch_rows
+from longtake.data.samples import Dataset, FileSize, Sample
+from longtake.errors import DataError
 
 if TYPE_CHECKING:
     from longtake.config import DataConfig  # pydantic is not needed to load data
 
 logger = logging.getLogger(__name__)
-
-
-@lru_cache(maxsize=4)
-def order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
-    """The order of the rows in an epoch, a permutation of 0..num_rows-1 (read-only)."""
-    generator = Draws(seed).generator(epoch, "order", 0)
-    permutation = torch.randperm(num_rows, generator=generator).numpy()
-    permutation.flags.writeable = False
-    return permutation
-
-
-def sample_at(seed: int, num_rows: int, position: int) -> tuple[int, int]:
-    """`(epoch, row)` of global sample number `position`."""
-    epoch, place = divmod(position, num_rows)
-    return epoch, int(order(seed, epoch, num_rows)[place])
-
-
-@dataclass(frozen=True)
-class Pick:
-    """One place in a batch: the global sample index (the key of its randomness) and the row to read."""
-
-    index: int
-    row: int
-
-
-def batch_rows(
-    seed: int, num_rows: int, position: int, batch_size: int, *, rank: int = 0, world_size: int = 1, micro: int = 1
-) -> list[list[Pick]]:
-    """The micro-batches of one rank for the update that starts at global sample `position`.
-
-    `position` is step * batch_size in a run of one batch size. Over the ranks together, an update always covers the
-    samples position..position+batch_size-1.
-    Raises: ConfigError when `batch_size` is no multiple of `micro` x `world_size`.
-    """
-    together = micro * world_size
-    if batch_size % together:
-        raise ConfigError(
-            f"batch_size={batch_size} must be a multiple of micro_batch_size={micro} x {world_size} ranks"
-        )
-    starts = range(position + rank * micro, position + batch_size, together)
-    return [[Pick(g, sample_at(seed, num_rows, g)[1]) for g in range(start, start + micro)] for start in starts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +82,40 @@ def _stack(arrays: Sequence[NDArray], samples: Sequence[Sample], what: str) -> N
     return np.stack(arrays)
 
 
+class BadRows:
+    """The bad rows that were met, each once; `on_bad_row` and `max_bad_share` are those of `DataConfig`."""
+
+    def __init__(self, num_rows: int, on_bad_row: str, max_bad_share: float) -> None:
+        self.num_rows, self.on_bad_row, self.max_bad_share = num_rows, on_bad_row, max_bad_share
+        self._rows: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def met(self, row: int, error: DataError) -> None:
+        """Counts a row. Raises: DataError unless bad rows are skipped, or when there are too many of them."""
+        if self.on_bad_row != "skip":
+            raise DataError(f"{error}; repair or remove the row, or set data.on_bad_row=skip") from error
+        with self._lock:
+            if row in self._rows:
+                return
+            self._rows.add(row)
+            number = len(self._rows)
+        logger.warning("row %d is skipped (%d bad rows so far): %s", row, number, error)
+        if number > self.max_bad_share * self.num_rows:
+            raise DataError(
+                f"{number} of {self.num_rows} rows are bad, more than data.max_bad_share={self.max_bad_share}; "
+                f"repair the data or raise the share. The last one: {error}"
+            ) from error
+
+
 class Loader:
     """What one rank reads: the rows of its micro-batches at a position, and the sample of a row.
 
     `position` is that of the next update: store it, and `seek` it to go on from there. Args: `on_bad_row`,
-    `max_bad_share` as in `DataConfig`; `workers`, how many threads may call `read` at once.
+    `max_bad_share` as in `DataConfig`; `workers`, how many threads may call `read` at once; `buckets` of the rows, by
+    default one of all.
     Raises: DataError for a bad row, or with `on_bad_row="skip"` for too many of them; ConfigError for the batch size.
     """
 
@@ -146,6 +131,7 @@ class Loader:
         on_bad_row: str = "fail",
         max_bad_share: float = 0.01,
         workers: int = 0,
+        buckets: Buckets | None = None,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -154,11 +140,9 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.position = 0
-        self.on_bad_row = on_bad_row
-        self.max_bad_share = max_bad_share
         self.workers = workers
-        self._bad_rows: set[int] = set()
-        self._lock = threading.Lock()
+        self.buckets = buckets or Buckets.whole(len(dataset))
+        self.bad = BadRows(len(dataset), on_bad_row, max_bad_share)
         self.picks(0)  # a batch size that does not divide is refused now, not at the first batch
 
     @classmethod
@@ -172,6 +156,7 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        buckets: Buckets | None = None,
     ) -> Loader:
         """A loader that treats bad rows as the configuration says."""
         return cls(
@@ -184,12 +169,13 @@ class Loader:
             on_bad_row=data.on_bad_row,
             max_bad_share=data.max_bad_share,
             workers=data.num_workers,
+            buckets=buckets,
         )
 
     @property
     def num_bad_rows(self) -> int:
         """Different bad rows that this rank has met so far."""
-        return len(self._bad_rows)
+        return len(self.bad)
 
     def seek(self, position: int) -> None:
         """Makes the update at `position` the next one."""
@@ -199,7 +185,7 @@ class Loader:
         """Rows and global sample indices of this rank's micro-batches of the update at `position`."""
         return batch_rows(
             self.seed,
-            len(self.dataset),
+            self.buckets,
             position,
             self.batch_size,
             rank=self.rank,
@@ -207,27 +193,23 @@ class Loader:
             micro=self.micro_batch_size,
         )
 
-    def read(self, row: int) -> tuple[int, Sample]:
-        """The sample of a row, or of the next good row: which one depends on the data alone, on every rank."""
-        for offset in range(len(self.dataset)):
-            candidate = (row + offset) % len(self.dataset)
-            try:
-                return candidate, self.dataset[candidate]
-            except DataError as error:
-                if self.on_bad_row != "skip":
-                    raise DataError(f"{error}; repair or remove the row, or set data.on_bad_row=skip") from error
-                self._count_bad(candidate, error)
-        raise DataError(f"none of the {len(self.dataset)} rows can be read")
+    def size_of(self, row: int) -> FileSize | None:
+        """The size that the pictures of a row's bucket are brought to; None without buckets."""
+        sizes = self.buckets.sizes
+        return sizes[int(self.buckets.bucket_of_row[row])] if sizes else None
 
-    def _count_bad(self, row: int, error: DataError) -> None:
-        with self._lock:
-            if row in self._bad_rows:
-                return
-            self._bad_rows.add(row)
-            number = len(self._bad_rows)
-        logger.warning("row %d is skipped (%d bad rows so far): %s", row, number, error)
-        if number > self.max_bad_share * len(self.dataset):
-            raise DataError(
-                f"{number} of {len(self.dataset)} rows are bad, more than data.max_bad_share={self.max_bad_share}; "
-                f"repair the data or raise the share. The last one: {error}"
-            ) from error
+    def read(self, row: int, check: Callable[[Sample], None] | None = None) -> tuple[int, Sample]:
+        """The sample of a row, or of the next good row of its bucket: which one depends on the data alone.
+
+        Args: `check` raises DataError for a sample that the stage cannot use, which is a bad row then.
+        """
+        for candidate in self.buckets.following(row):
+            try:
+                sample = self.dataset[candidate]
+                if check is not None:
+                    check(sample)
+                return candidate, sample
+            except DataError as error:
+                self.bad.met(candidate, error)
+        number = len(list(self.buckets.following(row)))
+        raise DataError(f"none of the {number} rows{' of the bucket' if self.buckets.sizes else ''} can be read")

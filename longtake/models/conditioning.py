@@ -41,10 +41,14 @@ def condition_frames(vae: VideoVAE, image: Tensor) -> Tensor:
     latents = [session.encode(image[:, None])]
     grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
     latents += [session.encode(grey) for _ in range(vae.steady_index)]
-    y = torch.cat(latents, dim=1)
-    mask = torch.zeros_like(y[:, :, :1]).repeat(1, 1, vae.temporal_stride, 1, 1)
+    return with_mask(torch.cat(latents, dim=1), vae.temporal_stride)
+
+
+def with_mask(latents: Tensor, temporal_stride: int) -> Tensor:
+    """The condition channels of condition latents [B, F, C, H, W]: the mask of a given first frame in front of them."""
+    mask = torch.zeros_like(latents[:, :, :1]).repeat(1, 1, temporal_stride, 1, 1)
     mask[:, 0] = 1
-    return torch.cat([mask, y], dim=2)
+    return torch.cat([mask, latents], dim=2)
 
 
 def encode_condition(encoders: Encoders, images: Tensor, prompts: list[str]) -> Condition:

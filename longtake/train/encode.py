@@ -1,4 +1,7 @@
-"""From a batch of pictures, prompts and videos to what objectives need; each row is encoded once and remembered."""
+"""From a batch of pictures, prompts and videos to what objectives need; each row is encoded once and remembered.
+
+Rows come from the encoders, or from an encoded set on disk (`data/encoded.py`), and then no encoder is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.data.loader import Batch, Loader, Pick, collate
+from longtake.data.encoded import EncodedRows
+from longtake.data.loader import Batch, Loader, collate
+from longtake.data.order import Pick
+from longtake.data.samples import FileSize, Sample
 from longtake.distributed.mesh import Mesh
 from longtake.errors import DataError
-from longtake.models.conditioning import condition_frames
+from longtake.models.conditioning import condition_frames, with_mask
 from longtake.models.encoders import Encoders
 from longtake.objectives.encoded import EncodedBatch
 from longtake.structs import Condition, VideoShape
@@ -40,6 +47,22 @@ class EncodedRow:
         return EncodedRow(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
+class RowEncoder(Protocol):
+    """Where the encodings of rows come from."""
+
+    shape: VideoShape
+    device: torch.device
+    empty_text: Tensor
+
+    def check(self, sample: Sample) -> None:
+        """Raises DataError naming file and row when the stage cannot use the sample."""
+        ...
+
+    def rows(self, batch: Batch) -> list[EncodedRow]:
+        """Encodings of each sample of a batch whose samples were checked."""
+        ...
+
+
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
@@ -53,20 +76,33 @@ class BatchEncoder:
         self.with_image, self.with_latents = with_image, with_latents
         self.empty_text = encoders.text.encode([""]).to(device)
 
+    def check(self, sample: Sample) -> None:
+        """Raises DataError naming file and row: no picture, no video or latents, or latents of a wrong shape."""
+        where = sample.where or sample.name
+        if self.with_image and sample.image is None:
+            raise DataError(f"{where}: has no image; image-to-video needs one a row")
+        if not self.with_latents or sample.video is not None:
+            return
+        stored = sample.extras.get("latents")
+        if stored is None:
+            raise DataError(f"{where}: has neither video nor latents; this stage learns from videos")
+        stride, shape = self.shape.spatial_stride, self.shape
+        height, width = (shape.height, shape.width) if sample.image is None else sample.image.shape[:2]
+        wanted = (shape.num_latent_frames, self.encoders.vae.latent_channels, height // stride, width // stride)
+        if stored.shape[-4:] != wanted or stored.ndim > 5:
+            raise DataError(f"{where}: stored latents are {stored.shape}; they must be {wanted}")
+
     @torch.no_grad()
     def rows(self, batch: Batch) -> list[EncodedRow]:
-        """Encodings of each sample. Raises: DataError when pictures or videos are missing."""
-        names = ", ".join(batch.names)
+        """Encodings of each sample."""
         text: Tensor = self.encoders.text.encode(batch.prompts)
-        image = frames = latents = None
+        image = frames = None
         if self.with_image:
-            if batch.images is None:
-                raise DataError(f"samples {names} have no image; image-to-video needs one a row")
+            assert batch.images is not None
             pictures = batch.images.to(self.device)
             frames = condition_frames(self.encoders.vae, pictures)
             image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
-        if self.with_latents:
-            latents = self._latents(batch, names)
+        latents = self._latents(batch) if self.with_latents else None
 
         def pick(part: Tensor | None, k: int) -> Tensor | None:
             return None if part is None else part[k].clone()
@@ -75,38 +111,80 @@ class BatchEncoder:
             EncodedRow(text[k].clone(), pick(image, k), pick(frames, k), pick(latents, k)) for k in range(len(batch))
         ]
 
-    def _latents(self, batch: Batch, names: str) -> Tensor:
+    def _latents(self, batch: Batch) -> Tensor:
         """Latents of the videos, or those stored with the rows."""
         if batch.videos is not None:
             return self.encoders.vae.encode(batch.videos.to(self.device))
-        stored = batch.extras.get("latents")
-        if stored is None:
-            raise DataError(f"samples {names} have neither video nor latents; this stage learns from videos")
-        shape, channels = self.shape, self.encoders.vae.latent_channels
-        wanted = (shape.num_latent_frames, channels, shape.latent_height, shape.latent_width)
-        if tuple(stored.shape[1:]) != wanted:
-            raise DataError(f"stored latents of samples {names} are {tuple(stored.shape[1:])}; they must be {wanted}")
-        return stored.to(self.device, torch.float32)
+        stored = batch.extras["latents"].to(self.device, torch.float32)
+        # Published rows of ODE pairs hold a whole trajectory [K, F, C, H, W] that ends at the clean latents (spec K.1).
+        return stored[:, -1] if stored.ndim == 6 else stored
 
-    def batch(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> EncodedBatch:
-        """The micro-batch of encoded rows with their global sample indices."""
-        condition = Condition(
-            torch.stack([row.text for row in rows]),
-            _stack([row.image for row in rows]),
-            _stack([row.frames for row in rows]),
-        )
-        first = None
-        if condition.frames is not None:
-            # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
-            first = condition.frames[:, :1, -self.encoders.vae.latent_channels :]
-        return EncodedBatch(
-            indices=indices,
-            condition=condition,
-            empty_text=self.empty_text.expand(len(rows), -1, -1),
-            latent_size=(self.shape.latent_height, self.shape.latent_width),
-            latents=_stack([row.latents for row in rows]),
-            first_latent=first,
-        )
+
+class StoredEncoder:
+    """Gives the encodings that an encoded set holds; no encoder is needed.
+
+    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_tokens` and
+    `with_latents` say what the stage needs of it.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedRows,
+        shape: VideoShape,
+        *,
+        with_image: bool,
+        with_tokens: bool,
+        with_latents: bool,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.device = shape, device
+        self.with_image, self.with_tokens, self.with_latents = with_image, with_image and with_tokens, with_latents
+        self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
+
+    def check(self, sample: Sample) -> None:
+        """Nothing: every row of an encoded set has what the set was made with."""
+
+    def rows(self, batch: Batch) -> list[EncodedRow]:
+        """Encodings of each sample, on the device."""
+        parts = {name: part.to(self.device) for name, part in batch.extras.items()}
+        frames = with_mask(parts["y"], self.shape.temporal_stride) if self.with_image else None
+        return [
+            EncodedRow(
+                parts["text"][k],
+                parts["clip"][k] if self.with_tokens else None,
+                None if frames is None else frames[k],
+                parts["latents"][k] if self.with_latents else None,
+            )
+            for k in range(len(batch))
+        ]
+
+
+def make_batch(
+    encoder: RowEncoder, rows: Sequence[EncodedRow], indices: Sequence[int], size: FileSize | None = None
+) -> EncodedBatch:
+    """The micro-batch of encoded rows with their global sample indices.
+
+    Args: `size` in pixels of the rows' bucket, None for that of the stage.
+    """
+    condition = Condition(
+        torch.stack([row.text for row in rows]),
+        _stack([row.image for row in rows]),
+        _stack([row.frames for row in rows]),
+    )
+    shape = encoder.shape
+    height, width = (shape.height, shape.width) if size is None else (size.height, size.width)
+    first = None
+    if condition.frames is not None:
+        # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
+        first = condition.frames[:, :1, shape.temporal_stride :]
+    return EncodedBatch(
+        indices=indices,
+        condition=condition,
+        empty_text=encoder.empty_text.expand(len(rows), -1, -1),
+        latent_size=(height // shape.spatial_stride, width // shape.spatial_stride),
+        latents=_stack([row.latents for row in rows]),
+        first_latent=first,
+    )
 
 
 class EncodedLoader:
@@ -115,7 +193,7 @@ class EncodedLoader:
     Position and seeking are those of the loader.
     """
 
-    def __init__(self, loader: Loader, encoder: BatchEncoder, *, memory_bytes: int = 4 << 30) -> None:
+    def __init__(self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30) -> None:
         self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
@@ -147,7 +225,8 @@ class EncodedLoader:
             self._encode(list(missing.values()), len(picks))
         rows = [self._rows[pick.row] for pick in picks]
         self._forget()
-        return self.encoder.batch(rows, [pick.index for pick in picks])
+        size = self.loader.size_of(picks[0].row)
+        return make_batch(self.encoder, rows, [pick.index for pick in picks], size)
 
     def prefill(self, mesh: Mesh) -> None:
         """Encodes every row now, each on one rank, and shares the encodings: without it every rank encodes them all.
@@ -155,10 +234,10 @@ class EncodedLoader:
         For data sets that are small enough to be remembered whole and to travel between the ranks.
         """
         size = self.loader.micro_batch_size
-        chunks = [range(start, start + size) for start in range(0, len(self.loader.dataset), size)]
+        groups = self.loader.buckets.rows
+        chunks = [rows[start : start + size] for rows in groups for start in range(0, len(rows), size)]
         for chunk in chunks[mesh.rank :: mesh.world_size]:
-            picks = [Pick(index=row, row=row) for row in chunk if row < len(self.loader.dataset)]
-            self._encode(picks, size)
+            self._encode([Pick(index=int(row), row=int(row)) for row in chunk], size)
         # Through the CPU: a tensor that is sent from a GPU would arrive on the sender's.
         mine = {number: row.to("cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
         for part in mesh.every(lambda: mine):
@@ -171,7 +250,7 @@ class EncodedLoader:
 
     def _encode(self, picks: Sequence[Pick], batch_size: int) -> None:
         with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
-            read = list(pool.map(self.loader.read, [pick.row for pick in picks]))
+            read = list(pool.map(lambda pick: self.loader.read(pick.row, self.encoder.check), picks))
         # Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on
         # the batch size, and a resumed run misses other rows than one that remembers earlier epochs.
         filled = [min(k, len(picks) - 1) for k in range(batch_size)]

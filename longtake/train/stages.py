@@ -14,8 +14,7 @@ from torch import nn
 
 from longtake.config import StageConfig, dump
 from longtake.config_groups import CriticConfig, OptimConfig
-from longtake.data.loader import Loader
-from longtake.data.samples import open_dataset
+from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
@@ -34,12 +33,14 @@ from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.runs import exported_weights, read_manifest
 from longtake.train.ema import EMASettings
-from longtake.train.encode import BatchEncoder, EncodedLoader
+from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
+from longtake.train.encoded_key import check_encoded
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
+from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
-from longtake.train.validation import Validation
+from longtake.train.validation import Validation, can_validate
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +100,30 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         raise ConfigError(
             "wandb.enabled=true needs the package wandb; install it (pip install wandb) or set it to false"
         )
+    dataset = open_data(config)
+    if isinstance(dataset, EncodedRows) and can_validate(config):
+        raise ConfigError(
+            f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
+            f"{config.data.path}; set validate_every=0"
+        )
     networks, real = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
-    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
-    _check_strides(config, encoders)
+    encoders: Encoders | None = None
+    encoder: RowEncoder
+    parts = {"with_image": config.model.image_condition == "i2v", "with_latents": config.stage != "distill"}
+    if isinstance(dataset, EncodedRows):
+        check_encoded(config, dataset, mesh, with_tokens=with_tokens)
+        encoder = StoredEncoder(dataset, config.video.shape, with_tokens=with_tokens, device=mesh.device, **parts)
+    else:
+        encoders = load_encoders(config, mesh.device, with_image=with_tokens)
+        check_strides(config, encoders)
+        encoder = BatchEncoder(encoders, config.video.shape, device=mesh.device, **parts)
     phases = Phases()
     objective = InPrecision(
         _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
     )
     state = _state(config, objective.networks)
-    batches = _batches(config, encoders, mesh)
+    batches = make_batches(config, dataset, encoder, mesh)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -121,46 +136,20 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     info = RunInfo(
         config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
     )
-    validation = _validation(config, encoders, state, real, mesh)
+    validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
     def start() -> None:
         _write_config(config, mesh)
         # Small enough to travel and to be remembered whole, and every row is needed at least twice.
         rows = batches.num_rows
+        if encoders is None:
+            return
         if rows * _row_bytes(config) <= PREFILL_BYTES and 2 * rows <= config.max_steps * config.batch_size:
             with phases("encode"):
                 batches.prefill(mesh)
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
-
-
-def _batches(config: StageConfig, encoders: Encoders, mesh: Mesh) -> EncodedLoader:
-    dataset = open_dataset(
-        config.data.path,
-        kind=config.data.kind,
-        num_frames=config.video.shape.num_pixel_frames,
-        height=config.video.height,
-        width=config.video.width,
-        fps=config.video.fps,
-    )
-    loader = Loader.from_config(
-        dataset,
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch(mesh.world_size),
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-    )
-    encoder = BatchEncoder(
-        encoders,
-        config.video.shape,
-        with_image=config.model.image_condition == "i2v",
-        with_latents=config.stage != "distill",
-        device=mesh.device,
-    )
-    return EncodedLoader(loader, encoder)
 
 
 def _row_bytes(config: StageConfig) -> int:
@@ -173,13 +162,12 @@ def _validation(
     config: StageConfig, encoders: Encoders, state: TrainState, real: VideoDiT | None, mesh: Mesh
 ) -> Validation | None:
     """Validation beside the teacher, where it is asked for and this stage can be measured."""
-    if config.validate_every == 0:
+    if not can_validate(config):
         return None
     teacher = real
     if config.stage == "causal":
         teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
-    validation = Validation(config, encoders, state, teacher, mesh, config.folder)
-    return validation if validation.enabled else None
+    return Validation(config, encoders, state, teacher, mesh, config.folder)
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
@@ -279,7 +267,8 @@ def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
     return TrainState.build(networks, optimizers, ema, seed=config.seed)
 
 
-def _check_strides(config: StageConfig, encoders: Encoders) -> None:
+def check_strides(config: StageConfig, encoders: Encoders) -> None:
+    """Raises ConfigError when the VAE has other strides than the configuration says."""
     vae, video = encoders.vae, config.video
     for name in ("temporal_stride", "spatial_stride"):
         if getattr(vae, name) != getattr(video, name):

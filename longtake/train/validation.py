@@ -27,10 +27,17 @@ from longtake.train.state import TrainState
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 
 
+def can_validate(config: StageConfig) -> bool:
+    """Whether a stage asks for validation and can be measured: image-to-video at the size of the embedded world."""
+    size = (config.video.height, config.video.width)
+    asked = config.validate_every > 0 and config.validation.num_worlds > 0
+    return asked and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
+
+
 class Validation:
     """Generates the held-out worlds with the current (averaged) weights, and once with the teacher's.
 
-    Only image-to-video at the size of the embedded world can be measured; `enabled` says whether this stage is.
+    `can_validate` says whether a stage can be measured.
     """
 
     def __init__(
@@ -44,10 +51,6 @@ class Validation:
     ) -> None:
         self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, folder
         self.teacher = teacher
-        size = (config.video.height, config.video.width)
-        self.enabled = (
-            config.validation.num_worlds > 0 and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
-        )
         self._batches: list | None = None
         self._teacher_numbers: dict[str, float] = {}
         self._shown: dict[str, Videos] = {}

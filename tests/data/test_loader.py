@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.data.loader import Loader, batch_rows, collate, order, sample_at
+from longtake.data.loader import Loader, collate
+from longtake.data.order import batch_rows, order, sample_at
 from longtake.data.samples import Sample
 from longtake.errors import ConfigError, DataError
 from longtake.randomness import Draws

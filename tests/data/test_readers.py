@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from longtake.data.clips import read_clip
+from longtake.data.formats import detect_kind, open_dataset
 from longtake.data.images import decode_image, fit_image
 from longtake.data.lmdb_shards import LmdbShards
-from longtake.data.samples import detect_kind, open_dataset
 from longtake.errors import ConfigError, DataError
 
 lmdb = pytest.importorskip("lmdb")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_batches import make_batch
 from tiny_models import make_tiny_model
 
-from longtake.data.loader import batch_rows
+from longtake.data.order import batch_rows
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.models import dit

@@ -3,8 +3,12 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from longtake.data.world import sample_world
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,3 +20,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def whole(workshop, tmp_path_factory):
+    """The clips of the workshop, encoded for a causal stage in three shards of two rows; only to be read."""
+    from encoded_files import config_of
+
+    from longtake.distributed.mesh import Mesh
+    from longtake.train.encode_set import encode_set
+
+    folder = tmp_path_factory.mktemp("encoded") / "whole"
+    encode_set(config_of(workshop, folder), folder, Mesh(), rows_per_shard=2)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Eight pictures of two aspects with captions of the toy world; number 2 is broken, 5 has no caption."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(8):
+        shape = (64, 96, 3) if k % 2 else (80, 40, 3)
+        pixels = np.random.default_rng(k).integers(0, 256, shape, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(sample_world(0, k).caption)
+    (folder / "2.png").write_bytes(b"broken")
+    (folder / "5.txt").write_text("")
+    return folder

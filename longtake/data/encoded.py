@@ -1,0 +1,218 @@
+"""An encoded set on disk: what the encoders made of a data set, so that training needs none of them.
+
+A folder with `index.json`, `empty_text.safetensors` and `shard_00000.safetensors`, ...; `docs/formats.md` lists keys
+and shapes. A shard holds a fixed number of rows of the data set, less the bad ones, and appears whole or not at all;
+the index says at the end that the set is complete. Its `key` says what the numbers depend on. This file must know no
+encoder and no configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longtake.data.samples import Sample
+from longtake.errors import DataError
+
+FORMAT, VERSION = "longtake_encoded", 1
+INDEX, EMPTY_TEXT = "index.json", "empty_text.safetensors"
+_ROWS = "rows"  # the one entry of a shard's metadata: safetensors orders several at random
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """What a shard stores of one row.
+
+    Fields: `row` of the data set it was made from; `texts`, one [m, D] for each of `prompts`, without rows past the
+    prompt; `arrays`, any of `clip` [L, D], `y` [F, C, H, W] (condition latents up to the steady index, without mask)
+    and `latents` [F, C, H, W]; `bucket`, the index of its size among the key's buckets.
+    """
+
+    row: int
+    name: str
+    prompts: tuple[str, ...]
+    texts: Sequence[Tensor]
+    arrays: Mapping[str, Tensor]
+    bucket: int = 0
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard_{number:05d}.safetensors"
+
+
+def is_encoded(path: Path) -> bool:
+    """Whether a folder is an encoded set, complete or not."""
+    try:
+        return read_index(path).get("format") == FORMAT
+    except DataError:
+        return False
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of an encoded set. Raises: DataError when it is missing or no JSON object."""
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / INDEX} cannot be read ({error}); write the set with `longtake encode`") from error
+    if not isinstance(index, dict):
+        raise DataError(f"{path / INDEX} is no JSON object; write the set again with `longtake encode`")
+    return index
+
+
+def write_index(path: Path, index: Mapping[str, Any]) -> None:
+    """Replaces the index in one step."""
+    text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+    _publish(path / INDEX, text.encode())
+
+
+def write_empty_text(path: Path, text: Tensor) -> None:
+    """Writes the embedding [m, D] of the empty prompt."""
+    _publish(path / EMPTY_TEXT, _bytes({"text": text}, {}))
+
+
+def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a shard in one step; the same arguments give the same bytes.
+
+    Args: `bad` holds `row` and `problem` of each row that the shard leaves out.
+    """
+    tensors, rows = {}, []
+    for place, sample in enumerate(samples):
+        for k, text in enumerate(sample.texts):
+            tensors[f"{place:06d}.{_text_key(k)}"] = text
+        tensors |= {f"{place:06d}.{name}": array for name, array in sample.arrays.items()}
+        rows.append({"row": sample.row, "name": sample.name, "prompts": list(sample.prompts), "bucket": sample.bucket})
+    _publish(file, _bytes(tensors, {_ROWS: json.dumps({"rows": rows, "bad": list(bad)}, ensure_ascii=False)}))
+
+
+def read_shard_rows(file: Path) -> dict[str, Any]:
+    """`rows` and `bad` of a shard, from its head. Raises: DataError when it is no whole shard."""
+    with _open(file) as shard:
+        return json.loads((shard.metadata() or {})[_ROWS])
+
+
+class EncodedRows:
+    """The rows of a complete encoded set, as a data set whose samples have encodings and no pictures.
+
+    Encodings come as float32 (bfloat16 and float16 widen exactly); text is padded with zero rows to `key["text_len"]`.
+    A row's further prompts are `text_1`, `text_2`, ...
+    Raises: DataError when the set is incomplete, of another version, or a shard is missing or of another size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index = read_index(path)
+        if index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise DataError(
+                f"{path / INDEX} has format {index.get('format')!r} version {index.get('version')!r}; this version of "
+                f"Longtake reads {FORMAT!r} version {VERSION}: write the set again with `longtake encode`"
+            )
+        if not index["complete"]:
+            raise DataError(f"{path} is not complete; the same `longtake encode` command goes on with it")
+        self.key: dict[str, Any] = index["key"]
+        self.files: dict[str, Any] = index["files"]
+        self._shards = index["shards"]
+        for shard in self._shards:
+            file = path / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["size_bytes"]:
+                raise DataError(
+                    f"{file} is missing or not of {shard['size_bytes']} bytes; remove it and run the same "
+                    "`longtake encode` command, which writes it again"
+                )
+        self._ends = list(accumulate(shard["num_rows"] for shard in self._shards))
+        if not self._ends or not self._ends[-1]:
+            raise DataError(f"{path} has no rows")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def empty_text(self) -> NDArray[np.float32]:
+        """The embedding of the empty prompt, [text_len, D]."""
+        with _open(self.path / EMPTY_TEXT) as file:
+            return self._padded(file.get_tensor("text"))
+
+    def __getitem__(self, row: int) -> Sample:
+        shard, local = self._place(row)
+        file = self.path / shard["file"]
+        prefix = f"{local:06d}."
+        with _open(file) as stored:
+            about = json.loads(stored.metadata()[_ROWS])["rows"][local]
+            names = [_text_key(k) for k in range(len(about["prompts"]))] + self.key["contents"]
+            tensors = {name: stored.get_tensor(prefix + name) for name in names}
+        extras = {
+            name: self._padded(tensor) if name.startswith("text") else tensor.float().numpy()
+            for name, tensor in tensors.items()
+        }
+        prompts = tuple(about["prompts"])
+        return Sample(about["name"], prompts[0], extras=extras, prompts=prompts, where=f"{file} row {local}")
+
+    def pixel_size(self, row: int) -> tuple[int, int] | None:
+        """(height, width) of the pictures that the row was encoded from; None in sets of text alone."""
+        if "sizes" not in self.key:
+            return None
+        shard, local = self._place(row)
+        height, width = self.key["sizes"][shard["buckets"][local]]
+        return height, width
+
+    def _place(self, row: int) -> tuple[dict[str, Any], int]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        number = bisect_right(self._ends, row)
+        shard = self._shards[number]
+        return shard, row - (self._ends[number] - shard["num_rows"])
+
+    def _padded(self, text: Tensor) -> NDArray[np.float32]:
+        padded = torch.zeros(self.key["text_len"], text.shape[1])
+        padded[: len(text)] = text.float()
+        return padded.numpy()
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields one phrase for each value of `ours` that `theirs` has otherwise, named by its dotted path."""
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from differences(value, other, f"{prefix}{name}.")
+        elif value != other:
+            yield f"{prefix}{name}={other!r}, wanted {value!r}"
+
+
+def _text_key(number: int) -> str:
+    return f"text_{number}" if number else "text"
+
+
+def _open(file: Path) -> Any:
+    """A safetensors file, opened anew for each read: nothing is shared by threads or forked workers."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} cannot be read ({error}); write it again with `longtake encode`") from error
+
+
+def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata or None)
+
+
+def _publish(file: Path, data: bytes) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial, file)

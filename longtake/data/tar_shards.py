@@ -1,0 +1,144 @@
+"""WebDataset shards: tar files whose neighbouring members of one name are a row.
+
+The shards are indexed first, from the headers alone, so that every row has a number and can be read by itself: order
+and position are as exact as with any other format.
+Source: webdataset/webdataset `tariterators.py` (`base_plus_ext`): the name of a row is the member's path up to the
+first dot of its file name; what follows is the field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from longtake.data.clips import clip_size, read_clip
+from longtake.data.file_rows import prompts_of, split_caption
+from longtake.data.images import decode_image, image_size
+from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES, Sample, Sizes
+from longtake.errors import ConfigError, DataError
+
+CAPTION_FIELDS = ("txt", "caption", "json")
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+_INDEXING_THREADS = 8  # headers are small and far apart: the time is the disk's
+
+
+@dataclass(frozen=True)
+class _TarRow:
+    """One row: its shard, its name, and where each field's bytes lie."""
+
+    shard: Path
+    name: str
+    fields: dict[str, tuple[int, int]] = field(default_factory=dict)  # field -> (offset, size)
+
+
+class TarShards:
+    """The rows of one tar file or of all `*.tar` in a folder, in the order of names and of members.
+
+    A row holds one picture or one video (by its suffix) and `txt` (one prompt a line) or `json` (`prompts`, `text`,
+    `prompt` or `caption`). Other fields are left alone.
+    Args: as `ClipFolder`; `num_frames` is needed where rows are videos.
+    Raises: DataError when there is no row, or a shard is no whole uncompressed tar file.
+    """
+
+    def __init__(self, path: Path, num_frames: int | None = None, sizes: Sizes = (), fps: float | None = None) -> None:
+        self.path, self.num_frames, self.sizes, self.fps = path, num_frames, sizes, fps
+        shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
+            self._rows = [row for rows in pool.map(_index, shards) for row in rows]
+        if not self._rows:
+            raise DataError(f"{path} has no rows: it needs *.tar with members such as 0001.jpg and 0001.txt")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        found, where = self._rows[row], self._where(row)
+        prompts = self._prompts(found, where)
+        kind, name = self._picture(found, where)
+        data = self._bytes(found, name, where)
+        label = f"{where}: {name}"
+        video = None
+        if kind == "clip":
+            if self.num_frames is None:
+                raise ConfigError(f"{self.path} holds clips; say how many frames to read with num_frames")
+            video = read_clip(data, self.num_frames, sizes=self.sizes, fps=self.fps, where=label)
+        image = decode_image(data, label, self.sizes) if video is None else video[0]
+        return Sample(found.name.replace("/", "_"), prompts[0], image, video, prompts=prompts, where=where)
+
+    def pixel_size(self, row: int) -> tuple[int, int]:
+        """(height, width) of the picture or of the first frame, upright. Raises: DataError."""
+        found, where = self._rows[row], self._where(row)
+        kind, name = self._picture(found, where)
+        data, label = self._bytes(found, name, where), f"{where}: {name}"
+        return image_size(data, label) if kind == "image" else clip_size(data, label)
+
+    def _where(self, row: int) -> str:
+        return f"{self._rows[row].shard} row {row} ({self._rows[row].name})"
+
+    def _picture(self, row: _TarRow, where: str) -> tuple[Literal["image", "clip"], str]:
+        """Kind and field of the row's one picture or video."""
+        suffixes: dict[Literal["image", "clip"], tuple[str, ...]] = {"image": IMAGE_SUFFIXES, "clip": CLIP_SUFFIXES}
+        found = [(kind, name) for kind, ends in suffixes.items() for name in row.fields if _suffix(name) in ends]
+        if len(found) != 1:
+            raise DataError(
+                f"{where}: has the fields {', '.join(row.fields)}; it needs exactly one picture or video "
+                f"({', '.join(IMAGE_SUFFIXES + CLIP_SUFFIXES)})"
+            )
+        return found[0]
+
+    def _prompts(self, row: _TarRow, where: str) -> tuple[str, ...]:
+        name = next((name for name in CAPTION_FIELDS if name in row.fields), None)
+        if name is None:
+            raise DataError(f"{where}: has no caption; it needs one of the fields {', '.join(CAPTION_FIELDS)}")
+        data = self._bytes(row, name, where)
+        if name != "json":
+            return split_caption(data, f"{where}: {name}")
+        try:
+            entry = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{where}: json is not valid JSON ({error})") from error
+        prompts, problem = prompts_of(entry) if isinstance(entry, dict) else ((), "must be a JSON object")
+        if problem is not None:
+            raise DataError(f"{where}: json: {problem}")
+        return prompts
+
+    def _bytes(self, row: _TarRow, name: str, where: str) -> bytes:
+        offset, size = row.fields[name]
+        try:
+            # Opened anew: no file position is shared by threads or forked workers.
+            with row.shard.open("rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise DataError(f"{where}: {row.shard} cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise DataError(f"{where}: {name} is cut off ({len(data)} of {size} bytes); the shard has changed")
+        return data
+
+
+def _suffix(name: str) -> str:
+    return "." + name.rpartition(".")[2].lower()
+
+
+def _index(shard: Path) -> list[_TarRow]:
+    rows: list[_TarRow] = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                match = _NAME.fullmatch(member.name) if member.isreg() else None
+                if match is None:
+                    continue  # folders, links, and names without a suffix hold no field
+                name, suffix = match.groups()
+                if not rows or rows[-1].name != name or suffix in rows[-1].fields:
+                    rows.append(_TarRow(shard, name))
+                rows[-1].fields[suffix] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{shard} cannot be read as an uncompressed tar file ({error}); unpack or write it again"
+        ) from error
+    return rows

@@ -1,0 +1,50 @@
+"""Which encoders made an encoding: a digest of the files of each, and cheap stamps to see that they are still those.
+
+Must know no torch: a machine that trains from stored encodings need not have the encoders at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Where each encoder lies in a folder: diffusers' sub-folders, and the original Wan files with their tokenizer.
+_PLACES = {
+    "vae": ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"),
+    "text": ("text_encoder", "tokenizer", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"),
+    "image": ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
+}
+_SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model", ".txt")
+_THREADS = 8  # hashing leaves the interpreter's lock
+
+
+def encoder_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each encoder in a folder, relative to it and sorted; an encoder without files is left out."""
+    found = {}
+    for part, places in _PLACES.items():
+        paths: set[Path] = set()
+        for place in (folder / place for place in places):
+            paths |= {place} if place.is_file() else set(place.glob("*"))
+        files = sorted(path.relative_to(folder) for path in paths if path.is_file() and path.suffix in _SUFFIXES)
+        if files:
+            found[part] = files
+    return found
+
+
+def stamps(folder: Path, files: list[Path]) -> dict[str, Any]:
+    """Size and time of change of each file: equal stamps mean equal files, other stamps mean nothing."""
+    stats = {file.as_posix(): (folder / file).stat() for file in files}
+    return {name: {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+
+
+def digest(folder: Path, files: list[Path]) -> str:
+    """SHA-256 over names and contents of the files."""
+
+    def one(file: Path) -> str:
+        with (folder / file).open("rb") as opened:
+            return f"{file.as_posix()} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return hashlib.sha256("".join(pool.map(one, files)).encode()).hexdigest()

@@ -1,0 +1,286 @@
+"""`longtake encode`: writes what the encoders make of a stage's data set, so that training loads none of them.
+
+Ranks share the shards that are still missing; each shard depends on its rows alone, so that a run that was killed and
+started again, or one on other ranks, leaves the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longtake.config import StageConfig
+from longtake.data.encoded import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    EncodedRows,
+    EncodedSample,
+    differences,
+    read_index,
+    read_shard_rows,
+    shard_name,
+    write_empty_text,
+    write_index,
+    write_shard,
+)
+from longtake.data.loader import BadRows, collate
+from longtake.data.order import Buckets, Pick
+from longtake.data.samples import Dataset, Sample
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.errors import ConfigError, DataError
+from longtake.inference.generator import load_encoders
+from longtake.models.encoder_identity import encoder_files
+from longtake.train.encode import BatchEncoder
+from longtake.train.encoded_key import contents_of, encoders_key, sizes_key
+from longtake.train.stage_data import find_buckets, open_data
+from longtake.train.stages import check_strides
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What was written; prints as one line."""
+
+    output: Path
+    num_rows: int
+    num_bad: int
+    size_bytes: int
+    rows_now: int
+    seconds: float
+    num_ranks: int
+
+    def __str__(self) -> str:
+        each = self.size_bytes / max(1, self.num_rows)
+        return (
+            f"{self.output}: {self.num_rows} rows, {self.num_bad} bad rows left out, {self.size_bytes / 1e6:.1f} MB, "
+            f"{each:.0f} bytes a row; {self.rows_now} rows read now in {self.seconds:.1f} s, "
+            f"{self.rows_now / self.seconds:.2f} rows/s on {self.num_ranks} ranks"
+        )
+
+
+def encode(
+    config: StageConfig, output: str | Path, *, dtype: str = "float32", rows_per_shard: int = 64
+) -> EncodeReport | None:
+    """Encodes the data set of a stage on all ranks that torchrun started; the report on rank 0, None on the others.
+
+    Args: `dtype` in which CLIP tokens and latents are stored (text is bfloat16 always); `rows_per_shard` rows of the
+    data set a file.
+    Raises: DataError for a bad row (`data.on_bad_row`), or when `output` holds something else; ConfigError.
+    """
+    with init_mesh() as mesh:
+        report = encode_set(config, Path(output), mesh, dtype=dtype, rows_per_shard=rows_per_shard)
+        return report if mesh.is_main else None
+
+
+def encode_set(
+    config: StageConfig, output: Path, mesh: Mesh, *, dtype: str = "float32", rows_per_shard: int = 64
+) -> EncodeReport:
+    """As `encode`, on the ranks of a mesh."""
+    if dtype not in DTYPES or rows_per_shard < 1:
+        raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
+    dataset = open_data(config)
+    if isinstance(dataset, EncodedRows):
+        raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
+    folder = config.encoders_folder
+    with_image = config.model.image_condition == "i2v"
+    with_tokens = with_image and "image" in encoder_files(folder)
+    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
+    check_strides(config, encoders)
+    contents = contents_of(config, with_tokens=with_tokens)
+    buckets = find_buckets(config, dataset, mesh)
+    request = {
+        **config.data.model_dump(include={"path", "on_bad_row"}),
+        "num_rows": len(dataset),
+        "dtype": dtype,
+        "rows_per_shard": rows_per_shard,
+        "batch_size": config.micro_batch_size,
+    }
+
+    def index() -> dict[str, Any]:
+        digests, files = encoders_key(folder, contents)
+        key = {"encoders": digests, "contents": contents, "text_len": encoders.text.text_len}
+        key |= sizes_key(config, contents)
+        head = {"format": FORMAT, "version": VERSION, "complete": False}
+        return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
+
+    encoder = BatchEncoder(
+        encoders,
+        config.video.shape,
+        with_image=with_image,
+        with_latents="latents" in contents,
+        device=mesh.device,
+    )
+    missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text))
+    writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
+    started = time.perf_counter()
+    _share(mesh, writer, output, missing)
+    seconds = time.perf_counter() - started
+    done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
+    return EncodeReport(
+        output,
+        num_rows=sum(shard["num_rows"] for shard in done["shards"]),
+        num_bad=len(done["bad_rows"]),
+        size_bytes=sum(shard["size_bytes"] for shard in done["shards"]),
+        rows_now=sum(len(writer.rows_of(shard)) for shard in missing),
+        seconds=seconds,
+        num_ranks=mesh.world_size,
+    )
+
+
+def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
+    """Writes the missing shards, in each round one on every rank, so that the error of one rank stops all of them."""
+    rows = sum(len(writer.rows_of(shard)) for shard in missing)
+    with tqdm(total=rows, unit="row", disable=not mesh.is_main) as bar:
+        for start in range(0, len(missing), mesh.world_size):
+            together = missing[start : start + mesh.world_size]
+            mesh.every(partial(writer.write, output, together[mesh.rank : mesh.rank + 1]))
+            bar.update(sum(len(writer.rows_of(shard)) for shard in together))
+
+
+class _ShardWriter:
+    """Encodes the rows of shards. The batches of a shard are a function of its row numbers, whoever writes it."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        dataset: Dataset,
+        buckets: Buckets,
+        encoder: BatchEncoder,
+        contents: list[str],
+        dtype: torch.dtype,
+        rows_per_shard: int,
+    ) -> None:
+        self.dataset, self.buckets, self.encoder, self.contents = dataset, buckets, encoder, contents
+        self.dtype, self.rows_per_shard = dtype, rows_per_shard
+        self.batch_size, self.threads = config.micro_batch_size, max(1, config.data.num_workers)
+        self.bad = BadRows(len(dataset), config.data.on_bad_row, config.data.max_bad_share)
+
+    def rows_of(self, shard: int) -> range:
+        """Rows of the data set that belong to a shard."""
+        start = shard * self.rows_per_shard
+        return range(start, min(len(self.dataset), start + self.rows_per_shard))
+
+    def write(self, output: Path, shards: Sequence[int]) -> None:
+        """Writes these shards one after the other."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            for shard in shards:
+                samples, bad = [], []
+                for read in self._read_ahead(pool, self.rows_of(shard)):
+                    samples += self._encode([(row, found) for row, found in read if isinstance(found, Sample)])
+                    bad += [{"row": row, "problem": str(found)} for row, found in read if isinstance(found, DataError)]
+                samples.sort(key=lambda sample: sample.row)
+                write_shard(output / shard_name(shard), samples, sorted(bad, key=lambda entry: entry["row"]))
+
+    def _read_ahead(self, pool: ThreadPoolExecutor, rows: range) -> Iterator[list[tuple[int, Sample | DataError]]]:
+        """Yields the read rows batch by batch, each of one bucket, while the next batch is being read."""
+        pending: deque[list[tuple[int, Future[Sample | DataError]]]] = deque()
+        for bucket in range(len(self.buckets.rows)):
+            mine = [row for row in rows if self.buckets.bucket_of_row[row] == bucket]
+            for start in range(0, len(mine), self.batch_size):
+                batch = mine[start : start + self.batch_size]
+                pending.append([(row, pool.submit(self._read, row)) for row in batch])
+                if len(pending) > 1:
+                    yield [(row, future.result()) for row, future in pending.popleft()]
+        while pending:
+            yield [(row, future.result()) for row, future in pending.popleft()]
+
+    def _read(self, row: int) -> Sample | DataError:
+        try:
+            sample = self.dataset[row]
+            self.encoder.check(sample)
+        except DataError as error:
+            self.bad.met(row, error)
+            return error
+        return sample
+
+    def _encode(self, read: list[tuple[int, Sample]]) -> list[EncodedSample]:
+        if not read:
+            return []
+        # Filled up with repeats to one batch size, which kernels and so the last bits depend on.
+        filled = [read[min(k, len(read) - 1)] for k in range(self.batch_size)]
+        picks = [Pick(index=row, row=row) for row, _ in filled]
+        batch = collate([sample for _, sample in filled], picks, [row for row, _ in filled])
+        stride = self.encoder.shape.temporal_stride
+        result = []
+        for (row, sample), encoded in zip(read, self.encoder.rows(batch)):
+            texts = [encoded.text, *(self.encoder.encoders.text.encode([text])[0] for text in sample.prompts[1:])]
+            parts = {
+                "clip": encoded.image,
+                "y": None if encoded.frames is None else encoded.frames[:, stride:],
+                "latents": encoded.latents,
+            }
+            arrays = {name: part.to("cpu", self.dtype) for name, part in parts.items() if part is not None}
+            assert list(arrays) == self.contents
+            bucket = int(self.buckets.bucket_of_row[row])
+            stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
+            result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
+        return result
+
+
+def real_rows(text: Tensor) -> Tensor:
+    """Text rows [m, D] of [M, D] without the zero rows past the prompt."""
+    used = (text != 0).any(-1).nonzero()
+    return text[: int(used[-1]) + 1 if len(used) else 0]
+
+
+def _begin(output: Path, index: dict[str, Any], empty_text: Tensor) -> list[int]:
+    """Numbers of the shards that are missing, of a set that is new or that this request began.
+
+    Raises: DataError that names the differences when the folder holds another set, or something else.
+    """
+    request = index["request"]
+    numbers = range(-(-request["num_rows"] // request["rows_per_shard"]))
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        output.mkdir(parents=True, exist_ok=True)
+        write_empty_text(output, real_rows(empty_text[0]).bfloat16())
+        write_index(output, index)
+        return list(numbers)
+    if not (output / INDEX).is_file():
+        raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
+    present = read_index(output)
+    same = ("format", "version", "key", "request")
+    if found := list(differences({name: index[name] for name in same}, present)):
+        raise DataError(f"{output} holds another encoded set: {'; '.join(found)}. Remove it or name another folder")
+    missing = [number for number in numbers if not (output / shard_name(number)).is_file()]
+    if missing and present["complete"]:
+        write_index(output, {**present, "complete": False})
+    return missing
+
+
+def _finish(output: Path, config: StageConfig, num_shards: int) -> dict[str, Any]:
+    """The complete index, from the heads of all shards. Raises: DataError when too many rows were bad."""
+    index = read_index(output)
+    shards, bad = [], []
+    for number in range(num_shards):
+        file = output / shard_name(number)
+        head = read_shard_rows(file)
+        bad += head["bad"]
+        buckets = [row["bucket"] for row in head["rows"]]
+        shards.append(
+            {"file": file.name, "num_rows": len(buckets), "size_bytes": file.stat().st_size, "buckets": buckets}
+        )
+    num_rows = index["request"]["num_rows"]
+    # Each rank counted its own rows only.
+    if len(bad) > config.data.max_bad_share * num_rows or len(bad) == num_rows:
+        raise DataError(
+            f"{len(bad)} of {num_rows} rows are bad, more than data.max_bad_share={config.data.max_bad_share}; repair "
+            f"the data or raise the share, and remove {output}. The last one: {bad[-1]['problem']}"
+        )
+    index |= {"complete": True, "shards": shards, "bad_rows": bad}
+    write_index(output, index)
+    return index

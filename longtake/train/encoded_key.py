@@ -1,0 +1,81 @@
+"""What an encoded set depends on, and whether a set on disk is the one that a stage would make."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longtake.config import StageConfig
+from longtake.data.encoded import EncodedRows, differences
+from longtake.distributed.mesh import Mesh
+from longtake.errors import DataError
+from longtake.models.encoder_identity import digest, encoder_files, stamps
+
+logger = logging.getLogger(__name__)
+
+# The encoder that makes each part; text is always there.
+_ENCODER_OF = {"clip": "image", "y": "vae", "latents": "vae"}
+# Values of `model` that change what an encoder gives, as far as this version has them.
+_OPTIONS = ("clip_preprocess", "text_precision")
+
+
+def contents_of(config: StageConfig, *, with_tokens: bool) -> list[str]:
+    """What a stage reads of each row beside the text."""
+    given = (["clip"] if with_tokens else []) + ["y"] if config.model.image_condition == "i2v" else []
+    return given + (["latents"] if config.stage != "distill" else [])
+
+
+def sizes_key(config: StageConfig, contents: list[str]) -> dict[str, Any]:
+    """The part of the key that the configuration alone decides."""
+    video = config.video
+    options = {name: value for name, value in config.model.model_dump().items() if name in _OPTIONS}
+    key: dict[str, Any] = {"options": options}
+    if contents:
+        key["sizes"] = config.data.buckets or [[video.height, video.width]]
+        key["strides"] = {"temporal": video.temporal_stride, "spatial": video.spatial_stride}
+    if "latents" in contents:
+        key["clips"] = {"num_latent_frames": video.num_latent_frames, "fps": video.fps}
+    return key
+
+
+def encoders_key(folder: Path, contents: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Digests of the encoders that make `contents`, and the stamps of their files. Reads all their weights once."""
+    files = encoder_files(folder)
+    parts = ["text", *dict.fromkeys(_ENCODER_OF[name] for name in contents)]
+    digests = {part: digest(folder, files[part]) for part in parts}
+    return digests, {part: stamps(folder, files[part]) for part in parts}
+
+
+def check_encoded(config: StageConfig, dataset: EncodedRows, mesh: Mesh, *, with_tokens: bool) -> None:
+    """Raises DataError, naming each difference, unless the set is what this stage's encoders would make.
+
+    Where the encoders are not on this machine they cannot be compared, which is said once.
+    """
+    needed = contents_of(config, with_tokens=with_tokens)
+    problems = [f"it lacks {name}" for name in needed if name not in dataset.key["contents"]]
+    problems += differences(sizes_key(config, needed), dataset.key)
+    stated: Mapping[str, str] = dataset.key["encoders"]
+    parts = {"text", *(_ENCODER_OF[name] for name in needed)} & set(stated)
+    problems += mesh.on_main(lambda: _changed_encoders(config.encoders_folder, dataset, sorted(parts)))
+    if problems:
+        raise DataError(
+            f"the encoded set {dataset.path} does not fit stage {config.name}: {'; '.join(problems)}. Encode the data "
+            "again with this stage's configuration (`longtake encode`), or set the values back"
+        )
+
+
+def _changed_encoders(folder: Path, dataset: EncodedRows, parts: list[str]) -> list[str]:
+    files = encoder_files(folder) if folder.is_dir() else {}
+    problems = []
+    for part in parts:
+        if part not in files:
+            logger.warning(
+                "There is no %s encoder in %s to compare with the encoded set %s", part, folder, dataset.path
+            )
+            continue
+        same = stamps(folder, files[part]) == dataset.files[part]
+        if not same and digest(folder, files[part]) != dataset.key["encoders"][part]:
+            problems.append(f"the files of the {part} encoder in {folder} are not those it was made with")
+    return problems
