@@ -225,6 +225,26 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that win over the file.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Ranks to plan for; by default the GPUs of this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
+) -> None:
+    """Say what this machine has, what a configuration needs of it, and which files are missing."""
+    with clean_errors(context):
+        from longtake.doctor.run import diagnose
+
+        report = diagnose(config, overrides or [], gpus=gpus)
+        typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
+        if not report.ok:
+            raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
 def world(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder to write; nothing happens when it holds the same world.")],

@@ -24,7 +24,7 @@ ALLOWED = {
     "inference": INFERENCE,
     "evaluation": INFERENCE | {"evaluation", "distributed"},
     "serve": INFERENCE,
-    "doctor": BELOW_ROLLOUT,
+    "doctor": INFERENCE,
     "train": INFERENCE | {"objectives", "distributed", "evaluation"},
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily

@@ -4,8 +4,8 @@ Exact (tests compare with allocated bytes): parameters P, AdamW's state 8 P + 4 
 the cache: two buffers [layers, B, slots, tokens, D], two of what one layer attends to, and the cross-attention's keys
 and values of text and CLIP tokens. Slots are window + spare frames, or the whole video without a window.
 
-Estimated from the operations of `models/dit.py`, within 5 % on a CPU: what one transformer block keeps for backward. With D
-the width and M the hidden width of the MLP, a token keeps
+Estimated from the operations of `models/dit.py`, within 5 % on a CPU: what one transformer block keeps for backward.
+With D the width and M the hidden width of the MLP, a token keeps
 
     float32:   4 (22 D + 2 M) bytes                   2 D more with CLIP tokens
     bfloat16:  76 D + 4 M bytes (under autocast)       4 D more with CLIP tokens
