@@ -29,6 +29,7 @@ from longtake.rollout.chunk import Guidance
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.rollout.stream import stream_latents
 from longtake.runs import (
+    MANIFEST,
     STUDENTS,
     checkpoints_folder,
     exported_weights,
@@ -112,8 +113,14 @@ class Source:
 
         Args: `encoders`, their folder (default: in the model's folder, in its `encoders/`, or beside it); `stage`, a
         configuration whose rules are taken (default: those of `GenerationConfig`); `changes` win over both.
-        Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values.
+        Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
+        checkpoint of a training run without `stage`, since its own rules would be lost.
         """
+        if stage is None and any((place / MANIFEST).is_file() for place in (Path(path), Path(path).parent)):
+            raise ConfigError(
+                f"{path} is a checkpoint of a training run and has rules of its own; give it with --run, or name other "
+                "rules with --config"
+            )
         settings = generation_settings(stage, changes)
         folder = Path(encoders) if encoders is not None else find_encoders(path)
         return cls(find_weights(path), folder, settings)

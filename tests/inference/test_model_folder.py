@@ -95,6 +95,16 @@ def test_folders_without_weights_or_encoders_say_where_was_looked(models, tmp_pa
     assert Source.of_model(tmp_path / "bare", models / "encoders").encoders == models / "encoders"
 
 
+def test_a_checkpoint_keeps_its_rules(models, workshop, tmp_path):
+    checkpoint = models / "run" / "causal" / "checkpoints" / "step_000001"
+    for path in (checkpoint, checkpoint / "generator"):
+        with pytest.raises(ConfigError, match="rules of its own; give it with --run"):
+            Source.of_model(path, models / "encoders")
+    stage = stage_config(workshop, tmp_path, "causal")
+    assert Source.of_model(checkpoint, models / "encoders", stage).weights == checkpoint / "generator"
+    assert Source.of_run(checkpoint).weights == checkpoint / "generator"
+
+
 def test_weights_and_encoders_must_fit(models, tmp_path):
     with pytest.raises(ConfigError, match="height=72 must be a positive multiple of 16"):
         Generator.from_model(models / "original", "cpu", changes={**RULES, "height": 72})
