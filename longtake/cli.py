@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import typer
 from longtake.errors import ConfigError, LongtakeError
 
 EXIT_ERROR, EXIT_CONFIG = 1, 2
+WAIT_MINUTES = 7 * 24 * 60.0
 
 app = typer.Typer(
     name="longtake",
@@ -108,25 +110,121 @@ def encode(
 @app.command()
 def generate(
     context: typer.Context,
-    run: Run,
-    image: Annotated[Path, typer.Option(help="The first frame; any size, cropped to the aspect, never stretched.")],
-    prompt: Annotated[str, typer.Option(help="What happens in the video.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 file, written while it is generated.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The mp4 file; with --inputs or --samples the folder of the files.")
+    ],
+    run: Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder or file of weights: original, diffusers' or Longtake's layout.")
+    ] = None,
+    encoders: Annotated[
+        Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The first frame; any size, cropped to the aspect, never stretched.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="In place of --image and --prompt: folder of pictures and captions, or JSON lines."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Videos of each picture: seeds S, S + 1, ...")] = None,
+    negative: Annotated[str | None, typer.Option(help="What should not happen; needs --guidance above 1.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds.")] = None,
     frames: Annotated[int | None, typer.Option(help="Length in frames.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the file.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Denoising steps, or their levels: 1,0.75,0.5,0.25.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Warp of the noise levels.")] = None,
+    block: Annotated[int | None, typer.Option(help="Latent frames of a block.")] = None,
+    window: Annotated[str | None, typer.Option(help="Latent frames a block attends to, or all.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First latent frames that are never evicted.")] = None,
+    rope: Annotated[str | None, typer.Option(help="relative or absolute temporal positions.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; not 1 = twice the work.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")] = None,
     device: Device = None,
 ) -> None:
-    """Turn one picture and a prompt into a video."""
+    """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
-        if seconds is not None and frames is not None:
-            raise ConfigError(f"--seconds {seconds:g} and --frames {frames} were given; give one of them")
-        if (length := seconds if seconds is not None else frames) is not None and length <= 0:
-            raise ConfigError(f"a length of {length:g} was given; it must be above 0")
-        from longtake.inference.generator import generate_file
+        _check_generate(run, model, encoders or config, image, prompt, inputs, seconds, frames)
+        from longtake.config_generation import changes_of
 
-        given = _given(num_frames=frames, seconds=seconds, seed=seed, device=device)
-        typer.echo(str(generate_file(run, image, prompt, output, **given)))
+        rules = {"height": height, "width": width, "fps": fps, "steps": steps, "shift": shift, "block": block}
+        rules |= {"window": window, "sink": sink, "rope": rope, "guidance": guidance, "dtype": dtype}
+        changes = changes_of(**rules)
+        length = _given(num_frames=frames, seconds=seconds)
+        given = _given(seed=seed, negative=negative)
+        if inputs is None and image is not None and prompt is not None and samples is None:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ConfigError("one video is not shared over ranks; give --inputs or --samples, or leave torchrun")
+            from longtake.inference.generator import generate_file
+
+            # A plain run is found by the function itself.
+            source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
+            typer.echo(str(generate_file(source, image, prompt, output, **length, **given, **_given(device=device))))
+            return
+        from longtake.distributed.mesh import init_mesh
+        from longtake.inference.batch import Length, Pair, generate_many, read_pairs
+
+        if inputs is None:
+            assert image is not None and prompt is not None
+            pairs = [Pair(image.stem, str(image), image, prompt)]
+        else:
+            pairs = read_pairs(inputs)
+        source = _source(run, model, encoders, config, changes)
+        # The ranks meet at the end alone: the one with the shortest share waits for the longest.
+        with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
+            generate_many(
+                source,
+                pairs,
+                output,
+                mesh=mesh,
+                length=Length(**length),
+                report=typer.echo,
+                **given,
+                **_given(samples=samples),
+            )
+
+
+def _check_generate(
+    run: Path | None,
+    model: Path | None,
+    beside: Path | None,
+    image: Path | None,
+    prompt: str | None,
+    inputs: Path | None,
+    seconds: float | None,
+    frames: int | None,
+) -> None:
+    """Raises ConfigError for options that do not go together."""
+    if (run is None) == (model is None):
+        raise ConfigError("give either --run (a training run) or --model (weights of any origin)")
+    if run is not None and beside is not None:
+        raise ConfigError("--encoders and --config belong to --model; a run brings both along")
+    single = image is not None and prompt is not None
+    if single == (inputs is not None) or (inputs is not None and (image is not None or prompt is not None)):
+        raise ConfigError("give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs)")
+    if seconds is not None and frames is not None:
+        raise ConfigError(f"--seconds {seconds:g} and --frames {frames} were given; give one of them")
+    if (length := seconds if seconds is not None else frames) is not None and length <= 0:
+        raise ConfigError(f"a length of {length:g} was given; it must be above 0")
+
+
+def _source(
+    run: Path | None, model: Path | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
+) -> Any:
+    from longtake.config_generation import read_stage
+    from longtake.inference.generator import Source
+
+    if run is not None:
+        return Source.of_run(run, changes)
+    assert model is not None
+    return Source.of_model(model, encoders, None if config is None else read_stage(config), changes)
 
 
 @app.command()
@@ -154,6 +252,26 @@ def evaluate(
         )
         report = measure(run, overrides=settings, **_given(output=output, device=device))
         typer.echo(str(report))
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that win over the file.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Ranks to plan for; by default the GPUs of this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
+) -> None:
+    """Say what this machine has, what a configuration needs of it, and which files are missing."""
+    with clean_errors(context):
+        from longtake.doctor.run import diagnose
+
+        report = diagnose(config, overrides or [], gpus=gpus)
+        typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
+        if not report.ok:
+            raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()

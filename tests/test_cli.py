@@ -21,7 +21,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help"}
+FLAGS = {"debug", "check", "help", "as_json"}
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert invoke("train", path).exit_code == 0
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
     changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None, "model": {"widen": True}}
-    changed |= {"plan": {}, "video": {}, "validation": {}}
+    changed |= {"plan": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
-    assert invoke("train", path).exit_code == 0
+    assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
 
     # 3. The same for a job, whose evaluation and data have options of other commands.

@@ -7,17 +7,31 @@ context is stored at sigma exactly 0, and only the exit step may carry gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longtake.flow.path import add_noise, clean_from_velocity
+from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.structs import Condition
 
 # noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
 BlockNoise = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a stream: uncond + `weight` (cond - uncond).
+
+    The unconditional side has a `condition` (same picture, other text) and a `cache` of its own, because what a frame
+    leaves in the cache depends on the text. So guidance doubles passes and cache memory.
+    """
+
+    weight: float
+    condition: Condition
+    cache: KVCache
 
 
 def denoise_block(
@@ -29,31 +43,42 @@ def denoise_block(
     *,
     exit_step: int | None = None,
     graded: bool = False,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Clean latents [B, f, C, H, W] of the block at `cache.position`; the cache is only read.
 
     Args: `sigmas` falling noise levels of the student; `exit_step` stops after that step (default: the last one);
-    `graded` lets gradient through the exit step, and through that step alone.
+    `graded` lets gradient through the exit step, and through that step alone; `guidance` None = off.
     """
     last = len(sigmas) - 1 if exit_step is None else exit_step
     x = noise(0).float()
     with torch.no_grad():
         for step in range(last):
-            clean = _predict(model, cache, condition, x, sigmas[step])
+            clean = _predict(model, cache, condition, x, sigmas[step], guidance)
             x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
     with torch.set_grad_enabled(graded):
-        return _predict(model, cache, condition, x, sigmas[last])
+        return _predict(model, cache, condition, x, sigmas[last], guidance)
 
 
 @torch.no_grad()
-def commit_block(model: VideoDiT, cache: KVCache, condition: Condition, clean: Tensor) -> None:
-    """The context pass: stores keys and values of finished latents at sigma 0 and advances the cache."""
+def commit_block(
+    model: VideoDiT, cache: KVCache, condition: Condition, clean: Tensor, *, guidance: Guidance | None = None
+) -> None:
+    """The context pass: stores keys and values of finished latents at sigma 0 and advances the cache (both caches)."""
     model(clean.detach(), _level(clean, 0.0), condition, cache=cache, commit=True)
+    if guidance is not None:
+        model(clean.detach(), _level(clean, 0.0), guidance.condition, cache=guidance.cache, commit=True)
 
 
-def _predict(model: VideoDiT, cache: KVCache, condition: Condition, x: Tensor, sigma: float) -> Tensor:
+def _predict(
+    model: VideoDiT, cache: KVCache, condition: Condition, x: Tensor, sigma: float, guidance: Guidance | None
+) -> Tensor:
     level = _level(x, sigma)
-    return clean_from_velocity(x, model(x, level, condition, cache=cache), level)
+    velocity = model(x, level, condition, cache=cache)
+    if guidance is not None:
+        unconditional = model(x, level, guidance.condition, cache=guidance.cache)
+        velocity = guided(velocity, unconditional, guidance.weight)
+    return clean_from_velocity(x, velocity, level)
 
 
 def _level(x: Tensor, sigma: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.chunk import Guidance, commit_block, denoise_block
 from longtake.rollout.self_forcing import RollOutNoise, RollOutRules, block_noise_at
 from longtake.structs import Condition
 
@@ -22,11 +22,13 @@ def stream_latents(
     first_latent: Tensor | None,
     noise: RollOutNoise,
     rules: RollOutRules,
+    *,
+    guidance: Guidance | None = None,
 ) -> Iterator[Tensor]:
     """Yields clean latents block by block, for ever: first the given picture [B, 1, ...], then generated blocks.
 
-    The caller makes the cache (`model.new_cache`) and stops when it has enough; the context pass of a block runs only
-    when the next block is asked for.
+    The caller makes the cache (`model.new_cache`; with `guidance` a second one like it) and stops when it has enough;
+    the context pass of a block runs only when the next block is asked for.
     """
     pending: Tensor | None = None
     if first_latent is not None:
@@ -35,6 +37,7 @@ def stream_latents(
     position = cache.position if pending is None else cache.position + pending.shape[1]
     for start, end in rules.plan.blocks(position):
         if pending is not None:
-            commit_block(model, cache, condition, pending)
-        pending = denoise_block(model, cache, condition, block_noise_at(noise, start, end), rules.sigmas)
+            commit_block(model, cache, condition, pending, guidance=guidance)
+        block_noise = block_noise_at(noise, start, end)
+        pending = denoise_block(model, cache, condition, block_noise, rules.sigmas, guidance=guidance)
         yield pending

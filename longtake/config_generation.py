@@ -1,0 +1,128 @@
+"""How a student streams at inference: picture size, blocks, window, noise levels, guidance, precision.
+
+Weights that Longtake trained bring these values along; for weights of other origin they come from a stage's YAML file
+or the command line, and from the defaults here. Must know no tensor and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from longtake.config import StageConfig, load_config
+from longtake.config_base import Settings
+from longtake.config_groups import FlowConfig, ModelConfig, PlanConfig
+from longtake.errors import ConfigError
+
+# What the command line calls values of the group `plan`
+_PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
+
+
+class GenerationConfig(Settings):
+    """How a student streams. The defaults are those of the image-to-video recipe at full size."""
+
+    height: int = Field(default=480, gt=0, description="height in pixels")
+    width: int = Field(default=832, gt=0, description="width in pixels")
+    fps: int = Field(default=16, gt=0, description="frames a second of the written video")
+    num_latent_frames: int = Field(default=21, gt=0, description="length where none is asked for")
+    plan: PlanConfig = Field(
+        default=PlanConfig(block_frames=4, window_frames=13, sink_frames=5), description=PlanConfig.__doc__
+    )
+    rope: Literal["relative", "absolute"] = Field(default="relative", description="rule of temporal positions")
+    steps: list[float] = Field(default=[1.0, 0.75, 0.5, 0.25], description="noise levels before the warp")
+    shift: float = Field(default=5.0, gt=0, description="warp of noise levels")
+    guidance: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance w of the student; 1 = off, else twice the work"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the matrix weights and the cache")
+    clip_preprocess: Literal["original", "diffusers"] = Field(
+        default=ModelConfig().clip_preprocess, description="as `model.clip_preprocess` of the stage that trained it"
+    )
+    text_precision: Literal["fp32", "bf16"] = Field(
+        default=ModelConfig().text_precision, description="type of the text encoder where `precision` is fp32"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            FlowConfig(steps=self.steps, shift=self.shift)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.plan.first_frames != 1:
+            raise ValueError(
+                f"plan.first_frames={self.plan.first_frames} must be 1: the given picture is a block of its own"
+            )
+        return self
+
+
+def generation_settings(stage: StageConfig | None = None, changes: Mapping[str, Any] | None = None) -> GenerationConfig:
+    """The values of a stage (or the defaults), with `changes` (a nested mapping) on top.
+
+    Raises: ConfigError naming every wrong value.
+    """
+    tree = GenerationConfig().model_dump()
+    if stage is not None:
+        tree |= {
+            "height": stage.video.height,
+            "width": stage.video.width,
+            "fps": stage.video.fps,
+            "num_latent_frames": stage.video.num_latent_frames,
+            "plan": stage.plan.model_dump(),
+            "rope": stage.rope,
+            "steps": stage.flow.steps,
+            "shift": stage.flow.shift,
+            "clip_preprocess": stage.model.clip_preprocess,
+            "text_precision": stage.model.text_precision,
+        }
+    for key, value in (changes or {}).items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+    return GenerationConfig.from_tree(tree)
+
+
+def read_stage(path: str | Path) -> StageConfig:
+    """The stage in a YAML file. Raises: ConfigError when it is a job, which has several."""
+    config = load_config(path)
+    if not isinstance(config, StageConfig):
+        raise ConfigError(f"{path} is a job of several stages; give the YAML file of one of them")
+    return config
+
+
+def changes_of(**options: Any) -> dict[str, Any]:
+    """The nested changes that options of the command line mean; None = not given.
+
+    `steps` is a number of evenly spaced levels or a list ("1,0.75,0.5,0.25"); `window` a number or "all".
+    Raises: ConfigError for a text that is neither.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if "dtype" in given:
+        given["precision"] = given.pop("dtype")
+    if "steps" in given:
+        given["steps"] = _steps(given["steps"])
+    if "window" in given:
+        given["window"] = _window(given["window"])
+    plan = {_PLAN[name]: given.pop(name) for name in _PLAN if name in given}
+    return given | ({"plan": plan} if plan else {})
+
+
+def _steps(text: str) -> list[float]:
+    try:
+        levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        levels = []
+    if len(levels) == 1 and levels[0] >= 1 and levels[0].is_integer():
+        count = int(levels[0])
+        return [1 - k / count for k in range(count)]
+    if not levels:
+        raise ConfigError(f"--steps {text} must be a number of steps or levels like 1,0.75,0.5,0.25")
+    return levels
+
+
+def _window(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"--window {text} must be a number of latent frames, or all")
+    return int(text)

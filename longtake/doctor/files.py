@@ -1,0 +1,146 @@
+"""Which files a stage reads, which of them are missing, and where published ones come from. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from longtake.config import JobConfig, StageConfig, is_path
+from longtake.data.formats import detect_kind
+from longtake.doctor.memory import Networks
+from longtake.errors import LongtakeError
+from longtake.inference.generator import find_checkpoint
+from longtake.models.dit import DiTConfig
+from longtake.models.folders import (
+    ENCODER_PARTS,
+    EncoderPart,
+    encoder_files,
+    find_weights,
+    hub_repository,
+    missing_encoders,
+)
+from longtake.models.presets import PRESETS, model_config
+from longtake.runs import exported_weights
+
+_CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
+
+
+@dataclass
+class Findings:
+    """What a stage reads: `missing` with the way to get it, `notes`, sizes of networks and bytes of encoders.
+
+    `encoder_bytes` is None where their files are not there.
+    """
+
+    networks: Networks
+    encoder_bytes: int | None
+    image_tokens: int
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
+    """What the stage needs on disk; what an earlier stage of the job, or the job itself, will write counts as there.
+
+    Raises: ConfigError when `model.preset` is not known.
+    """
+    missing: list[str] = []
+    notes: list[str] = []
+    critic = config.critic.init_from if config.critic is not None else None
+    sources = {"init_from": config.init_from, "teacher": config.teacher, "critic.init_from": critic}
+    sizes: dict[str, DiTConfig] = {}
+    for key, source in sources.items():
+        if source is not None:
+            found = _weights(key, source, config, job, missing)
+            if found is None:  # a folder named like a preset, or the preset that the stage names
+                name = Path(source).name.lower()
+                preset = name if name in PRESETS else config.model.preset
+                notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
+            sizes[key] = found or model_config(preset)
+    generator = sizes.get("init_from") or model_config(config.model.preset)
+    teacher = sizes.get("teacher")
+    shows = config.stage == "causal" and config.validate_every > 0 and config.validation.num_worlds > 0
+    networks = Networks(
+        generator,
+        (sizes.get("critic.init_from") or teacher) if config.stage == "distill" else None,
+        teacher,
+        generator if shows else None,
+    )
+    encoder_bytes = _encoders(config, generator.image_dim is not None, missing)
+    _data(config, job, missing)
+    return Findings(networks, encoder_bytes, _image_tokens(config.encoders_folder), missing, notes)
+
+
+def _weights(key: str, source: str, config: StageConfig, job: JobConfig | None, missing: list[str]) -> DiTConfig | None:
+    """Sizes of the weights that a source means; None, and a line in `missing`, where they are not there."""
+    path = config.source(source)
+    if job is not None and source in job.stages and not path.is_dir():
+        return look_at(job.stages[source], job).networks.generator  # written before it is read
+    try:
+        folder = _weights_folder(path)
+        return model_config(str(folder if folder.is_dir() else folder.parent))
+    except (LongtakeError, ValueError) as error:
+        reason = "does not exist" if not path.exists() else str(error)
+        hint = _where_to_get(path) if is_path(source) else "; train that stage first"
+        missing.append(f"weights {key}={source}: {path} {reason}{hint}")
+        return None
+
+
+def _weights_folder(path: Path) -> Path:
+    try:
+        return find_weights(path)
+    except LongtakeError:
+        return exported_weights(find_checkpoint(path))
+
+
+def _where_to_get(path: Path) -> str:
+    repository = hub_repository(path)
+    if repository is None:
+        return ""
+    return f"; get it with `hf download {repository} --local-dir {path}`"
+
+
+def _encoders(config: StageConfig, with_image: bool, missing: list[str]) -> int | None:
+    folder = config.encoders_folder
+    absent = missing_encoders(folder, with_image=with_image)
+    missing += [f"encoders: {what}{_where_to_get(folder)}" for what in absent]
+    if absent:
+        return None
+    parts = [part for part in ENCODER_PARTS if with_image or part.folder != "image_encoder"]
+    # Encoders are loaded in float32, whatever the files hold.
+    return 4 * sum(_elements(file, part) for part in parts for file in encoder_files(folder, part))
+
+
+def _elements(file: Path, part: EncoderPart) -> int:
+    """Numbers in a weight file, from its header alone (safetensors) or without reading the data (a .pth)."""
+    if file.suffix == ".safetensors":
+        with file.open("rb") as data:
+            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    import torch
+
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
+
+
+def _image_tokens(encoders: Path) -> int:
+    file = encoders / "image_encoder" / "config.json"
+    if not file.is_file():
+        return _CLIP_TOKENS
+    data = json.loads(file.read_text())
+    return (data["image_size"] // data["patch_size"]) ** 2 + 1
+
+
+def _data(config: StageConfig, job: JobConfig | None, missing: list[str]) -> None:
+    path = Path(config.data.path)
+    if job is not None and path.is_relative_to(job.data_folder):
+        return
+    if not path.exists():
+        missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
+    elif config.data.kind == "auto":
+        try:
+            detect_kind(path)
+        except LongtakeError as error:
+            missing.append(f"data: {error}")

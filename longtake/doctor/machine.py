@@ -1,0 +1,138 @@
+"""What this machine has: processor, memory, GPUs, versions, and the attention kernels that are really used.
+
+Must know no configuration and no model.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake.models.attention import backends
+
+# Needed, then optional: what is named by `pyproject.toml`
+PACKAGES = (
+    *("numpy", "safetensors", "pydantic", "PyYAML", "typer", "pillow", "tqdm", "transformers", "tokenizers"),
+    *("diffusers", "ftfy", "lmdb", "av", "tensorboard", "matplotlib"),
+)
+OPTIONAL = ("triton", "webdataset", "wandb", "huggingface_hub")
+_HEAD_WIDTH = 128  # of every published Wan model; specification A.1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device; bytes; `kernels` of attention by type, fastest first."""
+
+    name: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+    kernels: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found; sizes in bytes. `packages` maps a name to its version, None where it is not installed."""
+
+    system: str
+    processor: str
+    cores: int
+    ram_bytes: int
+    ram_free_bytes: int
+    gpus: list[Gpu]
+    packages: dict[str, str | None]
+    attention: dict[str, str]
+
+    @property
+    def missing_packages(self) -> list[str]:
+        """Needed packages that are not installed."""
+        return [name for name in PACKAGES if self.packages[name] is None]
+
+
+def look() -> Machine:
+    """The machine this runs on. Runs each attention kernel once where there is a GPU."""
+    total, free = _ram()
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "cuDNN": _cudnn(),
+        **found,
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        f"{platform.system()} {platform.machine()}", _processor(), cores, total, free, gpus, versions, _attention(gpus)
+    )
+
+
+def free_disk(path: str | Path) -> int:
+    """Free bytes on the disk that will hold `path`, whose last parts need not exist yet."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    kernels = {
+        str(dtype).removeprefix("torch."): [backend.name for backend in backends(index, dtype, _HEAD_WIDTH)]
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", total, free, kernels)
+
+
+def _attention(gpus: list[Gpu]) -> dict[str, str]:
+    """The kernel of plain and of masked attention, as `models/attention.py` chooses them."""
+    if not gpus:
+        return {"plain": "scaled_dot_product_attention of the CPU", "masked": "the same with a dense mask"}
+    plain = ", ".join(f"{dtype} {names[0]}" for dtype, names in gpus[0].kernels.items() if names)
+    masked = "flex_attention" if find_spec("triton") is not None else "a dense mask (triton is not installed)"
+    return {"plain": plain, "masked": masked}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cudnn() -> str | None:
+    found: Any = torch.backends.cudnn.version()
+    return None if found is None else str(found)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _ram() -> tuple[int, int]:
+    """Total and available memory, of the container where it has a limit; zeros where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    fields = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    total, free = fields["MemTotal"], fields["MemAvailable"]
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroup, or its limit is the word "max"
+        return total, free
+    return min(total, limit), min(free, limit - used)

@@ -1,0 +1,301 @@
+"""Bytes that networks, optimizers, caches and activations take, as functions of shapes; nothing is built or loaded.
+
+Exact (tests compare with allocated bytes): parameters P, AdamW's state 8 P + 4 for each tensor, the average 4 P, and
+the cache: two buffers [layers, B, slots, tokens, D], two of what one layer attends to, and the cross-attention's keys
+and values of text and CLIP tokens. Slots are window + spare frames, or the whole video without a window.
+
+Estimated from the operations of `models/dit.py`, within 5 % on a CPU: what one transformer block keeps for backward.
+With D the width and M the hidden width of the MLP, a token keeps
+
+    float32:   4 (22 D + 2 M) bytes                   2 D more with CLIP tokens
+    bfloat16:  76 D + 4 M bytes (under autocast)       4 D more with CLIP tokens
+
+and each attended past frame of a roll-out 2 D values a token and layer. With activation checkpointing a layer keeps
+its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast every trained network also
+has a bfloat16 copy of its matrices, whole on each rank, because torch caches them.
+
+Must know no file and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longtake.config import StageConfig
+    from longtake.models.dit import DiTConfig
+    from longtake.structs import BlockPlan
+
+_FLOAT, _BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Numbers in one parameter; `cast` is False for what `VideoDiT.cast` leaves in float32."""
+
+    numel: int
+    cast: bool = True
+
+
+def _linear(inputs: int, outputs: int, *, cast: bool = True) -> list[_Shape]:
+    return [_Shape(inputs * outputs, cast), _Shape(outputs, cast)]
+
+
+def _norm(width: int) -> list[_Shape]:
+    return [_Shape(width, False)] * 2
+
+
+def _block(config: DiTConfig) -> list[_Shape]:
+    dim = config.dim
+    attention = _linear(dim, dim) * 4 + [_Shape(dim)] * 2  # q, k, v, o and the norms of q and k
+    image = _linear(dim, dim) * 2 + [_Shape(dim)] if config.image_dim is not None else []
+    mlp = _linear(dim, config.ffn_dim) + _linear(config.ffn_dim, dim)
+    return [_Shape(6 * dim, False), *_norm(dim), *attention, *attention, *image, *mlp]
+
+
+def _outside(config: DiTConfig) -> list[_Shape]:
+    dim, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    shapes = _linear(config.in_channels * patch, dim)
+    shapes += _linear(config.text_dim, dim) + _linear(dim, dim)
+    shapes += _linear(config.freq_dim, dim, cast=False) + _linear(dim, dim, cast=False)
+    shapes += _linear(dim, 6 * dim, cast=False)
+    if (width := config.image_dim) is not None:
+        shapes += _norm(width) + _linear(width, width) + _linear(width, dim) + _norm(dim)
+        shapes += [_Shape(config.image_positions * width)] if config.image_positions is not None else []
+    return [*shapes, *_linear(dim, config.out_channels * patch, cast=False), _Shape(2 * dim, False)]
+
+
+def _shapes(config: DiTConfig) -> Iterator[_Shape]:
+    for _ in range(config.num_layers):
+        yield from _block(config)
+    yield from _outside(config)
+
+
+def parameter_count(config: DiTConfig) -> int:
+    """Parameters of a transformer."""
+    return sum(shape.numel for shape in _shapes(config))
+
+
+def tensor_count(config: DiTConfig) -> int:
+    """Parameter tensors of a transformer."""
+    return sum(1 for _ in _shapes(config))
+
+
+def weight_bytes(config: DiTConfig, precision: str = "fp32") -> int:
+    """The weights; with `bf16` after `VideoDiT.cast`, which leaves some in float32."""
+    bf16 = precision == "bf16"
+    return sum(shape.numel * (_BF16 if bf16 and shape.cast else _FLOAT) for shape in _shapes(config))
+
+
+def optimizer_bytes(config: DiTConfig) -> int:
+    """AdamW: two moments in float32 and a step counter for each tensor."""
+    return 2 * _FLOAT * parameter_count(config) + _FLOAT * tensor_count(config)
+
+
+def autocast_bytes(config: DiTConfig) -> int:
+    """The bfloat16 copies of matrices that autocast keeps during a forward."""
+    return _BF16 * sum(shape.numel for shape in _shapes(config) if shape.cast)
+
+
+def gathered_bytes(config: DiTConfig, world_size: int) -> int:
+    """What sharding needs beside the shards: two blocks gathered (the next one early), one block's gradients, the
+    root. Zero for one rank.
+    """
+    if world_size == 1:
+        return 0
+    block, outside = (sum(shape.numel for shape in part) for part in (_block(config), _outside(config)))
+    return _FLOAT * (3 * block + outside)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What passes through a network at once: batch, latent frames, tokens of a frame, tokens of the two contexts."""
+
+    batch: int
+    frames: int
+    tokens: int
+    text_tokens: int
+    image_tokens: int = 0
+
+
+def cache_bytes(
+    config: DiTConfig, clip: Clip, *, window_frames: int | None, spare_frames: int = 0, precision: str = "fp32"
+) -> int:
+    """A cache of `VideoDiT.new_cache` for a clip, cross-attention included; `clip.frames` counts without a window."""
+    attended = clip.frames if window_frames is None else window_frames
+    slots = attended if window_frames is None else window_frames + spare_frames
+    frame = clip.batch * clip.tokens * config.dim
+    context = clip.batch * (clip.text_tokens + clip.image_tokens) * config.dim
+    numbers = 2 * (config.num_layers * (slots * frame + context) + attended * frame)
+    return numbers * (_BF16 if precision == "bf16" else _FLOAT)
+
+
+def block_bytes_per_token(config: DiTConfig, precision: str) -> int:
+    """What one transformer block keeps for backward, a token; the formulas above."""
+    image = config.image_dim is not None
+    if precision == "bf16":
+        return (80 if image else 76) * config.dim + 4 * config.ffn_dim
+    return _FLOAT * ((24 if image else 22) * config.dim + 2 * config.ffn_dim)
+
+
+def _context_bytes(config: DiTConfig, clip: Clip, precision: str) -> int:
+    """What a layer keeps of text and CLIP tokens: keys before and after their norm, and values."""
+    width = 14 if precision == "bf16" else 4 * _FLOAT
+    return clip.batch * (clip.text_tokens + clip.image_tokens) * width * config.dim
+
+
+def _ends_bytes(config: DiTConfig, clip: Clip) -> int:
+    """What patch embedding and head keep, in float32."""
+    patch = config.patch_size[1] * config.patch_size[2]
+    return _FLOAT * clip.batch * clip.frames * clip.tokens * (4 * config.dim + config.in_channels * patch)
+
+
+def pass_bytes(config: DiTConfig, clip: Clip, *, precision: str, checkpointing: bool) -> int:
+    """Activations of one graded forward over `clip.frames` entries, and of the recomputation in its backward."""
+    tokens = clip.batch * clip.frames * clip.tokens
+    layer = tokens * block_bytes_per_token(config, precision) + _context_bytes(config, clip, precision)
+    kept = config.num_layers * (_FLOAT * config.dim * tokens) + layer if checkpointing else config.num_layers * layer
+    return kept + _ends_bytes(config, clip)
+
+
+def roll_out_bytes(
+    config: DiTConfig,
+    clip: Clip,
+    plan: BlockPlan,
+    *,
+    window_frames: int | None,
+    sink_frames: int,
+    given_frames: int,
+    precision: str,
+    checkpointing: bool,
+) -> int:
+    """Activations of a graded roll-out: every block's exit step, each with the past that it attended to."""
+    size = _BF16 if precision == "bf16" else _FLOAT
+    total = largest = 0
+    for start, end in plan.blocks(given_frames, clip.frames):
+        one = Clip(clip.batch, end - start, clip.tokens, clip.text_tokens, clip.image_tokens)
+        past = len(plan.attended(start, end, window_frames, sink_frames))
+        keys = clip.batch * past * clip.tokens * 2 * config.dim * size
+        tokens = one.batch * one.frames * one.tokens
+        layer = tokens * block_bytes_per_token(config, precision) + keys + _context_bytes(config, one, precision)
+        total += config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
+        total += _ends_bytes(config, one)
+        largest = max(largest, layer)
+    return total + (largest if checkpointing else 0)
+
+
+def working_bytes(config: DiTConfig, clip: Clip, precision: str) -> int:
+    """What a forward without gradient holds at once: the stream, a norm, q, k, v and float32 copies, the MLP."""
+    size = _BF16 if precision == "bf16" else _FLOAT
+    return clip.batch * clip.frames * clip.tokens * (12 * config.dim + size * (4 * config.dim + 2 * config.ffn_dim))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Sizes of a stage's networks; None where it has none. `shown` is the teacher of the validation, held whole."""
+
+    generator: DiTConfig
+    critic: DiTConfig | None = None
+    teacher: DiTConfig | None = None
+    shown: DiTConfig | None = None
+
+    @property
+    def trained(self) -> list[DiTConfig]:
+        return [network for network in (self.generator, self.critic) if network is not None]
+
+    @property
+    def loaded(self) -> list[DiTConfig]:
+        """All networks."""
+        return [n for n in (self.generator, self.critic, self.teacher, self.shown) if n is not None]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one rank needs, by what for; `alternative` is the total with checkpointing switched over, `loading`
+    what the whole networks take before they are sharded, `checkpoint` the disk that one checkpoint takes.
+    """
+
+    parts: dict[str, int] = field(default_factory=dict)
+    alternative: int = 0
+    loading: int = 0
+    checkpoint: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        """The larger one of training and loading."""
+        return max(self.total, self.loading)
+
+
+def stage_need(
+    config: StageConfig, networks: Networks, world_size: int, *, encoder_bytes: int = 0, image_tokens: int = 0
+) -> Need:
+    """What each of `world_size` ranks needs to train a stage. Networks are sharded, encoders are not."""
+    trained, precision = networks.trained, config.precision
+    parameters = sum(map(parameter_count, trained))
+    frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher)
+    shown = 0 if networks.shown is None else weight_bytes(networks.shown)
+    average = weight_bytes(networks.generator) if config.ema.enabled else 0
+    optimizer = sum(map(optimizer_bytes, trained))
+    clip = _stage_clip(config, networks.generator, world_size, image_tokens)
+    activations = {on: _activations(config, networks, clip, checkpointing=on) for on in (False, True)}
+    caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) for on in (False, True)}
+    on = config.activation_checkpointing
+    parts = {
+        "weights": _FLOAT * parameters // world_size,
+        "gradients": _FLOAT * parameters // world_size,
+        "optimizer": optimizer // world_size,
+        "average": average // world_size,
+        "frozen networks": frozen // world_size + shown,
+        "gathered shards": max(gathered_bytes(network, world_size) for network in networks.loaded),
+        "bfloat16 copies": sum(map(autocast_bytes, trained)) if precision == "bf16" else 0,
+        "cache": caches[on],
+        "activations": activations[on],
+        "working memory": working_bytes(networks.teacher or networks.generator, clip, precision),
+        "encoders": encoder_bytes,
+    }
+    other = sum(parts.values()) + activations[not on] - activations[on] + caches[not on] - caches[on]
+    # Every rank loads whole networks and shards them when all are there (`train/stages.py`).
+    loading = encoder_bytes + sum(map(weight_bytes, networks.loaded))
+    exports = weight_bytes(networks.generator) + average
+    return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
+
+
+def _stage_clip(config: StageConfig, generator: DiTConfig, world_size: int, image_tokens: int) -> Clip:
+    shape = config.video.shape
+    patch = generator.patch_size
+    tokens = (shape.latent_height // patch[1]) * (shape.latent_width // patch[2])
+    tokens_image = image_tokens if generator.image_dim is not None else 0
+    return Clip(config.micro_batch(world_size), shape.num_latent_frames, tokens, generator.text_len, tokens_image)
+
+
+def _activations(config: StageConfig, networks: Networks, clip: Clip, *, checkpointing: bool) -> int:
+    options = {"precision": config.precision, "checkpointing": checkpointing}
+    if config.stage == "causal":  # [clean | noisy]
+        both = Clip(clip.batch, 2 * clip.frames, clip.tokens, clip.text_tokens, clip.image_tokens)
+        return pass_bytes(networks.generator, both, **options)  # type: ignore[arg-type]
+    if networks.critic is None:
+        return pass_bytes(networks.generator, clip, **options)  # type: ignore[arg-type]
+    roll_out = roll_out_bytes(
+        networks.generator,
+        clip,
+        config.plan.blocks,
+        window_frames=config.plan.window_frames,
+        sink_frames=config.plan.sink_frames,
+        given_frames=1 if config.model.image_condition == "i2v" else 0,
+        **options,  # type: ignore[arg-type]
+    )
+    return max(roll_out, pass_bytes(networks.critic, clip, **options))  # type: ignore[arg-type]
+
+
+def _stage_cache(config: StageConfig, generator: DiTConfig, clip: Clip, *, checkpointing: bool) -> int:
+    if config.stage in ("teacher", "causal"):
+        return 0
+    window = config.plan.window_frames
+    spare = max(0, clip.frames - window) if window is not None and checkpointing else 0
+    return cache_bytes(generator, clip, window_frames=window, spare_frames=spare, precision=config.precision)

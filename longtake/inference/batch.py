@@ -1,0 +1,204 @@
+"""Many videos: pairs of picture and prompt from a folder or a JSON-lines file, several seeds each, shared over ranks.
+
+Each video is a function of its pair, its seed and the rules alone, so neither the number of ranks nor a restart changes
+it. Beside `name.mp4` lies `name.json` with what was asked for; a finished video of the same request is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longtake.data.file_rows import FileRow, list_files, prompts_of, read_jsonl
+from longtake.errors import ConfigError, DataError
+from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, num_pixel_frames
+from longtake.inference.generator import write_video as write_one
+
+if TYPE_CHECKING:
+    from longtake.distributed.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and a prompt; `name` is that of the output, `where` names the pair in errors.
+
+    `problem` says why it cannot be used, if so.
+    """
+
+    name: str
+    where: str
+    image: Path | None = None
+    prompt: str = ""
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long each video is: pixel frames, or seconds, or (neither) as long as the training clips."""
+
+    num_frames: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    pair: Pair
+    seed: int
+    output: Path
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The pairs in `path`, unusable ones included (they carry their problem).
+
+    A folder holds pictures with captions in any of the ways of `data/file_rows.py`; of several prompts the first is
+    taken. A file holds one JSON object a line with `image` (relative to the file) and `prompt`.
+    Raises: DataError when there is no pair at all.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_lines(path)
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; give a folder of pictures and captions, or a JSON-lines file")
+    rows = list_files(path, "images")
+    stems = [file.stem if (file := row.file or row.caption) else "row" for row in rows]
+    # Files with captions of their own keep their names; rows of a table, and files of one name, are numbered.
+    numbered = len(set(stems)) < len(stems) or any(row.caption is None and row.problem is None for row in rows)
+    return [_pair(f"{k:05d}-{stem}" if numbered else stem, row) for k, (stem, row) in enumerate(zip(stems, rows))]
+
+
+def _read_lines(file: Path) -> list[Pair]:
+    pairs = []
+    for row, (where, entry, problem) in enumerate(read_jsonl(file)):
+        name = f"{row:05d}"
+        if entry is None:
+            pairs.append(Pair(name, where, problem=problem))
+            continue
+        image = entry.get("image")
+        prompts, fault = prompts_of(entry)
+        if not isinstance(image, str) or not image:
+            pairs.append(Pair(name, where, problem="image is missing or no text"))
+        elif fault:
+            pairs.append(Pair(name, where, problem=fault))
+        else:
+            pairs.append(Pair(f"{name}-{Path(image).stem}", where, file.parent / image, prompts[0]))
+    if not pairs:
+        raise DataError(f'{file} holds no line; it needs one {{"image": "...", "prompt": "..."}} a video')
+    return pairs
+
+
+def _pair(name: str, row: FileRow) -> Pair:
+    try:
+        image, prompts = row.check()
+    except DataError as error:
+        return Pair(name, row.where, problem=str(error).removeprefix(f"{row.where}: "))
+    return Pair(name, row.where, image, prompts[0])
+
+
+def generate_many(
+    source: Source,
+    pairs: Sequence[Pair],
+    folder: str | Path,
+    *,
+    mesh: Mesh,
+    samples: int = 1,
+    seed: int = 0,
+    length: Length = Length(),
+    negative: str | None = None,
+    report: Callable[[str], None] = logger.info,
+) -> list[GenerationReport]:
+    """Writes `folder/NAME-seedS.mp4` for every pair and each of the seeds `seed` .. `seed + samples - 1`.
+
+    Of the videos that are not there yet, rank r makes every `world_size`-th. All ranks call it. `report` gets a line
+    after each video.
+    Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work.
+    """
+    if samples < 1:
+        raise ConfigError(f"samples={samples} must be at least 1")
+    check_negative(negative, source.settings)
+    folder = Path(folder)
+    good = [pair for pair in pairs if pair.problem is None]
+    tasks = [_Task(p, s, folder / f"{p.name}-seed{s}.mp4") for p in good for s in range(seed, seed + samples)]
+
+    def request(task: _Task) -> dict[str, Any]:
+        return {
+            "image": str(task.pair.image),
+            "prompt": task.pair.prompt,
+            "negative": negative,
+            "seed": task.seed,
+            "length": asdict(length),
+            "weights": str(source.weights),
+            "settings": source.settings.model_dump(),
+        }
+
+    def unfinished() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [number for number, task in enumerate(tasks) if not _is_finished(task.output, request(task))]
+
+    waiting = mesh.on_main(unfinished)
+    if mesh.is_main and len(waiting) < len(tasks):
+        logger.info("%d of %d videos are finished already", len(tasks) - len(waiting), len(tasks))
+    problems = [f"{pair.where}: {pair.problem}" for pair in pairs if pair.problem is not None] if mesh.is_main else []
+    mine = waiting[mesh.rank :: mesh.world_size]
+    reports = []
+    generator = Generator.build(source, mesh.device) if mine else None
+    for number in mine:
+        assert generator is not None
+        task = tasks[number]
+        assert task.pair.image is not None
+        sidecar(task.output).write_text(json.dumps(request(task), indent=2) + "\n")
+        frames = num_pixel_frames(generator, length.num_frames, length.seconds)
+        try:
+            made = write_one(
+                generator,
+                task.pair.image,
+                task.pair.prompt,
+                task.output,
+                num_frames=frames,
+                seed=task.seed,
+                negative=negative,
+            )
+        except DataError as error:  # this pair alone; named at the end
+            sidecar(task.output).unlink()
+            logger.error("%s: %s", task.pair.where, error)
+            problems.append(f"{task.pair.where}: {error}")
+            continue
+        reports.append(made)
+        report(str(made))
+    # Every rank waits here: a launcher would end the others as soon as one of them fails.
+    found = list(dict.fromkeys(problem for part in mesh.every(lambda: problems) for problem in part))
+    if found:
+        raise DataError(f"bad pairs ({len(found)}; all others are done):\n" + "\n".join(found))
+    return reports
+
+
+def sidecar(output: Path) -> Path:
+    """The file beside a video that says what was asked for."""
+    return output.with_suffix(".json")
+
+
+def _is_finished(output: Path, request: dict[str, Any]) -> bool:
+    """True when the video is there; it appears under its name only when complete.
+
+    Raises: DataError when the video there was made from another request, or by something else.
+    """
+    if not output.exists():
+        return False
+    file = sidecar(output)
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{output} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"
+        ) from error
+    now = json.loads(json.dumps(request))
+    if changed := sorted(key for key in now if not isinstance(before, dict) or before.get(key) != now[key]):
+        raise DataError(
+            f"{output} was made with other values of {', '.join(changed)}; give another folder, or remove it"
+        )
+    return True

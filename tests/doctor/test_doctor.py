@@ -1,0 +1,148 @@
+"""`longtake doctor`: what is missing, what does not fit, and what the command prints and returns."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_stage import TEACHER, save_student, stage_config, stage_tree
+from typer.testing import CliRunner
+
+from longtake.cli import app
+from longtake.doctor import run as module
+from longtake.doctor.files import look_at
+from longtake.doctor.machine import Gpu, free_disk, look
+from longtake.doctor.memory import parameter_count
+from longtake.doctor.run import diagnose
+from longtake.errors import ConfigError
+from longtake.models.encoders import Encoders
+
+JOB = Path(__file__).parents[2] / "configs" / "toy" / "i2v.yaml"
+
+
+def write(folder, tree):
+    (folder / "stage.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "stage.yaml"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+
+
+def test_the_machine_is_the_one_we_are_on():
+    machine = look()
+    assert machine.packages["torch"] == torch.__version__ and not machine.missing_packages
+    assert machine.cores >= 1 and 0 < machine.ram_free_bytes <= machine.ram_bytes
+    assert len(machine.gpus) == torch.cuda.device_count() and set(machine.attention) == {"plain", "masked"}
+    assert free_disk("/no/such/folder/yet") == free_disk("/")
+
+
+def test_a_complete_stage_is_well(workshop, tmp_path):
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    result = invoke(file)
+    assert result.exit_code == 0, result.output
+    assert "all is well" in result.output and "stage distill (distill), each of 1 rank(s)" in result.output
+    found = look_at(stage_config(workshop, tmp_path, "distill"))
+    assert found.networks.generator == found.networks.critic == found.networks.teacher == TEACHER
+    assert found.missing == [] == found.notes and found.image_tokens == 17
+
+
+def test_encoders_are_counted_as_they_are_loaded(workshop, tmp_path):
+    encoders = Encoders.load(workshop / "encoders")
+    modules = (encoders.vae.module, encoders.text.model, encoders.image.model)
+    loaded = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    counted = look_at(stage_config(workshop, tmp_path, "distill")).encoder_bytes
+    assert loaded <= counted <= 1.01 * loaded  # a file may hold constant buffers, too
+
+
+def test_original_files_are_counted_without_the_text_tower(workshop, tmp_path):
+    folder = tmp_path / "encoders"
+    (folder / "google" / "umt5-xxl").mkdir(parents=True)
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").touch()
+    torch.save({"a": torch.zeros(10, 10)}, folder / "Wan2.1_VAE.pth")
+    torch.save({"a": torch.zeros(7, dtype=torch.bfloat16)}, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    clip = {"visual.a": torch.zeros(5, dtype=torch.float16), "textual.a": torch.zeros(1000)}
+    torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(folder)))
+    assert found.encoder_bytes == 4 * (100 + 7 + 5) and found.image_tokens == 257 and not found.missing
+
+
+def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path):
+    folder = tmp_path / "Wan2.1-Fun-1.3B-InP"
+    tree = stage_tree(workshop, tmp_path, "distill", init_from="causal", teacher=str(folder), encoders=str(folder))
+    tree["data"]["path"] = str(tmp_path / "pictures")
+    result = invoke(write(tmp_path, tree), "--json")
+    assert result.exit_code == 1
+    (stage,) = json.loads(result.output)["stages"]
+    text = "\n".join(stage["missing"])
+    assert f"teacher={folder}: {folder} does not exist" in text
+    assert f"hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}" in text
+    assert "init_from=causal" in text and "train that stage first" in text
+    for name in ("VAE: ", "text encoder: ", "image encoder: ", "tokenizer: ", "data: "):
+        assert name in text
+    assert not stage["encoders_known"] and all(f"missing {line}" in stage["problems"] for line in stage["missing"])
+
+
+def test_a_trained_stage_is_found_and_an_empty_one_is_not(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill", init_from="causal")
+    (tmp_path / "causal").mkdir()
+    assert "holds no complete checkpoint" in look_at(config).missing[0]
+    save_student(stage_config(workshop, tmp_path, "causal"))
+    assert look_at(config).missing == []
+
+
+def test_a_job_writes_what_its_stages_read(tmp_path):
+    report = diagnose(JOB, [f"logdir={tmp_path}/new"])
+    assert report.ok and [stage.name for stage in report.stages] == ["causal", "distill"]
+    assert all(parameter_count(stage.findings.networks.generator) > 1e6 for stage in report.stages)
+    assert report.stages[0].findings.networks.shown is not None  # the teacher beside the causal validation
+    assert invoke().exit_code == 0  # the machine alone
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(**changes)`: diagnosis on a machine with other values."""
+    real = look()
+
+    def change(**changes):
+        monkeypatch.setattr(module, "look", lambda: replace(real, **changes))
+
+    return change
+
+
+def test_what_does_not_fit_is_said_with_a_remedy(workshop, tmp_path, machine):
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    need = diagnose(file).stages[0].need
+    for free, remedy in ((need.total, "set activation_checkpointing=true"), (need.alternative, "use more GPUs")):
+        machine(ram_free_bytes=free, gpus=[])
+        report = diagnose(file)
+        assert not report.ok and remedy in report.stages[0].problems[0]
+        assert "do not fit into" in str(report) and str(report).endswith("something is missing or does not fit")
+    machine(ram_free_bytes=2 * int(1.2 * need.total), gpus=[])
+    assert diagnose(file).ok and diagnose(file, gpus=2).ok  # two ranks share the memory
+
+
+def test_gpus_are_counted_and_the_fullest_one_decides(workshop, tmp_path, machine):
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    kernels = {"bfloat16": ["CUDNN_ATTENTION", "MATH"], "float32": ["MATH"]}
+    gpus = [Gpu("Test 1", "9.0", 80 << 30, free, kernels) for free in (70 << 30, 1 << 20)]
+    machine(gpus=gpus)
+    report = diagnose(file)
+    assert report.stages[0].ranks == 2 and report.stages[0].free_bytes == 1 << 20 and not report.ok
+    assert "GPU 1: Test 1" in str(report) and "attention in bfloat16: CUDNN_ATTENTION, MATH" in str(report)
+    machine(gpus=gpus[:1])
+    assert diagnose(file).ok
+    assert diagnose(file, gpus=2).problems == ["2 ranks are planned and this machine has 1 GPU(s)"]
+
+
+def test_missing_packages_disk_and_wrong_numbers(workshop, tmp_path, machine, monkeypatch):
+    machine(packages={**look().packages, "av": None})
+    assert diagnose().problems == ["package av is not installed"] and not diagnose().ok
+    monkeypatch.setattr(module, "free_disk", lambda _: 1000)
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    assert "lower keep_checkpoints" in diagnose(file).stages[0].problems[0]
+    with pytest.raises(ConfigError, match="--gpus 0 must be at least 1"):
+        diagnose(gpus=0)
+    assert invoke(file, "max_step=3").exit_code == 2

@@ -1,0 +1,201 @@
+"""The memory model against what the real modules allocate."""
+
+import dataclasses
+import gc
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny_stage import TEACHER, stage_config
+
+from longtake.doctor import memory
+from longtake.doctor.memory import Clip, Networks
+from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.presets import PRESETS
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.structs import BlockPlan, Condition
+from longtake.train.ema import EMA, EMASettings
+from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+
+# Specification A.1: sizes, parameters, tensors
+WAN = {"text_dim": 4096, "in_channels": 36, "image_dim": 1280, "model_type": "i2v"}
+FUN = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **WAN)
+T2V = dataclasses.replace(FUN, in_channels=16, image_dim=None)
+I2V_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **WAN)
+PUBLISHED = {
+    "fun": (FUN, 1_564_428_608, 983),
+    "t2v": (T2V, 1_418_996_800, 825),
+    "14b": (I2V_14B, 16_394_878_784, 1303),
+    "flf": (dataclasses.replace(I2V_14B, image_positions=514), 16_395_536_704, 1304),
+}
+SMALL = DiTConfig(
+    dim=120, ffn_dim=320, num_heads=3, num_layers=3, in_channels=36, text_dim=16, text_len=8, freq_dim=32, image_dim=20
+)
+CLIP = Clip(batch=2, frames=5, tokens=24, text_tokens=8, image_tokens=5)
+RULES = RollOutRules(BlockPlan(2), [1.0, 0.5], window_frames=4, sink_frames=0, rope="relative")
+
+
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ---- exact -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    config, parameters, tensors = PUBLISHED[name]
+    assert (memory.parameter_count(config), memory.tensor_count(config)) == (parameters, tensors)
+
+
+@pytest.mark.parametrize("config", [PRESETS["toy"], FUN, T2V, TEACHER, dataclasses.replace(SMALL, image_positions=7)])
+def test_parameters_are_those_of_the_module(config):
+    with torch.device("meta"):
+        model = VideoDiT(config)
+    parameters = list(model.parameters())
+    assert memory.parameter_count(config) == sum(p.numel() for p in parameters)
+    assert memory.tensor_count(config) == len(parameters)
+    assert memory.weight_bytes(config) == nbytes(parameters)
+    assert memory.weight_bytes(config, "bf16") == nbytes(model.cast(torch.bfloat16).parameters())
+
+
+def test_optimizer_gradients_and_average():
+    model = VideoDiT(SMALL)
+    optimizer = NetworkOptimizer(model, OptimizerSettings(1e-3))
+    assert memory.optimizer_bytes(SMALL) == nbytes(optimizer.tensors().values())
+    average = EMA(model, EMASettings())
+    assert memory.weight_bytes(SMALL) == nbytes(average.tensors().values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("window", "spare"), [(4, 0), (4, 3), (None, 0)])
+def test_cache(window, spare, precision):
+    model = VideoDiT(SMALL).requires_grad_(False)
+    if precision == "bf16":
+        model.cast(torch.bfloat16)
+    cache = model.new_cache(2, 8, 12, window, 0, max_frames=5, spare_frames=spare)
+    with torch.no_grad():
+        model(torch.randn(2, 1, 16, 8, 12), torch.ones(2), condition_of(SMALL), cache=cache, commit=True)
+    cross = [tensor for layer in cache._cross.values() for tensor in layer]
+    held = nbytes([cache.keys, cache.values, cache._key_space, cache._value_space, *cross])
+    assert memory.cache_bytes(SMALL, CLIP, window_frames=window, spare_frames=spare, precision=precision) == held
+
+
+# ---- estimated -------------------------------------------------------------------------------------------------------
+def condition_of(config, frames=5):
+    image = None if config.image_dim is None else torch.randn(2, 5, config.image_dim)
+    return Condition(torch.randn(2, 8, 16), image, torch.randn(2, frames, 20, 8, 12))
+
+
+def saved_bytes(model, run, precision):
+    """Bytes of distinct storages that autograd keeps, parameters left out; autocast's copies of weights left out."""
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.T.shape) for p in model.parameters() if p.ndim == 2
+    }
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        copy = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+        if storage.data_ptr() not in storages and not copy:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        result = run()
+    del result
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{}, {"image_dim": None}, {"ffn_dim": 640}, {"dim": 192, "num_heads": 6}])
+def test_activations_of_a_pass(changes, precision):
+    config = dataclasses.replace(SMALL, **changes)
+    model = VideoDiT(config)
+    clip = CLIP if config.image_dim else dataclasses.replace(CLIP, image_tokens=0)
+    x, condition = torch.randn(2, 5, 16, 8, 12), condition_of(config)
+    measured = saved_bytes(model, lambda: model(x, torch.full((2,), 0.5), condition), precision)
+    estimate = memory.pass_bytes(config, clip, precision=precision, checkpointing=False)
+    assert estimate == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_a_roll_out(precision):
+    model = VideoDiT(SMALL)
+    condition, first = condition_of(SMALL), torch.randn(2, 1, 16, 8, 12)
+
+    def noise(start, end, step):
+        return torch.randn(2, end - start, 16, 8, 12)
+
+    clip = dataclasses.replace(CLIP, frames=9)
+    measured = saved_bytes(
+        model, lambda: roll_out(model, condition, first, noise, RULES, 9, (8, 12), exit_step=0, graded=True), precision
+    )
+    estimate = memory.roll_out_bytes(
+        SMALL,
+        clip,
+        RULES.plan,
+        window_frames=4,
+        sink_frames=0,
+        given_frames=1,
+        precision=precision,
+        checkpointing=False,
+    )
+    assert estimate == pytest.approx(measured, rel=0.05)
+
+
+def test_checkpointing_keeps_one_input_a_layer():
+    """Counted as live tensors, since recomputation keeps its inputs outside of autograd's saved tensors."""
+
+    def live():
+        gc.collect()
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+    def grown(num_layers):
+        model = VideoDiT(dataclasses.replace(SMALL, num_layers=num_layers))
+        model.activation_checkpointing = True
+        x, condition = torch.randn(2, 5, 16, 8, 12), condition_of(SMALL)
+        before = live()
+        out = model(x, torch.full((2,), 0.5), condition)
+        return live() - before - nbytes([out])
+
+    def estimate(num_layers):
+        config = dataclasses.replace(SMALL, num_layers=num_layers)
+        return memory.pass_bytes(config, CLIP, precision="fp32", checkpointing=True)
+
+    assert estimate(8) - estimate(2) == pytest.approx(grown(8) - grown(2), rel=0.05)
+    whole = memory.pass_bytes(SMALL, CLIP, precision="fp32", checkpointing=False)
+    assert estimate(SMALL.num_layers) < 0.6 * whole  # one of three layers, and the inputs of three
+
+
+# ---- a stage ---------------------------------------------------------------------------------------------------------
+def test_a_stage_adds_up(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill")
+    networks = Networks(TEACHER, TEACHER, TEACHER)
+    need = memory.stage_need(config, networks, 1, encoder_bytes=1000, image_tokens=17)
+    parameters = memory.parameter_count(TEACHER)
+    assert need.parts["weights"] == need.parts["gradients"] == 2 * 4 * parameters
+    assert need.parts["optimizer"] == 2 * memory.optimizer_bytes(TEACHER)
+    assert need.parts["average"] == need.parts["frozen networks"] == 4 * parameters
+    assert need.parts["encoders"] == 1000 and need.parts["gathered shards"] == need.parts["bfloat16 copies"] == 0
+    assert need.total == sum(need.parts.values()) and need.alternative < need.total
+    assert need.loading == 1000 + 3 * 4 * parameters
+    assert need.checkpoint == 2 * 4 * parameters + 2 * memory.optimizer_bytes(TEACHER) + 3 * 4 * parameters
+    two = memory.stage_need(config, networks, 2, encoder_bytes=1000, image_tokens=17)
+    assert two.parts["optimizer"] == need.parts["optimizer"] // 2 and two.parts["encoders"] == 1000
+    assert two.parts["activations"] == need.parts["activations"]  # 2 of 4 samples at once, then as before
+    assert two.parts["gathered shards"] > 0
+    switched = memory.stage_need(
+        config.model_copy(update={"activation_checkpointing": True}), networks, 1, image_tokens=17
+    )
+    assert switched.total == need.alternative - 1000
+
+
+def test_stages_differ_in_what_they_hold(workshop, tmp_path):
+    needs = {
+        stage: memory.stage_need(stage_config(workshop, tmp_path, stage), Networks(TEACHER), 1)
+        for stage in ("teacher", "causal")
+    }
+    assert needs["causal"].parts["activations"] > 1.9 * needs["teacher"].parts["activations"]
+    assert needs["teacher"].parts["cache"] == needs["causal"].parts["cache"] == 0

@@ -1,0 +1,251 @@
+"""`generate --model`: weights of any layout, rules from YAML and options, guidance, bfloat16, memory."""
+
+import gc
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
+from typer.testing import CliRunner
+
+from longtake import Generator
+from longtake.cli import app
+from longtake.config_generation import GenerationConfig, changes_of, generation_settings
+from longtake.data.world import sample_world
+from longtake.errors import CheckpointError, ConfigError
+from longtake.inference.generator import Source
+from longtake.inference.video_io import read_video
+from longtake.models.weights import save_dit, to_diffusers_key
+from longtake.randomness import Draws
+
+WORLD = sample_world(3, 0)
+PICTURE = WORLD.render(1)[0]
+RULES = {"height": 64, "width": 64, "num_latent_frames": 5, "steps": [1.0, 0.5], "shift": 3.0}
+RULES["plan"] = {"block_frames": 2, "window_frames": 5, "sink_frames": 1}
+
+
+def frames_of(generator, num_frames=9, **given):
+    return np.concatenate(list(generator.stream(PICTURE, WORLD.caption, num_frames=num_frames, **given)))
+
+
+@pytest.fixture(scope="module")
+def models(workshop, tmp_path_factory):
+    """The same weights in three layouts, each with the encoders where that layout has them, and as a run."""
+    root = tmp_path_factory.mktemp("models")
+    taken = save_student(stage_config(workshop, root / "run", "causal"), ema=False)
+    state = taken.state_dict()
+    save_dit(TEACHER, state, root / "original")
+    shutil.copytree(workshop / "encoders", root / "original", dirs_exist_ok=True)
+    renamed = {to_diffusers_key(key): value for key, value in state.items()}
+    save_dit(TEACHER, renamed, root / "diffusers" / "transformer")
+    shutil.copytree(workshop / "encoders", root / "diffusers", dirs_exist_ok=True)
+    checkpoint = root / "run" / "causal" / "checkpoints" / "step_000001"
+    shutil.copytree(checkpoint / "generator", root / "longtake" / "generator")
+    shutil.copytree(workshop / "encoders", root / "encoders")  # beside `longtake`
+    return root
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers", "longtake"])
+def test_every_layout_gives_the_frames_of_the_run(models, layout):
+    expected = frames_of(Generator.from_run(models / "run", "cpu"))
+    found = Generator.from_model(models / layout, "cpu", changes=RULES)
+    assert np.abs(frames_of(found).astype(int) - expected).max() <= 1  # alignment in memory moves last bits
+    assert found.config is None and found.fps == 16
+
+
+def test_rules_come_from_a_stage_and_options_win(models, workshop, tmp_path):
+    stage = stage_config(workshop, tmp_path, "distill", init_from=str(models / "original"), rope="absolute")
+    generator = Generator.from_model(models / "original", "cpu", stage=stage, changes=changes_of(steps="4", fps=24))
+    rules = generator.rules
+    assert (rules.rope, rules.window_frames, rules.sink_frames, generator.fps) == ("absolute", 5, 1, 24)
+    assert generator.settings.steps == [1, 0.75, 0.5, 0.25] and generator.settings.height == 64
+    defaults = generation_settings()
+    assert defaults == GenerationConfig() and defaults.guidance == 1 and defaults.plan.first_frames == 1
+    changed = generation_settings(None, changes_of(window="all", sink=1, block=3, dtype="bf16", steps="1,0.5"))
+    assert changed.plan.window_frames is None and changed.plan.block_frames == 3
+    assert changed.precision == "bf16" and changed.steps == [1, 0.5] and changed.width == defaults.width
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "many"}, "--steps many must be"),
+        ({"window": "-3"}, "--window -3 must be"),
+        ({"steps": "0.5,1"}, "must descend strictly"),
+        ({"window": "6", "sink": 1}, "must be a multiple of block_frames=4"),
+        ({"dtype": "fp8"}, "precision: got 'fp8'"),
+    ],
+)
+def test_wrong_rules_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        generation_settings(None, changes_of(**options))
+
+
+def test_folders_without_weights_or_encoders_say_where_was_looked(models, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing does not exist"):
+        Source.of_model(tmp_path / "nothing", tmp_path)
+    with pytest.raises(CheckpointError, match="holds no .*safetensors, nor do transformer, generator_ema"):
+        Source.of_model(tmp_path, tmp_path)
+    save_dit(TEACHER, make_model().state_dict(), tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="no encoders were found in .*--encoders"):
+        Source.of_model(tmp_path / "bare")
+    assert Source.of_model(tmp_path / "bare", models / "encoders").encoders == models / "encoders"
+
+
+def test_a_checkpoint_keeps_its_rules(models, workshop, tmp_path):
+    checkpoint = models / "run" / "causal" / "checkpoints" / "step_000001"
+    for path in (checkpoint, checkpoint / "generator"):
+        with pytest.raises(ConfigError, match="rules of its own; give it with --run"):
+            Source.of_model(path, models / "encoders")
+    stage = stage_config(workshop, tmp_path, "causal")
+    assert Source.of_model(checkpoint, models / "encoders", stage).weights == checkpoint / "generator"
+    assert Source.of_run(checkpoint).weights == checkpoint / "generator"
+
+
+def test_weights_and_encoders_must_fit(models, tmp_path):
+    with pytest.raises(ConfigError, match="height=72 must be a positive multiple of 16"):
+        Generator.from_model(models / "original", "cpu", changes={**RULES, "height": 72})
+    config = TEACHER.__class__(**{**TEACHER.to_dict(), "out_channels": 8})
+    save_dit(config, make_model(config).state_dict(), tmp_path / "model")
+    with pytest.raises(ConfigError, match="8 latent channels and the VAE"):
+        Generator.from_model(tmp_path / "model", "cpu", encoders=models / "encoders", changes=RULES)
+
+
+def test_other_rules_than_those_of_training_are_named(models, caplog):
+    Source.of_run(models / "run", {"plan": {"window_frames": 3}})
+    assert "plan is" in caplog.text and "expect drift" in caplog.text
+    caplog.clear()
+    Source.of_run(models / "run", {"precision": "bf16", "fps": 24})
+    assert not caplog.text
+
+
+def test_weights_without_y_start_from_the_clean_first_frame(models, tmp_path):
+    """TI2V weights: the picture enters through the cache alone."""
+    sizes = {**TEACHER.to_dict(), "in_channels": TEACHER.out_channels, "image_dim": None, "model_type": "ti2v"}
+    config = TEACHER.__class__(**sizes)
+    save_dit(config, make_model(config).state_dict(), tmp_path / "model")
+    generator = Generator.from_model(tmp_path / "model", "cpu", encoders=models / "encoders", changes=RULES)
+    one = frames_of(generator)
+    other = np.concatenate(list(generator.stream(255 - PICTURE, WORLD.caption, num_frames=9)))
+    assert len(one) == 9 and not np.array_equal(one[1:], other[1:])
+
+
+# ---- guidance --------------------------------------------------------------------------------------------------------
+def guided_oracle(generator, weight, num_blocks):
+    """Latents of guided streaming without a cache: every block sees the whole past, both texts side by side."""
+    from longtake.models.conditioning import encode_condition, prepare_image
+    from longtake.structs import BlockPlan
+
+    rules, model, encoders = generator.rules, generator.model, generator.encoders
+    picture = prepare_image(PICTURE, 64, 64)[None]
+    sides = [encode_condition(encoders, picture, [text]) for text in (WORLD.caption, "blurred")]
+    latents = sides[0].frames[:, :1, -encoders.vae.latent_channels :].float()
+    plan: BlockPlan = rules.plan
+    for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
+        layout = plan.causal_layout(end, window_frames=None, rope=rules.rope)
+        draws = Draws(0)
+        shape = (end - start, model.config.out_channels, 8, 8)
+        x = draws.noise(0, "stream", [0], shape, part=start)
+        for step, sigma in enumerate(rules.sigmas):
+            levels = torch.zeros(1, end)
+            levels[:, start:] = sigma
+            both = [model(torch.cat([latents, x], 1), levels, side, mask=layout)[:, start:] for side in sides]
+            clean = x - sigma * (both[1] + weight * (both[0] - both[1]))
+            if step + 1 < len(rules.sigmas):
+                following = rules.sigmas[step + 1]
+                noise = draws.noise(step + 1, "stream", [0], shape, part=start)
+                x = (1 - following) * clean + following * noise
+        latents = torch.cat([latents, clean], 1)
+    return latents
+
+
+def test_guidance_equals_two_passes_without_a_cache(models):
+    from longtake.inference.generator import to_frames
+
+    plan = {"block_frames": 2, "window_frames": None, "sink_frames": 0}
+    generator = Generator.from_model(models / "original", "cpu", changes={**RULES, "plan": plan, "guidance": 2.5})
+    with torch.no_grad():
+        expected = to_frames(generator.encoders.vae.decode(guided_oracle(generator, 2.5, 2))[0])
+    made = frames_of(generator, 17, negative="blurred")
+    assert np.abs(made.astype(int) - expected).max() <= 1
+    assert not np.array_equal(made, frames_of(generator, 17))  # the negative prompt is used
+
+
+def test_a_negative_prompt_without_guidance_is_refused(models):
+    generator = Generator.from_model(models / "original", "cpu", changes=RULES)
+    with pytest.raises(ConfigError, match="negative prompt .'blurred'. has no effect with guidance=1"):
+        generator.stream(PICTURE, WORLD.caption, num_frames=9, negative="blurred")
+
+
+# ---- precision and memory --------------------------------------------------------------------------------------------
+def test_bfloat16_on_a_cpu_is_close_to_float32(models):
+    exact = Generator.from_model(models / "original", "cpu", changes=RULES)
+    rough = Generator.from_model(models / "original", "cpu", changes={**RULES, "precision": "bf16"})
+    dtypes = {name: p.dtype for name, p in rough.model.named_parameters()}
+    assert dtypes["blocks.0.self_attn.q.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.modulation"] == dtypes["head.head.weight"] == torch.float32
+    assert rough.encoders.text.model.dtype == torch.bfloat16 and rough.encoders.vae.dtype == torch.float32
+    a, b = frames_of(exact).astype(float), frames_of(rough).astype(float)
+    assert np.abs(a[0] - b[0]).max() <= 1
+    assert 0 < np.abs(a[1:] - b[1:]).mean() < 0.1 * np.abs(a[1:] - a[:1]).mean() + 5
+
+
+def live_tensors():
+    gc.collect()
+    tensors = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            tensors[storage.data_ptr()] = storage.nbytes()
+    return len(tensors), sum(tensors.values())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_memory_does_not_grow_with_the_length(models, guidance):
+    generator = Generator.from_model(models / "original", "cpu", changes={**RULES, "guidance": guidance})
+    used = {}
+    for block, frames in enumerate(generator.stream(PICTURE, WORLD.caption)):
+        assert len(frames) == (8 if block else 1)
+        if block in (3, 30):
+            used[block] = live_tensors()
+        if block == 30:
+            break
+    assert used[30] == used[3]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command_with_a_stage_file(models, workshop, tmp_path):
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage_tree(workshop, tmp_path, "distill", init_from="toy")))
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    pair = ("--image", tmp_path / "a.png", "--prompt", WORLD.caption)
+    command = ("generate", "--model", models / "original", "--config", tmp_path / "stage.yaml", *pair)
+    result = invoke(*command, "-o", tmp_path / "a.mp4", "--frames", 9, "--fps", 12, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "9 frames in" in result.output and "frames/s, first generated frame after" in result.output
+    video, fps = read_video(tmp_path / "a.mp4")
+    assert video.shape == (9, 64, 64, 3) and fps == 12
+    refused = invoke(*command, "-o", tmp_path / "b.mp4", "--negative", "blurred")
+    assert refused.exit_code == 2 and "guidance=1" in refused.output and not (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", "a", "--prompt", "p"], "either --run"),
+        (["--run", "r", "--model", "m", "--image", "a", "--prompt", "p"], "either --run"),
+        (["--model", "m"], "either --image and --prompt, or --inputs"),
+        (["--model", "m", "--inputs", "f", "--prompt", "p"], "either --image and --prompt, or --inputs"),
+        (["--run", "r", "--encoders", "e", "--inputs", "f"], "belong to --model"),
+        (["--model", "m", "--config", "configs/toy/i2v.yaml", "--image", "a", "--prompt", "p"], "job of several"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    result = invoke("generate", "-o", "o", *options)
+    assert result.exit_code == 2 and message in result.output
