@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--causal-steps", type=int, default=600)
     parser.add_argument("--distill-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--data-worlds", type=int, default=4096)
+    parser.add_argument("--data-worlds", type=int, default=2048)
     parser.add_argument("--worlds", type=int, default=128, help="held-out worlds at the training horizon")
     parser.add_argument("--long-worlds", type=int, default=32, help="held-out worlds at four times the horizon")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -101,13 +101,19 @@ def compare(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     data = args.output / "data"
     longtake("world", data, "--num-worlds", args.data_worlds, "--num-frames", 33, "--seed", DATA_SEED,
-             "--format", "clips", "--format", "images", log=args.output / "world.log")  # fmt: skip
-    common = ["validate_every=0", "log_every=10", "save_every=100000", "keep_checkpoints=1", "data.num_workers=1",
-              f"batch_size={args.batch}", f"micro_batch_size={args.batch}"]  # fmt: skip
+             "--format", "clips", log=args.output / "world.log")  # fmt: skip
+    # Encoded once, for all of them.
+    encoded = args.output / "encoded"
+    together = min(256, args.data_worlds)
+    longtake("encode", ROOT / "configs/toy/causal.yaml", "--output", encoded, "--rows-per-shard", together,
+             f"data.path={data / 'clips'}", f"batch_size={together}", f"micro_batch_size={together}",
+             f"data.num_workers={args.jobs}", log=args.output / "encode.log")  # fmt: skip
+    common = ["validate_every=0", "data.kind=encoded", "log_every=10", "save_every=100000", "keep_checkpoints=1",
+              "data.num_workers=1", f"batch_size={args.batch}", f"micro_batch_size={args.batch}"]  # fmt: skip
 
     def causal(name: str) -> None:
         rules = next(recipe.rules for recipe in chosen if recipe.initialisation == name)
-        train("causal", args.output / name, [*common, *rules, "seed=1", f"data.path={data / 'clips'}",
+        train("causal", args.output / name, [*common, *rules, "seed=1", f"data.path={encoded}",
               f"max_steps={args.causal_steps}", "ema.decay=0.99"], args.causal_seconds)  # fmt: skip
 
     def distill(pair: tuple[Recipe, int]) -> None:
@@ -115,7 +121,7 @@ def compare(args: argparse.Namespace) -> None:
         folder = args.output / f"{recipe.name}_seed{seed}"
         start = args.output / recipe.initialisation / "causal" if recipe.causal else "toy"
         train("distill", folder, [*common, *recipe.rules, *recipe.changes, f"seed={seed}", f"init_from={start}",
-              f"data.path={data / 'images'}", f"max_steps={round(args.distill_steps * recipe.share)}",
+              f"data.path={encoded}", f"max_steps={round(args.distill_steps * recipe.share)}",
               "ema.decay=0.95"], args.distill_seconds)  # fmt: skip
 
     def measure(stage: Path) -> None:
@@ -126,17 +132,24 @@ def compare(args: argparse.Namespace) -> None:
 
     initialisations = sorted({recipe.initialisation for recipe in chosen if recipe.causal})
     pairs = [(recipe, seed) for recipe in reversed(chosen) for seed in args.seeds]
+    stages = [args.output / name / "causal" for name in initialisations]
+    stages += [args.output / f"{recipe.name}_seed{seed}" / "distill" for recipe, seed in pairs]
     began = time.time()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(causal, initialisations))
-        print(f"{time.time() - began:5.0f}s causal initialisations", flush=True)
-        list(pool.map(distill, pairs))
-        print(f"{time.time() - began:5.0f}s recipes", flush=True)
-        stages = [args.output / name / "causal" for name in initialisations]
-        stages += [args.output / f"{recipe.name}_seed{seed}" / "distill" for recipe, seed in pairs]
-        list(pool.map(measure, stages))
-        print(f"{time.time() - began:5.0f}s scores", flush=True)
+    failed = 0
+    work: tuple[tuple[str, Callable[[Any], None], Sequence[Any]], ...] = (
+        ("causal initialisations", causal, initialisations),
+        ("recipes", distill, pairs),
+        ("scores", measure, stages),
+    )
+    for name, function, items in work:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(function, item) for item in items]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        failed += len(errors)
+        print(f"{time.time() - began:5.0f}s {name}", *errors, sep="\n", flush=True)
     report(args.output)
+    if failed:
+        raise SystemExit(f"{failed} processes failed; see above")
 
 
 def train(stage: str, folder: Path, changes: Sequence[str], seconds: float) -> None:
