@@ -1,0 +1,90 @@
+"""What a stream keeps of its own past, and the cache made anew from it when the condition changes in mid-stream.
+
+Keys and values depend on the prompt and the picture, so after a change the cache is rebuilt under the new condition:
+block by block in causal order at absolute positions, exactly as a stream would have filled it, by one policy for
+training and inference. Source: specification H.5 and its rule (LongLive, arXiv 2509.22622, rebuilds in one pass in
+which all frames see each other, and leaves the sink empty in training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longtake.models.cache import KVCache
+from longtake.models.dit import VideoDiT
+from longtake.rollout.chunk import Guidance, commit_block
+from longtake.rollout.self_forcing import RollOutRules
+from longtake.structs import BlockPlan, Condition
+
+
+class KeptLatents:
+    """Clean latents that a cache can be rebuilt from: the sink frames and the latest window - sink frames.
+
+    Without a window everything is kept. Blocks are appended in order, as they are finished; `position` is the end.
+    """
+
+    def __init__(self, plan: BlockPlan, window_frames: int | None, sink_frames: int) -> None:
+        self.plan, self.window_frames = plan, window_frames
+        self.sink_frames = 0 if window_frames is None else sink_frames
+        self._blocks: dict[int, Tensor] = {}
+        self.position = 0
+
+    @classmethod
+    def of_rules(cls, rules: RollOutRules) -> KeptLatents:
+        """Empty, for a stream by these rules."""
+        return cls(rules.plan, rules.window_frames, rules.sink_frames)
+
+    def append(self, latents: Tensor) -> None:
+        """Adds finished blocks [B, f, C, H, W] that begin at `position`; what no rebuild needs any more is dropped."""
+        taken = 0
+        for start, end in self.plan.blocks(self.position, self.position + latents.shape[1]):
+            self._blocks[start] = latents[:, taken : taken + end - start].detach()
+            taken += end - start
+        self.position += taken
+        if self.window_frames is not None:
+            oldest = self.position - (self.window_frames - self.sink_frames)
+            self._blocks = {s: block for s, block in self._blocks.items() if s < self.sink_frames or s >= oldest}
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first frame, latents) of the kept blocks, in causal order."""
+        yield from sorted(self._blocks.items())
+
+    def copy(self) -> KeptLatents:
+        """Another one with the same (never changed) latents."""
+        other = KeptLatents(self.plan, self.window_frames, self.sink_frames)
+        other._blocks, other.position = dict(self._blocks), self.position
+        return other
+
+
+@torch.no_grad()
+def rebuild_cache(
+    model: VideoDiT,
+    cache: KVCache,
+    condition: Condition,
+    kept: KeptLatents,
+    *,
+    keep_sink: bool = False,
+    guidance: Guidance | None = None,
+) -> None:
+    """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
+
+    Args: `keep_sink` leaves the keys and values of the sink as the old condition made them; `guidance`, its cache is
+    rebuilt as well. Raises: CacheError while a pending backward still reads the cache.
+    """
+    caches = [cache] if guidance is None else [cache, guidance.cache]
+    for one in caches:
+        if keep_sink:
+            one.position = min(one.sink_frames, one.position)
+        else:
+            one.clear()
+    for start, latents in kept.blocks():
+        if keep_sink and start < cache.sink_frames:
+            continue
+        for one in caches:
+            one.position = start
+        commit_block(model, cache, condition, latents, guidance=guidance)
+    for one in caches:
+        one.position = kept.position

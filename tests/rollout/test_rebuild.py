@@ -1,0 +1,137 @@
+"""The cache after a change of condition: as if the kept frames had been streamed under the new one (N.12, M-04, M-05)."""
+
+import pytest
+import torch
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+
+from longtake.errors import CacheError, ConfigError
+from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.structs import BlockPlan
+
+PLAN = BlockPlan(2, 1)
+
+
+def streamed(model, condition, latents, window, sink, rope="relative"):
+    """A cache that saw `latents` block by block."""
+    cache = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    for start, end in PLAN.blocks(0, latents.shape[1]):
+        commit_block(model, cache, condition, latents[:, start:end])
+    return cache
+
+
+def kept_of(latents, window, sink, together=1):
+    """Kept latents, given `together` blocks at a time."""
+    kept, blocks = KeptLatents(PLAN, window, sink), list(PLAN.blocks(0, latents.shape[1]))
+    for k in range(0, len(blocks), together):
+        kept.append(latents[:, blocks[k][0] : blocks[min(k + together, len(blocks)) - 1][1]])
+    return kept
+
+
+def next_block(model, cache, condition):
+    return denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5])
+
+
+def frames(cache):
+    """Keys and values by absolute frame."""
+    return {f: (cache.keys[:, :, cache._slot(f)], cache.values[:, :, cache._slot(f)]) for f in cache.held_frames}
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+@pytest.mark.parametrize(
+    ("total", "window", "sink", "expected"),
+    [
+        (11, 5, 1, [0, 7, 8, 9, 10]),
+        (11, 7, 3, [0, 1, 2, 7, 8, 9, 10]),
+        (5, 7, 1, [0, 1, 2, 3, 4]),  # nothing was evicted yet
+        (1, 5, 1, [0]),  # the picture alone
+        (3, 7, 3, [0, 1, 2]),  # the sink alone
+        (7, 4, 0, [3, 4, 5, 6]),
+        (9, None, 1, list(range(9))),
+    ],
+)
+def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, sink, expected):
+    model = make_tiny_model(i2v=True)
+    old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
+    latents = make_tiny_latents(total)
+    cache = streamed(model, old, latents, window, sink, rope)
+    kept = kept_of(latents, window, sink, together=2)
+    assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
+    rebuild_cache(model, cache, new, kept)
+    # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
+    fresh = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    for start, end in PLAN.blocks(0, total):
+        if start in expected:
+            fresh.position = start
+            commit_block(model, fresh, new, latents[:, start:end])
+    assert cache.position == fresh.position == total
+    assert cache.held_frames == fresh.held_frames == expected
+    for frame, pair in frames(fresh).items():
+        for mine, truth in zip(frames(cache)[frame], pair):
+            assert torch.equal(mine, truth), frame
+    assert torch.equal(next_block(model, cache, new), next_block(model, fresh, new))
+
+
+def test_without_eviction_it_equals_the_whole_stream_under_the_new_prompt():
+    model = make_tiny_model(i2v=True)
+    old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
+    latents = make_tiny_latents(5)
+    cache = streamed(model, old, latents, 7, 1)
+    stale = next_block(model, cache, new)
+    rebuild_cache(model, cache, new, kept_of(latents, 7, 1))
+    rebuilt = next_block(model, cache, new)
+    assert torch.equal(rebuilt, next_block(model, streamed(model, new, latents, 7, 1), new))
+    assert (rebuilt - stale).abs().max() > 1e-2, "without a rebuild the past still follows the old prompt"
+
+
+def test_it_is_causal():
+    """A later frame changes nothing of an earlier one (M-05)."""
+    model = make_tiny_model(i2v=True)
+    condition = make_tiny_condition(model)
+    one, other = make_tiny_latents(11), make_tiny_latents(11)
+    other[:, 9:] += 1
+    caches = []
+    for latents in (one, other):
+        cache = streamed(model, condition, latents, 7, 1)
+        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+        caches.append(frames(cache))
+    for frame in (0, 5, 6, 7, 8):
+        assert torch.equal(caches[0][frame][0], caches[1][frame][0])
+    assert not torch.equal(caches[0][9][0], caches[1][9][0])
+
+
+def test_the_sink_can_stay_as_the_old_prompt_made_it():
+    model = make_tiny_model(i2v=True)
+    old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
+    latents = make_tiny_latents(11)
+    cache = streamed(model, old, latents, 7, 3)
+    before = {f: tuple(t.clone() for t in pair) for f, pair in frames(cache).items()}
+    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    after = frames(cache)
+    assert list(after) == [0, 1, 2, 7, 8, 9, 10] and cache.position == 11
+    assert all(torch.equal(after[f][0], before[f][0]) for f in (0, 1, 2))
+    assert not any(torch.equal(after[f][0], before[f][0]) for f in (7, 8, 9, 10))
+    assert torch.isfinite(next_block(model, cache, new)).all()
+
+
+def test_only_what_is_needed_is_kept_and_blocks_stay_whole():
+    kept = kept_of(make_tiny_latents(201), 7, 3)
+    assert kept.position == 201 and [start for start, _ in kept.blocks()] == [0, 1, 197, 199]
+    twin = kept.copy()
+    twin.append(make_tiny_latents(2))
+    assert kept.position == 201 and twin.position == 203 and len(list(kept.blocks())) == 4
+    with pytest.raises(ConfigError, match="no block boundary"):
+        kept.append(make_tiny_latents(1))
+
+
+def test_a_pending_backward_is_not_robbed_of_its_context():
+    model = make_tiny_model(i2v=True)
+    model.activation_checkpointing = True  # recomputes from the cache in backward
+    condition = make_tiny_condition(model)
+    latents = make_tiny_latents(5)
+    cache = streamed(model, condition, latents, 7, 1)
+    clean = denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], graded=True)
+    with pytest.raises(CacheError, match="pending backward"):
+        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+    clean.sum().backward()
+    rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
