@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
+from longtake.structs import Condition
 
 # phase(name) -> context manager that a caller times
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -100,12 +101,12 @@ class Dmd:
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
         made = self._roll_out(batch, step, graded=True)
         # The critic of this iteration learns from the same videos: no second roll-out.
-        self._shared[step, tuple(batch.indices)] = RollOut(made.latents.detach(), made.generated)
-        student = made.latents
+        self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
+        student, (condition, unconditional) = made.latents, self._conditions(batch, made)
         with torch.no_grad(), self.phase("scores"):
             noisy, sigma, _ = self._noised(student, batch, step, "generator")
-            fake = clean_from_velocity(noisy, self.critic(noisy, sigma, batch.condition), sigma)
-            real = clean_from_velocity(noisy, self._real_velocity(noisy, sigma, batch), sigma)
+            fake = clean_from_velocity(noisy, self.critic(noisy, sigma, condition), sigma)
+            real = clean_from_velocity(noisy, self._real_velocity(noisy, sigma, condition, unconditional), sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
         metrics: dict[str, float | Tensor] = {
@@ -123,7 +124,7 @@ class Dmd:
         self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
         noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
         with self.phase("scores"):
-            predicted = self.critic(noisy, sigma, batch.condition)
+            predicted = self.critic(noisy, sigma, self._conditions(batch, made)[0])
         error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
@@ -163,8 +164,12 @@ class Dmd:
         noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)
         return add_noise(clean.detach(), noise, sigma), sigma, noise
 
-    def _real_velocity(self, noisy: Tensor, sigma: Tensor, batch: EncodedBatch) -> Tensor:
-        conditional = self.real(noisy, sigma, batch.condition)
+    def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
+        """What the scores are told of a clip, with its prompt and with the empty one."""
+        return batch.condition, batch.unconditional
+
+    def _real_velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition, unconditional: Condition) -> Tensor:
+        conditional = self.real(noisy, sigma, condition)
         if self.settings.guidance == 1:
             return conditional
-        return guided(conditional, self.real(noisy, sigma, batch.unconditional), self.settings.guidance)
+        return guided(conditional, self.real(noisy, sigma, unconditional), self.settings.guidance)

@@ -16,7 +16,8 @@ class EncodedBatch:
 
     Fields: `indices` global sample indices (they key every random number); `condition`; `empty_text` [B, M, text_dim]
     embeddings of the empty or negative prompt; `latent_size` (H, W); `latents` [B, F, C, H, W] of the real video or
-    None; `first_latent` [B, 1, C, H, W] the given picture, or None for text-to-video.
+    None; `first_latent` [B, 1, C, H, W] the given picture, or None for text-to-video; `later_text` [B, M, text_dim] the
+    prompt that a video switches to, or None.
     """
 
     indices: Sequence[int]
@@ -25,6 +26,7 @@ class EncodedBatch:
     latent_size: tuple[int, int]
     latents: Tensor | None = None
     first_latent: Tensor | None = None
+    later_text: Tensor | None = None
 
     @property
     def unconditional(self) -> Condition:

@@ -1,0 +1,171 @@
+"""Streaming long tuning: distribution matching on windows of videos that go on over many optimizer steps.
+
+Which video, which part of it and which network an iteration trains follows from the number of the iteration alone
+(`LongSchedule`). A run that was stopped in the middle of a sequence therefore goes on with the same chunk of the same
+videos; their past is generated again, by the weights as they were saved. Source: specification H; LongLive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from longtake.errors import ConfigError, DataError
+from longtake.models.dit import VideoDiT
+from longtake.objectives.dmd import Dmd, DmdSettings, Phase
+from longtake.objectives.encoded import EncodedBatch
+from longtake.randomness import Draws
+from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
+from longtake.rollout.self_forcing import RollOut, RollOutRules
+from longtake.structs import Condition
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an iteration is: chunk number `chunk` of sequence number `sequence`, which began at iteration `begin`.
+
+    The sequence has `length` latent frames in all; its prompt changes at latent frame `switch` (None: never).
+    """
+
+    sequence: int
+    chunk: int
+    begin: int
+    length: int
+    switch: int | None
+
+
+class LongSchedule:
+    """Sequences of chunks, one chunk an iteration: `horizon` latents first, then `new_frames` more each time.
+
+    Args: `lengths` in latent frames, of which each sequence draws one; `switches`, the latent frames at which the
+    prompt may change, of which each sequence draws one that it reaches (none = never).
+    """
+
+    def __init__(
+        self, draws: Draws, horizon: int, new_frames: int, lengths: Sequence[int], switches: Sequence[int] = ()
+    ) -> None:
+        for length in lengths:
+            if length < horizon or (length - horizon) % new_frames:
+                below = horizon + max(0, length - horizon) // new_frames * new_frames
+                raise ConfigError(
+                    f"a length of {length} latents is not horizon={horizon} and a multiple of new_frames={new_frames}; "
+                    f"set it to {below} or {below + new_frames}"
+                )
+        self.draws, self.horizon, self.new_frames = draws, horizon, new_frames
+        self.lengths, self.switches = tuple(lengths), tuple(switches)
+        self._places: list[Place] = []  # the first chunk of each sequence so far
+
+    def at(self, step: int) -> Place:
+        """The place of iteration `step`."""
+        while not self._places or self._end(self._places[-1]) <= step:
+            begin = self._end(self._places[-1]) if self._places else 0
+            self._places.append(self._sequence(len(self._places), begin))
+        number = next(k for k in reversed(range(len(self._places))) if self._places[k].begin <= step)
+        first = self._places[number]
+        return Place(number, step - first.begin, first.begin, first.length, first.switch)
+
+    def end_frame(self, chunk: int) -> int:
+        """Latent frames that there are after a chunk."""
+        return self.horizon + chunk * self.new_frames
+
+    def _end(self, place: Place) -> int:
+        return place.begin + 1 + (place.length - self.horizon) // self.new_frames
+
+    def _sequence(self, number: int, begin: int) -> Place:
+        length = self.lengths[self.draws.integer(number, "long_length", 0, len(self.lengths))]
+        reached = [frame for frame in self.switches if frame < length]
+        switch = reached[self.draws.integer(number, "long_switch", 0, len(reached))] if reached else None
+        return Place(number, 0, begin, length, switch)
+
+
+class LongTuning(Dmd):
+    """`Dmd` whose clips are windows of running videos, one chunk an iteration.
+
+    Each micro-batch has running videos of its own; the loop must give the same micro-batches for a whole sequence
+    (`train/long_batches.py`). The generator is trained in every `updates_per_generator`-th iteration, by turns on other
+    chunks of a sequence.
+    """
+
+    def __init__(
+        self,
+        generator: VideoDiT,
+        critic: VideoDiT,
+        real: VideoDiT,
+        draws: Draws,
+        rules: RollOutRules,
+        settings: DmdSettings,
+        schedule: LongSchedule,
+        codec: PictureCodec,
+        *,
+        keep_sink: bool = False,
+        phase: Phase = nullcontext,
+    ) -> None:
+        super().__init__(generator, critic, real, draws, rules, schedule.horizon, settings, phase=phase)
+        self.schedule, self.codec, self.keep_sink = schedule, codec, keep_sink
+        self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
+
+    def turns(self, step: int) -> list[str]:
+        """The critic every iteration, the generator before it in every `updates_per_generator`-th of a sequence,
+        counted from another chunk in each sequence.
+        """
+        place = self.schedule.at(step)
+        due = (place.chunk + place.sequence) % self.settings.updates_per_generator == 0
+        return ["generator", "critic"] if due else ["critic"]
+
+    def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
+        place = self.schedule.at(step)
+        with self.phase("rollout"):
+            stream = self._stream(batch, place)
+            return self._advance(stream, batch, place.begin, place.chunk, graded=graded)
+
+    def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
+        assert isinstance(made, Window)
+        return made.condition, made.condition.with_text(batch.empty_text)
+
+    def _advance(self, stream: LongStream, batch: EncodedBatch, begin: int, chunk: int, *, graded: bool) -> Window:
+        step = begin + chunk
+        return stream.advance(
+            self.schedule.end_frame(chunk),
+            self._roll_out_noise(batch, step),
+            exit_step=self.exit_step(step),
+            graded=graded,
+        )
+
+    def _stream(self, batch: EncodedBatch, place: Place) -> LongStream:
+        """The running videos of a micro-batch before chunk `place.chunk`; a missing past is generated now."""
+        key = place.sequence, tuple(batch.indices)
+        self._streams = {k: stream for k, stream in self._streams.items() if k[0] == place.sequence}
+        if key not in self._streams:
+            stream = self._streams[key] = self._open(batch, place)
+            for chunk in range(place.chunk):
+                self._advance(stream, batch, place.begin, chunk, graded=False)
+        return self._streams[key]
+
+    def _open(self, batch: EncodedBatch, place: Place) -> LongStream:
+        switch = None
+        if place.switch is not None:
+            if batch.later_text is None:
+                raise DataError("the prompt switches in mid-stream, and the rows have only one; give two prompts a row")
+            switch = Switch(place.switch, batch.later_text)
+        return LongStream(
+            self.generator,
+            batch.condition,
+            batch.first_latent,
+            self.rules,
+            batch.latent_size,
+            self.codec,
+            horizon=self.schedule.horizon,
+            max_frames=place.length,
+            spare_frames=self.schedule.horizon if self.generator.activation_checkpointing else 0,
+            switch=switch,
+            keep_sink=self.keep_sink,
+        )
+
+
+def check_progress(schedule: LongSchedule, is_boundary: Callable[[int], bool]) -> None:
+    """Raises ConfigError unless every chunk and every switch of a schedule is at a block boundary."""
+    frames = {"new_frames": schedule.horizon + schedule.new_frames} | {f"switch at {f}": f for f in schedule.switches}
+    for name, frame in frames.items():
+        if not is_boundary(frame):
+            raise ConfigError(f"{name}: latent frame {frame} is no block boundary")

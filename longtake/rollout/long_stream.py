@@ -1,0 +1,178 @@
+"""A video that goes on over many optimizer steps: generated chunk by chunk, scored in windows of the teacher's length.
+
+Source: LongLive (arXiv 2509.22622, streaming long tuning) and specification H; what image-to-video needs (H.6) is in
+no published system. The student reads its condition by absolute frame. Teacher and critic know a window only: its first
+latent is a picture, the last pixel frame before the window's other latents, encoded anew, and it is given to them as
+the picture of an image-to-video clip (mask, `y`, CLIP tokens). Memory does not depend on the length of the video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longtake.errors import ConfigError
+from longtake.models.dit import VideoDiT
+from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, block_noise_at
+from longtake.structs import Condition
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Encodings of a picture: its latent [B, 1, C, H, W]; CLIP tokens and `y` where the models take them."""
+
+    latent: Tensor
+    tokens: Tensor | None = None
+    frames: Tensor | None = None
+
+
+class Decoder(Protocol):
+    """Decodes latents [B, f, C, H, W] that arrive in order to pixels [B, t, 3, h, w] in [-1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class PictureCodec(Protocol):
+    """The encoders, as a long stream needs them."""
+
+    def decoder(self) -> Decoder:
+        """A decoder at its beginning."""
+        ...
+
+    def encode(self, images: Tensor) -> Picture:
+        """Encodings of pictures [B, 3, h, w] in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window(RollOut):
+    """A clip of the teacher's length at the end of a stream, and what the scores are told of it."""
+
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The prompt `text` [B, M, D] holds from `frame`, a block boundary, on."""
+
+    frame: int
+    text: Tensor
+
+
+class LongStream:
+    """The running videos of one micro-batch.
+
+    Args: `horizon` latent frames of a window (the teacher's length); `spare_frames` that the cache keeps beyond its
+    window, for recomputation in backward: the most new frames of a chunk; `keep_sink` as in `rebuild_cache`.
+    """
+
+    def __init__(
+        self,
+        model: VideoDiT,
+        condition: Condition,
+        first_latent: Tensor | None,
+        rules: RollOutRules,
+        latent_size: tuple[int, int],
+        codec: PictureCodec,
+        *,
+        horizon: int,
+        max_frames: int,
+        spare_frames: int = 0,
+        switch: Switch | None = None,
+        keep_sink: bool = False,
+    ) -> None:
+        if switch is not None and not rules.plan.is_boundary(switch.frame):
+            raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
+        self.model, self.condition, self.rules, self.codec = model, condition, rules, codec
+        self.horizon, self.switch, self.keep_sink = horizon, switch, keep_sink
+        self.kept = KeptLatents.of_rules(rules)
+        self._cache = model.new_cache(
+            condition.batch_size,
+            *latent_size,
+            rules.window_frames,
+            rules.sink_frames,
+            rules.rope,
+            max_frames=max_frames,
+            spare_frames=spare_frames,
+        )
+        self._decoder = codec.decoder()
+        self._started = False
+        self._first = None if first_latent is None else first_latent.float()
+        # Finished latents whose context pass is still to come, and those that the decoder has not seen.
+        self._pending = self._first
+        self._undecoded: list[Tensor] = [] if self._first is None else [self._first]
+
+    @property
+    def position(self) -> int:
+        """Latent frames there are, the given picture included."""
+        return self.kept.position + (0 if self._pending is None else self._pending.shape[1])
+
+    def advance(self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, graded: bool = False) -> Window:
+        """Generates up to latent frame `end` (a block boundary) and returns the window that ends there.
+
+        Args: `noise`, by absolute frames and denoising step; `graded` keeps the graph of each new block's exit step.
+        Where the prompt switches within the new frames, only those from the switch on are marked as generated and carry
+        gradient. The weights may have changed since the last call.
+        Raises: ConfigError unless the first call ends at `horizon` and each later one makes fewer frames than that.
+        """
+        start = self.position
+        first = not self._started
+        if end != self.horizon if first else not 0 < end - start < self.horizon:
+            raise ConfigError(
+                f"new frames [{start}, {end}) do not fit windows of horizon={self.horizon} latents: the first call "
+                "must end there, each later one must make fewer"
+            )
+        self._started = True
+        self._cache.clear_condition()
+        switch = self.switch
+        learns_from = switch.frame if switch is not None and start < switch.frame < end else start
+        new: list[Tensor] = []
+        for begin, stop in self.rules.plan.blocks(start, end):
+            self._settle(begin)
+            block = denoise_block(
+                self.model,
+                self._cache,
+                self.condition,
+                block_noise_at(noise, begin, stop),
+                self.rules.sigmas,
+                exit_step=exit_step,
+                graded=graded and begin >= learns_from,
+            )
+            new.append(block)
+            self._pending = block.detach()
+            self._undecoded.append(self._pending)
+        return self._window(torch.cat(new, 1), learns_from, first=first)
+
+    def _settle(self, frame: int) -> None:
+        """The context of the block that begins at `frame`: commits what is pending, or rebuilds under a new prompt."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.kept.append(pending)
+        if self.switch is not None and frame >= self.switch.frame:
+            self.condition, self.switch = self.condition.with_text(self.switch.text), None
+            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.keep_sink)
+        elif pending is not None:
+            commit_block(self.model, self._cache, self.condition, pending)
+
+    def _window(self, new: Tensor, learns_from: int, *, first: bool) -> Window:
+        """The last `horizon` latents as the scores see them; `new` carries the graph."""
+        end = self.position
+        past = torch.cat(self._undecoded, 1)[:, : -new.shape[1]]  # begins with the first frame not decoded
+        begin = end - self.horizon
+        generated = torch.arange(begin, end, device=new.device) >= learns_from
+        if first:
+            return Window(torch.cat([past, new], 1), generated, self.condition)
+        clip = torch.cat([past, new], 1)
+        # The picture before the window's last horizon - 1 latents; what comes before it is needed by nobody any more.
+        seen = clip.shape[1] - (self.horizon - 1)
+        with torch.no_grad():
+            picture = self.codec.encode(self._decoder.decode(clip[:, :seen].detach())[:, -1])
+        self._undecoded = [clip[:, seen:].detach()]
+        latents = torch.cat([picture.latent.to(clip.dtype), clip[:, seen:]], 1)
+        generated[0] = False
+        return Window(latents, generated, Condition(self.condition.text, picture.tokens, picture.frames))

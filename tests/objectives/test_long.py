@@ -1,0 +1,208 @@
+"""Long tuning: which chunk an iteration trains, what is scored, and that a run stopped in mid-sequence goes on there."""
+
+import pytest
+import torch
+from tiny_batches import RULES, make_batch, record
+from tiny_codec import TinyCodec
+from tiny_models import make_tiny_model
+
+from longtake.errors import ConfigError, DataError
+from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.long import LongSchedule, LongTuning, check_progress
+from longtake.randomness import Draws
+from longtake.structs import BlockPlan
+from longtake.train.long_batches import LongBatches
+
+HORIZON, NEW = 7, 4
+
+
+def make_long(lengths=(15,), switches=(), ratio=2, **options):
+    networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
+    draws = Draws(3)
+    schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
+    settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio)
+    return LongTuning(*networks, draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options)
+
+
+def batch_of(long, indices=(4, 9), later=False):
+    batch = make_batch(long.generator, list(indices), HORIZON)
+    if later:
+        batch = type(batch)(**{**vars(batch), "later_text": batch.condition.text.flip(-1)})
+    return batch
+
+
+def train(long, batch, steps):
+    """Losses and gradients (not applied) of these iterations."""
+    out = []
+    for step in steps:
+        for turn in long.turns(step):
+            network = long.networks[turn]
+            network.zero_grad()
+            loss = long.loss(turn, batch, step).loss
+            loss.backward()
+            grads = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+            out.append((turn, loss.item(), grads))
+    return out
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+def test_each_iteration_is_one_chunk_and_sequences_follow_each_other():
+    schedule = LongSchedule(Draws(0), 7, 4, [15])
+    places = [schedule.at(step) for step in range(9)]
+    assert [(p.sequence, p.chunk, p.begin) for p in places] == [(s, c, 3 * s) for s in range(3) for c in range(3)]
+    assert [schedule.end_frame(p.chunk) for p in places] == [7, 11, 15] * 3
+    assert {p.length for p in places} == {15} and {p.switch for p in places} == {None}
+    assert LongSchedule(Draws(0), 7, 4, [15]).at(8) == places[8], "nothing depends on what was asked before"
+
+
+def test_lengths_and_switches_are_drawn_for_each_sequence():
+    schedule = LongSchedule(Draws(1), 7, 4, [7, 11, 19], [5, 9, 13])
+    starts = [p for p in (schedule.at(step) for step in range(400)) if p.chunk == 0]
+    assert {p.length for p in starts} == {7, 11, 19}
+    assert all(p.switch in {7: (5,), 11: (5, 9), 19: (5, 9, 13)}[p.length] for p in starts)
+    assert {p.switch for p in starts} == {5, 9, 13}
+    for one, after in zip(starts, starts[1:]):
+        assert after.begin - one.begin == 1 + (one.length - 7) // 4
+
+
+def test_lengths_and_boundaries_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="14 latents.*set it to 11 or 15"):
+        LongSchedule(Draws(0), 7, 4, [15, 14])
+    for new, switches, message in ((3, (), "new_frames.*frame 10"), (4, (9, 12), "switch at 12")):
+        with pytest.raises(ConfigError, match=message):
+            check_progress(LongSchedule(Draws(0), 7, new, [7], switches), BlockPlan(2, 1).is_boundary)
+
+
+@pytest.mark.parametrize(("chunks", "ratio"), [(3, 2), (5, 5), (4, 2), (12, 5)])
+def test_the_generator_learns_from_every_chunk(chunks, ratio):
+    long = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio)
+    turns = [long.turns(step) for step in range(chunks * ratio)]
+    assert all(turn[-1] == "critic" for turn in turns)
+    trained = [long.schedule.at(step).chunk for step, turn in enumerate(turns) if "generator" in turn]
+    assert sorted(trained) == list(range(chunks))
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+def test_the_scores_see_the_window_under_its_own_picture(monkeypatch):
+    long = make_long()
+    batch = batch_of(long)
+    calls = {name: record(getattr(long, name), monkeypatch) for name in ("critic", "real")}
+    for step in range(3):
+        for kept in calls.values():
+            kept.clear()
+        train(long, batch, [step])
+        assert ("generator" in long.turns(step)) == bool(calls["real"]) == (step != 1)
+        (shown,) = long.codec.pictures[-1:] or [None]
+        for call in [*calls["critic"], *calls["real"]]:
+            condition = call["condition"]
+            assert call["x"].shape[1] == HORIZON
+            assert torch.equal(condition.frames, batch.condition.frames) == (step == 0)
+            if step:
+                picture = TinyCodec(long.generator.config).encode(shown)
+                assert torch.equal(condition.frames, picture.frames)
+                assert torch.equal(condition.image, picture.tokens)
+        if calls["real"]:
+            conditional, empty = calls["real"]
+            assert torch.equal(conditional["condition"].text, batch.condition.text)
+            assert torch.equal(empty["condition"].text, batch.empty_text)
+
+
+def test_only_new_frames_have_a_loss():
+    long = make_long()
+    batch = batch_of(long)
+    for step in range(3):
+        made = long._roll_out(batch, step, graded=True)
+        long._shared.clear()
+        assert made.generated.tolist() == ([False] + [True] * 6 if step == 0 else [False] * 3 + [True] * 4)
+        condition, _ = long._conditions(batch, made)
+        noisy, sigma, noise = long._noised(made.latents, batch, step, "critic")
+        predicted = long.critic(noisy, sigma, condition)
+        error = (predicted - (noise - made.latents))[:, made.generated].square().mean()
+        fresh = make_long()
+        for earlier in range(step):
+            fresh._roll_out(batch, earlier, graded=False)
+        torch.testing.assert_close(fresh.loss("critic", batch, step).loss, error, rtol=1e-6, atol=0)
+
+
+def test_the_first_chunk_is_plain_distillation():
+    long = make_long()
+    plain = Dmd(long.generator, long.critic, long.real, Draws(3), RULES, HORIZON, long.settings)
+    batch = batch_of(long)
+    for (turn, loss, grads), (other_turn, other, expected) in zip(train(long, batch, [0]), train(plain, batch, [0])):
+        assert turn == other_turn and loss == pytest.approx(other, rel=1e-6)
+        for mine, theirs in zip(grads, expected):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
+    long = make_long()
+    batch = batch_of(long)
+    calls = record(long.generator, monkeypatch)
+    train(long, batch, [0])
+    assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3]  # one roll-out of [1, 2, 2, 2]
+
+
+# ---- stopping and going on -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stopped_at", [1, 2, 4, 5])
+def test_a_stopped_run_goes_on_with_the_same_chunk(stopped_at):
+    """With the weights unchanged, what is generated again is what there was; a sequence of 3 chunks, a switch."""
+    whole, resumed = make_long(switches=(9,)), make_long(switches=(9,))
+    batches = {s: batch_of(whole, (10 * s, 10 * s + 1), later=True) for s in range(2)}
+    expected = [train(whole, batches[step // 3], [step]) for step in range(6)]
+    found = [train(resumed, batches[step // 3], [step]) for step in range(stopped_at, 6)]
+    for mine, truth in zip(found, expected[stopped_at:], strict=True):
+        for (turn, loss, grads), (other_turn, other, theirs) in zip(mine, truth, strict=True):
+            assert turn == other_turn and loss == other
+            assert all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
+
+
+def test_each_micro_batch_has_videos_of_its_own():
+    long = make_long()
+    one, two = batch_of(long, (0, 1)), batch_of(long, (2, 3))
+    together = [(train(long, one, [step]), train(long, two, [step])) for step in range(3)]
+    alone = make_long()
+    for step in range(3):
+        assert [loss for _, loss, _ in train(alone, two, [step])] == [loss for _, loss, _ in together[step][1]]
+    assert len(long._streams) == 2
+
+
+def test_a_switch_needs_a_second_prompt():
+    long = make_long(switches=(5,))
+    with pytest.raises(DataError, match="give two prompts a row"):
+        long.loss("critic", batch_of(long), 0)
+
+
+class Counting:
+    """Batches that say where they are: (update, micro-batch)."""
+
+    def __init__(self):
+        self.position, self._micro = 0, 0
+
+    def seek(self, position):
+        self.position, self._micro = position, 0
+
+    def __next__(self):
+        batch = self.position // 8, self._micro
+        self._micro += 1
+        if self._micro == 2:
+            self.position, self._micro = self.position + 8, 0
+        return batch
+
+
+def test_micro_batches_last_a_sequence():
+    schedule = LongSchedule(Draws(0), 7, 4, [15])
+
+    def make():
+        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8, accumulation=2)
+
+    batches, seen, positions = make(), [], []
+    for _ in range(7):
+        seen.append([next(batches), next(batches)])
+        positions.append(batches.position)
+    assert seen == [[(s, 0), (s, 1)] for s in (0, 0, 0, 1, 1, 1, 2)]
+    assert positions == [8 * k for k in range(1, 8)]
+    for step in range(7):  # sought anew, or back and forth in the same object
+        for resumed in (make(), batches):
+            resumed.seek(8 * step)
+            assert [next(resumed), next(resumed)] == seen[step]
+            assert resumed.position == 8 * (step + 1)
