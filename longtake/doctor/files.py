@@ -12,7 +12,7 @@ from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.memory import Networks
 from longtake.errors import LongtakeError
-from longtake.inference.generator import find_checkpoint
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
     ENCODER_PARTS,

@@ -214,7 +214,7 @@ class Networks:
 @dataclass(frozen=True)
 class Need:
     """Bytes that one rank needs, by what for; `alternative` is the total with checkpointing switched over, `loading`
-    what the networks take while one after the other is read and sharded, `checkpoint` the disk that one checkpoint takes.
+    what networks take while one after the other is read and sharded, `checkpoint` the disk that one checkpoint takes.
     """
 
     parts: dict[str, int] = field(default_factory=dict)

@@ -27,7 +27,8 @@ from longtake.evaluation.rows import (
     vae_round_trip,
 )
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
+from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
 from longtake.models.hub import is_hub_name
 from longtake.models.presets import model_config

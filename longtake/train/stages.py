@@ -18,7 +18,8 @@ from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
-from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
+from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.hub import is_hub_name
