@@ -139,6 +139,9 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(help="Denoising steps, or their levels: 1,0.75,0.5,0.25.")] = None,
     shift: Annotated[float | None, typer.Option(help="Warp of the noise levels.")] = None,
     block: Annotated[int | None, typer.Option(help="Latent frames of a block.")] = None,
@@ -156,6 +159,7 @@ def generate(
 
         rules = {"height": height, "width": width, "fps": fps, "steps": steps, "shift": shift, "block": block}
         rules |= {"window": window, "sink": sink, "rope": rope, "guidance": guidance, "dtype": dtype}
+        rules |= {"sampler": sampler}
         changes = changes_of(**rules)
         length = _given(num_frames=frames, seconds=seconds)
         given = _given(seed=seed, negative=negative)

@@ -231,14 +231,18 @@ class StageConfig(Settings):
 
 
 class JobConfig(Settings):
-    """A whole run: write the toy world, train the stages in order, evaluate."""
+    """A whole run: write the toy world, train the stages in order, evaluate in toy worlds."""
 
     logdir: str = Field(min_length=1, description="log folder: data and a folder a stage")
-    data: WorldConfig = Field(default=WorldConfig(), description=WorldConfig.__doc__)
+    data: WorldConfig | None = Field(
+        default=WorldConfig(), description=f"{WorldConfig.__doc__} null = none, the stages name data of their own."
+    )
     stages: dict[str, StageConfig] = Field(
         min_length=1, description="stages in the order they run, each the path of its YAML file beside this one"
     )
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description=EvaluationConfig.__doc__)
+    evaluation: EvaluationConfig | None = Field(
+        default=EvaluationConfig(), description=f"{EvaluationConfig.__doc__} null = none, for other sizes than its own."
+    )
 
     @property
     def data_folder(self) -> Path:
@@ -254,7 +258,7 @@ class JobConfig(Settings):
             except ConfigError as error:
                 raise ValueError(f"stages.{key}: {error}") from None
             earlier.append(key)
-        if self.evaluation.seed == self.data.seed:
+        if self.evaluation is not None and self.data is not None and self.evaluation.seed == self.data.seed:
             raise ValueError(f"evaluation.seed={self.evaluation.seed} equals data.seed: worlds would not be held out")
         return self
 
@@ -263,8 +267,6 @@ class JobConfig(Settings):
             raise ConfigError(f"name={stage.name} must be the key of the stage; set it to {key}")
         if stage.logdir != self.logdir:
             raise ConfigError(f"logdir={stage.logdir} must be that of the job, {self.logdir}; set only the job's")
-        if stage.validation.seed == self.data.seed:
-            raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
         critic = stage.critic.init_from if stage.critic is not None else None
         for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher), ("critic.init_from", critic)):
             known = source is None or source == TOY or is_path(source) or source in earlier
@@ -273,16 +275,23 @@ class JobConfig(Settings):
                     f"{field}={source} is no earlier stage of this job ({', '.join(earlier) or 'there is none'}); "
                     "name one of them, a path (with a slash) or toy"
                 )
-        if Path(stage.data.path).parent == self.data_folder and Path(stage.data.path).name not in self.data.formats:
+        if self.data is not None:
+            self._check_data(stage, self.data)
+
+    def _check_data(self, stage: StageConfig, world: WorldConfig) -> None:
+        """Raises ConfigError when a stage does not fit the toy world that the job writes."""
+        if stage.validation.seed == world.seed:
+            raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
+        if Path(stage.data.path).parent == self.data_folder and Path(stage.data.path).name not in world.formats:
             raise ConfigError(
-                f"data.path={stage.data.path} is not written by the job: add it to data.formats={self.data.formats}"
+                f"data.path={stage.data.path} is not written by the job: add it to data.formats={world.formats}"
             )
         needed = pixel_frames(stage.video.num_latent_frames, stage.video.temporal_stride)
         reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.stage != "distill"
-        if reads_clips and self.data.num_frames < needed:
+        if reads_clips and world.num_frames < needed:
             raise ConfigError(
                 f"video.num_latent_frames={stage.video.num_latent_frames} needs clips of {needed} frames and the job "
-                f"writes data.num_frames={self.data.num_frames}; set data.num_frames={needed}"
+                f"writes data.num_frames={world.num_frames}; set data.num_frames={needed}"
             )
 
 

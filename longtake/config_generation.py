@@ -1,4 +1,4 @@
-"""How a student streams at inference: picture size, blocks, window, noise levels, guidance, precision.
+"""How a student streams at inference, or a teacher samples: picture size, blocks, noise levels, guidance, precision.
 
 Weights that Longtake trained bring these values along; for weights of other origin they come from a stage's YAML file
 or the command line, and from the defaults here. Must know no tensor and no model.
@@ -32,6 +32,11 @@ class GenerationConfig(Settings):
         default=PlanConfig(block_frames=4, window_frames=13, sink_frames=5), description=PlanConfig.__doc__
     )
     rope: Literal["relative", "absolute"] = Field(default="relative", description="rule of temporal positions")
+    sampler: Literal["stream", "whole"] = Field(
+        default="stream",
+        description="`stream` = block by block, as students do; `whole` = all frames at once in Euler steps, as "
+        "teachers do, which are not causal",
+    )
     steps: list[float] = Field(default=[1.0, 0.75, 0.5, 0.25], description="noise levels before the warp")
     shift: float = Field(default=5.0, gt=0, description="warp of noise levels")
     guidance: float = Field(
@@ -51,6 +56,10 @@ class GenerationConfig(Settings):
             FlowConfig(steps=self.steps, shift=self.shift)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        count = len(self.steps)
+        even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
+        if self.sampler == "whole" and not even:
+            raise ValueError(f"steps={self.steps} must be evenly spaced with sampler=whole; give their number")
         if self.plan.first_frames != 1:
             raise ValueError(
                 f"plan.first_frames={self.plan.first_frames} must be 1: the given picture is a block of its own"

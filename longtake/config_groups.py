@@ -27,7 +27,7 @@ class ModelConfig(Settings):
     first_frame_sigma: Literal["clip", "zero"] = Field(
         default="clip",
         description="noise level of frame 0 in teacher and critic: `clip` = as the rest of the clip (36-channel Wan2.1 "
-        "models, the toy), `zero` = always clean (TI2V models)",
+        "models, the toy), `zero` = always clean, the only way in which models without y know the picture (TI2V)",
     )
     clip_preprocess: Literal["original", "diffusers"] = Field(
         default="original",
@@ -43,10 +43,18 @@ class ModelConfig(Settings):
         "the same until trained",
     )
 
+    @property
+    def with_y(self) -> bool:
+        """True when the picture enters through the channels of y (and CLIP tokens), not as a clean frame 0 alone."""
+        return self.image_condition == "i2v" and self.first_frame_sigma == "clip"
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.widen and self.image_condition != "i2v":
-            raise ValueError("widen=true adds the condition of i2v; set image_condition=i2v, or widen=false")
+        if self.widen and not self.with_y:
+            raise ValueError(
+                "widen=true adds y, the condition of i2v; set image_condition=i2v and first_frame_sigma=clip, or "
+                "widen=false"
+            )
         return self
 
 

@@ -35,8 +35,9 @@ class EncodedSample:
     """What a shard stores of one row.
 
     Fields: `row` of the data set it was made from; `texts`, one [m, D] for each of `prompts`, without rows past the
-    prompt; `arrays`, any of `clip` [L, D], `y` [F, C, H, W] (condition latents up to the steady index, without mask)
-    and `latents` [F, C, H, W]; `bucket`, the index of its size among the key's buckets.
+    prompt; `arrays`, any of `clip` [L, D], `y` [F, C, H, W] (condition latents up to the steady index, without mask),
+    `first` [1, C, H, W] (the latent of the picture, for models without y) and `latents` [F, C, H, W]; `bucket`, the
+    index of its size among the key's buckets.
     """
 
     row: int

@@ -8,10 +8,11 @@ from math import prod
 from pathlib import Path
 
 from longtake.config import JobConfig, StageConfig, is_path
+from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.memory import Networks
 from longtake.errors import LongtakeError
-from longtake.inference.generator import find_checkpoint
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
     ENCODER_PARTS,
@@ -68,7 +69,9 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
         teacher,
         generator if shows else None,
     )
-    encoder_bytes = _encoders(config, generator.image_dim is not None, missing)
+    # Training from an encoded set loads no encoder.
+    stored = is_encoded(Path(config.data.path))
+    encoder_bytes = 0 if stored else _encoders(config, generator.image_dim is not None, missing)
     _data(config, job, missing)
     return Findings(networks, encoder_bytes, _image_tokens(config.encoders_folder), missing, notes)
 
@@ -109,8 +112,14 @@ def _encoders(config: StageConfig, with_image: bool, missing: list[str]) -> int 
     if absent:
         return None
     parts = [part for part in ENCODER_PARTS if with_image or part.folder != "image_encoder"]
-    # Encoders are loaded in float32, whatever the files hold.
-    return 4 * sum(_elements(file, part) for part in parts for file in encoder_files(folder, part))
+    return sum(
+        _number_bytes(config, part) * _elements(file, part) for part in parts for file in encoder_files(folder, part)
+    )
+
+
+def _number_bytes(config: StageConfig, part: EncoderPart) -> int:
+    """Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for."""
+    return 2 if part.folder == "text_encoder" and config.model.text_precision == "bf16" else 4
 
 
 def _elements(file: Path, part: EncoderPart) -> int:
@@ -135,7 +144,7 @@ def _image_tokens(encoders: Path) -> int:
 
 def _data(config: StageConfig, job: JobConfig | None, missing: list[str]) -> None:
     path = Path(config.data.path)
-    if job is not None and path.is_relative_to(job.data_folder):
+    if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
         return
     if not path.exists():
         missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")

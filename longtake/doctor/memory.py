@@ -214,7 +214,7 @@ class Networks:
 @dataclass(frozen=True)
 class Need:
     """Bytes that one rank needs, by what for; `alternative` is the total with checkpointing switched over, `loading`
-    what the whole networks take before they are sharded, `checkpoint` the disk that one checkpoint takes.
+    what networks take while one after the other is read and sharded, `checkpoint` the disk that one checkpoint takes.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
@@ -260,10 +260,19 @@ def stage_need(
         "encoders": encoder_bytes,
     }
     other = sum(parts.values()) + activations[not on] - activations[on] + caches[not on] - caches[on]
-    # Every rank loads whole networks and shards them when all are there (`train/stages.py`).
-    loading = encoder_bytes + sum(map(weight_bytes, networks.loaded))
+    loading = encoder_bytes + _loading_bytes(networks, world_size)
     exports = weight_bytes(networks.generator) + average
     return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
+
+
+def _loading_bytes(networks: Networks, world_size: int) -> int:
+    """Most that loading holds: one network whole beside the shards of those before it (`train/stages.py`)."""
+    shards = most = 0
+    for network in (networks.generator, networks.teacher, networks.critic):
+        if network is not None:
+            most = max(most, shards + weight_bytes(network))
+            shards += weight_bytes(network) // world_size
+    return max(most, shards + (0 if networks.shown is None else weight_bytes(networks.shown)))
 
 
 def _stage_clip(config: StageConfig, generator: DiTConfig, world_size: int, image_tokens: int) -> Clip:

@@ -47,7 +47,7 @@ class StageReport:
             *parts,
             f"  {'sum':<16} {_size(self.need.total):>12}   ({switch} activation checkpointing "
             f"{_size(self.need.alternative)})",
-            f"  {'while loading':<16} {_size(self.need.loading):>12}   (whole networks, before they are sharded)",
+            f"  {'while loading':<16} {_size(self.need.loading):>12}   (one network whole, those before it sharded)",
             f"  {'free':<16} {_size(self.free_bytes):>12}   ({self.where})",
             f"  {'checkpoints':<16} {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
             *(f"  note: {note}" for note in self.findings.notes),
@@ -132,7 +132,7 @@ def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, ranks: 
             + _remedy(config, need, free)
         )
     elif need.loading * HEADROOM > free:
-        problems.append(f"the whole networks do not fit while they are loaded: {_size(need.loading)}")
+        problems.append(f"the networks do not fit while they are loaded: {_size(need.loading)}")
     disk_need, disk_free = need.checkpoint * (config.keep_checkpoints + 1), free_disk(config.logdir)
     if disk_need > disk_free:
         problems.append(

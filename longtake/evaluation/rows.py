@@ -77,10 +77,12 @@ def held_out(
     num_latent_frames: int,
     batch_size: int,
     only: Sequence[int] | None = None,
+    with_y: bool = True,
 ) -> list[WorldBatch]:
     """This rank's share of the held-out worlds, as many on every rank (uncounted repeats fill up).
 
-    Args: `only`, the indices of the worlds (at least `num_worlds`); by default the first ones.
+    Args: `only`, the indices of the worlds (at least `num_worlds`); by default the first ones. `with_y` False for
+    models that know the picture as a clean frame 0 alone.
     """
     listed = list(range(num_worlds)) if only is None else list(only[:num_worlds])
     num_worlds = len(listed)
@@ -93,11 +95,15 @@ def held_out(
         others = [sample_world(seed, listed[number % num_worlds] + 1).caption for number in numbers]
         pictures = np.stack([world.render(1)[0] for world in worlds])
         images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        condition = encode_condition(encoders, images, [world.caption for world in worlds])
+        captions = [world.caption for world in worlds]
+        if with_y:
+            condition = encode_condition(encoders, images, captions)
+            assert condition.frames is not None
+            picture = condition.frames[:, :1, -encoders.vae.latent_channels :]
+        else:
+            condition, picture = Condition(encoders.text.encode(captions)), encoders.vae.encode(images[:, None])
         empty = encoders.text.encode([""]).expand(len(worlds), -1, -1)
         counted = [number < num_worlds for number in numbers]
-        assert condition.frames is not None
-        picture = condition.frames[:, :1, -encoders.vae.latent_channels :]
         other = encoders.text.encode(others)
         batches.append(
             WorldBatch(worlds, numbers, counted, condition, empty, other, picture, num_latent_frames, encoders)

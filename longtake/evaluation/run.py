@@ -27,7 +27,8 @@ from longtake.evaluation.rows import (
     vae_round_trip,
 )
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
+from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
 from longtake.models.hub import is_hub_name
 from longtake.models.presets import model_config
@@ -85,6 +86,7 @@ def evaluate(
         num_worlds=settings.num_worlds,
         num_latent_frames=frames,
         batch_size=settings.batch_size,
+        with_y=last.model.with_y,
     )
     summaries: dict[str, dict[str, Any]] = {}
     shown: dict[str, Videos] = {}
@@ -152,7 +154,7 @@ def _rows(
     if settings.ablations and last.stage != "teacher":
         labels = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
         for broken, label in labels.items():
-            if broken != "clip" or with_tokens:
+            if {"y": last.model.with_y, "clip": with_tokens, "text": True}[broken]:
                 rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
     return rows
 
@@ -168,7 +170,7 @@ def _stored_settings(run: Path) -> EvaluationConfig:
     for folder in (run, run.parent):
         job = folder / "job.yaml"
         if job.is_file():
-            return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation", {}))
+            return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation") or {})
     return EvaluationConfig()
 
 

@@ -1,7 +1,8 @@
 """Many videos: pairs of picture and prompt from a folder or a JSON-lines file, several seeds each, shared over ranks.
 
 Each video is a function of its pair, its seed and the rules alone, so neither the number of ranks nor a restart changes
-it. Beside `name.mp4` lies `name.json` with what was asked for; a finished video of the same request is not made again.
+it. Beside `name.mp4` lie `name.json` with what was asked for, whose finished video is not made again, and the caption
+`name.txt`, which makes the folder a data set of clips.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def generate_many(
         task = tasks[number]
         assert task.pair.image is not None
         sidecar(task.output).write_text(json.dumps(request(task), indent=2) + "\n")
+        caption(task.output).write_text(task.pair.prompt + "\n", encoding="utf-8")
         frames = num_pixel_frames(generator, length.num_frames, length.seconds)
         try:
             made = write_one(
@@ -165,6 +167,7 @@ def generate_many(
             )
         except DataError as error:  # this pair alone; named at the end
             sidecar(task.output).unlink()
+            caption(task.output).unlink()
             logger.error("%s: %s", task.pair.where, error)
             problems.append(f"{task.pair.where}: {error}")
             continue
@@ -180,6 +183,11 @@ def generate_many(
 def sidecar(output: Path) -> Path:
     """The file beside a video that says what was asked for."""
     return output.with_suffix(".json")
+
+
+def caption(output: Path) -> Path:
+    """The file beside a video that holds its prompt."""
+    return output.with_suffix(".txt")
 
 
 def _is_finished(output: Path, request: dict[str, Any]) -> bool:

@@ -14,29 +14,20 @@ import torch
 from torch import Tensor
 
 from longtake.config import StageConfig
-from longtake.config_generation import GenerationConfig, generation_settings
+from longtake.config_generation import GenerationConfig
 from longtake.config_groups import PlanConfig
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.flow.schedule import student_sigmas
-from longtake.inference.sampling import stream_noise
+from longtake.inference.sampling import stream_noise, teacher_latents
+from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.folders import find_encoders, find_weights
 from longtake.models.weights import load_dit
 from longtake.rollout.chunk import Guidance
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.rollout.stream import stream_latents
-from longtake.runs import (
-    MANIFEST,
-    STUDENTS,
-    checkpoints_folder,
-    exported_weights,
-    latest_checkpoint,
-    read_manifest,
-    student_stages,
-)
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
@@ -75,66 +66,6 @@ def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool
 def to_frames(video: Tensor) -> NDArray[np.uint8]:
     """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3]."""
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a generator comes from, and its rules: `weights` a folder or file, `encoders` a folder; `config` is that
-    of the stage that trained it, None for weights of other origin. Making one reads no weights.
-    """
-
-    weights: Path
-    encoders: Path
-    settings: GenerationConfig
-    config: StageConfig | None = None
-
-    @classmethod
-    def of_run(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
-        """The student of a log folder (its last stage), of a stage folder or of a checkpoint.
-
-        Args: `changes` win over the values that it was trained with; other rules than those are named in the log.
-        Raises: CheckpointError when the folder holds no complete checkpoint of a causal student.
-        """
-        checkpoint = find_checkpoint(Path(path))
-        config = StageConfig.from_tree(read_manifest(checkpoint)["config"])
-        if config.stage == "teacher":
-            raise CheckpointError(
-                f"{path} holds a bidirectional teacher, which cannot stream; give a causal or distill run"
-            )
-        if config.model.image_condition != "i2v":
-            raise CheckpointError(
-                f"{path} holds a text-to-video student, and a Generator starts from a picture; give a run with "
-                "model.image_condition=i2v"
-            )
-        settings, trained = generation_settings(config, changes), generation_settings(config)
-        for name in ("plan", "rope", "steps", "shift"):
-            if (now := getattr(settings, name)) != (before := getattr(trained, name)):
-                logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
-        return cls(exported_weights(checkpoint), config.encoders_folder, settings, config)
-
-    @classmethod
-    def of_model(
-        cls,
-        path: str | Path,
-        encoders: str | Path | None = None,
-        stage: StageConfig | None = None,
-        changes: Mapping[str, Any] | None = None,
-    ) -> Source:
-        """Weights of any origin: a folder or file in the original, diffusers' or Longtake's layout.
-
-        Args: `encoders`, their folder (default: in the model's folder, in its `encoders/`, or beside it); `stage`, a
-        configuration whose rules are taken (default: those of `GenerationConfig`); `changes` win over both.
-        Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
-        checkpoint of a training run without `stage`, since its own rules would be lost.
-        """
-        if stage is None and any((place / MANIFEST).is_file() for place in (Path(path), Path(path).parent)):
-            raise ConfigError(
-                f"{path} is a checkpoint of a training run and has rules of its own; give it with --run, or name other "
-                "rules with --config"
-            )
-        settings = generation_settings(stage, changes)
-        folder = Path(encoders) if encoders is not None else find_encoders(path)
-        return cls(find_weights(path), folder, settings)
 
 
 @dataclass
@@ -227,6 +158,8 @@ class Generator:
             raise ConfigError(f"num_frames={num_frames} must be at least 1")
         if not prompt.strip():
             raise ConfigError("the prompt is empty; say what should move and how")
+        if num_frames is None and self.settings.sampler == "whole":
+            raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
         if num_frames is None and self.rules.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         check_negative(negative, self.settings)
@@ -238,16 +171,11 @@ class Generator:
         self, picture: Tensor, prompt: str, negative: str, num_frames: int | None, seed: int
     ) -> Iterator[NDArray[np.uint8]]:
         condition, first_latent = self._condition(picture, prompt)
-        size = (first_latent.shape[3], first_latent.shape[4])
-        rules, cache = self.rules, self._new_cache(size, num_frames)
-        guidance = None
-        if self.settings.guidance != 1:
-            unconditional = condition.with_text(self.encoders.text.encode([negative]))
-            guidance = Guidance(self.settings.guidance, unconditional, self._new_cache(size, num_frames))
-        noise = stream_noise(seed, [0], self.model.config.out_channels, size, self.device)
+        unconditional = self.encoders.text.encode([negative]) if self.settings.guidance != 1 else condition.text
+        make = self._whole if self.settings.sampler == "whole" else self._blocks
         decoder = self.encoders.vae.decoder_session()
         made = 0
-        for latents in stream_latents(self.model, cache, condition, first_latent, noise, rules, guidance=guidance):
+        for latents in make(condition, first_latent, unconditional, num_frames, seed):
             frames = to_frames(decoder.decode(latents)[0])
             if num_frames is not None:
                 frames = frames[: num_frames - made]
@@ -255,6 +183,38 @@ class Generator:
             yield frames
             if made == num_frames:
                 return
+
+    def _blocks(
+        self, condition: Condition, first_latent: Tensor, unconditional: Tensor, num_frames: int | None, seed: int
+    ) -> Iterator[Tensor]:
+        """Latents block by block, the picture first."""
+        size = (first_latent.shape[3], first_latent.shape[4])
+        rules, cache = self.rules, self._new_cache(size, num_frames)
+        guidance = None
+        if self.settings.guidance != 1:
+            other = condition.with_text(unconditional)
+            guidance = Guidance(self.settings.guidance, other, self._new_cache(size, num_frames))
+        noise = stream_noise(seed, [0], self.model.config.out_channels, size, self.device)
+        return stream_latents(self.model, cache, condition, first_latent, noise, rules, guidance=guidance)
+
+    def _whole(
+        self, condition: Condition, first_latent: Tensor, unconditional: Tensor, num_frames: int | None, seed: int
+    ) -> Iterator[Tensor]:
+        """Latents of the whole clip at once, from bidirectional weights."""
+        assert num_frames is not None
+        yield teacher_latents(
+            self.model,
+            condition,
+            unconditional,
+            latent_frames(num_frames, self.encoders.vae.temporal_stride),
+            (first_latent.shape[3], first_latent.shape[4]),
+            seed=seed,
+            videos=[0],
+            num_steps=len(self.settings.steps),
+            shift=self.settings.shift,
+            guidance=self.settings.guidance,
+            first_latent=None if self.model.config.condition_channels else first_latent,
+        )
 
     def _new_cache(self, size: tuple[int, int], num_frames: int | None) -> KVCache:
         rules = self.rules
@@ -305,24 +265,6 @@ def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
             f"the weights at {source.weights} read text of width {config.text_dim} and the text encoder in "
             f"{source.encoders} writes {encoders.text.width}; take both from the same release"
         )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a stage folder, of the last trained stage of a log folder, or `path` itself.
-
-    Raises: CheckpointError.
-    """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} does not exist; give a log folder (outputs/toy) or a stage folder (outputs/toy/distill)"
-        )
-    if (path / "manifest.json").is_file():
-        return path
-    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
-    for stage in stages:
-        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
-            return found
-    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
 
 
 @dataclass(frozen=True)

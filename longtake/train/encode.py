@@ -28,13 +28,15 @@ from longtake.structs import Condition, VideoShape
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Encodings of one row: text [M, D], CLIP tokens [L, D], y [F_total, C_y, H, W], latents
-    [F, C, H, W]."""
+    """Encodings of one row: text [M, D], CLIP tokens [L, D], y [F_total, C_y, H, W], latents [F, C, H, W]; `first`
+    [1, C, H, W] is the latent of the picture where there is no y.
+    """
 
     text: Tensor
     image: Tensor | None = None
     frames: Tensor | None = None
     latents: Tensor | None = None
+    first: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -66,14 +68,22 @@ class RowEncoder(Protocol):
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
-    Args: `with_image` gives the picture's conditions (image-to-video); `with_latents` encodes the videos.
+    Args: `with_image` gives the picture's conditions (image-to-video): y and CLIP tokens, or without `with_y` its
+    latent alone; `with_latents` encodes the videos.
     """
 
     def __init__(
-        self, encoders: Encoders, shape: VideoShape, *, with_image: bool, with_latents: bool, device: torch.device
+        self,
+        encoders: Encoders,
+        shape: VideoShape,
+        *,
+        with_image: bool,
+        with_latents: bool,
+        device: torch.device,
+        with_y: bool = True,
     ) -> None:
         self.encoders, self.shape, self.device = encoders, shape, device
-        self.with_image, self.with_latents = with_image, with_latents
+        self.with_image, self.with_latents, self.with_y = with_image, with_latents, with_y
         self.empty_text = encoders.text.encode([""]).to(device)
 
     def check(self, sample: Sample) -> None:
@@ -96,20 +106,22 @@ class BatchEncoder:
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample."""
         text: Tensor = self.encoders.text.encode(batch.prompts)
-        image = frames = None
+        image = frames = first = None
         if self.with_image:
             assert batch.images is not None
             pictures = batch.images.to(self.device)
-            frames = condition_frames(self.encoders.vae, pictures)
-            image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
+            if self.with_y:
+                frames = condition_frames(self.encoders.vae, pictures)
+                image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
+            else:
+                first = self.encoders.vae.encode(pictures[:, None])
         latents = self._latents(batch) if self.with_latents else None
 
         def pick(part: Tensor | None, k: int) -> Tensor | None:
             return None if part is None else part[k].clone()
 
-        return [
-            EncodedRow(text[k].clone(), pick(image, k), pick(frames, k), pick(latents, k)) for k in range(len(batch))
-        ]
+        parts = (image, frames, latents, first)
+        return [EncodedRow(text[k].clone(), *(pick(part, k) for part in parts)) for k in range(len(batch))]
 
     def _latents(self, batch: Batch) -> Tensor:
         """Latents of the videos, or those stored with the rows."""
@@ -123,8 +135,8 @@ class BatchEncoder:
 class StoredEncoder:
     """Gives the encodings that an encoded set holds; no encoder is needed.
 
-    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_tokens` and
-    `with_latents` say what the stage needs of it.
+    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_y`, `with_tokens`
+    and `with_latents` say what the stage needs of it.
     """
 
     def __init__(
@@ -136,9 +148,11 @@ class StoredEncoder:
         with_tokens: bool,
         with_latents: bool,
         device: torch.device,
+        with_y: bool = True,
     ) -> None:
         self.shape, self.device = shape, device
-        self.with_image, self.with_tokens, self.with_latents = with_image, with_image and with_tokens, with_latents
+        self.with_y, self.with_first = with_image and with_y, with_image and not with_y
+        self.with_tokens, self.with_latents = with_image and with_tokens, with_latents
         self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
 
     def check(self, sample: Sample) -> None:
@@ -147,13 +161,14 @@ class StoredEncoder:
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
         parts = {name: part.to(self.device) for name, part in batch.extras.items()}
-        frames = with_mask(parts["y"], self.shape.temporal_stride) if self.with_image else None
+        frames = with_mask(parts["y"], self.shape.temporal_stride) if self.with_y else None
         return [
             EncodedRow(
                 parts["text"][k],
                 parts["clip"][k] if self.with_tokens else None,
                 None if frames is None else frames[k],
                 parts["latents"][k] if self.with_latents else None,
+                parts["first"][k] if self.with_first else None,
             )
             for k in range(len(batch))
         ]
@@ -173,7 +188,7 @@ def make_batch(
     )
     shape = encoder.shape
     height, width = (shape.height, shape.width) if size is None else (size.height, size.width)
-    first = None
+    first = _stack([row.first for row in rows])
     if condition.frames is not None:
         # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
         first = condition.frames[:, :1, shape.temporal_stride :]

@@ -98,7 +98,7 @@ def encode_set(
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     folder = config.encoders_folder
     with_image = config.model.image_condition == "i2v"
-    with_tokens = with_image and "image" in encoder_files(folder)
+    with_tokens = config.model.with_y and "image" in encoder_files(folder)
     encoders = load_encoders(config, mesh.device, with_image=with_tokens)
     check_strides(config, encoders)
     contents = contents_of(config, with_tokens=with_tokens)
@@ -124,6 +124,7 @@ def encode_set(
         with_image=with_image,
         with_latents="latents" in contents,
         device=mesh.device,
+        with_y=config.model.with_y,
     )
     missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text))
     writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
@@ -222,6 +223,7 @@ class _ShardWriter:
             parts = {
                 "clip": encoded.image,
                 "y": None if encoded.frames is None else encoded.frames[:, stride:],
+                "first": encoded.first,
                 "latents": encoded.latents,
             }
             arrays = {name: part.to("cpu", self.dtype) for name, part in parts.items() if part is not None}

@@ -16,14 +16,16 @@ from longtake.models.encoder_identity import digest, encoder_files, stamps
 logger = logging.getLogger(__name__)
 
 # The encoder that makes each part; text is always there.
-_ENCODER_OF = {"clip": "image", "y": "vae", "latents": "vae"}
+_ENCODER_OF = {"clip": "image", "y": "vae", "first": "vae", "latents": "vae"}
 # Values of `model` that change what an encoder gives, as far as this version has them.
 _OPTIONS = ("clip_preprocess", "text_precision")
 
 
 def contents_of(config: StageConfig, *, with_tokens: bool) -> list[str]:
     """What a stage reads of each row beside the text."""
-    given = (["clip"] if with_tokens else []) + ["y"] if config.model.image_condition == "i2v" else []
+    given = []
+    if config.model.image_condition == "i2v":
+        given = (["clip"] if with_tokens else []) + ["y"] if config.model.with_y else ["first"]
     return given + (["latents"] if config.stage != "distill" else [])
 
 

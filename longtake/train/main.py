@@ -1,4 +1,4 @@
-"""`longtake train`: one stage, or a job: write the toy world, train the stages in order, measure, report."""
+"""`longtake train`: one stage, or a job: train the stages in order, around them write the toy world and measure."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def run_job(config: JobConfig, mesh: Mesh) -> None:
     def prepare() -> None:
         logdir.mkdir(parents=True, exist_ok=True)
         (logdir / "job.yaml").write_text(dump(config))
-        data = config.data
-        write_world(
-            config.data_folder, data.num_worlds, seed=data.seed, num_frames=data.num_frames, formats=tuple(data.formats)
-        )
+        if (data := config.data) is not None:
+            formats = tuple(data.formats)
+            write_world(
+                config.data_folder, data.num_worlds, seed=data.seed, num_frames=data.num_frames, formats=formats
+            )
 
     mesh.on_main(prepare)
     for name, stage in config.stages.items():
@@ -47,6 +48,8 @@ def run_job(config: JobConfig, mesh: Mesh) -> None:
             continue
         logger.info("Stage %s", name)
         run_stage(stage, mesh)
+    if config.evaluation is None:
+        return
     logger.info("Evaluation over %d held-out worlds", config.evaluation.num_worlds)
     result = evaluate(logdir, mesh=mesh, settings=config.evaluation)
     if mesh.is_main:

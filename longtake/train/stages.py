@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from longtake.config import StageConfig, dump
-from longtake.config_groups import CriticConfig, OptimConfig
+from longtake.config_groups import CriticConfig, ModelConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
-from longtake.inference.generator import find_checkpoint, load_encoders, rules_of
+from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.hub import is_hub_name
@@ -77,15 +78,24 @@ def weights_folder(source: Path, config: StageConfig) -> Path:
 def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
     """A model from a source, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
     model = load_dit(weights_folder(source, config), mesh.device)
-    wanted = config.model.image_condition == "i2v"
     model = widened_as_asked(model, config.model, config.seed)
-    if (model.config.condition_channels > 0) != wanted:
+    if (model.config.condition_channels > 0) != config.model.with_y:
+        key, fix = _misfit(config.model)
         raise ConfigError(
-            f"model.image_condition={config.model.image_condition} does not fit the weights at {source}, which have "
-            f"in_channels={model.config.in_channels}; set it to {'t2v' if wanted else 'i2v'}"
-            + (", or model.widen=true and model.preset to the sizes wanted" if wanted else "")
+            f"model.{key}={getattr(config.model, key)} does not fit the weights at {source}, which have "
+            f"in_channels={model.config.in_channels}; set it to {fix}"
         )
     return model
+
+
+def _misfit(settings: ModelConfig) -> tuple[str, str]:
+    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
+    if settings.with_y:
+        return "image_condition", (
+            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
+            "model.widen=true and model.preset to the sizes wanted"
+        )
+    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")
 
 
 def _is_published(source: Path, config: StageConfig) -> bool:
@@ -110,7 +120,11 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
     encoder: RowEncoder
-    parts = {"with_image": config.model.image_condition == "i2v", "with_latents": config.stage != "distill"}
+    parts = {
+        "with_image": config.model.image_condition == "i2v",
+        "with_y": config.model.with_y,
+        "with_latents": config.stage != "distill",
+    }
     if isinstance(dataset, EncodedRows):
         check_encoded(config, dataset, mesh, with_tokens=with_tokens)
         encoder = StoredEncoder(dataset, config.video.shape, with_tokens=with_tokens, device=mesh.device, **parts)
@@ -191,18 +205,23 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
         source = config.source(config.init_from)
         generator = load_weights(source, config, mesh)
         _check_same_rules(source, config)
-    networks = {"generator": generator}
+    # Each network is sharded before the next one is read: a rank never holds two of them whole.
+    networks = {"generator": _to_train(generator, config, mesh)}
     real = None
     if config.stage == "distill":
         assert config.teacher is not None and config.critic is not None
-        real = load_weights(config.source(config.teacher), config, mesh)
-        networks["critic"] = load_weights(config.source(config.critic.init_from or config.teacher), config, mesh)
-        real.requires_grad_(False)
+        real = load_weights(config.source(config.teacher), config, mesh).requires_grad_(False)
         parallelize(real, mesh)
-    for network in networks.values():
-        network.activation_checkpointing = config.activation_checkpointing
-        parallelize(network, mesh)
+        critic = load_weights(config.source(config.critic.init_from or config.teacher), config, mesh)
+        networks["critic"] = _to_train(critic, config, mesh)
     return networks, real
+
+
+def _to_train(network: VideoDiT, config: StageConfig, mesh: Mesh) -> VideoDiT:
+    """The network with its activation checkpointing, sharded."""
+    network.activation_checkpointing = config.activation_checkpointing
+    parallelize(network, mesh)
+    return network
 
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
@@ -222,7 +241,7 @@ def _check_same_rules(source: Path, config: StageConfig) -> None:
 def _objective(
     config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws, phases: Phases
 ) -> Objective:
-    clean = config.model.first_frame_sigma == "zero"
+    clean = config.model.image_condition == "i2v" and config.model.first_frame_sigma == "zero"
     flow = config.flow
     if config.stage == "teacher":
         return FlowMatching(

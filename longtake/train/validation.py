@@ -67,6 +67,7 @@ class Validation:
                 num_worlds=settings.num_worlds,
                 num_latent_frames=frames,
                 batch_size=8,
+                with_y=self.config.model.with_y,
             )
             self._shown["truth"] = truth(self._batches[0])
             if self.teacher is not None:

@@ -152,7 +152,9 @@ def test_bad_pairs_are_named_after_the_others(run, inputs, tmp_path):
     result = CliRunner().invoke(app, [str(word) for word in command])
     assert result.exit_code == 1 and "bad pairs (2; all others" in result.output
     assert "w0.png" in result.output and "w1.txt" in result.output and "5 frames in" in result.output
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["w2-seed0.json", "w2-seed0.mp4"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        f"w2-seed0.{end}" for end in ("json", "mp4", "txt")
+    ]
 
 
 def test_two_real_ranks_share_and_both_fail_after_the_others(run, inputs, tmp_path):

@@ -11,8 +11,9 @@ from longtake import Generator
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
-from longtake.inference.generator import find_checkpoint, generate_file, to_frames
+from longtake.inference.generator import generate_file, to_frames
 from longtake.inference.sampling import stream_noise, student_latents
+from longtake.inference.source import find_checkpoint
 from longtake.inference.video_io import read_video
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.encoders import Encoders

@@ -1,0 +1,106 @@
+"""Where the weights of a generator come from, and the rules they stream by: a training run, or files of any origin.
+
+Reads no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtake.config import StageConfig
+from longtake.config_generation import GenerationConfig, generation_settings
+from longtake.errors import CheckpointError, ConfigError
+from longtake.models.folders import find_encoders, find_weights
+from longtake.runs import (
+    MANIFEST,
+    STUDENTS,
+    checkpoints_folder,
+    exported_weights,
+    latest_checkpoint,
+    read_manifest,
+    student_stages,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a generator comes from, and its rules: `weights` a folder or file, `encoders` a folder; `config` is that
+    of the stage that trained it, None for weights of other origin. Making one reads no weights.
+    """
+
+    weights: Path
+    encoders: Path
+    settings: GenerationConfig
+    config: StageConfig | None = None
+
+    @classmethod
+    def of_run(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
+        """The student of a log folder (its last stage), of a stage folder or of a checkpoint.
+
+        Args: `changes` win over the values that it was trained with; other rules than those are named in the log.
+        Raises: CheckpointError when the folder holds no complete checkpoint of a causal student.
+        """
+        checkpoint = find_checkpoint(Path(path))
+        config = StageConfig.from_tree(read_manifest(checkpoint)["config"])
+        if config.stage == "teacher":
+            raise CheckpointError(
+                f"{path} holds a bidirectional teacher, which cannot stream; give a causal or distill run"
+            )
+        if config.model.image_condition != "i2v":
+            raise CheckpointError(
+                f"{path} holds a text-to-video student, and a Generator starts from a picture; give a run with "
+                "model.image_condition=i2v"
+            )
+        settings, trained = generation_settings(config, changes), generation_settings(config)
+        for name in ("plan", "rope", "steps", "shift"):
+            if (now := getattr(settings, name)) != (before := getattr(trained, name)):
+                logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
+        return cls(exported_weights(checkpoint), config.encoders_folder, settings, config)
+
+    @classmethod
+    def of_model(
+        cls,
+        path: str | Path,
+        encoders: str | Path | None = None,
+        stage: StageConfig | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Source:
+        """Weights of any origin: a folder or file in the original, diffusers' or Longtake's layout.
+
+        Args: `encoders`, their folder (default: in the model's folder, in its `encoders/`, or beside it); `stage`, a
+        configuration whose rules are taken (default: those of `GenerationConfig`); `changes` win over both.
+        Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
+        checkpoint of a training run without `stage`, since its own rules would be lost.
+        """
+        if stage is None and any((place / MANIFEST).is_file() for place in (Path(path), Path(path).parent)):
+            raise ConfigError(
+                f"{path} is a checkpoint of a training run and has rules of its own; give it with --run, or name other "
+                "rules with --config"
+            )
+        settings = generation_settings(stage, changes)
+        folder = Path(encoders) if encoders is not None else find_encoders(path)
+        return cls(find_weights(path), folder, settings)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a stage folder, of the last trained stage of a log folder, or `path` itself.
+
+    Raises: CheckpointError.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} does not exist; give a log folder (outputs/toy) or a stage folder (outputs/toy/distill)"
+        )
+    if (path / "manifest.json").is_file():
+        return path
+    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
+    for stage in stages:
+        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
+            return found
+    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")

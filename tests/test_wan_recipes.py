@@ -1,0 +1,207 @@
+"""The recipes for real Wan weights: valid, honest about memory, and running end to end on tiny models of their kinds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_wan
+import torch
+from typer.testing import CliRunner
+
+from longtake.cli import app
+from longtake.config import JobConfig, StageConfig, load_config
+from longtake.data.encoded import read_index
+from longtake.doctor.files import look_at
+from longtake.doctor.memory import stage_need
+from longtake.runs import exported_weights, latest_checkpoint, read_manifest
+from longtake.train.metrics_log import read_rows
+
+ROOT = Path(__file__).parent.parent
+WAN = ROOT / "configs" / "wan"
+FILES = sorted(path.relative_to(WAN).as_posix() for path in WAN.rglob("*.yaml"))
+STAGES = [name for name in FILES if name != "i2v_1_3b/i2v.yaml"]
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.output
+
+
+# ---- what the files say ----------------------------------------------------------------------------------------------
+def test_the_recipes_that_are_promised():
+    assert (
+        sorted(
+            [
+                *("i2v_1_3b/teacher_forcing.yaml", "i2v_1_3b/distill.yaml", "i2v_1_3b/distill_window12.yaml"),
+                *("i2v_1_3b/i2v.yaml", "i2v_14b/distill_1_3b.yaml", "i2v_14b/teacher_forcing.yaml"),
+                *(
+                    "i2v_14b/distill.yaml",
+                    "t2v_1_3b/distill.yaml",
+                    "ti2v_5b/teacher_forcing.yaml",
+                    "ti2v_5b/distill.yaml",
+                ),
+            ]
+        )
+        == FILES
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_check_accepts_the_recipe_and_its_header_is_complete(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "logdir: outputs/wan_" in invoke("train", f"configs/wan/{name}", "--check")
+    head = (WAN / name).read_text().split("\nstage:")[0]
+    assert all(word in head for word in ("GPUs", "emory", "ime", "estimate", "ources"))
+
+
+@pytest.mark.parametrize("name", [n for n in STAGES if "window12" not in n])
+def test_stated_memory_is_the_doctors(name, monkeypatch):
+    """`N GiB a rank`, and while the weights are read where that is stated, on the stated number of ranks."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(WAN / name)
+    assert isinstance(config, StageConfig)
+    head = " ".join((WAN / name).read_text().split("\nstage:")[0].replace("#", " ").split())
+    reading = r"(?:.{,20} and (\d+) GiB while .{,30}read(?:ing)?)?"
+    stated = re.search(rf"Memory (\d+) GiB a rank{reading}: `longtake doctor` on (\d+) ranks", head)
+    disk = re.search(r"checkpoint takes (\d+) GiB", head)
+    assert stated and disk
+    found = look_at(config)
+    need = stage_need(config, found.networks, int(stated[3]), image_tokens=found.image_tokens)
+    assert int(stated[1]) == round(need.total / 2**30) and int(disk[1]) == -(-need.checkpoint // 2**30)
+    assert (stated[2] is None and need.loading < need.total) or int(stated[2]) == round(need.loading / 2**30)
+
+
+def test_the_ports_values_are_corrected(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    causal, distill = (load_config(WAN / f"i2v_1_3b/{name}.yaml") for name in ("teacher_forcing", "distill"))
+    for stage in (causal, distill):
+        assert isinstance(stage, StageConfig)
+        assert [end - start for start, end in stage.plan.blocks.blocks(0, 21)] == [1, 4, 4, 4, 4, 4]
+        assert (stage.video.num_latent_frames, stage.plan.window_frames, stage.plan.sink_frames) == (21, 13, 5)
+    assert distill.init_from == "teacher_forcing" and distill.accumulation(4) == 1
+    window12 = load_config(WAN / "i2v_1_3b/distill_window12.yaml")
+    assert isinstance(window12, StageConfig) and window12.plan.window_frames == 12
+    job = load_config(WAN / "i2v_1_3b/i2v.yaml")
+    assert isinstance(job, JobConfig) and list(job.stages.values()) == [causal, distill]
+
+
+# ---- they run ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which every path of the recipes exists: configs, tiny weights, data."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    tiny_wan.write_wan_weights(folder / "weights")
+    tiny_wan.write_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+SMALL = [*tiny_wan.REHEARSAL, "batch_size=1"]
+
+
+def encode(recipe: str, data: str, output: str) -> list[str]:
+    """What the recipe's `longtake encode` stores."""
+    invoke("encode", f"configs/wan/{recipe}.yaml", "-o", output, f"data.path={data}", *SMALL)
+    return read_index(Path(output))["key"]["contents"]
+
+
+def train(recipe: str, *changes: str, steps: int = 1) -> Path:
+    """The folder of the stage, its checkpoint complete and its losses finite."""
+    file = f"configs/wan/{recipe}.yaml"
+    invoke("train", file, *SMALL, f"max_steps={steps}", *changes)
+    config = load_config(file, [*SMALL, *changes])
+    assert isinstance(config, StageConfig)
+    rows = read_rows(config.folder / "metrics.jsonl")
+    assert len(rows) == steps and all(rows[0][key] > 0 for key in rows[0] if key.endswith(("_loss", "_grad_norm")))
+    assert read_manifest(latest_checkpoint(config.folder / "checkpoints"))["step"] == steps
+    return config.folder
+
+
+def test_i2v_1_3b_runs_from_encoded_sets_and_is_resumed(place, monkeypatch):
+    monkeypatch.chdir(place)
+    out = "outputs/wan_i2v_1_3b"
+    assert encode("i2v_1_3b/teacher_forcing", "world/clips", f"{out}/encoded/clips") == ["clip", "y", "latents"]
+    assert encode("i2v_1_3b/distill", "photos", f"{out}/encoded/pictures") == ["clip", "y"]
+    invoke(
+        "train",
+        "configs/wan/i2v_1_3b/i2v.yaml",
+        *(f"{s}.{c}" for s in ("teacher_forcing", "distill") for c in (*SMALL, "max_steps=1")),
+    )
+    folder = train("i2v_1_3b/distill", steps=2)
+    assert "critic_loss" in read_rows(folder / "metrics.jsonl")[1]
+    done = invoke(
+        "generate",
+        "--run",
+        out,
+        "--image",
+        "photos/photo0.jpg",
+        "--prompt",
+        "a red circle",
+        "-o",
+        "a.mp4",
+        "--frames",
+        "9",
+    )
+    assert "9 frames" in done
+
+
+def test_ti2v_5b_runs_without_y(place, monkeypatch):
+    monkeypatch.chdir(place)
+    out = "outputs/wan_ti2v_5b"
+    assert encode("ti2v_5b/teacher_forcing", "world/clips", f"{out}/encoded/clips") == ["first", "latents"]
+    assert encode("ti2v_5b/distill", "photos", f"{out}/encoded/pictures") == ["first"]
+    train("ti2v_5b/teacher_forcing")
+    folder = train("ti2v_5b/distill")
+    weights = json.loads((exported_weights(latest_checkpoint(folder / "checkpoints")) / "config.json").read_text())
+    assert weights["model_type"] == "ti2v" and weights["in_dim"] == tiny_wan.TI2V_CHANNELS
+    done = invoke(
+        "generate",
+        "--run",
+        out,
+        "--image",
+        "photos/photo0.jpg",
+        "--prompt",
+        "a red circle",
+        "-o",
+        "b.mp4",
+        "--frames",
+        "9",
+    )
+    assert "9 frames" in done
+
+
+def test_i2v_14b_runs_with_either_student(place, monkeypatch):
+    monkeypatch.chdir(place)
+    encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")
+    encode("i2v_1_3b/distill", "photos", "outputs/wan_i2v_1_3b/encoded/pictures")
+    train("i2v_1_3b/teacher_forcing", "logdir=outputs/wan_i2v_1_3b", "data.path=outputs/wan_i2v_1_3b/encoded/clips")
+    folders = [train(f"i2v_14b/{name}") for name in ("distill_1_3b", "teacher_forcing", "distill")]
+    widths = [
+        json.loads((exported_weights(latest_checkpoint(folder / "checkpoints")) / "config.json").read_text())["dim"]
+        for folder in folders
+    ]
+    assert widths == [tiny_wan.I2V.dim, tiny_wan.LARGE_I2V.dim, tiny_wan.LARGE_I2V.dim]
+
+
+def test_window_12_and_its_own_causal_initialisation_run(place, monkeypatch):
+    monkeypatch.chdir(place)
+    encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")
+    encode("i2v_1_3b/distill", "photos", "outputs/wan_i2v_1_3b/encoded/pictures")
+    train("i2v_1_3b/distill_window12")
+    train("i2v_1_3b/teacher_forcing", "name=teacher_forcing_12", "plan.window_frames=12", "plan.sink_frames=0")
+    train("i2v_1_3b/distill_window12", "name=again", "init_from=teacher_forcing_12")
+
+
+def test_t2v_1_3b_runs_from_prompts(place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert encode("t2v_1_3b/distill", "prompts.txt", "outputs/wan_t2v_1_3b/encoded/prompts") == []
+    train("t2v_1_3b/distill")
