@@ -22,6 +22,7 @@ from longtake.config_groups import (
     EmaConfig,
     EvaluationConfig,
     FlowConfig,
+    LongConfig,
     ModelConfig,
     OptimConfig,
     PlanConfig,
@@ -46,7 +47,7 @@ TOY = "toy"
 class StageConfig(Settings):
     """One training stage."""
 
-    stage: Literal["teacher", "causal", "distill"] = Field(description="what is trained: the kind of stage")
+    stage: Literal["teacher", "causal", "distill", "long"] = Field(description="what is trained: the kind of stage")
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
     logdir: str = Field(min_length=1, description="log folder, shared by all stages of a run")
     seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
@@ -56,7 +57,7 @@ class StageConfig(Settings):
         "the Hugging Face hub, or `toy`; null = random weights (teacher only)",
     )
     teacher: str | None = Field(
-        default=None, description="weights of the real score, as `init_from` (distill only, required)"
+        default=None, description="weights of the real score, as `init_from` (distill and long, required)"
     )
     encoders: str = Field(
         default="toy",
@@ -75,9 +76,10 @@ class StageConfig(Settings):
     micro_batch_size: int = Field(
         default=4, gt=0, description="most samples of one forward on one rank; the rest is accumulated"
     )
-    max_steps: int = Field(gt=0, description="iterations; in distill an iteration is one critic update")
+    max_steps: int = Field(gt=0, description="iterations; in distill and long an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
+    long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
     precision: Literal["fp32", "bf16"] = Field(
@@ -102,9 +104,11 @@ class StageConfig(Settings):
             self._check_sources()
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        # The model is frozen for its users; these two follow from other values of the same file.
-        if self.stage == "distill" and self.critic is None:
+        # The model is frozen for its users; these follow from other values of the same file.
+        if self.distils and self.critic is None:
             object.__setattr__(self, "critic", CriticConfig())
+        if self.stage == "long" and self.long is None:
+            object.__setattr__(self, "long", LongConfig())
         if "{logdir}" in self.data.path:
             path = self.data.path.replace("{logdir}", self.logdir)
             object.__setattr__(self, "data", self.data.model_copy(update={"path": path}))
@@ -129,6 +133,8 @@ class StageConfig(Settings):
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
         self._check_buckets()
+        if self.long is not None:
+            self.long.check(self.video.num_latent_frames, self.plan)
 
     def _check_buckets(self) -> None:
         buckets = self.data.buckets
@@ -158,13 +164,19 @@ class StageConfig(Settings):
         for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
             if source == self.name:
                 raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
-        if self.stage == "distill" and self.teacher is None:
-            raise ConfigError("teacher=null: stage distill needs a real score; name a stage, a path or toy")
-        if self.stage == "distill" and self.caption_dropout:
-            raise ConfigError(f"caption_dropout={self.caption_dropout} has no effect in stage distill; set it to 0")
-        if self.stage != "distill" and (self.teacher is not None or self.critic is not None):
-            raise ConfigError(f"teacher and critic belong to stage distill, this is stage {self.stage}; remove them")
-        if self.stage != "distill" and self.data.kind in ("images", "texts"):
+        if self.distils and self.teacher is None:
+            raise ConfigError(f"teacher=null: stage {self.stage} needs a real score; name a stage, a path or toy")
+        if self.distils and self.caption_dropout:
+            raise ConfigError(
+                f"caption_dropout={self.caption_dropout} has no effect in stage {self.stage}; set it to 0"
+            )
+        if not self.distils and (self.teacher is not None or self.critic is not None):
+            raise ConfigError(
+                f"teacher and critic belong to stages distill and long, this is stage {self.stage}; remove them"
+            )
+        if self.stage != "long" and self.long is not None:
+            raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
+        if not self.distils and self.data.kind in ("images", "texts"):
             raise ConfigError(
                 f"data.kind={self.data.kind} has no motion to learn from in stage {self.stage}; use clips, webdataset "
                 "or lmdb"
@@ -173,6 +185,16 @@ class StageConfig(Settings):
             raise ConfigError(
                 "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
             )
+
+    @property
+    def distils(self) -> bool:
+        """True for the stages that match a teacher's distribution: no videos are needed, a teacher and a critic are."""
+        return self.stage in ("distill", "long")
+
+    @property
+    def new_frames(self) -> int:
+        """Latent frames of each later chunk of long tuning."""
+        return (self.long or LongConfig()).chunk_frames(self.video.num_latent_frames)
 
     @property
     def folder(self) -> Path:
@@ -225,6 +247,11 @@ class StageConfig(Settings):
             "num_frame_per_block": "plan.block_frames",
             "real_name": "teacher",
             "sink_size": "plan.sink_frames",
+            "streaming_chunk_size": "video.num_latent_frames",
+            "streaming_max_length": "long.num_chunks (chunks, not frames)",
+            "streaming_min_new_frame": "long.new_frames",
+            "switch_choices": "long.switch_frames",
+            "global_sink": "plan.keep_sink",
             "timestep_shift": "flow.shift",
             "total_batch_size": "batch_size",
         }
@@ -287,7 +314,7 @@ class JobConfig(Settings):
                 f"data.path={stage.data.path} is not written by the job: add it to data.formats={world.formats}"
             )
         needed = pixel_frames(stage.video.num_latent_frames, stage.video.temporal_stride)
-        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.stage != "distill"
+        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and not stage.distils
         if reads_clips and world.num_frames < needed:
             raise ConfigError(
                 f"video.num_latent_frames={stage.video.num_latent_frames} needs clips of {needed} frames and the job "

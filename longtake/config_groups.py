@@ -99,6 +99,10 @@ class PlanConfig(Settings):
     sink_frames: int = Field(
         default=1, ge=0, description="first latent frames that are never evicted: 0 or a block boundary"
     )
+    keep_sink: bool = Field(
+        default=False,
+        description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
+    )
 
     @property
     def blocks(self) -> BlockPlan:
@@ -187,6 +191,57 @@ class CriticConfig(OptimConfig):
     init_from: str | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )
+
+
+class LongConfig(Settings):
+    """Long tuning: videos beyond the teacher's length, generated and scored chunk by chunk."""
+
+    num_chunks: list[int] = Field(
+        default=[12], min_length=1, description="chunks of a whole video, one iteration each; one of these is drawn"
+    )
+    new_frames: int | None = Field(
+        default=None,
+        gt=0,
+        description="latent frames of each chunk after the first, which is as long as the teacher's clips; null = all "
+        "but one of those",
+    )
+    switch_frames: list[int] = Field(
+        default=[],
+        description="latent frames, block boundaries, at which the row's second prompt takes over; each video draws "
+        "one that it reaches; none = never",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if min(self.num_chunks) < 1:
+            raise ValueError(f"num_chunks={self.num_chunks} must all be at least 1")
+        return self
+
+    def chunk_frames(self, horizon: int) -> int:
+        """Latent frames of each chunk after the first."""
+        return self.new_frames or horizon - 1
+
+    def check(self, horizon: int, plan: PlanConfig) -> None:
+        """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
+        new, blocks = self.chunk_frames(horizon), plan.blocks
+        if not blocks.is_boundary(horizon + new) or new >= horizon:
+            raise ConfigError(
+                f"long.new_frames={new} must be a multiple of plan.block_frames={plan.block_frames} below "
+                f"video.num_latent_frames={horizon}; set it to {(horizon - 1) // plan.block_frames * plan.block_frames}"
+            )
+        for frame in self.switch_frames:
+            if frame < plan.first_frames or not blocks.is_boundary(frame):
+                below, above = blocks.block_of(max(frame, plan.first_frames))
+                raise ConfigError(
+                    f"long.switch_frames={self.switch_frames}: {frame} is no block boundary after the first block; "
+                    f"set it to {below} or {above}"
+                )
+        longest = horizon + (max(self.num_chunks) - 1) * new
+        if late := [frame for frame in self.switch_frames if frame >= longest]:
+            raise ConfigError(
+                f"long.switch_frames={late} are not before the end of the longest video, {longest} latent frames; "
+                "lower them or raise long.num_chunks"
+            )
 
 
 class EmaConfig(Settings):

@@ -69,7 +69,10 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
             f"{path} has format_version {version}; this version of Longtake reads {FORMAT_VERSION}. "
             "Use the version of Longtake that wrote it"
         )
-    manifest.setdefault("clip_preprocess", "original")  # all there was before it became an option
+    # All there was before these became options
+    manifest.setdefault("clip_preprocess", "original")
+    if isinstance(manifest.get("plan"), dict):
+        manifest["plan"].setdefault("keep_sink", False)
     return manifest
 
 

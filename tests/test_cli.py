@@ -63,7 +63,7 @@ NOT_DEFAULT = {
     "video": {
         "height": 128, "width": 192, "num_latent_frames": 8, "fps": 24, "temporal_stride": 8, "spatial_stride": 16,
     },
-    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2},
+    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True},
     "rope": "absolute",
     "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "sigma_min": 0.1, "sigma_max": 0.9},
     "data": {
@@ -114,7 +114,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
     # Refused there, of no effect in distill and with t2v; see below.
-    fixed_by_stage = {"caption_dropout", "model.widen"}
+    fixed_by_stage = {"caption_dropout", "model.widen", "long.num_chunks", "long.new_frames", "long.switch_frames"}
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - fixed_by_stage
     assert all(written[key] != default for key, default in defaults.items() if key in written)
@@ -127,6 +127,11 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
+    written_long = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
+    changed |= {"stage": "long", "teacher": "toy", "caption_dropout": 0.0, "long": written_long, "model": {}}
+    path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
+    assert (result := invoke("train", path)).exit_code == 0, result.output
+    assert called["run"][0][0].long.model_dump() == written_long
 
     # 3. The same for a job, whose evaluation and data have options of other commands.
     values = {

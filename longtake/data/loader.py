@@ -31,7 +31,8 @@ class Batch:
     """One micro-batch.
 
     Fields: `images` [B, 3, h, w] and `videos` [B, T, 3, h, w] float32 in [-1, 1], or None; `indices` the global sample
-    indices; `rows` the rows that were read; `extras` the stored encodings [B, ...] that every sample has.
+    indices; `rows` the rows that were read; `later_prompts` the second prompt of each row, "" where there is none;
+    `extras` the stored encodings [B, ...] that every sample has.
     """
 
     names: list[str]
@@ -40,6 +41,7 @@ class Batch:
     rows: list[int]
     images: Tensor | None = None
     videos: Tensor | None = None
+    later_prompts: list[str] = field(default_factory=list)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -67,6 +69,7 @@ def collate(samples: Sequence[Sample], picks: Sequence[Pick], rows: Sequence[int
         rows=list(rows),
         images=to_signed(_stack(images, samples, "image")) if images else None,
         videos=to_signed(_stack(videos, samples, "video")) if videos else None,
+        later_prompts=[(*sample.prompts, "")[1] for sample in samples],
         extras=extras,
     )
 

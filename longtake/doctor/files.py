@@ -65,7 +65,7 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     shows = config.stage == "causal" and config.validate_every > 0 and config.validation.num_worlds > 0
     networks = Networks(
         generator,
-        (sizes.get("critic.init_from") or teacher) if config.stage == "distill" else None,
+        (sizes.get("critic.init_from") or teacher) if config.distils else None,
         teacher,
         generator if shows else None,
     )

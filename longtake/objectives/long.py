@@ -7,7 +7,7 @@ videos; their past is generated again, by the weights as they were saved. Source
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -98,11 +98,10 @@ class LongTuning(Dmd):
         schedule: LongSchedule,
         codec: PictureCodec,
         *,
-        keep_sink: bool = False,
         phase: Phase = nullcontext,
     ) -> None:
         super().__init__(generator, critic, real, draws, rules, schedule.horizon, settings, phase=phase)
-        self.schedule, self.codec, self.keep_sink = schedule, codec, keep_sink
+        self.schedule, self.codec = schedule, codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -159,13 +158,4 @@ class LongTuning(Dmd):
             max_frames=place.length,
             spare_frames=self.schedule.horizon if self.generator.activation_checkpointing else 0,
             switch=switch,
-            keep_sink=self.keep_sink,
         )
-
-
-def check_progress(schedule: LongSchedule, is_boundary: Callable[[int], bool]) -> None:
-    """Raises ConfigError unless every chunk and every switch of a schedule is at a block boundary."""
-    frames = {"new_frames": schedule.horizon + schedule.new_frames} | {f"switch at {f}": f for f in schedule.switches}
-    for name, frame in frames.items():
-        if not is_boundary(frame):
-            raise ConfigError(f"{name}: latent frame {frame} is no block boundary")

@@ -68,7 +68,7 @@ class LongStream:
     """The running videos of one micro-batch.
 
     Args: `horizon` latent frames of a window (the teacher's length); `spare_frames` that the cache keeps beyond its
-    window, for recomputation in backward: the most new frames of a chunk; `keep_sink` as in `rebuild_cache`.
+    window, for recomputation in backward: the most new frames of a chunk.
     """
 
     def __init__(
@@ -84,12 +84,11 @@ class LongStream:
         max_frames: int,
         spare_frames: int = 0,
         switch: Switch | None = None,
-        keep_sink: bool = False,
     ) -> None:
         if switch is not None and not rules.plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
         self.model, self.condition, self.rules, self.codec = model, condition, rules, codec
-        self.horizon, self.switch, self.keep_sink = horizon, switch, keep_sink
+        self.horizon, self.switch = horizon, switch
         self.kept = KeptLatents.of_rules(rules)
         self._cache = model.new_cache(
             condition.batch_size,
@@ -155,7 +154,7 @@ class LongStream:
             self.kept.append(pending)
         if self.switch is not None and frame >= self.switch.frame:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
-            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.keep_sink)
+            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.rules.keep_sink)
         elif pending is not None:
             commit_block(self.model, self._cache, self.condition, pending)
 

@@ -29,7 +29,7 @@ from longtake.structs import Condition, VideoShape
 @dataclass(frozen=True)
 class EncodedRow:
     """Encodings of one row: text [M, D], CLIP tokens [L, D], y [F_total, C_y, H, W], latents [F, C, H, W]; `first`
-    [1, C, H, W] is the latent of the picture where there is no y.
+    [1, C, H, W] is the latent of the picture where there is no y; `later_text` [M, D] of the row's second prompt.
     """
 
     text: Tensor
@@ -37,6 +37,7 @@ class EncodedRow:
     frames: Tensor | None = None
     latents: Tensor | None = None
     first: Tensor | None = None
+    later_text: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -69,7 +70,7 @@ class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
     Args: `with_image` gives the picture's conditions (image-to-video): y and CLIP tokens, or without `with_y` its
-    latent alone; `with_latents` encodes the videos.
+    latent alone; `with_latents` encodes the videos, `with_later` the second prompts.
     """
 
     def __init__(
@@ -81,14 +82,18 @@ class BatchEncoder:
         with_latents: bool,
         device: torch.device,
         with_y: bool = True,
+        with_later: bool = False,
     ) -> None:
-        self.encoders, self.shape, self.device = encoders, shape, device
+        self.encoders, self.shape, self.device, self.with_later = encoders, shape, device, with_later
         self.with_image, self.with_latents, self.with_y = with_image, with_latents, with_y
         self.empty_text = encoders.text.encode([""]).to(device)
 
     def check(self, sample: Sample) -> None:
-        """Raises DataError naming file and row: no picture, no video or latents, or latents of a wrong shape."""
+        """Raises DataError naming file and row: no picture, no video or latents, or latents of a wrong shape; no second
+        prompt.
+        """
         where = sample.where or sample.name
+        _check_prompts(sample, where, with_later=self.with_later)
         if self.with_image and sample.image is None:
             raise DataError(f"{where}: has no image; image-to-video needs one a row")
         if not self.with_latents or sample.video is not None:
@@ -120,7 +125,8 @@ class BatchEncoder:
         def pick(part: Tensor | None, k: int) -> Tensor | None:
             return None if part is None else part[k].clone()
 
-        parts = (image, frames, latents, first)
+        later = self.encoders.text.encode(batch.later_prompts) if self.with_later else None
+        parts = (image, frames, latents, first, later)
         return [EncodedRow(text[k].clone(), *(pick(part, k) for part in parts)) for k in range(len(batch))]
 
     def _latents(self, batch: Batch) -> Tensor:
@@ -135,8 +141,8 @@ class BatchEncoder:
 class StoredEncoder:
     """Gives the encodings that an encoded set holds; no encoder is needed.
 
-    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_y`, `with_tokens`
-    and `with_latents` say what the stage needs of it.
+    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_y`, `with_tokens`,
+    `with_latents` and `with_later` (second prompts) say what the stage needs of it.
     """
 
     def __init__(
@@ -149,14 +155,16 @@ class StoredEncoder:
         with_latents: bool,
         device: torch.device,
         with_y: bool = True,
+        with_later: bool = False,
     ) -> None:
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.with_later = shape, device, with_later
         self.with_y, self.with_first = with_image and with_y, with_image and not with_y
         self.with_tokens, self.with_latents = with_image and with_tokens, with_latents
         self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
 
     def check(self, sample: Sample) -> None:
-        """Nothing: every row of an encoded set has what the set was made with."""
+        """Raises DataError without a second prompt; every row of an encoded set has all else that it was made with."""
+        _check_prompts(sample, sample.where or sample.name, with_later=self.with_later)
 
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
@@ -169,9 +177,15 @@ class StoredEncoder:
                 None if frames is None else frames[k],
                 parts["latents"][k] if self.with_latents else None,
                 parts["first"][k] if self.with_first else None,
+                parts["text_1"][k] if self.with_later else None,
             )
             for k in range(len(batch))
         ]
+
+
+def _check_prompts(sample: Sample, where: str, *, with_later: bool) -> None:
+    if with_later and len(sample.prompts) < 2:
+        raise DataError(f"{where}: has one prompt; long.switch_frames needs two a row, or leave it empty")
 
 
 def make_batch(
@@ -198,6 +212,7 @@ def make_batch(
         empty_text=encoder.empty_text.expand(len(rows), -1, -1),
         latent_size=(height // shape.spatial_stride, width // shape.spatial_stride),
         latents=_stack([row.latents for row in rows]),
+        later_text=_stack([row.later_text for row in rows]),
         first_latent=first,
     )
 

@@ -26,7 +26,7 @@ def contents_of(config: StageConfig, *, with_tokens: bool) -> list[str]:
     given = []
     if config.model.image_condition == "i2v":
         given = (["clip"] if with_tokens else []) + ["y"] if config.model.with_y else ["first"]
-    return given + (["latents"] if config.stage != "distill" else [])
+    return given + ([] if config.distils else ["latents"])
 
 
 def sizes_key(config: StageConfig, contents: list[str]) -> dict[str, Any]:

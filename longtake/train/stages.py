@@ -30,15 +30,19 @@ from longtake.models.widen import widened_as_asked
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
+from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.long_stream import PictureCodec
 from longtake.runs import exported_weights, read_manifest
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
-from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
+from longtake.train.long_batches import LongBatches
+from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
+from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate
@@ -123,7 +127,8 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     parts = {
         "with_image": config.model.image_condition == "i2v",
         "with_y": config.model.with_y,
-        "with_latents": config.stage != "distill",
+        "with_latents": not config.distils,
+        "with_later": config.long is not None and bool(config.long.switch_frames),
     }
     if isinstance(dataset, EncodedRows):
         check_encoded(config, dataset, mesh, with_tokens=with_tokens)
@@ -133,11 +138,14 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         check_strides(config, encoders)
         encoder = BatchEncoder(encoders, config.video.shape, device=mesh.device, **parts)
     phases = Phases()
-    objective = InPrecision(
-        _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
-    )
+    inner = _objective(config, networks, real, Draws(config.seed), phases)
+    loaded = make_batches(config, dataset, encoder, mesh)
+    batches: Batches = loaded
+    if config.stage == "long":
+        codec = EncoderCodec.of_stage(config, encoders, mesh.device, with_tokens=with_tokens)
+        inner, batches = for_long_videos(config, inner, codec, loaded, accumulation)
+    objective = InPrecision(inner, mesh.device, bf16=config.precision == "bf16")
     state = _state(config, objective.networks)
-    batches = make_batches(config, dataset, encoder, mesh)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -155,12 +163,12 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     def start() -> None:
         _write_config(config, mesh)
         # Small enough to travel and to be remembered whole, and every row is needed at least twice.
-        rows = batches.num_rows
+        rows = loaded.num_rows
         if encoders is None:
             return
         if rows * _row_bytes(config) <= PREFILL_BYTES and 2 * rows <= config.max_steps * config.batch_size:
             with phases("encode"):
-                batches.prefill(mesh)
+                loaded.prefill(mesh)
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
@@ -178,8 +186,10 @@ def _validation(
     """Validation beside the teacher, where it is asked for and this stage can be measured."""
     if not can_validate(config):
         return None
-    teacher = real
-    if config.stage == "causal":
+    # The teacher makes clips of its own length only.
+    as_long = config.validation.num_latent_frames in (None, config.video.num_latent_frames)
+    teacher = real if as_long else None
+    if config.stage == "causal" and as_long:
         teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
     return Validation(config, encoders, state, teacher, mesh, config.folder)
 
@@ -208,7 +218,7 @@ def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], Vid
     # Each network is sharded before the next one is read: a rank never holds two of them whole.
     networks = {"generator": _to_train(generator, config, mesh)}
     real = None
-    if config.stage == "distill":
+    if config.distils:
         assert config.teacher is not None and config.critic is not None
         real = load_weights(config.source(config.teacher), config, mesh).requires_grad_(False)
         parallelize(real, mesh)
@@ -266,6 +276,25 @@ def _objective(
     )
     frames = config.video.num_latent_frames
     return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings, phase=phases)
+
+
+def for_long_videos(
+    config: StageConfig, dmd: Objective, codec: PictureCodec, batches: Batches, accumulation: int
+) -> tuple[LongTuning, LongBatches]:
+    """The objective and the batches of stage long, from those of distill."""
+    assert isinstance(dmd, Dmd) and config.long is not None
+    horizon, new = dmd.num_frames, config.new_frames
+    lengths = [horizon + (chunks - 1) * new for chunks in config.long.num_chunks]
+    schedule = LongSchedule(dmd.draws, horizon, new, lengths, config.long.switch_frames)
+    tuning = LongTuning(
+        dmd.generator, dmd.critic, dmd.real, dmd.draws, dmd.rules, dmd.settings, schedule, codec, phase=dmd.phase
+    )
+    return tuning, LongBatches(
+        batches,
+        lambda step: schedule.at(step).sequence,
+        batch_size=config.batch_size,
+        accumulation=accumulation,
+    )
 
 
 def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:

@@ -1,0 +1,51 @@
+"""The encoders of a running video in long tuning: VAE and image encoder, never the text encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longtake.config import StageConfig
+from longtake.models.conditioning import condition_frames
+from longtake.models.encoder_files import find_encoders
+from longtake.models.encoders import Encoders
+from longtake.models.image_encoder import ImageEncoder
+from longtake.models.vae import DecoderSession, VideoVAE
+from longtake.rollout.long_stream import Picture
+
+
+class EncoderCodec:
+    """Decodes windows and encodes their pictures in float32, also under autocast.
+
+    Args: `image` None for models without CLIP tokens; `with_y`, whether the models take `y`.
+    """
+
+    def __init__(self, vae: VideoVAE, image: ImageEncoder | None, *, with_y: bool) -> None:
+        self.vae, self.image, self.with_y = vae, image, with_y
+
+    @classmethod
+    def of_stage(
+        cls, config: StageConfig, encoders: Encoders | None, device: torch.device, *, with_tokens: bool
+    ) -> EncoderCodec:
+        """From the encoders of a stage, or (None) only those two loaded. Raises: CheckpointError."""
+        if encoders is not None:
+            return cls(encoders.vae, encoders.image, with_y=config.model.with_y)
+        paths = find_encoders(config.encoders_folder, with_image=with_tokens)
+        image = None
+        if paths.image is not None:
+            image = ImageEncoder.load(paths.image, device, preprocess=config.model.clip_preprocess)
+        return cls(VideoVAE.load(paths.vae, device), image, with_y=config.model.with_y)
+
+    def decoder(self) -> DecoderSession:
+        """A decoder at its beginning."""
+        return self.vae.decoder_session()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Picture:
+        """Encodings of pictures [B, 3, h, w] in [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = None if self.image is None else self.image.encode(images)
+            if not self.with_y:
+                return Picture(self.vae.encode(images[:, None]), tokens)
+            frames = condition_frames(self.vae, images)
+        return Picture(frames[:, :1, self.vae.temporal_stride :], tokens, frames)
