@@ -147,6 +147,24 @@ def _config_of(stage_folder: Path) -> dict[str, Any]:
     return {}
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a stage folder, of the last trained stage of a log folder, or `path` itself.
+
+    Raises: CheckpointError.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} does not exist; give a log folder (outputs/toy) or a stage folder (outputs/toy/distill)"
+        )
+    if (path / MANIFEST).is_file():
+        return path
+    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
+    for stage in stages:
+        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
+            return found
+    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
+
+
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:
     """Folder with `model.safetensors` and `config.json` of a network in a checkpoint, its EMA where there is one.
 

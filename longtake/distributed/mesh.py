@@ -52,10 +52,6 @@ class Mesh:
     def is_distributed(self) -> bool:
         return self.device_mesh is not None
 
-    def barrier(self) -> None:
-        """Returns when every rank has called it."""
-        self.every(lambda: None)
-
     def every(self, work: Callable[[], T]) -> list[T]:
         """What `work` returned on each rank, known to all of them.
 
