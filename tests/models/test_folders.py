@@ -35,7 +35,9 @@ def test_folders(tmp_path, files, found):
 @pytest.mark.parametrize("name", ["a.safetensors", "student.pt", "student.pth"])
 def test_files(tmp_path, name):
     assert find_weights(touch(tmp_path / name)) == WeightSource(tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"a.bin is no file of weights; give .safetensors, .pt or .pth, or a folder"):
+    with pytest.raises(
+        CheckpointError, match=r"a.bin is no file of weights; give .safetensors, .pt or .pth, or a folder"
+    ):
         find_weights(touch(tmp_path / "a.bin"))
 
 
