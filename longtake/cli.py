@@ -115,7 +115,7 @@ def generate(
     ],
     run: Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Folder or file of weights: original, diffusers' or Longtake's layout.")
+        str | None, typer.Option(help="Folder or file of weights in any layout, or OWNER/NAME on the Hugging Face hub.")
     ] = None,
     encoders: Annotated[
         Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
@@ -197,7 +197,7 @@ def generate(
 
 def _check_generate(
     run: Path | None,
-    model: Path | None,
+    model: str | None,
     beside: Path | None,
     image: Path | None,
     prompt: str | None,
@@ -220,7 +220,7 @@ def _check_generate(
 
 
 def _source(
-    run: Path | None, model: Path | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
+    run: Path | None, model: str | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
 ) -> Any:
     from longtake.config_generation import read_stage
     from longtake.inference.generator import Source

@@ -89,7 +89,9 @@ class StageConfig(Settings):
         default=False, description="recompute blocks in backward: less memory, more time"
     )
     save_every: int = Field(
-        default=100, gt=0, description="iterations between checkpoints; the last step is always saved"
+        default=100,
+        ge=0,
+        description="iterations between checkpoints; the last step is saved too. 0 = nothing is saved (measurements)",
     )
     keep_checkpoints: int = Field(default=2, gt=0, description="checkpoints kept, the newest")
     validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
@@ -294,6 +296,8 @@ class JobConfig(Settings):
             raise ConfigError(f"name={stage.name} must be the key of the stage; set it to {key}")
         if stage.logdir != self.logdir:
             raise ConfigError(f"logdir={stage.logdir} must be that of the job, {self.logdir}; set only the job's")
+        if stage.save_every == 0:
+            raise ConfigError("save_every=0 leaves nothing for the next stage and the table; set it to 1 or more")
         critic = stage.critic.init_from if stage.critic is not None else None
         for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher), ("critic.init_from", critic)):
             known = source is None or source == TOY or is_path(source) or source in earlier

@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 # Kinds of stages that train a student, in the order of training
 STUDENTS = ("causal", "distill", "long")
+_THREADS = 8
 _NAME = re.compile(r"step_(\d{6,})")
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,14 @@ def file_record(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file, as manifests list it."""
     with path.open("rb") as file:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def file_records(
+    folder: Path, names: Sequence[str], record: Callable[[Path], dict[str, Any]] = file_record
+) -> dict[str, dict[str, Any]]:
+    """`record` of several files below a folder, read side by side: hashing leaves the interpreter's lock."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: record(folder / name), names)))
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -86,11 +97,15 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     listed, present = manifest.get("files", {}), files_of(checkpoint)
     if surplus := sorted(set(present) - set(listed)):
         raise CheckpointError(f"{checkpoint} holds files that its manifest does not list: {surplus[:5]}; remove them")
-    for name, record in listed.items():
-        if name not in present:
-            raise CheckpointError(f"{checkpoint} lacks {name}; the checkpoint is damaged, use another one")
-        if (checkpoint / name).stat().st_size != record["size_bytes"] or file_record(checkpoint / name) != record:
-            raise CheckpointError(f"{checkpoint / name} is not the file that was saved; use another checkpoint")
+    if missing := sorted(set(listed) - set(present)):
+        raise CheckpointError(f"{checkpoint} lacks {missing[0]}; the checkpoint is damaged, use another one")
+    sizes = {name: (checkpoint / name).stat().st_size for name in listed}
+    changed = [name for name, record in listed.items() if sizes[name] != record["size_bytes"]]
+    if not changed:  # gigabytes are read only when all sizes are right
+        now = file_records(checkpoint, list(listed))
+        changed = [name for name, record in listed.items() if now[name] != record]
+    if changed:
+        raise CheckpointError(f"{checkpoint / changed[0]} is not the file that was saved; use another checkpoint")
     return manifest
 
 
@@ -133,6 +148,24 @@ def _config_of(stage_folder: Path) -> dict[str, Any]:
         except CheckpointError as error:
             logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
     return {}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a stage folder, of the last trained stage of a log folder, or `path` itself.
+
+    Raises: CheckpointError.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} does not exist; give a log folder (outputs/toy) or a stage folder (outputs/toy/distill)"
+        )
+    if (path / MANIFEST).is_file():
+        return path
+    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
+    for stage in stages:
+        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
+            return found
+    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:

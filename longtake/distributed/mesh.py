@@ -52,10 +52,6 @@ class Mesh:
     def is_distributed(self) -> bool:
         return self.device_mesh is not None
 
-    def barrier(self) -> None:
-        """Returns when every rank has called it."""
-        self.every(lambda: None)
-
     def every(self, work: Callable[[], T]) -> list[T]:
         """What `work` returned on each rank, known to all of them.
 
@@ -88,6 +84,14 @@ class Mesh:
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one."""
         return bool(self.gather([float(flag)]).any())
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most bytes of GPU memory that tensors of any rank took since the last call; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        mine = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return max(self.every(lambda: mine))
 
     def gather(self, values: Sequence[float]) -> torch.Tensor:
         """The equally many `values` of each rank: float64 [world_size, n] on the CPU."""

@@ -11,8 +11,7 @@ from longtake.config import JobConfig, StageConfig, is_path
 from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.memory import Networks
-from longtake.errors import LongtakeError
-from longtake.inference.source import find_checkpoint
+from longtake.errors import CheckpointError, LongtakeError
 from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
     ENCODER_PARTS,
@@ -23,7 +22,7 @@ from longtake.models.folders import (
     missing_encoders,
 )
 from longtake.models.presets import PRESETS, model_config
-from longtake.runs import exported_weights
+from longtake.models.weights import open_dit
 
 _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 
@@ -54,7 +53,7 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     sizes: dict[str, DiTConfig] = {}
     for key, source in sources.items():
         if source is not None:
-            found = _weights(key, source, config, job, missing)
+            found = _weights(key, source, config, job, missing, notes)
             if found is None:  # a folder named like a preset, or the preset that the stage names
                 name = Path(source).name.lower()
                 preset = name if name in PRESETS else config.model.preset
@@ -76,26 +75,27 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     return Findings(networks, encoder_bytes, _image_tokens(config.encoders_folder), missing, notes)
 
 
-def _weights(key: str, source: str, config: StageConfig, job: JobConfig | None, missing: list[str]) -> DiTConfig | None:
-    """Sizes of the weights that a source means; None, and a line in `missing`, where they are not there."""
+def _weights(
+    key: str, source: str, config: StageConfig, job: JobConfig | None, missing: list[str], notes: list[str]
+) -> DiTConfig | None:
+    """Sizes of the weights that a source means; None, and a line in `missing` or `notes`, where they are not there."""
     path = config.source(source)
     if job is not None and source in job.stages and not path.is_dir():
         return look_at(job.stages[source], job).networks.generator  # written before it is read
+    repository = hub_repository(path)
     try:
-        folder = _weights_folder(path)
-        return model_config(str(folder if folder.is_dir() else folder.parent))
+        found = find_weights(path, config.logdir)
+        if found.path.exists():
+            return open_dit(found.path)[1].config  # from the heads of its files
+        if repository is None or path.as_posix().startswith(repository):
+            notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
+            return None
+        raise CheckpointError(f"{path} does not exist")
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
         hint = _where_to_get(path) if is_path(source) else "; train that stage first"
         missing.append(f"weights {key}={source}: {path} {reason}{hint}")
         return None
-
-
-def _weights_folder(path: Path) -> Path:
-    try:
-        return find_weights(path)
-    except LongtakeError:
-        return exported_weights(find_checkpoint(path))
 
 
 def _where_to_get(path: Path) -> str:
@@ -108,7 +108,7 @@ def _where_to_get(path: Path) -> str:
 def _encoders(config: StageConfig, with_image: bool, missing: list[str]) -> int | None:
     folder = config.encoders_folder
     absent = missing_encoders(folder, with_image=with_image)
-    missing += [f"encoders: {what}{_where_to_get(folder)}" for what in absent]
+    missing += [f"encoders: {what}" for what in absent]
     if absent:
         return None
     parts = [part for part in ENCODER_PARTS if with_image or part.folder != "image_encoder"]

@@ -133,7 +133,8 @@ def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, ranks: 
         )
     elif need.loading * HEADROOM > free:
         problems.append(f"the networks do not fit while they are loaded: {_size(need.loading)}")
-    disk_need, disk_free = need.checkpoint * (config.keep_checkpoints + 1), free_disk(config.logdir)
+    kept = config.keep_checkpoints + 1 if config.save_every else 0
+    disk_need, disk_free = need.checkpoint * kept, free_disk(config.logdir)
     if disk_need > disk_free:
         problems.append(
             f"{config.keep_checkpoints} checkpoints and one being written need {_size(disk_need)} of disk; lower "

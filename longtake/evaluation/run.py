@@ -28,14 +28,12 @@ from longtake.evaluation.rows import (
 )
 from longtake.evaluation.world_metrics import summarise
 from longtake.inference.generator import load_encoders, rules_of
-from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
-from longtake.models.hub import is_hub_name
+from longtake.models.folders import find_weights
 from longtake.models.presets import model_config
-from longtake.models.published import has_weights
 from longtake.models.weights import load_dit
 from longtake.models.widen import widened_as_asked
-from longtake.runs import checkpoints_folder, exported_weights, read_manifest, student_stages
+from longtake.runs import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
 
 # Shown on the contact sheet: the story of a run, from truth to student.
 _SHEET_STAGES = ("truth", "teacher", "teacher, causal")
@@ -139,7 +137,7 @@ def _rows(
     source = last.teacher or last.init_from
     if last.stage != "teacher" and source is not None:
         # By name within the log folder where it lies now: it may have been moved since.
-        weights = _weights(resolve_source(source, checkpoint.parents[2]), checkpoint.parents[2])
+        weights = find_weights(resolve_source(source, checkpoint.parents[2]), checkpoint.parents[2]).path
         teacher = widened_as_asked(load(weights), last.model, last.seed).requires_grad_(False)
         if frames == last.video.num_latent_frames:
             rows["teacher"] = bidirectional(teacher)
@@ -157,12 +155,6 @@ def _rows(
             if {"y": last.model.with_y, "clip": with_tokens, "text": True}[broken]:
                 rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
     return rows
-
-
-def _weights(source: Path, logdir: Path) -> Path:
-    if has_weights(source) or (is_hub_name(source) and not source.is_relative_to(logdir)):
-        return source
-    return exported_weights(find_checkpoint(source))
 
 
 def _stored_settings(run: Path) -> EvaluationConfig:

@@ -15,15 +15,7 @@ from longtake.config import StageConfig
 from longtake.config_generation import GenerationConfig, generation_settings
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.folders import find_encoders, find_weights
-from longtake.runs import (
-    MANIFEST,
-    STUDENTS,
-    checkpoints_folder,
-    exported_weights,
-    latest_checkpoint,
-    read_manifest,
-    student_stages,
-)
+from longtake.runs import exported_weights, find_checkpoint, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +42,7 @@ class Source:
         config = StageConfig.from_tree(read_manifest(checkpoint)["config"])
         if config.stage == "teacher":
             raise CheckpointError(
-                f"{path} holds a bidirectional teacher, which cannot stream; give a causal or distill run"
+                f"{path} holds a bidirectional teacher, which cannot stream; give a causal, distill or long run"
             )
         if config.model.image_condition != "i2v":
             raise CheckpointError(
@@ -71,36 +63,19 @@ class Source:
         stage: StageConfig | None = None,
         changes: Mapping[str, Any] | None = None,
     ) -> Source:
-        """Weights of any origin: a folder or file in the original, diffusers' or Longtake's layout.
+        """Weights of any origin, as `models/folders.py` finds them.
 
         Args: `encoders`, their folder (default: in the model's folder, in its `encoders/`, or beside it); `stage`, a
         configuration whose rules are taken (default: those of `GenerationConfig`); `changes` win over both.
         Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
         checkpoint of a training run without `stage`, since its own rules would be lost.
         """
-        if stage is None and any((place / MANIFEST).is_file() for place in (Path(path), Path(path).parent)):
+        found = find_weights(path)
+        if stage is None and found.checkpoint is not None:
             raise ConfigError(
                 f"{path} is a checkpoint of a training run and has rules of its own; give it with --run, or name other "
                 "rules with --config"
             )
         settings = generation_settings(stage, changes)
         folder = Path(encoders) if encoders is not None else find_encoders(path)
-        return cls(find_weights(path), folder, settings)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a stage folder, of the last trained stage of a log folder, or `path` itself.
-
-    Raises: CheckpointError.
-    """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} does not exist; give a log folder (outputs/toy) or a stage folder (outputs/toy/distill)"
-        )
-    if (path / "manifest.json").is_file():
-        return path
-    stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
-    for stage in stages:
-        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
-            return found
-    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
+        return cls(found.path, folder, settings)

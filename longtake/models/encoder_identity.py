@@ -10,12 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Where each encoder lies in a folder: diffusers' sub-folders, and the original Wan files with their tokenizer.
-_PLACES = {
-    "vae": ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"),
-    "text": ("text_encoder", "tokenizer", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"),
-    "image": ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
-}
+from longtake.models.folders import ENCODER_PARTS, TOKENIZER_FOLDER
+
+# The tokenizer is part of the text encoder, wherever it lies.
+_MORE = {"text": ("tokenizer", TOKENIZER_FOLDER.as_posix())}
 _SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model", ".txt")
 _THREADS = 8  # hashing leaves the interpreter's lock
 
@@ -23,13 +21,13 @@ _THREADS = 8  # hashing leaves the interpreter's lock
 def encoder_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each encoder in a folder, relative to it and sorted; an encoder without files is left out."""
     found = {}
-    for part, places in _PLACES.items():
+    for part in ENCODER_PARTS:
         paths: set[Path] = set()
-        for place in (folder / place for place in places):
+        for place in (folder / name for name in (part.folder, *part.originals, *_MORE.get(part.key, ()))):
             paths |= {place} if place.is_file() else set(place.glob("*"))
         files = sorted(path.relative_to(folder) for path in paths if path.is_file() and path.suffix in _SUFFIXES)
         if files:
-            found[part] = files
+            found[part.key] = files
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from longtake.models.encoder_files import find_encoders
+from longtake.models.folders import encoder_paths
 from longtake.models.image_encoder import ImageEncoder
 from longtake.models.text_encoder import TextEncoder, clean_prompt
 from longtake.models.vae import DecoderSession, EncoderSession, VideoVAE
@@ -46,14 +46,14 @@ class Encoders:
         clip_preprocess: str = "original",
         text_dtype: torch.dtype | None = None,
     ) -> Encoders:
-        """The encoders of a Wan model folder: an original one, or one of diffusers (`encoder_files.py` knows both).
+        """The encoders of a Wan model folder: an original one, or one of diffusers (`folders.py` knows both).
 
         Args: `dtype` of text and image encoder; the VAE stays float32 (spec B.2). `text_dtype` of the text encoder
         alone (None = `dtype`): in float32 umT5-xxl takes 23 GB, in bfloat16, as it is published, 11 GB. `with_image`
         False leaves the image encoder out. `clip_preprocess`, see `ImageEncoder`.
         Raises: CheckpointError that names what is missing and where to get it.
         """
-        paths = find_encoders(folder, with_image=with_image)
+        paths = encoder_paths(folder, with_image=with_image)
         image = paths.image
         return cls(
             VideoVAE.load(paths.vae, device),

@@ -1,16 +1,30 @@
-"""What folders of weights and encoders look like on disk, and where published ones come from. Loads nothing.
+"""Where weights and encoders lie on disk, in every published layout and in our own, and where published ones come from.
 
-Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P-Diffusers and
-alibaba-pai/Wan2.1-Fun-1.3B-InP on the Hugging Face hub, as their own loaders name them (Wan-Video/Wan2.1
-wan/configs/*.py, huggingface/diffusers pipelines/wan).
+The one place that knows names of files and folders. Reads no weights and must know no torch, so that a source can be
+checked before anything is loaded.
+Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wan-AI/Wan2.2-TI2V-5B, their
+`-Diffusers` forms and alibaba-pai/Wan2.1-Fun-1.3B-InP on the Hugging Face hub.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.errors import CheckpointError
+from longtake.runs import MANIFEST, exported_weights, find_checkpoint
+
+PICKLED = (".pt", ".pth")
+TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encoder
+# Two transformers of one model, under original and under diffusers' names
+_EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+# Networks in a checkpoint, the average first
+_NETWORKS = ("generator_ema", "generator")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
 # Published repositories: weights of a transformer together with its encoders
 HUB_REPOSITORIES = (
@@ -30,90 +44,206 @@ HUB_REPOSITORIES = (
     "Wan-AI/Wan2.2-I2V-A14B",
 )
 
-# Sub-folders of a pipeline or of a checkpoint that hold a transformer, in the order of preference
-_WEIGHTS = ("transformer", "generator_ema", "generator")
-
-
-@dataclass(frozen=True)
-class EncoderPart:
-    """One encoder: its sub-folder in diffusers' layout, its files in the original layout (any one of them), and the
-    beginning of the names of the tensors that are used (the published CLIP file also holds a text tower).
-    """
-
-    name: str
-    folder: str
-    files: tuple[str, ...]
-    prefix: str = ""
-
-
-ENCODER_PARTS = (
-    EncoderPart("VAE", "vae", ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")),
-    EncoderPart("text encoder", "text_encoder", ("models_t5_umt5-xxl-enc-bf16.pth",)),
-    EncoderPart(
-        "image encoder", "image_encoder", ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",), "visual."
-    ),
-)
-_TOKENIZERS = ("tokenizer", "text_encoder", "google/umt5-xxl")
-
-
-def find_weights(model: str | Path) -> Path:
-    """The folder or file with a transformer's weights that `model` means; a file is taken as it is.
-
-    Looks for safetensors in the folder itself, then in `transformer/`, `generator_ema/` and `generator/`.
-    Raises: CheckpointError listing where it looked.
-    """
-    path = Path(model)
-    if path.is_file():
-        return path
-    places = [path, *(path / name for name in _WEIGHTS)]
-    for place in places:
-        if any(place.glob("*.safetensors")):
-            return place
-    looked = "does not exist" if not path.is_dir() else f"holds no *.safetensors, nor do {', '.join(_WEIGHTS)} in it"
-    raise CheckpointError(
-        f"{path} {looked}; give a folder of Wan weights (config.json and safetensors), or a training run with --run"
-    )
-
-
-def find_encoders(model: str | Path) -> Path:
-    """The folder of the encoders that belong to a model folder: in it, in its `encoders/`, or beside it.
-
-    Raises: CheckpointError listing where it looked.
-    """
-    path = Path(model)
-    root = path if path.is_dir() else path.parent
-    places = [root, root / "encoders", root.parent, root.parent / "encoders"]
-    for place in places:
-        if encoder_files(place, ENCODER_PARTS[0]):
-            return place
-    raise CheckpointError(
-        f"no encoders were found in {', '.join(map(str, places))} (vae/, text_encoder/ and image_encoder/, or "
-        f"{ENCODER_PARTS[0].files[0]} and the files published with it); name their folder with --encoders"
-    )
-
-
-def encoder_files(folder: Path, part: EncoderPart) -> list[Path]:
-    """The weight files of one encoder in `folder`, in either layout; empty when there is none."""
-    library = sorted((folder / part.folder).glob("*.safetensors"))
-    original = [folder / name for name in part.files if (folder / name).is_file()]
-    return library or original
-
-
-def missing_encoders(folder: Path, *, with_image: bool) -> list[str]:
-    """What is not in an encoder folder, in words; empty when it is complete."""
-    parts = [part for part in ENCODER_PARTS if with_image or part.folder != "image_encoder"]
-    missing = [
-        f"{part.name}: {folder / part.folder} with config.json and safetensors, or {' or '.join(part.files)}"
-        for part in parts
-        if not encoder_files(folder, part)
-    ]
-    tokenizers = [folder / name for name in _TOKENIZERS]
-    if not any(any(place.glob("tokenizer*")) or any(place.glob("spiece*")) for place in tokenizers):
-        missing.append(f"tokenizer: {' or '.join(map(str, tokenizers))}")
-    return missing
-
 
 def hub_repository(path: str | Path) -> str | None:
     """The published repository that has the name of a folder, if there is one."""
     names = {repository.rpartition("/")[2].lower(): repository for repository in HUB_REPOSITORIES}
     return names.get(Path(path).name.lower())
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """True for OWNER/NAME or OWNER/NAME/PART without a leading dot, unless the folder OWNER is there locally."""
+    name = os.fspath(source)
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
+
+
+# ---- weights of a transformer ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WeightSource:
+    """`path`, a file, folder or name of the hub that `load_dit` reads; `checkpoint` of a training run that it belongs
+    to, whose rules the weights follow, None for weights of other origin.
+    """
+
+    path: Path
+    checkpoint: Path | None = None
+
+
+def find_weights(source: str | Path, logdir: str | Path | None = None) -> WeightSource:
+    """The weights that a source means: the one answer of training, generation, evaluation and `longtake doctor`.
+
+    Args: `source`, a file; a folder of safetensors or a pipeline; a checkpoint, stage folder or log folder of a
+    training run (its newest student, the average where there is one); or OWNER/NAME on the Hugging Face hub, which is
+    returned as it is. Below `logdir` is never a name of the hub.
+    Raises: CheckpointError that says what was looked for.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLED):
+            raise CheckpointError(
+                f"{path} is no file of weights; give .safetensors, {' or '.join(PICKLED)}, or a folder"
+            )
+        return WeightSource(path, _checkpoint_of(path.parent))
+    if path.is_dir():
+        return _in_folder(path)
+    if is_hub_name(source) and not (logdir is not None and path.is_relative_to(logdir)):
+        return WeightSource(path)
+    raise CheckpointError(
+        f"{path} does not exist; give a folder or file of weights, a training run, or OWNER/NAME of a repository on "
+        "the Hugging Face hub"
+    )
+
+
+def _in_folder(folder: Path) -> WeightSource:
+    if (folder / MANIFEST).is_file():
+        return WeightSource(exported_weights(folder), folder)
+    place = locate(folder)
+    for found in (place, *(folder / name for name in _NETWORKS)):
+        if any(found.glob("*.safetensors")):
+            return WeightSource(found, _checkpoint_of(found))
+    try:
+        checkpoint = find_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} holds no *.safetensors, nor do transformer, {', '.join(_NETWORKS)} in it, and as a training "
+            f"run: {error}"
+        ) from error
+    return WeightSource(exported_weights(checkpoint), checkpoint)
+
+
+def _checkpoint_of(folder: Path) -> Path | None:
+    """The checkpoint that a folder of exported weights lies in."""
+    return folder.parent if (folder.parent / MANIFEST).is_file() else None
+
+
+def locate(path: Path) -> Path:
+    """The file or the folder in which the transformer of a local path lies. Raises: CheckpointError."""
+    if not path.is_dir():
+        return path
+    if not any(path.glob("*.safetensors")):
+        for first, second in _EXPERTS:
+            if (path / first).is_dir() and (path / second).is_dir():
+                raise CheckpointError(f"{path} holds two transformers; give {path / first} or {path / second}")
+        if (path / "transformer").is_dir():
+            return path / "transformer"
+    return path
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EncoderPart:
+    """One encoder: its `folder` in diffusers' layout; `originals`, its files in the original layout (any one of them)
+    with the repository that has it; `beside`, what else of that repository it needs; `prefix` of the tensors that are
+    used (the published CLIP file also holds a text tower).
+    """
+
+    key: str
+    name: str
+    folder: str
+    originals: Mapping[str, str]
+    beside: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def places(self, root: Path) -> list[Path]:
+        """Where it lies: a folder in the library's layout, original files."""
+        folder = [root / self.folder] if any((root / self.folder).glob("*.safetensors")) else []
+        return folder + [root / file for file in self.originals if (root / file).is_file()]
+
+    def wanted(self, root: Path) -> str:
+        """What is missing, and the command that gets it."""
+        ways = " or ".join(
+            f"`hf download {repository} {' '.join((file, *self.beside))} --local-dir {root}`"
+            for file, repository in self.originals.items()
+        )
+        files = " or ".join(self.originals)
+        return f"the {self.name} ({files}, or {self.folder}/ of a diffusers repository; get it with {ways})"
+
+
+ENCODER_PARTS = (
+    EncoderPart(
+        "vae", "VAE", "vae", {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
+    ),
+    EncoderPart(
+        "text",
+        "text encoder",
+        "text_encoder",
+        {"models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B"},
+        tuple((TOKENIZER_FOLDER / file).as_posix() for file in _TOKENIZER_FILES),
+    ),
+    EncoderPart(
+        "image",
+        "image encoder",
+        "image_encoder",
+        {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P"},
+        prefix="visual.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EncoderPaths:
+    """A folder in the library's format or an original `.pth` file for each encoder; `image` None where not wanted."""
+
+    vae: Path
+    text: Path
+    image: Path | None
+
+
+def find_encoders(model: str | Path) -> Path:
+    """The folder of the encoders that belong to weights: in their folder, in its `encoders/`, or beside it.
+
+    Raises: CheckpointError listing where it looked.
+    """
+    path = Path(model).expanduser()
+    root = path if path.is_dir() else path.parent
+    places = [root, root / "encoders", root.parent, root.parent / "encoders"]
+    for place in places:
+        if ENCODER_PARTS[0].places(place):
+            return place
+    raise CheckpointError(
+        f"no encoders were found in {', '.join(map(str, places))} (vae/, text_encoder/ and image_encoder/, or "
+        f"{next(iter(ENCODER_PARTS[0].originals))} and the files published with it); name their folder with --encoders"
+    )
+
+
+def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:
+    """The encoders of an original Wan folder, of a diffusers pipeline folder, or of a mixture of both.
+
+    Raises: CheckpointError that names every missing encoder and where to get it, or two that are in each other's way.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"the encoder folder {root} does not exist; give the folder of a Wan model")
+    parts = _parts(with_image)
+    if missing := [part.wanted(root) for part in parts if not part.places(root)]:
+        raise CheckpointError(f"{root} lacks {'; '.join(missing)}")
+    for part in parts:
+        if len(places := part.places(root)) > 1:
+            names = " and ".join(place.name for place in places)
+            raise CheckpointError(f"{root} holds more than one {part.name}, {names}; keep one of them there")
+    found = {part.key: part.places(root)[0] for part in parts}
+    return EncoderPaths(found["vae"], found["text"], found.get("image"))
+
+
+def missing_encoders(folder: Path, *, with_image: bool) -> list[str]:
+    """What is not in an encoder folder, the tokenizer counted, and how to get it; empty when it is complete."""
+    missing = [part.wanted(folder) for part in _parts(with_image) if not part.places(folder)]
+    texts = ENCODER_PARTS[1].places(folder)
+    if texts and not any((place / "tokenizer_config.json").is_file() for place in tokenizer_places(texts[0])):
+        missing.append(f"the tokenizer: tokenizer_config.json in {' or '.join(map(str, tokenizer_places(texts[0])))}")
+    return missing
+
+
+def tokenizer_places(text_encoder: Path) -> tuple[Path, Path]:
+    """Folders in which the tokenizer of a text encoder (a folder or an original file) may lie."""
+    original = text_encoder.suffix in PICKLED
+    return (text_encoder.parent / TOKENIZER_FOLDER if original else text_encoder), text_encoder.parent / "tokenizer"
+
+
+def encoder_files(folder: Path, part: EncoderPart) -> list[Path]:
+    """The weight files of one encoder in `folder`, in either layout; empty when there is none."""
+    places = part.places(folder)[:1]
+    return [file for place in places for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])]
+
+
+def _parts(with_image: bool) -> list[EncoderPart]:
+    return [part for part in ENCODER_PARTS if with_image or part.key != "image"]

@@ -7,25 +7,16 @@ transformer. Must know no tensor.
 from __future__ import annotations
 
 import logging
-import os
-import re
 from pathlib import Path
 
 from longtake.errors import CheckpointError
-from longtake.models.published import PICKLED, locate
+from longtake.models.folders import PICKLED, is_hub_name, locate
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 # An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
 _WEIGHTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "transformer/*")
 _FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
-
-
-def is_hub_name(source: str | Path) -> bool:
-    """True for OWNER/NAME or OWNER/NAME/PART without a leading dot, unless the folder OWNER is there locally."""
-    name = os.fspath(source)
-    return bool(_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
 
 
 def local_path(source: str | Path) -> Path:

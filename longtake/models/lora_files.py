@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from longtake.errors import CheckpointError
+from longtake.models.folders import PICKLED
 from longtake.models.names import clean_key
-from longtake.models.published import PICKLED, pick, read_pickled
+from longtake.models.published import pick, read_pickled
 
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _NETWORKS = ("generator_lora",)

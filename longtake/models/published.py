@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
+from longtake.models.folders import PICKLED, locate
 from longtake.models.model_json import read_json
 from longtake.models.names import clean_key, is_diffusers, original_names
 
 logger = logging.getLogger(__name__)
 
 INDEX = ".safetensors.index.json"
-PICKLED = (".pt", ".pth")
 # K.2: what released files call the weights of the student, the one to take first
 _NETWORKS = ("generator_ema", "generator", "model")
-_EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -76,27 +75,6 @@ class Published:
                         yield name, opened.get_tensor(self.tensors[name].key)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def has_weights(source: str | Path) -> bool:
-    """True when `source` is a local file or folder of published weights (and not, say, a folder of checkpoints)."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return any(path.glob("*.safetensors")) or any((path / name).is_dir() for pair in _EXPERTS for name in pair)
-    return path.is_file() and path.suffix in (".safetensors", *PICKLED)
-
-
-def locate(path: Path) -> Path:
-    """The file or the folder in which the transformer of a local path lies. Raises: CheckpointError."""
-    if not path.is_dir():
-        return path
-    if not any(path.glob("*.safetensors")):
-        for first, second in _EXPERTS:
-            if (path / first).is_dir() and (path / second).is_dir():
-                raise CheckpointError(f"{path} holds two transformers; give {path / first} or {path / second}")
-        if (path / "transformer").is_dir():
-            return path / "transformer"
-    return path
 
 
 def open_published(path: Path, network: str | None = None) -> Published:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ConfigError, DataError
-from longtake.models.encoder_files import TOKENIZER_FOLDER
+from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
 from longtake.models.pretrained import check_folder, load_strictly
 
@@ -83,9 +83,7 @@ class TextEncoder:
         original = path.suffix == ".pth"
         if not original:
             check_folder(path, "text encoder")
-        tokenizer, place = _load_tokenizer(
-            path.parent / TOKENIZER_FOLDER if original else path, path.parent / "tokenizer"
-        )
+        tokenizer, place = _load_tokenizer(*tokenizer_places(path))
         if original:
             model = load_text_model(path, device, dtype)
         else:

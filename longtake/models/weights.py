@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig, VideoDiT, parameter_type
+from longtake.models.folders import locate
 from longtake.models.hub import local_path
 from longtake.models.lora_files import LowRank, read_lora
 from longtake.models.model_json import (
@@ -27,7 +28,7 @@ from longtake.models.model_json import (
 )
 from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.models.presets import PRESETS, fitting_presets
-from longtake.models.published import Published, locate, open_published
+from longtake.models.published import Published, open_published
 
 __all__ = [
     "check_state",

@@ -63,7 +63,8 @@ def save_checkpoint(
         if name in state.ema:
             export_weights(state.networks[name], temporary / f"{name}_ema", mesh=mesh, ema=state.ema[name])
     names = mesh.on_main(lambda: runs.files_of(temporary))
-    parts = mesh.every(lambda: {n: _synced_record(temporary / n) for n in names[mesh.rank :: mesh.world_size]})
+    mine = names[mesh.rank :: mesh.world_size]
+    parts = mesh.every(lambda: runs.file_records(temporary, mine, _synced_record))
     manifest = {
         "format_version": runs.FORMAT_VERSION,
         "step": state.step,
@@ -218,7 +219,7 @@ def _clean_and_find(folder: Path) -> Path | None:
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`."""
     (temporary / runs.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _synced_record(temporary / runs.MANIFEST)
+    _sync(temporary / runs.MANIFEST)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _sync(path)
     os.rename(temporary, final)

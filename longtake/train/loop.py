@@ -38,7 +38,7 @@ class LoopSettings:
     """How long, and what happens every how many iterations (0 = never).
 
     Fields: `accumulation`, micro-batches an update on each rank; `export`, networks whose weights every checkpoint
-    also holds whole, for inference and for the next stage. Evaluation and sampling also happen at `max_steps`.
+    also holds whole, for inference and for the next stage. Saving, evaluation and sampling also happen at `max_steps`.
     """
 
     max_steps: int
@@ -51,7 +51,7 @@ class LoopSettings:
     export: tuple[str, ...] = ("generator",)
 
     def __post_init__(self) -> None:
-        for name in ("accumulation", "save_every", "keep_checkpoints", "log_every"):
+        for name in ("accumulation", "keep_checkpoints", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; set it to 1 or more")
 
@@ -108,7 +108,7 @@ def train(
     hooks: Hooks | None = None,
     phases: Phases | None = None,
 ) -> None:
-    """Trains until `settings.max_steps` iterations are complete and saved, going on from the newest checkpoint.
+    """Trains until `settings.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
 
     Args: `folder`, the stage's own; `phases`, timers that the objective shares.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite;
@@ -140,7 +140,8 @@ def train(
                 with phases("sample"):
                     log.images(step, hooks.sample(step))
             stop = mesh.any(stop_asked())
-            if step > first and (stop or _due(step, settings.save_every, last)):
+            save = settings.save_every > 0
+            if save and step > first and (stop or _due(step, settings.save_every, last)):
                 with phases("save"):
                     save_checkpoint(
                         state, checkpoints, mesh=mesh, keep=settings.keep_checkpoints, export=settings.export, **facts
@@ -148,7 +149,8 @@ def train(
             if step == last:
                 break
             if stop:
-                logger.warning("Stopped by SIGTERM after %d of %d iterations; the same command goes on", step, last)
+                outcome = "the same command goes on" if save else "nothing is saved (save_every=0)"
+                logger.warning("Stopped by SIGTERM after %d of %d iterations; %s", step, last, outcome)
                 raise SystemExit(128 + signal.SIGTERM)
             started = time.perf_counter()
             _iteration(state, objective, batches, settings.accumulation, mesh, phases, window)
@@ -158,6 +160,8 @@ def train(
                 # Phases are summed over the row's iterations, evaluation and saving included.
                 window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
                 row = window.take(mesh)
+                if (peak := mesh.peak_memory_bytes()) is not None:
+                    row["memory_gib"] = peak / 2**30
                 log.scalars(step, row)
             log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from longtake.config import StageConfig
 from longtake.models.conditioning import condition_frames
-from longtake.models.encoder_files import find_encoders
 from longtake.models.encoders import Encoders
+from longtake.models.folders import encoder_paths
 from longtake.models.image_encoder import ImageEncoder
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.rollout.long_stream import Picture
@@ -30,7 +30,7 @@ class EncoderCodec:
         """From the encoders of a stage, or (None) only those two loaded. Raises: CheckpointError."""
         if encoders is not None:
             return cls(encoders.vae, encoders.image, with_y=config.model.with_y)
-        paths = find_encoders(config.encoders_folder, with_image=with_tokens)
+        paths = encoder_paths(config.encoders_folder, with_image=with_tokens)
         image = None
         if paths.image is not None:
             image = ImageEncoder.load(paths.image, device, preprocess=config.model.clip_preprocess)

@@ -19,12 +19,10 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.generator import load_encoders, rules_of
-from longtake.inference.source import find_checkpoint
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.hub import is_hub_name
+from longtake.models.folders import find_weights
 from longtake.models.presets import model_config
-from longtake.models.published import has_weights
 from longtake.models.weights import load_dit
 from longtake.models.widen import widened_as_asked
 from longtake.objectives.base import LossResult, Objective
@@ -34,7 +32,7 @@ from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import PictureCodec
-from longtake.runs import exported_weights, read_manifest
+from longtake.runs import read_manifest
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
@@ -71,10 +69,8 @@ class InPrecision:
 
 def weights_folder(source: Path, config: StageConfig) -> Path:
     """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
-    if _is_published(source, config):
-        return source
     try:
-        return exported_weights(find_checkpoint(source))
+        return find_weights(source, config.logdir).path
     except CheckpointError as error:
         raise CheckpointError(f"no weights at {source}: {error}") from error
 
@@ -100,11 +96,6 @@ def _misfit(settings: ModelConfig) -> tuple[str, str]:
             "model.widen=true and model.preset to the sizes wanted"
         )
     return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")
-
-
-def _is_published(source: Path, config: StageConfig) -> bool:
-    """True for weights that no stage made: local files and folders, and names of the hub (no stage of the log)."""
-    return has_weights(source) or (is_hub_name(source) and not source.is_relative_to(config.logdir))
 
 
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
@@ -236,9 +227,10 @@ def _to_train(network: VideoDiT, config: StageConfig, mesh: Mesh) -> VideoDiT:
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
     """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
-    if config.stage == "teacher" or _is_published(source, config):
+    checkpoint = find_weights(source, config.logdir).checkpoint
+    if config.stage == "teacher" or checkpoint is None:
         return
-    manifest = read_manifest(find_checkpoint(source))
+    manifest = read_manifest(checkpoint)
     if manifest["config"].get("stage") == "teacher":
         return
     for key, value in facts(config).items():

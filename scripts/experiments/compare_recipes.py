@@ -186,10 +186,9 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int) -> None:
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.evaluation.world_metrics import summarise
     from longtake.inference.generator import rules_of
-    from longtake.inference.source import find_checkpoint
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
-    from longtake.runs import exported_weights, read_manifest
+    from longtake.runs import exported_weights, find_checkpoint, read_manifest
 
     checkpoint = find_checkpoint(stage)
     manifest = read_manifest(checkpoint)

@@ -1,6 +1,7 @@
 """`longtake doctor`: what is missing, what does not fit, and what the command prints and returns."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from tiny_stage import TEACHER, save_student, stage_config, stage_tree
 from typer.testing import CliRunner
 
 from longtake.cli import app
+from longtake.config import TOY_ASSETS
+from longtake.distributed.mesh import Mesh
 from longtake.doctor import run as module
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.memory import parameter_count
 from longtake.doctor.run import diagnose
 from longtake.errors import ConfigError
-from longtake.models.encoders import Encoders
+from longtake.models.encoders import Encoders, TextEncoder
+from longtake.models.presets import PRESETS
+from longtake.models.weights import load_dit
+from longtake.train.encode_set import encode_set
 
 JOB = Path(__file__).parents[2] / "configs" / "toy" / "i2v.yaml"
 
@@ -60,7 +66,7 @@ def test_encoders_are_counted_as_they_are_loaded(workshop, tmp_path):
 def test_original_files_are_counted_without_the_text_tower(workshop, tmp_path):
     folder = tmp_path / "encoders"
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    (folder / "google" / "umt5-xxl" / "tokenizer.json").touch()
+    (folder / "google" / "umt5-xxl" / "tokenizer_config.json").touch()
     torch.save({"a": torch.zeros(10, 10)}, folder / "Wan2.1_VAE.pth")
     torch.save({"a": torch.zeros(7, dtype=torch.bfloat16)}, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     clip = {"visual.a": torch.zeros(5, dtype=torch.float16), "textual.a": torch.zeros(1000)}
@@ -80,9 +86,52 @@ def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path):
     assert f"teacher={folder}: {folder} does not exist" in text
     assert f"hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}" in text
     assert "init_from=causal" in text and "train that stage first" in text
-    for name in ("VAE: ", "text encoder: ", "image encoder: ", "tokenizer: ", "data: "):
+    for name in ("the VAE (", "the text encoder (", "the image encoder (", "umt5-xxl/tokenizer.json", "data: "):
         assert name in text
     assert not stage["encoders_known"] and all(f"missing {line}" in stage["problems"] for line in stage["missing"])
+
+
+def test_the_tokenizer_is_missed_on_its_own(workshop, tmp_path):
+    folder = shutil.copytree(workshop / "encoders", tmp_path / "encoders")
+    (folder / "text_encoder" / "tokenizer_config.json").unlink()
+    (line,) = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(folder))).missing
+    assert line.startswith("encoders: the tokenizer: tokenizer_config.json in ") and "text_encoder or " in line
+
+
+def test_encoders_count_in_their_precision_and_only_where_they_are_loaded(workshop, tmp_path):
+    def counted(**changes):
+        return look_at(stage_config(workshop, tmp_path, "distill", **changes)).encoder_bytes
+
+    text = TextEncoder.load(workshop / "encoders" / "text_encoder")
+    saved = counted() - counted(model={"text_precision": "bf16"})
+    assert saved == 2 * sum(p.numel() for p in text.model.parameters())
+    encode_set(stage_config(workshop, tmp_path, "distill"), tmp_path / "encoded", Mesh())
+    gone = {"data": {"path": str(tmp_path / "encoded")}, "encoders": str(tmp_path / "gone")}
+    found = look_at(stage_config(workshop, tmp_path, "distill", **gone))
+    assert found.encoder_bytes == 0 and not found.missing
+
+
+def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypatch):
+    """Student files, weights without config.json, pipelines; a name of the hub is a note and fetches nothing."""
+    state = load_dit(workshop / "teacher").state_dict()
+    (tmp_path / "files").mkdir()
+    shutil.copy(workshop / "teacher" / "config.json", tmp_path / "files")
+    torch.save({"generator_ema": {f"model.{key}": value for key, value in state.items()}}, tmp_path / "files" / "s.pt")
+    pipeline = shutil.copytree(workshop / "teacher", tmp_path / "pipeline" / "transformer").parent
+    toy = shutil.copytree(TOY_ASSETS / "teacher", tmp_path / "bare")
+    (toy / "config.json").unlink()
+    sources = {"init_from": str(tmp_path / "files" / "s.pt"), "teacher": str(pipeline)}
+    found = look_at(stage_config(workshop, tmp_path, "distill", **sources))
+    assert found.networks.generator == found.networks.teacher == TEACHER and not found.missing + found.notes
+    bare = look_at(stage_config(workshop, tmp_path, "causal", init_from=str(toy)))
+    assert bare.networks.generator == PRESETS["toy"] and not bare.missing
+    torch.save({"generator": {"x": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
+    assert "missing (" in look_at(stage_config(workshop, tmp_path, "distill", **sources)).missing[0]
+    monkeypatch.chdir(tmp_path)
+    named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}
+    found = look_at(stage_config(workshop, tmp_path, "distill", **named))
+    assert "init_from=someone/student is no local path: it will be fetched" in found.notes[0]
+    assert "hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir weights/" in found.missing[0]
 
 
 def test_a_trained_stage_is_found_and_an_empty_one_is_not(workshop, tmp_path):

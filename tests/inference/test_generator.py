@@ -13,11 +13,10 @@ from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
 from longtake.inference.generator import generate_file, to_frames
 from longtake.inference.sampling import stream_noise, student_latents
-from longtake.inference.source import find_checkpoint
 from longtake.inference.video_io import read_video
 from longtake.models.conditioning import encode_condition, prepare_image
-from longtake.models.encoders import Encoders
-from longtake.runs import exported_weights
+from longtake.models.encoders import Encoders, ImageEncoder
+from longtake.runs import exported_weights, find_checkpoint
 from longtake.structs import pixel_frames
 
 WORLD = sample_world(3, 0)
@@ -88,6 +87,19 @@ def test_the_newest_checkpoint_wins_and_rules_come_with_it(workshop, tmp_path):
     assert rules.rope == "absolute" and rules.window_frames == 5 and rules.sink_frames == 1
     assert list(rules.plan.blocks(0, 5)) == [(0, 1), (1, 3), (3, 5)]
     assert rules.sigmas == pytest.approx([1.0, 0.75])
+
+
+def test_encoders_work_as_they_did_in_training(workshop, tmp_path, run):
+    model = {"clip_preprocess": "diffusers", "text_precision": "bf16"}
+    save_student(stage_config(workshop, tmp_path, "causal", model=model))
+    encoders, plain = (Generator.from_run(folder, "cpu").encoders for folder in (tmp_path, run))
+    assert encoders.text.model.dtype == torch.bfloat16 and plain.text.model.dtype == torch.float32
+    wide = torch.rand(1, 3, 48, 96) * 2 - 1
+    folder = workshop / "encoders" / "image_encoder"
+    for found, preprocess in ((encoders, "diffusers"), (plain, "original")):
+        expected = ImageEncoder.load(folder, preprocess=preprocess).encode(wide)
+        assert torch.equal(found.image.encode(wide), expected)
+    assert not torch.equal(encoders.image.encode(wide), plain.image.encode(wide))
 
 
 @pytest.mark.parametrize(

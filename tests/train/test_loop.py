@@ -5,11 +5,14 @@ import math
 import os
 import signal
 import sys
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
+from fake_ranks import on_ranks
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, TrainingError
@@ -147,3 +150,43 @@ def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
 def test_settings_refuse_zero():
     with pytest.raises(ConfigError, match="keep_checkpoints=0 must be at least 1"):
         LoopSettings(10, keep_checkpoints=0)
+
+
+def test_save_every_zero_saves_nothing(tmp_path, caplog):
+    def evaluate(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"motion_ratio": 1.0}
+
+    tiny_run.run(tmp_path / "whole", Mesh(), steps=3, save_every=0)
+    assert len(read_rows(tmp_path / "whole" / "metrics.jsonl")) == 3
+    with pytest.raises(SystemExit):
+        tiny_run.run(tmp_path / "stopped", Mesh(), hooks=Hooks(evaluate=evaluate), save_every=0)
+    assert "nothing is saved" in caplog.text
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_rows_hold_the_peak_of_gpu_memory(tmp_path, monkeypatch):
+    """What the device reports, once a row; and no such number on a CPU."""
+    peaks = iter([3 << 30, 2 << 30])
+    monkeypatch.setattr(Mesh, "peak_memory_bytes", lambda self: next(peaks))
+    tiny_run.run(tmp_path / "gpu", Mesh(), steps=2)
+    monkeypatch.undo()
+    tiny_run.run(tmp_path / "cpu", Mesh(), steps=2)
+    rows = {name: read_rows(tmp_path / name / "metrics.jsonl") for name in ("gpu", "cpu")}
+    assert [row["memory_gib"] for row in rows["gpu"]] == [3, 2]
+    assert not any("memory_gib" in row for row in rows["cpu"])
+
+
+def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
+    peaks = threading.local()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks.value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(peaks, "value", 0))
+
+    def work(mesh):
+        peaks.value = 10 + mesh.rank
+        mesh = replace(mesh, device=torch.device("cuda"))
+        return mesh.peak_memory_bytes(), peaks.value
+
+    assert on_ranks(work) == [(11, 0)] * 2
+    assert Mesh().peak_memory_bytes() is None
