@@ -162,6 +162,11 @@ class StageConfig(Settings):
             raise ConfigError("teacher=null: stage distill needs a real score; name a stage, a path or toy")
         if self.stage == "distill" and self.caption_dropout:
             raise ConfigError(f"caption_dropout={self.caption_dropout} has no effect in stage distill; set it to 0")
+        if self.flow.negative_prompt and (self.stage != "distill" or self.flow.guidance == 1):
+            raise ConfigError(
+                f"flow.negative_prompt={self.flow.negative_prompt} is read by stage distill with flow.guidance other "
+                f"than 1 alone (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it"
+            )
         if self.stage != "distill" and (self.teacher is not None or self.critic is not None):
             raise ConfigError(f"teacher and critic belong to stage distill, this is stage {self.stage}; remove them")
         if self.stage != "distill" and self.data.kind in ("images", "texts"):

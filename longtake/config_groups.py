@@ -126,6 +126,9 @@ class FlowConfig(Settings):
     guidance: float = Field(
         default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
     )
+    negative_prompt: str = Field(
+        default="", description="text of the unconditional side of guidance in distillation; empty = no text"
+    )
     sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
     sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
 
