@@ -32,7 +32,7 @@ from longtake.config_groups import (
     WorldConfig,
 )
 from longtake.errors import ConfigError
-from longtake.structs import VideoShape, pixel_frames
+from longtake.structs import pixel_frames
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "ModelConfig"),
@@ -134,28 +134,9 @@ class StageConfig(Settings):
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
-        self._check_buckets()
+        self.data.check_buckets(self.video)
         if self.long is not None:
             self.long.check(self.video.num_latent_frames, self.plan)
-
-    def _check_buckets(self) -> None:
-        buckets = self.data.buckets
-        if buckets is None:
-            return
-        if any(len(size) != 2 or min(size) < 1 for size in buckets):
-            raise ConfigError(f"data.buckets={buckets} must be pairs [height, width] of pixels, e.g. [480, 832]")
-        if len({height / width for height, width in buckets}) < len(buckets):
-            raise ConfigError(f"data.buckets={buckets} has two of one aspect, and only the first gets rows; remove one")
-        for height, width in buckets:
-            try:
-                VideoShape(height, width, 1, self.video.temporal_stride, self.video.spatial_stride)
-            except ConfigError as error:
-                raise ConfigError(f"data.buckets={buckets}: {error}") from None
-        if [self.video.height, self.video.width] not in buckets:
-            raise ConfigError(
-                f"data.buckets={buckets} must hold [video.height, video.width]=[{self.video.height}, "
-                f"{self.video.width}], the size at which videos are generated; add it"
-            )
 
     def _check_sources(self) -> None:
         if self.stage != "teacher" and self.init_from is None:
@@ -175,6 +156,11 @@ class StageConfig(Settings):
         if not self.distils and (self.teacher is not None or self.critic is not None):
             raise ConfigError(
                 f"teacher and critic belong to stages distill and long, this is stage {self.stage}; remove them"
+            )
+        if self.flow.negative_prompt and (not self.distils or self.flow.guidance == 1):
+            raise ConfigError(
+                f"flow.negative_prompt={self.flow.negative_prompt} is read by stages distill and long with "
+                f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it"
             )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")

@@ -130,6 +130,9 @@ class FlowConfig(Settings):
     guidance: float = Field(
         default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
     )
+    negative_prompt: str = Field(
+        default="", description="text of the unconditional side of guidance in distillation; empty = no text"
+    )
     sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
     sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
 
@@ -167,6 +170,26 @@ class DataConfig(Settings):
         default=0.01, ge=0, le=1, description="share of bad rows above which `skip` stops the run too"
     )
     num_workers: int = Field(default=2, ge=0, description="threads that read a micro-batch")
+
+    def check_buckets(self, video: VideoConfig) -> None:
+        """Raises ConfigError unless the buckets are sizes that `video` allows, its own among them."""
+        buckets = self.buckets
+        if buckets is None:
+            return
+        if any(len(size) != 2 or min(size) < 1 for size in buckets):
+            raise ConfigError(f"data.buckets={buckets} must be pairs [height, width] of pixels, e.g. [480, 832]")
+        if len({height / width for height, width in buckets}) < len(buckets):
+            raise ConfigError(f"data.buckets={buckets} has two of one aspect, and only the first gets rows; remove one")
+        for height, width in buckets:
+            try:
+                VideoShape(height, width, 1, video.temporal_stride, video.spatial_stride)
+            except ConfigError as error:
+                raise ConfigError(f"data.buckets={buckets}: {error}") from None
+        if [video.height, video.width] not in buckets:
+            raise ConfigError(
+                f"data.buckets={buckets} must hold [video.height, video.width]=[{video.height}, "
+                f"{video.width}], the size at which videos are generated; add it"
+            )
 
 
 class OptimConfig(Settings):

@@ -65,7 +65,7 @@ NOT_DEFAULT = {
     },
     "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True},
     "rope": "absolute",
-    "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "sigma_min": 0.1, "sigma_max": 0.9},
+    "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9},
     "data": {
         "path": "/data", "kind": "lmdb", "buckets": [[128, 192], [192, 128]], "on_bad_row": "skip", "max_bad_share": 0.5,
         "num_workers": 7,
@@ -123,7 +123,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert invoke("train", path).exit_code == 0
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
     changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None, "model": {"widen": True}}
-    changed |= {"plan": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
+    changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen

@@ -197,8 +197,10 @@ def test_window_12_and_its_own_causal_initialisation_run(place, monkeypatch):
     encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")
     encode("i2v_1_3b/distill", "photos", "outputs/wan_i2v_1_3b/encoded/pictures")
     train("i2v_1_3b/distill_window12")
-    train("i2v_1_3b/teacher_forcing", "name=teacher_forcing_12", "plan.window_frames=12", "plan.sink_frames=0")
-    train("i2v_1_3b/distill_window12", "name=again", "init_from=teacher_forcing_12")
+    head = (WAN / "i2v_1_3b/distill_window12.yaml").read_text().split("\nstage:")[0]
+    own, then = re.findall(r"longtake train configs/wan/(\S+)\.yaml ([^\n]*(?:\n# {4,}\S[^\n]*)?)", head)
+    train(own[0], *own[1].replace("#", " ").split())
+    train(then[0], "name=again", *then[1].split())
 
 
 def test_t2v_1_3b_runs_from_prompts(place, monkeypatch):

@@ -22,7 +22,7 @@ I2V = TEACHER
 LARGE_I2V = dataclasses.replace(TEACHER, dim=32, ffn_dim=64, num_layers=3)
 T2V = dataclasses.replace(TEACHER, model_type="t2v", in_channels=TEACHER.out_channels, image_dim=None)
 LARGE_T2V = dataclasses.replace(T2V, dim=32, num_layers=3)
-TI2V_CHANNELS = 6
+TI2V_CHANNELS = 48
 TI2V = dataclasses.replace(T2V, model_type="ti2v", in_channels=TI2V_CHANNELS, out_channels=TI2V_CHANNELS)
 REHEARSAL = ["video.height=64", "video.width=64"]
 

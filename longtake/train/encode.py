@@ -70,7 +70,8 @@ class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
     Args: `with_image` gives the picture's conditions (image-to-video): y and CLIP tokens, or without `with_y` its
-    latent alone; `with_latents` encodes the videos, `with_later` the second prompts.
+    latent alone; `with_latents` encodes the videos, `with_later` the second prompts. `empty_prompt` is the text of the
+    unconditional side.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class BatchEncoder:
         device: torch.device,
         with_y: bool = True,
         with_later: bool = False,
+        empty_prompt: str = "",
     ) -> None:
         self.encoders, self.shape, self.device, self.with_later = encoders, shape, device, with_later
         self.with_image, self.with_latents, self.with_y = with_image, with_latents, with_y
-        self.empty_text = encoders.text.encode([""]).to(device)
+        self.empty_text = encoders.text.encode([empty_prompt]).to(device)
 
     def check(self, sample: Sample) -> None:
         """Raises DataError naming file and row: no picture, no video or latents, or latents of a wrong shape; no second

@@ -115,6 +115,8 @@ def encode_set(
         digests, files = encoders_key(folder, contents)
         key = {"encoders": digests, "contents": contents, "text_len": encoders.text.text_len}
         key |= sizes_key(config, contents)
+        if config.flow.negative_prompt:
+            key["negative_prompt"] = config.flow.negative_prompt
         head = {"format": FORMAT, "version": VERSION, "complete": False}
         return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
 
@@ -125,6 +127,7 @@ def encode_set(
         with_latents="latents" in contents,
         device=mesh.device,
         with_y=config.model.with_y,
+        empty_prompt=config.flow.negative_prompt,
     )
     missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text))
     writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)

@@ -58,6 +58,8 @@ def check_encoded(config: StageConfig, dataset: EncodedRows, mesh: Mesh, *, with
     needed = contents_of(config, with_tokens=with_tokens)
     problems = [f"it lacks {name}" for name in needed if name not in dataset.key["contents"]]
     problems += differences(sizes_key(config, needed), dataset.key)
+    if (negative := dataset.key.get("negative_prompt", "")) != config.flow.negative_prompt:
+        problems.append(f"negative_prompt={negative!r}, wanted {config.flow.negative_prompt!r}")
     stated: Mapping[str, str] = dataset.key["encoders"]
     parts = {"text", *(_ENCODER_OF[name] for name in needed)} & set(stated)
     problems += mesh.on_main(lambda: _changed_encoders(config.encoders_folder, dataset, sorted(parts)))

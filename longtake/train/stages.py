@@ -127,7 +127,13 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     else:
         encoders = load_encoders(config, mesh.device, with_image=with_tokens)
         check_strides(config, encoders)
-        encoder = BatchEncoder(encoders, config.video.shape, device=mesh.device, **parts)
+        encoder = BatchEncoder(
+            encoders,
+            config.video.shape,
+            device=mesh.device,
+            empty_prompt=config.flow.negative_prompt,
+            **parts,
+        )
     phases = Phases()
     inner = _objective(config, networks, real, Draws(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)

@@ -73,6 +73,16 @@ def test_original_files_are_counted_without_the_text_tower(workshop, tmp_path):
     torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(folder)))
     assert found.encoder_bytes == 4 * (100 + 7 + 5) and found.image_tokens == 257 and not found.missing
+    half = {"encoders": str(folder), "model": {"text_precision": "bf16"}}
+    assert look_at(stage_config(workshop, tmp_path, "distill", **half)).encoder_bytes == 4 * (100 + 5) + 2 * 7
+
+
+def test_an_encoded_set_needs_no_encoders(workshop, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "index.json").write_text('{"format": "longtake_encoded"}')
+    data = {"path": str(tmp_path / "set")}
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path / "none"), data=data))
+    assert found.encoder_bytes == 0 and not found.missing
 
 
 def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path):

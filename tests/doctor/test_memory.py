@@ -183,6 +183,7 @@ def test_a_stage_adds_up(workshop, tmp_path):
     assert need.loading == 1000 + 3 * 4 * parameters
     assert need.checkpoint == 2 * 4 * parameters + 2 * memory.optimizer_bytes(TEACHER) + 3 * 4 * parameters
     two = memory.stage_need(config, networks, 2, encoder_bytes=1000, image_tokens=17)
+    assert two.loading == 1000 + 4 * parameters + 2 * (4 * parameters // 2)  # the last one whole, two halves
     assert two.parts["optimizer"] == need.parts["optimizer"] // 2 and two.parts["encoders"] == 1000
     assert two.parts["activations"] == need.parts["activations"]  # 2 of 4 samples at once, then as before
     assert two.parts["gathered shards"] > 0

@@ -122,7 +122,7 @@ def test_a_trained_student_streams_from_the_picture(workshop, ti2v, tmp_path):
 def test_what_does_not_fit_is_refused(workshop, ti2v, tmp_path):
     with pytest.raises(ConfigError, match="first_frame_sigma=zero does not fit the weights .*in_channels=12; .* clip"):
         run_stage(config_of(workshop, ti2v, tmp_path, "causal", init_from=str(workshop / "teacher")), Mesh())
-    with pytest.raises(ConfigError, match="image_condition=i2v .*in_channels=6; set it to t2v, or .*sigma=zero"):
+    with pytest.raises(ConfigError, match="image_condition=i2v .*in_channels=48; set it to t2v, or .*sigma=zero"):
         run_stage(config_of(workshop, ti2v, tmp_path, "causal", model={}), Mesh())
     with pytest.raises(ConfigError, match="widen=true adds y"):
         ModelConfig(widen=True, first_frame_sigma="zero")

@@ -1,0 +1,54 @@
+"""The unconditional side of distillation: the empty prompt, or the one that the recipe names."""
+
+import pytest
+import torch
+from encoded_files import from_cache, rounding
+from tiny_stage import stage_config
+
+from longtake.distributed.mesh import Mesh
+from longtake.errors import ConfigError, DataError
+from longtake.inference.generator import load_encoders
+from longtake.models.dit import VideoDiT
+from longtake.train.encode_set import encode_set
+from longtake.train.stages import run_stage
+
+NEGATIVE = "three red squares"
+FLOW = {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 3.0, "negative_prompt": NEGATIVE}
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, negative):
+    rounding(monkeypatch)
+    config = stage_config(workshop, tmp_path, "distill", flow=FLOW | {"negative_prompt": negative}, max_steps=1)
+    encode_set(config, tmp_path / "set", Mesh())
+    wanted = load_encoders(config, torch.device("cpu"), with_image=False).text.encode([negative])[0]
+    cached = from_cache(
+        workshop, tmp_path / "log", tmp_path / "set", "distill", flow=config.flow.model_dump(), max_steps=1
+    )
+    texts, forward = [], VideoDiT.forward
+
+    def spy(self, x, sigma, condition, **given):
+        texts[-1].append(condition.text)
+        return forward(self, x, sigma, condition, **given)
+
+    monkeypatch.setattr(VideoDiT, "forward", spy)
+    for stage in (config, cached):
+        texts.append([])
+        run_stage(stage, Mesh())
+        # Every prompt of the data is another text; the unconditional one comes once a micro-batch of the one update.
+        assert sum(torch.equal(row, wanted) for text in texts[-1] for row in text) == config.batch_size
+    assert len(texts[0]) == len(texts[1])
+
+
+def test_a_set_serves_one_negative_prompt(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill", flow=FLOW)
+    encode_set(config, tmp_path / "set", Mesh())
+    with pytest.raises(DataError, match=f"negative_prompt='{NEGATIVE}', wanted ''"):
+        run_stage(from_cache(workshop, tmp_path / "log", tmp_path / "set", "distill"), Mesh())
+
+
+@pytest.mark.parametrize("changes", [{"stage": "causal"}, {"guidance": 1.0}])
+def test_where_nobody_reads_it_it_is_refused(workshop, tmp_path, changes):
+    flow = FLOW | {key: value for key, value in changes.items() if key == "guidance"}
+    with pytest.raises(ConfigError, match="flow.negative_prompt=three red squares is read by stages distill and long"):
+        stage_config(workshop, tmp_path, changes.get("stage", "distill"), flow=flow)
