@@ -115,7 +115,8 @@ def generate(
     ],
     run: Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or file of weights in any layout, or OWNER/NAME on the Hugging Face hub.")
+        str | None,
+        typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
     ] = None,
     encoders: Annotated[
         Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
@@ -334,6 +335,20 @@ def convert(
         given = _given(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
         for file in rewrite(source, target, to.value, **given):
             typer.echo(str(file))
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Log folder, stage folder or checkpoint of a training run.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+) -> None:
+    """Write the student of a run with its rules: a folder for `longtake generate --model`."""
+    with clean_errors(context):
+        from longtake.inference.export import export as write
+
+        typer.echo(str(write(run, target, **_given(dtype=dtype))))
 
 
 @app.command("config")

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from longtake.config import StageConfig, load_config
-from longtake.config_base import Settings
+from longtake.config_base import Settings, read_yaml
 from longtake.config_groups import FlowConfig, ModelConfig, PlanConfig
 from longtake.errors import ConfigError
+
+# Beside the weights of a student: the rules it streams by
+RULES_FILE = "generation.yaml"
 
 # What the command line calls values of the group `plan`
 _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
@@ -67,12 +71,27 @@ class GenerationConfig(Settings):
         return self
 
 
-def generation_settings(stage: StageConfig | None = None, changes: Mapping[str, Any] | None = None) -> GenerationConfig:
-    """The values of a stage (or the defaults), with `changes` (a nested mapping) on top.
+def write_rules(folder: Path, settings: GenerationConfig) -> None:
+    """Writes `generation.yaml` beside the weights in `folder`."""
+    (folder / RULES_FILE).write_text(yaml.safe_dump(settings.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def read_rules(weights: Path) -> GenerationConfig | None:
+    """The rules beside weights (a folder or a file), None where there are none. Raises: ConfigError."""
+    file = (weights if weights.is_dir() else weights.parent) / RULES_FILE
+    return GenerationConfig.from_tree(read_yaml(file)) if file.is_file() else None
+
+
+def generation_settings(
+    stage: StageConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
+    rules: GenerationConfig | None = None,
+) -> GenerationConfig:
+    """The values of a stage (else `rules`, else the defaults), with `changes` (a nested mapping) on top.
 
     Raises: ConfigError naming every wrong value.
     """
-    tree = GenerationConfig().model_dump()
+    tree = (rules or GenerationConfig()).model_dump()
     if stage is not None:
         tree |= {
             "height": stage.video.height,

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.config import StageConfig
-from longtake.config_generation import GenerationConfig, generation_settings
+from longtake.config import TOY, TOY_ASSETS, StageConfig
+from longtake.config_generation import GenerationConfig, generation_settings, read_rules
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.folders import find_encoders, find_weights
 from longtake.runs import exported_weights, find_checkpoint, read_manifest
+
+TOY_STUDENT = TOY_ASSETS / "student"
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +67,19 @@ class Source:
     ) -> Source:
         """Weights of any origin, as `models/folders.py` finds them.
 
-        Args: `encoders`, their folder (default: in the model's folder, in its `encoders/`, or beside it); `stage`, a
-        configuration whose rules are taken (default: those of `GenerationConfig`); `changes` win over both.
+        Args: `path`, also `toy` for the student that ships with the package; `encoders`, their folder (default: in the
+        model's folder, in its `encoders/`, or beside it); `stage`, a configuration whose rules are taken (default:
+        those of `generation.yaml` beside the weights, else of `GenerationConfig`); `changes` win over all.
         Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
         checkpoint of a training run without `stage`, since its own rules would be lost.
         """
+        path = TOY_STUDENT if path == TOY else path
         found = find_weights(path)
         if stage is None and found.checkpoint is not None:
             raise ConfigError(
                 f"{path} is a checkpoint of a training run and has rules of its own; give it with --run, or name other "
                 "rules with --config"
             )
-        settings = generation_settings(stage, changes)
+        settings = generation_settings(stage, changes, read_rules(found.path))
         folder = Path(encoders) if encoders is not None else find_encoders(path)
         return cls(found.path, folder, settings)

@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 from longtake import Generator
 from longtake.cli import app
+from longtake.config import load_config
 from longtake.config_generation import GenerationConfig, changes_of, generation_settings
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError
+from longtake.evaluation.world_metrics import measure
+from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
 from longtake.models.weights import save_dit, to_diffusers_key
@@ -249,3 +252,37 @@ def test_command_with_a_stage_file(models, workshop, tmp_path):
 def test_options_that_do_not_go_together(options, message):
     result = invoke("generate", "-o", "o", *options)
     assert result.exit_code == 2 and message in result.output
+
+
+# ---- a student as a folder of its own ---------------------------------------------------------------------------------
+def test_an_exported_student_streams_by_its_own_rules(models, tmp_path):
+    folder = tmp_path / "student"
+    result = CliRunner().invoke(app, ["export", str(models / "run"), str(folder), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "generation.yaml",
+    ]
+    expected = frames_of(Generator.from_run(models / "run", "cpu"))
+    found = Generator.from_model(folder, "cpu", encoders=models / "encoders")
+    assert found.settings == Generator.from_run(models / "run", "cpu").settings
+    assert np.abs(frames_of(found).astype(int) - expected).max() <= 1
+    changed = Generator.from_model(folder, "cpu", encoders=models / "encoders", changes={"shift": 4.0})
+    assert changed.settings.shift == 4.0 and changed.settings.plan == found.settings.plan
+    with pytest.raises(ConfigError, match="exists already"):
+        export(models / "run", folder)
+    with pytest.raises(ConfigError, match="dtype=int8 must be one of float16"):
+        export(models / "run", tmp_path / "other", dtype="int8")
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    (folder / "generation.yaml").write_text("shift: -1\nwindow: 3\n")
+    with pytest.raises(ConfigError, match=r"(?s)shift: got -1.*unknown key window|unknown key window.*shift: got -1"):
+        Generator.from_model(folder, "cpu", encoders=models / "encoders")
+
+
+def test_the_packaged_student_is_named_toy():
+    generator = Generator.from_model("toy", "cpu")
+    assert generator.settings.plan == load_config("configs/toy/distill.yaml").plan
+    video = np.concatenate(list(generator.stream(PICTURE, WORLD.caption, num_frames=33)))
+    assert video.shape == (33, 64, 64, 3)
+    assert np.nanmedian(measure(WORLD, video).position_error) < 3  # pixels; it follows the caption
