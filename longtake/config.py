@@ -22,6 +22,7 @@ from longtake.config_groups import (
     EmaConfig,
     EvaluationConfig,
     FlowConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     PlanConfig,
@@ -34,8 +35,17 @@ from longtake.errors import ConfigError
 from longtake.structs import VideoShape, pixel_frames
 
 __all__ = [
-    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "ModelConfig"),
-    *("OptimConfig", "PlanConfig", "StageConfig", "ValidationConfig", "VideoConfig", "WandbConfig", "WorldConfig"),
+    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LoraConfig"),
+    *(
+        "ModelConfig",
+        "OptimConfig",
+        "PlanConfig",
+        "StageConfig",
+        "ValidationConfig",
+        "VideoConfig",
+        "WandbConfig",
+        "WorldConfig",
+    ),
     *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
@@ -77,6 +87,7 @@ class StageConfig(Settings):
     )
     max_steps: int = Field(gt=0, description="iterations; in distill an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
+    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
@@ -152,6 +163,8 @@ class StageConfig(Settings):
     def _check_sources(self) -> None:
         if self.stage != "teacher" and self.init_from is None:
             raise ConfigError(f"init_from=null: stage {self.stage} needs trained weights; name a stage, a path or toy")
+        if self.lora is not None and self.init_from is None:
+            raise ConfigError("lora needs trained weights to update and init_from=null; name them, or set lora=null")
         taken = (TOY, "truth", "frozen") if self.stage == "teacher" else (TOY, "truth", "frozen", "teacher")
         if self.name in taken:
             raise ConfigError(f"name={self.name} is taken (shipped weights or a row of the table); choose another")
@@ -207,6 +220,7 @@ class StageConfig(Settings):
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
         return {
+            "adapter": "lora (of the generator) and critic.lora",
             "batch_size_per_gpu": "micro_batch_size",
             "denoising_step_list": "flow.steps (divided by 1000)",
             "dfake_gen_update_ratio": "critic.updates_per_generator",

@@ -31,7 +31,7 @@ HUB_REPOSITORIES = (
 )
 
 # Sub-folders of a pipeline or of a checkpoint that hold a transformer, in the order of preference
-_WEIGHTS = ("transformer", "generator_ema", "generator")
+_WEIGHTS = ("transformer", "generator_ema", "generator_ema_lora", "generator", "generator_lora")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ _TOKENIZERS = ("tokenizer", "text_encoder", "google/umt5-xxl")
 def find_weights(model: str | Path) -> Path:
     """The folder or file with a transformer's weights that `model` means; a file is taken as it is.
 
-    Looks for safetensors in the folder itself, then in `transformer/`, `generator_ema/` and `generator/`.
+    Looks for safetensors in the folder itself, then in `transformer/`, `generator_ema/` and `generator/`, or for
+    low-rank updates in `generator_ema_lora/` and `generator_lora/`.
     Raises: CheckpointError listing where it looked.
     """
     path = Path(model)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from longtake.config import StageConfig, dump
-from longtake.config_groups import CriticConfig, OptimConfig
+from longtake.config_groups import CriticConfig, LoraConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
@@ -22,6 +22,7 @@ from longtake.inference.generator import find_checkpoint, load_encoders, rules_o
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.hub import is_hub_name
+from longtake.models.lora_files import Adapter
 from longtake.models.presets import model_config
 from longtake.models.published import has_weights
 from longtake.models.weights import load_dit
@@ -36,6 +37,7 @@ from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
+from longtake.train.lora import adapt, facts_of
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.stage_data import make_batches, open_data
@@ -106,7 +108,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
-    networks, real = _networks(config, mesh)
+    networks, real, adapters = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
     encoder: RowEncoder
@@ -122,7 +124,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     objective = InPrecision(
         _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
     )
-    state = _state(config, objective.networks)
+    state = _state(config, objective.networks, adapters)
     batches = make_batches(config, dataset, encoder, mesh)
     settings = LoopSettings(
         max_steps=config.max_steps,
@@ -134,7 +136,9 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         sample_every=config.validate_every,
     )
     info = RunInfo(
-        config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
+        config.model_dump(),
+        facts(config) | facts_of(adapters),
+        {"project": config.wandb.project} if config.wandb.enabled else None,
     )
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
@@ -182,27 +186,38 @@ def facts(config: StageConfig) -> dict[str, Any]:
     }
 
 
-def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None]:
+def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
+    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else."""
+    loras: dict[str, tuple[LoraConfig, Path]] = {}
     if config.init_from is None:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(config.seed)
         generator = VideoDiT(model_config(config.model.preset)).to(mesh.device)
     else:
         source = config.source(config.init_from)
-        generator = load_weights(source, config, mesh)
+        base = weights_folder(source, config)
+        generator = load_weights(base, config, mesh)
+        if config.lora is not None:
+            loras["generator"] = (config.lora, base)
         _check_same_rules(source, config)
     networks = {"generator": generator}
     real = None
     if config.stage == "distill":
         assert config.teacher is not None and config.critic is not None
         real = load_weights(config.source(config.teacher), config, mesh)
-        networks["critic"] = load_weights(config.source(config.critic.init_from or config.teacher), config, mesh)
+        base = weights_folder(config.source(config.critic.init_from or config.teacher), config)
+        networks["critic"] = load_weights(base, config, mesh)
+        if config.critic.lora is not None:
+            loras["critic"] = (config.critic.lora, base)
         real.requires_grad_(False)
         parallelize(real, mesh)
-    for network in networks.values():
+    adapters = {}
+    for name, network in networks.items():
+        if name in loras:
+            adapters[name] = adapt(network, name, *loras[name], config, mesh)
         network.activation_checkpointing = config.activation_checkpointing
         parallelize(network, mesh)
-    return networks, real
+    return networks, real, adapters
 
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
@@ -249,7 +264,7 @@ def _objective(
     return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings, phase=phases)
 
 
-def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
+def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
     groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
     optimizers = {}
     for name in networks:
@@ -264,7 +279,7 @@ def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
             max_grad_norm=group.max_grad_norm,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
-    return TrainState.build(networks, optimizers, ema, seed=config.seed)
+    return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)
 
 
 def check_strides(config: StageConfig, encoders: Encoders) -> None:
