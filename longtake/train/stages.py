@@ -50,10 +50,15 @@ PREFILL_BYTES = 2 << 30
 
 
 class InPrecision:
-    """An objective whose losses run under autocast; weights, optimizer and losses stay float32."""
+    """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
-    def __init__(self, objective: Objective, device: torch.device, *, bf16: bool) -> None:
-        self.objective, self.device, self.bf16 = objective, device, bf16
+    On several ranks autocast must not keep its copies of weights from one forward to the next: the gradient of all
+    forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
+    """
+
+    def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
+        self.objective, self.device, self.bf16 = objective, mesh.device, bf16
+        self.keep_copies = not mesh.is_distributed
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:
@@ -62,7 +67,8 @@ class InPrecision:
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """As the objective's, with matrix products in bfloat16 where asked for."""
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, cache_enabled=self.keep_copies) if self.bf16 else nullcontext():
             return self.objective.loss(turn, batch, step)
 
 
@@ -122,7 +128,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         encoder = BatchEncoder(encoders, config.video.shape, device=mesh.device, **parts)
     phases = Phases()
     objective = InPrecision(
-        _objective(config, networks, real, Draws(config.seed), phases), mesh.device, bf16=config.precision == "bf16"
+        _objective(config, networks, real, Draws(config.seed), phases), mesh, bf16=config.precision == "bf16"
     )
     state = _state(config, objective.networks, adapters)
     batches = make_batches(config, dataset, encoder, mesh)
