@@ -177,7 +177,9 @@ def test_files_have_the_published_names_and_peft_reads_them(tiny_model, tiny_con
     model = stir(adapted(tiny_model(True), ["self_attn.q", "cross_attn.v_img", "ffn.2"]))
     folder = written(model, tmp_path / "lora", Base("toy", "0"))
     held = load_file(folder / WEIGHTS)
-    names = [f"blocks.{i}.{n}.lora_{x}" for i in (0, 1) for n in ("self_attn.q", "cross_attn.v_img", "ffn.2") for x in "AB"]
+    names = [
+        f"blocks.{i}.{n}.lora_{x}" for i in (0, 1) for n in ("self_attn.q", "cross_attn.v_img", "ffn.2") for x in "AB"
+    ]
     assert set(held) == {f"base_model.model.{name}.weight" for name in names}
     assert held["base_model.model.blocks.1.ffn.2.lora_A.weight"].shape == (RANK, 48)
     condition = tiny_condition(model)

@@ -192,7 +192,10 @@ def test_everything_else_loads_base_and_updates_merged(workshop, log, tmp_path, 
             if f"{stem}.lora_A.weight" in low:
                 update = torch.einsum("or,ri->oi", low[f"{stem}.lora_B.weight"], low[f"{stem}.lora_A.weight"])
                 by_hand[name] = by_hand[name] + 2 * update
-    assert sum(not torch.equal(value, load_dit(workshop / "teacher").state_dict()[n]) for n, value in by_hand.items()) == 24
+    assert (
+        sum(not torch.equal(value, load_dit(workshop / "teacher").state_dict()[n]) for n, value in by_hand.items())
+        == 24
+    )
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, by_hand[name], rtol=1e-6, atol=1e-6)
     generator = Generator.from_run(folder, "cpu")
