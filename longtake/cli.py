@@ -324,8 +324,11 @@ def convert(
     network: Annotated[
         str | None, typer.Option(help="Which one of a .pt file: generator, generator_ema, critic, ...")
     ] = None,
-    lora: Annotated[Path | None, typer.Option(help="File of low-rank updates to merge.")] = None,
-    lora_scale: Annotated[float | None, typer.Option(help="alpha / rank of the updates.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="File or folder of low-rank updates to merge.")] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="alpha / rank, where no adapter_config.json says it; else 1.")
+    ] = None,
+    unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the updates out instead of merging them.")] = False,
     shard_bytes: Annotated[int | None, typer.Option(help="Most bytes of a weight file.")] = None,
 ) -> None:
     """Rewrite the weights of a transformer in another layout, bit for bit."""
@@ -333,7 +336,7 @@ def convert(
         from longtake.models.convert import convert as rewrite
 
         given = _given(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
-        for file in rewrite(source, target, to.value, **given):
+        for file in rewrite(source, target, to.value, unmerge=unmerge, **given):
             typer.echo(str(file))
 
 

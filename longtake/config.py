@@ -23,6 +23,7 @@ from longtake.config_groups import (
     EvaluationConfig,
     FlowConfig,
     LongConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     PlanConfig,
@@ -35,8 +36,17 @@ from longtake.errors import ConfigError
 from longtake.structs import pixel_frames
 
 __all__ = [
-    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "ModelConfig"),
-    *("OptimConfig", "PlanConfig", "StageConfig", "ValidationConfig", "VideoConfig", "WandbConfig", "WorldConfig"),
+    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LoraConfig"),
+    *(
+        "ModelConfig",
+        "OptimConfig",
+        "PlanConfig",
+        "StageConfig",
+        "ValidationConfig",
+        "VideoConfig",
+        "WandbConfig",
+        "WorldConfig",
+    ),
     *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
@@ -78,6 +88,7 @@ class StageConfig(Settings):
     )
     max_steps: int = Field(gt=0, description="iterations; in distill and long an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
+    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
     long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
@@ -141,6 +152,8 @@ class StageConfig(Settings):
     def _check_sources(self) -> None:
         if self.stage != "teacher" and self.init_from is None:
             raise ConfigError(f"init_from=null: stage {self.stage} needs trained weights; name a stage, a path or toy")
+        if self.lora is not None and self.init_from is None:
+            raise ConfigError("lora needs trained weights to update and init_from=null; name them, or set lora=null")
         taken = (TOY, "truth", "frozen") if self.stage == "teacher" else (TOY, "truth", "frozen", "teacher")
         if self.name in taken:
             raise ConfigError(f"name={self.name} is taken (shipped weights or a row of the table); choose another")
@@ -217,6 +230,7 @@ class StageConfig(Settings):
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
         return {
+            "adapter": "lora (of the generator) and critic.lora",
             "batch_size_per_gpu": "micro_batch_size",
             "denoising_step_list": "flow.steps (divided by 1000)",
             "dfake_gen_update_ratio": "critic.updates_per_generator",

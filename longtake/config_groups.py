@@ -206,6 +206,20 @@ class OptimConfig(Settings):
     )
 
 
+class LoraConfig(Settings):
+    """Low-rank updates of linear layers in the blocks, trained in place of the weights, which stay as they are."""
+
+    rank: int = Field(default=256, gt=0, description="rank of each update")
+    alpha: float | None = Field(
+        default=None, gt=0, description="updates are scaled by alpha / rank; null = the rank, a scale of 1"
+    )
+    targets: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="linear layers of a block that get updates, e.g. [self_attn.q, ffn.0]; null = all",
+    )
+
+
 class CriticConfig(OptimConfig):
     """The fake score of distribution matching and its optimizer."""
 
@@ -214,6 +228,7 @@ class CriticConfig(OptimConfig):
     init_from: str | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )
+    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
 
 
 class LongConfig(Settings):

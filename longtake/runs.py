@@ -1,9 +1,10 @@
 """What a stage folder on disk looks like: checkpoints, their manifests, which one is the newest complete one.
 
 `<logdir>/<stage>/checkpoints/step_000100/` holds `state/*.safetensors` (everything that resuming needs, sharded),
-one folder per exported network (`generator/`, `generator_ema/`: `model.safetensors` + `config.json`) and
-`manifest.json`, which lists every other file with its size and SHA-256. A checkpoint is written under a `.tmp-` name
-and renamed when complete. No torch here and nothing that unpickles: inference reads these folders without training.
+one folder per exported network (`generator/`, `generator_ema/`: `model.safetensors` + `config.json`; or
+`generator_lora/`, `generator_ema_lora/`: low-rank updates and the base they belong to) and `manifest.json`, which lists
+every other file with its size and SHA-256. A checkpoint is written under a `.tmp-` name and renamed when complete. No
+torch here and nothing that unpickles: inference reads these folders without training.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from longtake.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+LORA = "_lora"  # end of the name of a folder with low-rank updates
 # Kinds of stages that train a student, in the order of training
 STUDENTS = ("causal", "distill", "long")
 _THREADS = 8
@@ -169,13 +171,14 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:
-    """Folder with `model.safetensors` and `config.json` of a network in a checkpoint, its EMA where there is one.
+    """Folder of a network in a checkpoint, its EMA where there is one: whole weights or low-rank updates.
 
     Raises: CheckpointError when the checkpoint does not hold that network.
     """
     names = [f"{network}_ema", network] if prefer_ema else [network]
     for name in names:
-        if (folder := Path(checkpoint) / name).is_dir():
-            return folder
+        for folder in (Path(checkpoint) / name, Path(checkpoint) / f"{name}{LORA}"):
+            if folder.is_dir():
+                return folder
     held = sorted(path.name for path in Path(checkpoint).glob("*") if path.is_dir() and path.name != "state")
     raise CheckpointError(f"{checkpoint} holds no exported network {network!r}; it holds {held}")

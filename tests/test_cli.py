@@ -21,7 +21,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json"}
+FLAGS = {"debug", "check", "help", "as_json", "unmerge"}
 
 
 @pytest.fixture
@@ -76,7 +76,9 @@ NOT_DEFAULT = {
     "optim": {
         "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,
     },
+    "lora": {"rank": 8, "alpha": 4.0, "targets": ["ffn.0"]},
     "critic": {
+        "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
         "updates_per_generator": 3, "init_from": "./critic",
     },

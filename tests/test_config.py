@@ -87,7 +87,7 @@ def test_config_is_frozen(tmp_path):
         ("btach_size=3", r"unknown key btach_size; did you mean batch_size"),
         ("optim.lrr=3", r"unknown key optim.lrr; did you mean optim.lr"),
         ("window_frames=3", r"unknown key window_frames; did you mean plan.window_frames"),
-        ("lr=3", r"unknown key lr; did you mean optim.lr or critic.lr"),
+        ("lr=3", r"unknown key lr; did you mean lora or optim.lr or critic.lr"),
         ("denoising_step_list=[1000]", r"unknown key denoising_step_list; here it is flow.steps"),
         ("num_frame_per_block=3", r"here it is plan.block_frames"),
         ("zzz=3", r"unknown key zzz; the keys of the top level are stage, name"),

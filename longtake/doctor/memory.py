@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longtake.config import StageConfig
+    from longtake.config import LoraConfig, StageConfig
     from longtake.models.dit import DiTConfig
     from longtake.structs import BlockPlan
 
@@ -73,9 +73,29 @@ def _shapes(config: DiTConfig) -> Iterator[_Shape]:
     yield from _outside(config)
 
 
+def _trained(config: DiTConfig, lora: LoraConfig | None) -> Iterator[_Shape]:
+    """What is trained of a transformer: everything, or factors [rank, in] and [out, rank] of each updated layer."""
+    if lora is None:
+        yield from _shapes(config)
+        return
+    dim, hidden = config.dim, config.ffn_dim
+    layers = {f"{part}.{name}": (dim, dim) for part in ("self_attn", "cross_attn") for name in "qkvo"}
+    layers |= {"ffn.0": (dim, hidden), "ffn.2": (hidden, dim)}
+    if config.image_dim is not None:
+        layers |= dict.fromkeys(("cross_attn.k_img", "cross_attn.v_img"), (dim, dim))
+    for name, widths in layers.items():
+        if lora.targets is None or name in lora.targets:
+            yield from [_Shape(lora.rank * width) for width in widths] * config.num_layers
+
+
 def parameter_count(config: DiTConfig) -> int:
     """Parameters of a transformer."""
-    return sum(shape.numel for shape in _shapes(config))
+    return trained_count(config, None)
+
+
+def trained_count(config: DiTConfig, lora: LoraConfig | None) -> int:
+    """Parameters that are trained: all, or those of low-rank updates."""
+    return sum(shape.numel for shape in _trained(config, lora))
 
 
 def tensor_count(config: DiTConfig) -> int:
@@ -89,14 +109,14 @@ def weight_bytes(config: DiTConfig, precision: str = "fp32") -> int:
     return sum(shape.numel * (_BF16 if bf16 and shape.cast else _FLOAT) for shape in _shapes(config))
 
 
-def optimizer_bytes(config: DiTConfig) -> int:
-    """AdamW: two moments in float32 and a step counter for each tensor."""
-    return 2 * _FLOAT * parameter_count(config) + _FLOAT * tensor_count(config)
+def optimizer_bytes(config: DiTConfig, lora: LoraConfig | None = None) -> int:
+    """AdamW: two moments in float32 and a step counter for each tensor that is trained."""
+    return 2 * _FLOAT * trained_count(config, lora) + _FLOAT * sum(1 for _ in _trained(config, lora))
 
 
-def autocast_bytes(config: DiTConfig) -> int:
+def autocast_bytes(config: DiTConfig, lora: LoraConfig | None = None) -> int:
     """The bfloat16 copies of matrices that autocast keeps during a forward."""
-    return _BF16 * sum(shape.numel for shape in _shapes(config) if shape.cast)
+    return _BF16 * sum(shape.numel for shape in _trained(config, lora) if shape.cast)
 
 
 def gathered_bytes(config: DiTConfig, world_size: int) -> int:
@@ -236,24 +256,28 @@ def stage_need(
     config: StageConfig, networks: Networks, world_size: int, *, encoder_bytes: int = 0, image_tokens: int = 0
 ) -> Need:
     """What each of `world_size` ranks needs to train a stage. Networks are sharded, encoders are not."""
-    trained, precision = networks.trained, config.precision
-    parameters = sum(map(parameter_count, trained))
+    precision = config.precision
+    loras = (config.lora, config.critic.lora if config.critic is not None else None)
+    trained = list(zip(networks.trained, loras))
+    parameters = sum(trained_count(*each) for each in trained)
+    bases = sum(weight_bytes(network, precision) for network, lora in trained if lora is not None)
     frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher)
     shown = 0 if networks.shown is None else weight_bytes(networks.shown)
-    average = weight_bytes(networks.generator) if config.ema.enabled else 0
-    optimizer = sum(map(optimizer_bytes, trained))
+    student = _FLOAT * trained_count(networks.generator, config.lora)
+    average = student if config.ema.enabled else 0
+    optimizer = sum(optimizer_bytes(*each) for each in trained)
     clip = _stage_clip(config, networks.generator, world_size, image_tokens)
     activations = {on: _activations(config, networks, clip, checkpointing=on) for on in (False, True)}
     caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) for on in (False, True)}
     on = config.activation_checkpointing
     parts = {
-        "weights": _FLOAT * parameters // world_size,
+        "weights": (_FLOAT * parameters + bases) // world_size,
         "gradients": _FLOAT * parameters // world_size,
         "optimizer": optimizer // world_size,
         "average": average // world_size,
         "frozen networks": frozen // world_size + shown,
         "gathered shards": max(gathered_bytes(network, world_size) for network in networks.loaded),
-        "bfloat16 copies": sum(map(autocast_bytes, trained)) if precision == "bf16" else 0,
+        "bfloat16 copies": sum(autocast_bytes(*each) for each in trained) if precision == "bf16" else 0,
         "cache": caches[on],
         "activations": activations[on],
         "working memory": working_bytes(networks.teacher or networks.generator, clip, precision),
@@ -261,7 +285,7 @@ def stage_need(
     }
     other = sum(parts.values()) + activations[not on] - activations[on] + caches[not on] - caches[on]
     loading = encoder_bytes + _loading_bytes(networks, world_size)
-    exports = weight_bytes(networks.generator) + average
+    exports = student + average
     return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
 
 

@@ -37,14 +37,16 @@ def convert(
     *,
     network: str | None = None,
     lora: str | Path | None = None,
-    lora_scale: float = 1.0,
+    lora_scale: float | None = None,
+    unmerge: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
 
     Types stay as they are stored; tensors with a low-rank update are merged in float32 and rounded once. `target`
     appears whole or not at all.
-    Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `shard_bytes`, most bytes of tensors in a file (a
+    Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `unmerge` takes the update out of weights that it was
+    merged into (equal to what they were up to rounding); `shard_bytes`, most bytes of tensors in a file (a
     larger single tensor has a file of its own).
     Raises: ConfigError when `target` exists; CheckpointError when `source` is not whole or `to` cannot say its sizes.
     """
@@ -53,9 +55,12 @@ def convert(
         raise ConfigError(f"{target} exists already; give the name of a folder that does not")
     if shard_bytes < 1:
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
+    if unmerge and lora is None:
+        raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
     published, model = open_dit(source, network)
     fields = _CONFIGS[to](model.config)
-    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, lora_scale)
+    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, 0.0)
+    updates = LowRank(updates.factors, -updates.scale if unmerge else updates.scale)
     partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -85,7 +90,7 @@ def _write(
     for file, shard in zip(files, shards):
         tensors: dict[str, Tensor] = {}
         for name, tensor in published.read(shard):
-            merged = updates.merge(name, tensor).to(tensor.dtype)
+            merged = updates.merge(name, tensor).to(published.tensors[name].dtype)
             # Tensors of one torch.save file may lie in one storage, which safetensors refuses.
             tensors[names[name]] = merged.clone(memory_format=torch.contiguous_format)
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -22,7 +22,7 @@ TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encod
 # Two transformers of one model, under original and under diffusers' names
 _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 # Networks in a checkpoint, the average first
-_NETWORKS = ("generator_ema", "generator")
+_NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,16 @@ class Stored:
 
 @dataclass
 class Published:
-    """The tensors of a transformer on disk, under original Wan names; `diffusers`: whether its own names are those."""
+    """The tensors of a transformer on disk, under original Wan names; `diffusers`: whether its own names are those.
+
+    `updates` are applied to each tensor as it is read, in this order: (name, tensor) -> tensor.
+    """
 
     path: Path
     tensors: dict[str, Stored]
     diffusers: bool
     _pickled: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Sequence[Callable[[str, Tensor], Tensor]] = ()
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor on the meta device: shapes and types without data."""
@@ -60,6 +64,12 @@ class Published:
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, tensor) of `names` (default: all), file by file. A tensor is a view of its file: copy it."""
+        for name, tensor in self._stored(names):
+            for update in self.updates:
+                tensor = update(name, tensor)
+            yield name, tensor
+
+    def _stored(self, names: Iterable[str] | None) -> Iterator[tuple[str, Tensor]]:
         from safetensors import SafetensorError, safe_open
 
         by_file: dict[Path, list[str]] = {}

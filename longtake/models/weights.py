@@ -18,7 +18,7 @@ from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig, VideoDiT, parameter_type
 from longtake.models.folders import locate
 from longtake.models.hub import local_path
-from longtake.models.lora_files import LowRank, read_lora
+from longtake.models.lora_files import LowRank, is_adapter, read_base, read_lora
 from longtake.models.model_json import (
     FILE,
     config_from_json,
@@ -29,6 +29,7 @@ from longtake.models.model_json import (
 from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.models.presets import PRESETS, fitting_presets
 from longtake.models.published import Published, open_published
+from longtake.models.weight_identity import check_base
 
 __all__ = [
     "check_state",
@@ -99,6 +100,8 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Published,
     Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing.
     """
     path = locate(local_path(source))
+    if is_adapter(path) and network is None:
+        return _open_adapter(path)
     file = (path if path.is_dir() else path.parent) / FILE
     data = read_json(file) if file.exists() else {}
     config = config_from_json(data) if file.exists() else None
@@ -112,6 +115,13 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Published,
         model = VideoDiT(config)
     check_state(published.shapes(), model, path, diffusers=published.diffusers)
     return published, model
+
+
+def _open_adapter(folder: Path) -> tuple[Published, VideoDiT]:
+    """The base of a folder of low-rank updates, with these merged as it is read."""
+    published, model = open_dit(check_base(folder, read_base(folder)))
+    updates = read_lora(folder, published.shapes())
+    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
 
 
 def _no_image_branch(published: Published) -> bool:
@@ -137,19 +147,20 @@ def load_dit(
     *,
     network: str | None = None,
     lora: str | Path | None = None,
-    lora_scale: float = 1.0,
+    lora_scale: float | None = None,
 ) -> VideoDiT:
     """A transformer from published weights, with `config.json` beside them or of the sizes of a preset.
 
     One tensor after the other is read, converted and put in its place: never more than one copy of the model.
-    Args: `path`, an original Wan or diffusers folder, a pipeline, a .safetensors, .pt or .pth file, or OWNER/NAME on
-    the Hugging Face hub. `dtype` of the matrix weights (default: float32); what Wan computes in float32 stays float32.
-    `network` of a file that holds several (`generator`, `generator_ema`, `critic`); default: the student, its average
-    where there is one. `lora`, a file of low-rank updates that are merged; `lora_scale` = alpha / rank.
+    Args: `path`, an original Wan or diffusers folder, a pipeline, a .safetensors, .pt or .pth file, OWNER/NAME on the
+    Hugging Face hub, or a folder of low-rank updates, which are merged in float32 into the base that it names. `dtype`
+    of the matrix weights (default: float32); what Wan computes in float32 stays float32. `network` of a file that holds
+    several (`generator`, `generator_ema`, `critic`); default: the student, its average where there is one. `lora`, a
+    file or folder of low-rank updates that are merged; `lora_scale` = alpha / rank, as in `read_lora`.
     Raises: CheckpointError listing missing, surplus or reshaped keys.
     """
     published, model = open_dit(path, network)
-    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, lora_scale)
+    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, 0.0)
     state = {
         name: updates.merge(name, tensor).to(device, parameter_type(name, dtype or torch.float32), copy=True)
         for name, tensor in published.read()

@@ -27,6 +27,8 @@ from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig
+from longtake.models.lora import factors
+from longtake.models.lora_files import Adapter, write_adapter
 from longtake.models.weights import clean_name, config_to_json
 from longtake.runs import latest_checkpoint
 from longtake.train.ema import EMA
@@ -34,6 +36,11 @@ from longtake.train.state import TrainState
 
 __all__ = ["export_weights", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint"]
 
+# Facts that cannot simply be set back, and what to do about them
+_FIXES = {
+    "base": "name the weights that it was trained on in init_from (and critic.init_from)",
+    "lora": "set rank, alpha and targets back",
+}
 BUCKET_BYTES = 2**31  # a file holds about this much: the writer keeps a whole file in memory, twice
 logger = logging.getLogger(__name__)
 
@@ -59,9 +66,12 @@ def save_checkpoint(
     mesh.on_main(lambda: _make_empty(temporary))
     _write_state(state.tensors(), temporary / "state", mesh)
     for name in export:
-        export_weights(state.networks[name], temporary / name, mesh=mesh)
-        if name in state.ema:
-            export_weights(state.networks[name], temporary / f"{name}_ema", mesh=mesh, ema=state.ema[name])
+        adapter = state.adapters.get(name)
+        end = runs.LORA if adapter else ""
+        export_weights(state.networks[name], temporary / f"{name}{end}", mesh=mesh, adapter=adapter)
+        if (ema := state.ema.get(name)) is not None:
+            folder = temporary / f"{name}_ema{end}"
+            export_weights(state.networks[name], folder, mesh=mesh, ema=ema, adapter=adapter)
     names = mesh.on_main(lambda: runs.files_of(temporary))
     mine = names[mesh.rank :: mesh.world_size]
     parts = mesh.every(lambda: runs.file_records(temporary, mine, _synced_record))
@@ -110,8 +120,9 @@ def load_checkpoint(
     manifest = mesh.on_main(lambda: runs.verify_checkpoint(path) if verify else runs.read_manifest(path))
     for key, value in {"seed": state.seed, **(facts or {})}.items():
         if (saved := manifest.get(key)) != json.loads(json.dumps(value)):
+            fix = _FIXES.get(key, "set it back")
             raise CheckpointError(
-                f"{path} was trained with {key}={saved!r} and this run has {value!r}; set it back, "
+                f"{path} was trained with {key}={saved!r} and this run has {value!r}; {fix}, "
                 "or start in another log directory and initialise from the checkpoint"
             )
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))
@@ -122,27 +133,33 @@ def load_checkpoint(
     return manifest
 
 
-def export_weights(network: nn.Module, folder: Path, *, mesh: Mesh, ema: EMA | None = None) -> None:
+def export_weights(
+    network: nn.Module, folder: Path, *, mesh: Mesh, ema: EMA | None = None, adapter: Adapter | None = None
+) -> None:
     """Writes `model.safetensors` (whole tensors, the module's own names) and `config.json` from `network.config`.
 
     All ranks call it; rank 0 holds the gathered tensors on the CPU and writes. With `ema`, its averages stand in for
-    the trained parameters.
+    the trained parameters. With `adapter`, the low-rank updates alone are written, as `write_adapter` does.
     """
     source = {clean_name(key): value for key, value in network.state_dict().items()} | (ema.tensors() if ema else {})
+    source = factors(source) if adapter is not None else source
     whole: dict[str, Tensor] = {}
     for key, value in source.items():
         value = value.detach()
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if mesh.is_main:
             whole[key] = full.to("cpu", copy=True).contiguous()
-    mesh.on_main(lambda: _write_weights(whole, getattr(network, "config", None), folder))
+    mesh.on_main(lambda: _write_weights(whole, getattr(network, "config", None), folder, adapter))
 
 
-def _write_weights(weights: dict[str, Tensor], config: Any, folder: Path) -> None:
+def _write_weights(weights: dict[str, Tensor], config: Any, folder: Path, adapter: Adapter | None) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if adapter is not None:
+        write_adapter(folder, weights, adapter)
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if isinstance(config, DiTConfig):
         (folder / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n")
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):

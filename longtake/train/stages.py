@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from longtake.config import StageConfig, dump
-from longtake.config_groups import CriticConfig, ModelConfig, OptimConfig
+from longtake.config_groups import CriticConfig, LoraConfig, ModelConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
@@ -22,6 +22,7 @@ from longtake.inference.generator import load_encoders, rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import find_weights
+from longtake.models.lora_files import Adapter
 from longtake.models.presets import model_config
 from longtake.models.weights import load_dit
 from longtake.models.widen import widened_as_asked
@@ -38,6 +39,7 @@ from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
+from longtake.train.lora import adapt, facts_of
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.picture_codec import EncoderCodec
@@ -51,10 +53,15 @@ PREFILL_BYTES = 2 << 30
 
 
 class InPrecision:
-    """An objective whose losses run under autocast; weights, optimizer and losses stay float32."""
+    """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
-    def __init__(self, objective: Objective, device: torch.device, *, bf16: bool) -> None:
-        self.objective, self.device, self.bf16 = objective, device, bf16
+    On several ranks autocast must not keep its copies of weights from one forward to the next: the gradient of all
+    forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
+    """
+
+    def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
+        self.objective, self.device, self.bf16 = objective, mesh.device, bf16
+        self.keep_copies = not mesh.is_distributed
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:
@@ -63,7 +70,8 @@ class InPrecision:
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """As the objective's, with matrix products in bfloat16 where asked for."""
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, cache_enabled=self.keep_copies) if self.bf16 else nullcontext():
             return self.objective.loss(turn, batch, step)
 
 
@@ -111,7 +119,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
-    networks, real = _networks(config, mesh)
+    networks, real, adapters = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
     encoder: RowEncoder
@@ -141,8 +149,8 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     if config.stage == "long":
         codec = EncoderCodec.of_stage(config, encoders, mesh.device, with_tokens=with_tokens)
         inner, batches = for_long_videos(config, inner, codec, loaded, accumulation)
-    objective = InPrecision(inner, mesh.device, bf16=config.precision == "bf16")
-    state = _state(config, objective.networks)
+    objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
+    state = _state(config, objective.networks, adapters)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -153,7 +161,9 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         sample_every=config.validate_every,
     )
     info = RunInfo(
-        config.model_dump(), facts(config), {"project": config.wandb.project} if config.wandb.enabled else None
+        config.model_dump(),
+        facts(config) | facts_of(adapters),
+        {"project": config.wandb.project} if config.wandb.enabled else None,
     )
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
@@ -203,32 +213,37 @@ def facts(config: StageConfig) -> dict[str, Any]:
     }
 
 
-def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None]:
+def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
+    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else."""
+    networks: dict[str, VideoDiT] = {}
+    adapters: dict[str, Adapter] = {}
+
+    def add(name: str, network: VideoDiT, lora: LoraConfig | None, weights: Path) -> None:
+        # Each network is sharded before the next one is read: a rank never holds two of them whole.
+        if lora is not None:
+            adapters[name] = adapt(network, name, lora, weights, config, mesh)
+        network.activation_checkpointing = config.activation_checkpointing
+        parallelize(network, mesh)
+        networks[name] = network
+
     if config.init_from is None:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(config.seed)
-        generator = VideoDiT(model_config(config.model.preset)).to(mesh.device)
+        add("generator", VideoDiT(model_config(config.model.preset)).to(mesh.device), None, Path())
     else:
         source = config.source(config.init_from)
-        generator = load_weights(source, config, mesh)
+        weights = weights_folder(source, config)
+        generator = load_weights(weights, config, mesh)
         _check_same_rules(source, config)
-    # Each network is sharded before the next one is read: a rank never holds two of them whole.
-    networks = {"generator": _to_train(generator, config, mesh)}
+        add("generator", generator, config.lora, weights)
     real = None
     if config.distils:
         assert config.teacher is not None and config.critic is not None
         real = load_weights(config.source(config.teacher), config, mesh).requires_grad_(False)
         parallelize(real, mesh)
-        critic = load_weights(config.source(config.critic.init_from or config.teacher), config, mesh)
-        networks["critic"] = _to_train(critic, config, mesh)
-    return networks, real
-
-
-def _to_train(network: VideoDiT, config: StageConfig, mesh: Mesh) -> VideoDiT:
-    """The network with its activation checkpointing, sharded."""
-    network.activation_checkpointing = config.activation_checkpointing
-    parallelize(network, mesh)
-    return network
+        weights = weights_folder(config.source(config.critic.init_from or config.teacher), config)
+        add("critic", load_weights(weights, config, mesh), config.critic.lora, weights)
+    return networks, real, adapters
 
 
 def _check_same_rules(source: Path, config: StageConfig) -> None:
@@ -295,7 +310,7 @@ def for_long_videos(
     )
 
 
-def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
+def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
     groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
     optimizers = {}
     for name in networks:
@@ -310,7 +325,7 @@ def _state(config: StageConfig, networks: dict[str, nn.Module]) -> TrainState:
             max_grad_norm=group.max_grad_norm,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
-    return TrainState.build(networks, optimizers, ema, seed=config.seed)
+    return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)
 
 
 def check_strides(config: StageConfig, encoders: Encoders) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from longtake.errors import ConfigError
+from longtake.models.lora import factors
+from longtake.models.lora_files import Adapter
 from longtake.models.weights import clean_name
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
@@ -19,7 +21,8 @@ class TrainState:
 
     Fields: `networks` that are trained, their `optimizers` and averages (`ema`, for some of them) by name; `step`,
     the number of completed iterations; `data_position`, the number of samples taken by all ranks; `seed` of all
-    randomness (there is no generator state: every draw is a function of seed, step, purpose and sample index).
+    randomness (there is no generator state: every draw is a function of seed, step, purpose and sample index);
+    `adapters` of the networks of which only low-rank updates are trained: their other weights are no part of the state.
     """
 
     networks: dict[str, nn.Module]
@@ -28,6 +31,7 @@ class TrainState:
     seed: int = 0
     step: int = 0
     data_position: int = 0
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -37,6 +41,7 @@ class TrainState:
         ema: Mapping[str, EMASettings] | None = None,
         *,
         seed: int = 0,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> TrainState:
         """The state before the first iteration, of networks that are already sharded.
 
@@ -53,13 +58,15 @@ class TrainState:
             optimizers={name: NetworkOptimizer(networks[name], settings) for name, settings in optimizers.items()},
             ema={name: EMA(networks[name], settings) for name, settings in averages.items()},
             seed=seed,
+            adapters=dict(adapters or {}),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name; writing into them restores the state."""
         named: dict[str, Tensor] = {}
         for name, network in self.networks.items():
-            named |= {f"networks.{name}.{clean_name(key)}": value for key, value in network.state_dict().items()}
+            own = factors(network.state_dict()) if name in self.adapters else network.state_dict()
+            named |= {f"networks.{name}.{clean_name(key)}": value for key, value in own.items()}
         for name, optimizer in self.optimizers.items():
             named |= {f"optimizers.{name}.{key}": value for key, value in optimizer.tensors().items()}
         for name, average in self.ema.items():

@@ -8,10 +8,14 @@ import pytest
 import torch
 from tiny_stage import TEACHER, stage_config
 
+from longtake.config import LoraConfig
 from longtake.doctor import memory
 from longtake.doctor.memory import Clip, Networks
 from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
+from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOutRules, roll_out
 from longtake.structs import BlockPlan, Condition
 from longtake.train.ema import EMA, EMASettings
@@ -191,6 +195,24 @@ def test_a_stage_adds_up(workshop, tmp_path):
         config.model_copy(update={"activation_checkpointing": True}), networks, 1, image_tokens=17
     )
     assert switched.total == need.alternative - 1000
+
+
+@pytest.mark.parametrize("targets", [None, ["ffn.0", "cross_attn.k_img"]])
+def test_low_rank_updates_are_what_a_module_holds(workshop, tmp_path, targets):
+    lora = LoraConfig(rank=3, targets=targets)
+    with torch.device("meta"):
+        model = VideoDiT(TEACHER).cast(torch.bfloat16)
+        pattern = Adapter(3, 3.0, targets_of(model, targets), Base("toy", "0")).pattern
+        base = nbytes(model.parameters())
+        add_lora(model, pattern, 3, 3.0, Draws(0), "x")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert memory.trained_count(TEACHER, lora) == sum(p.numel() for p in trained)
+    assert memory.optimizer_bytes(TEACHER, lora) == 2 * nbytes(trained) + 4 * len(trained)
+    changes = {"lora": lora.model_dump(), "precision": "bf16", "ema": {"enabled": False}}
+    need = memory.stage_need(stage_config(workshop, tmp_path, "causal", **changes), Networks(TEACHER), 1)
+    assert need.parts["weights"] == base + nbytes(trained) == nbytes(model.parameters())
+    assert need.parts["gradients"] == nbytes(trained) and need.parts["bfloat16 copies"] == nbytes(trained) / 2
+    assert need.checkpoint == 2 * nbytes(trained) + memory.optimizer_bytes(TEACHER, lora)
 
 
 def test_stages_differ_in_what_they_hold(workshop, tmp_path):

@@ -1,0 +1,75 @@
+"""Low-rank updates under FSDP2: what one process or each of several ranks trains, for `test_lora_ranks`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from dit_run import BATCH, FRAMES, MICRO, RULES, Batches, make_dit
+from safetensors.torch import save_file
+from tiny_lora import adapted, adapter_of
+
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.models.lora import factors
+from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.randomness import Draws
+from longtake.train.ema import EMASettings
+from longtake.train.loop import LoopSettings, RunInfo, train
+from longtake.train.optim import OptimizerSettings
+from longtake.train.stages import InPrecision
+from longtake.train.state import TrainState
+
+
+def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, steps: int = 2) -> None:
+    """Iterations of distribution matching with updates on student and critic; first and frozen values to `folder`."""
+    networks = {name: make_dit(seed) for seed, name in enumerate(("generator", "critic"))}
+    frozen = {}
+    for name, network in networks.items():
+        torch.manual_seed(100 + mesh.rank)  # what ranks seed differently must not reach A
+        adapted(network.cast(torch.bfloat16) if bf16 else network)
+        network.activation_checkpointing = checkpointing
+        frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
+        parallelize(network, mesh)
+    real = parallelize(make_dit(2).requires_grad_(False), mesh)
+    objective = Dmd(*networks.values(), real, Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
+    adapters = {name: adapter_of(network) for name, network in networks.items()}
+    settings = dict.fromkeys(networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
+    state = TrainState.build(networks, settings, {"generator": EMASettings(0.5)}, adapters=adapters)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = {f"{name}.{key}": value for name, values in frozen.items() for key, value in factors(values).items()}
+    save_file(starts, folder / f"start{mesh.rank}.safetensors")
+    train(
+        state,
+        InPrecision(objective, mesh, bf16=bf16),
+        Batches(mesh),
+        LoopSettings(steps, BATCH // MICRO // mesh.world_size, export=("generator", "critic")),
+        folder=folder,
+        mesh=mesh,
+        info=RunInfo(progress=False),
+    )
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            whole = value.full_tensor() if mesh.is_distributed else value
+            if ".lora_" not in key:
+                assert torch.equal(whole, frozen[name][key]), key
+
+
+def run(folder: Path, mesh: Mesh) -> None:
+    """All variants."""
+    train_updates(folder / "plain", mesh, bf16=False, checkpointing=False)
+    train_updates(folder / "bf16", mesh, bf16=True, checkpointing=True)
+    if mesh.is_distributed:
+        train_updates(folder / "recomputed", mesh, bf16=False, checkpointing=True)
+        train_updates(folder / "resumed", mesh, bf16=False, checkpointing=False, steps=1)
+        train_updates(folder / "resumed", mesh, bf16=False, checkpointing=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with init_mesh("cpu") as mesh:
+        run(Path(sys.argv[1]), mesh)
