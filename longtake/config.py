@@ -115,6 +115,7 @@ class StageConfig(Settings):
         try:
             self._check_sizes()
             self._check_sources()
+            self._check_scores()
         except ConfigError as error:
             raise ValueError(str(error)) from None
         # The model is frozen for its users; these follow from other values of the same file.
@@ -160,6 +161,17 @@ class StageConfig(Settings):
         for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
             if source == self.name:
                 raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
+        if not self.distils and self.data.kind in ("images", "texts"):
+            raise ConfigError(
+                f"data.kind={self.data.kind} has no motion to learn from in stage {self.stage}; use clips, webdataset "
+                "or lmdb"
+            )
+        if self.model.image_condition == "i2v" and self.data.kind == "texts":
+            raise ConfigError(
+                "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
+            )
+
+    def _check_scores(self) -> None:
         if self.distils and self.teacher is None:
             raise ConfigError(f"teacher=null: stage {self.stage} needs a real score; name a stage, a path or toy")
         if self.distils and self.caption_dropout:
@@ -177,15 +189,6 @@ class StageConfig(Settings):
             )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
-        if not self.distils and self.data.kind in ("images", "texts"):
-            raise ConfigError(
-                f"data.kind={self.data.kind} has no motion to learn from in stage {self.stage}; use clips, webdataset "
-                "or lmdb"
-            )
-        if self.model.image_condition == "i2v" and self.data.kind == "texts":
-            raise ConfigError(
-                "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
-            )
 
     @property
     def distils(self) -> bool:
