@@ -36,7 +36,13 @@ def run_job(config: JobConfig, mesh: Mesh) -> None:
         (logdir / "job.yaml").write_text(dump(config))
         data = config.data
         write_world(
-            config.data_folder, data.num_worlds, seed=data.seed, num_frames=data.num_frames, formats=tuple(data.formats)
+            config.data_folder,
+            data.num_worlds,
+            seed=data.seed,
+            num_frames=data.num_frames,
+            formats=tuple(data.formats),
+            switch_frames=data.switch_frames,
+            stops=data.stops,
         )
 
     mesh.on_main(prepare)
