@@ -43,10 +43,10 @@ def sample_story(seed: int, index: int, switch_frames: Sequence[int], *, stops: 
 def _other_motions(sprites: tuple[Sprite, ...], rng: np.random.Generator, stops: bool) -> tuple[Sprite, ...]:
     """The sprites with new motions, drawn in the same number of steps whatever they were."""
     open_sprite = int(rng.integers(len(sprites))) if rng.random() < OPEN_SHARE else -1
-    changed = [
-        replace(sprite, is_open=number == open_sprite, **_other_motion(sprite, rng))
-        for number, sprite in enumerate(sprites)
-    ]
+    changed = []
+    for number, sprite in enumerate(sprites):
+        direction, speed = _other_motion(sprite, rng)
+        changed.append(replace(sprite, direction=direction, speed=speed, is_open=number == open_sprite))
     if stops and rng.random() < STOP_SHARE:
         number = int(rng.integers(len(sprites)))
         if sprites[number].speed != STILL:
@@ -54,7 +54,7 @@ def _other_motions(sprites: tuple[Sprite, ...], rng: np.random.Generator, stops:
     return tuple(changed)
 
 
-def _other_motion(sprite: Sprite, rng: np.random.Generator) -> dict[str, str]:
+def _other_motion(sprite: Sprite, rng: np.random.Generator) -> tuple[str, str]:
     """A direction, a speed or both, unlike those of `sprite`; a sprite that stands still gets any."""
     change = int(rng.integers(3))
     directions = [name for name in DIRECTIONS if name != sprite.direction]
@@ -62,5 +62,5 @@ def _other_motion(sprite: Sprite, rng: np.random.Generator) -> dict[str, str]:
     direction = directions[int(rng.integers(len(directions)))]
     speed = speeds[int(rng.integers(len(speeds)))]
     if change == 0 and sprite.speed != STILL:
-        return {"direction": direction, "speed": sprite.speed}
-    return {"direction": direction if change == 2 else sprite.direction, "speed": speed}
+        return direction, sprite.speed
+    return direction if change == 2 else sprite.direction, speed

@@ -32,8 +32,8 @@ from longtake.data.captions import (
 
 __all__ = [
     "COLOURS", "DIRECTIONS", "FPS", "PALETTE", "RADII", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "STILL",
-    "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption", "sample_world", "sprite_mask",
-    "sprite_patch", "tokenize",
+    "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption", "sample_world",
+    "sprite_mask", "sprite_patch", "tokenize",
 ]  # fmt: skip
 
 SIZE = 64

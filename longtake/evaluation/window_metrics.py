@@ -40,10 +40,10 @@ class WindowRule:
     settle_frames: int
 
     def __post_init__(self) -> None:
-        if self.num_frames <= MIN_STEPS or self.settle_frames < 0:
+        if self.num_frames < 2 or self.settle_frames < 0:
             raise ShapeError(
                 f"a window of {self.num_frames} frames that begins {self.settle_frames} frames after a switch cannot "
-                f"be measured; it needs more than {MIN_STEPS} frames, and 0 or more after the switch"
+                "be measured; it needs 2 frames or more, and 0 or more after the switch"
             )
 
     def starts(self, total: int) -> list[int]:

@@ -51,9 +51,9 @@ class WorldScores:
     the true distance in the last STOP_WINDOW frames; `shape_kept` and `colour_kept`, 0 or 1; `count_kept` [T];
     `psnr` [T] in dB against the true frame; `saturation` and `contrast` [T] in 0..1 (mean HSV saturation, standard
     deviation of the luma). `sprite_motion_ratio` and `sprite_stopped` [S] are those of the whole video.
-    `chosen_motion` is the (direction, speed) nearest to the motion of the sprite that the first caption leaves open, None
-    without such a sprite; `open_moved` is False when it stopped, so that its direction means nothing. `windows` are the
-    scores window by window, where asked for.
+    `chosen_motion` is the (direction, speed) nearest to the motion of the sprite that the first caption leaves open,
+    None without such a sprite; `open_moved` is False when it stopped, so that its direction means nothing. `windows`
+    are the scores window by window, where asked for.
     """
 
     position_error: Floats

@@ -173,7 +173,7 @@ def counted_steps(seen: Located, truth: Truth) -> tuple[Floats, Floats]:
     usable = truth.scored & seen.found
     counted = usable[1:] & usable[:-1]
     steps = np.where(counted[..., None], toroidal_offset(np.diff(seen.positions, axis=0)), 0.0)
-    return steps, counted * np.hypot(truth.velocity[1:, :, 0], truth.velocity[1:, :, 1])
+    return steps, np.where(counted, np.hypot(truth.velocity[1:, :, 0], truth.velocity[1:, :, 1]), 0.0)
 
 
 def true_ways(steps: Floats, truth: Truth) -> Floats:
