@@ -46,6 +46,8 @@ def common(
 ) -> None:
     """Options of every command."""
     context.obj = debug
+    # numpy's products are small here; its threads would cost five times the time beside torch's and scoring processes.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 Logdir = Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")]

@@ -1,8 +1,8 @@
 """Scores of a long video window by window, and of what sprites do after a switch of the caption.
 
 Pure functions of the world's truth and of what was seen. A window is as long as the teacher's clips and shares its
-first frame with the window before; there every sprite begins where it *is*, so that what went wrong earlier is not
-blamed again. This file must know no model.
+first frame with the window before. What is to be seen of a sprite follows from where the sprites *are*
+(`tracked_truth`), so that a drift of earlier windows is not blamed again. This file must know no model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from longtake.evaluation.world_locate import Located
 from longtake.evaluation.world_truth import (
     Floats,
     Truth,
-    anchored_truth,
     counted_steps,
     measured_velocity,
     motion_window,
     nearest_motion,
     resolve_open,
+    tracked_truth,
     true_ways,
     what_is_kept,
 )
@@ -79,12 +79,13 @@ def measure_windows(
     """
     total = len(seen.positions)
     world = resolve_open(world, seen.positions, num_frames=rule.num_frames, settle=rule.settle_frames)
-    starts = rule.starts(total)
-    truth = anchored_truth(world, seen, starts)
+    truth = tracked_truth(world, seen)
     kept = what_is_kept(world, seen, truth)
     steps, distance = counted_steps(seen, truth)
     along = true_ways(steps, truth)
-    spans = [slice(start, start + rule.num_frames - 1) for start in starts]  # of steps; step t leads into frame t + 1
+    spans = [
+        slice(start, start + rule.num_frames - 1) for start in rule.starts(total)
+    ]  # of steps; step t leads into frame t + 1
     mean = lambda values: np.array([nanmean(values[1:][span]) for span in spans])  # noqa: E731
     return WindowScores(
         motion_ratio=np.array([_ratio(along[span], distance[span]) for span in spans]).reshape(len(spans), -1),

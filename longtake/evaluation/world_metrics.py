@@ -147,7 +147,8 @@ def _psnr(video: NDArray[np.uint8], truth: NDArray[np.uint8]) -> Floats:
 
 
 def _saturation(video: NDArray[np.uint8]) -> Floats:
-    high, low = video.max(-1), video.min(-1)
+    red, green, blue = np.moveaxis(video, -1, 0)  # numpy's own maximum over so short an axis takes ten times longer
+    high, low = (edge(edge(red, green), blue) for edge in (np.maximum, np.minimum))
     return ((high - low) / np.maximum(high, 1).astype(np.float32)).mean((1, 2), dtype=np.float64)
 
 

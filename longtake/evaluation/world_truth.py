@@ -1,13 +1,11 @@
 """Where the sprites of a world should be, given where they were seen: open motions resolved, drift not blamed twice.
 
-A truth is anchored: from each anchor frame on, sprites should move by the caption from where they *are* there. The
-first anchor is the given picture; scores of whole videos add one at each switch, scores of windows one at each window's
-start. This file must know no model and no mean.
+What went wrong before a switch of the caption is not counted after it: there a sprite should move by the new caption
+from where it *is*. This file must know no model and no mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +26,6 @@ from longtake.data.world import (
 from longtake.evaluation.world_locate import EXTRA_SHARE, Located
 
 SCORED_VISIBILITY = 0.5
-ANCHOR_FRAMES = 16  # an anchor is taken from where the sprite was seen in these frames up to it
 MAX_GAP = 16  # frames; over a longer gap the shortest way on the torus may be the wrong one for the fastest sprite
 _MOTIONS = tuple((direction, speed) for direction in DIRECTIONS for speed in SPEEDS)
 _VELOCITIES = np.array([motion_velocity(*motion) for motion in _MOTIONS])
@@ -39,7 +36,7 @@ Motion = tuple[str, str]  # direction and speed
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The anchored truth of T frames and S sprites.
+    """What T frames of S sprites are held against.
 
     Fields: `positions` [T, S, 2] in pixels, in [0, SIZE); `velocity` [T, S, 2] of the step that leads into each frame;
     `scored` [T, S], where at least half of a sprite is to be seen.
@@ -50,25 +47,41 @@ class Truth:
     scored: NDArray[np.bool_]
 
 
-def anchored_truth(world: World, seen: Located, anchors: Iterable[int] = ()) -> Truth:
-    """The truth of a world without open motions (see `resolve_open`), anchored at each switch and at frames `anchors`.
+def anchored_truth(world: World, seen: Located) -> Truth:
+    """The truth of a world without open motions (see `resolve_open`): its true course, anchored at each switch.
 
-    From an anchor on a sprite moves by the caption from where it was last seen, in the ANCHOR_FRAMES frames up to the
-    anchor, itself moved on by the caption to the anchor. One that was not seen there keeps its course.
+    From a switch on a sprite moves by the new caption from where it was seen in the last frame before. One that was not
+    seen in that frame is taken to have moved by the caption since it was seen last.
     """
-    frames = len(seen.positions)
-    positions = world.positions(frames)
-    for anchor in sorted({segment.pivot for segment in world.switches} | set(anchors) - {0}):
-        before = slice(max(0, anchor + 1 - ANCHOR_FRAMES), anchor + 1)
-        usable = (world.visibility_at(positions[before]) >= SCORED_VISIBILITY) & seen.found[before]
-        for sprite in np.flatnonzero(usable.any(0)):
-            last = before.start + int(np.flatnonzero(usable[:, sprite])[-1])
-            positions[anchor + 1 :, sprite] += toroidal_offset(seen.positions[last, sprite] - positions[last, sprite])
-    positions %= SIZE
+    positions = world.positions(len(seen.positions))
+    drift = _drift(world, seen)
+    for segment, following in zip(world.switches, (*world.switches[1:], None)):
+        if segment.frame < len(positions):
+            positions[segment.frame : following.frame if following else None] += drift[segment.pivot]
+    return _truth(world, positions % SIZE)
+
+
+def tracked_truth(world: World, seen: Located) -> Truth:
+    """The same with each sprite where it was last seen, moved on by the caption: says what is to be seen of it.
+
+    A sprite that drifts is so held against its own surroundings: it may be hidden where the true one is not.
+    """
+    return _truth(world, (world.positions(len(seen.positions)) + _drift(world, seen)) % SIZE)
+
+
+def _truth(world: World, positions: Floats) -> Truth:
     velocity = np.empty_like(positions)
     for segment in world.segments:
         velocity[segment.frame :] = segment.velocity
     return Truth(positions, velocity, world.visibility_at(positions) >= SCORED_VISIBILITY)
+
+
+def _drift(world: World, seen: Located) -> Floats:
+    """[T, S, 2] pixels from the true course to where each sprite was last seen; 0 before it was first seen."""
+    frames = np.arange(len(seen.positions))
+    drift = np.where(seen.found[..., None], toroidal_offset(seen.positions - world.positions(len(frames))), 0.0)
+    last = np.maximum.accumulate(np.where(seen.found, frames[:, None], 0), 0)
+    return np.take_along_axis(drift, last[..., None], 0)
 
 
 def resolve_open(world: World, positions: Floats, *, num_frames: int | None = None, settle: int = 0) -> World:
