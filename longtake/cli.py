@@ -46,6 +46,8 @@ def common(
 ) -> None:
     """Options of every command."""
     context.obj = debug
+    # numpy's products are small here; its threads would cost five times the time beside torch's and scoring processes.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 Logdir = Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")]
@@ -242,6 +244,12 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Seed of worlds and noise, in place of the run's value.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Worlds at once, in place of the run's value.")] = None,
     ablations: Annotated[bool | None, typer.Option(help="Rows with a condition taken away.")] = None,
+    switch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Latent frame at which the captions change, on a block boundary; may be given several times."
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Measure a run in held-out toy worlds: table, JSON and plots."""
@@ -254,6 +262,7 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             ablations=ablations,
+            switch_frames=switch or None,
         )
         report = measure(run, overrides=settings, **_given(output=output, device=device))
         typer.echo(str(report))
@@ -289,13 +298,20 @@ def world(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="images, clips or lmdb; may be given several times.")
     ] = None,
+    switch: Annotated[
+        list[int] | None, typer.Option(help="Pixel frame at which the captions change; may be given several times.")
+    ] = None,
+    stops: Annotated[
+        bool | None, typer.Option(help="Sprites may stop; the shipped text encoder does not know the words.")
+    ] = None,
 ) -> None:
     """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
     with clean_errors(context):
         from longtake.config import WorldConfig
         from longtake.data.world_files import write_world
 
-        given = _given(num_worlds=num_worlds, num_frames=num_frames, seed=seed, formats=formats or None)
+        given = _given(num_worlds=num_worlds, num_frames=num_frames, seed=seed, formats=formats or None, stops=stops)
+        given |= _given(switch_frames=switch or None)
         settings = WorldConfig.from_tree(given)
         written = write_world(
             folder,
@@ -303,6 +319,8 @@ def world(
             seed=settings.seed,
             num_frames=settings.num_frames,
             formats=settings.formats,
+            switch_frames=settings.switch_frames,
+            stops=settings.stops,
         )
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")
 

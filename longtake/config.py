@@ -36,18 +36,9 @@ from longtake.errors import ConfigError
 from longtake.structs import pixel_frames
 
 __all__ = [
-    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LoraConfig"),
-    *(
-        "ModelConfig",
-        "OptimConfig",
-        "PlanConfig",
-        "StageConfig",
-        "ValidationConfig",
-        "VideoConfig",
-        "WandbConfig",
-        "WorldConfig",
-    ),
-    *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
+    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
+    *("LoraConfig", "ModelConfig", "OptimConfig", "PlanConfig", "StageConfig", "ValidationConfig", "VideoConfig"),
+    *("WandbConfig", "WorldConfig", "TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
 TOY_ASSETS = Path(__file__).parent / "assets" / "toy"

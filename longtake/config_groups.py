@@ -324,6 +324,14 @@ class WorldConfig(Settings):
     formats: list[WorldFormat] = Field(
         default=["images", "clips", "lmdb"], min_length=1, description="formats to write"
     )
+    switch_frames: list[int] = Field(
+        default=[],
+        description="pixel frames at which the caption of each world changes; each row has a prompt for each",
+    )
+    stops: bool = Field(
+        default=False,
+        description="sprites may stop at a switch; the shipped text encoder does not know the words for it",
+    )
 
 
 class EvaluationConfig(Settings):
@@ -339,4 +347,9 @@ class EvaluationConfig(Settings):
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
     ablations: bool = Field(
         default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
+    )
+    switch_frames: list[int] = Field(
+        default=[],
+        description="latent frames at which the captions change in mid-stream, on block boundaries; each student then "
+        "has a row with the cache rebuilt and one without, and none with a condition taken away",
     )

@@ -145,6 +145,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 41, "data.seed": 8}
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
     values |= {"data.formats": ["clips", "images"], "logdir": "/tmp/z"}
+    values |= {"evaluation.switch_frames": [5, 9], "data.switch_frames": [41], "data.stops": True}
     defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
     assert set(values) == set(defaults)
     tree = yaml.safe_load(RECIPE.read_text())
@@ -186,7 +187,12 @@ def test_given_options_reach_the_function(called):
     invoke("world", "w", "--num-worlds", "3", "--format", "lmdb", "--format", "images")
     args, kwargs = called["write_world"]
     assert args == (Path("w"), 3) and kwargs["formats"] == ["lmdb", "images"] and kwargs["seed"] == 0
+    assert kwargs["switch_frames"] == [] and not kwargs["stops"]
     assert invoke("world", "w", "--format", "gif").exit_code == 2
+    invoke("world", "w", "--switch", "65", "--switch", "129", "--stops")
+    assert called["write_world"][1]["switch_frames"] == [65, 129] and called["write_world"][1]["stops"]
+    invoke("evaluate", "--run", "r", "--switch", "17")
+    assert called["evaluate"][1]["overrides"] == {"switch_frames": [17]}
 
 
 def test_train_merges_overrides_and_logdir(called):

@@ -3,6 +3,9 @@
 A caption is a list of clauses, one a sprite: `a [size] colour shape` and then how it moves. Every word that carries
 meaning is in one of the tables below, and `parse_caption` reads a clause from these tables alone, word by word. This
 file must know no pixels, and nothing but words is random in it.
+
+VOCABULARY is what the shipped text encoder reads. The words of STOP_WORDS are not in it: its tokenizer turns them into
+the unknown word, so captions that say "stops" need a text encoder and a teacher that were trained on them.
 """
 
 from __future__ import annotations
@@ -57,6 +60,9 @@ OPEN_PHRASES = (
     "wanders about",
     "roams about",
 )
+STILL = "still"  # the speed of a sprite that stands still; no caption that the shipped text encoder reads says so
+STOP_PHRASES = ("stops", "halts", "stands still")
+STOP_WORDS = ("stops", "halts", "stands", "still")
 DIRECTION_PHRASES = {
     "right": ("to the right", "right", "rightwards"),
     "left": ("to the left", "left", "leftwards"),
@@ -86,7 +92,10 @@ VOCABULARY = tuple(
 
 @dataclass(frozen=True)
 class Clause:
-    """What a caption says of one sprite; `direction` and `speed` are None together when its motion is left open."""
+    """What a caption says of one sprite; `direction` and `speed` are None together when its motion is left open.
+
+    Of a sprite that stops, the speed is STILL and the direction None.
+    """
 
     size: str
     shape: str
@@ -145,6 +154,8 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
 def _write_clause(clause: Clause, rng: np.random.Generator) -> str:
     size = "" if clause.size == "medium" else clause.size + " "
     subject = f"{_ARTICLE} {size}{clause.colour} {clause.shape}"
+    if clause.speed == STILL:
+        return f"{subject} {_pick(STOP_PHRASES, rng)}"
     if clause.direction is None or clause.speed is None:
         return f"{subject} {_pick(OPEN_PHRASES, rng)}"
     adverb = _pick(ADVERBS[clause.speed], rng)
@@ -163,11 +174,11 @@ def _write_clause(clause: Clause, rng: np.random.Generator) -> str:
 
 def _parse_clause(words: list[str], caption: str) -> Clause:
     where = f"clause {' '.join(words)!r} of caption {caption!r}"
-    unknown = [word for word in words if word not in VOCABULARY]
+    unknown = [word for word in words if word not in VOCABULARY and word not in STOP_WORDS]
     if unknown:
         raise DataError(f"{where} has unknown words {unknown}; VOCABULARY lists the words of the embedded world")
     found: dict[str, set[str]] = {"size": set(), "shape": set(), "colour": set(), "speed": set()}
-    step, is_open = [0, 0], False
+    step, is_open, stops = [0, 0], False, False
     for word in words:
         for name, table in (("size", SIZES), ("shape", SHAPES), ("colour", COLOURS)):
             if word in table:
@@ -175,16 +186,21 @@ def _parse_clause(words: list[str], caption: str) -> Clause:
         if word in _SPEED_OF:
             found["speed"].add(_SPEED_OF[word])
         is_open |= word in OPEN_WORDS
+        stops |= word in STOP_WORDS
         for axis, value in enumerate(_STEP_OF.get(word, (0, 0))):
             if value and step[axis] == -value:
                 raise DataError(f"{where} names opposite directions; name one")
             step[axis] = value or step[axis]
+    if stops:
+        found["speed"].add(STILL)
     for name, default in (("size", "medium"), ("speed", "medium"), ("shape", ""), ("colour", "")):
         if len(found[name]) > 1 or not (found[name] or default):
             raise DataError(f"{where} names {sorted(found[name])} as {name}; it must name exactly one")
         found[name] = found[name] or {default}
     direction = _DIRECTION_OF.get((step[0], step[1]))
-    if is_open == (direction is not None):
-        raise DataError(f"{where} must either name a direction or leave it open (one of {OPEN_WORDS})")
+    if is_open + stops + (direction is not None) != 1:
+        raise DataError(
+            f"{where} must do one of three: name a direction, leave it open ({OPEN_WORDS}) or stop ({STOP_WORDS})"
+        )
     size, shape, colour, speed = (next(iter(found[name])) for name in ("size", "shape", "colour", "speed"))
     return Clause(size, shape, colour, direction, None if is_open else speed)

@@ -1,8 +1,9 @@
 """Rows in LMDB databases, one folder or many `shard*` folders: our own format, and the published layouts.
 
 Own format: `longtake_format` = `1`, `num_rows`; for row i `img_{i}_data` (bytes of a PNG, JPEG or WebP file),
-`prompts_{i}_data` (UTF-8), and optionally `latents_`, `y_`, `clip_`, `text_{i}_data` (raw little-endian numbers) with
-`..._{i}_shape` ("9 16 8 8") and `..._{i}_dtype` ("float16"). Axes of latents and y are [F, C, H, W].
+`prompts_{i}_data` (UTF-8, one prompt a line), and optionally `latents_`, `y_`, `clip_`, `text_{i}_data` (raw
+little-endian numbers) with `..._{i}_shape` ("9 16 8 8") and `..._{i}_dtype` ("float16"). Axes of latents and y are
+[F, C, H, W].
 Published layouts (no `longtake_format`): `img_{i}_data` is raw RGB of one fixed size, `latents_{i}_data` raw fp16 of
 the shape in `latents_shape` after its first number, which counts the rows; without that key the rows go up to the
 largest number of a picture or prompt.
@@ -79,7 +80,7 @@ class LmdbShards:
     def __getitem__(self, row: int) -> Sample:
         shard, local, where = self._place(row)
         raw = _read(shard.path, _row_keys(local))
-        prompt = _prompt(raw, f"prompts_{local}_data", where)
+        prompts = _prompts(raw, f"prompts_{local}_data", where, lines=shard.is_own)
         image = None
         if shard.has_images:
             data = _needed(raw, f"img_{local}_data", where)
@@ -92,7 +93,7 @@ class LmdbShards:
         if not extras and image is None:
             raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
         name = f"{local:06d}" if len(self._shards) == 1 else f"{shard.path.name}_{local:06d}"
-        return Sample(name=name, prompt=prompt, image=image, extras=extras, where=where)
+        return Sample(name=name, prompt=prompts[0], image=image, extras=extras, prompts=prompts, where=where)
 
     def pixel_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the stored picture, upright; None in shards without pictures. Raises: DataError."""
@@ -185,14 +186,15 @@ def _needed(raw: dict[str, bytes | None], key: str, where: str) -> bytes:
     return data
 
 
-def _prompt(raw: dict[str, bytes | None], key: str, where: str) -> str:
+def _prompts(raw: dict[str, bytes | None], key: str, where: str, *, lines: bool) -> tuple[str, ...]:
+    """The prompts of a row: one a line in the own format, always one in published layouts."""
     try:
-        prompt = _needed(raw, key, where).decode("utf-8").strip()
+        text = _needed(raw, key, where).decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: {key} is not UTF-8 text ({error})") from error
-    if not prompt:
+    if not text:
         raise DataError(f"{where}: {key} is empty; every row needs a prompt")
-    return prompt
+    return tuple(line.strip() for line in text.splitlines() if line.strip()) if lines else (text,)
 
 
 def _encoding(raw: dict[str, bytes | None], name: str, row: int, shard: _Shard, where: str) -> NDArray:

@@ -1,8 +1,9 @@
 """The embedded world: sprites of known shape, colour and size that move at constant velocity on a torus.
 
 `sample_world(seed, index)` is a pure function, and a world knows its true video for any length: the metrics of
-`evaluation/world_metrics.py` are exact because of it. Pixel (row i, column j) has its centre at (x=j, y=i); x runs to
-the right, y downwards, both modulo SIZE. This file must know no file format, no model and no metric.
+`evaluation/world_metrics.py` are exact because of it. In a world with switches the caption and with it the velocities
+change at given frames (`data/story.py` samples such worlds). Pixel (row i, column j) has its centre at (x=j, y=i); x
+runs to the right, y downwards, both modulo SIZE. This file must know no file format, no model and no metric.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from longtake.data.captions import (
     SHAPES,
     SIZES,
     SPEEDS,
+    STILL,
     VOCABULARY,
     Clause,
     clause_spans,
@@ -29,15 +31,15 @@ from longtake.data.captions import (
 )
 
 __all__ = [
-    "COLOURS", "DIRECTIONS", "FPS", "PALETTE", "RADII", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "VOCABULARY",
-    "Clause", "Sprite", "World", "clause_spans", "parse_caption", "sample_world", "sprite_mask", "sprite_patch",
-    "tokenize",
+    "COLOURS", "DIRECTIONS", "FPS", "PALETTE", "RADII", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "STILL",
+    "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption", "sample_world",
+    "sprite_mask", "sprite_patch", "tokenize",
 ]  # fmt: skip
 
 SIZE = 64
 FPS = 16
 RADII = {"small": 5.0, "medium": 7.0, "large": 9.0}  # pixels
-SPEED_PX = {"slow": 0.5, "medium": 1.0, "fast": 1.5}  # pixels a frame, along the direction
+SPEED_PX = {"slow": 0.5, "medium": 1.0, "fast": 1.5, STILL: 0.0}  # pixels a frame, along the direction
 PALETTE = {
     "red": (225, 40, 40),
     "yellow": (240, 215, 40),
@@ -79,8 +81,31 @@ class Sprite:
     @property
     def clause(self) -> Clause:
         """What the caption says of it."""
-        said = (None, None) if self.is_open else (self.direction, self.speed)
+        said = (None, None) if self.is_open else (self.direction if self.speed != STILL else None, self.speed)
         return Clause(self.size, self.shape, self.colour, *said)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A caption of a world, and the motions that it names, one a sprite in the order of the world's.
+
+    `frame` is the first pixel frame of the segment: the step from the frame before to it is already the new motion.
+    Of `sprites` the motion alone counts (direction, speed, is_open); looks and start are the world's.
+    """
+
+    frame: int
+    sprites: tuple[Sprite, ...]
+    caption: str
+
+    @property
+    def pivot(self) -> int:
+        """The frame that the motion starts from: the last one of the segment before (0 for the first segment)."""
+        return max(self.frame - 1, 0)
+
+    @property
+    def velocity(self) -> NDArray[np.float64]:
+        """[S, 2] pixels a frame."""
+        return np.array([sprite.velocity for sprite in self.sprites])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +113,8 @@ class World:
     """One world. Sprites are drawn in the order of the list, a later one covers an earlier one.
 
     No two sprites of a world share a colour (stronger than "no two share shape and colour"): each pixel then belongs
-    to one sprite at most, which makes the metrics exact.
+    to one sprite at most, which makes the metrics exact. `switches` are the later segments, in the order of frames;
+    without them the first caption holds for ever.
     """
 
     seed: int
@@ -96,6 +122,12 @@ class World:
     sprites: tuple[Sprite, ...]
     caption: str
     background: NDArray[np.uint8]
+    switches: tuple[Segment, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The first caption and those that follow."""
+        return (Segment(0, self.sprites, self.caption), *self.switches)
 
     @cached_property
     def colours(self) -> NDArray[np.float32]:
@@ -103,17 +135,28 @@ class World:
         return np.array([PALETTE[sprite.colour] for sprite in self.sprites], np.float32)
 
     def positions(self, num_frames: int, *, time_scale: float = 1.0, wrap: bool = True) -> NDArray[np.float64]:
-        """[T, S, 2] centres (x, y) in pixels, in [0, SIZE) unless `wrap` is False; `time_scale` 0 freezes the world."""
-        start = np.array([(sprite.x, sprite.y) for sprite in self.sprites])
-        velocity = np.array([sprite.velocity for sprite in self.sprites])
-        centres = start + velocity * (time_scale * np.arange(num_frames))[:, None, None]
+        """[T, S, 2] centres (x, y) in pixels, in [0, SIZE) unless `wrap` is False; `time_scale` 0 freezes the world.
+
+        Switches stay at their frames whatever `time_scale` is.
+        """
+        frames = np.arange(num_frames)
+        centres = np.array([(sprite.x, sprite.y) for sprite in self.sprites])[None].repeat(num_frames, 0)
+        segments = self.segments
+        for segment, following in zip(segments, (*segments[1:], None)):
+            elapsed = np.maximum(frames - segment.pivot, 0)
+            if following is not None:
+                elapsed = np.minimum(elapsed, following.pivot - segment.pivot)
+            centres = centres + segment.velocity * (time_scale * elapsed)[:, None, None]
         return centres % SIZE if wrap else centres
 
     def render(self, num_frames: int, *, time_scale: float = 1.0) -> NDArray[np.uint8]:
         """The true video, uint8 [T, SIZE, SIZE, 3]; `time_scale` 0 gives a frozen one, 0.5 one at half the speed."""
-        video = np.repeat(self.background[None], num_frames, axis=0)
+        return self.draw(self.positions(num_frames, time_scale=time_scale))
+
+    def draw(self, centres: NDArray[np.float64]) -> NDArray[np.uint8]:
+        """uint8 [T, SIZE, SIZE, 3]: the sprites at `centres` [T, S, 2] (wrapped)."""
+        video = np.repeat(self.background[None], len(centres), axis=0)
         flat = video.reshape(-1, 3)
-        centres = self.positions(num_frames, time_scale=time_scale)
         for sprite, centre, colour in zip(self.sprites, centres.swapaxes(0, 1), self.colours):
             where, mask = sprite_mask(sprite.shape, sprite.radius, centre)
             where, mask = where[mask > 0], mask[mask > 0, None]
@@ -123,9 +166,12 @@ class World:
 
     def visibility(self, num_frames: int) -> NDArray[np.float64]:
         """[T, S] share of each sprite's area that no later sprite covers."""
-        centres = self.positions(num_frames)
-        free = np.ones(num_frames * SIZE * SIZE, np.float32)
-        visible = np.ones((num_frames, len(self.sprites)))
+        return self.visibility_at(self.positions(num_frames))
+
+    def visibility_at(self, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same of sprites at `centres` [T, S, 2]."""
+        free = np.ones(len(centres) * SIZE * SIZE, np.float32)
+        visible = np.ones(centres.shape[:2])
         for index in reversed(range(len(self.sprites))):
             sprite = self.sprites[index]
             where, mask = sprite_mask(sprite.shape, sprite.radius, centres[:, index])
@@ -134,7 +180,7 @@ class World:
         return visible
 
     def shifted(self, dx: float, dy: float) -> World:
-        """The same world with every sprite moved by (dx, dy) pixels; background and caption stay."""
+        """The same world with every sprite moved by (dx, dy) pixels; background and captions stay."""
         moved = tuple(replace(s, x=(s.x + dx) % SIZE, y=(s.y + dy) % SIZE) for s in self.sprites)
         return replace(self, sprites=moved)
 

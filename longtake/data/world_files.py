@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.world import FPS, SIZE, World, sample_world
+from longtake.data.story import sample_story
+from longtake.data.world import FPS, SIZE, World
 from longtake.errors import ConfigError, DataError
 
 FORMATS = ("images", "clips", "lmdb")
@@ -43,16 +44,20 @@ def write_world(
     seed: int,
     num_frames: int,
     formats: Sequence[str] = FORMATS,
+    switch_frames: Sequence[int] = (),
+    stops: bool = False,
 ) -> Path:
     """The folder, holding worlds 0..num_worlds-1 of `seed` in each of `formats`; nothing is done if it holds them.
 
+    With `switch_frames` (pixel frames) the worlds are those of `sample_story`, and each row has a caption a segment.
+
     Layout: `images/NNNNNN.png` (the first frame) and `clips/NNNNNN.mp4` (`num_frames` frames), each with
-    `metadata.jsonl` (file_name, text); `lmdb/shard_NN` (see `write_lmdb_shard`); `worlds.jsonl` (see `read_worlds`);
-    `world.json` with the request.
+    `metadata.jsonl` (file_name, and text or prompts and switch_frames); `lmdb/shard_NN` (see `write_lmdb_shard`);
+    `worlds.jsonl` (see `read_worlds`); `world.json` with the request.
     Raises: ConfigError on a request without sense; DataError when the folder holds something else.
     """
     folder = Path(folder)
-    request = _request(num_worlds, seed, num_frames, formats)
+    request = _request(num_worlds, seed, num_frames, formats, list(switch_frames), stops)
     if _already_written(folder, request):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +65,7 @@ def write_world(
     partial = folder.parent / f"{_partial_prefix(folder)}{os.getpid()}"
     partial.mkdir()
     try:
-        worlds = [sample_world(seed, index) for index in range(num_worlds)]
+        worlds = [sample_story(seed, index, switch_frames, stops=stops) for index in range(num_worlds)]
         writers: dict[str, Callable[[Path], None]] = {
             "images": lambda path: _write_images(path, worlds),
             "clips": lambda path: _write_clips(path, worlds, num_frames),
@@ -69,7 +74,7 @@ def write_world(
         for name in request["formats"]:
             (partial / name).mkdir()
             writers[name](partial / name)
-        rows = ({"seed": w.seed, "index": w.index, "caption": w.caption} for w in worlds)
+        rows = ({"seed": w.seed, "index": w.index, "caption": w.caption, **_script(w)} for w in worlds)
         _write_jsonl(partial / "worlds.jsonl", rows)
         (partial / STAMP).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
         _publish(partial, folder, request)
@@ -81,18 +86,20 @@ def write_world(
 def read_worlds(folder: str | Path) -> list[World]:
     """The worlds that a folder of `write_world` holds, in the order of its rows, rebuilt from `worlds.jsonl`.
 
-    Raises: DataError when the file is missing, or when a rebuilt caption is not the written one.
+    Raises: DataError when a file is missing, or when a rebuilt caption is not the written one.
     """
-    path = Path(folder) / "worlds.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; truth can only be rebuilt for folders that write_world made")
+    path, stamp = Path(folder) / "worlds.jsonl", Path(folder) / STAMP
+    if not path.is_file() or not stamp.is_file():
+        raise DataError(f"{path} or {STAMP} is missing; truth can only be rebuilt for folders that write_world made")
+    stops = json.loads(stamp.read_text(encoding="utf-8")).get("stops", False)
     worlds = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        world = sample_world(row["seed"], row["index"])
-        if world.caption != row["caption"]:
+        world = sample_story(row["seed"], row["index"], row.get("switch_frames", ()), stops=stops)
+        written = [row["caption"], *row.get("prompts", [])[1:]]
+        if (captions := [segment.caption for segment in world.segments]) != written:
             raise DataError(
-                f"{path}: world {row['index']} is now {world.caption!r} and was written as {row['caption']!r}; "
+                f"{path}: world {row['index']} is now {captions} and was written as {written}; "
                 f"the generator of worlds has changed since: delete the folder and write it again"
             )
         worlds.append(world)
@@ -102,8 +109,8 @@ def read_worlds(folder: str | Path) -> list[World]:
 def write_lmdb_shard(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes one shard, an LMDB folder in Longtake's format, and returns the number of rows.
 
-    Args: `rows` hold `img` (bytes of a PNG, JPEG or WebP), `prompts` (str), and any of LMDB_ARRAYS as a numpy array or
-    a torch tensor (any dtype, bfloat16 included).
+    Args: `rows` hold `img` (bytes of a PNG, JPEG or WebP), `prompts` (str, one prompt a line), and any of LMDB_ARRAYS
+    as a numpy array or a torch tensor (any dtype, bfloat16 included).
     Keys written: `longtake_format` = `1`, `num_rows`, `img_{i}_data`, `prompts_{i}_data` (UTF-8), and for each array
     `{name}_{i}_data` (raw, C order, little endian), `{name}_{i}_shape` (integers separated by spaces) and
     `{name}_{i}_dtype`. The shard appears whole or not at all.
@@ -139,13 +146,24 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _request(num_worlds: int, seed: int, num_frames: int, formats: Sequence[str]) -> dict[str, Any]:
+def _request(
+    num_worlds: int, seed: int, num_frames: int, formats: Sequence[str], switch_frames: list[int], stops: bool
+) -> dict[str, Any]:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ConfigError(f"formats={list(formats)} must name at least one of {list(FORMATS)} and nothing else")
     for name, value, least in (("num_worlds", num_worlds, 1), ("num_frames", num_frames, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{name}={value} must be at least {least}")
+    if stops and not switch_frames:
+        raise ConfigError("stops=True lets sprites stop at a switch; give switch_frames, or leave it out")
+    if switch_frames and "clips" in formats and num_frames > switch_frames[0]:
+        raise ConfigError(
+            f"clips of num_frames={num_frames} would show motion after the switch at frame {switch_frames[0]}, and "
+            f"training reads clips under their first caption; set num_frames to {switch_frames[0]} or fewer, or leave "
+            "clips out of formats"
+        )
+    script = {"switch_frames": switch_frames, "stops": stops} if switch_frames else {}
     return {
         "version": _STAMP_VERSION,
         "num_worlds": num_worlds,
@@ -154,7 +172,23 @@ def _request(num_worlds: int, seed: int, num_frames: int, formats: Sequence[str]
         "formats": [name for name in FORMATS if name in formats],
         "fps": FPS,
         "size": SIZE,
+        **script,
     }
+
+
+def _script(world: World) -> dict[str, Any]:
+    """The columns of a world with switches; none without."""
+    if not world.switches:
+        return {}
+    return {
+        "prompts": [segment.caption for segment in world.segments],
+        "switch_frames": [segment.frame for segment in world.switches],
+    }
+
+
+def _captions(world: World) -> dict[str, Any]:
+    """The columns of `metadata.jsonl` that say what a picture or clip shows."""
+    return _script(world) or {"text": world.caption}
 
 
 def _already_written(folder: Path, request: dict[str, Any]) -> bool:
@@ -214,7 +248,7 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _write_images(folder: Path, worlds: list[World]) -> None:
     for number, world in enumerate(worlds):
         (folder / f"{number:06d}.png").write_bytes(encode_png(world.render(1)[0]))
-    rows = ({"file_name": f"{number:06d}.png", "text": world.caption} for number, world in enumerate(worlds))
+    rows = ({"file_name": f"{number:06d}.png", **_captions(world)} for number, world in enumerate(worlds))
     _write_jsonl(folder / "metadata.jsonl", rows)
 
 
@@ -228,7 +262,7 @@ def _write_clips(folder: Path, worlds: list[World], num_frames: int) -> None:
     else:
         for job in jobs:
             _write_clip(*job)
-    rows = ({"file_name": f"{number:06d}.mp4", "text": world.caption} for number, world in enumerate(worlds))
+    rows = ({"file_name": f"{number:06d}.mp4", **_captions(world)} for number, world in enumerate(worlds))
     _write_jsonl(folder / "metadata.jsonl", rows)
 
 
@@ -250,7 +284,10 @@ def _write_clip(path: Path, world: World, num_frames: int) -> None:
 def _write_shards(folder: Path, worlds: list[World]) -> None:
     for shard, start in enumerate(range(0, len(worlds), _ROWS_A_SHARD)):
         rows = (
-            {"img": encode_png(world.render(1)[0]), "prompts": world.caption}
+            {
+                "img": encode_png(world.render(1)[0]),
+                "prompts": "\n".join(segment.caption for segment in world.segments),
+            }
             for world in worlds[start : start + _ROWS_A_SHARD]
         )
         write_lmdb_shard(folder / f"shard_{shard:02d}", rows)

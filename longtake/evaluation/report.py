@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,25 @@ COLUMNS = (
 )
 
 
+def _farthest(values: Sequence[float]) -> float:
+    """The one farthest from 1."""
+    return max(values, key=lambda value: abs(value - 1))
+
+
+# column title of the windows' table, key of the summary's windows, which windows, which of their values, format
+WINDOW_COLUMNS: tuple[tuple[str, str, slice, Callable[[Sequence[float]], float], str], ...] = (
+    ("motion first", "motion_ratio", slice(1), min, "{:.2f}"),
+    ("last", "motion_ratio", slice(-1, None), min, "{:.2f}"),
+    ("lowest", "motion_ratio", slice(None), min, "{:.2f}"),
+    ("highest", "motion_ratio", slice(None), max, "{:.2f}"),
+    ("shape lowest", "shape_kept", slice(None), min, "{:.1%}"),
+    ("colour lowest", "colour_kept", slice(None), min, "{:.1%}"),
+    ("count lowest", "count_kept", slice(None), min, "{:.1%}"),
+    ("saturation", "saturation", slice(None), _farthest, "{:.3f}"),
+    ("contrast", "contrast", slice(None), _farthest, "{:.3f}"),
+)
+
+
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, aligned."""
     cells = [["row", *(title for title, _, _ in COLUMNS)]]
@@ -32,6 +51,29 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = summary["position_error_ci95_px"]
         values = {**summary, "interval": None if low is None else (high - low) / 2}
         cells.append([name, *("-" if values[key] is None else form.format(values[key]) for _, key, form in COLUMNS)])
+    return _aligned(cells)
+
+
+def window_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Scores window by window as a Markdown table: the worst window of each row, and who follows a new caption.
+
+    `saturation` and `contrast` are those of the window that is farthest from the first, relative to it.
+    """
+    switched = any(summary["windows"]["follow_shares"] for summary in summaries.values())
+    cells = [["row", "windows", *(title for title, *_ in WINDOW_COLUMNS), *(["follow", "of"] if switched else [])]]
+    for name, summary in summaries.items():
+        windows = summary["windows"]
+        cells.append([name, str(len(windows["count_kept"]))])
+        for _, key, which, pick, form in WINDOW_COLUMNS:
+            values = [value for value in windows[key][which] if value is not None]
+            cells[-1].append(form.format(pick(values)) if values else "-")
+        if switched:
+            share = windows["follow_share"]
+            cells[-1] += ["-" if share is None else f"{share:.1%}", str(windows["num_followers"])]
+    return _aligned(cells)
+
+
+def _aligned(cells: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -45,25 +87,38 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Position error, motion ratio and shape kept over time, a line a row, as a PNG."""
+    """Position error, motion ratio, shape kept and saturation over time, a line a row, as a PNG."""
+    names = ("position_error", "motion_ratio", "shape_kept", "saturation")
+    _write_lines(path, {row: {name: s["curves"][name] for name in names} for row, s in summaries.items()}, "frame")
+
+
+def _write_lines(path: Path, rows: Mapping[str, Mapping[str, Sequence[float | None]]], unit: str) -> None:
+    """A PNG with a plot a score and a line a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("position_error", "motion_ratio", "shape_kept", "saturation")
+    names = list(next(iter(rows.values())))
     colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
     for axis, name in zip(axes, names):
-        for number, (row, summary) in enumerate(summaries.items()):
-            values = [np.nan if value is None else value for value in summary["curves"][name]]
-            axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20))
+        for number, (row, scores) in enumerate(rows.items()):
+            values = [np.nan if value is None else value for value in scores[name]]
+            mark = "." if len(values) == 1 else None  # a line of one point is not to be seen
+            axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20), marker=mark)
         axis.set_title(name.replace("_", " "))
-        axis.set_xlabel("frame")
+        axis.set_xlabel(unit)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center right")
     figure.tight_layout(rect=(0, 0, 0.86, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def write_window_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Scores window by window, a line a row, as a PNG."""
+    names = ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")
+    _write_lines(path, {row: {name: s["windows"][name] for name in names} for row, s in summaries.items()}, "window")
 
 
 def contact_sheet(

@@ -5,18 +5,24 @@ A row is a function from a batch of worlds to uint8 videos. Ranks share the worl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing import get_context
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longtake.data.story import sample_story
 from longtake.data.world import World, sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import WorldScores, measure
 from longtake.inference.generator import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
@@ -26,6 +32,8 @@ from longtake.models.encoders import Encoders
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.structs import Condition, pixel_frames
 
+_FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
+
 Videos = list[NDArray[np.uint8]]
 
 
@@ -34,7 +42,8 @@ class WorldBatch:
     """Some held-out worlds with their conditions.
 
     Fields: `numbers`, their indices; `counted`, False for padding; `other_text` [B, M, text_dim], the captions of the
-    worlds that follow in the list, whatever the batch holds.
+    worlds that follow in the list, whatever the batch holds; `later`, the conditions after each of `switch_frames`
+    (latent frames).
     """
 
     worlds: list[World]
@@ -46,6 +55,8 @@ class WorldBatch:
     picture_latent: Tensor
     num_latent_frames: int
     encoders: Encoders
+    later: tuple[Condition, ...] = ()
+    switch_frames: tuple[int, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -78,20 +89,25 @@ def held_out(
     batch_size: int,
     only: Sequence[int] | None = None,
     with_y: bool = True,
+    switch_frames: Sequence[int] = (),
 ) -> list[WorldBatch]:
     """This rank's share of the held-out worlds, as many on every rank (uncounted repeats fill up).
 
     Args: `only`, the indices of the worlds (at least `num_worlds`); by default the first ones. `with_y` False for
-    models that know the picture as a clean frame 0 alone.
+    models that know the picture as a clean frame 0 alone. `switch_frames`, latent frames at which the captions change;
+    they must be block boundaries of the students, so that the truth changes with the first frame that a student makes
+    under the new caption.
     """
     listed = list(range(num_worlds)) if only is None else list(only[:num_worlds])
     num_worlds = len(listed)
     per_rank = -(-num_worlds // mesh.world_size)
     mine = [mesh.rank + k * mesh.world_size for k in range(per_rank)]
     batches = []
+    switches = tuple(switch_frames)
+    switch_pixels = [pixel_frames(frame, encoders.vae.temporal_stride) for frame in switches]
     for start in range(0, per_rank, batch_size):
         numbers = mine[start : start + batch_size]
-        worlds = [sample_world(seed, listed[number % num_worlds]) for number in numbers]
+        worlds = [sample_story(seed, listed[number % num_worlds], switch_pixels) for number in numbers]
         others = [sample_world(seed, listed[number % num_worlds] + 1).caption for number in numbers]
         pictures = np.stack([world.render(1)[0] for world in worlds])
         images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
@@ -105,8 +121,22 @@ def held_out(
         empty = encoders.text.encode([""]).expand(len(worlds), -1, -1)
         counted = [number < num_worlds for number in numbers]
         other = encoders.text.encode(others)
+        texts = ([world.switches[k].caption for world in worlds] for k in range(len(switches)))
+        later = tuple(condition.with_text(encoders.text.encode(captions)) for captions in texts)
         batches.append(
-            WorldBatch(worlds, numbers, counted, condition, empty, other, picture, num_latent_frames, encoders)
+            WorldBatch(
+                worlds,
+                numbers,
+                counted,
+                condition,
+                empty,
+                other,
+                picture,
+                num_latent_frames,
+                encoders,
+                later,
+                switches,
+            )
         )
     return batches
 
@@ -152,8 +182,8 @@ def teacher_row(
     return make
 
 
-def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int) -> Row:
-    """Weights streamed causally in a few steps."""
+def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int, rebuild: bool = True) -> Row:
+    """Weights streamed causally in a few steps; `rebuild` says if the cache is rebuilt where the captions change."""
 
     def make(batch: WorldBatch) -> Videos:
         return batch.decode(
@@ -166,6 +196,9 @@ def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int) -> Row:
                 batch.size,
                 seed=seed,
                 videos=batch.numbers,
+                later=batch.later,
+                switch_frames=batch.switch_frames,
+                rebuild=rebuild,
             )
         )
 
@@ -192,22 +225,53 @@ def break_condition(batch: WorldBatch, broken: str) -> Condition:
     raise ConfigError(f"the condition has no part {broken!r} to break; y, clip (with an image encoder) and text can be")
 
 
-def score_row(row: Row, batches: Sequence[WorldBatch], mesh: Mesh) -> tuple[list[WorldScores], Videos]:
-    """Scores of all counted worlds in order, on every rank, and this rank's first batch of videos."""
-    mine: list[tuple[int, WorldScores]] = []
+def score_row(
+    row: Row,
+    batches: Sequence[WorldBatch],
+    mesh: Mesh,
+    *,
+    rule: WindowRule | None = None,
+    scorers: Executor | None = None,
+) -> tuple[list[WorldScores], Videos]:
+    """Scores of all counted worlds in order, on every rank, and this rank's first batch of videos.
+
+    Args: `rule` asks for scores window by window; `scorers` measure while the next batch is made.
+    """
+    mine: list[tuple[int, WorldScores | Future[WorldScores]]] = []
     shown: Videos = []
     for batch in batches:
         videos = row(batch)
         shown = shown or videos
         for world, number, counted, video in zip(batch.worlds, batch.numbers, batch.counted, videos):
             if counted:
-                mine.append((number, measure(world, video)))
-    gathered = [pair for part in mesh.every(lambda: mine) for pair in part]
+                done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
+                mine.append((number, done))
+    scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
+    gathered = [pair for part in mesh.every(lambda: scored) for pair in part]
     return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
 
 
-def iterate(rows: dict[str, Row], batches: Sequence[WorldBatch], mesh: Mesh) -> Iterator[tuple[str, list, Videos]]:
+def iterate(
+    rows: dict[str, Row],
+    batches: Sequence[WorldBatch],
+    mesh: Mesh,
+    *,
+    rule: WindowRule | None = None,
+    scorers: Executor | None = None,
+) -> Iterator[tuple[str, list, Videos]]:
     """Yields (name, scores, shown videos) row by row."""
     for name, row in rows.items():
-        scores, shown = score_row(row, batches, mesh)
+        scores, shown = score_row(row, batches, mesh, rule=rule, scorers=scorers)
         yield name, scores, shown
+
+
+@contextmanager
+def scorer_processes(num_frames: int, mesh: Mesh) -> Iterator[Executor | None]:
+    """Processes that measure `num_frames` frames in all, this rank's share of the processors; None when few."""
+    processes = min((os.cpu_count() or 1) // mesh.world_size, num_frames // _FRAMES_A_PROCESS)
+    if processes < 2:
+        yield None
+        return
+    # Spawned, not forked: this process may have threads and a GPU.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield pool

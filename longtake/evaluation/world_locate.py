@@ -32,9 +32,10 @@ PRESENT_SHARE = 0.08  # a sprite of which less is seen cannot be located, but fr
 EXTRA_SHARE = 0.4  # unexplained colour, in areas of the smallest sprite, that counts as one more sprite
 _EXTRA_BOX = 9  # pixels, side of the box in which unexplained colour is summed
 _FIT_STEPS = 12
-_FIT_TOLERANCE = 0.003  # pixels; the fit ends when no sprite moves more
+_FIT_TOLERANCE = 0.001  # pixels; a frame is done when none of its sprites moves more
 _FIT_BLUR = 0.75  # pixels, half the baseline of the template's derivative
 _FIT_OUTLIER = 60.0  # levels of 255, scale of the robust weights
+_CHUNK_FRAMES = 32  # looked at together: as many as the processor's caches hold
 _SHAPE_STEP, _SHAPE_REACH = 0.5, 1.0  # pixels, grid of the search over shapes
 _SHAPE_BLURS = (0.0, 1.0, 2.0)  # pixels, standard deviations: a decoder blurs, and a blurred square is no circle
 
@@ -60,17 +61,24 @@ class Located:
 
 
 def locate(world: World, video: NDArray[np.uint8]) -> Located:
-    """Finds every sprite of `world` in `video`, uint8 [T, SIZE, SIZE, 3]."""
-    pixels = video.astype(np.float32)
-    member = _membership(pixels, world)
+    """Finds every sprite of `world` in `video`, uint8 [T, SIZE, SIZE, 3]; each frame is looked at by itself."""
+    parts = [_locate(world, video[start : start + _CHUNK_FRAMES]) for start in range(0, len(video), _CHUNK_FRAMES)]
+    return Located(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("positions", "shape", "colour", "extra"))
+    )
+
+
+def _locate(world: World, video: NDArray[np.uint8]) -> Located:
+    planes = np.ascontiguousarray(video.reshape(-1, 3).T).astype(np.float32)
+    member = _membership(planes, world).reshape(-1, *video.shape[:3])
     positions, share = _coarse_positions(member, world)
-    masks = _fit(positions, share >= PRESENT_SHARE, pixels, world)
+    masks = _fit(positions, share >= PRESENT_SHARE, planes, world)
     found = share >= FOUND_SHARE
     shape = np.full(found.shape, -1, np.intp)
     colour = np.full(found.shape, -1, np.intp)
     for index in range(len(world.sprites)):
-        shape[:, index] = _best_shape(index, positions, masks, pixels, world)
-        colour[:, index] = _mean_colour(index, masks, member, world)
+        shape[:, index] = _best_shape(index, positions, masks, planes, world)
+        colour[:, index] = _mean_colour(index, positions, masks, member, world)
     extra = _unexplained(masks, member)
     return Located(
         np.where(found[..., None], positions % SIZE, np.nan),
@@ -80,16 +88,30 @@ def locate(world: World, video: NDArray[np.uint8]) -> Located:
     )
 
 
-def _membership(pixels: NDArray[np.float32], world: World) -> NDArray[np.float32]:
-    """[C + 1, T, SIZE, SIZE] how much each pixel belongs to each colour of COLOURS, and last to the background."""
-    distance = np.empty((len(COLOURS) + 1, *pixels.shape[:3]), np.float32)
-    targets = [*(np.array(PALETTE[colour], np.float32) for colour in COLOURS), world.background.astype(np.float32)]
-    for row, target in zip(distance, targets):
-        difference = pixels - target
-        np.einsum("thwc,thwc->thw", difference, difference, out=row)
+def _membership(planes: NDArray[np.float32], world: World) -> NDArray[np.float32]:
+    """[C + 1, T * SIZE * SIZE] how much each pixel belongs to each colour of COLOURS, and last to the background."""
+    palette = np.array([PALETTE[colour] for colour in COLOURS], np.float32)
+    background = _background(world)
+    # Squared distances without the pixel's own square, which is in all of them. Whole numbers below 2^24: exact.
+    distance = np.empty((len(COLOURS) + 1, planes.shape[1]), np.float32)
+    np.matmul(-2 * palette, planes, out=distance[:-1])
+    distance[:-1] += (palette * palette).sum(1)[:, None]
+    by_frame = planes.reshape(3, -1, SIZE * SIZE)
+    own = distance[-1].reshape(by_frame.shape[1:])
+    np.multiply(by_frame[0], -2 * background[0], out=own)
+    for channel in (1, 2):
+        own -= by_frame[channel] * (2 * background[channel])
+    own += (background * background).sum(0)
     distance -= distance.min(0)
-    member = np.exp(distance * np.float32(-0.5 / COLOUR_SPREAD**2))
-    return member / member.sum(0)
+    distance *= np.float32(-0.5 / COLOUR_SPREAD**2)
+    member = np.exp(distance, out=distance)
+    member /= member.sum(0)
+    return member
+
+
+def _background(world: World) -> NDArray[np.float32]:
+    """[3, SIZE * SIZE]."""
+    return np.ascontiguousarray(world.background.reshape(-1, 3).T).astype(np.float32)
 
 
 def _coarse_positions(member: NDArray[np.float32], world: World) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -123,39 +145,51 @@ def _template_spectra(shape: str, radius: float) -> tuple[NDArray[np.complexfloa
 
 
 def _fit(
-    positions: NDArray[np.float64], present: NDArray[np.bool_], pixels: NDArray[np.float32], world: World
+    positions: NDArray[np.float64], present: NDArray[np.bool_], planes: NDArray[np.float32], world: World
 ) -> list[NDArray[np.float32]]:
     """Moves `positions` (in place) to where the renderer reproduces the video best; returns each sprite's coverage.
 
-    Gauss-Newton, one sprite after another with the others held, robust to pixels that the renderer cannot explain.
+    Gauss-Newton, one sprite after another with the others held, robust to pixels that the renderer cannot explain. A
+    frame is done when none of its sprites moves any more.
     The coverage is flat, [T * SIZE * SIZE], zero in frames where the sprite is not present.
     """
     masks = [_full_mask(index, positions, present, world) for index in range(len(world.sprites))]
-    flat = pixels.reshape(-1, 3)
+    background = _background(world)
+    active = np.arange(len(positions))
     for _ in range(_FIT_STEPS):
-        largest = 0.0
+        largest = np.zeros(len(active))
+        skipped = (active - np.arange(len(active)))[:, None, None] * (SIZE * SIZE)
         for index, sprite in enumerate(world.sprites):
-            where, dx, dy = sprite_patch(sprite.shape, sprite.radius, positions[:, index], margin=2)
+            where, dx, dy = sprite_patch(sprite.shape, sprite.radius, positions[active, index], margin=2)
+            where += skipped
             own = coverage(sprite.shape, sprite.radius, dx, dy)
-            under, through = _layers(index, where, masks, world)
-            contrast = (world.colours[index] - under) * through[..., None]
-            shown = _cover(under + (world.colours[index] - under) * own[..., None], index, where, masks, world)
-            residual = flat[where] - shown
-            weight = (1 + np.einsum("tyxc,tyxc->tyx", residual, residual) / np.float32(_FIT_OUTLIER**2)) ** -2
+            under, through = _layers(index, where, masks, background, world)
+            contrast = world.colours[index][:, None, None, None] - under
+            shown = _cover(under + contrast * own, index, where, masks, world)
+            contrast *= through
+            residual = planes.take(where, 1) - shown
+            weight = (1 + _dot(residual, residual) / np.float32(_FIT_OUTLIER**2)) ** -2
             slopes = [
                 coverage(sprite.shape, sprite.radius, dx - sx, dy - sy)
                 - coverage(sprite.shape, sprite.radius, dx + sx, dy + sy)
                 for sx, sy in ((np.float32(_FIT_BLUR), np.float32(0)), (np.float32(0), np.float32(_FIT_BLUR)))
             ]
-            curvature = weight * np.einsum("tyxc,tyxc->tyx", contrast, contrast)
-            pull = weight * np.einsum("tyxc,tyxc->tyx", contrast, residual)
-            step = present[:, index, None] * _newton_step(slopes, curvature, pull)
-            positions[:, index] += step
-            masks[index] = _full_mask(index, positions, present, world)
-            largest = max(largest, float(np.abs(step).max()))
-        if largest < _FIT_TOLERANCE:
+            step = _newton_step(slopes, weight * _dot(contrast, contrast), weight * _dot(contrast, residual))
+            step *= present[active, index, None]
+            positions[active, index] += step
+            masks[index][where] = 0  # a step is shorter than the margin of the patch
+            where, own = sprite_mask(sprite.shape, sprite.radius, positions[active, index])
+            masks[index][where + skipped] = own * present[active, index, None, None]
+            largest = np.maximum(largest, np.abs(step).max(1))
+        active = active[largest >= _FIT_TOLERANCE]
+        if not len(active):
             break
     return masks
+
+
+def _dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum over the three channels, the first axis."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _newton_step(
@@ -183,15 +217,18 @@ def _full_mask(
 
 
 def _layers(
-    index: int, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
+    index: int,
+    where: NDArray[np.intp],
+    masks: list[NDArray[np.float32]],
+    background: NDArray[np.float32],
+    world: World,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What lies under sprite `index` at pixels `where` (RGB), and how much of it the sprites in front let through."""
-    under = world.background.reshape(-1, 3)[where % (SIZE * SIZE)].astype(np.float32)
-    for other in range(index):
-        under += (world.colours[other] - under) * masks[other][where][..., None]
+    """What lies under sprite `index` at pixels `where` (RGB first), and the share that sprites in front let through."""
+    under = background.take(where % (SIZE * SIZE), 1)
+    under = _draw(under, range(index), where, masks, world)
     through = np.ones(where.shape, np.float32)
     for other in range(index + 1, len(masks)):
-        through *= 1 - masks[other][where]
+        through *= 1 - masks[other].take(where)
     return under, through
 
 
@@ -199,8 +236,15 @@ def _cover(
     colour: NDArray[np.float32], index: int, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
 ) -> NDArray[np.float32]:
     """Draws the sprites in front of sprite `index` over `colour`."""
-    for other in range(index + 1, len(masks)):
-        colour = colour + (world.colours[other] - colour) * masks[other][where][..., None]
+    return _draw(colour, range(index + 1, len(masks)), where, masks, world)
+
+
+def _draw(
+    colour: NDArray[np.float32], sprites: range, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
+) -> NDArray[np.float32]:
+    """Draws `sprites` over `colour` [3, ...], in place."""
+    for sprite in sprites:
+        colour += (world.colours[sprite][:, None, None, None] - colour) * masks[sprite].take(where)
     return colour
 
 
@@ -208,32 +252,34 @@ def _best_shape(
     index: int,
     positions: NDArray[np.float64],
     masks: list[NDArray[np.float32]],
-    pixels: NDArray[np.float32],
+    planes: NDArray[np.float32],
     world: World,
 ) -> NDArray[np.intp]:
     """[T] index into SHAPES of the silhouette that explains sprite `index` best, near its position, at its size."""
     sprite = world.sprites[index]
-    half, dictionary = _silhouettes(sprite.radius)
+    half, dictionary, squares = _silhouettes(sprite.radius)
     nearest = np.rint(positions[:, index]).astype(np.intp)
     offsets = np.arange(-half, half + 1)
     columns, rows = ((nearest[:, axis, None] + offsets) % SIZE for axis in (0, 1))
     frames = np.arange(len(positions), dtype=np.intp)[:, None, None] * (SIZE * SIZE)
-    where = (frames + rows[:, :, None] * SIZE + columns[:, None, :]).reshape(len(positions), -1)
-    under, through = _layers(index, where, masks, world)
-    contrast = world.colours[index] - under
+    where = frames + rows[:, :, None] * SIZE + columns[:, None, :]
+    under, through = _layers(index, where, masks, _background(world), world)
+    contrast = world.colours[index][:, None, None, None] - under
     # The share of the sprite's colour in each pixel; exact for an anti-aliased edge.
-    share = ((pixels.reshape(-1, 3)[where] - under) * contrast).sum(-1) / (contrast * contrast).sum(-1)
-    share = np.clip(share, -0.5, 1.5)
+    share = _dot(planes.take(where, 1) - under, contrast) / _dot(contrast, contrast)
+    share, through = (values.reshape(len(positions), -1) for values in (np.clip(share, -0.5, 1.5), through))
     # Best amplitude for each silhouette, so that a paler sprite keeps its shape.
     match = (through * share) @ dictionary.T
-    energy = through @ (dictionary * dictionary).T
+    energy = squares.sum(1)[None].repeat(len(match), 0)
+    covered = (through < 1).any(1)
+    energy[covered] = through[covered] @ squares.T
     score = np.where(match > 0, match * match / np.maximum(energy, 1e-3), 0)
     return score.reshape(len(positions), len(SHAPES), -1).max(-1).argmax(-1)
 
 
 @lru_cache(maxsize=8)
-def _silhouettes(radius: float) -> tuple[int, NDArray[np.float32]]:
-    """`(half, masks)`: coverage [shapes * centres * blurs, P * P] of every shape, centred near the patch's middle."""
+def _silhouettes(radius: float) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
+    """`(half, masks, squares)`: coverage [shapes * centres * blurs, P * P] of every shape, centred near the middle."""
     half = int(np.ceil(max(sprite_reach(shape, radius) for shape in SHAPES) + _SHAPE_REACH + max(_SHAPE_BLURS)))
     axis = np.arange(-half, half + 1, dtype=np.float32)
     grid = np.arange(-_SHAPE_REACH, _SHAPE_REACH + 1e-6, _SHAPE_STEP, dtype=np.float32)
@@ -246,19 +292,25 @@ def _silhouettes(radius: float) -> tuple[int, NDArray[np.float32]]:
         kernel = np.exp(-((axis[:, None] - axis[None, :]) ** 2) / (2 * blur**2)) if blur else np.eye(len(axis))
         kernel = (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
         blurred.append(kernel @ np.stack(masks) @ kernel.T)
-    return half, np.stack(blurred, 1).reshape(len(masks) * len(blurred), -1)
+    dictionary = np.stack(blurred, 1).reshape(len(masks) * len(blurred), -1)
+    return half, dictionary, dictionary * dictionary
 
 
 def _mean_colour(
-    index: int, masks: list[NDArray[np.float32]], member: NDArray[np.float32], world: World
+    index: int,
+    positions: NDArray[np.float64],
+    masks: list[NDArray[np.float32]],
+    member: NDArray[np.float32],
+    world: World,
 ) -> NDArray[np.intp]:
     """[T] index into COLOURS that most of the sprite's visible area shows, -1 when it is the background."""
-    visible = masks[index]
+    sprite = world.sprites[index]
+    where, _ = sprite_mask(sprite.shape, sprite.radius, positions[:, index])
+    visible = masks[index].take(where)
     for other in masks[index + 1 :]:
-        visible = visible * (1 - other)
-    frames = member.shape[1]
-    shares = np.einsum("ctp,tp->tc", member.reshape(len(member), frames, -1), visible.reshape(frames, -1))
-    colour = shares.argmax(1)
+        visible *= 1 - other.take(where)
+    shares = np.array([(seen.take(where) * visible).sum((1, 2)) for seen in member])
+    colour = shares.argmax(0)
     return np.where(colour == len(COLOURS), -1, colour)
 
 

@@ -17,7 +17,7 @@ from longtake.flow.schedule import sampling_sigmas
 from longtake.models.dit import VideoDiT
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOutNoise, RollOutRules
-from longtake.rollout.stream import stream_latents
+from longtake.rollout.stream import stream_switched
 from longtake.structs import Condition
 
 
@@ -44,8 +44,14 @@ def student_latents(
     *,
     seed: int,
     videos: Sequence[int],
+    later: Sequence[Condition] = (),
+    switch_frames: Sequence[int] = (),
+    rebuild: bool = True,
 ) -> Tensor:
-    """`num_frames` latent frames [B, F, C, H, W] streamed by causal weights, cut from whole blocks."""
+    """`num_frames` latent frames [B, F, C, H, W] streamed by causal weights, cut from whole blocks.
+
+    Args: `later`, the conditions from each of `switch_frames` (latent frames) on; `rebuild` as in `stream_switched`.
+    """
     cache = model.new_cache(
         condition.batch_size,
         *size,
@@ -57,7 +63,8 @@ def student_latents(
     device = condition.text.device
     noise = stream_noise(seed, videos, model.config.out_channels, size, device)
     blocks = list(rules.plan.blocks(0, rules.plan.block_of(num_frames - 1)[1]))
-    stream = stream_latents(model, cache, condition, first_latent, noise, rules)
+    conditions = [condition, *later]
+    stream = stream_switched(model, cache, conditions, switch_frames, first_latent, noise, rules, rebuild=rebuild)
     return torch.cat(list(islice(stream, len(blocks))), 1)[:, :num_frames]
 
 

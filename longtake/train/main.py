@@ -35,9 +35,14 @@ def run_job(config: JobConfig, mesh: Mesh) -> None:
         logdir.mkdir(parents=True, exist_ok=True)
         (logdir / "job.yaml").write_text(dump(config))
         if (data := config.data) is not None:
-            formats = tuple(data.formats)
             write_world(
-                config.data_folder, data.num_worlds, seed=data.seed, num_frames=data.num_frames, formats=formats
+                config.data_folder,
+                data.num_worlds,
+                seed=data.seed,
+                num_frames=data.num_frames,
+                formats=tuple(data.formats),
+                switch_frames=data.switch_frames,
+                stops=data.stops,
             )
 
     mesh.on_main(prepare)
