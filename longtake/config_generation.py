@@ -17,6 +17,7 @@ from longtake.config_base import Settings
 from longtake.config_groups import FlowConfig, ModelConfig, PlanConfig
 from longtake.errors import ConfigError
 
+_TOY_HISTORY_BLOCKS = 8  # a toy block takes 256 kB of cache
 # What the command line calls values of the group `plan`
 _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
 
@@ -43,6 +44,17 @@ class GenerationConfig(Settings):
     )
     text_precision: Literal["fp32", "bf16"] = Field(
         default=ModelConfig().text_precision, description="type of the text encoder where `precision` is fp32"
+    )
+
+    keep_sink: bool = Field(
+        default=False,
+        description="a new prompt leaves the sink's keys and values as the old one made them; as in training",
+    )
+    history_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
+        "the decoder's features",
     )
 
     @model_validator(mode="after")
@@ -76,6 +88,7 @@ def generation_settings(stage: StageConfig | None = None, changes: Mapping[str, 
             "shift": stage.flow.shift,
             "clip_preprocess": stage.model.clip_preprocess,
             "text_precision": stage.model.text_precision,
+            "history_blocks": _TOY_HISTORY_BLOCKS if stage.model.preset == "toy" else tree["history_blocks"],
         }
     for key, value in (changes or {}).items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value

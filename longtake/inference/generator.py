@@ -18,16 +18,12 @@ from longtake.config_generation import GenerationConfig, generation_settings
 from longtake.config_groups import PlanConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.flow.schedule import student_sigmas
-from longtake.inference.sampling import stream_noise
-from longtake.models.cache import KVCache
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import find_encoders, find_weights
 from longtake.models.weights import load_dit
-from longtake.rollout.chunk import Guidance
 from longtake.rollout.self_forcing import RollOutRules
-from longtake.rollout.stream import stream_latents
 from longtake.runs import (
     MANIFEST,
     STUDENTS,
@@ -42,6 +38,8 @@ from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
+
+    from longtake.inference.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +201,6 @@ class Generator:
         settings = self.settings
         return _rules(settings.plan, settings.steps, settings.shift, settings.rope)
 
-    @torch.no_grad()
     def stream(
         self,
         image: str | Path | Image.Image | NDArray[np.uint8],
@@ -225,54 +222,74 @@ class Generator:
         """
         if num_frames is not None and num_frames < 1:
             raise ConfigError(f"num_frames={num_frames} must be at least 1")
-        if not prompt.strip():
-            raise ConfigError("the prompt is empty; say what should move and how")
         if num_frames is None and self.rules.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
+        session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
+        return _frames(session, num_frames)
+
+    def open(
+        self,
+        image: str | Path | Image.Image | NDArray[np.uint8],
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative: str | None = None,
+        history_blocks: int | None = None,
+        max_frames: int | None = None,
+    ) -> Session:
+        """A video whose prompt and picture can change while it is made; no work is done before its first frame.
+
+        Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
+        `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        Raises: DataError for an unreadable picture, ConfigError for an empty prompt, a negative prompt without guidance
+        or a missing `max_frames`.
+        """
+        from longtake.inference.session import Look, Session, check_prompt
+
         check_negative(negative, self.settings)
+        if max_frames is None and self.rules.window_frames is None:
+            raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
         picture = prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
-        return self._frames(picture, prompt, negative or "", num_frames, seed)
+        most = None
+        if max_frames is not None:
+            latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
+            most = self.rules.plan.block_of(latent - 1)[1]
+        return Session(
+            self,
+            Look(check_prompt(prompt), picture),
+            seed=seed,
+            negative=negative or "",
+            history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
+            max_latent_frames=most,
+        )
+
+    def resume(self, path: str | Path, *, history_blocks: int | None = None) -> Session:
+        """The session in a file of `Session.save`, going on with the same frames (bit for bit on the same machine).
+
+        Raises: CheckpointError when the file is none, or when weights, rules or sizes are others than they were.
+        """
+        from longtake.inference.session_file import load_session
+
+        return load_session(
+            self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
+        )
 
     @torch.no_grad()
-    def _frames(
-        self, picture: Tensor, prompt: str, negative: str, num_frames: int | None, seed: int
-    ) -> Iterator[NDArray[np.uint8]]:
-        condition, first_latent = self._condition(picture, prompt)
-        size = (first_latent.shape[3], first_latent.shape[4])
-        rules, cache = self.rules, self._new_cache(size, num_frames)
-        guidance = None
-        if self.settings.guidance != 1:
-            unconditional = condition.with_text(self.encoders.text.encode([negative]))
-            guidance = Guidance(self.settings.guidance, unconditional, self._new_cache(size, num_frames))
-        noise = stream_noise(seed, [0], self.model.config.out_channels, size, self.device)
-        decoder = self.encoders.vae.decoder_session()
-        made = 0
-        for latents in stream_latents(self.model, cache, condition, first_latent, noise, rules, guidance=guidance):
-            frames = to_frames(decoder.decode(latents)[0])
-            if num_frames is not None:
-                frames = frames[: num_frames - made]
-            made += len(frames)
-            yield frames
-            if made == num_frames:
-                return
-
-    def _new_cache(self, size: tuple[int, int], num_frames: int | None) -> KVCache:
-        rules = self.rules
-        # Without a window nothing is evicted, and the cache must be as long as the video.
-        max_frames = None
-        if rules.window_frames is None:
-            assert num_frames is not None
-            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-            max_frames = rules.plan.block_of(latent - 1)[1]
-        return self.model.new_cache(1, *size, rules.window_frames, rules.sink_frames, rules.rope, max_frames=max_frames)
-
-    def _condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
-        """The condition, and the latent of the picture [1, 1, C, H, W]."""
+    def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
+        """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
         if self.model.config.condition_channels == 0:  # the picture enters as clean frame 0 alone
             return Condition(self.encoders.text.encode([prompt])), self.encoders.vae.encode(picture[:, None])
         condition = encode_condition(self.encoders, picture, [prompt])
         assert condition.frames is not None
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
+
+
+def _frames(session: Session, num_frames: int | None) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a session, `num_frames` in all."""
+    while num_frames is None or session.num_frames < num_frames:
+        before = session.num_frames
+        frames = session.next()
+        yield frames if num_frames is None else frames[: num_frames - before]
 
 
 def check_negative(negative: str | None, settings: GenerationConfig) -> None:
