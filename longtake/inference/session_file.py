@@ -56,6 +56,7 @@ def made_with(generator: Generator) -> dict[str, Any]:
 
 def save_session(session: Session, path: Path) -> None:
     """Writes `session` to `path`, whole or not at all. Raises: DataError when the file cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, values = _written(session)
@@ -67,7 +68,7 @@ def save_session(session: Session, path: Path) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(
             f"the session cannot be written to {path} ({error}); name a file in a folder there is"
         ) from None

@@ -183,7 +183,14 @@ def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(any_generator):
         # Nothing of the past is left: a stream of its own, whose noise is that of video 1 of the seed.
         condition = encode_condition(any_generator.encoders, prepared(OTHER), [B])
         latents = student_latents(
-            any_generator.model, condition, condition.frames[:, :1, -4:], any_generator.rules, 5, (4, 4), seed=4, videos=[1]
+            any_generator.model,
+            condition,
+            condition.frames[:, :1, -4:],
+            any_generator.rules,
+            5,
+            (4, 4),
+            seed=4,
+            videos=[1],
         )
         assert np.array_equal(np.concatenate(scene), to_frames(any_generator.encoders.vae.decode(latents)[0]))
     other_past = open_session(any_generator, C, seed=4)
@@ -211,9 +218,7 @@ def test_a_target_changes_clip_tokens_and_the_tail_of_y(generator):
     own, other = (encode_condition(generator.encoders, prepared(image), [A]) for image in (PICTURE, OTHER))
     mixed = Condition(own.text, other.image, torch.cat([own.frames[:, :1], other.frames[:, 1:]], 1))
     rules, noise = generator.rules, stream_noise(0, [0], 4, (4, 4), "cpu")
-    latents = student_latents(
-        generator.model, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0]
-    )
+    latents = student_latents(generator.model, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
     cache = generator.model.new_cache(1, 4, 4, 5, 1, rules.rope)
     for start, end in rules.plan.blocks(0, 5):
         commit_block(generator.model, cache, mixed, latents[:, start:end])
