@@ -59,62 +59,76 @@ def test_two_sessions_do_not_touch_each_other(any_generator):
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
+class ByHand:
+    """Streams block by block with nothing but the steps of `rollout/chunk.py`; both sides of guidance have a cache."""
+
+    def __init__(self, generator):
+        self.generator, self.rules = generator, generator.rules
+        self.noise = stream_noise(0, [0], 4, (4, 4), "cpu")
+        self.latents, self.starts = [generator.encoders.vae.encode(prepared(PICTURE)[:, None])], [0]
+        self.follow(A)
+
+    @property
+    def position(self):
+        return self.starts[-1] + self.latents[-1].shape[1]
+
+    def follow(self, prompt):
+        """Empty caches under another prompt."""
+        model, encoders, rules = self.generator.model, self.generator.encoders, self.rules
+        text, empty = encoders.text.encode([prompt]), encoders.text.encode([""])
+        if model.config.condition_channels:
+            self.condition = encode_condition(encoders, prepared(PICTURE), [prompt])
+        else:
+            self.condition = Condition(text)
+        sizes = (1, 4, 4, rules.window_frames, rules.sink_frames, rules.rope)
+        self.caches = [model.new_cache(*sizes, max_frames=64) for _ in range(2)]
+        weight = self.generator.settings.guidance
+        self.guidance = None if weight == 1 else Guidance(weight, self.condition.with_text(empty), self.caches[1])
+
+    def commit(self, block):
+        for cache in self.caches:
+            cache.position = self.starts[block]
+        latents = self.latents[block]
+        commit_block(self.generator.model, self.caches[0], self.condition, latents, guidance=self.guidance)
+
+    def make(self):
+        start = self.position
+        made = denoise_block(
+            self.generator.model,
+            self.caches[0],
+            self.condition,
+            lambda step: self.noise(start, start + 2, step),
+            self.rules.sigmas,
+            guidance=self.guidance,
+        )
+        self.starts.append(start)
+        self.latents.append(made)
+
+
+@torch.no_grad()
 def switched_oracle(generator, num_before, num_after):
     """Latents under A and then under B, from a cache that saw sink and window only, and only under B."""
-    model, encoders, rules, settings = generator.model, generator.encoders, generator.rules, generator.settings
-    picture = prepared(PICTURE)
-    guided = settings.guidance != 1
-
-    def condition(prompt):
-        if model.config.condition_channels == 0:
-            return Condition(encoders.text.encode([prompt]))
-        return encode_condition(encoders, picture, [prompt])
-
-    def new_cache():
-        return model.new_cache(1, 4, 4, rules.window_frames, rules.sink_frames, rules.rope, max_frames=64)
-
-    blocks = [encoders.vae.encode(picture[:, None])]
-    starts, position = [0], 1
-    noise = stream_noise(0, [0], 4, (4, 4), "cpu")
-    sides = [condition(A), condition(A).with_text(encoders.text.encode([""]))]
-    caches = [new_cache(), new_cache()]
-
-    def guidance():
-        return Guidance(settings.guidance, sides[1], caches[1]) if guided else None
-
-    def one_block(previous):
-        nonlocal position
-        if previous is not None:
-            commit_block(model, caches[0], sides[0], previous, guidance=guidance())
-        start = position
-        blocks.append(
-            denoise_block(
-                model, caches[0], sides[0], lambda k: noise(start, start + 2, k), rules.sigmas, guidance=guidance()
-            )
-        )
-        starts.append(position)
-        position += 2
-
-    with torch.no_grad():
-        for _ in range(num_before - 1):
-            one_block(blocks[-1])
-        fresh = [new_cache(), new_cache()]
-        sides = [condition(B), condition(B).with_text(encoders.text.encode([""]))]
-        sink = 0 if rules.window_frames is None else rules.sink_frames
-        oldest = 0 if rules.window_frames is None else position - (rules.window_frames - sink)
-        if settings.keep_sink:  # what A left of the sink stays
-            held = [frame for frame in caches[0].held_frames if frame < sink]
-            for new, old in zip(fresh, caches):
-                new.restore(len(held), held, *old.stored(held))
-        caches = fresh
-        for start, block in zip(starts, blocks):
-            if (start < sink or start >= oldest) and start not in caches[0].held_frames:
-                for cache in caches:
-                    cache.position = start
-                commit_block(model, caches[0], sides[0], block, guidance=guidance())
-        for index in range(num_after):
-            one_block(None if index == 0 else blocks[-1])
-    return torch.cat(blocks, 1)
+    stream, rules = ByHand(generator), generator.rules
+    for _ in range(num_before - 1):
+        stream.commit(-1)
+        stream.make()
+    old = stream.caches
+    stream.follow(B)
+    sink = 0 if rules.window_frames is None else rules.sink_frames
+    oldest = 0 if rules.window_frames is None else stream.position - (rules.window_frames - sink)
+    left = []
+    if generator.settings.keep_sink:  # what A left of the sink stays
+        left = [frame for frame in old[0].held_frames if frame < sink]
+        for new, before in zip(stream.caches, old):
+            new.restore(len(left), left, *before.stored(left))
+    for block, start in enumerate(stream.starts):
+        if (start < sink or start >= oldest) and start not in left:
+            stream.commit(block)
+    for index in range(num_after):
+        if index:
+            stream.commit(-1)
+        stream.make()
+    return torch.cat(stream.latents, 1)
 
 
 @pytest.mark.parametrize(
