@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -407,12 +407,17 @@ def write_video(
     negative: str | None = None,
 ) -> GenerationReport:
     """Writes one mp4, a block at a time; the file appears when it is complete. Raises: LongtakeError."""
+    chunks = generator.stream(image, prompt, num_frames=num_frames, seed=seed, negative=negative)
+    return write_chunks(generator, chunks, output)
+
+
+def write_chunks(generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path) -> GenerationReport:
+    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError."""
     from longtake.inference.video_io import VideoWriter
 
     settings = generator.settings
     started = perf_counter()
     first, made = 0.0, 0
-    chunks = generator.stream(image, prompt, num_frames=num_frames, seed=seed, negative=negative)
     with VideoWriter(output, settings.fps, settings.height, settings.width) as writer:
         for index, chunk in enumerate(chunks):
             writer.write(chunk)
