@@ -46,10 +46,6 @@ class GenerationConfig(Settings):
         default=ModelConfig().text_precision, description="type of the text encoder where `precision` is fp32"
     )
 
-    keep_sink: bool = Field(
-        default=False,
-        description="a new prompt leaves the sink's keys and values as the old one made them; as in training",
-    )
     history_blocks: int = Field(
         default=0,
         ge=0,

@@ -91,6 +91,10 @@ class PlanConfig(Settings):
     sink_frames: int = Field(
         default=1, ge=0, description="first latent frames that are never evicted: 0 or a block boundary"
     )
+    keep_sink: bool = Field(
+        default=False,
+        description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
+    )
 
     @property
     def blocks(self) -> BlockPlan:

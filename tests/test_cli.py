@@ -63,7 +63,7 @@ NOT_DEFAULT = {
     "video": {
         "height": 128, "width": 192, "num_latent_frames": 8, "fps": 24, "temporal_stride": 8, "spatial_stride": 16,
     },
-    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2},
+    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True},
     "rope": "absolute",
     "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "sigma_min": 0.1, "sigma_max": 0.9},
     "data": {

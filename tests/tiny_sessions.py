@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "plan": {"block_frames": 2, "window_frames": None, "sink_frames": 0},
     },
-    "kept sink": {"keep_sink": True, "plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 3}},
+    "kept sink": {"plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 3, "keep_sink": True}},
     "no y, no sink": {"_y": False, "plan": {"block_frames": 2, "window_frames": 4, "sink_frames": 0}},
 }
 

@@ -55,6 +55,7 @@ def _rules(plan: PlanConfig, steps: Sequence[float], shift: float, rope: str) ->
         sigmas=student_sigmas(steps, shift),
         window_frames=plan.window_frames,
         sink_frames=plan.sink_frames,
+        keep_sink=plan.keep_sink,
         rope=rope,
     )
 

@@ -261,12 +261,7 @@ class Session:
             condition, _ = self.generator.condition(wanted.picture, wanted.prompt)
             if wanted.target is not None:
                 condition = self._towards(condition, wanted.target)
-        stream.change(
-            condition,
-            self._unconditional(condition),
-            keep_sink=self.generator.settings.keep_sink,
-            in_place=not self.history_blocks,
-        )
+        stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
         standing.look = wanted
 
     def _towards(self, condition: Condition, target: Tensor) -> Condition:

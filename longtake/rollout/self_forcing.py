@@ -30,13 +30,17 @@ class RollOut:
 
 @dataclass(frozen=True)
 class RollOutRules:
-    """How the student unrolls: block boundaries, window, positions and noise levels; the same at inference."""
+    """How the student unrolls: block boundaries, window, positions and noise levels; the same at inference.
+
+    `keep_sink`: where the condition changes in mid-stream, the sink stays as the old one made it.
+    """
 
     plan: BlockPlan
     sigmas: Sequence[float]
     window_frames: int | None
     sink_frames: int
     rope: str
+    keep_sink: bool = False
 
 
 def roll_out(

@@ -77,13 +77,12 @@ class LatentStream:
         condition: Condition,
         unconditional: Condition | None = None,
         *,
-        keep_sink: bool = False,
         in_place: bool = True,
     ) -> None:
         """Goes on under another condition: the cache is made anew from the kept latents, the pending block included.
 
-        Args: `unconditional`, that of guidance, where the stream has it; `keep_sink` as in `rebuild_cache`; `in_place`
-        False leaves the cache that there was untouched and goes on with another one.
+        Args: `unconditional`, that of guidance, where the stream has it; `in_place` False leaves the cache that there
+        was untouched and goes on with another one.
         """
         if not in_place:
             self._replace_caches(KVCache.copy)
@@ -91,7 +90,8 @@ class LatentStream:
         if self.guidance is not None:
             assert unconditional is not None
             self.guidance = replace(self.guidance, condition=unconditional)
-        rebuild_cache(self.model, self.cache, condition, self.kept, keep_sink=keep_sink, guidance=self.guidance)
+        keep = self.rules.keep_sink
+        rebuild_cache(self.model, self.cache, condition, self.kept, keep_sink=keep, guidance=self.guidance)
         self.pending = None
 
     def copy(self, cache_of: Callable[[KVCache], KVCache] | None = None) -> LatentStream:

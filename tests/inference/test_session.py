@@ -117,7 +117,7 @@ def switched_oracle(generator, num_before, num_after):
     sink = 0 if rules.window_frames is None else rules.sink_frames
     oldest = 0 if rules.window_frames is None else stream.position - (rules.window_frames - sink)
     left = []
-    if generator.settings.keep_sink:  # what A left of the sink stays
+    if rules.keep_sink:  # what A left of the sink stays
         left = [frame for frame in old[0].held_frames if frame < sink]
         for new, before in zip(stream.caches, old):
             new.restore(len(left), left, *before.stored(left))
