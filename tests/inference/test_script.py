@@ -5,7 +5,9 @@ import pytest
 import yaml
 from PIL import Image
 from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator
+from typer.testing import CliRunner
 
+from longtake.cli import app
 from longtake.config_generation import generation_settings
 from longtake.errors import ConfigError, DataError
 from longtake.inference import script as module
@@ -126,3 +128,19 @@ def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
     # Compressed, and still each frame is nearest to its own.
     distance = np.abs(video[:, None].astype(int) - by_hand(generator)[None, :42]).mean((2, 3, 4))
     assert np.array_equal(distance.argmin(1), np.arange(42))
+
+
+def test_the_command_follows_a_script(generator, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Generator, "build", lambda *_: generator)
+    source = module.Source(tmp_path, tmp_path, generator.settings)
+    monkeypatch.setattr(module.Source, "of_run", classmethod(lambda *_: source))
+
+    def invoke(*more):
+        words = ["generate", "--run", "r", "--script", write(), "-o", tmp_path / "out.mp4", *more]
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    result = invoke("--seconds", "3")
+    assert result.exit_code == 0 and "48 frames in" in result.output, result.output
+    for more in (["--prompt", B], ["--image", "a.png"], ["--inputs", "folder"], ["--samples", 2]):
+        result = invoke(*more)
+        assert result.exit_code == 2 and "ConfigError" in result.output
