@@ -245,12 +245,12 @@ class Generator:
         Raises: DataError for an unreadable picture, ConfigError for an empty prompt, a negative prompt without guidance
         or a missing `max_frames`.
         """
-        from longtake.inference.session import Look, Session, check_prompt
+        from longtake.inference.session import Look, Session
 
         check_negative(negative, self.settings)
         if max_frames is None and self.rules.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
-        picture = prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
+        picture = self.prepare(image)
         most = None
         if max_frames is not None:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
@@ -275,6 +275,10 @@ class Generator:
             self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
         )
 
+    def prepare(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> Tensor:
+        """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
+        return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
+
     @torch.no_grad()
     def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
         """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
@@ -291,6 +295,13 @@ def _frames(session: Session, num_frames: int | None) -> Iterator[NDArray[np.uin
         before = session.num_frames
         frames = session.next()
         yield frames if num_frames is None else frames[: num_frames - before]
+
+
+def check_prompt(text: str) -> str:
+    """The prompt. Raises: ConfigError when it is empty."""
+    if not text.strip():
+        raise ConfigError("the prompt is empty; say what should move and how")
+    return text
 
 
 def check_negative(negative: str | None, settings: GenerationConfig) -> None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.inference.generator import Generator, to_frames
+from longtake.inference.generator import Generator, check_prompt, to_frames
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
-from longtake.models.conditioning import prepare_image
 from longtake.models.encoders import DecoderSession
 from longtake.rollout.chunk import Guidance
 from longtake.rollout.stream import LatentStream
@@ -145,7 +144,7 @@ class Session:
 
     @image.setter
     def image(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> None:
-        self.wanted, self.cut = Look(self.wanted.prompt, self._prepare(image)), True
+        self.wanted, self.cut = Look(self.wanted.prompt, self.generator.prepare(image)), True
 
     @property
     def image_target(self) -> NDArray[np.uint8] | None:
@@ -165,11 +164,7 @@ class Session:
                 "image_target speaks to the model through CLIP tokens, and these weights have none; set `image` for a "
                 "cut to another picture"
             )
-        self.wanted = replace(self.wanted, target=None if image is None else self._prepare(image))
-
-    def _prepare(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> Tensor:
-        settings = self.generator.settings
-        return prepare_image(image, settings.height, settings.width)[None].to(self.generator.device)
+        self.wanted = replace(self.wanted, target=None if image is None else self.generator.prepare(image))
 
     # ---- frames -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -318,10 +313,3 @@ class Session:
         from longtake.inference.session_file import save_session
 
         save_session(self, Path(path))
-
-
-def check_prompt(text: str) -> str:
-    """The prompt. Raises: ConfigError when it is empty."""
-    if not text.strip():
-        raise ConfigError("the prompt is empty; say what should move and how")
-    return text
