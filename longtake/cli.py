@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longtake.cli_play import play
 from longtake.errors import ConfigError, LongtakeError
 
 EXIT_ERROR, EXIT_CONFIG = 1, 2
@@ -37,6 +38,9 @@ class ConfigKind(StrEnum):
 
     stage = "stage"
     job = "job"
+
+
+app.command()(play)
 
 
 @app.callback()
@@ -132,6 +136,9 @@ def generate(
         Path | None,
         typer.Option(help="In place of --image and --prompt: folder of pictures and captions, or JSON lines."),
     ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="In place of --image and --prompt: YAML file of a video whose prompt changes.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Videos of each picture: seeds S, S + 1, ...")] = None,
     negative: Annotated[str | None, typer.Option(help="What should not happen; needs --guidance above 1.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds.")] = None,
@@ -155,7 +162,7 @@ def generate(
 ) -> None:
     """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
-        _check_generate(run, model, encoders or config, image, prompt, inputs, seconds, frames)
+        _check_generate(run, model, encoders or config, image, prompt, inputs or script, seconds, frames)
         from longtake.config_generation import changes_of
 
         rules = {"height": height, "width": width, "fps": fps, "steps": steps, "shift": shift, "block": block}
@@ -164,6 +171,14 @@ def generate(
         changes = changes_of(**rules)
         length = _given(num_frames=frames, seconds=seconds)
         given = _given(seed=seed, negative=negative)
+        if script is not None:
+            if inputs is not None or samples is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ConfigError("--script makes one video; leave out --inputs, --samples and torchrun")
+            from longtake.inference.script import generate_story
+
+            wanted = given | _given(seconds=seconds, frames=frames, device=device)
+            typer.echo(str(generate_story(_source(run, model, encoders, config, changes), script, output, **wanted)))
+            return
         if inputs is None and image is not None and prompt is not None and samples is None:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ConfigError("one video is not shared over ranks; give --inputs or --samples, or leave torchrun")
@@ -213,7 +228,9 @@ def _check_generate(
         raise ConfigError("--encoders and --config belong to --model; a run brings both along")
     single = image is not None and prompt is not None
     if single == (inputs is not None) or (inputs is not None and (image is not None or prompt is not None)):
-        raise ConfigError("give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs)")
+        raise ConfigError(
+            "give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs), or --script"
+        )
     if seconds is not None and frames is not None:
         raise ConfigError(f"--seconds {seconds:g} and --frames {frames} were given; give one of them")
     if (length := seconds if seconds is not None else frames) is not None and length <= 0:

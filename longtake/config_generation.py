@@ -21,6 +21,7 @@ from longtake.errors import ConfigError
 # Beside the weights of a student: the rules it streams by
 RULES_FILE = "generation.yaml"
 
+_TOY_HISTORY_BLOCKS = 8  # 2.6 MB a block: 0.4 MB of cache, 2.2 MB of the decoder
 # What the command line calls values of the group `plan`
 _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
 
@@ -52,6 +53,13 @@ class GenerationConfig(Settings):
     )
     text_precision: Literal["fp32", "bf16"] = Field(
         default=ModelConfig().text_precision, description="type of the text encoder where `precision` is fp32"
+    )
+
+    history_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
+        "the decoder's features",
     )
 
     @model_validator(mode="after")
@@ -104,6 +112,7 @@ def generation_settings(
             "shift": stage.flow.shift,
             "clip_preprocess": stage.model.clip_preprocess,
             "text_precision": stage.model.text_precision,
+            "history_blocks": _TOY_HISTORY_BLOCKS if stage.model.preset == "toy" else tree["history_blocks"],
         }
     for key, value in (changes or {}).items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value

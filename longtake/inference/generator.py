@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,21 +18,20 @@ from longtake.config_generation import GenerationConfig
 from longtake.config_groups import PlanConfig
 from longtake.errors import ConfigError
 from longtake.flow.schedule import student_sigmas
-from longtake.inference.sampling import stream_noise, teacher_latents
+from longtake.inference.sampling import teacher_latents
 from longtake.inference.source import Source
-from longtake.models.cache import KVCache
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.weights import load_dit
-from longtake.rollout.chunk import Guidance
 from longtake.rollout.self_forcing import RollOutRules
-from longtake.rollout.stream import stream_latents
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
+
+    from longtake.inference.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,6 @@ class Generator:
         settings = self.settings
         return _rules(settings.plan, settings.steps, settings.shift, settings.rope)
 
-    @torch.no_grad()
     def stream(
         self,
         image: str | Path | Image.Image | NDArray[np.uint8],
@@ -157,56 +155,78 @@ class Generator:
         """
         if num_frames is not None and num_frames < 1:
             raise ConfigError(f"num_frames={num_frames} must be at least 1")
-        if not prompt.strip():
-            raise ConfigError("the prompt is empty; say what should move and how")
         if num_frames is None and self.settings.sampler == "whole":
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
         if num_frames is None and self.rules.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
+        if num_frames is not None and self.settings.sampler == "whole":
+            check_negative(negative, self.settings)
+            return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, seed)
+        session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
+        return _frames(session, num_frames)
+
+    def open(
+        self,
+        image: str | Path | Image.Image | NDArray[np.uint8],
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative: str | None = None,
+        history_blocks: int | None = None,
+        max_frames: int | None = None,
+    ) -> Session:
+        """A video whose prompt and picture can change while it is made; no work is done before its first frame.
+
+        Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
+        `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        Raises: DataError for an unreadable picture, ConfigError for an empty prompt, a negative prompt without guidance
+        or a missing `max_frames`.
+        """
+        from longtake.inference.session import Look, Session
+
+        if self.settings.sampler == "whole":
+            raise ConfigError(
+                "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
+            )
         check_negative(negative, self.settings)
-        picture = prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
-        return self._frames(picture, prompt, negative or "", num_frames, seed)
+        if max_frames is None and self.rules.window_frames is None:
+            raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
+        picture = self.prepare(image)
+        most = None
+        if max_frames is not None:
+            latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
+            most = self.rules.plan.block_of(latent - 1)[1]
+        return Session(
+            self,
+            Look(check_prompt(prompt), picture),
+            seed=seed,
+            negative=negative or "",
+            history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
+            max_latent_frames=most,
+        )
+
+    def resume(self, path: str | Path, *, history_blocks: int | None = None) -> Session:
+        """The session in a file of `Session.save`, going on with the same frames (bit for bit on the same machine).
+
+        Raises: CheckpointError when the file is none, or when weights, rules or sizes are others than they were.
+        """
+        from longtake.inference.session_file import load_session
+
+        return load_session(
+            self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
+        )
 
     @torch.no_grad()
-    def _frames(
-        self, picture: Tensor, prompt: str, negative: str, num_frames: int | None, seed: int
-    ) -> Iterator[NDArray[np.uint8]]:
-        condition, first_latent = self._condition(picture, prompt)
-        unconditional = self.encoders.text.encode([negative]) if self.settings.guidance != 1 else condition.text
-        make = self._whole if self.settings.sampler == "whole" else self._blocks
-        decoder = self.encoders.vae.decoder_session()
-        made = 0
-        for latents in make(condition, first_latent, unconditional, num_frames, seed):
-            frames = to_frames(decoder.decode(latents)[0])
-            if num_frames is not None:
-                frames = frames[: num_frames - made]
-            made += len(frames)
-            yield frames
-            if made == num_frames:
-                return
-
-    def _blocks(
-        self, condition: Condition, first_latent: Tensor, unconditional: Tensor, num_frames: int | None, seed: int
-    ) -> Iterator[Tensor]:
-        """Latents block by block, the picture first."""
-        size = (first_latent.shape[3], first_latent.shape[4])
-        rules, cache = self.rules, self._new_cache(size, num_frames)
-        guidance = None
-        if self.settings.guidance != 1:
-            other = condition.with_text(unconditional)
-            guidance = Guidance(self.settings.guidance, other, self._new_cache(size, num_frames))
-        noise = stream_noise(seed, [0], self.model.config.out_channels, size, self.device)
-        return stream_latents(self.model, cache, condition, first_latent, noise, rules, guidance=guidance)
-
     def _whole(
-        self, condition: Condition, first_latent: Tensor, unconditional: Tensor, num_frames: int | None, seed: int
-    ) -> Iterator[Tensor]:
-        """Latents of the whole clip at once, from bidirectional weights."""
-        assert num_frames is not None
-        yield teacher_latents(
+        self, picture: Tensor, prompt: str, negative: str, num_frames: int, seed: int
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The frames of a whole clip at once, from bidirectional weights."""
+        condition, first_latent = self.condition(picture, prompt)
+        guided = self.settings.guidance != 1
+        latents = teacher_latents(
             self.model,
             condition,
-            unconditional,
+            self.encoders.text.encode([negative]) if guided else condition.text,
             latent_frames(num_frames, self.encoders.vae.temporal_stride),
             (first_latent.shape[3], first_latent.shape[4]),
             seed=seed,
@@ -216,24 +236,35 @@ class Generator:
             guidance=self.settings.guidance,
             first_latent=None if self.model.config.condition_channels else first_latent,
         )
+        yield to_frames(self.encoders.vae.decode(latents)[0])[:num_frames]
 
-    def _new_cache(self, size: tuple[int, int], num_frames: int | None) -> KVCache:
-        rules = self.rules
-        # Without a window nothing is evicted, and the cache must be as long as the video.
-        max_frames = None
-        if rules.window_frames is None:
-            assert num_frames is not None
-            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-            max_frames = rules.plan.block_of(latent - 1)[1]
-        return self.model.new_cache(1, *size, rules.window_frames, rules.sink_frames, rules.rope, max_frames=max_frames)
+    def prepare(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> Tensor:
+        """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
+        return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
 
-    def _condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
-        """The condition, and the latent of the picture [1, 1, C, H, W]."""
+    @torch.no_grad()
+    def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
+        """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
         if self.model.config.condition_channels == 0:  # the picture enters as clean frame 0 alone
             return Condition(self.encoders.text.encode([prompt])), self.encoders.vae.encode(picture[:, None])
         condition = encode_condition(self.encoders, picture, [prompt])
         assert condition.frames is not None
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
+
+
+def _frames(session: Session, num_frames: int | None) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a session, `num_frames` in all."""
+    while num_frames is None or session.num_frames < num_frames:
+        before = session.num_frames
+        frames = session.next()
+        yield frames if num_frames is None else frames[: num_frames - before]
+
+
+def check_prompt(text: str) -> str:
+    """The prompt. Raises: ConfigError when it is empty."""
+    if not text.strip():
+        raise ConfigError("the prompt is empty; say what should move and how")
+    return text
 
 
 def check_negative(negative: str | None, settings: GenerationConfig) -> None:
@@ -333,12 +364,17 @@ def write_video(
     negative: str | None = None,
 ) -> GenerationReport:
     """Writes one mp4, a block at a time; the file appears when it is complete. Raises: LongtakeError."""
+    chunks = generator.stream(image, prompt, num_frames=num_frames, seed=seed, negative=negative)
+    return write_chunks(generator, chunks, output)
+
+
+def write_chunks(generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path) -> GenerationReport:
+    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError."""
     from longtake.inference.video_io import VideoWriter
 
     settings = generator.settings
     started = perf_counter()
     first, made = 0.0, 0
-    chunks = generator.stream(image, prompt, num_frames=num_frames, seed=seed, negative=negative)
     with VideoWriter(output, settings.fps, settings.height, settings.width) as writer:
         for index, chunk in enumerate(chunks):
             writer.write(chunk)

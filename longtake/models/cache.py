@@ -13,8 +13,9 @@ It must not know block plans, noise levels or prompts.
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -169,6 +170,39 @@ class KVCache:
     def clear_condition(self) -> None:
         """Forgets the cross-attention keys and values (after the weights that made them have changed)."""
         self._cross_key = None
+
+    def copy(self) -> KVCache:
+        """Another cache with the same rules and content that shares no memory with this one.
+
+        Pending backwards keep reading from this one alone.
+        """
+        other = copy.copy(self)
+        with _lasting_tensors():
+            other.keys, other.values = self.keys.clone(), self.values.clone()
+            other._key_space, other._value_space = (
+                torch.empty_like(self._key_space),
+                torch.empty_like(self._value_space),
+            )
+            other._cross = {layer: tuple(t.clone() for t in kept) for layer, kept in self._cross.items()}
+        other._held, other._readings, other._leases = list(self._held), {}, []
+        return other
+
+    def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values [layers, B, F, L, N, K] of held frames."""
+        slots = torch.tensor([self._slot(frame) for frame in frames], dtype=torch.long, device=self.device)
+        return self.keys.index_select(2, slots), self.values.index_select(2, slots)
+
+    def restore(self, position: int, frames: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Holds exactly `frames`, with what `stored` gave for them, and stands at `position`."""
+        self.clear()
+        slots = [self._slot(frame) for frame in frames]
+        index = torch.tensor(slots, dtype=torch.long, device=self.device)
+        with _lasting_tensors():
+            self.keys.index_copy_(2, index, keys.to(self.keys))
+            self.values.index_copy_(2, index, values.to(self.values))
+        for slot, frame in zip(slots, frames, strict=True):
+            self._held[slot] = frame
+        self._position = position
 
     def _slot(self, frame: int) -> int:
         if frame < self.sink_frames:

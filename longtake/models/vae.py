@@ -8,6 +8,7 @@ sessions and threads can use one `VideoVAE`. Must know no prompt, no mask and no
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,33 @@ class DecoderSession:
         )
         self.num_latent_frames += latents.shape[2]
         return unpatchify(frames, vae.patch_size)
+
+    def copy(self) -> DecoderSession:
+        """Another session at the same place; what one decodes does not touch the other."""
+        other = copy.copy(self)
+        other._features = list(self._features)  # the network puts new tensors into the list and never writes into one
+        return other
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where the session stands: tensors by number of their slot, and plain values; `restore` takes both."""
+        tensors = {str(slot): kept for slot, kept in enumerate(self._features) if isinstance(kept, Tensor)}
+        marks = [None if isinstance(kept, Tensor) else kept for kept in self._features]
+        sizes = None if self._sizes is None else list(self._sizes)
+        return tensors, {"marks": marks, "sizes": sizes, "num_latent_frames": self.num_latent_frames}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Goes on where the session of `state` stood. Raises: CheckpointError for the state of another decoder."""
+        marks = list(values["marks"])
+        if len(marks) != len(self._features):
+            raise CheckpointError(
+                f"the state of a decoder with {len(marks)} convolutions was given and this VAE's has "
+                f"{len(self._features)}; use the VAE that it was saved with"
+            )
+        for slot, kept in tensors.items():
+            marks[int(slot)] = kept.to(self._vae.device, self._vae.dtype)
+        self._features = marks
+        self._sizes = None if values["sizes"] is None else tuple(values["sizes"])
+        self.num_latent_frames = values["num_latent_frames"]
 
     @property
     def num_pixel_frames(self) -> int:

@@ -75,13 +75,14 @@ def rebuild_cache(
     rebuilt as well. Raises: CacheError while a pending backward still reads the cache.
     """
     caches = [cache] if guidance is None else [cache, guidance.cache]
+    stays = min(cache.sink_frames, cache.position) if keep_sink else 0
     for one in caches:
         if keep_sink:
-            one.position = min(one.sink_frames, one.position)
+            one.position = stays
         else:
             one.clear()
     for start, latents in kept.blocks():
-        if keep_sink and start < cache.sink_frames:
+        if start < stays:
             continue
         for one in caches:
             one.position = start

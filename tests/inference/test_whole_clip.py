@@ -28,7 +28,7 @@ RULES = {"height": 64, "width": 64, "sampler": "whole", "steps": [1.0, 2 / 3, 1 
 def euler_by_hand(generator, frames, seed, negative):
     """x <- x + v (next - now) over all frames at one level, guided; the picture enters by y, or as clean frame 0."""
     model, encoders = generator.model, generator.encoders
-    condition, first = generator._condition(prepare_image(PICTURE, 64, 64)[None], WORLD.caption)
+    condition, first = generator.condition(prepare_image(PICTURE, 64, 64)[None], WORLD.caption)
     if model.config.condition_channels:
         condition, first = encode_condition(encoders, prepare_image(PICTURE, 64, 64)[None], [WORLD.caption]), None
     other = condition.with_text(encoders.text.encode([negative]))

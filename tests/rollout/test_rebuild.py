@@ -114,6 +114,22 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     assert torch.isfinite(next_block(model, cache, new)).all()
 
 
+@pytest.mark.parametrize("committed", [0, 1, 3, 5])
+def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
+    """The latest block is finished and not in the cache yet: part of the sink may be missing there."""
+    model = make_tiny_model(i2v=True)
+    old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
+    latents = make_tiny_latents(5)
+    cache = model.new_cache(2, 4, 6, 7, 3)
+    for start, end in PLAN.blocks(0, committed):
+        commit_block(model, cache, old, latents[:, start:end])
+    before = {f: pair[0].clone() for f, pair in frames(cache).items()}
+    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    after = frames(cache)
+    assert list(after) == [0, 1, 2, 3, 4]
+    assert [f for f in after if f in before and torch.equal(after[f][0], before[f])] == list(range(min(3, committed)))
+
+
 def test_only_what_is_needed_is_kept_and_blocks_stay_whole():
     kept = kept_of(make_tiny_latents(201), 7, 3)
     assert kept.position == 201 and [start for start, _ in kept.blocks()] == [0, 1, 197, 199]

@@ -1,0 +1,169 @@
+"""A video by script: a YAML file that says when prompt and picture change, checked as a whole before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from longtake.config_base import Settings, read_yaml
+from longtake.config_generation import GenerationConfig
+from longtake.errors import ConfigError
+from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, write_chunks
+from longtake.models.conditioning import prepare_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from longtake.inference.session import Session
+
+
+class Event(Settings):
+    """A change at a time of the video. It takes effect with the first block that begins at this time or later."""
+
+    seconds: float | None = Field(default=None, gt=0, description="time of the change, or")
+    frame: int | None = Field(default=None, gt=0, description="pixel frame of the change")
+    prompt: str | None = Field(default=None, description="what happens from then on")
+    image: str | None = Field(default=None, description="a cut: picture of a new scene")
+    target: str | None = Field(default=None, description="a picture to move towards, without a cut")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.seconds is None) == (self.frame is None):
+            raise ValueError("an event needs its time: either seconds or frame")
+        if self.prompt is None and self.image is None and self.target is None:
+            raise ValueError(
+                "an event without prompt, image or target changes nothing; give one of them or leave it out"
+            )
+        if self.image is not None and self.target is not None:
+            raise ValueError("an event with image and target would cut and move at once; make two events of it")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what should move and how")
+        return self
+
+
+class Script(Settings):
+    """A video: how it begins, how long it is, what changes. Pictures are paths beside the script's file."""
+
+    image: str = Field(description="the first frame")
+    prompt: str = Field(description="what happens until an event says otherwise")
+    seconds: float | None = Field(default=None, gt=0, description="length, or")
+    frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
+    seed: int = Field(default=0, description="seed of the noise")
+    negative: str | None = Field(default=None, description="what should not happen; needs guidance")
+    events: list[Event] = Field(default=[], description="changes, in the order of their times")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.seconds is not None and self.frames is not None:
+            raise ValueError("seconds and frames are both given; give one of them")
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what should move and how")
+        return self
+
+
+@dataclass(frozen=True)
+class Cue:
+    """An event by pixel frame, its pictures read: uint8 [h, w, 3] at the size of the video."""
+
+    frame: int
+    prompt: str | None
+    image: NDArray[np.uint8] | None
+    target: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Story:
+    """A script that was checked and whose pictures were read."""
+
+    image: NDArray[np.uint8]
+    prompt: str
+    num_frames: int
+    seed: int
+    negative: str | None
+    cues: tuple[Cue, ...]
+
+    def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
+        """A session at the beginning. Raises: ConfigError for a target that the weights cannot be told of."""
+        session = generator.open(
+            self.image,
+            self.prompt,
+            seed=self.seed,
+            negative=self.negative,
+            history_blocks=history_blocks,
+            max_frames=None if generator.rules.window_frames is not None else self.num_frames,
+        )
+        if any(cue.target is not None for cue in self.cues):
+            session.image_target = self.image  # refused where no target can be
+            session.image_target = None
+        return session
+
+    def play(self, session: Session) -> Iterator[NDArray[np.uint8]]:
+        """Yields the frames from where `session` stands to the end of the story; the last block is cut.
+
+        A change is handed to the session before the frames that end at or after its time are given out, so a session
+        that is saved between two blocks and resumed goes on with the same frames.
+        """
+        while (before := session.num_frames) < self.num_frames:
+            frames = session.next()
+            for cue in self.cues:
+                if before < cue.frame <= session.num_frames:
+                    _apply(cue, session)
+            yield frames[: self.num_frames - before]
+
+
+def _apply(cue: Cue, session: Session) -> None:
+    if cue.image is not None:
+        session.image = cue.image
+    if cue.target is not None:
+        session.image_target = cue.target
+    if cue.prompt is not None:
+        session.prompt = cue.prompt
+
+
+def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> Story:
+    """The story in a YAML file; `given` (`seconds`, `frames`, `seed`, `negative`) wins over the file.
+
+    Raises: ConfigError for wrong keys, values and times, DataError for a picture that cannot be read.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    if "seconds" in given or "frames" in given:
+        tree = {key: value for key, value in tree.items() if key not in ("seconds", "frames")}
+    script = Script.from_tree({**tree, **given})
+    check_negative(script.negative, settings)
+    if script.seconds is None and script.frames is None:
+        raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
+    length = script.frames or max(1, round((script.seconds or 0) * settings.fps))
+
+    def picture(name: str) -> NDArray[np.uint8]:
+        pixels = prepare_image(path.parent / name, settings.height, settings.width)
+        return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+
+    cues: list[Cue] = []
+    for number, event in enumerate(script.events, 1):
+        frame = event.frame or max(1, round((event.seconds or 0) * settings.fps))
+        where = f"{path}: event {number} at frame {frame} ({frame / settings.fps:g} s)"
+        if cues and frame <= cues[-1].frame:
+            raise ConfigError(f"{where} is not after the one before it; order events by time, one for each")
+        if frame >= length:
+            raise ConfigError(f"{where} is after the end, frame {length}; make the video longer, or leave it out")
+        image = None if event.image is None else picture(event.image)
+        cues.append(Cue(frame, event.prompt, image, None if event.target is None else picture(event.target)))
+    return Story(picture(script.image), script.prompt, length, script.seed, script.negative, tuple(cues))
+
+
+def generate_story(
+    source: Source, script: str | Path, output: str | Path, *, device: str | None = None, **given: Any
+) -> GenerationReport:
+    """Writes the mp4 of a script with the student of `source`; `given` as in `read_story`.
+
+    Raises: LongtakeError before any frame for a bad script, picture or source.
+    """
+    story = read_story(script, source.settings, **given)
+    generator = Generator.build(source, device)
+    return write_chunks(generator, story.play(story.open(generator, history_blocks=0)), output)

@@ -1,0 +1,315 @@
+"""A video in the making: frames block by block, with prompt and picture that change, branches, and ways back.
+
+A session owns everything that grows out of its requests (cache, decoder state, conditions, position). It shares the
+generator's networks, which it never changes, with any number of other sessions. It is not made for several threads at
+once. Must know no file of its own; `session_file.py` writes it down.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longtake.errors import ConfigError
+from longtake.inference.generator import Generator, check_prompt, to_frames
+from longtake.inference.sampling import stream_noise
+from longtake.models.cache import KVCache
+from longtake.models.encoders import DecoderSession
+from longtake.rollout.chunk import Guidance
+from longtake.rollout.stream import LatentStream
+from longtake.structs import Condition
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What the frames should follow: a prompt, the scene's own picture and, or None, another one to move towards.
+
+    Pictures are [1, 3, h, w] in [-1, 1].
+    """
+
+    prompt: str
+    picture: Tensor
+    target: Tensor | None = None
+
+    def same_pictures(self, other: Look) -> bool:
+        return self.picture is other.picture and self.target is other.target
+
+
+@dataclass
+class Standing:
+    """Where a session stands between two blocks: all that `Session.next` changes.
+
+    `look`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the first;
+    `scene` counts cuts; `num_frames` pixel frames given out.
+    """
+
+    look: Look
+    stream: LatentStream | None = None
+    decoder: DecoderSession | None = None
+    scene: int = -1
+    num_frames: int = 0
+
+    def copy(self, clones: dict[int, KVCache] | None = None) -> Standing:
+        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
+
+        def clone(cache: KVCache) -> KVCache:
+            assert clones is not None
+            if id(cache) not in clones:
+                clones[id(cache)] = cache.copy()
+            return clones[id(cache)]
+
+        stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
+        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())
+
+
+class Session:
+    """One video; made by `Generator.open` and `Generator.resume`.
+
+    `next` gives the next frames. `prompt`, `image` and `image_target` can be set between its calls and take effect at
+    the block boundary there, with the next call.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        look: Look,
+        *,
+        seed: int,
+        negative: str,
+        history_blocks: int,
+        max_latent_frames: int | None,
+    ) -> None:
+        self.generator, self.seed, self.negative = generator, seed, negative
+        self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
+        self.standing = Standing(look)
+        self._history: deque[Standing] = deque(maxlen=history_blocks)
+        # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
+        self.wanted, self.cut = look, True
+
+    # ---- where it stands --------------------------------------------------------------------------------------------
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames given out so far."""
+        return self.standing.num_frames
+
+    @property
+    def position(self) -> int:
+        """Latent frames of the running scene so far."""
+        return 0 if self.standing.stream is None else self.standing.stream.position
+
+    @property
+    def scene(self) -> int:
+        """Number of the running scene, from 0; -1 before the first frame."""
+        return self.standing.scene
+
+    @property
+    def rewindable(self) -> int:
+        """The most blocks that `rewind` can take back now."""
+        return len(self._history)
+
+    # ---- what it follows --------------------------------------------------------------------------------------------
+    @property
+    def prompt(self) -> str:
+        """What happens from the next block on. Setting it makes the cache anew under the new prompt. No cut.
+
+        The kept latents (sink and window, the latest block included) stay; what they left in the cache is computed
+        again block by block under the new prompt. Raises: ConfigError when it is empty.
+        """
+        return self.wanted.prompt
+
+    @prompt.setter
+    def prompt(self, text: str) -> None:
+        self.wanted = replace(self.wanted, prompt=check_prompt(text))
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The picture of the scene, uint8 [h, w, 3]. Setting it is a cut.
+
+        From the next call on the video shows a new scene that begins with this picture as latent frame 0: positions,
+        cache and decoder restart, a target is forgotten, the noise is that of another video of the same seed. Its first
+        call gives 1 frame again. Raises: DataError when the picture cannot be read.
+        """
+        return to_frames(self.wanted.picture)[0]
+
+    @image.setter
+    def image(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> None:
+        self.wanted, self.cut = Look(self.wanted.prompt, self.generator.prepare(image)), True
+
+    @property
+    def image_target(self) -> NDArray[np.uint8] | None:
+        """A picture to move towards, uint8 [h, w, 3]; None = the scene's own. Setting it is no cut.
+
+        CLIP tokens and all of `y` but frame 0 become those of the target, and the cache is made anew from the kept
+        latents. From the VAE's steady index on (20 latents for the toy, 29 for Wan2.1) `y` holds nothing of any
+        picture; then the CLIP tokens alone speak of the target. No published model was trained for it.
+        Raises: DataError when the picture cannot be read, ConfigError for weights without CLIP tokens.
+        """
+        return None if self.wanted.target is None else to_frames(self.wanted.target)[0]
+
+    @image_target.setter
+    def image_target(self, image: str | Path | Image.Image | NDArray[np.uint8] | None) -> None:
+        if image is not None and self.generator.model.config.image_dim is None:
+            raise ConfigError(
+                "image_target speaks to the model through CLIP tokens, and these weights have none; set `image` for a "
+                "cut to another picture"
+            )
+        self.wanted = replace(self.wanted, target=None if image is None else self.generator.prepare(image))
+
+    # ---- frames -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def next(self) -> NDArray[np.uint8]:
+        """The next frames, uint8 [T, h, w, 3].
+
+        The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
+        frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
+        Raises: ConfigError when a student that keeps every frame has reached `max_frames`.
+        """
+        self._check_length()
+        before = self.standing.copy() if self.history_blocks else None
+        if self.cut:
+            self._begin_scene()
+        elif self.wanted.prompt != self.standing.look.prompt or not self.wanted.same_pictures(self.standing.look):
+            self._change()
+        standing = self.standing
+        assert standing.stream is not None and standing.decoder is not None
+        frames = to_frames(standing.decoder.decode(standing.stream.next())[0])
+        standing.num_frames += len(frames)
+        if before is not None:
+            self._history.append(before)
+        return frames
+
+    def _check_length(self) -> None:
+        most = self.max_latent_frames
+        if most is not None and not self.cut and self.position >= most:
+            raise ConfigError(
+                f"this session was opened for scenes of {most} latent frames, which have been made; open one with a "
+                "larger max_frames, or set `image` for a new scene"
+            )
+
+    def _begin_scene(self) -> None:
+        generator, standing = self.generator, self.standing
+        condition, first_latent = generator.condition(self.wanted.picture, self.wanted.prompt)
+        caches = [] if standing.stream is None or self.history_blocks else standing.stream.caches
+        for cache in caches:
+            cache.clear()
+        scene, unconditional = standing.scene + 1, self._unconditional(condition)
+        stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
+        decoder = generator.encoders.vae.decoder_session()
+        self.standing = Standing(replace(self.wanted, target=None), stream, decoder, scene, standing.num_frames)
+        self.cut = False
+        if self.wanted.target is not None:
+            self._change()
+
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        settings, stride = self.generator.settings, self.generator.encoders.vae.spatial_stride
+        return settings.height // stride, settings.width // stride
+
+    def new_caches(self) -> list[KVCache]:
+        """Empty caches: one, and one more with guidance."""
+        rules = self.generator.rules
+        # What is overwritten by the last block of the history is attended to by no block before it.
+        spare = max(0, self.history_blocks - 1) * rules.plan.block_frames
+        most = self.max_latent_frames if rules.window_frames is None else None
+        new, shape = (
+            self.generator.model.new_cache,
+            (1, *self._latent_size, rules.window_frames, rules.sink_frames, rules.rope),
+        )
+        count = 1 if self.generator.settings.guidance == 1 else 2
+        return [new(*shape, max_frames=most, spare_frames=spare) for _ in range(count)]
+
+    def new_stream(
+        self,
+        scene: int,
+        caches: list[KVCache],
+        condition: Condition,
+        unconditional: Condition | None,
+        first_latent: Tensor | None,
+    ) -> LatentStream:
+        """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
+        model, rules = self.generator.model, self.generator.rules
+        noise = stream_noise(self.seed, [scene], model.config.out_channels, self._latent_size, self.generator.device)
+        guidance = None
+        if unconditional is not None:
+            guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
+        return LatentStream(model, caches[0], condition, first_latent, noise, rules, guidance=guidance)
+
+    def _change(self) -> None:
+        """Another prompt or target within the scene."""
+        standing, wanted = self.standing, self.wanted
+        stream = standing.stream
+        assert stream is not None
+        if wanted.same_pictures(standing.look):
+            condition = stream.condition.with_text(self.generator.encoders.text.encode([wanted.prompt]))
+        else:
+            condition, _ = self.generator.condition(wanted.picture, wanted.prompt)
+            if wanted.target is not None:
+                condition = self._towards(condition, wanted.target)
+        stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
+        standing.look = wanted
+
+    def _towards(self, condition: Condition, target: Tensor) -> Condition:
+        other, _ = self.generator.condition(target, self.wanted.prompt)
+        if condition.frames is None or other.frames is None:
+            return replace(condition, image=other.image)
+        return replace(
+            condition, image=other.image, frames=torch.cat([condition.frames[:, :1], other.frames[:, 1:]], 1)
+        )
+
+    def _unconditional(self, condition: Condition) -> Condition | None:
+        """The condition of guidance: the same pictures under the negative prompt."""
+        if self.generator.settings.guidance == 1:
+            return None
+        return condition.with_text(self.generator.encoders.text.encode([self.negative]))
+
+    # ---- branches and ways back -------------------------------------------------------------------------------------
+    def fork(self) -> Session:
+        """Another session at the same place, history included; it shares the networks with this one and nothing else.
+
+        If nothing is changed, both go on with the same frames, bit for bit. It takes as much memory as this one.
+        """
+        other = copy.copy(self)
+        clones: dict[int, KVCache] = {}
+        other.standing = self.standing.copy(clones)
+        other._history = deque((past.copy(clones) for past in self._history), maxlen=self.history_blocks)
+        return other
+
+    def rewind(self, num_blocks: int) -> None:
+        """Takes back the last `num_blocks` calls of `next`, cuts and changes of prompt or picture between them too.
+
+        The session stands where it stood right after the call before those; what was set since is forgotten. If nothing
+        is changed, the same frames come again, bit for bit.
+        Raises: ConfigError when it is not between 1 and `rewindable`.
+        """
+        if not 1 <= num_blocks <= len(self._history):
+            raise ConfigError(
+                f"rewind({num_blocks}) is not possible: {len(self._history)} blocks can be taken back now, and never "
+                f"more than history_blocks={self.history_blocks}"
+            )
+        for _ in range(num_blocks):
+            self.standing = self._history.pop()
+        stream = self.standing.stream
+        if stream is not None:
+            stream.return_to_cache()
+        self.wanted, self.cut = self.standing.look, stream is None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
+
+        The history is not written: after resuming, `rewind` reaches back to this point and no further.
+        Raises: DataError when the file cannot be written.
+        """
+        from longtake.inference.session_file import save_session
+
+        save_session(self, Path(path))
