@@ -146,7 +146,7 @@ def draw(rows: dict[str, list[Any]], block_frames: int, path: Path) -> None:
         axis.plot(frames, rows[name], linewidth=0.6)
     for axis, name in zip(axes, ("ms a block", "MiB in tensors", "saturation", "contrast")):
         axis.set_ylabel(name)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1)
     axes[-1].set_xlabel("latent frame")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
