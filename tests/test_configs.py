@@ -40,7 +40,11 @@ def test_main_job_runs_on_two_ranks_over_at_least_two_blocks():
 
 
 def test_toy_recipes_agree_on_what_weights_are_bound_to():
-    stages = [load_config(CONFIGS / "toy" / f"{name}.yaml") for name in ("teacher", "causal", "distill")]
+    stages = [load_config(CONFIGS / "toy" / f"{name}.yaml") for name in ("teacher", "causal", "distill", "long")]
     assert all(isinstance(stage, StageConfig) for stage in stages)
-    for key in ("model", "video", "plan", "rope", "encoders", "logdir"):
+    for key in ("model", "plan", "rope", "encoders", "logdir"):
         assert len({str(getattr(stage, key)) for stage in stages}) == 1, key
+    teacher, causal, *scored = (stage.video.model_dump() for stage in stages)
+    assert all(video == teacher for video in scored)  # windows of the teacher's length
+    assert causal | {"num_latent_frames": 9} == teacher
+    assert causal["num_latent_frames"] > stages[1].plan.window_frames  # eviction is part of training
