@@ -43,8 +43,8 @@ def allocated_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    # Not isinstance: it would ask lazy modules that happen to be alive for their class.
-    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    # By exact type: isinstance would ask lazy modules for their class, and fake tensors have no storage.
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

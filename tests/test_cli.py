@@ -122,7 +122,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert all(written[key] != default for key, default in defaults.items() if key in written)
     path = tmp_path / "stage.yaml"
     path.write_text(yaml.safe_dump(NOT_DEFAULT))
-    assert invoke("train", path).exit_code == 0
+    assert (result := invoke("train", path)).exit_code == 0, result.output
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
     changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None, "model": {"widen": True}}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
@@ -142,10 +142,10 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         "evaluation.seed": 4,
         "evaluation.batch_size": 2,
     }
-    values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 41, "data.seed": 8}
+    values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 73, "data.seed": 8}
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
     values |= {"data.formats": ["clips", "images"], "logdir": "/tmp/z"}
-    values |= {"evaluation.switch_frames": [5, 9], "data.switch_frames": [41], "data.stops": True}
+    values |= {"evaluation.switch_frames": [5, 9], "data.switch_frames": [73], "data.stops": True}
     defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
     assert set(values) == set(defaults)
     tree = yaml.safe_load(RECIPE.read_text())

@@ -100,7 +100,7 @@ def compare(args: argparse.Namespace) -> None:
     chosen = [recipe for recipe in RECIPES if recipe.name in args.recipes]
     args.output.mkdir(parents=True, exist_ok=True)
     data = args.output / "data"
-    longtake("world", data, "--num-worlds", args.data_worlds, "--num-frames", 33, "--seed", DATA_SEED,
+    longtake("world", data, "--num-worlds", args.data_worlds, "--num-frames", 65, "--seed", DATA_SEED,
              "--format", "clips", log=args.output / "world.log")  # fmt: skip
     # Encoded once, for all of them.
     encoded = args.output / "encoded"
