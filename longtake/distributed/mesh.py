@@ -52,6 +52,11 @@ class Mesh:
     def is_distributed(self) -> bool:
         return self.device_mesh is not None
 
+    @property
+    def fsdp_mesh(self) -> DeviceMesh | None:
+        """The mesh that parameters are sharded over; None for a single process."""
+        return self.device_mesh
+
     def every(self, work: Callable[[], T]) -> list[T]:
         """What `work` returned on each rank, known to all of them.
 

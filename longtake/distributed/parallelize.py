@@ -18,12 +18,12 @@ def parallelize(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype | None
     Args: `param_dtype` computes in that type while the shards, their gradients' sum and the optimizer stay float32;
     None computes in the parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     """
-    if mesh.device_mesh is None:
+    if mesh.fsdp_mesh is None:
         return model
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change
     # of the shards (EMA swapped in, checkpoint loaded) would not reach the next forward.
     for block in getattr(model, "blocks", []):
-        fully_shard(block, mesh=mesh.device_mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh.device_mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh.fsdp_mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=policy, reshard_after_forward=True)
     return model
