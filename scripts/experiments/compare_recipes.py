@@ -3,8 +3,8 @@
     python scripts/experiments/compare_recipes.py --output runs/compare --jobs 16
 
 Writes the data, trains the causal initialisations and then every recipe by `longtake train`, as separate processes,
-`--jobs` at a time; scores each on held-out worlds at the training horizon and at four times that, with and without
-EMA; writes `compare.{json,md,png}`. Run again, it goes on where it stopped. `docs/log.md` has results.
+`--jobs` at a time; scores each on held-out worlds at the training horizon and at four times that, those of `--raw`
+without EMA too; writes `compare.{json,md,png}`. Run again, it goes on where it stopped. `docs/log.md` has results.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--data-worlds", type=int, default=2048)
     parser.add_argument("--worlds", type=int, default=128, help="held-out worlds at the training horizon")
     parser.add_argument("--long-worlds", type=int, default=32, help="held-out worlds at four times the horizon")
+    parser.add_argument("--raw", nargs="*", default=["base"], help="recipes that are also scored without EMA")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--causal-seconds", type=float, default=3600, help="a causal run is stopped after that")
     parser.add_argument("--distill-seconds", type=float, default=3600, help="a distillation is stopped after that")
@@ -90,7 +91,9 @@ def main() -> None:
     args = parser.parse_args()
     args.output = args.output.resolve()
     if args.score:
-        score(Path(args.score[0]), Path(args.score[1]), args.worlds, args.long_worlds)
+        stage, file = map(Path, args.score)
+        kinds = ["ema", "raw"] if stage.parent.name.rsplit("_seed")[0] in args.raw else ["ema"]
+        score(stage, file, args.worlds, args.long_worlds, kinds)
     else:
         compare(args)
 
@@ -128,7 +131,7 @@ def compare(args: argparse.Namespace) -> None:
         file = args.output / f"{stage.parent.name}_{stage.name}.json"
         if not file.exists():
             run([sys.executable, __file__, "--output", args.output, "--score", stage, file, "--worlds", args.worlds,
-                 "--long-worlds", args.long_worlds], file.with_suffix(".log"))  # fmt: skip
+                 "--long-worlds", args.long_worlds, "--raw", *args.raw], file.with_suffix(".log"))  # fmt: skip
 
     initialisations = sorted({recipe.initialisation for recipe in chosen if recipe.causal})
     pairs = [(recipe, seed) for recipe in reversed(chosen) for seed in args.seeds]
@@ -178,8 +181,8 @@ def run(words: Sequence[object], log: Path, seconds: float | None = None) -> Non
         raise RuntimeError(f"{' '.join(map(str, words[:6]))} ... ended with {code}:\n{log.read_text()[-2000:]}")
 
 
-def score(stage: Path, file: Path, num_worlds: int, num_long: int) -> None:
-    """Writes the scores of one stage's newest checkpoint, with EMA and without."""
+def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequence[str]) -> None:
+    """Writes the scores of one stage's newest checkpoint, with EMA ("ema"), without ("raw") or both."""
     from longtake.config import StageConfig
     from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
@@ -207,7 +210,7 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int) -> None:
             only=is_open[:num_worlds],
         )  # fmt: skip
         result: dict[str, Any] = {"step": manifest["step"], "config": manifest["config"]}
-        for kind in ("ema", "raw"):
+        for kind in kinds:
             model = load_dit(exported_weights(checkpoint, prefer_ema=kind == "ema"), mesh.device).eval()
             row = student_row(model, rules_of(config), seed=WORLD_SEED)
             scores = {prefix: summarise(score_row(row, part, mesh)[0]) for prefix, part in batches.items()}
@@ -222,7 +225,7 @@ def report(output: Path) -> None:
     results = {file.stem: json.loads(file.read_text()) for file in sorted(output.glob("*_*.json"))}
     lines = [["recipe", "iterations", *(title for title, _, _ in COLUMNS)]]
     for name, result in results.items():
-        for kind in ("ema", "raw"):
+        for kind in (kind for kind in ("ema", "raw") if kind in result):
             cells = [form.format(result[kind][key]) for _, key, form in COLUMNS]
             lines.append([f"{name} {kind}", str(result["step"]), *cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
