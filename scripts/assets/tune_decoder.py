@@ -112,9 +112,7 @@ def train(args: argparse.Namespace) -> None:
         while start < num_latents:
             count = min(1 if start == 0 else STEP_LATENTS, num_latents - start)
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    args.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-                )
+                group["lr"] = learning_rate(progress, step, args.lr, warmup=50)
             latents = worlds.latents[chosen, :, start : start + count]
             noisy = latents + args.noise * torch.randn_like(latents)
             decoded = decode_step(vae, noisy, features, first=start == 0)
