@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from longtake.cli_play import play
+from longtake.cli_world import evaluate, world
 from longtake.errors import ConfigError, LongtakeError
 
 EXIT_ERROR, EXIT_CONFIG = 1, 2
@@ -40,7 +41,8 @@ class ConfigKind(StrEnum):
     job = "job"
 
 
-app.command()(play)
+for _command in (play, evaluate, world):
+    app.command()(_command)
 
 
 @app.callback()
@@ -55,7 +57,6 @@ def common(
 
 
 Logdir = Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")]
-Run = Annotated[Path, typer.Option(help="Log folder or stage folder of a training run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
 
 
@@ -108,7 +109,7 @@ def encode(
             raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
         from longtake.train.encode_set import encode as run
 
-        report = run(resolved, output, **_given(dtype=dtype, rows_per_shard=rows_per_shard))
+        report = run(resolved, output, **given_options(dtype=dtype, rows_per_shard=rows_per_shard))
         if report is not None:
             typer.echo(str(report))
 
@@ -171,14 +172,14 @@ def generate(
         rules |= {"window": window, "sink": sink, "rope": rope, "guidance": guidance, "dtype": dtype}
         rules |= {"sampler": sampler}
         changes = changes_of(**rules)
-        length = _given(num_frames=frames, seconds=seconds)
-        given = _given(seed=seed, negative=negative)
+        length = given_options(num_frames=frames, seconds=seconds)
+        given = given_options(seed=seed, negative=negative)
         if script is not None:
             if inputs is not None or samples is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ConfigError("--script makes one video; leave out --inputs, --samples and torchrun")
             from longtake.inference.script import generate_story
 
-            wanted = given | _given(seconds=seconds, frames=frames, device=device)
+            wanted = given | given_options(seconds=seconds, frames=frames, device=device)
             typer.echo(str(generate_story(_source(run, model, encoders, config, changes), script, output, **wanted)))
             return
         if inputs is None and image is not None and prompt is not None and samples is None:
@@ -188,7 +189,9 @@ def generate(
 
             # A plain run is found by the function itself.
             source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
-            typer.echo(str(generate_file(source, image, prompt, output, **length, **given, **_given(device=device))))
+            typer.echo(
+                str(generate_file(source, image, prompt, output, **length, **given, **given_options(device=device)))
+            )
             return
         from longtake.distributed.mesh import init_mesh
         from longtake.inference.batch import Length, Pair, generate_many, read_pairs
@@ -209,7 +212,7 @@ def generate(
                 length=Length(**length),
                 report=typer.echo,
                 **given,
-                **_given(samples=samples),
+                **given_options(samples=samples),
             )
 
 
@@ -252,40 +255,6 @@ def _source(
 
 
 @app.command()
-def evaluate(
-    context: typer.Context,
-    run: Run,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of table, JSON and plots.")] = None,
-    num_worlds: Annotated[int | None, typer.Option(help="Held-out toy worlds, in place of the run's value.")] = None,
-    num_latent_frames: Annotated[int | None, typer.Option(help="Length, in place of the run's value.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of worlds and noise, in place of the run's value.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Worlds at once, in place of the run's value.")] = None,
-    ablations: Annotated[bool | None, typer.Option(help="Rows with a condition taken away.")] = None,
-    switch: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Latent frame at which the captions change, on a block boundary; may be given several times."
-        ),
-    ] = None,
-    device: Device = None,
-) -> None:
-    """Measure a run in held-out toy worlds: table, JSON and plots."""
-    with clean_errors(context):
-        from longtake.evaluation.run import evaluate as measure
-
-        settings = _given(
-            num_worlds=num_worlds,
-            num_latent_frames=num_latent_frames,
-            seed=seed,
-            batch_size=batch_size,
-            ablations=ablations,
-            switch_frames=switch or None,
-        )
-        report = measure(run, overrides=settings, **_given(output=output, device=device))
-        typer.echo(str(report))
-
-
-@app.command()
 def doctor(
     context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
@@ -303,43 +272,6 @@ def doctor(
         typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
         if not report.ok:
             raise typer.Exit(EXIT_ERROR)
-
-
-@app.command()
-def world(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Folder to write; nothing happens when it holds the same world.")],
-    num_worlds: Annotated[int | None, typer.Option(help="Worlds, one sample each.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Pixel frames of each clip.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the worlds.")] = None,
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help="images, clips or lmdb; may be given several times.")
-    ] = None,
-    switch: Annotated[
-        list[int] | None, typer.Option(help="Pixel frame at which the captions change; may be given several times.")
-    ] = None,
-    stops: Annotated[
-        bool | None, typer.Option(help="Sprites may stop; the shipped text encoder does not know the words.")
-    ] = None,
-) -> None:
-    """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
-    with clean_errors(context):
-        from longtake.config import WorldConfig
-        from longtake.data.world_files import write_world
-
-        given = _given(num_worlds=num_worlds, num_frames=num_frames, seed=seed, formats=formats or None, stops=stops)
-        given |= _given(switch_frames=switch or None)
-        settings = WorldConfig.from_tree(given)
-        written = write_world(
-            folder,
-            settings.num_worlds,
-            seed=settings.seed,
-            num_frames=settings.num_frames,
-            formats=settings.formats,
-            switch_frames=settings.switch_frames,
-            stops=settings.stops,
-        )
-        typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")
 
 
 class Layout(StrEnum):
@@ -370,7 +302,7 @@ def convert(
     with clean_errors(context):
         from longtake.models.convert import convert as rewrite
 
-        given = _given(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
+        given = given_options(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
         for file in rewrite(source, target, to.value, unmerge=unmerge, **given):
             typer.echo(str(file))
 
@@ -386,7 +318,7 @@ def export(
     with clean_errors(context):
         from longtake.inference.export import export as write
 
-        typer.echo(str(write(run, target, **_given(dtype=dtype))))
+        typer.echo(str(write(run, target, **given_options(dtype=dtype))))
 
 
 @app.command("config")
@@ -420,7 +352,7 @@ def _override(key: str, value: str | None) -> list[str]:
     return [] if value is None else [f"{key}={json.dumps(value)}"]
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def given_options(**options: Any) -> dict[str, Any]:
     """Only the options that were given on the command line."""
     return {name: value for name, value in options.items() if value is not None}
 

@@ -46,5 +46,5 @@ def play(
 
         generator = Generator.build(source, device)
         most = None if seconds is None else max(1, round(seconds * generator.fps))
-        report = start(generator, image, prompt, output, num_frames=most, **cli._given(seed=seed))
+        report = start(generator, image, prompt, output, num_frames=most, **cli.given_options(seed=seed))
         typer.echo(str(report))

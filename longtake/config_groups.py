@@ -345,6 +345,11 @@ class EvaluationConfig(Settings):
     batch_size: int = Field(default=8, gt=0, description="worlds generated at once")
     teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher's row")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
+    open_worlds: int = Field(
+        default=0,
+        ge=0,
+        description="further worlds whose captions leave a motion open; a table says how varied the choices are",
+    )
     ablations: bool = Field(
         default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
     )

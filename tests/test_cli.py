@@ -141,6 +141,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         "evaluation.num_latent_frames": 13,
         "evaluation.seed": 4,
         "evaluation.batch_size": 2,
+        "evaluation.open_worlds": 6,
     }
     values |= {"evaluation.ablations": False, "data.num_worlds": 9, "data.num_frames": 73, "data.seed": 8}
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
@@ -193,6 +194,20 @@ def test_given_options_reach_the_function(called):
     assert called["write_world"][1]["switch_frames"] == [65, 129] and called["write_world"][1]["stops"]
     invoke("evaluate", "--run", "r", "--switch", "17")
     assert called["evaluate"][1]["overrides"] == {"switch_frames": [17]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --run or --model"),
+        (["--run", "r", "--model", "toy"], "either --run or --model"),
+        (["--run", "r", "--teacher", "toy"], "goes with --model"),
+        (["--model", "toy"], "needs --output"),
+    ],
+)
+def test_evaluate_wants_one_subject(called, options, message):
+    result = invoke("evaluate", *options)
+    assert result.exit_code == 2 and message in result.output and "evaluate" not in called
 
 
 def test_train_merges_overrides_and_logdir(called):

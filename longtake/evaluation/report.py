@@ -25,6 +25,21 @@ COLUMNS = (
 )
 
 
+# The same of the table over open worlds
+OPEN_COLUMNS = (
+    ("worlds", "num_open_worlds", "{}"),
+    ("open bits", "open_entropy_bits", "{:.2f}"),
+    ("from", "low", "{:.2f}"),
+    ("to", "high", "{:.2f}"),
+    ("open stopped", "open_stop_rate", "{:.1%}"),
+    ("stopped", "stop_rate", "{:.1%}"),
+    ("position px", "position_error_px", "{:.2f}"),
+    ("motion", "motion_ratio", "{:.2f}"),
+    ("shape", "shape_kept", "{:.1%}"),
+    ("count", "count_kept", "{:.1%}"),
+)
+
+
 def _farthest(values: Sequence[float]) -> float:
     """The one farthest from 1."""
     return max(values, key=lambda value: abs(value - 1))
@@ -51,6 +66,21 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = summary["position_error_ci95_px"]
         values = {**summary, "interval": None if low is None else (high - low) / 2}
         cells.append([name, *("-" if values[key] is None else form.format(values[key]) for _, key, form in COLUMNS)])
+    return _aligned(cells)
+
+
+def open_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Scores over the worlds whose captions leave a motion open, as a Markdown table: how varied the choices are.
+
+    `from` and `to` are the 95 % interval of the bits; `open stopped` the share of sprites, left open, that stood still.
+    """
+    cells = [["row", *(title for title, _, _ in OPEN_COLUMNS)]]
+    for name, summary in summaries.items():
+        if (part := summary.get("open_worlds")) is not None:
+            low, high = part["open_entropy_ci95_bits"] or (None, None)
+            values = {**part, "low": low, "high": high}
+            known = ((values[key], form) for _, key, form in OPEN_COLUMNS)
+            cells.append([name, *("-" if value is None else form.format(value) for value, form in known)])
     return _aligned(cells)
 
 

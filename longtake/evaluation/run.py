@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from longtake.config import EvaluationConfig, StageConfig, resolve_source
+from longtake.config import EvaluationConfig
+from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.evaluation import report
 from longtake.evaluation.rows import (
     Row,
     Videos,
+    WorldBatch,
     broken_row,
     frozen,
     held_out,
@@ -27,18 +30,18 @@ from longtake.evaluation.rows import (
     truth,
     vae_round_trip,
 )
+from longtake.evaluation.subject import Student, Subject, load_frozen, of_models, of_run
 from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import load_encoders, rules_of
 from longtake.models.dit import VideoDiT
-from longtake.models.folders import find_weights
-from longtake.models.presets import model_config
-from longtake.models.weights import load_dit
-from longtake.models.widen import widened_as_asked
-from longtake.runs import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
+from longtake.models.encoders import Encoders
+from longtake.structs import pixel_frames
 
-# Shown on the contact sheet: the story of a run, from truth to student.
-_SHEET_STAGES = ("truth", "teacher", "teacher, causal")
+# Shown on the contact sheet, before the students: the story of a run.
+_SHEET_ROWS = ("truth", "teacher", "teacher, causal")
+# What a row is called whose condition lacks a part
+_BROKEN = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
+_NO_REBUILD = ", no rebuild"
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +54,12 @@ class EvaluationReport:
     folder: Path
 
     def __str__(self) -> str:
-        table = report.table(self.summaries)
-        return f"{table}\n\n{report.window_table(self.summaries)}" if self.has_windows else table
+        tables = [report.table(self.summaries)]
+        if any("open_worlds" in summary for summary in self.summaries.values()):
+            tables.append(report.open_table(self.summaries))
+        if self.has_windows:
+            tables.append(report.window_table(self.summaries))
+        return "\n\n".join(tables)
 
     @property
     def has_windows(self) -> bool:
@@ -69,86 +76,116 @@ def evaluate(
     mesh: Mesh | None = None,
     settings: EvaluationConfig | None = None,
 ) -> EvaluationReport:
-    """Measures a log folder (all its stages) or one stage folder, and writes the report.
+    """Measures a log folder (all its stages) or one stage folder, and writes the report there, or to `output`.
 
     Rows: truth, VAE round trip, frozen first frame, teacher, the teacher's weights streamed causally in the student's
     steps, each trained stage, and the last stage with one condition taken away. Videos longer than the training clips,
     and those with switches, are also scored window by window; with switches each stage has a row without the rebuild
-    of the cache, and none of a bidirectional teacher. All ranks call it.
+    of the cache, and none of a bidirectional teacher. With `open_worlds` all rows but the broken ones also make that
+    many further worlds of which the captions leave a motion open. All ranks call it.
     Raises: CheckpointError when nothing there was trained; ConfigError for switches that are no block boundary of every
     stage.
     """
     run = Path(run)
-    mesh = mesh or init_mesh(device)
-    stages = trained_stages(run)
-    last = stages[-1][1]
-    if settings is None:
-        settings = _stored_settings(run)
+    settings = settings or _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
-    with_tokens = model_config(str(exported_weights(stages[-1][0]))).image_dim is not None
-    encoders = load_encoders(last, mesh.device, with_image=with_tokens)
-    frames = settings.num_latent_frames or last.video.num_latent_frames
-    _check_switches(settings.switch_frames, frames, stages)
-    batches = held_out(
-        encoders,
-        mesh,
-        seed=settings.seed,
-        num_worlds=settings.num_worlds,
-        num_latent_frames=frames,
-        batch_size=settings.batch_size,
-        with_y=last.model.with_y,
-        switch_frames=settings.switch_frames,
-    )
+    folder = Path(output) if output is not None else run
+    return measure_subject(of_run(run), settings, folder, mesh or init_mesh(device))
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    *,
+    teacher: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path,
+    device: str | None = None,
+    mesh: Mesh | None = None,
+) -> EvaluationReport:
+    """As `evaluate`, of exported weights: folders as `of_models` takes them, also `toy`; the report is in `output`."""
+    settings = EvaluationConfig.from_tree(dict(overrides or {}))
+    return measure_subject(of_models(models, teacher), settings, Path(output), mesh or init_mesh(device))
+
+
+def measure_subject(subject: Subject, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
+    """Makes and scores the videos of every row, and writes the report to `folder`."""
+    frames = settings.num_latent_frames or subject.num_latent_frames
+    _check_switches(settings.switch_frames, frames, subject.students)
+    encoders = subject.encoders(mesh.device)
+    rows = _rows(subject, settings, frames, mesh)
+    batches = _worlds(encoders, subject, settings, frames, mesh)
     summaries: dict[str, dict[str, Any]] = {}
     shown: dict[str, Videos] = {}
-    rows = _rows(stages, settings, frames, mesh, with_tokens=with_tokens)
-    windows = frames > last.video.num_latent_frames or bool(settings.switch_frames)
-    rule = _window_rule(last) if windows else None
+    windows = frames > subject.num_latent_frames or bool(settings.switch_frames)
+    rule = _window_rule(subject, encoders) if windows else None
     total = len(rows) * len(batches) * settings.batch_size * batches[0].num_frames
     with scorer_processes(total, mesh) as scorers:
         for name, scores, videos in iterate(rows, batches, mesh, rule=rule, scorers=scorers):
             summaries[name] = summarise(scores)
             shown[name] = videos
-    folder = Path(output) if output is not None else run
-    sheet_rows = [name for name in (*_SHEET_STAGES, *(config.name for _, config in stages)) if name in shown]
+        if settings.open_worlds:
+            further = _worlds(encoders, subject, settings, frames, mesh, only_open=True)
+            whole = {name: row for name, row in rows.items() if not _is_broken(name)}
+            for name, scores, _ in iterate(whole, further, mesh, scorers=scorers):
+                summaries[name]["open_worlds"] = {
+                    key: value for key, value in summarise(scores).items() if key != "curves"
+                }
+    sheet = (*_SHEET_ROWS, *(student.name for student in subject.students))
     result = EvaluationReport(summaries, folder)
-    mesh.on_main(lambda: _write(result, {name: shown[name] for name in sheet_rows}, settings, last, frames))
+    mesh.on_main(
+        lambda: _write(result, {name: shown[name] for name in sheet if name in shown}, settings, subject.fps, frames)
+    )
     return result
 
 
-def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
-    """(checkpoint, configuration) of each student in a log folder, or of one stage folder, in training order."""
-    if checkpoints_folder(run).is_dir() or (run / "manifest.json").is_file():
-        folders = [run]
-    else:
-        folders = student_stages(run) if run.is_dir() else []
-    if not folders:
-        raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
-    found = [find_checkpoint(folder) for folder in folders]
-    stages = [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
-    if any(config.model.image_condition != "i2v" for _, config in stages):
-        raise ConfigError(f"{run} holds a text-to-video model; the evaluation gives a picture and needs an i2v model")
-    return stages
+def _worlds(
+    encoders: Encoders,
+    subject: Subject,
+    settings: EvaluationConfig,
+    frames: int,
+    mesh: Mesh,
+    *,
+    only_open: bool = False,
+) -> list[WorldBatch]:
+    """The held-out worlds; with `only_open` the first ones after them whose captions leave a motion open."""
+    first = count(settings.num_worlds)
+    is_open = (k for k in first if any(sprite.is_open for sprite in sample_world(settings.seed, k).sprites))
+    return held_out(
+        encoders,
+        mesh,
+        seed=settings.seed,
+        num_worlds=settings.open_worlds if only_open else settings.num_worlds,
+        num_latent_frames=frames,
+        batch_size=settings.batch_size,
+        with_y=subject.with_y,
+        only=list(islice(is_open, settings.open_worlds)) if only_open else None,
+        switch_frames=[] if only_open else settings.switch_frames,
+    )
 
 
-def _window_rule(config: StageConfig) -> WindowRule:
+def _is_broken(row: str) -> bool:
+    return row.endswith(tuple(_BROKEN.values())) or row.endswith(_NO_REBUILD)
+
+
+def _window_rule(subject: Subject, encoders: Encoders) -> WindowRule:
     """Windows of the training clips' length; a new caption must be followed from two blocks after the switch on."""
-    settle = 2 * config.plan.block_frames * config.video.temporal_stride
-    return WindowRule(config.video.shape.num_pixel_frames, settle)
+    stride, rules = encoders.vae.temporal_stride, subject.result.rules
+    settle = 2 * rules.plan.block_frames * stride if rules else 0
+    return WindowRule(pixel_frames(subject.num_latent_frames, stride), settle)
 
 
-def _check_switches(switch_frames: list[int], frames: int, stages: list[tuple[Path, StageConfig]]) -> None:
-    for config in (config for _, config in stages):
-        if switch_frames and config.stage == "teacher":
+def _check_switches(switch_frames: list[int], frames: int, students: Sequence[Student]) -> None:
+    for student in students if switch_frames else ():
+        if student.rules is None:
             raise ConfigError(
-                f"stage {config.name} is a bidirectional teacher, which cannot change its caption half-way"
+                f"stage {student.name} is a bidirectional teacher, which cannot change its caption half-way"
             )
         for frame in switch_frames:
-            if frame < 1 or not config.plan.blocks.is_boundary(frame):
-                start, end = config.plan.blocks.block_of(max(frame, 1))
+            if frame < 1 or not student.rules.plan.is_boundary(frame):
+                start, end = student.rules.plan.block_of(max(frame, 1))
                 raise ConfigError(
                     f"switch_frames={switch_frames}: {frame} is no latent frame after the first at which a block of "
-                    f"stage {config.name} begins; the nearest are {start} and {end}"
+                    f"stage {student.name} begins; the nearest are {start} and {end}"
                 )
     if any(frame >= frames for frame in switch_frames):
         raise ConfigError(
@@ -156,50 +193,42 @@ def _check_switches(switch_frames: list[int], frames: int, stages: list[tuple[Pa
         )
 
 
-def _rows(
-    stages: list[tuple[Path, StageConfig]], settings: EvaluationConfig, frames: int, mesh: Mesh, *, with_tokens: bool
-) -> dict[str, Row]:
-    checkpoint, last = stages[-1]
-    seed = settings.seed
+def _rows(subject: Subject, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, Row]:
+    result, seed, switched = subject.result, settings.seed, bool(settings.switch_frames)
     rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
-
-    def load(weights: Path) -> VideoDiT:
-        return load_dit(weights, mesh.device).eval().requires_grad_(False)
 
     def bidirectional(model: VideoDiT) -> Row:
         return teacher_row(
             model,
             seed=seed,
             num_steps=settings.teacher_steps,
-            shift=last.flow.shift,
+            shift=subject.shift,
             guidance=settings.teacher_guidance,
-            first_frame_clean=last.model.first_frame_sigma == "zero",
+            first_frame_clean=not subject.with_y,
         )
 
-    source = last.teacher or last.init_from
-    if last.stage != "teacher" and source is not None:
-        # By name within the log folder where it lies now: it may have been moved since.
-        weights = find_weights(resolve_source(source, checkpoint.parents[2]), checkpoint.parents[2]).path
-        teacher = widened_as_asked(load(weights), last.model, last.seed).requires_grad_(False)
-        if settings.switch_frames:
+    if subject.teacher is not None:
+        teacher = subject.teacher(mesh.device)
+        if switched:
             logger.info("No row of the bidirectional teacher: it cannot change its caption half-way")
-        elif frames == last.video.num_latent_frames:
+        elif frames == subject.num_latent_frames:
             rows["teacher"] = bidirectional(teacher)
-            rows["teacher, shuffled captions"] = broken_row(rows["teacher"], "text")
+            rows[f"teacher, {_BROKEN['text']}"] = broken_row(rows["teacher"], "text")
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
-        rows["teacher, causal"] = student_row(teacher, rules_of(last), seed=seed)
-    for path, config in stages:
-        model = load(exported_weights(path))
-        is_teacher = config.stage == "teacher"
-        rows[config.name] = bidirectional(model) if is_teacher else student_row(model, rules_of(config), seed=seed)
-        if settings.switch_frames:
-            rows[f"{config.name}, no rebuild"] = student_row(model, rules_of(config), seed=seed, rebuild=False)
-    if settings.ablations and last.stage != "teacher" and not settings.switch_frames:
-        labels = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
-        for broken, label in labels.items():
-            if {"y": last.model.with_y, "clip": with_tokens, "text": True}[broken]:
-                rows[f"{last.name}, {label}"] = broken_row(rows[last.name], broken)
+        if result.rules is not None:
+            rows["teacher, causal"] = student_row(teacher, result.rules, seed=seed)
+    for student in subject.students:
+        model = load_frozen(student.weights, mesh.device)
+        rules = student.rules
+        rows[student.name] = bidirectional(model) if rules is None else student_row(model, rules, seed=seed)
+        if switched and rules is not None:
+            rows[f"{student.name}{_NO_REBUILD}"] = student_row(model, rules, seed=seed, rebuild=False)
+    if settings.ablations and result.rules is not None and not switched:
+        present = {"y": subject.with_y, "clip": subject.with_tokens, "text": True}
+        for broken, label in _BROKEN.items():
+            if present[broken]:
+                rows[f"{result.name}, {label}"] = broken_row(rows[result.name], broken)
     return rows
 
 
@@ -213,7 +242,7 @@ def _stored_settings(run: Path) -> EvaluationConfig:
 
 
 def _write(
-    result: EvaluationReport, shown: Mapping[str, Videos], settings: EvaluationConfig, config: StageConfig, frames: int
+    result: EvaluationReport, shown: Mapping[str, Videos], settings: EvaluationConfig, fps: int, frames: int
 ) -> None:
     folder = result.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,4 +257,4 @@ def _write(
     report.write_png(folder / "contact_sheet.png", report.contact_sheet(shown))
     for name, videos in shown.items():
         samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:3])}
-        report.write_samples(folder / "samples", samples, config.video.fps)
+        report.write_samples(folder / "samples", samples, fps)

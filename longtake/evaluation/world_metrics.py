@@ -161,14 +161,17 @@ def summarise(scores: list[WorldScores]) -> dict[str, Any]:
     """Means over worlds (each world counts once), ready for JSON; None where nothing was scored.
 
     `position_error_px` has a normal 95 % interval over worlds, `position_error_ci95_px` [low, high];
-    `open_entropy_bits` is the entropy of the directions chosen by the open sprites that moved (at most 3 bits);
+    `open_entropy_bits` is the entropy of the directions chosen by the open sprites that moved (at most 3 bits), with a
+    bootstrap 95 % interval over worlds, `open_entropy_ci95_bits`; `open_stop_rate` is the share that did not move;
     `curves` holds one list a score, one number a frame; `windows`, where measured, what `summarise_windows` gives.
     Raises: ShapeError without scores.
     """
     if not scores:
         raise ShapeError("summarise got no scores; it needs those of at least one world")
     errors = _per_world([s.position_error for s in scores])
-    directions = Counter(s.chosen_motion[0] for s in scores if s.chosen_motion and s.open_moved)
+    chosen = [s.chosen_motion[0] for s in scores if s.chosen_motion and s.open_moved]
+    directions = Counter(chosen)
+    num_open = sum(s.chosen_motion is not None for s in scores)
     mean, half = _mean_and_interval(errors)
     windows = [s.windows for s in scores if s.windows is not None]
     names = ("position_error", "motion_ratio", "stopped", "shape_kept", "colour_kept", "count_kept", "psnr",
@@ -185,9 +188,11 @@ def summarise(scores: list[WorldScores]) -> dict[str, Any]:
         "first_frame_psnr_db": number(float(np.mean([s.first_frame_psnr for s in scores]))),
         "saturation": number(nanmean(_per_world([s.saturation for s in scores]))),
         "contrast": number(nanmean(_per_world([s.contrast for s in scores]))),
-        "num_open_worlds": sum(s.chosen_motion is not None for s in scores),
+        "num_open_worlds": num_open,
         "num_open_moved": directions.total(),
         "open_entropy_bits": _entropy_bits(directions),
+        "open_entropy_ci95_bits": _entropy_interval(chosen),
+        "open_stop_rate": 1 - directions.total() / num_open if num_open else None,
         "curves": {name: _curve([getattr(s, name) for s in scores]) for name in names},
         **({"windows": summarise_windows(windows)} if len(windows) == len(scores) else {}),
     }
@@ -206,6 +211,16 @@ def _mean_and_interval(values: Floats) -> tuple[float, float]:
 def _entropy_bits(counts: Counter[str]) -> float | None:
     total = counts.total()
     return sum(n / total * math.log2(total / n) for n in counts.values()) if total else None
+
+
+def _entropy_interval(chosen: list[str]) -> list[float] | None:
+    """Percentiles 2.5 and 97.5 of the entropy of samples drawn with replacement, always the same ones."""
+    if not chosen:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(chosen), (1000, len(chosen)))
+    entropies = [_entropy_bits(Counter(chosen[k] for k in row)) for row in drawn]
+    return [float(value) for value in np.percentile(np.array(entropies), [2.5, 97.5])]
 
 
 def _curve(values: list[Floats]) -> list[float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from longtake.config import StageConfig
 from longtake.config_generation import GenerationConfig
-from longtake.config_groups import PlanConfig
 from longtake.errors import ConfigError
 from longtake.flow.schedule import student_sigmas
 from longtake.inference.sampling import teacher_latents
@@ -36,19 +35,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def rules_of(config: StageConfig) -> RollOutRules:
-    """How the student of a stage unrolls, in training and at inference alike."""
-    return _rules(config.plan, config.flow.steps, config.flow.shift, config.rope)
-
-
-def _rules(plan: PlanConfig, steps: Sequence[float], shift: float, rope: str) -> RollOutRules:
+def rules_of(config: StageConfig | GenerationConfig) -> RollOutRules:
+    """How the student of a stage, or of weights with their own rules, unrolls: in training and at inference alike."""
+    flow = config.flow if isinstance(config, StageConfig) else config
+    plan = config.plan
     return RollOutRules(
         plan=plan.blocks,
-        sigmas=student_sigmas(steps, shift),
+        sigmas=student_sigmas(flow.steps, flow.shift),
         window_frames=plan.window_frames,
         sink_frames=plan.sink_frames,
         keep_sink=plan.keep_sink,
-        rope=rope,
+        rope=config.rope,
     )
 
 
@@ -131,8 +128,7 @@ class Generator:
     @property
     def rules(self) -> RollOutRules:
         """Block plan, noise levels, window and positions."""
-        settings = self.settings
-        return _rules(settings.plan, settings.steps, settings.shift, settings.rope)
+        return rules_of(self.settings)
 
     def stream(
         self,

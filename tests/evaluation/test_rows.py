@@ -25,8 +25,10 @@ from longtake.evaluation.rows import (
     truth,
     vae_round_trip,
 )
-from longtake.evaluation.run import evaluate, trained_stages
+from longtake.evaluation.run import evaluate, evaluate_models
+from longtake.evaluation.subject import trained_stages
 from longtake.evaluation.world_metrics import summarise
+from longtake.inference.export import export
 from longtake.inference.generator import rules_of
 from longtake.inference.video_io import read_video
 
@@ -206,6 +208,46 @@ def test_table_json_curves_sheet_and_videos_are_written(run, written):
     video, fps = read_video(run / "samples/distill_0.mp4")
     assert video.shape == (17, 64, 64, 3) and fps == 16
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_open_worlds_have_a_table_of_their_own(run, tmp_path):
+    """The further worlds are the first open ones after the others; broken rows have none."""
+    overrides = {"num_worlds": 1, "num_latent_frames": 3, "open_worlds": 3, "teacher_steps": 1}
+    result = evaluate(run / "causal", device="cpu", output=tmp_path, overrides=overrides)
+    truth, student = (result.summaries[name]["open_worlds"] for name in ("truth", "causal"))
+    found = [k for k in range(1, 100) if any(s.is_open for s in sample_world(1_000_003, k).sprites)][:3]
+    chosen = [s.direction for k in found for s in sample_world(1_000_003, k).sprites if s.is_open]
+    bits = sum(chosen.count(way) / 3 * np.log2(3 / chosen.count(way)) for way in set(chosen))
+    assert truth["num_open_worlds"] == student["num_open_worlds"] == 3 and truth["open_stop_rate"] == 0
+    assert truth["open_entropy_bits"] == pytest.approx(bits)
+    low, high = truth["open_entropy_ci95_bits"]
+    assert 0 <= low <= bits <= high + 1e-9
+    assert not any("open_worlds" in s for name, s in result.summaries.items() if "zeroed" in name or "shuffled" in name)
+    tables = str(result).split("\n\n")
+    assert len(tables) == 2 and "open stopped" in tables[1] and "zeroed" not in tables[1]
+
+
+def test_exported_students_are_measured_as_in_their_run(run, tmp_path, workshop):
+    """`longtake export` and --model: the rows and numbers of --run, where the teacher is given."""
+    config = stage_config(workshop, run, "causal")
+    for folder, source in (("first", run / "causal"), ("second", run)):
+        export(source, tmp_path / folder, dtype="float32")
+        (tmp_path / folder / "encoders").symlink_to(config.encoders_folder)
+    overrides = {"num_worlds": 2, "teacher_steps": 2}
+    models = [tmp_path / "first", tmp_path / "second"]
+    teacher = config.source(config.init_from)
+    found = evaluate_models(models, teacher=teacher, device="cpu", output=tmp_path / "out", overrides=overrides)
+    expected = evaluate(run, device="cpu", output=tmp_path / "again", overrides=overrides)
+    names = [name.replace("distill", "second") if name != "causal" else "first" for name in expected.summaries]
+    assert list(found.summaries) == names
+    for name, summary in zip(names, expected.summaries.values(), strict=True):
+        assert found.summaries[name]["contrast"] == pytest.approx(summary["contrast"], rel=1e-5)
+    assert (tmp_path / "out/evaluation.md").is_file()
+
+
+def test_models_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="another name"):
+        evaluate_models(["toy", "toy"], device="cpu", output=tmp_path)
 
 
 def test_one_stage_folder_longer_than_training_without_ablations(run, tmp_path):

@@ -1,0 +1,115 @@
+"""The commands about the toy world: `longtake world` and `longtake evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    context: typer.Context,
+    run: Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Or a folder of `longtake export`, or toy; given several times, the last is the result."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --model: a folder of bidirectional weights, or toy.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of table, JSON and plots; by default that of the run.")
+    ] = None,
+    num_worlds: Annotated[int | None, typer.Option(help="Held-out toy worlds, in place of the run's value.")] = None,
+    num_latent_frames: Annotated[int | None, typer.Option(help="Length, in place of the run's value.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of worlds and noise, in place of the run's value.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Worlds at once, in place of the run's value.")] = None,
+    open_worlds: Annotated[
+        int | None, typer.Option(help="Further worlds whose captions leave a motion open, in a table of their own.")
+    ] = None,
+    ablations: Annotated[bool | None, typer.Option(help="Rows with a condition taken away.")] = None,
+    switch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Latent frame at which the captions change, on a block boundary; may be given several times."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Measure a run, or exported students, in held-out toy worlds: table, JSON and plots."""
+    from longtake import cli
+    from longtake.errors import ConfigError
+
+    with cli.clean_errors(context):
+        if (run is None) == (not model):
+            raise ConfigError("give either --run or --model: a training run, or folders of weights")
+        if run is not None and teacher is not None:
+            raise ConfigError("--teacher goes with --model; a run knows its teacher")
+        if run is None and output is None:
+            raise ConfigError("--model needs --output, the folder that table, JSON and plots are written to")
+        settings = cli.given_options(
+            num_worlds=num_worlds,
+            num_latent_frames=num_latent_frames,
+            seed=seed,
+            batch_size=batch_size,
+            open_worlds=open_worlds,
+            ablations=ablations,
+            switch_frames=switch or None,
+        )
+        given = cli.given_options(output=output, device=device)
+        if run is not None:
+            from longtake.evaluation.run import evaluate as measure
+
+            report = measure(run, overrides=settings, **given)
+        else:
+            from longtake.evaluation.run import evaluate_models
+
+            report = evaluate_models(model or [], overrides=settings, **given, **cli.given_options(teacher=teacher))
+        typer.echo(str(report))
+
+
+def world(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; nothing happens when it holds the same world.")],
+    num_worlds: Annotated[int | None, typer.Option(help="Worlds, one sample each.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Pixel frames of each clip.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the worlds.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="images, clips or lmdb; may be given several times.")
+    ] = None,
+    switch: Annotated[
+        list[int] | None, typer.Option(help="Pixel frame at which the captions change; may be given several times.")
+    ] = None,
+    stops: Annotated[
+        bool | None, typer.Option(help="Sprites may stop; the shipped text encoder does not know the words.")
+    ] = None,
+) -> None:
+    """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
+    from longtake import cli
+
+    with cli.clean_errors(context):
+        from longtake.config import WorldConfig
+        from longtake.data.world_files import write_world
+
+        given = cli.given_options(
+            num_worlds=num_worlds,
+            num_frames=num_frames,
+            seed=seed,
+            formats=formats or None,
+            stops=stops,
+            switch_frames=switch or None,
+        )
+        settings = WorldConfig.from_tree(given)
+        written = write_world(
+            folder,
+            settings.num_worlds,
+            seed=settings.seed,
+            num_frames=settings.num_frames,
+            formats=settings.formats,
+            switch_frames=settings.switch_frames,
+            stops=settings.stops,
+        )
+        typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")

@@ -1,0 +1,151 @@
+"""What an evaluation measures: the trained stages of a run, or weights of any origin, and the teacher beside them.
+
+Reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longtake.config import TOY, TOY_ASSETS, StageConfig, resolve_source
+from longtake.errors import CheckpointError, ConfigError
+from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.source import Source
+from longtake.models.dit import VideoDiT
+from longtake.models.encoders import Encoders
+from longtake.models.folders import find_weights
+from longtake.models.presets import model_config
+from longtake.models.weights import load_dit
+from longtake.models.widen import widened_as_asked
+from longtake.rollout.self_forcing import RollOutRules
+from longtake.runs import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
+
+
+@dataclass(frozen=True)
+class Student:
+    """Weights under a name; `rules` to stream by, None for a bidirectional model that samples whole clips."""
+
+    name: str
+    weights: Path
+    rules: RollOutRules | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Fields: `students`, in the order of training, the last of which is the result; `teacher` loads the bidirectional
+    weights (None: there are none); `encoders` loads the encoders; `num_latent_frames` of the training clips; `shift` of
+    the teacher's noise levels; `with_y`, if pictures enter as `y`, else as a clean frame 0; `with_tokens`, if they also
+    enter as CLIP tokens.
+    """
+
+    students: tuple[Student, ...]
+    teacher: Callable[[torch.device], VideoDiT] | None
+    encoders: Callable[[torch.device], Encoders]
+    num_latent_frames: int
+    fps: int
+    shift: float
+    with_y: bool
+    with_tokens: bool
+
+    @property
+    def result(self) -> Student:
+        return self.students[-1]
+
+
+def load_frozen(weights: Path, device: torch.device) -> VideoDiT:
+    """A model for inference alone."""
+    return load_dit(weights, device).eval().requires_grad_(False)
+
+
+def of_run(run: Path) -> Subject:
+    """All stages of a log folder, or one stage folder, and the teacher that they started from.
+
+    Raises: CheckpointError when nothing there was trained, ConfigError for a text-to-video model.
+    """
+    stages = trained_stages(run)
+    checkpoint, last = stages[-1]
+    source = last.teacher or last.init_from
+    with_tokens = model_config(str(exported_weights(checkpoint))).image_dim is not None
+
+    def teacher(device: torch.device) -> VideoDiT:
+        # By name within the log folder where it lies now: it may have been moved since.
+        logdir = checkpoint.parents[2]
+        weights = find_weights(resolve_source(source or "", logdir), logdir).path
+        return widened_as_asked(load_frozen(weights, device), last.model, last.seed).requires_grad_(False)
+
+    return Subject(
+        students=tuple(
+            Student(config.name, exported_weights(path), None if config.stage == "teacher" else rules_of(config))
+            for path, config in stages
+        ),
+        teacher=None if last.stage == "teacher" or source is None else teacher,
+        encoders=lambda device: load_encoders(last, device, with_image=with_tokens),
+        num_latent_frames=last.video.num_latent_frames,
+        fps=last.video.fps,
+        shift=last.flow.shift,
+        with_y=last.model.with_y,
+        with_tokens=with_tokens,
+    )
+
+
+def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -> Subject:
+    """Folders of weights with their `generation.yaml`, as `longtake export` writes them; rows are named like them.
+
+    Args: `models`, also `toy` for the student that ships with the package; the last one is the result; `teacher`, a
+    folder of bidirectional weights, by default that of the package when `toy` is among the models.
+    Raises: CheckpointError, ConfigError as `Source.of_model`; ConfigError for two folders of one name, or whose models
+    take pictures in different ways.
+    """
+    sources = [Source.of_model(model) for model in models]
+    names = [source.weights.name if source.weights.is_dir() else source.weights.stem for source in sources]
+    if not sources or len(set(names)) < len(names):
+        raise ConfigError(f"models named {', '.join(names) or 'none'} were given; give each a folder of another name")
+    shapes = [model_config(str(source.weights)) for source in sources]
+    kinds = {(shape.condition_channels > 0, shape.image_dim is not None) for shape in shapes}
+    if len(kinds) > 1:
+        raise ConfigError(f"the models {', '.join(names)} take pictures in different ways; evaluate them one by one")
+    if teacher is None and TOY in [str(model) for model in models]:
+        teacher = TOY
+    weights = None if teacher is None else find_weights(TOY_ASSETS / "teacher" if str(teacher) == TOY else teacher).path
+    last, settings = sources[-1], sources[-1].settings
+    (with_y, with_tokens) = kinds.pop()
+    return Subject(
+        students=tuple(
+            Student(name, source.weights, rules_of(source.settings))
+            for name, source in zip(names, sources, strict=True)
+        ),
+        teacher=None if weights is None else lambda device: load_frozen(weights, device),
+        encoders=lambda device: Encoders.load(
+            last.encoders,
+            device,
+            with_image=with_tokens,
+            clip_preprocess=settings.clip_preprocess,
+            text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else torch.float32,
+        ),
+        num_latent_frames=settings.num_latent_frames,
+        fps=settings.fps,
+        shift=settings.shift,
+        with_y=with_y,
+        with_tokens=with_tokens,
+    )
+
+
+def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
+    """(checkpoint, configuration) of each student in a log folder, or of one stage folder, in training order."""
+    if checkpoints_folder(run).is_dir() or (run / "manifest.json").is_file():
+        folders = [run]
+    else:
+        folders = student_stages(run) if run.is_dir() else []
+    if not folders:
+        raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
+    found = [find_checkpoint(folder) for folder in folders]
+    stages = [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
+    if any(config.model.image_condition != "i2v" for _, config in stages):
+        raise ConfigError(f"{run} holds a text-to-video model; the evaluation gives a picture and needs an i2v model")
+    return stages
