@@ -40,9 +40,9 @@ def build_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from longtake.data.captions import VOCABULARY
+    from longtake.data.captions import STOP_WORDS, VOCABULARY
 
-    words = [PAD, END, UNKNOWN, *sorted(VOCABULARY)]
+    words = [PAD, END, UNKNOWN, *sorted(VOCABULARY), *STOP_WORDS]  # the last came later
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     # As `longtake.data.captions.tokenize`: full stops carry nothing.
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\."), " ")])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.data.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, clause_spans, parse_caption
+from longtake.data.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, clause_spans, parse_caption
 from longtake.data.world import sample_world
 from longtake.models import toy
 from longtake.models.text_encoder import TextEncoder
@@ -32,7 +32,7 @@ FIELDS: dict[str, tuple[str | None, ...]] = {
     "colour": COLOURS,
     "shape": SHAPES,
     "direction": (*DIRECTIONS, None),
-    "speed": (*SPEEDS, None),
+    "speed": (*SPEEDS, None, STILL),
 }
 
 
