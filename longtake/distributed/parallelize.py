@@ -47,7 +47,7 @@ def parallelize(
     if cpu_offload and mesh.fsdp_mesh is None:
         raise ConfigError("parallel.cpu_offload=true needs several ranks, this is one; set it to false or start more")
     if recompute is not None:
-        model.activation_checkpointing = bool(recompute)
+        model.activation_checkpointing = bool(recompute)  # type: ignore[assignment]
         if recompute == "selective":
             model.checkpoint_contexts.append(keep_attention)  # type: ignore[union-attr,operator]
     if compiled and _has_compiler(mesh.device.type):
@@ -57,7 +57,7 @@ def parallelize(
     if mesh.fsdp_mesh is None:
         return model
     if cpu_offload:
-        model.compute_device = mesh.device
+        model.compute_device = mesh.device  # type: ignore[assignment]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change

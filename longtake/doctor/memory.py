@@ -269,7 +269,7 @@ def stage_need(
     clip = _stage_clip(config, networks.generator, world_size, image_tokens)
     activations = {on: _activations(config, networks, clip, checkpointing=on) for on in (False, True)}
     caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) for on in (False, True)}
-    on = config.activation_checkpointing
+    on = bool(config.activation_checkpointing)
     parts = {
         "weights": (_FLOAT * parameters + bases) // world_size,
         "gradients": _FLOAT * parameters // world_size,

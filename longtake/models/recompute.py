@@ -1,4 +1,4 @@
-"""What happens around the recomputation of a block in backward: several contexts at once, and what is kept from forward.
+"""What surrounds the recomputation of a block in backward: several contexts at once, and what is kept from forward.
 
 Must know no model; `VideoDiT.forward` enters what is given here through `torch.utils.checkpoint`.
 """
@@ -45,7 +45,22 @@ def keep_attention() -> Contexts:
     recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
     `create_selective_checkpoint_contexts`.
     """
-    return create_selective_checkpoint_contexts(_policy)
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
+
+
+class _NoCopies(AbstractContextManager):
+    """Inside, autocast does not remember casts of weights: operators are counted, and must be the same both times."""
+
+    def __init__(self) -> None:
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_cache_enabled(self._before.pop())
 
 
 def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:

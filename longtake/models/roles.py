@@ -45,7 +45,7 @@ class SharedBase:
         return _On(self, role)
 
     def lend(self, cache: KVCache, role: str | None) -> None:
-        """Says that `role` uses a cache now. Cross-attention keys and values that another one left there are its own."""
+        """Says that `role` uses a cache now; cross-attention keys and values of another role are forgotten."""
         if self._caches.get(cache, role) != role:
             cache.clear_condition()
         self._caches[cache] = role
