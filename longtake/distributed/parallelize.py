@@ -12,11 +12,12 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.recompute import keep_attention
+from longtake.models.roles import Role
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ def parallelize(
         fully_shard(block, mesh=mesh.fsdp_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     return model
+
+
+def sum_gradients(network: nn.Module, now: bool) -> None:
+    """Whether the next backwards of a sharded network sum gradients over the ranks, or keep whole ones on each rank."""
+    model = network.base.model if isinstance(network, Role) else network
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
 
 
 @cache

@@ -42,6 +42,7 @@ def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT]
     """
     builder = _Builder(config, mesh)
     if config.init_from is not None:
+        _open(builder.weights("generator"), config)  # heads of files only
         _check_same_rules(config.source(config.init_from), config)
     if not config.distils:
         return {"generator": builder.trained("generator")}, None, builder.adapters
@@ -80,7 +81,7 @@ class _Builder:
         config, lora = self.config, self._lora(name)
         if name == "generator" and config.init_from is None:
             return self._random()
-        weights = self._weights(name)
+        weights = self.weights(name)
         opened = _open(weights, config)
         if lora is None:
             if config.parallel.master_weights == "bfloat16":
@@ -93,14 +94,14 @@ class _Builder:
 
     def frozen(self) -> VideoDiT:
         """The teacher alone."""
-        opened = _open(self._weights("teacher"), self.config)
+        opened = _open(self.weights("teacher"), self.config)
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
     def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
         """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
         config, mesh = self.config, self.mesh
-        base = self._weights("teacher")
+        base = self.weights("teacher")
         identity = mesh.on_main(lambda: weights_identity(base))
         opened = _open(base, config)
         self._freeze(opened.model)
@@ -109,7 +110,7 @@ class _Builder:
         for name in names:
             lora = self._lora(name)
             assert lora is not None
-            own = self._weights(name)
+            own = self.weights(name)
             if own != base and (found := mesh.on_main(lambda own=own: weights_identity(own))) != identity:  # type: ignore[misc]
                 key = "init_from" if name == "generator" else "critic.init_from"
                 raise ConfigError(
@@ -134,7 +135,8 @@ class _Builder:
         assert self.config.critic is not None
         return self.config.critic.lora
 
-    def _weights(self, name: str) -> Path:
+    def weights(self, name: str) -> Path:
+        """What the network `name` is read from. Raises: CheckpointError."""
         config = self.config
         source = config.teacher if name == "teacher" else config.init_from
         if name == "critic":

@@ -120,6 +120,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
+        reduce_once=config.parallel.reduce_once,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
         log_every=config.log_every,
@@ -134,6 +135,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
     def start() -> None:
+        nonlocal encoders
         _write_config(config, mesh)
         # Small enough to travel and to be remembered whole, and every row is needed at least twice.
         rows = loaded.num_rows
@@ -142,6 +144,10 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         if rows * _row_bytes(config) <= PREFILL_BYTES and 2 * rows <= config.max_steps * config.batch_size:
             with phases("encode"):
                 loaded.prefill(mesh)
+            if validation is None and config.stage != "long" and loaded.is_complete:
+                assert isinstance(encoder, BatchEncoder)
+                encoder.release()  # nobody needs them any more
+                encoders = None
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
@@ -229,6 +235,8 @@ def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[s
             weight_decay=group.weight_decay,
             warmup_steps=group.warmup_steps,
             max_grad_norm=group.max_grad_norm,
+            moments=group.moments,
+            seed=config.seed,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
     return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)
