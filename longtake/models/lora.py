@@ -88,8 +88,11 @@ def first_factors(model: VideoDiT, draws: Draws, purpose: str, name: str = DEFAU
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = 1 / math.sqrt(a.shape[1])
         generator = draws.generator(0, f"{purpose} {layer_name}", 0)
-        yield f"{layer_name}.lora_A.{name}.weight", torch.empty(a.shape).uniform_(-bound, bound, generator=generator)
-        yield f"{layer_name}.lora_B.{name}.weight", torch.zeros(b.shape)
+        yield (
+            f"{layer_name}.lora_A.{name}.weight",
+            torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator),
+        )
+        yield f"{layer_name}.lora_B.{name}.weight", torch.zeros(b.shape, device="cpu")
 
 
 def is_factor(name: str) -> bool:
