@@ -9,6 +9,7 @@ import logging
 import shutil
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,9 +64,13 @@ def parallelize(
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change
     # of the shards (EMA swapped in, checkpoint loaded) would not reach the next forward.
+    options: dict[str, Any] = {"mesh": mesh.fsdp_mesh, "mp_policy": policy, "offload_policy": offload}
     for block in getattr(model, "blocks", []):
-        fully_shard(block, mesh=mesh.fsdp_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
+        if len({p.dtype for p in block.parameters() if p.requires_grad}) > 1:
+            # What is trained in one unit has one type: the large parts together, and what stays float32 around them.
+            fully_shard([block.self_attn, block.cross_attn, block.ffn], reshard_after_forward=True, **options)
+        fully_shard(block, reshard_after_forward=True, **options)
+    fully_shard(model, reshard_after_forward=True, **options)
     return model
 
 

@@ -247,6 +247,13 @@ class VideoDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_type(name, dtype))
         return self
 
+    def cast_blocks(self, dtype: torch.dtype) -> VideoDiT:
+        """Casts attention and MLP of the blocks alone, most of the weights; so each part of a block has one type."""
+        for block in self.blocks:
+            for part in (block.self_attn, block.cross_attn, block.ffn):
+                cast(nn.Module, part).to(dtype)
+        return self
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame. Raises: ShapeError unless height and width are multiples of the patch."""
         _, ph, pw = self.config.patch_size
@@ -389,6 +396,9 @@ class VideoDiT(nn.Module):
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         embedded = self.text_embedding(text.to(dtype))
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
+        if not torch.is_autocast_enabled(embedded.device.type):
+            dtype = cast(Block, self.blocks[0]).cross_attn.k.weight.dtype  # which `cast_blocks` may have changed
+            embedded, image = embedded.to(dtype), None if image is None else image.to(dtype)
         return embedded, image
 
     def _cross_context(self, condition: Condition, cache: KVCache | None) -> CrossContext:

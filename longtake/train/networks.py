@@ -84,8 +84,7 @@ class _Builder:
         weights = self.weights(name)
         opened = _open(weights, config)
         if lora is None:
-            if config.parallel.master_weights == "bfloat16":
-                opened.model.cast(torch.bfloat16)
+            self._cast_masters(opened.model)
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
@@ -151,12 +150,15 @@ class _Builder:
             model.cast(torch.bfloat16)
         model.requires_grad_(False)
 
+    def _cast_masters(self, model: VideoDiT) -> None:
+        if self.config.parallel.master_weights == "bfloat16":
+            model.cast_blocks(torch.bfloat16)
+
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        if self.config.parallel.master_weights == "bfloat16":
-            network.cast(torch.bfloat16)
+        self._cast_masters(network)
         if self.config.parallel.cpu_offload:
             network.to("cpu")
         self._parallelize(network, recompute=True)
