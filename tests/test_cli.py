@@ -131,7 +131,8 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     path.write_text(yaml.safe_dump(NOT_DEFAULT))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
-    changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None, "model": {"widen": True}}
+    changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None}
+    changed |= {"model": {"widen": True}, "roles": "separate"}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
