@@ -26,6 +26,7 @@ from longtake.config_groups import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     PlanConfig,
     ValidationConfig,
     VideoConfig,
@@ -37,7 +38,16 @@ from longtake.structs import pixel_frames
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
-    *("LoraConfig", "ModelConfig", "OptimConfig", "PlanConfig", "StageConfig", "ValidationConfig", "VideoConfig"),
+    *(
+        "LoraConfig",
+        "ModelConfig",
+        "OptimConfig",
+        "ParallelConfig",
+        "PlanConfig",
+        "StageConfig",
+        "ValidationConfig",
+        "VideoConfig",
+    ),
     *("WandbConfig", "WorldConfig", "TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
@@ -87,8 +97,16 @@ class StageConfig(Settings):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="type of the matrix products; weights stay fp32"
     )
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute blocks in backward: less memory, more time"
+    roles: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="`shared`: teacher, and student and critic with `lora`, are one frozen network that is held once, "
+        "each with its own low-rank updates (distill and long; all from the weights of `teacher`)",
+    )
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
+    activation_checkpointing: bool | Literal["none", "full", "selective"] = Field(
+        default=False,
+        description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
+        "all but the results of attention",
     )
     save_every: int = Field(
         default=100,
@@ -107,9 +125,12 @@ class StageConfig(Settings):
             self._check_sizes()
             self._check_sources()
             self._check_scores()
+            self._check_memory()
         except ConfigError as error:
             raise ValueError(str(error)) from None
         # The model is frozen for its users; these follow from other values of the same file.
+        if self.activation_checkpointing in ("none", "full"):
+            object.__setattr__(self, "activation_checkpointing", self.activation_checkpointing == "full")
         if self.distils and self.critic is None:
             object.__setattr__(self, "critic", CriticConfig())
         if self.stage == "long" and self.long is None:
@@ -180,6 +201,21 @@ class StageConfig(Settings):
             )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
+
+    def _check_memory(self) -> None:
+        if self.parallel.master_weights == "bfloat16" and self.precision == "fp32":
+            raise ConfigError(
+                "parallel.master_weights=bfloat16 computes in bfloat16; set precision=bf16 too, or it to float32"
+            )
+        if self.roles == "separate":
+            return
+        if not self.distils:
+            raise ConfigError(f"roles=shared is for stages distill and long, this is stage {self.stage}; remove it")
+        if self.lora is None and (self.critic is None or self.critic.lora is None):
+            raise ConfigError(
+                "roles=shared needs low-rank updates of the student (lora), of the critic (critic.lora), or of both; "
+                "give them, or set roles=separate"
+            )
 
     @property
     def distils(self) -> bool:

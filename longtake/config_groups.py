@@ -204,6 +204,35 @@ class OptimConfig(Settings):
     warmup_steps: int = Field(
         default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
     )
+    moments: Literal["float32", "int8"] = Field(
+        default="float32", description="type in which the moments are kept; int8 = a quarter, needs the package torchao"
+    )
+
+
+class ParallelConfig(Settings):
+    """How the networks of a stage are held and computed on the ranks."""
+
+    master_weights: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type of the weights that are trained whole; bfloat16 = half the memory of weights and gradients, "
+        "updates rounded up or down at random so that small ones count on average. Low-rank updates stay float32",
+    )
+    frozen_weights: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="type in which networks that are not trained are kept; auto = that of `precision`, whose results "
+        "are the same",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="weights, gradients and optimizer states wait in the memory of the CPU, where the optimizer runs; "
+        "needs several ranks",
+    )
+    compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
+    reduce_once: bool = Field(
+        default=False,
+        description="sum gradients over the ranks once an update and not once a micro-batch: less traffic, but whole "
+        "gradients of the trained network on each rank",
+    )
 
 
 class LoraConfig(Settings):

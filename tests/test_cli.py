@@ -75,16 +75,23 @@ NOT_DEFAULT = {
     "max_steps": 77,
     "optim": {
         "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,
+        "moments": "int8",
     },
     "lora": {"rank": 8, "alpha": 4.0, "targets": ["ffn.0"]},
     "critic": {
         "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
+        "moments": "int8",
         "updates_per_generator": 3, "init_from": "./critic",
     },
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
+    "roles": "shared",
+    "parallel": {
+        "master_weights": "bfloat16", "frozen_weights": "float32", "cpu_offload": True, "compile": True,
+        "reduce_once": True,
+    },
     "save_every": 11,
     "keep_checkpoints": 13,
     "validate_every": 17,
@@ -124,7 +131,8 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     path.write_text(yaml.safe_dump(NOT_DEFAULT))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
-    changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None, "model": {"widen": True}}
+    changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None}
+    changed |= {"model": {"widen": True}, "roles": "separate"}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output

@@ -260,8 +260,10 @@ def stage_need(
     loras = (config.lora, config.critic.lora if config.critic is not None else None)
     trained = list(zip(networks.trained, loras))
     parameters = sum(trained_count(*each) for each in trained)
-    bases = sum(weight_bytes(network, precision) for network, lora in trained if lora is not None)
-    frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher)
+    # With shared roles the teacher is the base of the others.
+    shared = config.roles == "shared"
+    bases = sum(weight_bytes(network, precision) for network, lora in trained if lora is not None and not shared)
+    frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher, _frozen_type(config))
     shown = 0 if networks.shown is None else weight_bytes(networks.shown)
     student = _FLOAT * trained_count(networks.generator, config.lora)
     average = student if config.ema.enabled else 0
@@ -269,7 +271,7 @@ def stage_need(
     clip = _stage_clip(config, networks.generator, world_size, image_tokens)
     activations = {on: _activations(config, networks, clip, checkpointing=on) for on in (False, True)}
     caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) for on in (False, True)}
-    on = config.activation_checkpointing
+    on = bool(config.activation_checkpointing)
     parts = {
         "weights": (_FLOAT * parameters + bases) // world_size,
         "gradients": _FLOAT * parameters // world_size,
@@ -287,6 +289,11 @@ def stage_need(
     loading = encoder_bytes + _loading_bytes(networks, world_size)
     exports = student + average
     return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
+
+
+def _frozen_type(config: StageConfig) -> str:
+    kept = config.parallel.frozen_weights
+    return config.precision if kept == "auto" else {"float32": "fp32", "bfloat16": "bf16"}[kept]
 
 
 def _loading_bytes(networks: Networks, world_size: int) -> int:

@@ -151,7 +151,7 @@ def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, ranks: 
         disk_need,
         disk_free,
         problems,
-        config.activation_checkpointing,
+        bool(config.activation_checkpointing),
     )
 
 

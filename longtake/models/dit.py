@@ -7,6 +7,8 @@ specification A and E. This file must not know block plans, roll-outs, objective
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,7 +25,11 @@ from longtake.models.attention import Attention
 from longtake.models.cache import KVCache
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.recompute import together
 from longtake.structs import Condition, MaskLayout
+
+# Contexts of one block's forward and of its recomputation in backward, as `torch.utils.checkpoint` asks for them
+CheckpointContexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
@@ -206,7 +212,12 @@ class VideoDiT(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        # Blocks are recomputed in backward, each under the contexts that these give for its forward: `parallelize` says
+        # what is kept nevertheless, shared roles say which updates are on.
         self.activation_checkpointing = False
+        self.checkpoint_contexts: list[CheckpointContexts] = []
+        # Where the network computes, if not where its weights wait (they may wait on the CPU).
+        self.compute_device: torch.device | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
         if self.head.head.weight.device.type != "meta":
             self.reset_parameters()
@@ -236,6 +247,13 @@ class VideoDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_type(name, dtype))
         return self
 
+    def cast_blocks(self, dtype: torch.dtype) -> VideoDiT:
+        """Casts attention and MLP of the blocks alone, most of the weights; so each part of a block has one type."""
+        for block in self.blocks:
+            for part in (block.self_attn, block.cross_attn, block.ffn):
+                cast(nn.Module, part).to(dtype)
+        return self
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame. Raises: ShapeError unless height and width are multiples of the patch."""
         _, ph, pw = self.config.patch_size
@@ -262,7 +280,7 @@ class VideoDiT(nn.Module):
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
         weight = cast(Block, self.blocks[0]).self_attn.q.weight
-        device = weight.device
+        device = self.compute_device or weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         return KVCache(
             num_layers=self.config.num_layers,
@@ -330,7 +348,8 @@ class VideoDiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             arguments = (hidden, modulation, context, cross, layer)
             if graded and self.activation_checkpointing:
-                hidden = checkpoint(block, *arguments, use_reentrant=False)
+                contexts = partial(together, self.checkpoint_contexts)
+                hidden = checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
             else:
                 hidden = block(*arguments)
         velocity = self._unpatchify(self.head(hidden, e), rows, columns)
@@ -377,6 +396,9 @@ class VideoDiT(nn.Module):
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         embedded = self.text_embedding(text.to(dtype))
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
+        if not torch.is_autocast_enabled(embedded.device.type):
+            dtype = cast(Block, self.blocks[0]).cross_attn.k.weight.dtype  # which `cast_blocks` may have changed
+            embedded, image = embedded.to(dtype), None if image is None else image.to(dtype)
         return embedded, image
 
     def _cross_context(self, condition: Condition, cache: KVCache | None) -> CrossContext:

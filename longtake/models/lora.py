@@ -8,6 +8,7 @@ at the start. Source of the layers: huggingface/peft 0.21 `inject_adapter_in_mod
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.randomness import Draws
 
-_NAME = "default"  # PEFT's name of the only set of updates; published files leave it out
+DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
 
 
 def linear_layers(model: VideoDiT) -> tuple[str, ...]:
     """Names of all linear layers inside a block: 10, or 12 with an image branch."""
-    return tuple(name for name, module in model.blocks[0].named_modules() if isinstance(module, nn.Linear))
+    linear = (name for name, module in model.blocks[0].named_modules() if isinstance(module, nn.Linear))
+    # Where a layer has updates already, its own weight is one level deeper.
+    return tuple(name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
 
 
 def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -39,36 +42,77 @@ def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]
 def add_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, draws: Draws, purpose: str) -> VideoDiT:
     """`model` with updates on the layers whose whole name matches `pattern`; nothing else is trained any more.
 
-    Call it after the weights were loaded and before sharding. The factors are float32, whatever the type of the
-    weights. A is uniform in +-1 / sqrt(inputs) (PEFT's own start) and a function of the seed of `draws`, `purpose` and
-    the layer's name alone, hence the same on every rank; B is 0, so that the model computes what it did.
+    Call it after the weights were loaded. On the meta device, call `inject_lora` before sharding and fill in
+    `first_factors` after it.
+    """
+    inject_lora(model.requires_grad_(False), pattern, rank, alpha)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in first_factors(model, draws, purpose):
+            parameters[name].copy_(value)
+    return model
+
+
+def inject_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, name: str = DEFAULT) -> VideoDiT:
+    """`model` with updates called `name` on the layers whose whole name matches `pattern`, of no value yet.
+
+    A model may get several, each under its own name; the last one is on. The factors are float32 on the device of the
+    weights, whatever the type of these, and are trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    model.requires_grad_(False)
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern)  # type: ignore[arg-type]
-    inject_adapter_in_model(settings, model, _NAME, low_cpu_mem_usage=True)
-    for name, layer in _updated_layers(model):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several on purpose
+        inject_adapter_in_model(settings, model, name, low_cpu_mem_usage=True)
+    for _, layer in _updated_layers(model, name):
         weight: Tensor = layer.base_layer.weight
-        bound = 1 / math.sqrt(weight.shape[1])
-        generator = draws.generator(0, f"{purpose} {name}", 0)
-        a, b = torch.empty(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
-        if weight.device.type != "meta":
-            a.uniform_(-bound, bound, generator=generator)
-        for linear, value in ((layer.lora_A[_NAME], a), (layer.lora_B[_NAME], b)):
-            linear.weight = nn.Parameter(value.to(weight.device))
-        layer.register_forward_pre_hook(_cast_outside_autocast)
+        outputs, inputs = weight.shape
+        for linear, shape in ((layer.lora_A[name], (rank, inputs)), (layer.lora_B[name], (outputs, rank))):
+            linear.weight = nn.Parameter(torch.empty(shape, device=weight.device))
+        if len(layer.lora_A) == 1:
+            layer.register_forward_pre_hook(_cast_outside_autocast)
+    for parameter_name, parameter in model.named_parameters():
+        if is_factor(parameter_name):
+            parameter.requires_grad_(True)  # PEFT lets only the newest ones be trained
     return model
+
+
+def first_factors(model: VideoDiT, draws: Draws, purpose: str, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+    """Yields (parameter name, first value) of all factors called `name`, float32 on the CPU.
+
+    A is uniform in +-1 / sqrt(inputs) (PEFT's own start) and a function of the seed of `draws`, `purpose` and the
+    layer's name alone, hence the same on every rank; B is 0, so that the model computes what it did.
+    """
+    for layer_name, layer in _updated_layers(model, name):
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        bound = 1 / math.sqrt(a.shape[1])
+        generator = draws.generator(0, f"{purpose} {layer_name}", 0)
+        yield (
+            f"{layer_name}.lora_A.{name}.weight",
+            torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator),
+        )
+        yield f"{layer_name}.lora_B.{name}.weight", torch.zeros(b.shape, device="cpu")
+
+
+def is_factor(name: str) -> bool:
+    """True for the name of a factor A or B."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def base_name(name: str) -> str:
+    """The name that a frozen weight has without updates; other names stay."""
+    return name.replace(".base_layer.", ".")
 
 
 def factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Only the factors A and B among the named tensors of a network."""
-    return {name: tensor for name, tensor in tensors.items() if ".lora_A." in name or ".lora_B." in name}
+    return {name: tensor for name, tensor in tensors.items() if is_factor(name)}
 
 
-def _updated_layers(model: VideoDiT) -> Iterator[tuple[str, Any]]:
+def _updated_layers(model: VideoDiT, update: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") and update in module.lora_A:
             yield name, module
 
 

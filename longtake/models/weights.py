@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from longtake.models.weight_identity import check_base
 
 __all__ = [
     "check_state",
+    "Opened",
     "clean_key",
     "clean_name",
     "config_from_json",
@@ -41,6 +43,7 @@ __all__ = [
     "load_dit",
     "load_state",
     "open_dit",
+    "open_weights",
     "read_state",
     "save_dit",
     "to_diffusers_key",
@@ -115,6 +118,24 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Published,
         model = VideoDiT(config)
     check_state(published.shapes(), model, path, diffusers=published.diffusers)
     return published, model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Weights before they are in a model: a `model` on the meta device, and `read`, which yields (name, tensor).
+
+    `read` takes the names wanted (default: all), under original Wan names; a tensor may be a view of its file, of which
+    nothing is read until it is copied.
+    """
+
+    model: VideoDiT
+    read: Callable[[Iterable[str] | None], Iterator[tuple[str, Tensor]]]
+
+
+def open_weights(source: str | Path) -> Opened:
+    """Weights that are read later, whole or by slices; `source` as that of `load_dit`. Raises: CheckpointError."""
+    published, model = open_dit(source)
+    return Opened(model, published.read)
 
 
 def _open_adapter(folder: Path) -> tuple[Published, VideoDiT]:

@@ -131,6 +131,10 @@ class BatchEncoder:
         parts = (image, frames, latents, first, later)
         return [EncodedRow(text[k].clone(), *(pick(part, k) for part in parts)) for k in range(len(batch))]
 
+    def release(self) -> None:
+        """Lets the encoders go, with their memory; nothing can be encoded any more."""
+        del self.encoders
+
     def _latents(self, batch: Batch) -> Tensor:
         """Latents of the videos, or those stored with the rows."""
         if batch.videos is not None:
@@ -240,6 +244,11 @@ class EncodedLoader:
     def num_rows(self) -> int:
         """Rows of the data set."""
         return len(self.loader.dataset)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every row is remembered and none will be forgotten: nothing is encoded any more."""
+        return len(self._rows) == self.num_rows and self._used_bytes <= self.memory_bytes
 
     def seek(self, position: int) -> None:
         """Makes the next micro-batch the first one of the update at `position`."""

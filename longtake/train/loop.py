@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import sum_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.runs import checkpoints_folder
@@ -37,8 +38,9 @@ logger = logging.getLogger(__name__)
 class LoopSettings:
     """How long, and what happens every how many iterations (0 = never).
 
-    Fields: `accumulation`, micro-batches an update on each rank; `export`, networks whose weights every checkpoint
-    also holds whole, for inference and for the next stage. Saving, evaluation and sampling also happen at `max_steps`.
+    Fields: `accumulation`, micro-batches an update on each rank; `reduce_once`, only the last of these sums gradients
+    over the ranks; `export`, networks whose weights every checkpoint also holds whole, for inference and for the next
+    stage. Saving, evaluation and sampling also happen at `max_steps`.
     """
 
     max_steps: int
@@ -49,6 +51,7 @@ class LoopSettings:
     validate_every: int = 0
     sample_every: int = 0
     export: tuple[str, ...] = ("generator",)
+    reduce_once: bool = False
 
     def __post_init__(self) -> None:
         for name in ("accumulation", "keep_checkpoints", "log_every"):
@@ -153,7 +156,8 @@ def train(
                 logger.warning("Stopped by SIGTERM after %d of %d iterations; %s", step, last, outcome)
                 raise SystemExit(128 + signal.SIGTERM)
             started = time.perf_counter()
-            _iteration(state, objective, batches, settings.accumulation, mesh, phases, window)
+            once = settings.reduce_once
+            _iteration(state, objective, batches, settings.accumulation, mesh, phases, window, reduce_once=once)
             window.add({"seconds": time.perf_counter() - started})
             row = {}
             if _due(step + 1, settings.log_every, last):
@@ -174,6 +178,8 @@ def _iteration(
     mesh: Mesh,
     phases: Phases,
     window: Window,
+    *,
+    reduce_once: bool = False,
 ) -> None:
     """One iteration: each network of `turns` is updated once, all on the same micro-batches."""
     step = state.step
@@ -184,7 +190,8 @@ def _iteration(
         with phases(turn):
             optimizer.zero_grad()
             loss = 0.0
-            for batch in micro_batches:
+            for number, batch in enumerate(micro_batches, 1):
+                sum_gradients(state.networks[turn], not reduce_once or number == accumulation)
                 result = objective.loss(turn, batch, step)
                 (result.loss / accumulation).backward()
                 loss += result.loss.detach().item() / accumulation
@@ -195,6 +202,7 @@ def _iteration(
             optimizer.step(step, norm)
             if turn in state.ema:
                 state.ema[turn].update(step)
+            optimizer.zero_grad()  # now: the next turn's network finds their memory free
         window.add({f"{turn}_loss": loss, f"{turn}_grad_norm": norm})
         window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
     state.step, state.data_position = step + 1, batches.position

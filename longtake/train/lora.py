@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from longtake.config import TOY, StageConfig
 from longtake.config_groups import LoraConfig
@@ -16,9 +16,10 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.folders import is_hub_name
-from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora import DEFAULT, first_factors, inject_lora, is_factor, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.models.weight_identity import weights_identity
+from longtake.models.weights import Opened
 from longtake.randomness import Draws
 from longtake.runs import LORA, checkpoint_name, checkpoints_folder
 
@@ -26,25 +27,42 @@ logger = logging.getLogger(__name__)
 
 
 def adapt(
-    network: VideoDiT, name: str, settings: LoraConfig, weights: Path, config: StageConfig, mesh: Mesh
+    opened: Opened,
+    name: str,
+    settings: LoraConfig,
+    weights: Path,
+    config: StageConfig,
+    mesh: Mesh,
+    *,
+    called: str = DEFAULT,
+    identity: str | None = None,
 ) -> Adapter:
-    """Adds low-rank updates to a network that was loaded from `weights`; all ranks call it, before sharding.
+    """Adds low-rank updates to a network whose weights are still to be read; all ranks call it, before sharding.
 
-    With `precision: bf16` the frozen weights are kept in the type in which they are multiplied; updates stay float32.
+    Args: `weights`, the base; `called`, the name of the updates in the network, where it gets several; `identity` of
+    the base where it is known. Their first values are those of `first_values`.
     Raises: ConfigError when the weights need training that low-rank updates cannot give, or targets are not known.
     """
-    _check_trained(network, weights)
+    network = opened.model
+    _check_trained(opened, weights)
     targets = targets_of(network, settings.targets)
     alpha = float(settings.rank) if settings.alpha is None else settings.alpha
-    base = Base(_reference(weights, config), mesh.on_main(lambda: weights_identity(weights)))
-    adapter = Adapter(settings.rank, alpha, targets, base)
-    if config.precision == "bf16":
-        network.cast(torch.bfloat16)
-    add_lora(network, adapter.pattern, adapter.rank, alpha, Draws(config.seed), f"{name} lora_A")
+    known = identity or mesh.on_main(lambda: weights_identity(weights))
+    adapter = Adapter(settings.rank, alpha, targets, Base(_reference(weights, config), known))
+    if called == DEFAULT:
+        network.requires_grad_(False)
+    inject_lora(network, adapter.pattern, adapter.rank, alpha, called)
     if mesh.is_main:
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        trained = sum(p.numel() for key, p in network.named_parameters() if is_factor(key) and f".{called}." in key)
         logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, trained)
     return adapter
+
+
+def first_values(
+    network: VideoDiT, name: str, config: StageConfig, called: str = DEFAULT
+) -> Iterator[tuple[str, Tensor]]:
+    """First values of the updates of the network `name`, the same whether it is one of its own or a role."""
+    return first_factors(network, Draws(config.seed), f"{name} lora_A", called)
 
 
 def facts_of(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -55,9 +73,10 @@ def facts_of(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     }
 
 
-def _check_trained(network: VideoDiT, weights: Path) -> None:
-    patch, channels = network.patch_embedding.weight, network.config.out_channels
-    if network.config.condition_channels and not patch[:, channels:].any():
+def _check_trained(opened: Opened, weights: Path) -> None:
+    sizes = opened.model.config
+    ((_, patch),) = opened.read(["patch_embedding.weight"])
+    if sizes.condition_channels and not patch[:, sizes.out_channels :].any():
         raise ConfigError(
             f"the weights at {weights} have never seen the condition y (its part of the patch embedding is 0, as "
             "model.widen leaves it), and low-rank updates do not train that layer; train a stage with lora=null first"

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from longtake.config import StageConfig, dump
-from longtake.config_groups import CriticConfig, LoraConfig, ModelConfig, OptimConfig
+from longtake.config_groups import CriticConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.inference.generator import load_encoders, rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter
-from longtake.models.presets import model_config
-from longtake.models.weights import load_dit
-from longtake.models.widen import widened_as_asked
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
@@ -33,19 +26,23 @@ from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import PictureCodec
-from longtake.runs import read_manifest
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
+from longtake.train.facts import facts
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
-from longtake.train.lora import adapt, facts_of
+from longtake.train.lora import facts_of
 from longtake.train.metrics_log import Phases
+from longtake.train.networks import build_networks as _networks
+from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
 from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate
+
+__all__ = ["InPrecision", "facts", "for_long_videos", "load_weights", "run_stage", "weights_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,37 +70,6 @@ class InPrecision:
         kind = self.device.type
         with torch.autocast(kind, torch.bfloat16, cache_enabled=self.keep_copies) if self.bf16 else nullcontext():
             return self.objective.loss(turn, batch, step)
-
-
-def weights_folder(source: Path, config: StageConfig) -> Path:
-    """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
-    try:
-        return find_weights(source, config.logdir).path
-    except CheckpointError as error:
-        raise CheckpointError(f"no weights at {source}: {error}") from error
-
-
-def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
-    """A model from a source, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
-    model = load_dit(weights_folder(source, config), mesh.device)
-    model = widened_as_asked(model, config.model, config.seed)
-    if (model.config.condition_channels > 0) != config.model.with_y:
-        key, fix = _misfit(config.model)
-        raise ConfigError(
-            f"model.{key}={getattr(config.model, key)} does not fit the weights at {source}, which have "
-            f"in_channels={model.config.in_channels}; set it to {fix}"
-        )
-    return model
-
-
-def _misfit(settings: ModelConfig) -> tuple[str, str]:
-    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
-    if settings.with_y:
-        return "image_condition", (
-            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
-            "model.widen=true and model.preset to the sizes wanted"
-        )
-    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")
 
 
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
@@ -154,6 +120,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
+        reduce_once=config.parallel.reduce_once,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
         log_every=config.log_every,
@@ -168,6 +135,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
     def start() -> None:
+        nonlocal encoders
         _write_config(config, mesh)
         # Small enough to travel and to be remembered whole, and every row is needed at least twice.
         rows = loaded.num_rows
@@ -176,6 +144,10 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         if rows * _row_bytes(config) <= PREFILL_BYTES and 2 * rows <= config.max_steps * config.batch_size:
             with phases("encode"):
                 loaded.prefill(mesh)
+            if validation is None and config.stage != "long" and loaded.is_complete:
+                assert isinstance(encoder, BatchEncoder)
+                encoder.release()  # nobody needs them any more
+                encoders = None
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
@@ -199,66 +171,6 @@ def _validation(
     if config.stage == "causal" and as_long:
         teacher = load_weights(config.source(config.init_from or ""), config, mesh).requires_grad_(False)
     return Validation(config, encoders, state, teacher, mesh, config.folder)
-
-
-def facts(config: StageConfig) -> dict[str, Any]:
-    """What must not change between a run, its resumption and its use: stored in every manifest."""
-    return {
-        "rope": config.rope,
-        "plan": config.plan.model_dump(),
-        "steps": config.flow.steps,
-        "shift": config.flow.shift,
-        "fps": config.video.fps,
-        "clip_preprocess": config.model.clip_preprocess,
-    }
-
-
-def _networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
-    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else."""
-    networks: dict[str, VideoDiT] = {}
-    adapters: dict[str, Adapter] = {}
-
-    def add(name: str, network: VideoDiT, lora: LoraConfig | None, weights: Path) -> None:
-        # Each network is sharded before the next one is read: a rank never holds two of them whole.
-        if lora is not None:
-            adapters[name] = adapt(network, name, lora, weights, config, mesh)
-        network.activation_checkpointing = config.activation_checkpointing
-        parallelize(network, mesh)
-        networks[name] = network
-
-    if config.init_from is None:
-        # The same random weights on every rank: sharding takes a slice of each.
-        torch.manual_seed(config.seed)
-        add("generator", VideoDiT(model_config(config.model.preset)).to(mesh.device), None, Path())
-    else:
-        source = config.source(config.init_from)
-        weights = weights_folder(source, config)
-        generator = load_weights(weights, config, mesh)
-        _check_same_rules(source, config)
-        add("generator", generator, config.lora, weights)
-    real = None
-    if config.distils:
-        assert config.teacher is not None and config.critic is not None
-        real = load_weights(config.source(config.teacher), config, mesh).requires_grad_(False)
-        parallelize(real, mesh)
-        weights = weights_folder(config.source(config.critic.init_from or config.teacher), config)
-        add("critic", load_weights(weights, config, mesh), config.critic.lora, weights)
-    return networks, real, adapters
-
-
-def _check_same_rules(source: Path, config: StageConfig) -> None:
-    """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
-    checkpoint = find_weights(source, config.logdir).checkpoint
-    if config.stage == "teacher" or checkpoint is None:
-        return
-    manifest = read_manifest(checkpoint)
-    if manifest["config"].get("stage") == "teacher":
-        return
-    for key, value in facts(config).items():
-        if (before := manifest.get(key)) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{key}={value!r} is not that of init_from={config.init_from}, {before!r}; set it to that"
-            )
 
 
 def _objective(
@@ -323,6 +235,8 @@ def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[s
             weight_decay=group.weight_decay,
             warmup_steps=group.warmup_steps,
             max_grad_norm=group.max_grad_norm,
+            moments=group.moments,
+            seed=config.seed,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
     return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)

@@ -1,0 +1,79 @@
+"""What surrounds the recomputation of a block in backward: several contexts at once, and what is kept from forward.
+
+Must know no model; `VideoDiT.forward` enters what is given here through `torch.utils.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+Contexts = tuple[AbstractContextManager, AbstractContextManager]
+
+
+class _All(AbstractContextManager):
+    """Enters all of `parts`; unlike a generator's context, each time that it is entered."""
+
+    def __init__(self, parts: Sequence[AbstractContextManager]) -> None:
+        self.parts = parts
+        self._stacks: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        for part in self.parts:
+            stack.enter_context(part)
+        self._stacks.append(stack)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stacks.pop().__exit__(*error)
+
+
+def together(makers: Sequence[Callable[[], Contexts]]) -> Contexts:
+    """One context around a forward and one around its recomputation, of all `makers`; called before the forward."""
+    pairs = [make() for make in makers]
+    return _All([forward for forward, _ in pairs]), _All([again for _, again in pairs])
+
+
+def keep_attention() -> Contexts:
+    """Contexts under which the results of attention are kept from forward, and all else is recomputed.
+
+    An attention kernel costs the most to run again and its result, [B, L, N, K], little to keep. Its inputs are
+    recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
+    `create_selective_checkpoint_contexts`.
+    """
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
+
+
+class _NoCopies(AbstractContextManager):
+    """Inside, autocast does not remember casts of weights: operators are counted, and must be the same both times."""
+
+    def __init__(self) -> None:
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_cache_enabled(self._before.pop())
+
+
+def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _attention() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention() -> tuple[Any, ...]:
+    """The kernels behind `scaled_dot_product_attention`, and `flex_attention`."""
+    aten = torch.ops.aten
+    return (
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
+    )

@@ -1,0 +1,220 @@
+"""The networks of a stage: opened, made fit, sharded, and only then filled; separate ones, or roles of a shared base.
+
+No rank holds a network whole (`distributed/materialize.py`); random first weights are the exception.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.config import StageConfig
+from longtake.config_groups import LoraConfig, ModelConfig
+from longtake.distributed.materialize import materialize
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.errors import CheckpointError, ConfigError
+from longtake.models.dit import VideoDiT
+from longtake.models.folders import find_weights
+from longtake.models.lora_files import Adapter
+from longtake.models.presets import model_config
+from longtake.models.roles import Role, SharedBase
+from longtake.models.weight_identity import weights_identity
+from longtake.models.weights import Opened, open_weights
+from longtake.models.widen import opened_as_asked
+from longtake.runs import read_manifest
+from longtake.train.facts import facts
+from longtake.train.lora import adapt, first_values
+
+logger = logging.getLogger(__name__)
+
+
+def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
+    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else.
+
+    Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
+    """
+    builder = _Builder(config, mesh)
+    if config.init_from is not None:
+        _open(builder.weights("generator"), config)  # heads of files only
+        _check_same_rules(config.source(config.init_from), config)
+    if not config.distils:
+        return {"generator": builder.trained("generator")}, None, builder.adapters
+    if config.roles == "shared":
+        return builder.shared()
+    networks = {"generator": builder.trained("generator")}
+    real = builder.frozen()
+    networks["critic"] = builder.trained("critic")
+    return networks, real, builder.adapters
+
+
+def weights_folder(source: Path, config: StageConfig) -> Path:
+    """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
+    try:
+        return find_weights(source, config.logdir).path
+    except CheckpointError as error:
+        raise CheckpointError(f"no weights at {source}: {error}") from error
+
+
+def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
+    """A whole model in float32 from a source, checked against the stage's condition. Raises: as `build_networks`."""
+    opened = _open(source, config)
+    materialize(opened.model, mesh.device, opened.read(None))
+    return opened.model
+
+
+class _Builder:
+    """Builds the networks of one stage one after the other, and remembers their updates."""
+
+    def __init__(self, config: StageConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.adapters: dict[str, Adapter] = {}
+
+    def trained(self, name: str) -> VideoDiT:
+        """A network of its own: trained whole, or its updates alone."""
+        config, lora = self.config, self._lora(name)
+        if name == "generator" and config.init_from is None:
+            return self._random()
+        weights = self.weights(name)
+        opened = _open(weights, config)
+        if lora is None:
+            self._cast_masters(opened.model)
+            return self._filled(opened)
+        if config.precision == "bf16":
+            opened.model.cast(torch.bfloat16)
+        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh)
+        return self._filled(opened, first_values(opened.model, name, config))
+
+    def frozen(self) -> VideoDiT:
+        """The teacher alone."""
+        opened = _open(self.weights("teacher"), self.config)
+        self._freeze(opened.model)
+        return self._filled(opened, recompute=False)
+
+    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
+        """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
+        config, mesh = self.config, self.mesh
+        base = self.weights("teacher")
+        identity = mesh.on_main(lambda: weights_identity(base))
+        opened = _open(base, config)
+        self._freeze(opened.model)
+        updates: list[Iterator[tuple[str, Tensor]]] = []
+        names = [name for name in ("generator", "critic") if self._lora(name) is not None]
+        for name in names:
+            lora = self._lora(name)
+            assert lora is not None
+            own = self.weights(name)
+            if own != base and (found := mesh.on_main(lambda own=own: weights_identity(own))) != identity:  # type: ignore[misc]
+                key = "init_from" if name == "generator" else "critic.init_from"
+                raise ConfigError(
+                    f"roles=shared holds one base for all, and {key}={own} (SHA-256 {found[:16]}) are other weights "
+                    f"than teacher={base} ({identity[:16]}); name the same weights, train the {name} whole (without "
+                    "lora), or set roles=separate"
+                )
+            self.adapters[name] = adapt(opened, name, lora, own, config, mesh, called=name, identity=identity)
+            updates.append(first_values(opened.model, name, config, called=name))
+        shared = SharedBase(self._filled(opened, *updates))
+        networks: dict[str, VideoDiT] = {}
+        for name in ("generator", "critic"):
+            networks[name] = Role(shared, name) if name in names else self.trained(name)
+        if mesh.is_main:
+            logger.info("one frozen network is shared by the teacher and %s", " and ".join(names))
+        return networks, Role(shared, None), self.adapters
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+    def _lora(self, name: str) -> LoraConfig | None:
+        if name == "generator":
+            return self.config.lora
+        assert self.config.critic is not None
+        return self.config.critic.lora
+
+    def weights(self, name: str) -> Path:
+        """What the network `name` is read from. Raises: CheckpointError."""
+        config = self.config
+        source = config.teacher if name == "teacher" else config.init_from
+        if name == "critic":
+            assert config.critic is not None
+            source = config.critic.init_from or config.teacher
+        assert source is not None
+        return weights_folder(config.source(source), config)
+
+    def _freeze(self, model: VideoDiT) -> None:
+        kept = self.config.parallel.frozen_weights
+        if kept == "bfloat16" or (kept == "auto" and self.config.precision == "bf16"):
+            model.cast(torch.bfloat16)
+        model.requires_grad_(False)
+
+    def _cast_masters(self, model: VideoDiT) -> None:
+        if self.config.parallel.master_weights == "bfloat16":
+            model.cast_blocks(torch.bfloat16)
+
+    def _random(self) -> VideoDiT:
+        # The same random weights on every rank: sharding takes a slice of each.
+        torch.manual_seed(self.config.seed)
+        network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
+        self._cast_masters(network)
+        if self.config.parallel.cpu_offload:
+            network.to("cpu")
+        self._parallelize(network, recompute=True)
+        return network
+
+    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
+        """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
+        self._parallelize(opened.model, recompute=recompute)
+        device = "cpu" if self.config.parallel.cpu_offload else self.mesh.device
+        materialize(opened.model, device, chain(opened.read(None), *updates))
+        return opened.model
+
+    def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
+        config = self.config
+        parallelize(
+            model,
+            self.mesh,
+            recompute=config.activation_checkpointing if recompute else None,
+            compiled=config.parallel.compile,
+            cpu_offload=config.parallel.cpu_offload,
+        )
+
+
+def _open(source: Path, config: StageConfig) -> Opened:
+    """Weights of a stage before they are read, checked against its condition. Raises: CheckpointError, ConfigError."""
+    opened = opened_as_asked(open_weights(weights_folder(source, config)), config.model, config.seed)
+    sizes = opened.model.config
+    if (sizes.condition_channels > 0) != config.model.with_y:
+        key, fix = _misfit(config.model)
+        raise ConfigError(
+            f"model.{key}={getattr(config.model, key)} does not fit the weights at {source}, which have "
+            f"in_channels={sizes.in_channels}; set it to {fix}"
+        )
+    return opened
+
+
+def _misfit(settings: ModelConfig) -> tuple[str, str]:
+    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
+    if settings.with_y:
+        return "image_condition", (
+            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
+            "model.widen=true and model.preset to the sizes wanted"
+        )
+    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")
+
+
+def _check_same_rules(source: Path, config: StageConfig) -> None:
+    """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
+    checkpoint = find_weights(source, config.logdir).checkpoint
+    if config.stage == "teacher" or checkpoint is None:
+        return
+    manifest = read_manifest(checkpoint)
+    if manifest["config"].get("stage") == "teacher":
+        return
+    for key, value in facts(config).items():
+        if (before := manifest.get(key)) != json.loads(json.dumps(value)):
+            raise ConfigError(
+                f"{key}={value!r} is not that of init_from={config.init_from}, {before!r}; set it to that"
+            )

@@ -1,0 +1,119 @@
+"""Two gloo ranks: reading slices gives what reading whole gives, in part of the memory; the options of `parallel`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import memory_run
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_lora import adapted, adapter_of, stir
+from tiny_stage import TEACHER, make_model
+
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.errors import ConfigError
+from longtake.models.dit import DiTConfig
+from longtake.models.lora import factors
+from longtake.models.lora_files import Base, write_adapter
+from longtake.models.model_json import config_to_json, write_config
+from longtake.models.weight_identity import weights_identity
+from longtake.models.weights import save_dit
+from longtake.runs import latest_checkpoint
+from longtake.train.metrics_log import read_rows
+
+LARGE = DiTConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=8, text_dim=64, text_len=8)
+
+
+@pytest.fixture(scope="module")
+def shop(workshop, tmp_path_factory):
+    """The workshop with text-to-video weights to widen, low-rank updates to merge, and a large model."""
+    folder = tmp_path_factory.mktemp("shop")
+    for name in ("encoders", "teacher", "data"):
+        shutil.copytree(workshop / name, folder / name)
+    narrow = replace(TEACHER, model_type="t2v", in_channels=TEACHER.out_channels, image_dim=None)
+    save_dit(narrow, make_model(narrow, seed=4).state_dict(), folder / "narrow", torch.bfloat16)
+    (folder / "sizes").mkdir()
+    write_config(folder / "sizes", config_to_json(TEACHER))
+    model = stir(adapted(make_model()))
+    base = Base(str(folder / "teacher"), weights_identity(folder / "teacher"))
+    write_adapter(folder / "updates", factors(model.state_dict()), adapter_of(model, base=base))
+    save_dit(LARGE, make_model(LARGE).state_dict(), folder / "large", torch.bfloat16)
+    return folder
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, memory_run.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def read_by_two(shop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(shop, folder, "load")
+    return folder
+
+
+def test_sharded_loading_equals_loading_whole(shop, read_by_two, tmp_path):
+    """Whole weights, updates on bfloat16, widened and merged ones, roles: bit for bit what one rank reads."""
+    memory_run.loaded(shop, tmp_path, Mesh())
+    for variant in memory_run.VARIANTS:
+        got, wanted = (load_file(folder / f"{variant}.safetensors") for folder in (read_by_two, tmp_path))
+        assert got.keys() == wanted.keys() and len(wanted) > 50
+        for key, value in wanted.items():
+            assert got[key].dtype == value.dtype and torch.equal(got[key], value), (variant, key)
+    teacher, one = load_file(shop / "teacher" / "diffusion_pytorch_model.safetensors"), load_file(
+        tmp_path / "whole.safetensors"
+    )
+    for name in ("generator", "critic", "teacher"):
+        assert all(torch.equal(one[f"{name}.{key}"], value) for key, value in teacher.items())
+    assert load_file(tmp_path / "bf16.safetensors")["generator.blocks.0.ffn.0.weight"].dtype == torch.bfloat16
+
+
+def test_no_rank_ever_holds_a_network_whole(read_by_two):
+    for rank in (0, 1):
+        held = json.loads((read_by_two / f"held{rank}.json").read_text())
+        assert held["shards"] <= 0.51 * held["whole"] and held["whole"] > 100 << 20
+        assert 0.8 * held["shards"] < held["most"] < held["shards"] + 2 * held["biggest"] + (12 << 20)
+
+
+# ---- options of `parallel` -------------------------------------------------------------------------------------------
+def rows(folder):
+    read = read_rows(folder / "distill" / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in read]
+
+
+def weights(folder):
+    path = latest_checkpoint(folder / "distill" / "checkpoints")
+    return load_file(path / "generator" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_options_train_what_the_defaults_train(shop, tmp_path):
+    names = [name for name in memory_run.TRAININGS if name != "int8" or find_spec("torchao")]
+    torchrun(shop, tmp_path / "two", "train", *names)
+    memory_run.trained(shop, tmp_path / "one", Mesh(), ["plain", "masters"])
+    wanted = weights(tmp_path / "one" / "plain")
+    for name in ("plain", "offload", "reduce_once", "selective"):
+        for mine, theirs in zip(rows(tmp_path / "two" / name), rows(tmp_path / "one" / "plain"), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
+        got = weights(tmp_path / "two" / name)
+        assert all((got[key] - value).abs().max() < 1e-5 for key, value in wanted.items()), name
+    for name in ("masters", "int8"):
+        if name in names:
+            first, theirs = rows(tmp_path / "two" / name)[0], rows(tmp_path / "one" / "plain")[0]
+            assert first["generator_loss"] == pytest.approx(theirs["generator_loss"], rel=0.05)
+    kept = weights(tmp_path / "two" / "masters")
+    assert kept["blocks.0.ffn.0.weight"].dtype == torch.bfloat16 and kept["head.head.weight"].dtype == torch.float32
+
+
+def test_offloading_needs_ranks():
+    with pytest.raises(ConfigError, match="parallel.cpu_offload=true needs several ranks, this is one; set it to fal"):
+        parallelize(make_model(), Mesh(), cpu_offload=True)

@@ -1,0 +1,52 @@
+"""Compiled blocks compute what uncompiled ones do, and are left out by name where there is no compiler."""
+
+import logging
+
+import pytest
+import torch
+
+from longtake.distributed import parallelize as module
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.structs import BlockPlan
+
+
+def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    module._has_compiler.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        models = [parallelize(tiny_model(), Mesh(), compiled=True) for _ in range(2)]
+    module._has_compiler.cache_clear()
+    said = [record.message for record in caplog.records if "parallel.compile" in record.message]
+    assert said == ["parallel.compile=true needs a C++ compiler, which is not there: blocks run uncompiled"]
+    assert all(block._compiled_call_impl is None for model in models for block in model.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not module._has_compiler("cpu"), reason="needs a C++ compiler")
+def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_latents):
+    """Bidirectional, masked and cached calls with recomputation: outputs and gradients, to 1e-5."""
+    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, "relative")
+
+    def noise(start, end, step):
+        return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
+
+    def results(compiled):
+        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
+        x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
+        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1)
+        found = []
+        for call in (
+            lambda: model(x, sigma, condition),
+            lambda: model(x, sigma, condition, mask=layout),
+            lambda: roll_out(model, condition, noise(0, 1, 9), noise, rules, 3, (4, 6), graded=True).latents,
+        ):
+            model.zero_grad()
+            out = call()
+            out.square().mean().backward()
+            found += [out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])]
+        return found
+
+    for mine, theirs in zip(results(True), results(False), strict=True):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()

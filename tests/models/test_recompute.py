@@ -1,0 +1,91 @@
+"""Activation checkpointing: full and selective give the gradients of none; selective runs attention once."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longtake.distributed.mesh import Mesh
+from longtake.distributed.parallelize import parallelize
+from longtake.errors import CacheError
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.structs import BlockPlan
+
+MODES = [False, True, "selective"]
+
+
+class Counted(TorchDispatchMode):
+    """Forward calls of attention kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.count += "scaled_dot_product" in name and "backward" not in name
+        return function(*args, **(kwargs or {}))
+
+
+def gradients(model, loss, counted):
+    with counted:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_condition, tiny_latents, bf16, mask):
+    found, counts = {}, {}
+    for mode in MODES:
+        model = tiny_model(True)
+        parallelize(model, Mesh(), recompute=mode)
+        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1) if mask else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), mask=layout).square().mean()
+        counted = Counted()
+        found[mode], counts[mode] = gradients(model, loss, counted), counted.count
+    layers = 2 * (1 + 2)  # each has self-attention, and cross-attention to text and to CLIP tokens
+    assert counts == {False: 0, True: layers, "selective": 0}
+    for mode in MODES[1:]:
+        assert found[mode].keys() == found[False].keys()
+        if bf16:
+            for name, value in found[False].items():
+                torch.testing.assert_close(found[mode][name], value, rtol=0.02, atol=1e-3)
+        else:
+            assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
+    """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
+    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, rope)
+
+    def noise(start, end, step):
+        generator = torch.Generator().manual_seed(100 * start + step)
+        return torch.randn(2, end - start, 4, 4, 6, generator=generator)
+
+    found = {}
+    for mode in MODES:
+        model = tiny_model(True)
+        parallelize(model, Mesh(), recompute=mode)
+        condition = tiny_condition(model)
+        made = roll_out(model, condition, noise(0, 1, 9), noise, rules, 9, (4, 6), graded=True)
+        found[mode] = gradients(model, made.latents.square().mean(), Counted())
+    for mode in MODES[1:]:
+        assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+
+
+def test_selective_still_leases_what_it_read(tiny_model, tiny_condition, tiny_latents):
+    """Attention is kept, its inputs are not: an overwrite before backward is refused."""
+    model = parallelize(tiny_model(True), Mesh(), recompute="selective")
+    condition, sigma = tiny_condition(model), torch.zeros(2)
+    cache = model.new_cache(2, 4, 6, 3, 1)
+    for frames in (1, 2):
+        with torch.no_grad():
+            model(tiny_latents(frames), sigma, condition, cache=cache, commit=True)
+    out = model(tiny_latents(1), sigma + 0.5, condition, cache=cache)
+    with pytest.raises(CacheError, match="pending backward"), torch.no_grad():
+        model(tiny_latents(2), sigma, condition, cache=cache, commit=True)
+    out.sum().backward()
+    with torch.no_grad():
+        model(tiny_latents(2), sigma, condition, cache=cache, commit=True)

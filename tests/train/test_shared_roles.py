@@ -1,0 +1,101 @@
+"""Stages with shared roles: what is refused, what resumes what, what is exported; frozen networks in bfloat16."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_stage import make_model, stage_config
+
+from longtake.distributed.mesh import Mesh
+from longtake.errors import ConfigError
+from longtake.models.lora_files import WEIGHTS
+from longtake.models.weights import save_dit
+from longtake.runs import exported_weights, latest_checkpoint
+from longtake.train.metrics_log import read_rows
+from longtake.train.networks import build_networks
+from longtake.train.stages import run_stage
+
+LORA = {"rank": 2, "alpha": 4}
+
+
+def config_of(workshop, logdir, **changes):
+    critic = {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}
+    return stage_config(
+        workshop, logdir, "distill", **({"lora": LORA, "critic": critic, "roles": "shared", "max_steps": 2} | changes)
+    )
+
+
+def newest(config):
+    return latest_checkpoint(config.folder / "checkpoints")
+
+
+@pytest.mark.parametrize("order", [("separate", "shared"), ("shared", "separate")])
+def test_a_checkpoint_of_one_kind_resumes_in_the_other(workshop, tmp_path, order):
+    first, then = order
+    whole = config_of(workshop, tmp_path / "whole", roles=first, max_steps=4)
+    run_stage(whole, Mesh())
+    half = config_of(workshop, tmp_path / "half", roles=first, max_steps=2)
+    run_stage(half, Mesh())
+    rest = config_of(workshop, tmp_path / "half", roles=then, max_steps=4)
+    run_stage(rest, Mesh())
+    for name in ("generator_lora", "generator_ema_lora"):
+        one, two = (load_file(newest(config) / name / WEIGHTS) for config in (whole, rest))
+        assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() <= 1e-6 for key in one)
+    assert exported_weights(newest(rest)).name == "generator_ema_lora"
+
+
+def test_other_weights_than_the_teachers_are_refused(workshop, tmp_path):
+    save_dit(make_model().config, make_model(seed=8).state_dict(), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"roles=shared holds one base for all, and init_from=.*other \(SHA-256 .*"):
+        build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "other")), Mesh())
+    critic = {"lora": {"rank": 3}, "init_from": str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match="and critic.init_from=.* train the critic whole"):
+        build_networks(config_of(workshop, tmp_path, critic=critic), Mesh())
+    shutil.copytree(workshop / "teacher", tmp_path / "copy")  # the same weights elsewhere are the same
+    networks, real, _ = build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh())
+    assert networks["generator"].base is networks["critic"].base is real.base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": None, "critic": {"lr": 1e-3}}, "roles=shared needs low-rank updates of the student"),
+        ({"parallel": {"master_weights": "bfloat16"}}, "master_weights=bfloat16 computes in bfloat16; set precision=b"),
+        ({"activation_checkpointing": "some"}, "activation_checkpointing"),
+    ],
+)
+def test_wrong_values_are_refused(workshop, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(workshop, tmp_path, **changes)
+    with pytest.raises(ConfigError, match="roles=shared is for stages distill and long, this is stage causal"):
+        stage_config(workshop, tmp_path, "causal", lora=LORA, roles="shared")
+
+
+def test_checkpointing_by_its_old_and_new_names(workshop, tmp_path):
+    wanted = {"none": False, "full": True, True: True, False: False, "selective": "selective"}
+    for given, value in wanted.items():
+        assert config_of(workshop, tmp_path, activation_checkpointing=given).activation_checkpointing == value
+
+
+def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path):
+    """Under autocast the numbers are equal bit for bit, for two updates of each network."""
+    found = []
+    for kept in ("float32", "auto"):
+        changes = {"precision": "bf16", "roles": "separate", "parallel": {"frozen_weights": kept}}
+        config = config_of(workshop, tmp_path / kept, **changes)
+        _, real, _ = build_networks(config, Mesh())
+        assert real.blocks[0].ffn[0].weight.dtype == (torch.float32 if kept == "float32" else torch.bfloat16)
+        run_stage(config, Mesh())
+        rows = read_rows(config.folder / "metrics.jsonl")
+        found.append([{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_encoders_are_let_go_when_every_row_is_encoded(workshop, tmp_path, monkeypatch):
+    from longtake.train.encode import BatchEncoder
+
+    released = []
+    monkeypatch.setattr(BatchEncoder, "release", lambda self: released.append(self.__dict__.pop("encoders")))
+    run_stage(config_of(workshop, tmp_path, max_steps=6), Mesh())  # 24 samples of 6 rows: all are encoded ahead
+    assert len(released) == 1
