@@ -33,7 +33,7 @@ def rows_of(config):
 
 
 def without_seconds(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]
 
 
 def weights_of(config):
