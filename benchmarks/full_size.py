@@ -236,10 +236,10 @@ def summary(rows: list[dict[str, Any]], iterations: int) -> dict[str, Any]:
     for row in rows[1:]:
         exit_step = int(row["exit_step"])
         if "generator_loss" in row:
-            seconds["generator update"][exit_step].append(row["seconds/generator"])
-            seconds["critic update on the same clips"][exit_step].append(row["seconds/critic"])
+            seconds["generator update"][exit_step].append(row["seconds_of/generator"])
+            seconds["critic update on the same clips"][exit_step].append(row["seconds_of/critic"])
         else:
-            seconds["critic update"][exit_step].append(row["seconds/critic"])
+            seconds["critic update"][exit_step].append(row["seconds_of/critic"])
     return {
         "iterations": max(0, len(rows) - 1),
         "asked": iterations,

@@ -75,9 +75,9 @@ def test_summaries_leave_the_first_out(full_size):
     first = {"exit_step": 0.0, "generator_loss": 1.0, "critic_loss": None, "seconds": 99.0}
     alone = {"exit_step": 2.0, "critic_loss": 1.0, "seconds": 2.0, "memory_gib": 5.0}
     rows = [
-        {**first, "seconds/generator": 50.0, "seconds/critic": 49.0, "memory_gib": 7.0},
-        {**alone, "seconds/critic": 1.0},
-        {**alone, "seconds/critic": 3.0},
+        {**first, "seconds_of/generator": 50.0, "seconds_of/critic": 49.0, "memory_gib": 7.0},
+        {**alone, "seconds_of/critic": 1.0},
+        {**alone, "seconds_of/critic": 3.0},
     ]
     short = full_size.summary(rows, 20)
     assert short["seconds by exit step"] == {"critic update": {"2": 2.0}}
