@@ -9,9 +9,9 @@ token and layer were counted from the operations of the model as eager PyTorch r
     and 6.3 bytes a weight and call for the bfloat16 copies of float32 weights
 
 Networks: FSDP gathers each block's weights in every forward and once more in every backward, where gradients are also
-reduced over a shard group and then over the replicas. Gathering hides behind a share of the computing. Ulysses exchanges
-queries, keys, values and the result of every self-attention; that does not hide. A ring over nodes passes its bytes
-through the network card of each GPU in turn, so its rate is the smaller one of the links and of all cards of a node.
+reduced over a shard group and then over the replicas. Gathering hides behind a share of the computing. Ulysses
+exchanges queries, keys, values and the result of every self-attention; that does not hide. A ring over nodes uses the
+network cards of all its GPUs, so its rate is the smaller one of a GPU's links and of all cards of a node.
 
 Not modelled: waiting for data, encoders, logging, checkpoints, stragglers, and ranks that draw unequal shapes.
 """
@@ -49,7 +49,7 @@ class Traffic:
         )
 
 
-# By (precision, backward)
+# For each precision; True for the backward.
 TRAFFIC = {
     ("bf16", False): Traffic(363, 4, 64, 111),
     ("bf16", True): Traffic(647, 8, 56, 180),
@@ -228,13 +228,11 @@ class SpeedModel:
             moved += 12  # the average is read and written, the weights are read
         rate = self.rates["memory"]
         if self.layout.cpu_offload:
-            moved, rate = (
-                8,
-                self.rates["host_link"],
-            )  # gradients go out, weights come back; the host's time is not known
+            # Gradients go out, weights come back; the time of the host's own update is not known.
+            moved, rate = 8, self.rates["host_link"]
         sums.seconds["optimizer"] += times * trained * moved / rate
 
-    # ---- networks -----------------------------------------------------------------------------------------------------
+    # ---- networks -------------------------------------------------------------------------------------------------
     def _stored_bytes(self, name: str) -> float:
         """Bytes of a network as its shards are gathered."""
         network, lora = self.networks[name], self.loras[name]
@@ -254,8 +252,9 @@ class SpeedModel:
         """Gradients: over the shards, then what each rank has of them over the replicas, there and back."""
         layout = self.layout
         seconds = self._ring(size, layout.shards, 1, sums, times)
-        own = size / layout.shards
-        return seconds + 2 * self._ring(own, layout.replicate, layout.shards, sums, times)
+        for _ in ("there", "back"):
+            seconds += self._ring(size / layout.shards, layout.replicate, layout.shards, sums, times)
+        return seconds
 
     def _ring(self, size: float, ranks: int, stride: int, sums: _Sums, times: float) -> float:
         """Seconds of a ring over `ranks` that are `stride` apart; each sends `size` (ranks - 1) / ranks."""
