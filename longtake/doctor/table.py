@@ -15,7 +15,7 @@ from longtake.doctor.memory import HEADROOM, Need, Networks, stage_need
 from longtake.doctor.rates import Rates
 from longtake.doctor.speed import PHASES, Prediction, SpeedModel
 
-GPU_COUNTS = (1, 2, 4, 8, 64, 1024)
+GPU_COUNTS = (1, 2, 4, 8, 64, 256, 1024)
 # The largest batches that recipes of this kind are published with: LongLive v1 and Causal-Forcing. Larger ones are
 # nobody's experience that we know of.
 KNOWN_BATCH = 64
