@@ -16,7 +16,8 @@ Parts, in this order (`--parts` takes some of them; later ones find what earlier
 
 `results.json` and `results.md` in the output folder are rewritten whenever a number is new, so that a run that is
 killed leaves what it had. Past `--budget-seconds` no part begins, training is stopped and the video ends. A part that
-fails is recorded and the others run; the exit code is then 1.
+fails is recorded and the others run; the exit code is then 1. `longtake doctor CONFIG --gpus N --measured results.json`
+predicts with what was measured.
 """
 
 from __future__ import annotations
@@ -221,10 +222,12 @@ def train(run: Run, window: int, sink: int, iterations: int) -> None:
     rows = run.output / f"window{window}_sink{sink}" / "metrics.jsonl"
     rows.unlink(missing_ok=True)
     name = f"train, window {window}, sink {sink}"
+    # For `longtake doctor --measured`, which predicts these very steps.
+    what = {"config": yaml.safe_load(config.read_text()), "network": run.sizes.dit.to_dict()}
     start = time.perf_counter()
 
     def progress() -> None:
-        run.record(name, {"seconds": time.perf_counter() - start, **summary(read_rows(rows), iterations)})
+        run.record(name, {"seconds": time.perf_counter() - start, **summary(read_rows(rows), iterations), **what})
 
     run.longtake(config.stem, ["train", str(config)], progress)
 
@@ -236,10 +239,10 @@ def summary(rows: list[dict[str, Any]], iterations: int) -> dict[str, Any]:
     for row in rows[1:]:
         exit_step = int(row["exit_step"])
         if "generator_loss" in row:
-            seconds["generator update"][exit_step].append(row["seconds/generator"])
-            seconds["critic update on the same clips"][exit_step].append(row["seconds/critic"])
+            seconds["generator update"][exit_step].append(row["seconds_of/generator"])
+            seconds["critic update on the same clips"][exit_step].append(row["seconds_of/critic"])
         else:
-            seconds["critic update"][exit_step].append(row["seconds/critic"])
+            seconds["critic update"][exit_step].append(row["seconds_of/critic"])
     return {
         "iterations": max(0, len(rows) - 1),
         "asked": iterations,
@@ -306,10 +309,12 @@ def block_summary(times: list[float], allocated: list[int | None], first: int = 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown; long lists stay in the JSON file."""
+    """The results as Markdown; long lists, configurations and sizes stay in the JSON file."""
     lines = ["| part | what | value |", "|---|---|---|"]
     for part, values in results.items():
         for name, value in values.items():
+            if name in ("config", "network"):
+                continue
             if isinstance(value, Mapping):
                 lines += [f"| {part} | {name}: {key} | {show(inner)} |" for key, inner in value.items()]
             elif not (isinstance(value, list) and len(value) > 4):

@@ -28,6 +28,7 @@ from longtake.config_groups import (
     OptimConfig,
     ParallelConfig,
     PlanConfig,
+    ProfileConfig,
     ValidationConfig,
     VideoConfig,
     WandbConfig,
@@ -38,17 +39,9 @@ from longtake.structs import pixel_frames
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
-    *(
-        "LoraConfig",
-        "ModelConfig",
-        "OptimConfig",
-        "ParallelConfig",
-        "PlanConfig",
-        "StageConfig",
-        "ValidationConfig",
-        "VideoConfig",
-    ),
-    *("WandbConfig", "WorldConfig", "TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
+    *("LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig", "StageConfig"),
+    *("ValidationConfig", "VideoConfig", "WandbConfig", "WorldConfig", "TOY", "TOY_ASSETS", "dump", "is_path"),
+    *("load_config", "resolve_source"),
 ]
 
 TOY_ASSETS = Path(__file__).parent / "assets" / "toy"
@@ -118,6 +111,7 @@ class StageConfig(Settings):
     log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
     validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)
     wandb: WandbConfig = Field(default=WandbConfig(), description=WandbConfig.__doc__)
+    profile: ProfileConfig = Field(default=ProfileConfig(), description=ProfileConfig.__doc__)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

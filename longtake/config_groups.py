@@ -344,6 +344,18 @@ class WandbConfig(Settings):
         return self
 
 
+class ProfileConfig(Settings):
+    """A trace of the PyTorch profiler, written into the stage's folder; off unless `num_steps` is above 0."""
+
+    num_steps: int = Field(default=0, ge=0, le=20, description="iterations to record; 0 = none")
+    start_step: int = Field(
+        default=2, ge=0, description="iterations before the recording begins, counted from where this process begins"
+    )
+    every_rank: bool = Field(default=False, description="a trace of each rank, not of the first alone")
+    shapes: bool = Field(default=False, description="also record shapes of the operations' inputs")
+    memory: bool = Field(default=False, description="also record allocations")
+
+
 class WorldConfig(Settings):
     """The toy world that is written to `{logdir}/data` as training data."""
 

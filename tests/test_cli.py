@@ -21,7 +21,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json", "unmerge"}
+FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge"}
 
 
 @pytest.fixture
@@ -98,6 +98,7 @@ NOT_DEFAULT = {
     "log_every": 19,
     "validation": {"num_worlds": 23, "num_latent_frames": 10, "seed": 29, "teacher_steps": 31, "teacher_guidance": 1.5},
     "wandb": {"enabled": True, "project": "p"},
+    "profile": {"num_steps": 3, "start_step": 5, "every_rank": True, "shapes": True, "memory": True},
 }  # fmt: skip
 
 

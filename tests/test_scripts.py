@@ -310,4 +310,4 @@ def test_kill_9_at_random_moments_changes_no_bit(tmp_path):
 
 def losses(stage: Path) -> list[dict]:
     rows = read_rows(stage / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]

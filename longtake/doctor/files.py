@@ -19,12 +19,11 @@ from longtake.models.folders import (
     encoder_files,
     find_weights,
     hub_repository,
+    image_token_count,
     missing_encoders,
 )
 from longtake.models.presets import PRESETS, model_config
 from longtake.models.weights import open_dit
-
-_CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 
 
 @dataclass
@@ -72,7 +71,7 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     stored = is_encoded(Path(config.data.path))
     encoder_bytes = 0 if stored else _encoders(config, generator.image_dim is not None, missing)
     _data(config, job, missing)
-    return Findings(networks, encoder_bytes, _image_tokens(config.encoders_folder), missing, notes)
+    return Findings(networks, encoder_bytes, image_token_count(config.encoders_folder), missing, notes)
 
 
 def _weights(
@@ -132,14 +131,6 @@ def _elements(file: Path, part: EncoderPart) -> int:
 
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
-
-
-def _image_tokens(encoders: Path) -> int:
-    file = encoders / "image_encoder" / "config.json"
-    if not file.is_file():
-        return _CLIP_TOKENS
-    data = json.loads(file.read_text())
-    return (data["image_size"] // data["patch_size"]) ** 2 + 1
 
 
 def _data(config: StageConfig, job: JobConfig | None, missing: list[str]) -> None:

@@ -25,10 +25,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longtake.config import LoraConfig, StageConfig
+    from longtake.doctor.layout import Layout
     from longtake.models.dit import DiTConfig
     from longtake.structs import BlockPlan
 
 _FLOAT, _BF16 = 4, 2
+# What the model does not count: the CUDA context, fragments of the allocator, remembered encodings.
+HEADROOM = 1.1
 
 
 @dataclass(frozen=True)
@@ -253,24 +256,37 @@ class Need:
 
 
 def stage_need(
-    config: StageConfig, networks: Networks, world_size: int, *, encoder_bytes: int = 0, image_tokens: int = 0
+    config: StageConfig,
+    networks: Networks,
+    world_size: int,
+    *,
+    encoder_bytes: int = 0,
+    image_tokens: int = 0,
+    layout: Layout | None = None,
 ) -> Need:
-    """What each of `world_size` ranks needs to train a stage. Networks are sharded, encoders are not."""
+    """What each of `world_size` ranks needs to train a stage. Networks are sharded, encoders are not.
+
+    Args: `layout`, where the ranks are not all data ranks over which one copy of each network is sharded.
+    """
     precision = config.precision
+    sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
+    data_ranks = world_size
+    if layout is not None:
+        sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
+        data_ranks, world_size = layout.data_ranks, layout.shards
     loras = (config.lora, config.critic.lora if config.critic is not None else None)
     trained = list(zip(networks.trained, loras))
     parameters = sum(trained_count(*each) for each in trained)
     # With shared roles the teacher is the base of the others.
-    shared = config.roles == "shared"
     bases = sum(weight_bytes(network, precision) for network, lora in trained if lora is not None and not shared)
     frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher, _frozen_type(config))
     shown = 0 if networks.shown is None else weight_bytes(networks.shown)
     student = _FLOAT * trained_count(networks.generator, config.lora)
     average = student if config.ema.enabled else 0
     optimizer = sum(optimizer_bytes(*each) for each in trained)
-    clip = _stage_clip(config, networks.generator, world_size, image_tokens)
-    activations = {on: _activations(config, networks, clip, checkpointing=on) for on in (False, True)}
-    caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) for on in (False, True)}
+    clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
+    activations = {on: _activations(config, networks, clip, checkpointing=on) // sequence for on in (False, True)}
+    caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) // sequence for on in (False, True)}
     on = bool(config.activation_checkpointing)
     parts = {
         "weights": (_FLOAT * parameters + bases) // world_size,
@@ -282,11 +298,13 @@ def stage_need(
         "bfloat16 copies": sum(autocast_bytes(*each) for each in trained) if precision == "bf16" else 0,
         "cache": caches[on],
         "activations": activations[on],
-        "working memory": working_bytes(networks.teacher or networks.generator, clip, precision),
+        "working memory": working_bytes(networks.teacher or networks.generator, clip, precision) // sequence,
         "encoders": encoder_bytes,
     }
+    if offload:  # shards, their gradients, optimizer and average lie in the host's memory
+        parts |= dict.fromkeys(("weights", "gradients", "optimizer", "average"), 0)
     other = sum(parts.values()) + activations[not on] - activations[on] + caches[not on] - caches[on]
-    loading = encoder_bytes + _loading_bytes(networks, world_size)
+    loading = encoder_bytes + (weight_bytes(networks.generator) if shared else _loading_bytes(networks, world_size))
     exports = student + average
     return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from longtake.config import JobConfig, StageConfig, load_config
+from longtake.devices import find_device
+from longtake.doctor.calibration import measured_rates
 from longtake.doctor.files import Findings, look_at
+from longtake.doctor.layout import Layout, layout_of, with_shared_base
 from longtake.doctor.machine import Machine, free_disk, look
-from longtake.doctor.memory import Need, parameter_count, stage_need
+from longtake.doctor.memory import HEADROOM, Need, parameter_count, stage_need
+from longtake.doctor.rates import Rates, rates_of
+from longtake.doctor.speed import Prediction, SpeedModel
+from longtake.doctor.table import markdown
 from longtake.errors import ConfigError
-
-# What the model does not count: the CUDA context, fragments of the allocator, remembered encodings.
-HEADROOM = 1.1
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class StageReport:
     disk_free_bytes: int
     problems: list[str]
     checkpointing: bool
+    layout: Layout
+    prediction: Prediction
+    rates: Rates
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -50,8 +56,22 @@ class StageReport:
             f"  {'while loading':<16} {_size(self.need.loading):>12}   (one network whole, those before it sharded)",
             f"  {'free':<16} {_size(self.free_bytes):>12}   ({self.where})",
             f"  {'checkpoints':<16} {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
+            *self._prediction_lines(),
             *(f"  note: {note}" for note in self.findings.notes),
             *(f"  PROBLEM: {problem}" for problem in self.problems),
+        ]
+
+    def _prediction_lines(self) -> list[str]:
+        guess, layout = self.prediction, self.layout
+        basis = "calibrated by measured steps" if self.rates.is_calibrated else "no whole step was measured"
+        phases = ", ".join(f"{name} {value:.2f}" for name, value in guess.seconds.items() if value >= 0.005)
+        return [
+            f"  predicted for {layout.gpus} x {self.rates.device.name} in nodes of {layout.gpus_per_node} ({basis}): "
+            f"{layout.replicate} replica(s) x {layout.shards} shard(s), sequence {layout.sequence}",
+            f"  {'seconds a step':<16} {guess.total:>12.2f}   ({phases}; {guess.samples_per_second:.2f} samples/s, "
+            f"{guess.utilisation:.0%} of the peak)",
+            f"  {'network bytes':<16} {guess.node_bytes / 1e9:>9.1f} GB   (a step and GPU inside a node; "
+            f"{guess.network_bytes / 1e9:.1f} GB between nodes)",
         ]
 
 
@@ -85,6 +105,10 @@ class Report:
                 "missing": stage.findings.missing,
                 "notes": stage.findings.notes,
                 "problems": stage.problems,
+                "layout": asdict(stage.layout),
+                "device": stage.rates.device.name,
+                "calibrated": stage.rates.is_calibrated,
+                "prediction": stage.prediction.tree(),
             }
             for stage in self.stages
         ]
@@ -97,11 +121,21 @@ class Report:
         return f"{text}{problems}\n\n{'all is well' if self.ok else 'something is missing or does not fit'}"
 
 
-def diagnose(config: str | Path | None = None, overrides: Sequence[str] = (), *, gpus: int | None = None) -> Report:
+def diagnose(
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int | None = None,
+    device: str | None = None,
+    measured: str | Path | None = None,
+    **layout: Any,
+) -> Report:
     """Looks at the machine, and at a stage or job when `config` names one.
 
-    Args: `gpus`, ranks to plan for (default: the GPUs of this machine, at least 1).
-    Raises: ConfigError for a wrong configuration.
+    Args: `gpus`, ranks to plan for (default: the GPUs of this machine, at least 1); `device`, to plan for other
+    machines with such GPUs (default where there are more ranks than one node has: H200); `measured`, the
+    `results.json` of `benchmarks/full_size.py`; `layout`, fields of `Layout` that win over the configuration's.
+    Raises: ConfigError for a wrong configuration, and for numbers that do not divide each other.
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus} must be at least 1")
@@ -109,19 +143,85 @@ def diagnose(config: str | Path | None = None, overrides: Sequence[str] = (), *,
     machine = look()
     problems = [f"package {name} is not installed" for name in machine.missing_packages]
     ranks = gpus or max(1, len(machine.gpus))
-    if machine.gpus and ranks > len(machine.gpus):
+    if ranks > (layout.get("gpus_per_node") or Layout(1).gpus_per_node):
+        device = device or _device_of(machine)
+    if machine.gpus and ranks > len(machine.gpus) and device is None:
         problems.append(f"{ranks} ranks are planned and this machine has {len(machine.gpus)} GPU(s)")
-    job = loaded if isinstance(loaded, JobConfig) else None
-    stages = list(job.stages.values()) if job is not None else [loaded] if isinstance(loaded, StageConfig) else []
-    return Report(machine, [_stage(stage, job, machine, ranks) for stage in stages], problems)
+    plan = Plan(ranks, device, _rates(device or _device_of(machine), measured), layout)
+    reports = [_stage(stage, job, machine, plan) for stage, job in _stages(loaded)]
+    return Report(machine, reports, problems)
 
 
-def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, ranks: int) -> StageReport:
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for: `ranks`, the `device` of other machines (None: this one), `rates`, options of the layout."""
+
+    ranks: int
+    device: str | None
+    rates: Rates
+    layout: dict[str, Any]
+
+    def lay(self, config: StageConfig, found: Findings) -> tuple[StageConfig, Layout]:
+        """The stage and its layout, checked. Raises: ConfigError."""
+        layout = layout_of(config, self.ranks, **self.layout)
+        if layout.shared_base and config.distils:
+            config = with_shared_base(config)
+        layout.check(config, found.networks)
+        return config, layout
+
+
+def scaling_table(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    measured: str | Path | None = None,
+    **layout: Any,
+) -> str:
+    """Each stage of a recipe on 1 to 1024 GPUs, as Markdown; nothing of this machine enters. Raises: ConfigError."""
+    rates, tables = _rates(device or "H200", measured), []
+    for stage, job in _stages(load_config(config, overrides)):
+        found = look_at(stage, job)
+        like = layout_of(stage, 1, **{k: v for k, v in layout.items() if k not in ("sequence", "replicate")})
+        if like.shared_base and stage.distils:
+            stage = with_shared_base(stage)
+        like.check(stage, found.networks)
+        tables.append(markdown(stage, found.networks, rates, found.image_tokens, like=like))
+    return "\n\n".join(tables)
+
+
+def _stages(loaded: StageConfig | JobConfig | None) -> list[tuple[StageConfig, JobConfig | None]]:
+    if isinstance(loaded, JobConfig):
+        return [(stage, loaded) for stage in loaded.stages.values()]
+    return [] if loaded is None else [(loaded, None)]
+
+
+def _device_of(machine: Machine) -> str:
+    """The GPU of this machine where its rates are known, else the one that the constants were measured on."""
+    found = [find_device(gpu.name) for gpu in machine.gpus[:1]]
+    return found[0].name if found and found[0] is not None else "H200"
+
+
+def _rates(device: str, measured: str | Path | None) -> Rates:
+    return rates_of(device) if measured is None else measured_rates(rates_of(device), Path(measured))
+
+
+def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, plan: Plan) -> StageReport:
+    ranks = plan.ranks
     found = look_at(config, job)
+    config, layout = plan.lay(config, found)
     need = stage_need(
-        config, found.networks, ranks, encoder_bytes=found.encoder_bytes or 0, image_tokens=found.image_tokens
+        config,
+        found.networks,
+        ranks,
+        encoder_bytes=found.encoder_bytes or 0,
+        image_tokens=found.image_tokens,
+        layout=layout,
     )
-    if machine.gpus:
+    prediction = SpeedModel(config, found.networks, layout, plan.rates, found.image_tokens).predict()
+    if plan.device is not None:
+        free, where = plan.rates.device.memory_bytes, f"an {plan.rates.device.name} by its data sheet"
+    elif machine.gpus:
         free, where = min(gpu.free_bytes for gpu in machine.gpus), "on the fullest GPU"
     else:
         free, where = machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks"
@@ -152,6 +252,9 @@ def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, ranks: 
         disk_free,
         problems,
         bool(config.activation_checkpointing),
+        layout,
+        prediction,
+        plan.rates,
     )
 
 

@@ -8,6 +8,7 @@ Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wa
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encod
 _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 # Networks in a checkpoint, the average first
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
+_CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
@@ -243,6 +245,15 @@ def encoder_files(folder: Path, part: EncoderPart) -> list[Path]:
     """The weight files of one encoder in `folder`, in either layout; empty when there is none."""
     places = part.places(folder)[:1]
     return [file for place in places for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])]
+
+
+def image_token_count(folder: Path) -> int:
+    """Tokens of the image encoder in `folder`; where its config.json is not there, those of the published one."""
+    file = folder / "image_encoder" / "config.json"
+    if not file.is_file():
+        return _CLIP_TOKENS
+    data = json.loads(file.read_text())
+    return (data["image_size"] // data["patch_size"]) ** 2 + 1
 
 
 def _parts(with_image: bool) -> list[EncoderPart]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.runs import checkpoints_folder
 from longtake.train.checkpoint import resume, save_checkpoint
+from longtake.train.gauges import Gauges, Trace
 from longtake.train.metrics_log import MetricsLog, Phases
 from longtake.train.state import TrainState
 
@@ -110,14 +111,18 @@ def train(
     info: RunInfo | None = None,
     hooks: Hooks | None = None,
     phases: Phases | None = None,
+    gauges: Gauges | None = None,
+    trace: Trace | None = None,
 ) -> None:
     """Trains until `settings.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
 
-    Args: `folder`, the stage's own; `phases`, timers that the objective shares.
+    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `gauges`, rates for the rows; `trace`,
+    a profiler.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite;
     SystemExit (143) after SIGTERM, once the state is saved.
     """
-    info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or Phases()
+    info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or Phases(mesh.device)
+    gauges = gauges or Gauges()
     checkpoints = checkpoints_folder(folder)
     facts = {"config": info.config, "facts": info.facts}
     resumed = resume(state, checkpoints, mesh=mesh, **facts)
@@ -134,7 +139,7 @@ def train(
         folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb
     )
     window = Window()
-    with closing(log), _stop_on_sigterm() as stop_asked:
+    with closing(log), closing(trace) if trace else nullcontext(), _stop_on_sigterm() as stop_asked:
         for step in range(first, last + 1):
             if hooks.evaluate and _due(step, settings.validate_every, last):
                 with phases("evaluate"):
@@ -145,7 +150,7 @@ def train(
             stop = mesh.any(stop_asked())
             save = settings.save_every > 0
             if save and step > first and (stop or _due(step, settings.save_every, last)):
-                with phases("save"):
+                with phases("checkpoint"):
                     save_checkpoint(
                         state, checkpoints, mesh=mesh, keep=settings.keep_checkpoints, export=settings.export, **facts
                     )
@@ -155,17 +160,20 @@ def train(
                 outcome = "the same command goes on" if save else "nothing is saved (save_every=0)"
                 logger.warning("Stopped by SIGTERM after %d of %d iterations; %s", step, last, outcome)
                 raise SystemExit(128 + signal.SIGTERM)
-            started = time.perf_counter()
+            if trace:
+                trace.at(step)
+            started, before = time.perf_counter(), state.data_position
             once = settings.reduce_once
             _iteration(state, objective, batches, settings.accumulation, mesh, phases, window, reduce_once=once)
-            window.add({"seconds": time.perf_counter() - started})
+            seconds = time.perf_counter() - started
+            window.add({"seconds": seconds})
+            gauges.add(step, seconds, state.data_position - before)
             row = {}
             if _due(step + 1, settings.log_every, last):
                 # Phases are summed over the row's iterations, evaluation and saving included.
-                window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
-                row = window.take(mesh)
-                if (peak := mesh.peak_memory_bytes()) is not None:
-                    row["memory_gib"] = peak / 2**30
+                window.add({f"seconds/{name}": value for name, value in phases.take().items()})
+                window.add({f"seconds_of/{name}": value for name, value in phases.take_wholes().items()})
+                row = window.take(mesh) | gauges.take(mesh)
                 log.scalars(step, row)
             log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
 
@@ -183,22 +191,25 @@ def _iteration(
 ) -> None:
     """One iteration: each network of `turns` is updated once, all on the same micro-batches."""
     step = state.step
-    with phases("fetch"):
+    with phases("data"):
         micro_batches = [next(batches) for _ in range(accumulation)]
     for turn in objective.turns(step):
         optimizer = state.optimizers[turn]
-        with phases(turn):
+        with phases.whole(turn):
             optimizer.zero_grad()
             loss = 0.0
             for number, batch in enumerate(micro_batches, 1):
                 sum_gradients(state.networks[turn], not reduce_once or number == accumulation)
-                result = objective.loss(turn, batch, step)
-                (result.loss / accumulation).backward()
+                with phases("forward"):  # what is in no other phase: the objective names roll-out and scores
+                    result = objective.loss(turn, batch, step)
+                with phases("backward"):
+                    (result.loss / accumulation).backward()
                 loss += result.loss.detach().item() / accumulation
                 window.add(result.metrics)
-            norm = optimizer.gradient_norm()
+            with phases("optimizer"):
+                norm = optimizer.gradient_norm()
         check_finite(mesh, step, turn, loss, norm)
-        with phases("step"):
+        with phases("optimizer"):
             optimizer.step(step, norm)
             if turn in state.ema:
                 state.ema[turn].update(step)

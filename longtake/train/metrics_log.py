@@ -14,37 +14,118 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from longtake.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_MOST_MARKS = 4096  # kept before they are read, which on a GPU waits for the last one
+
 
 class Phases:
     """Seconds spent in each named phase since they were last taken: `with phases("rollout"): ...`.
 
-    Wall-clock time of this process; on CUDA a phase ends when its kernels are queued, not when they are done.
+    Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
+    time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
+    events on its current stream and read when they are taken: kernels count where they run, not where they were
+    queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
+
+    `current` is the innermost phase that this process is in now, `last` the one that it completed last; both by the
+    clock of the process, None before the first.
     """
 
-    def __init__(self) -> None:
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._clock: _Clock = _EventClock() if device is not None and device.type == "cuda" else _WallClock()
+        self._stack: list[str] = []
+        self._pieces: list[tuple[str, Any, Any]] = []
+        self._wholes: list[tuple[str, Any, Any]] = []
+        self._seconds: dict[str, float] = {}
+        self._since = self._clock.mark()
+        self.last: str | None = None
+
+    @property
+    def current(self) -> str | None:
+        return self._stack[-1] if self._stack else None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._cut()
+        self._stack.append(name)
         try:
-            yield
+            with torch.profiler.record_function(name):
+                yield
         finally:
-            self._seconds[name] += time.perf_counter() - start
+            self._cut()
+            self._stack.pop()
+            self.last = name
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        """Times everything inside, whatever its phases: for `take_wholes`."""
+        start = self._clock.mark()
+        try:
+            with torch.profiler.record_function(name):
+                yield
+        finally:
+            self._wholes.append((name, start, self._clock.mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase, and sets all back to zero."""
-        seconds = dict(self._seconds)
-        self._seconds.clear()
+        """Seconds by phase, `other` included, and sets all back to zero."""
+        self._cut()
+        self._read()
+        seconds, self._seconds = self._seconds, {}
         return seconds
+
+    def take_wholes(self) -> dict[str, float]:
+        """Seconds by the names of `whole`, and sets all back to zero."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for name, start, end in self._wholes:
+            seconds[name] += self._clock.seconds(start, end)
+        self._wholes.clear()
+        return dict(seconds)
+
+    def _cut(self) -> None:
+        now = self._clock.mark()
+        self._pieces.append((self.current or "other", self._since, now))
+        self._since = now
+        if len(self._pieces) >= _MOST_MARKS:
+            self._read()
+
+    def _read(self) -> None:
+        for name, start, end in self._pieces:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock.seconds(start, end)
+        self._pieces.clear()
+
+
+class _Clock(Protocol):
+    def mark(self) -> Any: ...
+
+    def seconds(self, start: Any, end: Any) -> float: ...
+
+
+class _WallClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class _EventClock:
+    """Events on the current stream: asking for seconds waits until the later one has happened."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 class MetricsLog:

@@ -18,6 +18,7 @@ from longtake.errors import ConfigError
 from longtake.inference.generator import load_encoders, rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.folders import image_token_count
 from longtake.models.lora_files import Adapter
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
@@ -30,6 +31,7 @@ from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
 from longtake.train.facts import facts
+from longtake.train.gauges import Gauges, Trace, stage_gauges
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
 from longtake.train.lora import facts_of
@@ -108,7 +110,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             empty_prompt=config.flow.negative_prompt,
             **parts,
         )
-    phases = Phases()
+    phases = Phases(mesh.device)
     inner = _objective(config, networks, real, Draws(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
@@ -150,7 +152,28 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
                 encoders = None
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
-    train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
+    train(
+        state,
+        objective,
+        batches,
+        settings,
+        folder=config.folder,
+        mesh=mesh,
+        info=info,
+        hooks=hooks,
+        phases=phases,
+        gauges=_gauges(config, networks, real, inner, mesh),
+        trace=Trace(config.profile, config.folder, mesh),
+    )
+
+
+def _gauges(
+    config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, objective: Objective, mesh: Mesh
+) -> Gauges:
+    sizes = {name: network.config for name, network in networks.items()}
+    if real is not None:
+        sizes["teacher"] = real.config
+    return stage_gauges(config, sizes, objective, mesh, image_token_count(config.encoders_folder))
 
 
 def _row_bytes(config: StageConfig) -> int:

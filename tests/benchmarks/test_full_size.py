@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from longtake.cli import app
 from longtake.config import load_config
+from longtake.doctor.calibration import compared, measured_rates
+from longtake.doctor.rates import rates_of
 
 pytest.importorskip("lmdb")
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,10 @@ def test_all_parts_leave_their_numbers(full_size, tmp_path, monkeypatch):
     assert made["decoding seconds a block"] > 0
     shown = (tmp_path / "results.md").read_text()
     assert all(f"| {part} |" in shown for part in results)
+    rates = measured_rates(rates_of(), tmp_path / "results.json")
+    assert rates.is_calibrated and rates["products"] == results["rates"]["matmul 64^3, TFLOP/s"] * 1e12
+    rows = compared(rates, results)
+    assert len(rows) == 2 and sum(row.predicted - row.measured for row in rows) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_stage_at_full_size_is_the_recipe(full_size, tmp_path):
@@ -75,9 +81,9 @@ def test_summaries_leave_the_first_out(full_size):
     first = {"exit_step": 0.0, "generator_loss": 1.0, "critic_loss": None, "seconds": 99.0}
     alone = {"exit_step": 2.0, "critic_loss": 1.0, "seconds": 2.0, "memory_gib": 5.0}
     rows = [
-        {**first, "seconds/generator": 50.0, "seconds/critic": 49.0, "memory_gib": 7.0},
-        {**alone, "seconds/critic": 1.0},
-        {**alone, "seconds/critic": 3.0},
+        {**first, "seconds_of/generator": 50.0, "seconds_of/critic": 49.0, "memory_gib": 7.0},
+        {**alone, "seconds_of/critic": 1.0},
+        {**alone, "seconds_of/critic": 3.0},
     ]
     short = full_size.summary(rows, 20)
     assert short["seconds by exit step"] == {"critic update": {"2": 2.0}}

@@ -39,7 +39,7 @@ def seen(folder, what):
 
 def metrics(folder):
     rows = read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]
 
 
 def weights(folder):

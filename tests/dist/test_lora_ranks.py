@@ -36,7 +36,7 @@ def updates(folder):
 
 def rows(folder):
     read = read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in read]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in read]
 
 
 @pytest.mark.parametrize("variant", ["plain", "recomputed", "resumed", "bf16"])

@@ -23,7 +23,7 @@ def torchrun(folder, *arguments, ranks=2):
 
 def losses(folder):
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "critic_loss" in row]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "speed"))} for row in rows]
 
 
 def weights(folder):

@@ -38,7 +38,8 @@ def names(folder: Path) -> list[str]:
 
 def losses(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_rows(folder / "metrics.jsonl")
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "speed"))}
+        for row in read_rows(folder / "metrics.jsonl")
     ]
 
 

@@ -30,7 +30,7 @@ def long_config(workshop, logdir, **changes):
 
 def rows_of(config):
     rows = read_rows(config.folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "speed"))} for row in rows]
 
 
 def weights_of(config, step=None):

@@ -31,7 +31,7 @@ def test_rows_hold_the_published_names(tmp_path):
     steps = [row for row in rows if "critic_loss" in row]
     assert [row["step"] for row in steps] == list(range(8))
     assert ["generator_loss" in row for row in steps] == [True, False] * 4
-    assert {"critic_grad_norm", "batch_mean", "seconds", "seconds/fetch", "seconds/critic"} <= steps[0].keys()
+    assert {"critic_grad_norm", "batch_mean", "seconds", "seconds/data", "seconds_of/critic"} <= steps[0].keys()
     validations = [row for row in rows if "motion_ratio" in row]
     assert [row["step"] for row in validations] == [0, 4, 8] and validations[0]["entropy"] is None
     assert list(tmp_path.glob("events.out.tfevents.*"))

@@ -33,7 +33,7 @@ def rows_of(config):
 
 
 def without_seconds(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]
 
 
 def weights_of(config):
@@ -67,7 +67,7 @@ def test_causal_stage_leaves_what_it_should(workshop, log):
     config = config_of(workshop, log, "causal")
     iterations, validations = rows_of(config)
     assert [row["step"] for row in iterations] == [0, 1, 2] and [row["step"] for row in validations] == [0, 2, 3]
-    names = {"generator_loss", "generator_grad_norm", "generator_learning_rate", "seconds/fetch", "seconds/generator"}
+    names = {"generator_loss", "generator_grad_norm", "generator_learning_rate", "seconds/data", "seconds_of/generator"}
     assert all(names <= row.keys() and row["generator_loss"] > 0 for row in iterations)
     names = {"validation/motion_ratio", "validation/teacher_motion_ratio", "validation/position_error_px"}
     assert all(names <= row.keys() for row in validations)

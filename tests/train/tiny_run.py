@@ -106,7 +106,7 @@ def build(mesh: Mesh, *, seed: int = 1, nan_at: int = -1) -> tuple[TrainState, T
 def run(
     folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
 ) -> TrainState:
-    hooks, wandb = options.pop("hooks", Hooks()), options.pop("wandb", None)
+    hooks, wandb, trace = options.pop("hooks", Hooks()), options.pop("wandb", None), options.pop("trace", None)
     facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
@@ -118,6 +118,7 @@ def run(
         mesh=mesh,
         info=RunInfo({"steps": steps}, facts, wandb=wandb, progress=False),
         hooks=hooks,
+        trace=trace,
     )
     return state
 

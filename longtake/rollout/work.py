@@ -1,0 +1,124 @@
+"""Which calls of which network one iteration of a stage makes, and what they cost: for training and for predictions.
+
+The calls are those of `rollout/self_forcing.py`, `rollout/long_stream.py` and the objectives; tests count them there.
+Not counted: encoders and VAE, the rebuild of a cache where a prompt changes, and the unconditional text of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from longtake.config import LoraConfig, StageConfig
+from longtake.models.dit import DiTConfig
+from longtake.models.flops import Call, Work, backward, forward
+
+GENERATOR, CRITIC, TEACHER = "generator", "critic", "teacher"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`times` equal calls of one network, in the phase of `train/loop.py` that they belong to.
+
+    `graded`: a backward follows each of them.
+    """
+
+    network: str
+    phase: str
+    call: Call
+    graded: bool = False
+    times: float = 1.0
+
+
+def clip_call(config: StageConfig, network: DiTConfig, batch: int, image_tokens: int) -> Call:
+    """A training clip of the stage in one bidirectional call of `network`; `image_tokens` where it has that branch."""
+    shape, patch = config.video.shape, network.patch_size
+    tokens = (shape.latent_height // patch[1]) * (shape.latent_width // patch[2])
+    seen = image_tokens if network.image_dim is not None else 0
+    return Call.bidirectional(batch, shape.num_latent_frames, tokens, network.text_len, seen)
+
+
+def passes(
+    config: StageConfig,
+    networks: Mapping[str, DiTConfig],
+    batch: int,
+    image_tokens: int,
+    *,
+    update_generator: bool = True,
+    exit_step: float | None = None,
+    chunk: int = 0,
+) -> list[Pass]:
+    """What one micro-batch of `batch` videos costs in one iteration.
+
+    Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
+    iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning.
+    """
+    clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
+    if config.stage == "teacher":
+        return [Pass(GENERATOR, "forward", clips[GENERATOR], graded=True)]
+    if config.stage == "causal":
+        plan = config.plan
+        layout = plan.blocks.teacher_forcing_layout(
+            config.video.num_latent_frames,
+            window_frames=plan.window_frames,
+            sink_frames=plan.sink_frames,
+            rope=config.rope,
+        )
+        return [Pass(GENERATOR, "forward", clips[GENERATOR].masked(layout), graded=True)]
+    steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
+    found = list(roll_out_passes(config, clips[GENERATOR], steps, graded=update_generator, chunk=chunk))
+    if update_generator:
+        guided = 1 if config.flow.guidance == 1 else 2
+        found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
+    return [*found, Pass(CRITIC, "scores", clips[CRITIC], graded=True)]
+
+
+def roll_out_passes(
+    config: StageConfig, clip: Call, exit_step: float, *, graded: bool, chunk: int = 0
+) -> Iterator[Pass]:
+    """Denoising and context passes of a roll-out; of long tuning, those of one chunk of a running video."""
+    plan, blocks = config.plan, config.plan.blocks
+    given = 1 if config.model.image_condition == "i2v" else 0
+    start, end = given, config.video.num_latent_frames
+    if chunk:
+        end += chunk * config.new_frames
+        start = end - config.new_frames
+    # The block before is committed first: the picture, or what the chunk before left.
+    commits = [blocks.block_of(start - 1)] if start else []
+    denoised = list(blocks.blocks(start, end))
+    commits += denoised[:-1]
+    fresh = True  # the first call without gradient makes the context's keys and values
+
+    def one(block: tuple[int, int], *, with_context: bool) -> Call:
+        past = len(blocks.attended(*block, plan.window_frames, plan.sink_frames))
+        return clip.cached(block[1] - block[0], past, with_context=with_context)
+
+    for block in commits:
+        yield Pass(GENERATOR, "rollout", one(block, with_context=fresh))
+        fresh = False
+    for block in denoised:
+        call = one(block, with_context=fresh)
+        yield Pass(GENERATOR, "rollout", replace(call, with_context=False), times=exit_step)
+        yield Pass(GENERATOR, "rollout", replace(call, with_context=graded or fresh), graded=graded)
+        fresh = False
+
+
+def loras(config: StageConfig) -> dict[str, LoraConfig | None]:
+    """Low-rank updates by network; None where all weights are trained, or none."""
+    critic = None if config.critic is None else config.critic.lora
+    return {GENERATOR: config.lora, CRITIC: critic, TEACHER: None}
+
+
+def model_work(
+    found: list[Pass], networks: Mapping[str, DiTConfig], updates: Mapping[str, LoraConfig | None]
+) -> dict[str, Work]:
+    """Operations by phase, each forward once and each backward (`backward`) without what checkpointing computes again:
+    what the mathematics needs, by which the utilisation of a device is measured.
+    """
+    total: dict[str, Work] = {}
+    for each in found:
+        network, lora = networks[each.network], updates[each.network]
+        total[each.phase] = total.get(each.phase, Work()) + forward(network, each.call, lora) * each.times
+        if each.graded:
+            total["backward"] = total.get("backward", Work()) + backward(network, each.call, lora) * each.times
+    return total

@@ -1,0 +1,230 @@
+"""The speed model against what operations move, closed forms of its parts, and measurements made up for the purpose."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from count_bytes import ByteCounter
+from tiny_stage import TEACHER, stage_config
+
+from longtake.doctor import speed
+from longtake.doctor.calibration import measured_rates
+from longtake.doctor.layout import Layout
+from longtake.doctor.memory import Networks, trained_count, weight_bytes
+from longtake.doctor.rates import rates_of
+from longtake.doctor.speed import TRAFFIC, SpeedModel
+from longtake.errors import ConfigError
+from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.rollout.work import clip_call, loras, model_work
+from longtake.structs import Condition
+
+ENDLESS = 1e30
+NETWORKS = Networks(TEACHER, TEACHER, TEACHER)
+
+
+# ---- bytes that operations move ---------------------------------------------------------------------------------------
+def moved(precision, *, dim, ffn, side=8, layers=2, past=0, rope="relative", graded=True):
+    """(bytes, calls) of a forward and of its backward."""
+    config = DiTConfig(dim, ffn, 2, layers, text_dim=16, text_len=4)
+    model, condition = VideoDiT(config), Condition(torch.randn(1, 4, 16))
+    x, level, options = torch.randn(1, 2, 16, side, side), torch.full((1,), 0.5), {}
+    bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
+    with bf16:
+        if past:
+            options["cache"] = model.new_cache(1, side, side, None, 0, rope, max_frames=past + 2)
+            with torch.no_grad():
+                for _ in range(past // 2):
+                    model(x, torch.zeros(1), condition, commit=True, **options)
+        with torch.set_grad_enabled(graded), ByteCounter() as ahead:
+            velocity = model(x, level, condition, **options)
+    back = ByteCounter()
+    if graded:
+        with back:
+            velocity.sum().backward()
+    return {False: (ahead.bytes, ahead.calls), True: (back.bytes, back.calls)}
+
+
+def of_a_layer(precision, **sizes):
+    two, three = (moved(precision, layers=layers, **sizes) for layers in (2, 3))
+    return {back: tuple(b - a for a, b in zip(two[back], three[back])) for back in (False, True)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bytes_of_a_token(precision):
+    """Between two numbers of tokens only what is counted a token differs; between two MLPs only M."""
+    small, wide = ({side: of_a_layer(precision, dim=64, ffn=ffn, side=side) for side in (8, 16)} for ffn in (64, 320))
+    tokens = 2 * (64 - 16)
+    for back, traffic in ((back, TRAFFIC[precision, back]) for back in (False, True)):
+        first, second = ((sizes[16][back][0] - sizes[8][back][0]) / tokens for sizes in (small, wide))
+        hidden = (second - first) / 256
+        assert hidden == pytest.approx(traffic.hidden, rel=0.02)
+        assert (first - 64 * hidden) / 64 == pytest.approx(traffic.width, rel=0.02)
+        assert small[8][back][1] == pytest.approx(traffic.calls, rel=0.1)
+
+
+@pytest.mark.parametrize(("rope", "graded"), [("relative", True), ("absolute", True), ("relative", False)])
+def test_bytes_of_an_attended_token(rope, graded):
+    short, far = (of_a_layer("bf16", dim=64, ffn=64, past=past, rope=rope, graded=graded) for past in (2, 6))
+    for back in (False, True) if graded else (False,):
+        found = (far[back][0] - short[back][0]) / (4 * 16 * 64)
+        expected = TRAFFIC["bf16", back].past if rope == "relative" else speed.ABSOLUTE_PAST[back]
+        assert found == pytest.approx(expected, abs=4.5)  # a graded call also copies what it gathers
+
+
+def test_bytes_of_the_copies_of_weights():
+    """What does not depend on tokens: each layer's matrices, read in float32 and written in bfloat16."""
+    by_side = {side: of_a_layer("bf16", dim=64, ffn=320, side=side)[False][0] for side in (8, 16)}
+    constant = by_side[8] - (by_side[16] - by_side[8]) / 3
+    matrices = 8 * 64 * 64 + 2 * 64 * 320
+    assert constant / matrices == pytest.approx(speed.COPY_BYTES, rel=0.1)
+
+
+# ---- parts of a step --------------------------------------------------------------------------------------------------
+def only(**values):
+    """Rates at which everything but `values` takes no time."""
+    endless = ("products", "attention_long", "attention_block", "attention_backward", "attention_masked", "memory")
+    none = dict.fromkeys(("call", "optimizer_bytes", "hop_node", "hop_network", "overlap"), 0.0)
+    links = dict.fromkeys((*endless, "link", "network", "host_link"), ENDLESS)
+    return rates_of().replaced("assumed", **links | none | values)
+
+
+def model_of(workshop, tmp_path, stage="distill", layout=None, rates=None, **changes):
+    changes = {"precision": "bf16", "batch_size": 8, "micro_batch_size": 1, "ema": {"enabled": False}} | changes
+    config = stage_config(workshop, tmp_path, stage, **changes)
+    networks = NETWORKS if stage == "distill" else Networks(TEACHER)
+    return SpeedModel(config, networks, layout or Layout(1), rates or rates_of(), 17)
+
+
+def test_products_alone_take_operations_over_rate(workshop, tmp_path):
+    model = model_of(workshop, tmp_path, rates=only(products=1e9))
+    guess = model.predict()
+    sizes = dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
+    expected = 0.0
+    for update, share in ((True, 0.5), (False, 0.5)):
+        work = model_work(model.passes(update), sizes, loras(model.config))
+        expected += share * 8 * sum(one.products for one in work.values()) / 1e9
+    assert guess.total == pytest.approx(expected)
+    assert set(guess.seconds) <= set(speed.PHASES) and guess.seconds["gathers"] == 0
+    again = model_of(workshop, tmp_path, rates=only(products=1e9), activation_checkpointing=True).predict()
+    assert again.seconds["backward"] > 1.2 * guess.seconds["backward"]
+    assert again.model_flops == guess.model_flops  # what is computed twice counts once
+    assert guess.utilisation == pytest.approx(guess.model_flops / guess.total / 989e12)
+    assert guess.samples_per_second == pytest.approx(8 / guess.total)
+
+
+def test_a_slow_host_decides_where_operations_are_small(workshop, tmp_path):
+    guess = model_of(workshop, tmp_path, rates=only(call=1.0)).predict()
+    calls = guess.seconds["scores"]
+    (ahead, back) = (TRAFFIC["bf16", b].calls * TEACHER.num_layers for b in (False, True))
+    # critic and teacher twice in every second iteration, the critic once in each, 8 micro-batches
+    assert calls == pytest.approx(8 * ahead * (0.5 * 3 + 1))
+    num_graded = 2 * 0.5 + 1  # two blocks of the roll-out, the critic
+    assert guess.seconds["backward"] == pytest.approx(8 * back * num_graded)
+
+
+def test_sharding_gathers_twice_and_reduces_once(workshop, tmp_path):
+    """Stage teacher: one graded forward a micro-batch; bytes and seconds of rings inside a node and over nodes."""
+    full, size = weight_bytes(TEACHER), 4 * trained_count(TEACHER, None)
+    assert full == size
+    for gpus, count in ((4, 2), (8, 1)):
+        layout = Layout(gpus, gpus_per_node=4)
+        guess = model_of(workshop, tmp_path, "teacher", layout, only(link=1e6, network=5e5)).predict()
+        sent = 3 * count * size * (gpus - 1) / gpus
+        inside, rate = (0, 1e6) if gpus == 4 else (4, min(1e6, 4 * 5e5))
+        assert guess.node_bytes + guess.network_bytes == pytest.approx(sent)
+        assert guess.network_bytes == pytest.approx(sent / inside if inside else 0)
+        assert guess.seconds["gathers"] == pytest.approx(sent / rate)
+
+
+def test_replicas_reduce_their_own_shards_between_nodes(workshop, tmp_path):
+    size = 4 * trained_count(TEACHER, None)
+    guess = model_of(workshop, tmp_path, "teacher", Layout(8, 4, replicate=2), only(network=1e6)).predict()
+    assert guess.node_bytes == pytest.approx(3 * size * 3 / 4)
+    assert guess.network_bytes == pytest.approx(2 * (size / 4) * (2 - 1) / 2)
+    assert guess.seconds["gathers"] == pytest.approx(guess.network_bytes / 1e6)
+
+
+def test_sequence_groups_exchange_four_tensors_a_layer(workshop, tmp_path):
+    layout, checkpointing = Layout(2, sequence=2), {"activation_checkpointing": True}
+    model = model_of(workshop, tmp_path, "teacher", layout, only(link=1e6), **checkpointing)
+    call = clip_call(model.config, TEACHER, 1, 17)
+    a_call = 4 * call.all_tokens / 2 * TEACHER.dim * 2 * TEACHER.num_layers / 2
+    guess, count = model.predict(), 8
+    sharded = 3 * 4 * trained_count(TEACHER, None) / 2
+    assert guess.seconds["exchange"] == pytest.approx(3 * count * a_call / 1e6)  # forward, again, backward
+    assert guess.node_bytes == pytest.approx(count * (3 * a_call + sharded))
+    alone = model_of(workshop, tmp_path, "teacher", rates=only(products=1e9)).predict()
+    shared = model_of(workshop, tmp_path, "teacher", layout, only(products=1e9)).predict()
+    assert shared.total == pytest.approx(alone.total / 2)
+
+
+def test_gathering_hides_behind_computing(workshop, tmp_path):
+    slow = {"products": 1e9, "link": 1e9}
+    shown, hidden = (
+        model_of(workshop, tmp_path, "teacher", Layout(4), only(**slow, overlap=share)).predict()
+        for share in (0.0, 1.0)
+    )
+    assert shown.seconds["gathers"] > 0 == hidden.seconds["gathers"]
+    assert shown.total - hidden.total == pytest.approx(shown.seconds["gathers"])
+
+
+def test_low_rank_updates_send_less(workshop, tmp_path):
+    lora = {"lora": {"rank": 2}, "critic": {"lora": {"rank": 2}, "updates_per_generator": 2}}
+    full, low = (model_of(workshop, tmp_path, layout=Layout(8), **extra).predict() for extra in ({}, lora))
+    assert low.node_bytes < 0.6 * full.node_bytes and low.seconds["optimizer"] < 0.5 * full.seconds["optimizer"]
+    both = model_of(workshop, tmp_path, layout=Layout(8, shared_base=True), **lora).predict()
+    assert both.node_bytes < low.node_bytes  # the teacher is gathered in bfloat16, too
+
+
+def test_compile_and_offload(workshop, tmp_path):
+    memory = {"memory": 1e9, "host_link": 1e6, "compiled_bytes": 0.5}
+    one, compiled = (
+        model_of(workshop, tmp_path, "teacher", Layout(1, compile=on), only(**memory), precision="fp32").predict()
+        for on in (False, True)
+    )
+    assert compiled.total == pytest.approx(one.total / 2, rel=1e-3)
+    offloaded = model_of(workshop, tmp_path, "teacher", Layout(1, cpu_offload=True), only(**memory)).predict()
+    assert offloaded.seconds["optimizer"] == pytest.approx(8 * trained_count(TEACHER, None) / 1e6)
+
+
+# ---- constants --------------------------------------------------------------------------------------------------------
+def test_constants_name_how_they_are_known():
+    rates = rates_of()
+    assert not rates.is_calibrated and {one.known for one in rates.table.values()} == {"measured", "assumed"}
+    assert all(f"| `{name}` |" in rates.markdown() for name in rates.table)
+    older = rates_of("NVIDIA A100-SXM4-80GB")
+    assert older["products"] == pytest.approx(700e12 * 312 / 989) and older["network"] == rates["network"]
+    assert older.table["products"].known == "assumed"
+    with pytest.raises(ConfigError, match="--device TPU is not in the table"):
+        rates_of("TPU")
+
+
+def test_calibration_makes_the_sum_of_measured_updates_right(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill", precision="bf16", batch_size=1, micro_batch_size=1)
+    model = SpeedModel(config, NETWORKS, Layout(1), rates_of(), 17)
+
+    def seconds(found):
+        ahead = sum(each.times * model.forward_seconds(each) for each in found)
+        return ahead + sum(each.times * model.backward_seconds(each) for each in found if each.graded)
+
+    update, alone = model.passes(True, 1.0), model.passes(False, 1.0)
+    measured = {
+        "generator update": {"1": 1.5 * seconds(update[:-1])},
+        "critic update on the same clips": {"1": 1.5 * seconds(update[-1:])},
+        "critic update": {"1": 1.5 * seconds(alone)},
+    }
+    training = {"config": config.model_dump(), "network": TEACHER.to_dict(), "seconds by exit step": measured}
+    kernels = {"matmul 64^3, TFLOP/s": 700.0, "attention, 4 frames to 13, TFLOP/s": 516.0, "attention kernels": ["A"]}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"rates": kernels, "train, window 5, sink 1": training}))
+    rates = measured_rates(rates_of(), file)
+    assert rates.is_calibrated and rates["slowdown"] == pytest.approx(1.5)
+    assert rates.table["attention_block"].known == "measured" and rates["attention_long"] == 573e12
+    file.write_text(json.dumps({"rates": {**kernels, "attention, 21 frames to 21, TFLOP/s": 1.0}}))
+    rates = measured_rates(rates_of(), file)
+    assert not rates.is_calibrated and rates["attention_long"] == 1e12
+    for text, reason in (("{", "cannot be read"), ('{"machine": 1}', "neither `rates` nor a training")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            measured_rates(rates_of(), file)

@@ -1,0 +1,124 @@
+"""Counted operations against what `FlopCounterMode` sees of the real model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_condition, make_tiny_latents, make_tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from longtake.config import LoraConfig
+from longtake.models import flops
+from longtake.models.flops import Call, Work
+from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora_files import Adapter, Base
+from longtake.models.presets import PRESETS
+from longtake.randomness import Draws
+from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.structs import BlockPlan
+
+TOKENS = (HEIGHT // 2) * (WIDTH // 2)
+FRAMES, BATCH = 7, 2
+PLAN = BlockPlan(2)
+
+
+def counted(work):
+    """Operations of `work()`; the mathematical attention, whose products the counter knows on any device."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = work()
+    return counter.get_total_flops(), result
+
+
+def call_of(model, frames=FRAMES):
+    image = IMAGE_TOKENS if model.config.image_dim is not None else 0
+    return Call.bidirectional(BATCH, frames, TOKENS, model.config.text_len, image)
+
+
+@pytest.fixture(params=[False, True], ids=["t2v", "i2v"])
+def model(request):
+    return make_tiny_model(i2v=request.param)
+
+
+def test_bidirectional_pass_and_its_backward(model):
+    call, condition = call_of(model), make_tiny_condition(model)
+    ran, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
+    assert ran == flops.forward(model.config, call).total
+    ran, _ = counted(lambda: velocity.sum().backward())
+    assert ran == flops.backward(model.config, call).total
+
+
+def test_a_backward_with_checkpointing_computes_the_blocks_again(model):
+    model.activation_checkpointing = True
+    call, condition = call_of(model), make_tiny_condition(model)
+    _, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
+    ran, _ = counted(lambda: velocity.sum().backward())
+    assert ran == (flops.backward(model.config, call) + flops.recomputed(model.config, call)).total
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+def test_masked_pass(model, rope):
+    """A dense mask computes every pair of the layout; block-sparse kernels the allowed ones, counted one by one."""
+    layout = PLAN.teacher_forcing_layout(FRAMES, window_frames=4, sink_frames=0, rope=rope)
+    call = call_of(model).masked(layout)
+    assert call.entries == 2 * FRAMES and call.pairs < (call.entries * TOKENS) ** 2
+    x, sigma = torch.cat([make_tiny_latents(FRAMES)] * 2, 1), torch.full((BATCH, 2 * FRAMES), 0.5)
+    ran, _ = counted(lambda: model(x, sigma, make_tiny_condition(model), mask=layout))
+    dense = replace(call, pairs=layout.allowed.numel() * TOKENS**2)
+    assert ran == flops.forward(model.config, dense).total
+    pairs = 0
+    for start, end in PLAN.blocks(0, FRAMES):
+        seen = end - start + len(PLAN.attended(start, end, 4, 0))
+        pairs += 2 * (end - start) * seen * TOKENS**2  # the clean half and the noisy half see equally much
+    assert call.pairs == pairs
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_cached_block_with_a_window(model, graded):
+    """Past frames that fit the window, and the context's keys and values once without gradient."""
+    condition = make_tiny_condition(model)
+    cache = model.new_cache(BATCH, HEIGHT, WIDTH, window_frames=5, sink_frames=1)
+    first = call_of(model, 1)
+    ran, _ = counted(lambda: commit_block(model, cache, condition, make_tiny_latents(1)))
+    assert ran == flops.forward(model.config, first.cached(1, 0, with_context=True)).total
+    commit_block(model, cache, condition, make_tiny_latents(2))
+    commit_block(model, cache, condition, make_tiny_latents(2))
+    past = len(PLAN.attended(5, 7, 5, 1))
+    assert past == 3  # the sink, and two frames before
+    call = first.cached(2, past, with_context=graded)
+    noise = make_tiny_latents(2)
+    ran, out = counted(
+        lambda: denoise_block(model, cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, graded=graded)
+    )
+    passes = [first.cached(2, past, with_context=False), call]
+    assert ran == sum(flops.forward(model.config, each).total for each in passes)
+    if graded:
+        ran, _ = counted(lambda: out.sum().backward())
+        assert ran == flops.backward(model.config, call).total
+
+
+@pytest.mark.parametrize("targets", [None, ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.2"]])
+def test_low_rank_updates(model, targets):
+    lora = LoraConfig(rank=3, targets=targets)
+    adapter = Adapter(3, 3.0, targets_of(model, targets), Base("toy", ""))
+    add_lora(model, adapter.pattern, 3, 3.0, Draws(0), "test")
+    call, condition = call_of(model), make_tiny_condition(model)
+    ran, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
+    assert ran == flops.forward(model.config, call, lora).total
+    ran, _ = counted(lambda: velocity.sum().backward())
+    assert ran == flops.backward(model.config, call, lora).total
+
+
+def test_the_published_model_has_the_published_numbers():
+    """2.5 GFLOP a token in linear layers, 283 TFLOP for 21 frames of 480x832, and 28 TFLOP for 3 streamed frames."""
+    config = PRESETS["wan2.1-t2v-1.3b"]
+    clip = Call.bidirectional(1, 21, 1560, 512)
+    assert flops.forward(config, clip).total == pytest.approx(283e12, rel=0.02)
+    block = flops.forward(config, clip.cached(3, 9, with_context=False))
+    assert block.total == pytest.approx(28e12, rel=0.02)
+    assert block.products / (3 * 1560) == pytest.approx(2.5e9, rel=0.02)
+
+
+def test_work_adds_up():
+    one = Work(1, 2, 3)
+    assert one + one == one * 2 and (one * 2).total == 12

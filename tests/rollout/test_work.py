@@ -1,0 +1,118 @@
+"""The calls that a stage is said to make against those that its objective really makes."""
+
+import pytest
+from tiny_batches import make_batch
+from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from longtake.config import StageConfig
+from longtake.inference.generator import rules_of
+from longtake.models.flops import forward
+from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.flow_matching import FlowMatching
+from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.randomness import Draws
+from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
+
+SEED = 3
+
+
+def config_of(stage, i2v=True, **changes):
+    """A stage of the tiny sizes: latents of 4x6, 7 frames in blocks [1, 2, 2, 2] (or 6 in [2, 2, 2])."""
+    tree = {
+        "stage": stage,
+        "name": "x",
+        "logdir": "nowhere",
+        "init_from": "toy",
+        "model": {"image_condition": "i2v" if i2v else "t2v"},
+        "video": {"height": 8 * HEIGHT, "width": 8 * WIDTH, "num_latent_frames": 7 if i2v else 6},
+        "plan": {
+            "block_frames": 2,
+            "first_frames": 1 if i2v else 2,
+            "window_frames": 5 if i2v else 4,
+            "sink_frames": 1 if i2v else 0,
+        },
+        "flow": {"steps": [1.0, 0.7, 0.4]},
+        "data": {"path": "data"},
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "max_steps": 1,
+    }
+    return StageConfig.from_tree(tree | ({"teacher": "toy"} if stage in ("distill", "long") else {}) | changes)
+
+
+def counted(work):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = work()
+    return counter.get_total_flops(), result
+
+
+def dmd_of(config, i2v):
+    networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
+    flow = config.flow
+    settings = DmdSettings(flow.shift, flow.guidance, updates_per_generator=config.critic.updates_per_generator)
+    return Dmd(*networks, Draws(SEED), rules_of(config), config.video.num_latent_frames, settings)
+
+
+def total(found, networks, config, *phases):
+    work = model_work(found, networks, loras(config))
+    return sum(work[phase].total for phase in phases)
+
+
+@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+@pytest.mark.parametrize("step", range(4))
+def test_distillation(i2v, step):
+    """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
+    config = config_of("distill", i2v, critic={"updates_per_generator": 2})
+    dmd = dmd_of(config, i2v)
+    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)
+    update = "generator" in dmd.turns(step)
+    found = passes(config, networks, 2, IMAGE_TOKENS, update_generator=update, exit_step=dmd.exit_step(step))
+    ran = {"forward": 0, "backward": 0}
+    for turn in dmd.turns(step):
+        flops, result = counted(lambda turn=turn: dmd.loss(turn, batch, step))
+        ran["forward"] += flops
+        ran["backward"] += counted(result.loss.backward)[0]
+    assert ran["forward"] == total(found, networks, config, "rollout", "scores")
+    assert ran["backward"] == total(found, networks, config, "backward")
+
+
+def test_the_mean_over_exit_steps():
+    config = config_of("distill")
+    networks = dict.fromkeys(("generator", "critic", "teacher"), make_tiny_model(i2v=True).config)
+    every = [passes(config, networks, 2, IMAGE_TOKENS, exit_step=step) for step in range(3)]
+    mean = passes(config, networks, 2, IMAGE_TOKENS)
+    costs = [total(found, networks, config, "rollout", "scores", "backward") for found in [*every, mean]]
+    assert costs[3] == pytest.approx(sum(costs[:3]) / 3) and costs[0] < costs[1] < costs[2]
+
+
+def test_teacher_and_causal():
+    """The dense mask of a CPU computes all pairs, of which the prediction counts the allowed ones."""
+    model = make_tiny_model(i2v=True)
+    batch = make_batch(model, [4, 9], 7)
+    config = config_of("teacher")
+    objective = FlowMatching(model, Draws(SEED), shift=3.0, caption_dropout=0.0, first_frame_clean=False)
+    (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
+    ran, result = counted(lambda: objective.loss("generator", batch, 0))
+    assert found.graded and ran == forward(model.config, found.call).total
+    config = config_of("causal")
+    causal = TeacherForcing(model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0)
+    (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
+    ran, _ = counted(lambda: causal.loss("generator", batch, 0))
+    layout = config.plan.blocks.teacher_forcing_layout(7, window_frames=5, sink_frames=1, rope="relative")
+    dense = layout.allowed.numel() * (found.call.tokens**2) - found.call.pairs
+    missing = 4 * model.config.dim * 2 * dense * model.config.num_layers
+    assert ran == forward(model.config, found.call).total + missing
+
+
+def test_long_tuning_goes_on_where_the_chunk_before_ended():
+    """The first chunk is a roll-out; a later one commits what was left and denoises its own frames alone."""
+    config = config_of("long", long={"num_chunks": [3], "new_frames": 4})
+    clip = clip_call(config, make_tiny_model(i2v=True).config, 2, IMAGE_TOKENS)
+    first = list(roll_out_passes(config, clip, 2, graded=False))
+    later = list(roll_out_passes(config, clip, 2, graded=False, chunk=2))
+    assert sum(each.call.entries for each in first if each.times == 1) == 1 + 2 * 2 + 3 * 2
+    assert [(each.call.entries, each.times) for each in later] == [(2, 1), (2, 1)] + [(2, 2), (2, 1)] * 2
+    assert {each.call.pairs for each in later} == {2 * 5 * 36}  # the window is full

@@ -1,0 +1,228 @@
+"""Phases, rates, utilisation and the profiler's trace."""
+
+import gzip
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import tiny_run
+import torch
+from fake_ranks import on_ranks
+from tiny_stage import TEACHER, stage_config
+
+from longtake.config_groups import ProfileConfig
+from longtake.devices import DEVICES, find_device
+from longtake.distributed.mesh import Mesh
+from longtake.models import flops
+from longtake.models.flops import Call
+from longtake.train import metrics_log
+from longtake.train.gauges import Gauges, Trace, operations_of, stage_gauges
+from longtake.train.metrics_log import Phases, read_rows
+from longtake.train.stages import run_stage
+
+
+class Steps:
+    """A clock that each mark moves on by one second, and that is read late, as events of a GPU are."""
+
+    def __init__(self):
+        self.now, self.read = -1, 0
+
+    def mark(self):
+        self.now += 1
+        return self.now
+
+    def seconds(self, start, end):
+        self.read += 1
+        return float(end - start)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Steps()
+    monkeypatch.setattr(metrics_log, "_WallClock", lambda: clock)
+    return clock
+
+
+# ---- phases -----------------------------------------------------------------------------------------------------------
+def test_phases_do_not_overlap_and_add_up(clock):
+    phases = Phases()
+    assert phases.current is None and phases.last is None
+    with phases("forward"):  # mark 1; 0 to 1 is in no phase
+        with phases("rollout"):
+            assert phases.current == "rollout"
+        assert phases.current == "forward" and phases.last == "rollout"
+        with phases("scores"):
+            pass
+    assert clock.read == 0  # nothing is read before it is asked for
+    taken = phases.take()  # marks 2 .. 7
+    assert taken == {"other": 2, "forward": 3, "rollout": 1, "scores": 1} and sum(taken.values()) == clock.now
+    with phases("data"):
+        pass
+    assert phases.take() == {"other": 2, "data": 1}
+
+
+def test_a_phase_that_fails_ends(clock):
+    phases = Phases()
+    with pytest.raises(ValueError), phases("forward"), phases("rollout"):
+        raise ValueError
+    assert phases.current is None and phases.last == "forward" and phases.take()["rollout"] == 1
+
+
+def test_wholes_count_whatever_is_inside(clock):
+    phases = Phases()
+    with phases.whole("critic"), phases("forward"), phases("rollout"):
+        pass
+    assert phases.take_wholes() == {"critic": 5.0} and phases.take_wholes() == {}
+
+
+def test_marks_do_not_pile_up(clock, monkeypatch):
+    monkeypatch.setattr(metrics_log, "_MOST_MARKS", 10)
+    phases = Phases()
+    for _ in range(50):
+        with phases("data"):
+            pass
+    assert len(phases._pieces) < 10 and phases.take() == {"other": 51, "data": 50}
+
+
+def test_the_wall_clock_is_the_default():
+    phases = Phases(torch.device("cpu"))
+    with phases("data"):
+        time.sleep(0.02)
+    assert 0.02 <= phases.take()["data"] < 1
+
+
+@pytest.mark.gpu
+def test_events_count_kernels_where_they_run():
+    """A product that is queued in one phase and waited for in the next belongs to the first."""
+    device = torch.device("cuda")
+    a = torch.randn(8192, 8192, device=device)
+    a @ a
+    torch.cuda.synchronize()
+    phases = Phases(device)
+    with phases("product"):
+        for _ in range(20):
+            a @ a
+    with phases("wait"):
+        torch.cuda.synchronize()
+    taken = phases.take()
+    assert taken["product"] > 10 * taken["wait"]
+
+
+# ---- rates ------------------------------------------------------------------------------------------------------------
+def test_rows_tell_samples_and_utilisation(monkeypatch):
+    gauges = Gauges(lambda step: 1e12 * (step + 1), peak=4e12)
+    gauges.add(0, 1.0, 8)
+    gauges.add(1, 2.0, 8)
+    row = gauges.take(Mesh())
+    assert row["speed/samples_per_second"] == pytest.approx(16 / 3)
+    assert row["speed/model_tflops"] == pytest.approx(1) and row["speed/mfu"] == pytest.approx(1 / 4)
+    assert gauges.take(Mesh()) == {}  # nothing was done since
+    unknown = Gauges(lambda step: 1e12)
+    unknown.add(0, 1.0, 1)
+    assert "speed/mfu" not in unknown.take(Mesh())
+
+    def slowest(mesh):
+        gauges = Gauges()
+        gauges.add(0, 1.0 + mesh.rank, 6)
+        return gauges.take(mesh)
+
+    assert on_ranks(slowest) == [{"speed/samples_per_second": 3.0}] * 2
+
+
+def test_memory_reserved_is_read_before_the_peaks_are_reset(monkeypatch):
+    read = []
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: read.append("reserved") or 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: read.append("allocated") or 2 << 30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: read.append("reset"))
+    row = Gauges().take(replace(Mesh(), device=torch.device("cuda")))
+    assert row == {"memory_reserved_gib": 3, "memory_gib": 2} and read == ["reserved", "allocated", "reset"]
+
+
+def test_peaks_are_found_by_the_name_that_torch_reports():
+    assert find_device("NVIDIA H200").peak("bf16") == 989e12 and find_device("h200").name == "H200"
+    assert find_device("NVIDIA H100 80GB HBM3").name == "H100" and find_device("NVIDIA H100 PCIe") is None
+    assert find_device("NVIDIA A100-SXM4-80GB").peak("fp32") == 19.5e12 and find_device("Radeon") is None
+    assert all(find_device(device.name) is device for device in DEVICES)
+
+
+def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog):
+    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+    mesh, sizes = replace(Mesh(), device=torch.device("cuda")), {"generator": TEACHER}
+    for name, known in (("Test 1", False), ("NVIDIA H200", True)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        with caplog.at_level("INFO"):
+            gauges = stage_gauges(config, sizes, None, mesh, 17)
+        assert (gauges._peak is not None) == known
+    assert "speed/mfu is not logged: the peak rate of Test 1 is not known" in caplog.text
+
+
+def test_operations_are_shared_by_the_ranks(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+    call = Call.bidirectional(4, 5, 16, TEACHER.text_len, 17)
+    expected = flops.forward(TEACHER, call).total + flops.backward(TEACHER, call).total
+    for ranks in (1, 4):
+        assert operations_of(config, {"generator": TEACHER}, None, ranks, 17)(0) == expected / ranks
+
+
+@pytest.fixture(scope="module")
+def rows(workshop, tmp_path_factory):
+    """Rows of a distillation of three iterations with a row for every second one, and a trace of the second."""
+    folder = tmp_path_factory.mktemp("distill")
+    changes = {"log_every": 2, "max_steps": 3, "save_every": 2, "profile": {"num_steps": 1, "start_step": 1}}
+    config = stage_config(workshop, folder, "distill", **changes)
+    run_stage(config, Mesh())
+    return config.folder, read_rows(config.folder / "metrics.jsonl")
+
+
+def test_a_stage_logs_its_rates_and_no_utilisation_on_a_cpu(rows):
+    for row in rows[1]:
+        assert row["speed/samples_per_second"] > 0 and row["speed/model_tflops"] > 0 and "speed/mfu" not in row
+        names = {"data", "rollout", "scores", "forward", "backward", "optimizer", "other"}
+        assert {f"seconds/{name}" for name in names} <= row.keys()
+        assert row["seconds_of/critic"] < sum(value for name, value in row.items() if name.startswith("seconds/"))
+    saved = [row for row in rows[1] if "seconds/checkpoint" in row]
+    assert len(saved) == 1
+
+
+def test_more_operations_in_iterations_that_update_the_student(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill")
+
+    class Told:
+        def turns(self, step):
+            return ["generator", "critic"] if step == 0 else ["critic"]
+
+        def exit_step(self, step):
+            return 1
+
+    sizes = dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
+    operations = operations_of(config, sizes, Told(), 1, 17)
+    assert operations(0) > 1.5 * operations(1) == operations(2) * 1.5
+
+
+# ---- the trace --------------------------------------------------------------------------------------------------------
+def test_a_trace_holds_the_phases_of_the_wanted_iteration(rows):
+    (file,) = (rows[0] / "profile").iterdir()
+    assert file.name == "step_000001_rank_0.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"rollout", "scores", "backward", "optimizer", "critic"} <= names and "generator" not in names
+
+
+def test_a_run_that_ends_inside_the_recording_writes_what_there_is(tmp_path):
+    trace = Trace(ProfileConfig(num_steps=9, start_step=1), tmp_path, Mesh())
+    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, trace=trace)
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == "step_000001_rank_0.json.gz"
+    trace.close()  # once more does nothing
+
+
+def test_only_wanted_ranks_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trace, "_start", lambda self, step: started.append((self._mesh.rank, step)))
+    for every, expected in ((False, [(0, 5)]), (True, [(0, 5), (1, 5)])):
+        started = []
+        for rank in (0, 1):
+            trace = Trace(ProfileConfig(num_steps=1, start_step=2, every_rank=every), tmp_path, Mesh(rank, 2))
+            for step in range(3, 9):
+                trace.at(step)
+        assert started == expected
