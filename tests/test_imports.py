@@ -9,7 +9,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "longtake"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "structs", "config", "config_base", "config_groups", "config_generation", "randomness", "runs"}
+BASE = {
+    "errors",
+    "structs",
+    "config",
+    "config_base",
+    "config_groups",
+    "config_generation",
+    "config_run",
+    "randomness",
+    "runs",
+}
 BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
 # What each part of the package may import; a part may always import itself.

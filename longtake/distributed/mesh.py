@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,13 +28,14 @@ class Mesh:
     """One process among `world_size`; a context manager that leaves the process group on a clean exit.
 
     Fields: `rank`, `world_size`, the `device` of this process, and the one-dimensional `device_mesh` over all ranks,
-    or None for a single process.
+    or None for a single process; `group` that `every` talks over, None for the one of all ranks.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     device_mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> Mesh:
         return self
@@ -72,7 +73,7 @@ class Mesh:
             error = caught
         text = error if isinstance(error, LongtakeError) else f"{type(error).__name__}: {error}"
         outcomes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(outcomes, (value, text if error is not None else None))
+        dist.all_gather_object(outcomes, (value, text if error is not None else None), group=self.group)
         if error is not None:
             raise error
         for rank, (_, failure) in enumerate(outcomes):
@@ -89,6 +90,29 @@ class Mesh:
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one."""
         return bool(self.gather([float(flag)]).any())
+
+    def beside(self) -> Mesh:
+        """The same ranks with a gloo group of their own, for `every` and `on_main` in a thread beside the training.
+
+        All ranks call it; `leave_group` when the thread has ended.
+        """
+        if not self.is_distributed:
+            return self
+        # Ranks may wait long for one that writes: whoever waits for the thread has a time-out of its own.
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+    def leave_group(self) -> None:
+        """Gives the group of `beside` back."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def store(self, name: str) -> dist.Store | None:
+        """A new connection to the key-value store of the run, under a prefix of this start; None for one rank."""
+        if not self.is_distributed:
+            return None
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        prefix = f"longtake/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
+        return dist.PrefixStore(prefix, dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
 
     def peak_memory_bytes(self) -> int | None:
         """Most bytes of GPU memory that tensors of any rank took since the last call; None without a GPU."""

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,24 @@ class Phases:
     """Seconds spent in each named phase since they were last taken: `with phases("rollout"): ...`.
 
     Wall-clock time of this process; on CUDA a phase ends when its kernels are queued, not when they are done.
+    `observer` is told the name at the begin (True) and the end (False) of each phase.
     """
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.observer: Callable[[str, bool], None] | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        if self.observer is not None:
+            self.observer(name, True)
         try:
             yield
         finally:
             self._seconds[name] += time.perf_counter() - start
+            if self.observer is not None:
+                self.observer(name, False)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase, and sets all back to zero."""

@@ -43,9 +43,11 @@ from longtake.train.lora import adapt, facts_of
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.picture_codec import EncoderCodec
+from longtake.train.saver import SaveSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate
+from longtake.train.watchdog import WatchdogSettings
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +157,13 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         max_steps=config.max_steps,
         accumulation=accumulation,
         save_every=config.save_every,
-        keep_checkpoints=config.keep_checkpoints,
+        save=SaveSettings(config.checkpoint.mode, config.keep_checkpoints, export=config.checkpoint.export),
         log_every=config.log_every,
         validate_every=config.validate_every,
         sample_every=config.validate_every,
+        on_nonfinite=config.on_nonfinite,
+        max_skipped=config.max_skipped,
+        watchdog=WatchdogSettings(config.watchdog.seconds, config.watchdog.slow_seconds),
     )
     info = RunInfo(
         config.model_dump(),

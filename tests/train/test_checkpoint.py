@@ -64,8 +64,9 @@ def test_retention_manifest_and_a_finished_run(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == rows
 
 
-@pytest.mark.parametrize("fails_in", ["_write_state", "_write_weights", "_synced_record", "_publish"])
-def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails_in):
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("fails_in", ["_write_state", "write_safetensors", "_synced_record", "_publish"])
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails_in, mode):
     whole = tiny_run.run(tmp_path / "whole", Mesh())
     tiny_run.run(tmp_path / "run", Mesh(), steps=3)
 
@@ -75,7 +76,8 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fai
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, fails_in, full_disk)
         with pytest.raises(OSError, match="disk full"):
-            tiny_run.run(tmp_path / "run", Mesh())
+            tiny_run.run(tmp_path / "run", Mesh(), mode=mode)
+    assert names(tmp_path / "run") == ["step_000003"]
     assert latest_checkpoint(tmp_path / "run/checkpoints").name == "step_000003"
     assert_same(whole, tiny_run.run(tmp_path / "run", Mesh()))
     assert names(tmp_path / "run") == ["step_000006", "step_000008"]

@@ -21,6 +21,7 @@ from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
 from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train.saver import SaveSettings
 
 
 def test_rows_hold_the_published_names(tmp_path):
@@ -54,9 +55,9 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
 
     rows = tiny_run.Rows(Mesh())
     for _ in range(4):
-        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
     with pytest.raises(TrainingError):
-        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
     for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
         assert torch.equal(a, b)
     assert state.step == 4
@@ -69,7 +70,7 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
     from longtake.train.loop import Window, _iteration
 
     with pytest.raises(TrainingError, match="step 0, critic"):
-        _iteration(state, objective, tiny_run.Rows(Mesh()), 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), Phases(), Window())
 
 
 def test_sigterm_saves_and_exits_non_zero(tmp_path):
@@ -148,8 +149,10 @@ def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
 
 
 def test_settings_refuse_zero():
-    with pytest.raises(ConfigError, match="keep_checkpoints=0 must be at least 1"):
-        LoopSettings(10, keep_checkpoints=0)
+    with pytest.raises(ConfigError, match="log_every=0 must be at least 1"):
+        LoopSettings(10, log_every=0)
+    with pytest.raises(ConfigError, match="keep=0 must be at least 1"):
+        SaveSettings(keep=0)
 
 
 def test_save_every_zero_saves_nothing(tmp_path, caplog):

@@ -17,6 +17,7 @@ from longtake.objectives.base import LossResult
 from longtake.train.ema import EMASettings
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
+from longtake.train.saver import SaveSettings
 from longtake.train.state import TrainState
 
 WIDTH, BATCH = 5, 4
@@ -107,13 +108,14 @@ def run(
     folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
 ) -> TrainState:
     hooks, wandb = options.pop("hooks", Hooks()), options.pop("wandb", None)
+    save, loop = SaveSettings(keep=2, mode=options.pop("mode", "async")), options.pop("loop", {})
     facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
         state,
         objective,
         Rows(mesh, accumulation),
-        LoopSettings(steps, accumulation, save_every=save_every, keep_checkpoints=2, validate_every=4),
+        LoopSettings(steps, accumulation, save_every=save_every, save=save, validate_every=4, **loop),
         folder=folder,
         mesh=mesh,
         info=RunInfo({"steps": steps}, facts, wandb=wandb, progress=False),
