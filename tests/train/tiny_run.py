@@ -108,7 +108,8 @@ def run(
     folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
 ) -> TrainState:
     hooks, wandb = options.pop("hooks", Hooks()), options.pop("wandb", None)
-    save, loop = SaveSettings(keep=2, mode=options.pop("mode", "async")), options.pop("loop", {})
+    save = SaveSettings(keep=2, mode=options.pop("mode", "async"), export=options.pop("export", "every"))
+    loop = options.pop("loop", {})
     facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
