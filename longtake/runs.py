@@ -83,8 +83,6 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
             f"{path} has format_version {version}; this version of Longtake reads {FORMAT_VERSION}. "
             "Use the version of Longtake that wrote it"
         )
-    if broken := [key for key, kind in _NEEDED.items() if not isinstance(manifest.get(key), kind)]:
-        raise CheckpointError(f"{path} has no usable {broken[0]}; the checkpoint is damaged, use another one")
     # All there was before these became options
     manifest.setdefault("clip_preprocess", "original")
     if isinstance(manifest.get("plan"), dict):
@@ -109,6 +107,8 @@ def check_listing(checkpoint: str | Path) -> dict[str, Any]:
     """
     checkpoint = Path(checkpoint)
     manifest = read_manifest(checkpoint)
+    if broken := [key for key, kind in _NEEDED.items() if not isinstance(manifest.get(key), kind)]:
+        raise CheckpointError(f"{checkpoint / MANIFEST} has no usable {broken[0]}; the checkpoint is damaged")
     listed, present = manifest["files"], files_of(checkpoint)
     if surplus := sorted(set(present) - set(listed)):
         raise CheckpointError(f"{checkpoint} holds files that its manifest does not list: {surplus[:5]}; remove them")

@@ -17,15 +17,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch.distributed as dist
 
 from longtake.distributed.mesh import Mesh
 from longtake.train.metrics_log import Phases
 
 logger = logging.getLogger(__name__)
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_COLLECTIVES = os.path.dirname(dist.__file__)
 EXIT_CODE = 124  # that of `timeout`
 # Rightly slow at any time, not only at first
 SLOW_PHASES = frozenset({"resume", "encode", "evaluate", "sample", "save"})
@@ -46,7 +50,8 @@ class Seen:
     """What a rank was doing at the moment `at` (seconds since the epoch).
 
     Fields: `phase` and for how many `seconds` nothing happened in it; `completed`, the phase before; `progress`, how
-    many phases began or ended since the start: the rank with the least is behind; `where`, the line that it is at.
+    many phases began or ended since the start: the rank with the least is behind; `where`, the line that it is at;
+    `waits`, whether that line is inside `torch.distributed`: of equals, the rank that is not is behind.
     """
 
     rank: int
@@ -56,6 +61,7 @@ class Seen:
     completed: str
     progress: int
     where: str
+    waits: bool
     at: float
 
 
@@ -119,17 +125,11 @@ class Watchdog:
         """What this rank is doing."""
         phase = self._open[-1] if self._open else "between phases"
         quiet = time.monotonic() - self._changed
-        return Seen(
-            self.mesh.rank, self.step(), phase, quiet, self._completed, self._progress, self._where(), time.time()
-        )
-
-    def _where(self) -> str:
-        """The line of Longtake (or its caller) that the training is at, and what it called."""
         frame = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame) if frame is not None else []
-        ours = [entry for entry in stack if "longtake" in entry.filename] or stack
-        lines = [f"{os.path.basename(entry.filename)}:{entry.lineno}" for entry in (*ours[-1:], *stack[-1:])]
-        return f"{' > '.join(dict.fromkeys(lines))} in {stack[-1].name}" if stack else "nowhere"
+        waits = bool(stack) and stack[-1].filename.startswith(_COLLECTIVES)
+        place = _line(stack), waits, time.time()
+        return Seen(self.mesh.rank, self.step(), phase, quiet, self._completed, self._progress, *place)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.interval):
@@ -151,24 +151,34 @@ class Watchdog:
                 self._store.set(str(self.mesh.rank), json.dumps(asdict(self.seen())))
 
     def _report(self) -> None:
-        seen, limit = [self.seen()], self.limit
-        with contextlib.suppress(RuntimeError):
+        seen, silent, limit = [self.seen()], set[int](), self.limit
+        try:
             if self._store is not None:
                 if self._store.add("reports", 1) > 1:
                     time.sleep(3 * self.interval)  # another rank has the word: the first that ends takes all with it
                     return
                 keys = [str(rank) for rank in range(self.mesh.world_size) if self._store.check([str(rank)])]
                 seen = [Seen(**json.loads(self._store.get(key))) for key in keys]
-        silent = sorted(set(range(self.mesh.world_size)) - {one.rank for one in seen})
-        text = report(seen, silent=silent, interval=self.interval, now=time.time())
+                silent = set(range(self.mesh.world_size)) - {one.rank for one in seen}
+        except RuntimeError:
+            logger.error(
+                "The store of the run is gone, another rank may have ended it; what follows is this rank alone"
+            )
         logger.critical(
-            "NO PROGRESS for %.0f s (watchdog): %s. The run ends; started again, it goes on from its newest "
+            "NO PROGRESS for %g s (watchdog): %s. The run ends; started again, it goes on from its newest "
             "checkpoint. If this was no hang, raise watchdog.seconds=%g or watchdog.slow_seconds=%g",
             limit,
-            text,
+            report(seen, silent=sorted(silent), interval=self.interval, now=time.time()),
             self.settings.seconds,
             self.settings.slow_seconds,
         )
+
+
+def _line(stack: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line of Longtake, and the line that it waits at."""
+    ours = [entry for entry in stack if entry.filename.startswith(_PACKAGE)] or stack
+    lines = [f"{os.path.basename(entry.filename)}:{entry.lineno}" for entry in (*ours[-1:], *stack[-1:])]
+    return f"{' > '.join(dict.fromkeys(lines))} in {stack[-1].name}" if stack else "nowhere"
 
 
 def report(seen: list[Seen], *, silent: list[int], interval: float, now: float) -> str:
@@ -183,7 +193,9 @@ def report(seen: list[Seen], *, silent: list[int], interval: float, now: float) 
     ]
     least = min((one.progress for one in heard), default=0)
     behind = [one for one in heard if one.progress == least]
-    ahead = [one for one in heard if one.progress > least]
+    if not all(one.waits for one in behind):
+        behind = [one for one in behind if not one.waits]
+    ahead = [one for one in heard if one not in behind]
     parts += [
         f"rank {one.rank} has been in phase '{one.phase}' of step {one.step} for {one.seconds:.0f} s, after "
         f"'{one.completed}' (at {one.where})"

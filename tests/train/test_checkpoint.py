@@ -92,7 +92,7 @@ def test_kill_9_in_a_save_resumes_bit_equal(tmp_path):
     assert_same(tiny_run.run(tmp_path / "whole", Mesh()), tiny_run.run(tmp_path / "run", Mesh()))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "add"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "no step", "no list", "add"])
 def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage):
     whole = tiny_run.run(tmp_path, Mesh())
     newest = tmp_path / "checkpoints/step_000008"
@@ -107,6 +107,12 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage)
             victim.unlink()
         case "manifest":
             (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-9])
+        case "no manifest":
+            (newest / "manifest.json").unlink()
+        case "no step" | "no list":
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["step" if damage == "no step" else "files"]
+            (newest / "manifest.json").write_text(json.dumps(manifest))
         case "add":
             (newest / "state/extra.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError):
