@@ -110,9 +110,7 @@ class Mesh:
         """A new connection to the key-value store of the run, under a prefix of this start; None for one rank."""
         if not self.is_distributed:
             return None
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        prefix = f"longtake/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
-        return dist.PrefixStore(prefix, dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
+        return dist.PrefixStore(f"longtake/{name}", _store_of_this_start())
 
     def peak_memory_bytes(self) -> int | None:
         """Most bytes of GPU memory that tensors of any rank took since the last call; None without a GPU."""
@@ -157,12 +155,28 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
         return Mesh(device=chosen)
     _die_with_launcher()
     # gloo beside nccl: objects and CPU tensors (errors, checkpoint plans) travel without touching the GPU.
+    # torchrun keeps its store from restart to restart, with the addresses of dead ranks: each start has its own part.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    given: dict[str, Any] = {"store": _store_of_this_start(), "rank": rank, "world_size": world_size} if agent else {}
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         device_id=chosen if kind == "cuda" else None,
+        **given,
     )
     return Mesh(rank, world_size, chosen, init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",)))
+
+
+def _store_of_this_start() -> dist.Store:
+    """A new connection to the key-value store of the run, to the part of it that belongs to this start of the ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun started this process anew after a rank had failed, and how often it may; (0, 0) without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 def _die_with_launcher() -> None:

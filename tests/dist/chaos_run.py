@@ -188,9 +188,13 @@ def starved(folder: Path, mesh: Mesh) -> None:
         write = checkpoint._write_state
 
         def limited(snapshot, *rest):
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
             if snapshot.step > 4:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-            return write(snapshot, *rest)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+            try:
+                return write(snapshot, *rest)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)  # what it prints goes to a file, too
 
         checkpoint._write_state = limited
     train(folder, mesh, steps=12)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.distributed.parallelize import parallelize
 from longtake.objectives.base import LossResult
 from longtake.train.ema import EMASettings
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--kill-in-save", type=int)
     parser.add_argument("--nan-at", type=int, default=-1)
     parser.add_argument("--raise-on", type=int, default=-1)
+    parser.add_argument("--die-once", type=int, nargs="*", default=[], help="ranks that kill themselves, one a life")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.kill_in_save is not None:
@@ -157,6 +158,9 @@ def main() -> None:
         def evaluate(step: int) -> dict[str, float]:
             if args.raise_on == mesh.rank:
                 raise ValueError("this rank broke")
+            life, _ = restarts()
+            if step == 4 and args.die_once[life : life + 1] == [mesh.rank]:
+                os.kill(os.getpid(), signal.SIGKILL)
             return {"motion_ratio": 1.0}
 
         run(
