@@ -3,8 +3,8 @@
     python -m benchmarks.save_stall -o outputs/save_stall --segment-seconds 540     (run it again: the next segment)
 
 Distillation at the sizes and with the data of `benchmarks.full_size` (Wan2.1-Fun-1.3B-InP's transformer, random
-weights; `--tiny` rehearses it on a CPU), saved every `--save-every` iterations, one checkpoint kept. A call is a segment: it
-trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler does (its last checkpoint is complete
+weights; `--tiny` rehearses it on a CPU), saved every `--save-every` iterations, one kept. A call is a segment:
+it trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler does (its last checkpoint is complete
 then) and adds to the results; the next call resumes from there. Two segments of 8 minutes and more make a run of 16.
 
 `saves.jsonl` and `metrics.jsonl` of the stage are the timeline. The stall of a segment is what the loop spent in the
