@@ -40,9 +40,9 @@ def prepare(run: full_size.Run, args: argparse.Namespace) -> Path:
         full_size.files(run, args.rows)
         full_size.encode(run)
     window, sink = full_size.windows_of(run.sizes.windows)[0]
-    file = full_size.stage(run, window, sink, args.max_steps, path=str(run.work / "encoded"), kind="encoded")
+    file = full_size.stage(run, window, sink, 20, path=str(run.work / "encoded"), kind="encoded")
     tree = yaml.safe_load(file.read_text())
-    tree |= {"name": NAME, "save_every": args.save_every, "keep_checkpoints": 1}
+    tree |= {"name": NAME, "max_steps": args.max_steps, "save_every": args.save_every, "keep_checkpoints": 1}
     tree["checkpoint"] = {"mode": args.mode}
     file = run.work / f"{NAME}.yaml"
     file.write_text(yaml.safe_dump(tree))
