@@ -34,14 +34,15 @@ from longtake.config_groups import (
     WandbConfig,
     WorldConfig,
 )
+from longtake.config_run import CheckpointConfig, WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.structs import pixel_frames
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
-    *("LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig", "StageConfig"),
-    *("ValidationConfig", "VideoConfig", "WandbConfig", "WorldConfig", "TOY", "TOY_ASSETS", "dump", "is_path"),
-    *("load_config", "resolve_source"),
+    *("CheckpointConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig"),
+    *("StageConfig", "ValidationConfig", "VideoConfig", "WandbConfig", "WatchdogConfig", "WorldConfig"),
+    *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
 TOY_ASSETS = Path(__file__).parent / "assets" / "toy"
@@ -107,6 +108,12 @@ class StageConfig(Settings):
         description="iterations between checkpoints; the last step is saved too. 0 = nothing is saved (measurements)",
     )
     keep_checkpoints: int = Field(default=2, gt=0, description="checkpoints kept, the newest")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description=CheckpointConfig.__doc__)
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="what a loss or gradient that is not finite does: stop the run, or skip the update"
+    )
+    max_skipped: int = Field(default=10, gt=0, description="updates of a run that on_nonfinite=skip may skip")
+    watchdog: WatchdogConfig = Field(default=WatchdogConfig(), description=WatchdogConfig.__doc__)
     validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
     log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
     validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)

@@ -26,6 +26,7 @@ TEMPORARY = ".tmp-"
 LORA = "_lora"  # end of the name of a folder with low-rank updates
 # Kinds of stages that train a student, in the order of training
 STUDENTS = ("causal", "distill", "long")
+_NEEDED = {"step": int, "data_position": int, "config": dict, "files": dict}  # what every manifest holds
 _THREADS = 8
 _NAME = re.compile(r"step_(\d{6,})")
 logger = logging.getLogger(__name__)
@@ -94,36 +95,65 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
     Raises: CheckpointError naming the first file that is missing, surplus or changed.
     """
+    manifest = check_listing(checkpoint)  # gigabytes are read only when all sizes are right
+    check_contents(checkpoint, manifest, list(manifest["files"]))
+    return manifest
+
+
+def check_listing(checkpoint: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have the listed names and sizes; contents are not read.
+
+    Raises: CheckpointError as `verify_checkpoint`.
+    """
     checkpoint = Path(checkpoint)
     manifest = read_manifest(checkpoint)
-    listed, present = manifest.get("files", {}), files_of(checkpoint)
+    if broken := [key for key, kind in _NEEDED.items() if not isinstance(manifest.get(key), kind)]:
+        raise CheckpointError(f"{checkpoint / MANIFEST} has no usable {broken[0]}; the checkpoint is damaged")
+    listed, present = manifest["files"], files_of(checkpoint)
     if surplus := sorted(set(present) - set(listed)):
         raise CheckpointError(f"{checkpoint} holds files that its manifest does not list: {surplus[:5]}; remove them")
     if missing := sorted(set(listed) - set(present)):
         raise CheckpointError(f"{checkpoint} lacks {missing[0]}; the checkpoint is damaged, use another one")
-    sizes = {name: (checkpoint / name).stat().st_size for name in listed}
-    changed = [name for name, record in listed.items() if sizes[name] != record["size_bytes"]]
-    if not changed:  # gigabytes are read only when all sizes are right
-        now = file_records(checkpoint, list(listed))
-        changed = [name for name, record in listed.items() if now[name] != record]
-    if changed:
-        raise CheckpointError(f"{checkpoint / changed[0]} is not the file that was saved; use another checkpoint")
+    for name, record in listed.items():
+        if not isinstance(record, dict) or (checkpoint / name).stat().st_size != record.get("size_bytes"):
+            raise _changed(checkpoint / name)
     return manifest
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def check_contents(checkpoint: str | Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
+    """Raises CheckpointError when one of these files has another checksum than the manifest says."""
+    now = file_records(Path(checkpoint), names)
+    if changed := [name for name in names if now[name] != manifest["files"][name]]:
+        raise _changed(Path(checkpoint) / changed[0])
+
+
+def _changed(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} is not the file that was saved; use another checkpoint")
+
+
+def latest_checkpoint(
+    folder: str | Path, verify: Callable[[Path], object] = verify_checkpoint, *, with_exports: bool = False
+) -> Path | None:
     """The newest complete checkpoint in `folder`, verified; None when there is none.
 
-    A damaged newer one is passed over with a warning that names it.
+    A damaged newer one is passed over with a warning that names it; with `with_exports` one without whole weights too.
     """
     for path in reversed(list_checkpoints(folder)):
+        if with_exports and exports_of(path) == []:
+            logger.warning("%s holds no whole weights (checkpoint.export=last); looking at the one before", path)
+            continue
         try:
-            verify_checkpoint(path)
+            verify(path)
         except CheckpointError as error:
             logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
         else:
             return path
     return None
+
+
+def exports_of(checkpoint: str | Path) -> list[str]:
+    """Names of the folders of whole weights (or low-rank updates) in a checkpoint."""
+    return sorted(path.name for path in Path(checkpoint).glob("*") if path.is_dir() and path.name != "state")
 
 
 def student_stages(logdir: str | Path) -> list[Path]:
@@ -165,7 +195,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     stages = [path] if checkpoints_folder(path).is_dir() else reversed(student_stages(path))
     for stage in stages:
-        if (found := latest_checkpoint(checkpoints_folder(stage))) is not None:
+        if (found := latest_checkpoint(checkpoints_folder(stage), with_exports=True)) is not None:
             return found
     raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
 
@@ -180,5 +210,6 @@ def exported_weights(checkpoint: str | Path, network: str = "generator", *, pref
         for folder in (Path(checkpoint) / name, Path(checkpoint) / f"{name}{LORA}"):
             if folder.is_dir():
                 return folder
-    held = sorted(path.name for path in Path(checkpoint).glob("*") if path.is_dir() and path.name != "state")
-    raise CheckpointError(f"{checkpoint} holds no exported network {network!r}; it holds {held}")
+    held = exports_of(checkpoint)
+    why = "" if held else "; with checkpoint.export=last only the checkpoint of the last iteration holds networks"
+    raise CheckpointError(f"{checkpoint} holds no exported network {network!r}; it holds {held}{why}")

@@ -2,17 +2,19 @@
 # Set-up and the main job: writes the toy data, trains the causal initialisation and the distillation from the toy
 # teacher that ships with the package, generates, measures and prints a table. Run again, it goes on where it stopped.
 #
-# Usage: bash scripts/train_i2v_local.sh [--gpus N] [--config FILE] [--logdir DIR] [--no-setup] [stage.key=value ...]
+# Usage: bash scripts/train_i2v_local.sh [--gpus N] [--config FILE] [--logdir DIR] [--restarts N] [--no-setup]
+#                                        [stage.key=value ...]
 #   --gpus N       one process on each of N GPUs; 0 = two processes on the CPU. Default: every GPU, or 0 without one.
 #   --config FILE  a job, or one stage; default configs/toy/i2v.yaml
 #   --logdir DIR   where everything is written; default: what the file says (outputs/toy)
+#   --restarts N   when a process dies, start all anew from the newest checkpoint, at most N times; default 0
 #   --no-setup     use the python on the PATH as it is, instead of .venv
 #   stage.key=value  wins over the file, e.g. distill.max_steps=100; `longtake config` lists the keys
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 config=$root/configs/toy/i2v.yaml
-logdir=() overrides=() gpus="" setup=yes
+logdir=() overrides=() gpus="" setup=yes restarts=0
 
 fail() { printf 'train_i2v_local.sh: %s\n' "$*" >&2; exit 2; }
 need() { [[ $2 -ge 2 ]] || fail "$1 needs a value; see --help"; }
@@ -22,7 +24,8 @@ while [[ $# -gt 0 ]]; do
         --gpus) need "$1" $#; gpus=$2; shift 2 ;;
         --config) need "$1" $#; config=$2; shift 2 ;;
         --logdir) need "$1" $#; logdir=(--logdir "$2"); shift 2 ;;
-        --gpus=* | --config=* | --logdir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+        --restarts) need "$1" $#; restarts=$2; shift 2 ;;
+        --gpus=* | --config=* | --logdir=* | --restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
         --no-setup) setup=no; shift ;;
         -h | --help) sed -n '2,/^[^#]/{s/^# //p;s/^#$//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) fail "unknown option $1; see --help" ;;
@@ -31,6 +34,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 [[ -z $gpus || $gpus =~ ^[0-9]+$ ]] || fail "--gpus $gpus must be a number"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts must be a number"
 [[ -f $config ]] || fail "--config $config does not exist"
 
 if [[ $setup == yes ]]; then
@@ -64,4 +68,7 @@ if setpriv --pdeathsig KILL true 2>/dev/null; then
     # torchrun gives each process a session of its own: a killed torchrun would leave them training, unseen.
     program=(--no-python setpriv --pdeathsig KILL "$python" -u -m longtake)
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" "${program[@]}" train "${job[@]}"
+# How long torchrun waits after SIGTERM for the last checkpoint (versions before this variable wait 30 seconds).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "$restarts" \
+    "${program[@]}" train "${job[@]}"

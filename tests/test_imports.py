@@ -16,6 +16,7 @@ BASE = {
     "config_base",
     "config_groups",
     "config_generation",
+    "config_run",
     "randomness",
     "runs",
     "devices",

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,13 +28,14 @@ class Mesh:
     """One process among `world_size`; a context manager that leaves the process group on a clean exit.
 
     Fields: `rank`, `world_size`, the `device` of this process, and the one-dimensional `device_mesh` over all ranks,
-    or None for a single process.
+    or None for a single process; `group` that `every` talks over, None for the one of all ranks.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     device_mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> Mesh:
         return self
@@ -72,7 +73,7 @@ class Mesh:
             error = caught
         text = error if isinstance(error, LongtakeError) else f"{type(error).__name__}: {error}"
         outcomes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(outcomes, (value, text if error is not None else None))
+        dist.all_gather_object(outcomes, (value, text if error is not None else None), group=self.group)
         if error is not None:
             raise error
         for rank, (_, failure) in enumerate(outcomes):
@@ -89,6 +90,27 @@ class Mesh:
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one."""
         return bool(self.gather([float(flag)]).any())
+
+    def beside(self) -> Mesh:
+        """The same ranks with a gloo group of their own, for `every` and `on_main` in a thread beside the training.
+
+        All ranks call it; `leave_group` when the thread has ended.
+        """
+        if not self.is_distributed:
+            return self
+        # Ranks may wait long for one that writes: whoever waits for the thread has a time-out of its own.
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+    def leave_group(self) -> None:
+        """Gives the group of `beside` back."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def store(self, name: str) -> dist.Store | None:
+        """A new connection to the key-value store of the run, under a prefix of this start; None for one rank."""
+        if not self.is_distributed:
+            return None
+        return dist.PrefixStore(f"longtake/{name}", _store_of_this_start())
 
     def peak_memory_bytes(self) -> int | None:
         """Most bytes of GPU memory that tensors of any rank took since the last call; None without a GPU."""
@@ -133,12 +155,28 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
         return Mesh(device=chosen)
     _die_with_launcher()
     # gloo beside nccl: objects and CPU tensors (errors, checkpoint plans) travel without touching the GPU.
+    # torchrun keeps its store from restart to restart, with the addresses of dead ranks: each start has its own part.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    given: dict[str, Any] = {"store": _store_of_this_start(), "rank": rank, "world_size": world_size} if agent else {}
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         device_id=chosen if kind == "cuda" else None,
+        **given,
     )
     return Mesh(rank, world_size, chosen, init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",)))
+
+
+def _store_of_this_start() -> dist.Store:
+    """A new connection to the key-value store of the run, to the part of it that belongs to this start of the ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun started this process anew after a rank had failed, and how often it may; (0, 0) without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 def _die_with_launcher() -> None:

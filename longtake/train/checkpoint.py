@@ -1,8 +1,9 @@
 """Saves and resumes training: sharded safetensors through torch.distributed.checkpoint, published atomically.
 
-The storage is torch's safetensors reader and writer, so that a checkpoint holds no pickle at all (the default storage
-of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles everything that is no tensor).
-The layout on disk belongs to `longtake.runs`.
+Reading uses torch's safetensors reader and writing `longtake.train.shard_files`, so that a checkpoint holds no pickle
+at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
+everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
+rank gathers anything. The layout on disk belongs to `longtake.runs`, saving beside the training to `train.saver`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from longtake import runs
 from longtake.distributed.mesh import Mesh
@@ -31,18 +32,86 @@ from longtake.models.lora import factors
 from longtake.models.lora_files import Adapter, write_adapter
 from longtake.models.weights import clean_name, config_to_json
 from longtake.runs import latest_checkpoint
-from longtake.train.ema import EMA
+from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors
+from longtake.train.staging import local
 from longtake.train.state import TrainState
 
-__all__ = ["export_weights", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint"]
+__all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 
 # Facts that cannot simply be set back, and what to do about them
 _FIXES = {
     "base": "name the weights that it was trained on in init_from (and critic.init_from)",
     "lora": "set rank, alpha and targets back",
 }
-BUCKET_BYTES = 2**31  # a file holds about this much: the writer keeps a whole file in memory, twice
+SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network to write whole: its `keys` by the name in the file, the value the name in the state."""
+
+    folder: str
+    keys: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds.
+
+    Fields: `tensors` of the state, of which only names, shapes and shards are read; `values`, this rank's shards;
+    `exports`, networks that are also written whole; `entries` of the manifest.
+    """
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    exports: tuple[Export, ...]
+    entries: Mapping[str, Any]
+    step: int
+
+    @classmethod
+    def of(cls, state: TrainState, export: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> Snapshot:
+        """The state as it is: without `values` it must not change until the snapshot is written."""
+        tensors = state.tensors()
+        return cls(
+            tensors,
+            values if values is not None else {name: local(tensor) for name, tensor in tensors.items()},
+            tuple(one for name in export for one in _exports(state, name, tensors)),
+            {
+                "step": state.step,
+                "data_position": state.data_position,
+                "skipped": state.skipped,
+                "seed": state.seed,
+            },
+            state.step,
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """About the size of the checkpoint on disk, all ranks together."""
+        state = sum(value.numel() * value.element_size() for value in self.tensors.values())
+        whole = (self.tensors[name] for export in self.exports for name in export.keys.values())
+        return state + sum(value.numel() * value.element_size() for value in whole) + SPARE_BYTES
+
+
+def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> list[Export]:
+    network, adapter = state.networks[name], state.adapters.get(name)
+    names = [clean_name(key) for key in (factors(network.state_dict()) if adapter else network.state_dict())]
+    own = {key: f"networks.{name}.{key}" for key in names}
+    end, config = runs.LORA if adapter else "", _config_json(getattr(network, "config", None))
+    found = [Export(f"{name}{end}", own, config, adapter)]
+    if name in state.ema:
+        average = {key: f"ema.{name}.{key}" for key in names if f"ema.{name}.{key}" in tensors}
+        found.append(Export(f"{name}_ema{end}", own | average, config, adapter))
+    return found
+
+
+def _config_json(config: Any) -> dict[str, Any] | None:
+    if isinstance(config, DiTConfig):
+        return config_to_json(config)
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
 
 
 def save_checkpoint(
@@ -55,39 +124,70 @@ def save_checkpoint(
     keep: int,
     export: tuple[str, ...] = (),
 ) -> Path:
-    """The published checkpoint of `state` in `folder`; all ranks call it.
+    """The published checkpoint of `state` in `folder`; all ranks call it and wait until it is there.
 
     Args: `config`, the resolved configuration; `facts`, what must be equal when the run is resumed (rope, block plan,
     fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
     Raises: CheckpointError on every rank when a file cannot be written; older checkpoints stay as they were.
     """
-    final = folder / runs.checkpoint_name(state.step)
+    return write_checkpoint(Snapshot.of(state, export), folder, mesh=mesh, config=config, facts=facts, keep=keep)
+
+
+def write_checkpoint(
+    snapshot: Snapshot,
+    folder: Path,
+    *,
+    mesh: Mesh,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """As `save_checkpoint`, of a snapshot; also in a thread, on a `mesh` whose collectives are that thread's own."""
+    final = folder / runs.checkpoint_name(snapshot.step)
     temporary = folder / (runs.TEMPORARY + final.name)
     mesh.on_main(lambda: _make_empty(temporary))
-    _write_state(state.tensors(), temporary / "state", mesh)
-    for name in export:
-        adapter = state.adapters.get(name)
-        end = runs.LORA if adapter else ""
-        export_weights(state.networks[name], temporary / f"{name}{end}", mesh=mesh, adapter=adapter)
-        if (ema := state.ema.get(name)) is not None:
-            folder = temporary / f"{name}_ema{end}"
-            export_weights(state.networks[name], folder, mesh=mesh, ema=ema, adapter=adapter)
-    names = mesh.on_main(lambda: runs.files_of(temporary))
-    mine = names[mesh.rank :: mesh.world_size]
-    parts = mesh.every(lambda: runs.file_records(temporary, mine, _synced_record))
-    manifest = {
-        "format_version": runs.FORMAT_VERSION,
-        "step": state.step,
-        "data_position": state.data_position,
-        "seed": state.seed,
-        **{key: facts[key] for key in sorted(facts)},
-        "world_size": mesh.world_size,
-        "torch_version": torch.__version__,
-        "config": dict(config),
-        "files": {name: record for part in parts for name, record in part.items()},
-    }
-    mesh.on_main(lambda: _publish(temporary, final, manifest, keep))
+    try:
+        records = _write_state(snapshot, temporary / "state", mesh)
+        parts = mesh.every(lambda: _write_exports(snapshot.exports, temporary, mesh))
+        files = {f"state/{name}": record for name, record in records.items()}
+        files |= {name: record for part in parts for name, record in part.items()}
+        manifest = {
+            "format_version": runs.FORMAT_VERSION,
+            **snapshot.entries,
+            **{key: facts[key] for key in sorted(facts)},
+            "world_size": mesh.world_size,
+            "torch_version": torch.__version__,
+            "config": dict(config),
+            "files": dict(sorted(files.items())),
+        }
+        mesh.on_main(lambda: _publish(temporary, final, manifest, keep))
+    except Exception:
+        if mesh.is_main:  # what cannot be finished must not fill the disk
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
+
+
+def check_space(snapshot: Snapshot, folder: Path, mesh: Mesh) -> None:
+    """Raises CheckpointError on every rank when the disk has no room for the checkpoint; nothing is written then."""
+
+    def check() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        needed, free = snapshot.size_bytes, shutil.disk_usage(folder).free
+        if needed <= free:
+            return
+        kept = len(runs.list_checkpoints(folder))
+        raise CheckpointError(
+            f"{runs.checkpoint_name(snapshot.step)} needs {_gib(needed)} in {folder} and {_gib(free)} are free; "
+            f"nothing was written and the {kept} checkpoints there are intact. Free space, or lower keep_checkpoints "
+            "(the new one is written before the oldest is removed), and start the same command again"
+        )
+
+    mesh.on_main(check)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def resume(
@@ -99,7 +199,7 @@ def resume(
     removed; a damaged newest checkpoint is set aside under `damaged-...` with a warning.
     Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other `facts`.
     """
-    path = mesh.on_main(lambda: _clean_and_find(folder))
+    path = _clean_and_find(folder, mesh)
     if path is None:
         return None
     manifest = load_checkpoint(state, path, mesh=mesh, verify=False, facts=facts)
@@ -117,7 +217,7 @@ def load_checkpoint(
     Args: `verify` checks every file's checksum first; `facts`, values that the manifest must hold.
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
-    manifest = mesh.on_main(lambda: runs.verify_checkpoint(path) if verify else runs.read_manifest(path))
+    manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: runs.read_manifest(path))
     for key, value in {"seed": state.seed, **(facts or {})}.items():
         if (saved := manifest.get(key)) != json.loads(json.dumps(value)):
             fix = _FIXES.get(key, "set it back")
@@ -130,50 +230,50 @@ def load_checkpoint(
     mesh.every(lambda: _check_keys(tensors, reader, path))
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
     state.step, state.data_position = manifest["step"], manifest["data_position"]
+    state.skipped = manifest.get("skipped", 0)  # there was no such count in the first manifests
     return manifest
 
 
-def export_weights(
-    network: nn.Module, folder: Path, *, mesh: Mesh, ema: EMA | None = None, adapter: Adapter | None = None
-) -> None:
-    """Writes `model.safetensors` (whole tensors, the module's own names) and `config.json` from `network.config`.
-
-    All ranks call it; rank 0 holds the gathered tensors on the CPU and writes. With `ema`, its averages stand in for
-    the trained parameters. With `adapter`, the low-rank updates alone are written, as `write_adapter` does.
-    """
-    source = {clean_name(key): value for key, value in network.state_dict().items()} | (ema.tensors() if ema else {})
-    source = factors(source) if adapter is not None else source
-    whole: dict[str, Tensor] = {}
-    for key, value in source.items():
-        value = value.detach()
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        if mesh.is_main:
-            whole[key] = full.to("cpu", copy=True).contiguous()
-    mesh.on_main(lambda: _write_weights(whole, getattr(network, "config", None), folder, adapter))
+def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
+    """As `runs.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
+    manifest = mesh.on_main(lambda: runs.check_listing(path))
+    # The largest first, so that the shares are about equal.
+    names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["size_bytes"], name))
+    mesh.every(lambda: runs.check_contents(path, manifest, names[mesh.rank :: mesh.world_size]))
+    return manifest
 
 
-def _write_weights(weights: dict[str, Tensor], config: Any, folder: Path, adapter: Adapter | None) -> None:
-    from safetensors.torch import save_file
+def _write_exports(exports: tuple[Export, ...], checkpoint: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Writes this rank's share of the exports from the published shards; records by name of the file."""
+    records = {}
+    for export in exports[mesh.rank :: mesh.world_size]:
+        folder = checkpoint / export.folder
+        folder.mkdir(parents=True)
+        state = StateFiles(checkpoint / "state")
+        pieces = [state.piece(name, stored_as) for name, stored_as in export.keys.items()]
+        if export.adapter is not None:
+            write_adapter(folder, {piece.name: piece.values() for piece in pieces}, export.adapter)
+        else:
+            name = f"{export.folder}/model.safetensors"
+            records[name] = write_safetensors(checkpoint / name, pieces, {"format": "pt"})
+        if export.config is not None:
+            (folder / "config.json").write_text(json.dumps(export.config, indent=2) + "\n")
+        for file in folder.iterdir():
+            if (name := f"{export.folder}/{file.name}") not in records:
+                records[name] = _synced_record(file)
+    return records
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if adapter is not None:
-        write_adapter(folder, weights, adapter)
-    else:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if isinstance(config, DiTConfig):
-        (folder / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n")
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
-
-def _write_state(tensors: dict[str, Tensor], folder: Path, mesh: Mesh) -> None:
-    """Each rank writes its shards, in files of about BUCKET_BYTES."""
-    bucket_of, used = {}, 0
-    for name, tensor in tensors.items():
-        bucket_of[name] = 1 + used // BUCKET_BYTES
-        used += tensor.numel() * tensor.element_size() // mesh.world_size
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=bucket_of, save_distributed=True)
-    _with_errors(f"writing {folder}", lambda: dcp.save(tensors, storage_writer=writer, no_dist=not mesh.is_distributed))
+def _write_state(snapshot: Snapshot, folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Each rank writes its shards; the records of the files of all ranks."""
+    writer, planner = ShardWriter(folder), StagedPlanner(snapshot.values)
+    tensors: dict[str, Any] = dict(snapshot.tensors)
+    alone = not mesh.is_distributed
+    _with_errors(
+        f"writing {folder}",
+        lambda: dcp.save(tensors, storage_writer=writer, planner=planner, process_group=mesh.group, no_dist=alone),
+    )
+    return {name: record for part in mesh.every(lambda: writer.records) for name, record in part.items()}
 
 
 def _with_errors(doing: str, work: Callable[[], Any]) -> None:
@@ -183,7 +283,7 @@ def _with_errors(doing: str, work: Callable[[], Any]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             work()
     except CheckpointException as error:
-        reasons = "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
+        reasons = "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in sorted(error.failures.items()))
         raise CheckpointError(f"{doing} failed: {reasons}; check the disk and the folder's permissions") from error
 
 
@@ -212,25 +312,41 @@ def _raise_on_difference(expected: dict[str, tuple], found: dict[str, tuple], pa
         raise CheckpointError(f"{path} does not fit the model: {text}. Use the configuration that it was trained with")
 
 
-def _clean_and_find(folder: Path) -> Path | None:
-    for leftover in folder.glob(runs.TEMPORARY + "*"):
-        logger.warning("Removing %s, which an interrupted run left behind", leftover)
-        shutil.rmtree(leftover)
-    published = runs.list_checkpoints(folder)
-    newest = latest_checkpoint(folder)
-    if newest is None:
-        if published:
-            raise CheckpointError(
-                f"none of the {len(published)} checkpoints in {folder} can be used (see the warnings above); "
-                "restore one, or remove them all to start from the beginning"
-            )
-        return None
-    for path in published[published.index(newest) + 1 :]:
+def _clean_and_find(folder: Path, mesh: Mesh) -> Path | None:
+    """The newest checkpoint that is as it was saved, after what is of no use was removed; all ranks call it."""
+
+    def clean() -> list[Path]:
+        for leftover in folder.glob(runs.TEMPORARY + "*"):
+            logger.warning("Removing %s, which an interrupted run left behind", leftover)
+            shutil.rmtree(leftover)
+        return runs.list_checkpoints(folder)
+
+    published = mesh.on_main(clean)
+    damaged: list[Path] = []
+    for path in reversed(published):
+        try:
+            verify_together(path, mesh)
+        except CheckpointError as error:  # the same on every rank
+            if mesh.is_main:
+                logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
+            damaged.append(path)
+            continue
+        mesh.on_main(lambda path=path: _set_aside(damaged, path))  # type: ignore[misc]
+        return path
+    if published:
+        raise CheckpointError(
+            f"none of the {len(published)} checkpoints in {folder} can be used (see the warnings above); "
+            "restore one, or remove them all to start from the beginning"
+        )
+    return None
+
+
+def _set_aside(damaged: list[Path], newest: Path) -> None:
+    for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         logger.warning("Set the damaged checkpoint %s aside as %s; resuming %s", path, aside.name, newest)
-    return newest
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:

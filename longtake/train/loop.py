@@ -2,7 +2,7 @@
 
 It reads: resume -> for step: [evaluate?] [sample?] [save?] [stop?] -> fetch -> losses -> backward -> finite? -> clip,
 step, EMA -> log. What comes before the step needs no special case for the last one. Nothing is caught here: an error
-ends the process, and torchrun ends the other ranks.
+ends the process (once a save that had begun is complete), and torchrun ends the other ranks or starts all anew.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -27,10 +27,12 @@ from longtake.distributed.parallelize import sum_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.runs import checkpoints_folder
-from longtake.train.checkpoint import resume, save_checkpoint
+from longtake.train.checkpoint import resume
 from longtake.train.gauges import Gauges, Trace
 from longtake.train.metrics_log import MetricsLog, Phases
+from longtake.train.saver import Saver, SaveSettings
 from longtake.train.state import TrainState
+from longtake.train.watchdog import Watchdog, WatchdogSettings
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +42,25 @@ class LoopSettings:
     """How long, and what happens every how many iterations (0 = never).
 
     Fields: `accumulation`, micro-batches an update on each rank; `reduce_once`, only the last of these sums gradients
-    over the ranks; `export`, networks whose weights every checkpoint also holds whole, for inference and for the next
-    stage. Saving, evaluation and sampling also happen at `max_steps`.
+    over the ranks; `save`, how checkpoints are written (saving, evaluation and sampling also happen at `max_steps`);
+    `on_nonfinite`, what a loss or gradient that is not finite does: `stop` the run, or `skip` the update, which may
+    happen `max_skipped` times in a run; `watchdog`, when a run that hangs ends.
     """
 
     max_steps: int
     accumulation: int = 1
     save_every: int = 100
-    keep_checkpoints: int = 3
+    save: SaveSettings = SaveSettings()
     log_every: int = 1
     validate_every: int = 0
     sample_every: int = 0
-    export: tuple[str, ...] = ("generator",)
     reduce_once: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 0
+    watchdog: WatchdogSettings = WatchdogSettings()
 
     def __post_init__(self) -> None:
-        for name in ("accumulation", "keep_checkpoints", "log_every"):
+        for name in ("accumulation", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; set it to 1 or more")
 
@@ -118,116 +123,187 @@ def train(
 
     Args: `folder`, the stage's own; `phases`, timers that the objective shares; `gauges`, rates for the rows; `trace`,
     a profiler.
-    Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite;
-    SystemExit (143) after SIGTERM, once the state is saved.
+    Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite (and may not
+    be skipped); CheckpointError on every rank when a checkpoint cannot be written; SystemExit (128 + the signal) after
+    SIGTERM or SIGINT, once the state is saved.
     """
     info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or Phases(mesh.device)
     gauges = gauges or Gauges()
-    checkpoints = checkpoints_folder(folder)
-    facts = {"config": info.config, "facts": info.facts}
-    resumed = resume(state, checkpoints, mesh=mesh, **facts)
-    if resumed is not None and mesh.is_main:
-        logger.info("Resuming %s", resumed)
-    first, last = state.step, settings.max_steps
-    if first >= last:
-        logger.info("%s: all %d iterations are done", folder, last)
-        return
-    if hooks.start:
-        hooks.start()
-    batches.seek(state.data_position)
-    log = MetricsLog(
-        folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb
-    )
-    window = Window()
-    with closing(log), closing(trace) if trace else nullcontext(), _stop_on_sigterm() as stop_asked:
-        for step in range(first, last + 1):
-            if hooks.evaluate and _due(step, settings.validate_every, last):
-                with phases("evaluate"):
-                    log.scalars(step, hooks.evaluate(step))
-            if hooks.sample and _due(step, settings.sample_every, last):
-                with phases("sample"):
-                    log.images(step, hooks.sample(step))
-            stop = mesh.any(stop_asked())
-            save = settings.save_every > 0
-            if save and step > first and (stop or _due(step, settings.save_every, last)):
-                with phases("checkpoint"):
-                    save_checkpoint(
-                        state, checkpoints, mesh=mesh, keep=settings.keep_checkpoints, export=settings.export, **facts
-                    )
-            if step == last:
-                break
-            if stop:
-                outcome = "the same command goes on" if save else "nothing is saved (save_every=0)"
-                logger.warning("Stopped by SIGTERM after %d of %d iterations; %s", step, last, outcome)
-                raise SystemExit(128 + signal.SIGTERM)
-            if trace:
-                trace.at(step)
-            started, before = time.perf_counter(), state.data_position
-            once = settings.reduce_once
-            _iteration(state, objective, batches, settings.accumulation, mesh, phases, window, reduce_once=once)
-            seconds = time.perf_counter() - started
-            window.add({"seconds": seconds})
-            gauges.add(step, seconds, state.data_position - before)
-            row = {}
-            if _due(step + 1, settings.log_every, last):
-                # Phases are summed over the row's iterations, evaluation and saving included.
-                window.add({f"seconds/{name}": value for name, value in phases.take().items()})
-                window.add({f"seconds_of/{name}": value for name, value in phases.take_wholes().items()})
-                row = window.take(mesh) | gauges.take(mesh)
-                log.scalars(step, row)
-            log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
+    with Watchdog(mesh, settings.watchdog, phases, lambda: state.step):
+        checkpoints = checkpoints_folder(folder)
+        facts = {"config": info.config, "facts": info.facts}
+        with phases("resume"):
+            resumed = resume(state, checkpoints, mesh=mesh, **facts)
+        if resumed is not None and mesh.is_main:
+            logger.info("Resuming %s", resumed)
+        first, last = state.step, settings.max_steps
+        if first >= last:
+            logger.info("%s: all %d iterations are done", folder, last)
+            return
+        saver = Saver(state, checkpoints, settings.save, mesh=mesh, **facts) if settings.save_every > 0 else None
+        if hooks.start:
+            hooks.start()
+        batches.seek(state.data_position)
+        log = MetricsLog(
+            folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb
+        )
+        window = Window()
+        with (
+            closing(log),
+            closing(trace) if trace else nullcontext(),
+            _stop_on_signals() as asked,
+            _complete_saves(saver, phases),
+        ):
+            for step in range(first, last + 1):
+                _look(step, settings, hooks, phases, log)
+                with phases("agree"):
+                    stop = _agree(mesh, asked(), saver)
+                if saver and step > first and (stop or _due(step, settings.save_every, last)):
+                    with phases("checkpoint"):
+                        saver.save(last=bool(stop) or step == last)
+                if step == last:
+                    break
+                if stop:
+                    _stop(stop, step, last, saved=saver is not None)
+                if trace:
+                    trace.at(step)
+                started, before = time.perf_counter(), state.data_position
+                _iteration(state, objective, batches, settings, mesh, phases, window)
+                seconds = time.perf_counter() - started
+                window.add({"seconds": seconds})
+                gauges.add(step, seconds, state.data_position - before)
+                row = _row(step, settings, state, mesh, phases, window, gauges)
+                if row:
+                    log.scalars(step, row)
+                log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
+
+
+def _look(step: int, settings: LoopSettings, hooks: Hooks, phases: Phases, log: MetricsLog) -> None:
+    """What is measured and shown after `step` iterations."""
+    if hooks.evaluate and _due(step, settings.validate_every, settings.max_steps):
+        with phases("evaluate"):
+            log.scalars(step, hooks.evaluate(step))
+    if hooks.sample and _due(step, settings.sample_every, settings.max_steps):
+        with phases("sample"):
+            log.images(step, hooks.sample(step))
+
+
+def _row(
+    step: int, settings: LoopSettings, state: TrainState, mesh: Mesh, phases: Phases, window: Window, gauges: Gauges
+) -> dict[str, float]:
+    """The row that is due after iteration `step`, else nothing."""
+    if not _due(step + 1, settings.log_every, settings.max_steps):
+        return {}
+    # Phases are summed over the row's iterations, evaluation and saving included.
+    window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
+    window.add({f"seconds_of/{name}": seconds for name, seconds in phases.take_wholes().items()})
+    with phases("agree"):
+        row = window.take(mesh) | gauges.take(mesh)
+    if settings.on_nonfinite == "skip":
+        row["skipped_updates"] = state.skipped
+    return row
+
+
+def _agree(mesh: Mesh, asked: int, saver: Saver | None) -> int:
+    """The signal that some rank was sent, 0 for none. Raises: on every rank, the error of a save in the background."""
+    signals, failures = mesh.gather([asked, bool(saver and saver.failed)]).T.tolist()
+    if saver is not None and any(failures):
+        saver.wait()
+    return int(max(signals))
+
+
+def _stop(number: int, step: int, last: int, *, saved: bool) -> None:
+    """Ends the run after a signal."""
+    outcome = "the same command goes on" if saved else "nothing is saved (save_every=0)"
+    name = signal.Signals(number).name
+    logger.warning("Stopped by %s after %d of %d iterations; %s", name, step, last, outcome)
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _complete_saves(saver: Saver | None, phases: Phases) -> Iterator[None]:
+    """However the inside ends, afterwards the save that had begun is complete."""
+    failing = True
+    try:
+        yield
+        failing = False
+    except SystemExit:
+        failing = False
+        raise
+    finally:
+        if saver is not None:
+            with phases("checkpoint"):
+                saver.close(failing=failing)
 
 
 def _iteration(
     state: TrainState,
     objective: Objective,
     batches: Batches,
-    accumulation: int,
+    settings: LoopSettings,
     mesh: Mesh,
     phases: Phases,
     window: Window,
-    *,
-    reduce_once: bool = False,
 ) -> None:
     """One iteration: each network of `turns` is updated once, all on the same micro-batches."""
     step = state.step
     with phases("data"):
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        micro_batches = [next(batches) for _ in range(settings.accumulation)]
     for turn in objective.turns(step):
         optimizer = state.optimizers[turn]
+        metrics = []
         with phases.whole(turn):
             optimizer.zero_grad()
             loss = 0.0
             for number, batch in enumerate(micro_batches, 1):
-                sum_gradients(state.networks[turn], not reduce_once or number == accumulation)
+                sum_gradients(state.networks[turn], not settings.reduce_once or number == settings.accumulation)
                 with phases("forward"):  # what is in no other phase: the objective names roll-out and scores
                     result = objective.loss(turn, batch, step)
                 with phases("backward"):
-                    (result.loss / accumulation).backward()
-                loss += result.loss.detach().item() / accumulation
-                window.add(result.metrics)
+                    (result.loss / settings.accumulation).backward()
+                loss += result.loss.detach().item() / settings.accumulation
+                metrics.append(result.metrics)
             with phases("optimizer"):
                 norm = optimizer.gradient_norm()
-        check_finite(mesh, step, turn, loss, norm)
+        with phases("agree"):
+            problem = nonfinite(mesh, step, turn, loss, norm)
+        if problem is not None:
+            optimizer.zero_grad()
+            _skip_or_stop(state, problem, settings, turn, mesh)
+            continue
         with phases("optimizer"):
             optimizer.step(step, norm)
             if turn in state.ema:
                 state.ema[turn].update(step)
             optimizer.zero_grad()  # now: the next turn's network finds their memory free
+        for values in metrics:
+            window.add(values)
         window.add({f"{turn}_loss": loss, f"{turn}_grad_norm": norm})
         window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
     state.step, state.data_position = step + 1, batches.position
 
 
-def check_finite(mesh: Mesh, step: int, turn: str, loss: float, gradient_norm: float) -> None:
-    """Raises TrainingError on every rank unless loss and gradient norm are finite on all of them."""
+def nonfinite(mesh: Mesh, step: int, turn: str, loss: float, gradient_norm: float) -> str | None:
+    """What is wrong, the same text on every rank, unless loss and gradient norm are finite on all of them."""
     losses, norms = mesh.gather([loss, gradient_norm]).T.tolist()
-    if not all(math.isfinite(value) for value in losses + norms):
+    if all(math.isfinite(value) for value in losses + norms):
+        return None
+    return f"step {step}, {turn}: loss={losses} and gradient norm={norms} (one value a rank) must be finite"
+
+
+def _skip_or_stop(state: TrainState, problem: str, settings: LoopSettings, turn: str, mesh: Mesh) -> None:
+    """Counts a skipped update. Raises: TrainingError on every rank when it may not be skipped."""
+    fix = f"Lower the learning rate or max_grad_norm of {turn}, or look at the samples of this step"
+    if settings.on_nonfinite == "stop":
+        raise TrainingError(f"{problem}; no weight was changed in this update. {fix}, or set on_nonfinite=skip")
+    if state.skipped >= settings.max_skipped:
         raise TrainingError(
-            f"step {step}, {turn}: loss={losses} and gradient norm={norms} (one value a rank) must be finite; no "
-            f"weight was changed in this update. Lower the learning rate or max_grad_norm of {turn}, or look at the "
-            "samples of this step"
+            f"{problem}; {state.skipped} updates of this run were skipped before, as many as max_skipped="
+            f"{settings.max_skipped} allows. {fix}"
         )
+    state.skipped += 1
+    if mesh.is_main:
+        logger.warning("%s; the update is skipped (%d of %d)", problem, state.skipped, settings.max_skipped)
 
 
 class Window:
@@ -255,19 +331,28 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """A function that is true once SIGTERM came (schedulers send it before they kill); a second one ends at once."""
+def _stop_on_signals() -> Iterator[Callable[[], int]]:
+    """A function that is the number of the first SIGTERM or SIGINT that came, or 0; a second signal ends at once.
+
+    Schedulers and torchrun send SIGTERM before they kill, Ctrl-C is SIGINT.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # Python lets only the main thread handle signals
+        yield lambda: 0  # Python lets only the main thread handle signals
         return
 
     def remember(number: int, _: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGTERM, previous)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
-    previous = signal.signal(signal.SIGTERM, remember)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, remember)
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0] if asked else 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:  # it came after the last iteration: what would follow must not go on
+        raise SystemExit(128 + asked[0])

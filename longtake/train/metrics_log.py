@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,8 @@ class Phases:
     queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
     `current` is the innermost phase that this process is in now, `last` the one that it completed last; both by the
-    clock of the process, None before the first.
+    clock of the process, None before the first. `observer` is told the name at the begin (True) and the end (False) of
+    each phase.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -46,6 +47,7 @@ class Phases:
         self._seconds: dict[str, float] = {}
         self._since = self._clock.mark()
         self.last: str | None = None
+        self.observer: Callable[[str, bool], None] | None = None
 
     @property
     def current(self) -> str | None:
@@ -55,6 +57,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         self._cut()
         self._stack.append(name)
+        if self.observer is not None:
+            self.observer(name, True)
         try:
             with torch.profiler.record_function(name):
                 yield
@@ -62,6 +66,8 @@ class Phases:
             self._cut()
             self._stack.pop()
             self.last = name
+            if self.observer is not None:
+                self.observer(name, False)
 
     @contextmanager
     def whole(self, name: str) -> Iterator[None]:

@@ -40,9 +40,11 @@ from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
 from longtake.train.picture_codec import EncoderCodec
+from longtake.train.saver import SaveSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate
+from longtake.train.watchdog import WatchdogSettings
 
 __all__ = ["InPrecision", "facts", "for_long_videos", "load_weights", "run_stage", "weights_folder"]
 
@@ -124,10 +126,13 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         accumulation=accumulation,
         reduce_once=config.parallel.reduce_once,
         save_every=config.save_every,
-        keep_checkpoints=config.keep_checkpoints,
+        save=SaveSettings(config.checkpoint.mode, config.keep_checkpoints, export=config.checkpoint.export),
         log_every=config.log_every,
         validate_every=config.validate_every,
         sample_every=config.validate_every,
+        on_nonfinite=config.on_nonfinite,
+        max_skipped=config.max_skipped,
+        watchdog=WatchdogSettings(config.watchdog.seconds, config.watchdog.slow_seconds),
     )
     info = RunInfo(
         config.model_dump(),

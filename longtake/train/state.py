@@ -20,9 +20,10 @@ class TrainState:
     """The state of a training run.
 
     Fields: `networks` that are trained, their `optimizers` and averages (`ema`, for some of them) by name; `step`,
-    the number of completed iterations; `data_position`, the number of samples taken by all ranks; `seed` of all
-    randomness (there is no generator state: every draw is a function of seed, step, purpose and sample index);
-    `adapters` of the networks of which only low-rank updates are trained: their other weights are no part of the state.
+    the number of completed iterations; `data_position`, the number of samples taken by all ranks; `skipped`, how many
+    updates were left out because a loss or gradient was not finite; `seed` of all randomness (there is no generator
+    state: every draw is a function of seed, step, purpose and sample index); `adapters` of the networks of which only
+    low-rank updates are trained: their other weights are no part of the state.
     """
 
     networks: dict[str, nn.Module]
@@ -31,6 +32,7 @@ class TrainState:
     seed: int = 0
     step: int = 0
     data_position: int = 0
+    skipped: int = 0
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @classmethod

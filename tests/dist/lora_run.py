@@ -21,6 +21,7 @@ from longtake.randomness import Draws
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
+from longtake.train.saver import SaveSettings
 from longtake.train.stages import InPrecision
 from longtake.train.state import TrainState
 
@@ -47,7 +48,9 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         state,
         InPrecision(objective, mesh, bf16=bf16),
         Batches(mesh),
-        LoopSettings(steps, BATCH // MICRO // mesh.world_size, export=("generator", "critic")),
+        LoopSettings(
+            steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))
+        ),
         folder=folder,
         mesh=mesh,
         info=RunInfo(progress=False),

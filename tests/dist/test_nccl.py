@@ -37,7 +37,7 @@ def iterate(state, objective, mesh, count):
     rows, window = CudaRows(mesh), Window()
     rows.seek(state.data_position)
     for _ in range(count):
-        _iteration(state, objective, rows, 1, mesh, Phases(), window)
+        _iteration(state, objective, rows, LoopSettings(9), mesh, Phases(), window)
     return window.take(mesh)
 
 

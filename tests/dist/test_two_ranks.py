@@ -10,12 +10,13 @@ import tiny_run
 from safetensors.torch import load_file
 
 from longtake.distributed.mesh import Mesh
-from longtake.runs import exported_weights, latest_checkpoint
+from longtake.runs import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 
 
-def torchrun(folder, *arguments, ranks=2):
+def torchrun(folder, *arguments, ranks=2, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(restarts)]
     return subprocess.run(
         [*command, tiny_run.__file__, str(folder), *arguments], capture_output=True, text=True, timeout=120
     )
@@ -63,6 +64,23 @@ def test_two_ranks_killed_in_a_save_resume_on_two_and_on_one(tmp_path, two_ranks
     tiny_run.run(tmp_path / "one", Mesh())
     for a, b in zip(losses(tmp_path / "one"), losses(two_ranks), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_after_a_rank_was_killed_all_are_restarted_and_go_on(tmp_path, two_ranks):
+    """`torchrun --max-restarts 3`: rank 1 is killed in the first life, rank 0 in the second."""
+    done = torchrun(tmp_path, "--die-once", "1", "0", restarts=3)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"(exitcode: {-signal.SIGKILL})") == 2, done.stderr
+    assert losses(tmp_path) == losses(two_ranks)
+    resumed, whole = (latest_checkpoint(folder / "checkpoints") for folder in (tmp_path, two_ranks))
+    assert resumed.name == "step_000008"
+    assert read_manifest(resumed)["files"] == read_manifest(whole)["files"]
+
+
+def test_restarts_are_bounded(tmp_path):
+    failed = torchrun(tmp_path, "--die-once", "1", "1", restarts=1)
+    assert failed.returncode != 0 and f"(exitcode: {-signal.SIGKILL})" in failed.stderr
+    assert latest_checkpoint(tmp_path / "checkpoints") in (None, tmp_path / "checkpoints/step_000003")
 
 
 def test_non_finite_on_one_rank_is_an_error_on_both(tmp_path, two_ranks):

@@ -81,9 +81,9 @@ def test_what_a_rank_holds(workshop, tmp_path):
     lora = with_shared_base(config)
     assert lora.lora == lora.critic.lora and lora.lora.rank == 256
     several, base = (parts(Layout(1, shared_base=on), lora) for on in (False, True))
-    assert base["frozen networks"] == 0 and several["weights"] - base["weights"] == pytest.approx(
-        several["frozen networks"], rel=1e-6
-    )
+    # the teacher is the base of all; otherwise student and critic have a base each
+    assert base["frozen networks"] == several["frozen networks"]
+    assert several["weights"] - base["weights"] == pytest.approx(2 * several["frozen networks"], rel=1e-6)
 
 
 def test_candidates_are_all_allowed_and_keep_the_batch_where_they_can(workshop, tmp_path):

@@ -65,8 +65,9 @@ def test_retention_manifest_and_a_finished_run(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == rows
 
 
-@pytest.mark.parametrize("fails_in", ["_write_state", "_write_weights", "_synced_record", "_publish"])
-def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails_in):
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("fails_in", ["_write_state", "write_safetensors", "_synced_record", "_publish"])
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails_in, mode):
     whole = tiny_run.run(tmp_path / "whole", Mesh())
     tiny_run.run(tmp_path / "run", Mesh(), steps=3)
 
@@ -76,7 +77,8 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fai
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, fails_in, full_disk)
         with pytest.raises(OSError, match="disk full"):
-            tiny_run.run(tmp_path / "run", Mesh())
+            tiny_run.run(tmp_path / "run", Mesh(), mode=mode)
+    assert names(tmp_path / "run") == ["step_000003"]
     assert latest_checkpoint(tmp_path / "run/checkpoints").name == "step_000003"
     assert_same(whole, tiny_run.run(tmp_path / "run", Mesh()))
     assert names(tmp_path / "run") == ["step_000006", "step_000008"]
@@ -91,7 +93,7 @@ def test_kill_9_in_a_save_resumes_bit_equal(tmp_path):
     assert_same(tiny_run.run(tmp_path / "whole", Mesh()), tiny_run.run(tmp_path / "run", Mesh()))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "add"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "no step", "no list", "add"])
 def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage):
     whole = tiny_run.run(tmp_path, Mesh())
     newest = tmp_path / "checkpoints/step_000008"
@@ -106,6 +108,12 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage)
             victim.unlink()
         case "manifest":
             (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-9])
+        case "no manifest":
+            (newest / "manifest.json").unlink()
+        case "no step" | "no list":
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["step" if damage == "no step" else "files"]
+            (newest / "manifest.json").write_text(json.dumps(manifest))
         case "add":
             (newest / "state/extra.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError):

@@ -16,11 +16,12 @@ from fake_ranks import on_ranks
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, TrainingError
-from longtake.runs import latest_checkpoint
+from longtake.runs import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
 from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train.saver import SaveSettings
 
 
 def test_rows_hold_the_published_names(tmp_path):
@@ -54,9 +55,9 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
 
     rows = tiny_run.Rows(Mesh())
     for _ in range(4):
-        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
     with pytest.raises(TrainingError):
-        _iteration(state, objective, rows, 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
     for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
         assert torch.equal(a, b)
     assert state.step == 4
@@ -69,7 +70,32 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
     from longtake.train.loop import Window, _iteration
 
     with pytest.raises(TrainingError, match="step 0, critic"):
-        _iteration(state, objective, tiny_run.Rows(Mesh()), 1, Mesh(), Phases(), Window())
+        _iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), Phases(), Window())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_skipped_update_changes_nothing(tmp_path, accumulation):
+    """Step 4 has no finite update of either network: weights, moments and averages after it are those before it."""
+    skip = {"loop": {"on_nonfinite": "skip", "max_skipped": 2}, "accumulation": accumulation}
+    before = tiny_run.run(tmp_path / "before", Mesh(), steps=4, accumulation=accumulation)
+    after = tiny_run.run(tmp_path / "after", Mesh(), steps=5, nan_at=4, **skip)
+    assert (after.step, after.skipped, before.skipped) == (5, 2, 0)
+    assert after.data_position == 5 * tiny_run.BATCH
+    for name, value in before.tensors().items():
+        assert torch.equal(after.tensors()[name], value), name
+    row = [row for row in read_rows(tmp_path / "after" / "metrics.jsonl") if row["step"] == 4][-1]
+    assert row["skipped_updates"] == 2 and "generator_loss" not in row and "batch_mean" not in row
+
+
+def test_the_count_of_skipped_updates_survives_a_resume_and_ends_the_run(tmp_path, caplog):
+    skip = {"loop": {"on_nonfinite": "skip", "max_skipped": 3}}
+    tiny_run.run(tmp_path, Mesh(), steps=3, nan_at=2, **skip)
+    assert "step 2, generator: loss=[nan]" in caplog.text and "the update is skipped (1 of 3)" in caplog.text
+    assert read_manifest(tmp_path / "checkpoints/step_000003")["skipped"] == 2
+    with pytest.raises(TrainingError, match="step 6, critic: .* 3 updates of this run were skipped before, as many as"):
+        tiny_run.run(tmp_path, Mesh(), nan_at=6, **skip)
+    state = tiny_run.run(tmp_path, Mesh(), **skip)  # without the cause it goes on
+    assert (state.step, state.skipped) == (8, 2)
 
 
 def test_sigterm_saves_and_exits_non_zero(tmp_path):
@@ -148,8 +174,10 @@ def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
 
 
 def test_settings_refuse_zero():
-    with pytest.raises(ConfigError, match="keep_checkpoints=0 must be at least 1"):
-        LoopSettings(10, keep_checkpoints=0)
+    with pytest.raises(ConfigError, match="log_every=0 must be at least 1"):
+        LoopSettings(10, log_every=0)
+    with pytest.raises(ConfigError, match="keep=0 must be at least 1"):
+        SaveSettings(keep=0)
 
 
 def test_save_every_zero_saves_nothing(tmp_path, caplog):

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.distributed.parallelize import parallelize
 from longtake.objectives.base import LossResult
 from longtake.train.ema import EMASettings
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
+from longtake.train.saver import SaveSettings
 from longtake.train.state import TrainState
 
 WIDTH, BATCH = 5, 4
@@ -107,13 +108,15 @@ def run(
     folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
 ) -> TrainState:
     hooks, wandb, trace = options.pop("hooks", Hooks()), options.pop("wandb", None), options.pop("trace", None)
+    save = SaveSettings(keep=2, mode=options.pop("mode", "async"), export=options.pop("export", "every"))
+    loop = options.pop("loop", {})
     facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
         state,
         objective,
         Rows(mesh, accumulation),
-        LoopSettings(steps, accumulation, save_every=save_every, keep_checkpoints=2, validate_every=4),
+        LoopSettings(steps, accumulation, save_every=save_every, save=save, validate_every=4, **loop),
         folder=folder,
         mesh=mesh,
         info=RunInfo({"steps": steps}, facts, wandb=wandb, progress=False),
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--kill-in-save", type=int)
     parser.add_argument("--nan-at", type=int, default=-1)
     parser.add_argument("--raise-on", type=int, default=-1)
+    parser.add_argument("--die-once", type=int, nargs="*", default=[], help="ranks that kill themselves, one a life")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.kill_in_save is not None:
@@ -155,6 +159,9 @@ def main() -> None:
         def evaluate(step: int) -> dict[str, float]:
             if args.raise_on == mesh.rank:
                 raise ValueError("this rank broke")
+            life, _ = restarts()
+            if step == 4 and args.die_once[life : life + 1] == [mesh.rank]:
+                os.kill(os.getpid(), signal.SIGKILL)
             return {"motion_ratio": 1.0}
 
         run(

@@ -1,0 +1,139 @@
+"""When and how a run's checkpoints are written: beside the training, or while it waits.
+
+`async`: the loop waits until the state is copied to host memory (`train.staging`); a thread writes the copy, makes the
+exports and publishes, over a process group of its own. One save is in flight at a time: the next one waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from longtake import runs
+from longtake.distributed.mesh import Mesh
+from longtake.errors import ConfigError
+from longtake.train.checkpoint import Snapshot, check_space, write_checkpoint
+from longtake.train.staging import Staging, fits_in_host_memory
+from longtake.train.state import TrainState
+
+SAVES = "saves.jsonl"  # in the stage folder: what each save took
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """How a run is saved.
+
+    Fields: `mode`, beside the training or not; `keep`, how many checkpoints stay; `networks` whose weights are also
+    written whole, in which checkpoints (`export`: every one, or the last of a run or before a stop).
+    """
+
+    mode: Literal["async", "sync"] = "async"
+    keep: int = 3
+    networks: tuple[str, ...] = ("generator",)
+    export: Literal["every", "last"] = "every"
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(f"keep={self.keep} must be at least 1; set it to 1 or more")
+
+
+class Saver:
+    """Saves the checkpoints of one stage; every method but `failed` is called by all ranks together."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        folder: Path,
+        settings: SaveSettings,
+        *,
+        mesh: Mesh,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.settings, self.mesh = folder, settings, mesh
+        self._state, self._config, self._facts = state, config, facts
+        self._writing: threading.Thread | None = None
+        self._error: Exception | None = None
+        # Refused now rather than after hours.
+        check_space(Snapshot.of(state, settings.networks), folder, mesh)
+        self._staging, self._beside = None, mesh
+        if settings.mode == "async":
+            tensors = state.tensors()
+            if fits_in_host_memory(tensors, mesh):
+                self._staging, self._beside = Staging(tensors), mesh.beside()
+            elif mesh.is_main:
+                logger.warning("Saving makes the training wait: host memory is too small for checkpoint.mode=async")
+
+    @property
+    def failed(self) -> bool:
+        """True when a save in the background failed on this rank; `wait` raises the error."""
+        return self._error is not None
+
+    def save(self, *, last: bool = False) -> None:
+        """Saves the state; returns when the training may change it again. `last`: no further one is planned.
+
+        Raises: CheckpointError on every rank, also for the save before; older checkpoints stay.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        networks = self.settings.networks if last or self.settings.export == "every" else ()
+        snapshot = Snapshot.of(self._state, networks)
+        check_space(snapshot, self.folder, self.mesh)
+        if self._staging is not None:
+            snapshot = replace(snapshot, values=self._staging.copy(snapshot.tensors))
+        times = {"wait": waited, "stage": time.perf_counter() - start - waited}
+        if self._staging is None:
+            self._write(snapshot, times)
+            self.wait()
+        else:
+            self._writing = threading.Thread(target=self._write, args=(snapshot, times), name="checkpoint", daemon=True)
+            self._writing.start()
+
+    def wait(self) -> None:
+        """Returns when everything is published. Raises: the error of a save in the background, once."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self, *, failing: bool = False) -> None:
+        """Waits for the last save. After an error of the training, an error of the save is only logged."""
+        try:
+            self.wait()
+        except Exception as error:
+            if not failing:
+                raise
+            logger.error("The checkpoint that was being written is lost (older ones are intact): %s", error)
+        if self._beside is not self.mesh and not failing:
+            self._beside.leave_group()
+
+    def _write(self, snapshot: Snapshot, times: dict[str, float]) -> None:
+        start, mesh = time.perf_counter(), self._beside
+        try:
+            keep = self.settings.keep
+            write_checkpoint(snapshot, self.folder, mesh=mesh, config=self._config, facts=self._facts, keep=keep)
+            times["write"] = time.perf_counter() - start
+            mesh.on_main(lambda: self._log(snapshot.step, times))
+        except Exception as error:  # noqa: BLE001 (raised again by `wait`, in the thread of the training)
+            self._error = error
+
+    def _log(self, step: int, times: Mapping[str, float]) -> None:
+        files = runs.read_manifest(self.folder / runs.checkpoint_name(step))["files"]
+        line = {
+            "step": step,
+            "mode": "sync" if self._staging is None else "async",
+            "size_bytes": sum(record["size_bytes"] for record in files.values()),
+            **{f"seconds/{name}": value for name, value in times.items()},
+        }
+        with (self.folder.parent / SAVES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
