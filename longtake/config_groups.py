@@ -220,6 +220,39 @@ class LoraConfig(Settings):
     )
 
 
+class ParallelConfig(Settings):
+    """How the ranks of a run are arranged, replicate x shard x sequence; what is left of the ranks is `shard`."""
+
+    replicate: int = Field(
+        default=1,
+        gt=0,
+        description="copies of the weights, each sharded over ranks of its own (HSDP), for example one a machine; a "
+        "multiple of it must be the number of ranks",
+    )
+    sequence: int = Field(
+        default=1,
+        gt=0,
+        description="ranks that compute each model call together, by tokens and in attention by heads, and so get the "
+        "same samples: for more tokens than one GPU holds, or more GPUs than samples. Must divide the heads: 2, 3, 4, "
+        "6 or 12 of the 1.3B models, 2, 4, 5, 8, 10, 20 or 40 of the 14B ones",
+    )
+
+    def shard(self, world_size: int) -> int:
+        """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
+        together = self.replicate * self.sequence
+        if world_size % together:
+            raise ConfigError(
+                f"parallel.replicate={self.replicate} x parallel.sequence={self.sequence} (in generate "
+                f"--sequence-parallel) = {together} must divide the number of ranks, {world_size}; set them lower, or "
+                f"start a multiple of {together} ranks"
+            )
+        return world_size // together
+
+    def data_ranks(self, world_size: int) -> int:
+        """Groups of ranks that get samples of their own. Raises: as `shard`."""
+        return self.replicate * self.shard(world_size)
+
+
 class CriticConfig(OptimConfig):
     """The fake score of distribution matching and its optimizer."""
 

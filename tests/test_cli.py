@@ -72,6 +72,7 @@ NOT_DEFAULT = {
     },
     "batch_size": 12,
     "micro_batch_size": 3,
+    "parallel": {"replicate": 2, "sequence": 4},
     "max_steps": 77,
     "optim": {
         "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,

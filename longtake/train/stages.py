@@ -24,7 +24,8 @@ from longtake.models.encoders import Encoders
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter
 from longtake.models.presets import model_config
-from longtake.models.weights import load_dit
+from longtake.models.token_split import check_heads
+from longtake.models.weights import load_dit, open_dit
 from longtake.models.widen import widened_as_asked
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
@@ -109,10 +110,12 @@ def _misfit(settings: ModelConfig) -> tuple[str, str]:
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
     accumulation = config.accumulation(mesh.world_size)
+    mesh = mesh.arranged(config.parallel)
     if config.wandb.enabled and find_spec("wandb") is None:  # on every rank, before any of them waits for another
         raise ConfigError(
             "wandb.enabled=true needs the package wandb; install it (pip install wandb) or set it to false"
         )
+    _check_parallel(config)
     dataset = open_data(config)
     if isinstance(dataset, EncodedRows) and can_validate(config):
         raise ConfigError(
@@ -179,6 +182,19 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
 
     hooks = Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start)
     train(state, objective, batches, settings, folder=config.folder, mesh=mesh, info=info, hooks=hooks, phases=phases)
+
+
+def _check_parallel(config: StageConfig) -> None:
+    """Raises ConfigError when the ranks of a sequence group cannot share the heads of each network."""
+    if (together := config.parallel.sequence) == 1:
+        return
+    critic = config.critic.init_from if config.critic is not None else None
+    for source in (config.init_from, config.teacher, critic):
+        if source is not None:  # from the heads of its files: before any network is read
+            network = open_dit(weights_folder(config.source(source), config))[1]
+            check_heads(network.config.num_heads, together)
+    if config.init_from is None:
+        check_heads(model_config(config.model.preset).num_heads, together)
 
 
 def _row_bytes(config: StageConfig) -> int:
