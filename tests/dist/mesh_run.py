@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from tiny_stage import stage_tree
 
 from longtake.config import StageConfig
+from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator, Source
+from longtake.inference.sampling import student_latents
 from longtake.train.stages import run_stage
 
-STEPS = 5
+STEPS, FRAMES, WORLD = 5, 9, sample_world(3, 0)
 STAGES: dict[str, dict[str, Any]] = {
     # Window 3 of 5 frames: frames are evicted, in training too.
     "causal": {"caption_dropout": 0.5, "plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}},
@@ -36,28 +38,19 @@ def config_of(workshop: Path, logdir: Path, stage: str, **changes: Any) -> Stage
 
 
 def run(workshop: Path, logdir: Path, mesh: Mesh, stage: str, **changes: Any) -> Path:
-    """Trains a stage, then streams 7 latent frames with the mesh's sequence groups; the stage's folder.
+    """Trains a stage, then streams 9 latent frames with the mesh's sequence groups; the stage's folder.
 
     Rank 0 writes the latents beside the checkpoints.
     """
     config = config_of(workshop, logdir, stage, **changes)
     run_stage(config, mesh)
     generator = Generator.build(Source.of_run(config.folder), "cpu", split=mesh.arranged(config.parallel).sequence)
-    session = generator.open(_picture(), "a red circle drifts to the right", seed=3)
-    with torch.no_grad():
-        for _ in range(4):
-            session.next()
-    assert session.standing.stream is not None
-    latents = torch.cat([block for _, block in session.standing.stream.kept.blocks()], 1)
+    condition, first = generator.condition(generator.prepare(WORLD.render(1)[0]), WORLD.caption)
+    size = (first.shape[3], first.shape[4])
+    latents = student_latents(generator.model, condition, first, generator.rules, FRAMES, size, seed=3, videos=[0])
     if mesh.is_main:
         save_file({"latents": latents.contiguous()}, config.folder / "latents.safetensors")
     return config.folder
-
-
-def _picture() -> Any:
-    from longtake.data.world import sample_world
-
-    return sample_world(3, 0).render(1)[0]
 
 
 def main() -> None:
