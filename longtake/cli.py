@@ -238,6 +238,11 @@ def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_R
     if world_size == 1 and sequence_parallel in (None, 1):
         yield _Ranks(_given(device=device))
         return
+    if world_size == 1:
+        raise ConfigError(
+            f"--sequence-parallel {sequence_parallel} needs as many ranks, and this is one process; start them with "
+            f"torchrun --nproc-per-node {sequence_parallel} -m longtake generate ..., or leave it out"
+        )
     if sequence_parallel != world_size:
         raise ConfigError(
             f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "

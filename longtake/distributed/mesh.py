@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +24,8 @@ from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
 
 T = TypeVar("T")
+
+LAST_COLLECTIVE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Mesh:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the other ranks may sit in another collective: leaving the group could wait for them for ever.
         if kind is None and self.is_distributed:
+            # gloo's threads may still hold tensors of the last collective; one that lets go of them while Python ends
+            # aborts the process (torch 2.13, seen on busy machines), and nothing can be waited for.
+            time.sleep(LAST_COLLECTIVE_SECONDS)
             dist.destroy_process_group()
 
     @property
