@@ -50,8 +50,8 @@ class Mesh:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the other ranks may sit in another collective: leaving the group could wait for them for ever.
         if kind is None and self.is_distributed:
-            # gloo's threads may still hold tensors of the last collective; one that lets go of them while Python ends
-            # aborts the process (torch 2.13, seen on busy machines), and nothing can be waited for.
+            # On a busy machine ranks were seen to abort as Python ended right after a collective of gloo (torch 2.13);
+            # probably its threads still held tensors, for which there is nothing to wait.
             time.sleep(LAST_COLLECTIVE_SECONDS)
             dist.destroy_process_group()
 
