@@ -78,14 +78,22 @@ class Run:
         (self.output / "results.md").write_text(table(self.results))
 
     def longtake(self, name: str, arguments: list[str], progress: Callable[[], None] = lambda: None) -> bool:
-        """Runs a command of Longtake; `progress` is called every few seconds. False when the budget stopped it.
+        """Runs a command of Longtake, as `python` does."""
+        return self.python(name, ["longtake", *arguments], progress)
 
-        Raises: RuntimeError with the end of its log when it fails.
+    def python(
+        self, name: str, arguments: list[str], progress: Callable[[], None] = lambda: None, *, ranks: int = 1
+    ) -> bool:
+        """Runs a module, under torchrun with several `ranks`; `progress` is called every few seconds.
+
+        False when the budget stopped it. Raises: RuntimeError with the end of its log when it fails.
         """
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
         log = self.output / f"{name}.log"
         with log.open("w") as out:
+            launched = [*(torchrun if ranks > 1 else []), *arguments]
             process = subprocess.Popen(
-                [sys.executable, "-m", "longtake", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+                [sys.executable, "-m", *launched], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
             )
             try:
                 while process.poll() is None and self.remaining > 0:
@@ -100,8 +108,28 @@ class Run:
                     process.wait()
         progress()
         if not stopped and process.returncode:
-            raise RuntimeError(f"longtake {arguments[0]} failed; the end of {log}:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"{' '.join(arguments[:2])} failed; the end of {log}:\n{log.read_text()[-3000:]}")
         return not stopped
+
+    def parts(self, work: Mapping[str, list[Callable[[], None]]], asked: list[str]) -> int:
+        """Does the work of each part that is asked for, in order, and prints the table; the exit code."""
+        failed = False
+        for part, step in ((part, step) for part, steps in work.items() if part in asked for step in steps):
+            if self.remaining <= 0:
+                print(f"no time is left for {part}", flush=True)
+                continue
+            start = time.monotonic()
+            try:
+                step()
+            except (RuntimeError, LongtakeError) as error:  # out of memory is a RuntimeError
+                failed = True
+                self.record(f"{part} failed", {"error": str(error)[-1000:]})
+                print(f"{part} FAILED: {error}", flush=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next part may be another process
+            print(f"{part}: {time.monotonic() - start:.1f} s, {self.remaining:.0f} s left", flush=True)
+        print(table(self.results))
+        return int(failed)
 
 
 # ---- rates -----------------------------------------------------------------------------------------------------------
@@ -370,24 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train": [lambda w=w, s=s: train(run, w, s, args.iterations) for w, s in windows],  # type: ignore[misc]
         "generate": [lambda: generate(run, args.seconds)],
     }
-    failed = False
-    for part in PARTS:
-        for step in work[part] if part in asked else []:
-            if run.remaining <= 0:
-                print(f"no time is left for {part}", flush=True)
-                continue
-            start = time.monotonic()
-            try:
-                step()
-            except (RuntimeError, LongtakeError) as error:  # out of memory is a RuntimeError
-                failed = True
-                run.record(f"{part} failed", {"error": str(error)[-1000:]})
-                print(f"{part} FAILED: {error}", flush=True)
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()  # the next part may be another process
-            print(f"{part}: {time.monotonic() - start:.1f} s, {run.remaining:.0f} s left", flush=True)
-    print(table(run.results))
-    return int(failed)
+    return run.parts(work, asked)
 
 
 if __name__ == "__main__":

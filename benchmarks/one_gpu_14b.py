@@ -279,9 +279,9 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     result["updates that moved"] = sum(not torch.equal(after[key], value) for key, value in before.items())
     result["updates"] = len(before)
     result["seconds"] = {
-        f"{key.removeprefix('seconds/')}, iteration {row['step']}": row[key]
+        f"{key.rpartition('/')[2]}, iteration {row['step']}": row[key]
         for row in rows
-        for key in ("seconds", "seconds/generator", "seconds/critic", "seconds/rollout", "seconds/scores")
+        for key in ("seconds", "seconds_of/generator", "seconds_of/critic", "seconds/rollout", "seconds/scores")
         if key in row
     }
     if device.type == "cuda":

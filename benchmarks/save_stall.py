@@ -84,7 +84,7 @@ def resident_gib(pid: int) -> float:
 def summary(rows: list[dict[str, Any]], saves: list[dict[str, Any]], wall: float) -> dict[str, Any]:
     """The stall in a segment's rows and saves, and what iterations beside a save cost."""
     # The last save is after the last row: what the loop waited for is all of it.
-    stall = sum(row.get("seconds/save", 0.0) for row in rows)
+    stall = sum(row.get("seconds/checkpoint", 0.0) for row in rows)
     last = saves[-1] if saves and rows and saves[-1]["step"] > rows[-1]["step"] else None
     final = sum(last[f"seconds/{part}"] for part in ("wait", "stage", "write")) if last else 0.0
     beside = set()
@@ -95,7 +95,7 @@ def summary(rows: list[dict[str, Any]], saves: list[dict[str, Any]], wall: float
                 beside.add(row["step"])
                 end -= row["seconds"]
     seconds = [(row["step"] in beside, row["seconds"]) for row in rows[1:]]
-    critic = [(row["step"] in beside, row["seconds/critic"]) for row in rows[1:] if "seconds/critic" in row]
+    critic = [(row["step"] in beside, row["seconds_of/critic"]) for row in rows[1:] if "seconds_of/critic" in row]
     return {
         "iterations": len(rows),
         "saves": len(saves),
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     saves = read_rows(folder / "saves.jsonl")[saves_before:]
     for path in list_checkpoints(checkpoints_folder(folder)):
         verify_checkpoint(path)
-    wall = sum(row["seconds"] + row.get("seconds/save", 0.0) for row in rows)
+    wall = sum(row["seconds"] + row.get("seconds/checkpoint", 0.0) for row in rows)
     segments.append({"rows": rows, "saves": saves, "memory": ran["memory"]})
     known.write_text(json.dumps(segments) + "\n")
     run.record(f"segment {len(segments)}", {"first step": first, "mode": args.mode, **summary(rows, saves, wall)})

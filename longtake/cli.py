@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,6 +162,10 @@ def generate(
     rope: Annotated[str | None, typer.Option(help="relative or absolute temporal positions.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; not 1 = twice the work.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")] = None,
+    sequence_parallel: Annotated[
+        int | None,
+        typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
@@ -175,23 +180,22 @@ def generate(
         length = given_options(num_frames=frames, seconds=seconds)
         given = given_options(seed=seed, negative=negative)
         if script is not None:
-            if inputs is not None or samples is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise ConfigError("--script makes one video; leave out --inputs, --samples and torchrun")
+            if inputs is not None or samples is not None:
+                raise ConfigError("--script makes one video; leave out --inputs and --samples")
             from longtake.inference.script import generate_story
 
-            wanted = given | given_options(seconds=seconds, frames=frames, device=device)
-            typer.echo(str(generate_story(_source(run, model, encoders, config, changes), script, output, **wanted)))
+            with _one_video(device, sequence_parallel) as ranks:
+                wanted = given | given_options(seconds=seconds, frames=frames) | ranks.given
+                source = _source(run, model, encoders, config, changes)
+                ranks.report(generate_story(source, script, output, **wanted))
             return
         if inputs is None and image is not None and prompt is not None and samples is None:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise ConfigError("one video is not shared over ranks; give --inputs or --samples, or leave torchrun")
             from longtake.inference.generator import generate_file
 
-            # A plain run is found by the function itself.
-            source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
-            typer.echo(
-                str(generate_file(source, image, prompt, output, **length, **given, **given_options(device=device)))
-            )
+            with _one_video(device, sequence_parallel) as ranks:
+                # A plain run is found by the function itself.
+                source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
+                ranks.report(generate_file(source, image, prompt, output, **length, **given, **ranks.given))
             return
         from longtake.distributed.mesh import init_mesh
         from longtake.inference.batch import Length, Pair, generate_many, read_pairs
@@ -208,12 +212,54 @@ def generate(
                 source,
                 pairs,
                 output,
-                mesh=mesh,
+                mesh=mesh.arranged(_parallel(sequence_parallel)),
                 length=Length(**length),
                 report=typer.echo,
                 **given,
                 **given_options(samples=samples),
             )
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes that make one video together: arguments of the function that does, and who reports."""
+
+    given: dict[str, Any]
+    is_main: bool = True
+
+    def report(self, made: object) -> None:
+        if self.is_main:
+            typer.echo(str(made))
+
+
+@contextmanager
+def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_Ranks]:
+    """The processes of torchrun, all of which make one video, or this process alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1 and sequence_parallel in (None, 1):
+        yield _Ranks(given_options(device=device))
+        return
+    if world_size == 1:
+        raise ConfigError(
+            f"--sequence-parallel {sequence_parallel} needs as many ranks, and this is one process; start them with "
+            f"torchrun --nproc-per-node {sequence_parallel} -m longtake generate ..., or leave it out"
+        )
+    if sequence_parallel != world_size:
+        raise ConfigError(
+            f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
+            "together, or --inputs or --samples, or leave torchrun"
+        )
+    from longtake.distributed.mesh import init_mesh
+
+    with init_mesh(device) as mesh:
+        split = mesh.arranged(_parallel(sequence_parallel)).sequence
+        yield _Ranks({"device": mesh.device, "split": split}, mesh.is_main)
+
+
+def _parallel(sequence: int | None) -> Any:
+    from longtake.config_groups import ParallelConfig
+
+    return ParallelConfig.from_tree(given_options(sequence=sequence))
 
 
 def _check_generate(

@@ -81,6 +81,7 @@ class StageConfig(Settings):
     micro_batch_size: int = Field(
         default=4, gt=0, description="most samples of one forward on one rank; the rest is accumulated"
     )
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
     max_steps: int = Field(gt=0, description="iterations; in distill and long an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
@@ -96,7 +97,6 @@ class StageConfig(Settings):
         description="`shared`: teacher, and student and critic with `lora`, are one frozen network that is held once, "
         "each with its own low-rank updates (distill and long; all from the weights of `teacher`)",
     )
-    parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
     activation_checkpointing: bool | Literal["none", "full", "selective"] = Field(
         default=False,
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
@@ -245,18 +245,21 @@ class StageConfig(Settings):
     def micro_batch(self, world_size: int) -> int:
         """Samples of one forward on one of `world_size` ranks: `micro_batch_size`, or a rank's whole share if smaller.
 
-        Raises: ConfigError with the nearest valid values of `batch_size` when it is not divisible.
+        The ranks of a sequence group have one share together.
+        Raises: ConfigError with the nearest valid values of `batch_size` when it is not divisible, or when `parallel`
+        does not fit the number of ranks.
         """
-        share, rest = divmod(self.batch_size, world_size)
+        groups, together = self.parallel.data_ranks(world_size), self.parallel.sequence
+        share, rest = divmod(self.batch_size, groups)
         if rest:
-            raise ConfigError(_batch_rule(self.batch_size, 1, world_size))
+            raise ConfigError(_batch_rule(self.batch_size, 1, groups, together))
         if share > self.micro_batch_size and share % self.micro_batch_size:
-            raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, world_size))
+            raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, groups, together))
         return min(share, self.micro_batch_size)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks accumulates for one update. Raises: as `micro_batch`."""
-        return self.batch_size // (self.micro_batch(world_size) * world_size)
+        return self.batch_size // (self.micro_batch(world_size) * self.parallel.data_ranks(world_size))
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
@@ -374,12 +377,13 @@ def resolve_source(source: str, logdir: str | Path) -> Path:
     return Path(source).expanduser() if is_path(source) else Path(logdir) / source
 
 
-def _batch_rule(batch_size: int, micro_batch_size: int, world_size: int) -> str:
-    unit = micro_batch_size * world_size
+def _batch_rule(batch_size: int, micro_batch_size: int, groups: int, together: int = 1) -> str:
+    unit = micro_batch_size * groups
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     fix = f"{below} or {above}" if below else f"{above}"
     factors = [f"micro_batch_size={micro_batch_size}"] if micro_batch_size > 1 else []
-    factors += [f"{world_size} ranks"] if world_size > 1 else []
+    ranks = "ranks" if together == 1 else f"sequence groups of {together} ranks"
+    factors += [f"{groups} {ranks}"] if groups > 1 else []
     lower = ", or micro_batch_size lower" if micro_batch_size > 1 else ""
     return (
         f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"

@@ -209,8 +209,38 @@ class OptimConfig(Settings):
     )
 
 
+class LoraConfig(Settings):
+    """Low-rank updates of linear layers in the blocks, trained in place of the weights, which stay as they are."""
+
+    rank: int = Field(default=256, gt=0, description="rank of each update")
+    alpha: float | None = Field(
+        default=None, gt=0, description="updates are scaled by alpha / rank; null = the rank, a scale of 1"
+    )
+    targets: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="linear layers of a block that get updates, e.g. [self_attn.q, ffn.0]; null = all",
+    )
+
+
 class ParallelConfig(Settings):
-    """How the networks of a stage are held and computed on the ranks."""
+    """How the ranks of a run are arranged, replicate x shard x sequence (`shard` is what is left of them), and how
+    networks are held and computed on them.
+    """
+
+    replicate: int = Field(
+        default=1,
+        gt=0,
+        description="copies of the weights, each sharded over ranks of its own (HSDP), for example one a machine; a "
+        "multiple of it must be the number of ranks",
+    )
+    sequence: int = Field(
+        default=1,
+        gt=0,
+        description="ranks that compute each model call together, by tokens and in attention by heads, and so get the "
+        "same samples: for more tokens than one GPU holds, or more GPUs than samples. Must divide the heads: 2, 3, 4, "
+        "6 or 12 of the 1.3B models, 2, 4, 5, 8, 10, 20 or 40 of the 14B ones",
+    )
 
     master_weights: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -234,19 +264,20 @@ class ParallelConfig(Settings):
         "gradients of the trained network on each rank",
     )
 
+    def shard(self, world_size: int) -> int:
+        """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
+        together = self.replicate * self.sequence
+        if world_size % together:
+            raise ConfigError(
+                f"parallel.replicate={self.replicate} x parallel.sequence={self.sequence} (in generate "
+                f"--sequence-parallel) = {together} must divide the number of ranks, {world_size}; set them lower, or "
+                f"start a multiple of {together} ranks"
+            )
+        return world_size // together
 
-class LoraConfig(Settings):
-    """Low-rank updates of linear layers in the blocks, trained in place of the weights, which stay as they are."""
-
-    rank: int = Field(default=256, gt=0, description="rank of each update")
-    alpha: float | None = Field(
-        default=None, gt=0, description="updates are scaled by alpha / rank; null = the rank, a scale of 1"
-    )
-    targets: list[str] | None = Field(
-        default=None,
-        min_length=1,
-        description="linear layers of a block that get updates, e.g. [self_attn.q, ffn.0]; null = all",
-    )
+    def data_ranks(self, world_size: int) -> int:
+        """Groups of ranks that get samples of their own. Raises: as `shard`."""
+        return self.replicate * self.shard(world_size)
 
 
 class CriticConfig(OptimConfig):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,17 +19,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longtake.config_groups import ParallelConfig
+from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
 
 T = TypeVar("T")
+
+LAST_COLLECTIVE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Mesh:
     """One process among `world_size`; a context manager that leaves the process group on a clean exit.
 
-    Fields: `rank`, `world_size`, the `device` of this process, and the one-dimensional `device_mesh` over all ranks,
-    or None for a single process; `group` that `every` talks over, None for the one of all ranks.
+    Fields: `rank`, `world_size`, the `device` of this process; `device_mesh` over all ranks, or None for a single
+    process: `[shard]` as it starts, `[replicate, shard, sequence]` after `arranged`; `fsdp_mesh`, what parameters are
+    sharded over; `sequence`, the ranks that compute each model call together with this one, or None; `group` that
+    `every` talks over, None for the one of all ranks.
     """
 
     rank: int = 0
@@ -36,6 +43,8 @@ class Mesh:
     device: torch.device = torch.device("cpu")
     device_mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
+    parameter_mesh: DeviceMesh | None = None
+    sequence: SequenceParallel | None = None
 
     def __enter__(self) -> Mesh:
         return self
@@ -43,6 +52,9 @@ class Mesh:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the other ranks may sit in another collective: leaving the group could wait for them for ever.
         if kind is None and self.is_distributed:
+            # On a busy machine ranks were seen to abort as Python ended right after a collective of gloo (torch 2.13);
+            # probably its threads still held tensors, for which there is nothing to wait.
+            time.sleep(LAST_COLLECTIVE_SECONDS)
             dist.destroy_process_group()
 
     @property
@@ -55,8 +67,44 @@ class Mesh:
 
     @property
     def fsdp_mesh(self) -> DeviceMesh | None:
-        """The mesh that parameters are sharded over; None for a single process."""
-        return self.device_mesh
+        """The mesh of `fully_shard`, None for a single process: `[shard]`, or `[replicate, shard]` where parameters are
+        kept in several sharded copies. Ranks of one sequence group have shards of their own.
+        """
+        return self.device_mesh if self.parameter_mesh is None else self.parameter_mesh
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Among how many groups of ranks a batch is divided: the ranks of a sequence group get the same samples."""
+        return self.world_size if self.sequence is None else self.world_size // self.sequence.size
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group among them."""
+        return self.rank if self.sequence is None else self.rank // self.sequence.size
+
+    @property
+    def leads_sequence(self) -> bool:
+        """Whether this rank speaks for its sequence group, whose ranks all have the same results."""
+        return self.sequence is None or self.sequence.leads
+
+    def arranged(self, parallel: ParallelConfig) -> Mesh:
+        """The same ranks as a mesh replicate x shard x sequence, the ranks of a sequence group being neighbours.
+
+        All ranks call it. Raises: ConfigError when the ranks cannot be divided so.
+        """
+        shard = parallel.shard(self.world_size)
+        if self.device_mesh is None or parallel.replicate == parallel.sequence == 1:
+            return self
+        kind, shape = self.device.type, (parallel.replicate, shard, parallel.sequence)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "sequence"))
+        if parallel.sequence == 1:
+            return replace(self, device_mesh=mesh, parameter_mesh=mesh["replicate", "shard"])
+        # Made anew rather than by flattening axes of `mesh`, for which torch has no public way.
+        sizes, names = (parallel.replicate, shard * parallel.sequence), ("replicate", "shard")
+        first = 0 if parallel.replicate > 1 else 1
+        parameters = init_device_mesh(kind, sizes[first:], mesh_dim_names=names[first:])
+        sequence = SequenceParallel(mesh["sequence"])
+        return replace(self, device_mesh=mesh, parameter_mesh=parameters, sequence=sequence)
 
     def every(self, work: Callable[[], T]) -> list[T]:
         """What `work` returned on each rank, known to all of them.

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.models.dit import VideoDiT
 from longtake.models.recompute import keep_attention
 from longtake.models.roles import Role
 
@@ -39,6 +40,7 @@ def parallelize(
 
     Call it last, after LoRA; the same weights must be on every rank before, or none yet (meta device; `materialize`
     fills them in). With one rank nothing is sharded. `model.blocks` are the units; a model without blocks is one unit.
+    With `mesh.sequence`, a transformer's calls are shared by the ranks of each sequence group.
 
     Args: `param_dtype` computes in that type while the shards, their gradients' sum and the optimizer stay float32;
     None computes in the parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
@@ -60,6 +62,8 @@ def parallelize(
         return model
     if cpu_offload:
         model.compute_device = mesh.device  # type: ignore[assignment]
+    if mesh.sequence is not None and isinstance(model, VideoDiT):
+        model.set_token_split(mesh.sequence)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change

@@ -100,8 +100,8 @@ def held_out(
     """
     listed = list(range(num_worlds)) if only is None else list(only[:num_worlds])
     num_worlds = len(listed)
-    per_rank = -(-num_worlds // mesh.world_size)
-    mine = [mesh.rank + k * mesh.world_size for k in range(per_rank)]
+    per_rank = -(-num_worlds // mesh.num_data_ranks)
+    mine = [mesh.data_rank + k * mesh.num_data_ranks for k in range(per_rank)]
     batches = []
     switches = tuple(switch_frames)
     switch_pixels = [pixel_frames(frame, encoders.vae.temporal_stride) for frame in switches]
@@ -247,7 +247,7 @@ def score_row(
                 done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
                 mine.append((number, done))
     scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
-    gathered = [pair for part in mesh.every(lambda: scored) for pair in part]
+    gathered = [pair for part in mesh.every(lambda: scored if mesh.leads_sequence else []) for pair in part]
     return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
 
 

@@ -115,9 +115,10 @@ def generate_many(
 ) -> list[GenerationReport]:
     """Writes `folder/NAME-seedS.mp4` for every pair and each of the seeds `seed` .. `seed + samples - 1`.
 
-    Of the videos that are not there yet, rank r makes every `world_size`-th. All ranks call it. `report` gets a line
-    after each video.
-    Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work.
+    Of the videos that are not there yet, each rank (with `mesh.sequence` each group of ranks together) makes its share.
+    All ranks call it. `report` gets a line after each video.
+    Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work; at once
+    what keeps a file from being written.
     """
     if samples < 1:
         raise ConfigError(f"samples={samples} must be at least 1")
@@ -145,34 +146,34 @@ def generate_many(
     if mesh.is_main and len(waiting) < len(tasks):
         logger.info("%d of %d videos are finished already", len(tasks) - len(waiting), len(tasks))
     problems = [f"{pair.where}: {pair.problem}" for pair in pairs if pair.problem is not None] if mesh.is_main else []
-    mine = waiting[mesh.rank :: mesh.world_size]
+    mine = waiting[mesh.data_rank :: mesh.num_data_ranks]
     reports = []
-    generator = Generator.build(source, mesh.device) if mine else None
+    generator = Generator.build(source, mesh.device, split=mesh.sequence) if mine else None
     for number in mine:
         assert generator is not None
         task = tasks[number]
         assert task.pair.image is not None
-        sidecar(task.output).write_text(json.dumps(request(task), indent=2) + "\n")
-        caption(task.output).write_text(task.pair.prompt + "\n", encoding="utf-8")
-        frames = num_pixel_frames(generator, length.num_frames, length.seconds)
         try:
-            made = write_one(
-                generator,
-                task.pair.image,
-                task.pair.prompt,
-                task.output,
-                num_frames=frames,
-                seed=task.seed,
-                negative=negative,
-            )
-        except DataError as error:  # this pair alone; named at the end
-            sidecar(task.output).unlink()
-            caption(task.output).unlink()
+            generator.prepare(task.pair.image)
+        except DataError as error:  # this pair alone, on all ranks that would make it; named at the end
             logger.error("%s: %s", task.pair.where, error)
             problems.append(f"{task.pair.where}: {error}")
             continue
-        reports.append(made)
-        report(str(made))
+        if mesh.leads_sequence:
+            sidecar(task.output).write_text(json.dumps(request(task), indent=2) + "\n")
+            caption(task.output).write_text(task.pair.prompt + "\n", encoding="utf-8")
+        made = write_one(
+            generator,
+            task.pair.image,
+            task.pair.prompt,
+            task.output,
+            num_frames=num_pixel_frames(generator, length.num_frames, length.seconds),
+            seed=task.seed,
+            negative=negative,
+        )
+        if mesh.leads_sequence:
+            reports.append(made)
+            report(str(made))
     # Every rank waits here: a launcher would end the others as soon as one of them fails.
     found = list(dict.fromkeys(problem for part in mesh.every(lambda: problems) for problem in part))
     if found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +23,8 @@ from longtake.inference.source import Source
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.weights import load_dit
+from longtake.models.token_split import TokenSplit, check_heads
+from longtake.models.weights import load_dit, open_dit
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 
@@ -97,9 +99,13 @@ class Generator:
         return cls.build(Source.of_model(path, encoders, stage, changes), device)
 
     @classmethod
-    def build(cls, source: Source, device: str | torch.device | None = None) -> Generator:
+    def build(
+        cls, source: Source, device: str | torch.device | None = None, *, split: TokenSplit | None = None
+    ) -> Generator:
         """Loads weights and encoders: the one place that makes a generator.
 
+        Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
+        then make the same calls of this generator and get the same frames.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
         what Wan computes in float32 stay float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other.
@@ -108,7 +114,10 @@ class Generator:
         settings = source.settings
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         cast = dtype if dtype != torch.float32 else None
+        if split is not None:  # from the heads of the files: before they are read
+            check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False)
+        model.set_token_split(split)
         encoders = Encoders.load(
             source.encoders,
             device,
@@ -204,10 +213,13 @@ class Generator:
     def resume(self, path: str | Path, *, history_blocks: int | None = None) -> Session:
         """The session in a file of `Session.save`, going on with the same frames (bit for bit on the same machine).
 
-        Raises: CheckpointError when the file is none, or when weights, rules or sizes are others than they were.
+        Raises: CheckpointError when the file is none, or when weights, rules or sizes are others than they were;
+        ConfigError when several processes compute the calls of this generator together.
         """
         from longtake.inference.session_file import load_session
 
+        if self.model.token_split is not None:
+            raise ConfigError("a session file holds the cache of one process; resume it without sequence parallelism")
         return load_session(
             self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
         )
@@ -327,15 +339,16 @@ def generate_file(
     seed: int = 0,
     negative: str | None = None,
     device: str | None = None,
+    split: TokenSplit | None = None,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source.
+    """Writes an mp4 while it is generated, with the student in `run` or of a source; `split` as in `Generator.build`.
 
     Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips.
     Raises: LongtakeError before any work for a bad run, picture or length.
     """
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_negative(negative, source.settings)
-    generator = Generator.build(source, device)
+    generator = Generator.build(source, device, split=split)
     length = num_pixel_frames(generator, num_frames, seconds)
     return write_video(generator, image, prompt, output, num_frames=length, seed=seed, negative=negative)
 
@@ -365,15 +378,20 @@ def write_video(
 
 
 def write_chunks(generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path) -> GenerationReport:
-    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError."""
+    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
+
+    Of the processes that compute a generator's calls together, one writes.
+    """
     from longtake.inference.video_io import VideoWriter
 
-    settings = generator.settings
+    settings, split = generator.settings, generator.model.token_split
     started = perf_counter()
     first, made = 0.0, 0
-    with VideoWriter(output, settings.fps, settings.height, settings.width) as writer:
+    leads = split is None or split.leads
+    with VideoWriter(output, settings.fps, settings.height, settings.width) if leads else nullcontext() as writer:
         for index, chunk in enumerate(chunks):
-            writer.write(chunk)
+            if writer is not None:
+                writer.write(chunk)
             made += len(chunk)
             if index <= 1:  # the given picture is there at once; the first generated chunk is the second
                 first = perf_counter() - started

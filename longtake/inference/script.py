@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longtake.inference.session import Session
+    from longtake.models.token_split import TokenSplit
 
 
 class Event(Settings):
@@ -158,12 +159,19 @@ def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> St
 
 
 def generate_story(
-    source: Source, script: str | Path, output: str | Path, *, device: str | None = None, **given: Any
+    source: Source,
+    script: str | Path,
+    output: str | Path,
+    *,
+    device: str | None = None,
+    split: TokenSplit | None = None,
+    **given: Any,
 ) -> GenerationReport:
-    """Writes the mp4 of a script with the student of `source`; `given` as in `read_story`.
+    """Writes the mp4 of a script with the student of `source`; `split` as in `Generator.build`, `given` as in
+    `read_story`.
 
     Raises: LongtakeError before any frame for a bad script, picture or source.
     """
     story = read_story(script, source.settings, **given)
-    generator = Generator.build(source, device)
+    generator = Generator.build(source, device, split=split)
     return write_chunks(generator, story.play(story.open(generator, history_blocks=0)), output)

@@ -308,8 +308,10 @@ class Session:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
 
         The history is not written: after resuming, `rewind` reaches back to this point and no further.
-        Raises: DataError when the file cannot be written.
+        Raises: DataError when the file cannot be written; ConfigError when several processes make the video together.
         """
         from longtake.inference.session_file import save_session
 
+        if self.generator.model.token_split is not None:
+            raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
         save_session(self, Path(path))

@@ -12,16 +12,20 @@ from torch import Tensor
 from longtake.models.attention import FrameMask
 from longtake.models.cache import KVCache, Reading
 from longtake.models.layers import Rotation
+from longtake.models.token_split import WHOLE, Share
 
 if TYPE_CHECKING:
     from longtake.models.dit import CrossAttention
 
 
 class SelfContext:
-    """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache."""
+    """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache.
 
-    def __init__(self, query: Rotation, key: Rotation) -> None:
-        self.query, self.key = query, key
+    `share` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
+    """
+
+    def __init__(self, query: Rotation, key: Rotation, share: Share = WHOLE) -> None:
+        self.query, self.key, self.share = query, key, share
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         return self.key(k), v, None
@@ -30,8 +34,10 @@ class SelfContext:
 class MaskedContext(SelfContext):
     """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
 
-    def __init__(self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None) -> None:
-        super().__init__(query, key)
+    def __init__(
+        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, share: Share = WHOLE
+    ) -> None:
+        super().__init__(query, key, share)
         self.mask, self.key_entry = mask, key_entry
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
@@ -46,9 +52,17 @@ class CachedContext(SelfContext):
     """The attended past from the cache before the block's own keys and values, which a commit stores."""
 
     def __init__(
-        self, query: Rotation, key: Rotation, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
+        self,
+        query: Rotation,
+        key: Rotation,
+        cache: KVCache,
+        reading: Reading,
+        share: Share = WHOLE,
+        *,
+        graded: bool,
+        commit: bool,
     ) -> None:
-        super().__init__(query, key)
+        super().__init__(query, key, share)
         self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:

@@ -26,6 +26,7 @@ from longtake.models.cache import KVCache
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
 from longtake.models.recompute import together
+from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
 from longtake.structs import Condition, MaskLayout
 
 # Contexts of one block's forward and of its recomputation in backward, as `torch.utils.checkpoint` asks for them
@@ -101,11 +102,15 @@ class SelfAttention(nn.Module):
         self.attend: Attention = attention.attend
 
     def forward(self, x: Tensor, context: SelfContext, layer: int) -> Tensor:
-        heads = (self.num_heads, -1)
-        q = context.query(self.norm_q(self.q(x)).unflatten(-1, heads))
-        k, v = self.norm_k(self.k(x)).unflatten(-1, heads), self.v(x).unflatten(-1, heads)
+        """x [B, E, l, D] -> the same: this process's tokens of each frame."""
+        entries, heads = x.shape[1], (self.num_heads, -1)
+        q, k = self.norm_q(self.q(x)).unflatten(-1, heads), self.norm_k(self.k(x)).unflatten(-1, heads)
+        # From here on all tokens of the call, and where processes share them, some of the heads: [B, E * L, n, K].
+        q, k, v = (t.flatten(1, 2) for t in context.share.to_heads(q, k, self.v(x).unflatten(-1, heads)))
+        q = context.query(q)
         k, v, mask = context.extend(layer, k, v)
-        return self.o(self.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask).flatten(2))
+        out = self.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
+        return self.o(context.share.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
 
 
 class CrossAttention(nn.Module):
@@ -162,15 +167,14 @@ class Block(nn.Module):
         cross_context: CrossContext,
         layer: int,
     ) -> Tensor:
-        """x [B, E, L, D] float32 -> the same; `modulation` [B, E, 6, D]."""
+        """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
         entries, tokens = x.shape[1], x.shape[2]
         dtype = cast(nn.Linear, self.ffn[0]).weight.dtype
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
         h = layer_norm(x, self.eps) * (1 + c1) + s1
-        h = self.self_attn(h.flatten(1, 2).to(dtype), self_context, layer)
-        x = x + h.unflatten(1, (entries, tokens)) * g1
+        x = x + self.self_attn(h.to(dtype), self_context, layer) * g1
 
         h = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias)
         cross = cross_context.keys_values(self.cross_attn, layer)
@@ -218,6 +222,7 @@ class VideoDiT(nn.Module):
         self.checkpoint_contexts: list[CheckpointContexts] = []
         # Where the network computes, if not where its weights wait (they may wait on the CPU).
         self.compute_device: torch.device | None = None
+        self.token_split: TokenSplit | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
         if self.head.head.weight.device.type != "meta":
             self.reset_parameters()
@@ -240,6 +245,15 @@ class VideoDiT(nn.Module):
         """Replaces the attention entry of every self-attention."""
         for block in self.blocks:
             cast(Block, block).self_attn.attend = attend
+
+    def set_token_split(self, split: TokenSplit | None) -> None:
+        """From now on each call is computed by all processes of `split` together; caches made before do not fit.
+
+        The attention entry sees all tokens, and of the heads those of this process; caches hold these alone.
+        Raises: ConfigError when the heads cannot be divided equally.
+        """
+        check_heads(self.config.num_heads, 1 if split is None else split.size)
+        self.token_split = split
 
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
@@ -286,7 +300,7 @@ class VideoDiT(nn.Module):
             num_layers=self.config.num_layers,
             batch_size=batch_size,
             tokens_per_frame=self.tokens_per_frame(height, width),
-            num_heads=self.config.num_heads,
+            num_heads=self.config.num_heads // (1 if self.token_split is None else self.token_split.size),
             head_width=self.config.head_width,
             window_frames=window_frames,
             sink_frames=sink_frames,
@@ -321,6 +335,7 @@ class VideoDiT(nn.Module):
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         rotation = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
         graded = torch.is_grad_enabled()
+        share: Share = WHOLE if self.token_split is None else self.token_split.share(rows * columns)
 
         reading = None
         if cache is not None:
@@ -331,19 +346,19 @@ class VideoDiT(nn.Module):
             query = Rotation(rotation(reading.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
             key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
-            context: SelfContext = CachedContext(query, key, cache, reading, graded=graded, commit=commit)
+            context: SelfContext = CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
         elif mask is not None:
             kit = self._mask_kit(mask, rows * columns, x.device)
             frame_index = kit["frame_index"]
             query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
-            context = MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"])
+            context = MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"], share)
         else:
             frame_index = torch.arange(entries, device=x.device)
             query = Rotation(rotation(frame_index))
-            context = SelfContext(query, query)
+            context = SelfContext(query, query, share)
 
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, condition, frame_index)
+        hidden = self._embed_patches(x, condition, frame_index, share)
         cross = self._cross_context(condition, cache if not graded else None)
         for layer, block in enumerate(self.blocks):
             arguments = (hidden, modulation, context, cross, layer)
@@ -352,7 +367,7 @@ class VideoDiT(nn.Module):
                 hidden = checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
             else:
                 hidden = block(*arguments)
-        velocity = self._unpatchify(self.head(hidden, e), rows, columns)
+        velocity = self._unpatchify(share.whole(self.head(hidden, e)), rows, columns)
         if cross.cache is not None:
             cross.cache.cross_is_for(condition)
         if cache is not None and commit:
@@ -370,8 +385,8 @@ class VideoDiT(nn.Module):
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
 
-    def _embed_patches(self, x: Tensor, condition: Condition, frame_index: Tensor) -> Tensor:
-        """Latents and condition frames -> tokens [B, E, L, D] in (frame, row, column) order, float32."""
+    def _embed_patches(self, x: Tensor, condition: Condition, frame_index: Tensor, share: Share) -> Tensor:
+        """Latents and condition frames -> this process's tokens [B, E, l, D] in (frame, row, column) order, float32."""
         if condition.frames is not None:
             index = frame_index.clamp(max=condition.frames.shape[1] - 1)
             x = torch.cat([x, condition.frames.index_select(1, index).to(x.dtype)], 2)
@@ -379,7 +394,7 @@ class VideoDiT(nn.Module):
         patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, E, C, rows, ph, columns, pw]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, E, L, C * ph * pw]
         weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias).float()
+        return F.linear(share.take(patches).to(weight.dtype), weight, self.patch_embedding.bias).float()
 
     def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """[B, E, L, ph * pw * C_out], channel fastest -> [B, E, C_out, H, W]."""

@@ -62,8 +62,8 @@ def make_batches(config: StageConfig, dataset: Dataset, encoder: RowEncoder, mes
         seed=config.seed,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch(mesh.world_size),
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        rank=mesh.data_rank,
+        world_size=mesh.num_data_ranks,
         buckets=find_buckets(config, dataset, mesh),
     )
     # Rows of an encoded set are read faster than they are remembered for nothing.

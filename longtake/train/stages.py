@@ -20,6 +20,9 @@ from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import image_token_count
 from longtake.models.lora_files import Adapter
+from longtake.models.presets import model_config
+from longtake.models.token_split import check_heads
+from longtake.models.weights import open_dit
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
@@ -79,10 +82,12 @@ class InPrecision:
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
     accumulation = config.accumulation(mesh.world_size)
+    mesh = mesh.arranged(config.parallel)
     if config.wandb.enabled and find_spec("wandb") is None:  # on every rank, before any of them waits for another
         raise ConfigError(
             "wandb.enabled=true needs the package wandb; install it (pip install wandb) or set it to false"
         )
+    _check_parallel(config)
     dataset = open_data(config)
     if isinstance(dataset, EncodedRows) and can_validate(config):
         raise ConfigError(
@@ -179,6 +184,19 @@ def _gauges(
     if real is not None:
         sizes["teacher"] = real.config
     return stage_gauges(config, sizes, objective, mesh, image_token_count(config.encoders_folder))
+
+
+def _check_parallel(config: StageConfig) -> None:
+    """Raises ConfigError when the ranks of a sequence group cannot share the heads of each network."""
+    if (together := config.parallel.sequence) == 1:
+        return
+    critic = config.critic.init_from if config.critic is not None else None
+    for source in (config.init_from, config.teacher, critic):
+        if source is not None:  # from the heads of its files: before any network is read
+            network = open_dit(weights_folder(config.source(source), config))[1]
+            check_heads(network.config.num_heads, together)
+    if config.init_from is None:
+        check_heads(model_config(config.model.preset).num_heads, together)
 
 
 def _row_bytes(config: StageConfig) -> int:

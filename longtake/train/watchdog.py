@@ -32,7 +32,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _COLLECTIVES = os.path.dirname(dist.__file__)
 EXIT_CODE = 124  # that of `timeout`
 # Rightly slow at any time, not only at first
-SLOW_PHASES = frozenset({"resume", "encode", "evaluate", "sample", "save"})
+SLOW_PHASES = frozenset({"resume", "encode", "evaluate", "sample", "checkpoint"})
 
 
 @dataclass(frozen=True)

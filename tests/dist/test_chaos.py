@@ -25,7 +25,7 @@ def run(folder, *arguments):
 
 def losses(folder):
     rows = read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]
 
 
 @pytest.mark.timeout(1000)

@@ -87,7 +87,7 @@ def test_no_rank_ever_holds_a_network_whole(read_by_two):
 # ---- options of `parallel` -------------------------------------------------------------------------------------------
 def rows(folder):
     read = read_rows(folder / "distill" / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in read]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in read]
 
 
 def weights(folder):

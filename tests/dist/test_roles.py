@@ -15,7 +15,7 @@ from longtake.train.metrics_log import read_rows
 
 def rows(folder):
     read = read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in read]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in read]
 
 
 def state(folder):

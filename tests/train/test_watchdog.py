@@ -108,7 +108,7 @@ def stay(phases, *names, seconds=0.45):
 def test_what_is_rightly_slow_is_no_hang():
     """First times, encoding, evaluation and saving have the longer limit; the second time of a phase has not."""
     assert not watch(0.2, 60, lambda phases: stay(phases, "generator", "rollout"))
-    for name in ("encode", "evaluate", "sample", "save", "resume"):
+    for name in ("encode", "evaluate", "sample", "checkpoint", "resume"):
         assert not watch(0.2, 60, lambda phases, name=name: (stay(phases, name, seconds=0), stay(phases, name)))
     assert watch(0.2, 60, lambda phases: (stay(phases, "rollout", seconds=0), stay(phases, "rollout")))
     assert watch(0.2, 60, lambda phases: time.sleep(0.45))

@@ -1,0 +1,65 @@
+"""Stages on meshes of ranks, for `test_meshes`: trains each run of a list and streams a video from what it trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from safetensors.torch import save_file
+from tiny_stage import stage_tree
+
+from longtake.config import StageConfig
+from longtake.data.world import sample_world
+from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.inference.generator import Generator, Source
+from longtake.inference.sampling import student_latents
+from longtake.train.stages import run_stage
+
+STEPS, FRAMES, WORLD = 5, 9, sample_world(3, 0)
+STAGES: dict[str, dict[str, Any]] = {
+    # Window 3 of 5 frames: frames are evicted, in training too.
+    "causal": {"caption_dropout": 0.5, "plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}},
+    "distill": {"plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}, "activation_checkpointing": True},
+    "long": {"plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1}},
+}
+
+
+def config_of(workshop: Path, logdir: Path, stage: str, **changes: Any) -> StageConfig:
+    tree = stage_tree(workshop, logdir, "distill" if stage == "long" else stage, max_steps=STEPS, **STAGES[stage])
+    if stage == "long":
+        tree |= {"stage": "long", "name": "long", "long": {"num_chunks": [3], "new_frames": 2}}
+    return StageConfig.from_tree(tree | changes)
+
+
+def run(workshop: Path, logdir: Path, mesh: Mesh, stage: str, **changes: Any) -> Path:
+    """Trains a stage, then streams 9 latent frames with the mesh's sequence groups; the stage's folder.
+
+    Rank 0 writes the latents beside the checkpoints.
+    """
+    config = config_of(workshop, logdir, stage, **changes)
+    run_stage(config, mesh)
+    generator = Generator.build(Source.of_run(config.folder), "cpu", split=mesh.arranged(config.parallel).sequence)
+    condition, first = generator.condition(generator.prepare(WORLD.render(1)[0]), WORLD.caption)
+    size = (first.shape[3], first.shape[4])
+    latents = student_latents(generator.model, condition, first, generator.rules, FRAMES, size, seed=3, videos=[0])
+    if mesh.is_main:
+        save_file({"latents": latents.contiguous()}, config.folder / "latents.safetensors")
+    return config.folder
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    workshop, runs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    with init_mesh("cpu") as mesh:
+        for entry in runs:
+            run(workshop, Path(entry.pop("logdir")), mesh, entry.pop("stage"), **entry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Meshes of gloo ranks: replicas, shards and sequence groups give the numbers of one process, and resume each other."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import mesh_run
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longtake.distributed.mesh import Mesh
+from longtake.runs import exported_weights, latest_checkpoint
+from longtake.train.metrics_log import read_rows
+
+MESHES = {
+    "2 shard": {},
+    "2 replicate": {"replicate": 2},
+    "2 sequence": {"sequence": 2},
+    "4 shard": {},
+    "4 replicate x shard": {"replicate": 2},
+    "4 shard x sequence": {"sequence": 2},
+    "4 replicate x sequence": {"replicate": 2, "sequence": 2},
+}
+STAGES = tuple(mesh_run.STAGES)
+LORA = {"lora": {"rank": 2, "alpha": 4}, "critic": {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}}
+
+
+def torchrun(workshop, runs, folder, ranks):
+    """Each run of `runs`, one after the other in the same processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"runs{ranks}.json").write_text(json.dumps(runs, default=str))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, mesh_run.__file__, str(workshop), str(folder / f"runs{ranks}.json")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def rows_of(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def weights_of(folder):
+    return load_file(next(exported_weights(latest_checkpoint(folder / "checkpoints")).glob("*.safetensors")))
+
+
+def assert_same(folder, wanted, tolerance=1e-5):
+    mine, theirs = rows_of(folder), rows_of(wanted)
+    assert len(mine) == len(theirs) >= 2
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=1e-7)
+    a, b = (load_file(one / "latents.safetensors")["latents"] for one in (folder, wanted))
+    assert b.shape[1] == mesh_run.FRAMES and b.std() > 0.1 and (a - b).abs().max() <= tolerance * b.abs().max()
+    a, b = weights_of(folder), weights_of(wanted)
+    assert a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < tolerance for key in b)
+
+
+def assert_equal(folder, wanted):
+    """Bit for bit."""
+    assert rows_of(folder) == rows_of(wanted)
+    a, b = weights_of(folder), weights_of(wanted)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
+    assert torch.equal(*(load_file(one / "latents.safetensors")["latents"] for one in (folder, wanted)))
+
+
+def test_two_ranks_of_a_sequence_group_train_and_stream_as_one(workshop, tmp_path):
+    """The fast part: two iterations of `distill`, then of `causal` with low-rank updates."""
+    runs = [("distill", {}), ("causal", {"lora": LORA["lora"]})]
+    entries = [{"stage": s, "logdir": tmp_path / "two", "max_steps": 2, **c} for s, c in runs]
+    torchrun(workshop, [entry | {"parallel": {"sequence": 2}} for entry in entries], tmp_path, 2)
+    for stage, changes in runs:
+        one = mesh_run.run(workshop, tmp_path / "one", Mesh(), stage, max_steps=2, **changes)
+        assert_same(tmp_path / "two" / stage, one)
+
+
+@pytest.fixture(scope="module")
+def one(workshop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    for stage in STAGES:
+        mesh_run.run(workshop, folder, Mesh(), stage)
+    mesh_run.run(workshop, folder / "lora", Mesh(), "distill", **LORA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(workshop, tmp_path_factory):
+    """Every stage on every mesh, and low-rank updates on one of each size."""
+    folder = tmp_path_factory.mktemp("many")
+    for ranks in (2, 4):
+        runs = [
+            {"stage": stage, "logdir": folder / name, "parallel": parallel}
+            for name, parallel in MESHES.items()
+            for stage in STAGES
+            if name.startswith(str(ranks))
+        ]
+        lora = {"stage": "distill", "logdir": folder / f"{ranks} lora", "parallel": {"sequence": 2}, **LORA}
+        torchrun(workshop, [*runs, lora], folder, ranks)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_trains_and_streams_as_one_process(one, many, mesh, stage):
+    assert_same(many / mesh / stage, one / stage)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_low_rank_updates_on_a_sequence_group(one, many, ranks):
+    assert_same(many / f"{ranks} lora" / "distill", one / "lora" / "distill")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, many, tmp_path):
+    four, two = ({"parallel": parallel} for parallel in ({"sequence": 2}, {"sequence": 2}))
+    replicas = {"parallel": {"replicate": 2}}
+    started = [("four", "distill", four), ("same", "long", four), ("replicas", "distill", replicas)]
+    entries = [{"stage": s, "logdir": tmp_path / name, "max_steps": 3, **mesh} for name, s, mesh in started]
+    torchrun(workshop, entries, tmp_path, 4)
+    shutil.copytree(tmp_path / "four", tmp_path / "back")
+    shutil.copytree(tmp_path / "four", tmp_path / "four again")
+
+    # Down from four ranks to two; one of the runs only for an iteration, then up again.
+    down = [
+        {"stage": "distill", "logdir": tmp_path / "four", **two},
+        {"stage": "distill", "logdir": tmp_path / "replicas"},
+        {"stage": "distill", "logdir": tmp_path / "back", "max_steps": 4, **two},
+    ]
+    torchrun(workshop, down, tmp_path, 2)
+    up = [
+        {"stage": "distill", "logdir": tmp_path / "back", **four},
+        {"stage": "distill", "logdir": tmp_path / "four again", **four},
+        {"stage": "long", "logdir": tmp_path / "same", **four},
+    ]
+    torchrun(workshop, up, tmp_path, 4)
+
+    whole = many / "4 shard x sequence"
+    for name in ("four", "replicas", "back"):
+        assert_same(tmp_path / name / "distill", whole / "distill")
+    assert_equal(tmp_path / "four again" / "distill", whole / "distill")
+    assert_equal(tmp_path / "same" / "long", whole / "long")
