@@ -84,7 +84,7 @@ def world(
         list[int] | None, typer.Option(help="Pixel frame at which the captions change; may be given several times.")
     ] = None,
     stops: Annotated[
-        bool | None, typer.Option(help="Sprites may stop; the shipped text encoder does not know the words.")
+        bool | None, typer.Option(help="Sprites may stop; the shipped weights were not trained on it.")
     ] = None,
 ) -> None:
     """Write the toy world as a data set: pictures, clips and LMDB, with captions."""

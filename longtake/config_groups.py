@@ -402,7 +402,7 @@ class WorldConfig(Settings):
     )
     stops: bool = Field(
         default=False,
-        description="sprites may stop at a switch; the shipped text encoder does not know the words for it",
+        description="sprites may stop at a switch; the shipped weights were not trained on it",
     )
 
 
