@@ -4,8 +4,8 @@ A caption is a list of clauses, one a sprite: `a [size] colour shape` and then h
 meaning is in one of the tables below, and `parse_caption` reads a clause from these tables alone, word by word. This
 file must know no pixels, and nothing but words is random in it.
 
-VOCABULARY is what the shipped teacher knows. The words of STOP_WORDS came later: the shipped text encoder reads them, and
-no shipped transformer was trained on captions with them.
+VOCABULARY is what the shipped teacher knows. The words of STOP_WORDS came later: the shipped text encoder reads them,
+and no shipped transformer was trained on captions with them.
 """
 
 from __future__ import annotations

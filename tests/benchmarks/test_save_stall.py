@@ -18,8 +18,10 @@ def test_the_stall_is_that_of_the_timeline():
         save_stall = import_module("benchmarks.save_stall")
     finally:
         sys.path.remove(str(ROOT))
-    rows = [{"step": step, "seconds": 2.0, "seconds/critic": 1.0, "seconds/save": 0.0} for step in range(4, 10)]
-    rows[2] |= {"seconds/save": 0.5, "seconds": 3.0}
+    rows = [
+        {"step": step, "seconds": 2.0, "seconds_of/critic": 1.0, "seconds/checkpoint": 0.0} for step in range(4, 10)
+    ]
+    rows[2] |= {"seconds/checkpoint": 0.5, "seconds": 3.0}
     times = {"seconds/wait": 0.0, "seconds/stage": 0.5, "size_bytes": 2**30}
     saves = [{"step": 6, "seconds/write": 2.5, **times}, {"step": 10, "seconds/write": 4.0, **times}]
     found = save_stall.summary(rows, saves, 13.5)

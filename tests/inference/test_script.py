@@ -127,7 +127,7 @@ def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
         return write_chunks(generator, (written.append(chunk) or chunk for chunk in chunks), output)
 
     monkeypatch.setattr(module, "write_chunks", recorded)
-    monkeypatch.setattr(module.Generator, "build", lambda *_: generator)
+    monkeypatch.setattr(module.Generator, "build", lambda *_, **__: generator)
     source = module.Source(tmp_path, tmp_path, generator.settings)
     report = generate_story(source, write(frames=None), tmp_path / "out.mp4", frames=42)
     assert np.array_equal(np.concatenate(written), by_hand(generator)[:42])
@@ -136,7 +136,7 @@ def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
 
 
 def test_the_command_follows_a_script(generator, write, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.Generator, "build", lambda *_: generator)
+    monkeypatch.setattr(module.Generator, "build", lambda *_, **__: generator)
     source = module.Source(tmp_path, tmp_path, generator.settings)
     monkeypatch.setattr(module.Source, "of_run", classmethod(lambda *_: source))
 
