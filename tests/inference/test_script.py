@@ -106,7 +106,7 @@ def test_what_is_given_wins_over_the_file(generator, write):
     ],
 )
 def test_a_wrong_script_is_refused_before_any_work(write, changes, error, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(module.Generator, "build", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(module.Generator, "build", lambda *_, **__: pytest.fail("weights were read"))
     source = module.Source(tmp_path, tmp_path, generation_settings(None, {"height": 32, "width": 32}))
     with pytest.raises(error, match=message):
         generate_story(source, write(**changes), tmp_path / "out.mp4")
