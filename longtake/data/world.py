@@ -31,7 +31,7 @@ from longtake.data.captions import (
 )
 
 __all__ = [
-    "COLOURS", "DIRECTIONS", "FPS", "PALETTE", "RADII", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "STILL",
+    "COLOURS", "CROSS_WIDTH", "DIRECTIONS", "FPS", "PALETTE", "RADII", "REACH", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "STILL",
     "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption", "sample_world",
     "sprite_mask", "sprite_patch", "tokenize",
 ]  # fmt: skip
@@ -51,8 +51,8 @@ PALETTE = {
 OPEN_SHARE = 0.2  # share of worlds in which one sprite's motion is left open
 
 # Distance from the centre to the outermost point, in radii. Areas are about equal for one size, but for the triangle.
-_REACH = {"circle": 1.0, "square": 0.887, "triangle": 1.35, "cross": 1.15}
-_CROSS_WIDTH = 0.42
+REACH = {"circle": 1.0, "square": 0.887, "triangle": 1.35, "cross": 1.15}
+CROSS_WIDTH = 0.42  # half the width of a cross's arms, in radii
 _START_GAP = 1.0  # pixels between two sprites in the first frame
 
 
@@ -194,7 +194,7 @@ def motion_velocity(direction: str, speed: str) -> tuple[float, float]:
 
 def sprite_reach(shape: str, radius: float) -> float:
     """Pixels from the centre to the outermost point."""
-    return _REACH[shape] * radius * (math.sqrt(2) if shape == "square" else 1.0)
+    return REACH[shape] * radius * (math.sqrt(2) if shape == "square" else 1.0)
 
 
 def sprite_patch(
@@ -226,7 +226,7 @@ def sprite_mask(
 
 def coverage(shape: str, radius: float, dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.float32]:
     """Coverage 0..1 of pixels at (dx, dy) from the centre: the signed distance to the outline, as a one-pixel ramp."""
-    size = np.float32(_REACH[shape] * radius)
+    size = np.float32(REACH[shape] * radius)
     if shape == "circle":
         distance = np.sqrt(dx * dx + dy * dy) - size
     elif shape == "square":
@@ -234,7 +234,7 @@ def coverage(shape: str, radius: float, dx: NDArray[np.float32], dy: NDArray[np.
     elif shape == "triangle":
         distance = np.maximum(dy, np.float32(math.sqrt(0.75)) * np.abs(dx) - dy / 2) - size / 2
     else:
-        width = np.float32(_CROSS_WIDTH * radius)
+        width = np.float32(CROSS_WIDTH * radius)
         ax, ay = np.abs(dx), np.abs(dy)
         distance = np.minimum(np.maximum(ax - size, ay - width), np.maximum(ax - width, ay - size))
     return np.clip(np.float32(0.5) - distance, 0, 1)

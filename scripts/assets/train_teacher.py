@@ -1,5 +1,8 @@
 """Trains the toy teacher on one GPU within a wall-clock limit: latents in memory, Muon, learning rate to zero.
 
+New worlds are drawn and encoded all the time: with 24,000 of them, however long it trained, the loss on others was half
+as high again (docs/log.md).
+
     python scripts/assets/train_teacher.py --init FOLDER --seconds 265
 
 `longtake/assets/toy/README.md` has the commands that made the shipped weights. The loss is that of
@@ -13,10 +16,12 @@ import argparse
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +29,8 @@ import torch.nn.functional as F
 from muon import Muon
 from torch import Tensor
 
-from longtake.data.world import World, sample_world
+from longtake.data.story import sample_story
+from longtake.data.world import CROSS_WIDTH, REACH, SHAPES, SIZE, sample_world
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import Block, VideoDiT
@@ -34,39 +40,120 @@ from longtake.models.weights import load_dit, save_dit
 from longtake.structs import Condition, pixel_frames
 
 TRAIN_SEED = 0
+MOST_SPRITES = 3
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def render(index: int, num_frames: int = 33) -> tuple[np.ndarray, str]:
-    """(uint8 [T, h, w, 3], caption) of one world."""
-    world: World = sample_world(TRAIN_SEED, index)
-    return world.render(num_frames), world.caption
+class Sampled(NamedTuple):
+    """What is drawn of some worlds: background [N, h, w, 3], centres [N, T, S, 2], and the looks of the S sprites."""
+
+    background: np.ndarray
+    centres: np.ndarray
+    looks: np.ndarray  # [N, S, 6]: shape number (-1 for no sprite), radius, reach of the shape's formula, RGB
+    captions: list[str]
 
 
-@torch.no_grad()
-def encode(encoders: Encoders, num_worlds: int, num_latents: int, processes: int, device: torch.device) -> list[Tensor]:
-    """[latents, y, text, CLIP tokens] of all worlds, in half precision on the device.
+def sample(task: tuple[int, int, int, float]) -> Sampled:
+    """Worlds `start` to `start + number`; a share of `stops` is seen after a change of motion, with stops."""
+    start, number, num_frames, stops = task
+    sampled = Sampled(
+        np.empty((number, SIZE, SIZE, 3), np.uint8),
+        np.zeros((number, num_frames, MOST_SPRITES, 2)),
+        np.full((number, MOST_SPRITES, 6), -1, np.float32),
+        [],
+    )
+    for row, index in enumerate(range(start, start + number)):
+        changed = index % 100 < 100 * stops
+        world = sample_story(TRAIN_SEED, index, [1], stops=True) if changed else sample_world(TRAIN_SEED, index)
+        centres = world.positions(num_frames + changed)[int(changed) :]
+        count = len(world.sprites)
+        sampled.background[row] = world.background
+        sampled.centres[row, :, :count] = centres
+        for number_of, (sprite, colour) in enumerate(zip(world.sprites, world.colours)):
+            shape = SHAPES.index(sprite.shape)
+            sampled.looks[row, number_of] = [shape, sprite.radius, REACH[sprite.shape] * sprite.radius, *colour]
+        sampled.captions.append(world.segments[-1].caption)
+    return sampled
+
+
+def draw(worlds: Sampled, device: torch.device) -> Tensor:
+    """What `World.draw` draws, uint8 [N, T, h, w, 3], on the device: sending the videos there would take longer."""
+    background, centres, looks = (torch.from_numpy(part).to(device) for part in worlds[:3])
+    video = background.float()[:, None].repeat(1, centres.shape[1], 1, 1, 1)
+    pixels = torch.arange(SIZE, device=device, dtype=torch.float64)
+    for sprite in range(looks.shape[1]):
+        dx, dy = (
+            (((pixels - centres[:, :, sprite, axis, None] + SIZE / 2) % SIZE) - SIZE / 2).float() for axis in (0, 1)
+        )  # [N, T, w], [N, T, h]
+        dx, dy = dx[:, :, None, :], dy[:, :, :, None]
+        shape, radius, size = (looks[:, sprite, part, None, None, None] for part in range(3))
+        ax, ay, width = dx.abs(), dy.abs(), CROSS_WIDTH * radius
+        distances = {
+            "circle": (dx * dx + dy * dy).sqrt() - size,
+            "square": torch.maximum(ax, ay) - size,
+            "triangle": torch.maximum(dy.expand(-1, -1, -1, SIZE), math.sqrt(0.75) * ax - dy / 2) - size / 2,
+            "cross": torch.minimum(torch.maximum(ax - size, ay - width), torch.maximum(ax - width, ay - size)),
+        }
+        distance = torch.full_like(distances["circle"], 1.0)
+        for number, name in enumerate(SHAPES):
+            distance = torch.where(shape == number, distances[name], distance)
+        mask = (0.5 - distance).clamp(0, 1)[..., None]
+        colour = looks[:, sprite, None, None, None, 3:]
+        video = torch.where(mask > 0, (video + (colour - video) * mask + 0.5).floor(), video)
+    return video.byte()
+
+
+class Pool:
+    """Latents, y, text and CLIP tokens of worlds in half precision on the device; it grows while training goes on.
 
     `y` is encoded as far as the clip reaches; later frames are never read in training.
     """
-    parts: list[list[Tensor]] = [[], [], [], []]
-    with get_context("spawn").Pool(processes) as workers:
-        done = workers.imap(render, range(num_worlds), chunksize=50)
-        for start in range(0, num_worlds, 250):
-            rows = [next(done) for _ in range(min(250, num_worlds - start))]
-            videos = torch.from_numpy(np.stack([video for video, _ in rows])).to(device)
-            videos = videos.permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
-            padded = torch.zeros_like(videos)
-            padded[:, :1] = videos[:, :1]
-            y = encoders.vae.encode(padded)
-            mask = torch.zeros_like(y[:, :, :4])
-            mask[:, 0] = 1
-            parts[0].append(encoders.vae.encode(videos).half())
-            parts[1].append(torch.cat([mask, y], 2).half())
-            parts[2].append(encoders.text.encode([caption for _, caption in rows]).half())
-            assert encoders.image is not None
-            parts[3].append(encoders.image.encode(videos[:, 0]).half())
-    return [torch.cat(part) for part in parts]
+
+    def __init__(self, encoders: Encoders, args: argparse.Namespace, frames: int, device: torch.device) -> None:
+        self.encoders, self.device, self.frames = encoders, device, frames
+        self.chunk, self.stops, self.most = args.chunk, args.stops, args.most_worlds
+        self.rows: list[Tensor] = []
+        self.count = torch.zeros((), device=device)  # on the device, so that a captured step reads it
+        self.filled = self.asked = 0
+        self.workers = get_context("spawn").Pool(args.processes)
+        self.waiting: deque[AsyncResult[Sampled]] = deque()
+        for _ in range(2 * args.processes):
+            self._ask()
+
+    def _ask(self) -> None:
+        task = (self.asked, self.chunk, pixel_frames(self.frames), self.stops)
+        self.waiting.append(self.workers.apply_async(sample, (task,)))
+        self.asked += self.chunk
+
+    @torch.no_grad()
+    def grow(self) -> None:
+        """Encodes the next chunk of worlds."""
+        worlds = self.waiting.popleft().get()
+        self._ask()
+        videos = draw(worlds, self.device).permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
+        padded = torch.zeros_like(videos)
+        padded[:, :1] = videos[:, :1]
+        y = self.encoders.vae.encode(padded)
+        mask = torch.zeros_like(y[:, :, :4])
+        mask[:, 0] = 1
+        assert self.encoders.image is not None
+        parts = [
+            self.encoders.vae.encode(videos),
+            torch.cat([mask, y], 2),
+            self.encoders.text.encode(worlds.captions),
+            self.encoders.image.encode(videos[:, 0]),
+        ]
+        if not self.rows:
+            self.rows = [part.new_zeros(self.most, *part.shape[1:], dtype=torch.float16) for part in parts]
+        for held, part in zip(self.rows, parts):
+            held[self.filled : self.filled + self.chunk] = part[: self.most - self.filled]
+        self.filled = min(self.most, self.filled + self.chunk)
+        self.count.fill_(self.filled)
+
+    def batch(self, size: int) -> list[Tensor]:
+        """Random worlds: [latents, y, text, CLIP tokens]."""
+        chosen = (torch.rand(size, device=self.device) * self.count).long()
+        return [part[chosen].float() for part in self.rows]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: object = None) -> Tensor:
@@ -90,10 +177,14 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     encoders = Encoders.load(ROOT / "longtake/assets/toy", device)
     frames = 9
-    assert pixel_frames(frames) == 33
-    data = encode(encoders, args.worlds, frames, args.processes, device)
+    data = Pool(encoders, args, frames, device)
+    data.grow()  # starts the workers and warms up
+    clock = time.time()
+    while data.filled < args.worlds:
+        data.grow()
     empty = encoders.text.encode([""]).to(device)
-    print(f"{time.time() - began:5.0f}s {args.worlds} worlds encoded", flush=True)
+    speed = data.filled / max(time.time() - clock, 1e-9)
+    print(f"{time.time() - began:5.0f}s {data.filled} worlds encoded, {speed:.0f} a second", flush=True)
     model = load_dit(args.init, device) if args.init else VideoDiT(PRESETS["toy"]).to(device)
     network = compiled(model) if args.compile else model
     average = {name: p.detach().clone() for name, p in model.state_dict().items()}
@@ -112,8 +203,7 @@ def train(args: argparse.Namespace) -> None:
     running = torch.zeros((), device=device)
 
     def update() -> None:
-        rows = torch.randint(0, args.worlds, (args.batch,), device=device)
-        clean, y, text, image = (part[rows].float() for part in data)
+        clean, y, text, image = data.batch(args.batch)
         dropped = torch.rand(args.batch, device=device) < 0.1
         condition = Condition(torch.where(dropped[:, None, None], empty, text), image, y)
         sigma = training_sigma(torch.rand(args.batch, device=device), args.shift)[:, None].expand(-1, frames)
@@ -143,17 +233,21 @@ def train(args: argparse.Namespace) -> None:
             rate.fill_(peak * factor)
         advance()
         step += 1
+        if step % args.grow_every == 0 and data.filled < args.most_worlds:
+            data.grow()
         if step % args.log_every == 0:
             mean = running.item() / args.log_every
             speed = args.log_every / (time.time() - clock)
-            print(f"{time.time() - began:5.0f}s step {step} loss {mean:.4f} {speed:.1f} steps/s", flush=True)
+            seen = f"{data.filled} worlds, {speed:.1f} steps/s"
+            print(f"{time.time() - began:5.0f}s step {step} loss {mean:.4f} {seen}", flush=True)
             running.zero_()
             clock = time.time()
         if time.time() - saved > args.save_seconds:
             save_dit(model.config, average, args.output.with_name(f"{args.output.name}.partial"), torch.float16)
             saved = time.time()
     save_dit(model.config, average, args.output, torch.float16)
-    print(f"{step} steps, saved {args.output}", flush=True)
+    print(f"{step} steps, {data.filled} worlds, saved {args.output}", flush=True)
+    data.workers.terminate()
 
 
 def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
@@ -178,7 +272,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--save-seconds", type=float, default=45, help="between saves to OUTPUT.partial")
-    parser.add_argument("--worlds", type=int, default=10000)
+    parser.add_argument("--worlds", type=int, default=10000, help="encoded before training begins")
+    parser.add_argument("--most-worlds", type=int, default=400000, help="room for the worlds, 50 kB each")
+    parser.add_argument("--grow-every", type=int, default=16, help="steps until another chunk of worlds is encoded")
+    parser.add_argument("--chunk", type=int, default=250, help="worlds that are encoded at a time")
+    parser.add_argument("--stops", type=float, default=0.4, help="share of worlds that may have a sprite that stands")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
