@@ -114,7 +114,7 @@ class Pool:
         self.chunk, self.stops, self.most = args.chunk, args.stops, args.most_worlds
         self.rows: list[Tensor] = []
         self.count = torch.zeros((), device=device)  # on the device, so that a captured step reads it
-        self.filled = self.asked = 0
+        self.filled, self.asked = 0, args.first_world
         self.workers = get_context("spawn").Pool(args.processes)
         self.waiting: deque[AsyncResult[Sampled]] = deque()
         for _ in range(2 * args.processes):
@@ -247,6 +247,7 @@ def train(args: argparse.Namespace) -> None:
             saved = time.time()
     save_dit(model.config, average, args.output, torch.float16)
     print(f"{step} steps, {data.filled} worlds, saved {args.output}", flush=True)
+    print(f"the next leg may begin with --first-world {data.asked}")
     data.workers.terminate()
 
 
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--save-seconds", type=float, default=45, help="between saves to OUTPUT.partial")
     parser.add_argument("--worlds", type=int, default=10000, help="encoded before training begins")
+    parser.add_argument("--first-world", type=int, default=0, help="number of the first world that is drawn")
     parser.add_argument("--most-worlds", type=int, default=400000, help="room for the worlds, 50 kB each")
     parser.add_argument("--grow-every", type=int, default=16, help="steps until another chunk of worlds is encoded")
     parser.add_argument("--chunk", type=int, default=250, help="worlds that are encoded at a time")
