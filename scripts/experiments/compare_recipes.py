@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_SEED, WORLD_SEED, OPEN_SEED = 0, 1_000_003, 1_000_037
+CORES = os.cpu_count() or 1
 COLUMNS = (
     ("position px", "position_error_px", "{:.2f}"),
     ("motion", "motion_ratio", "{:.3f}"),
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=128, help="held-out worlds at the training horizon")
     parser.add_argument("--long-worlds", type=int, default=32, help="held-out worlds at four times the horizon")
     parser.add_argument("--raw", nargs="*", default=["base"], help="recipes that are also scored without EMA")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=CORES)
     parser.add_argument("--causal-seconds", type=float, default=3600, help="a causal run is stopped after that")
     parser.add_argument("--distill-seconds", type=float, default=3600, help="a distillation is stopped after that")
     parser.add_argument("--score", nargs=2, metavar=("STAGE", "FILE"), help="(internal) score one stage folder")
@@ -110,22 +111,15 @@ def compare(args: argparse.Namespace) -> None:
     together = min(256, args.data_worlds)
     longtake("encode", ROOT / "configs/toy/causal.yaml", "--output", encoded, "--rows-per-shard", together,
              f"data.path={data / 'clips'}", f"batch_size={together}", f"micro_batch_size={together}",
-             f"data.num_workers={args.jobs}", log=args.output / "encode.log")  # fmt: skip
+             f"data.num_workers={min(4, CORES)}", log=args.output / "encode.log", threads=CORES)  # fmt: skip
     common = ["validate_every=0", "data.kind=encoded", "log_every=10", "save_every=100000", "keep_checkpoints=1",
               "data.num_workers=1", f"batch_size={args.batch}", f"micro_batch_size={args.batch}"]  # fmt: skip
 
     def causal(name: str) -> None:
         rules = next(recipe.rules for recipe in chosen if recipe.initialisation == name)
         train("causal", args.output / name, [*common, *rules, "seed=1", f"data.path={encoded}",
-              f"max_steps={args.causal_steps}", "ema.decay=0.99"], args.causal_seconds)  # fmt: skip
-
-    def distill(pair: tuple[Recipe, int]) -> None:
-        recipe, seed = pair
-        folder = args.output / f"{recipe.name}_seed{seed}"
-        start = args.output / recipe.initialisation / "causal" if recipe.causal else "toy"
-        train("distill", folder, [*common, *recipe.rules, *recipe.changes, f"seed={seed}", f"init_from={start}",
-              f"data.path={encoded}", f"max_steps={round(args.distill_steps * recipe.share)}",
-              "ema.decay=0.95"], args.distill_seconds)  # fmt: skip
+              f"max_steps={args.causal_steps}", "ema.decay=0.97"], args.causal_seconds,
+              max(1, CORES // len(initialisations)))  # fmt: skip
 
     def measure(stage: Path) -> None:
         file = args.output / f"{stage.parent.name}_{stage.name}.json"
@@ -133,20 +127,28 @@ def compare(args: argparse.Namespace) -> None:
             run([sys.executable, __file__, "--output", args.output, "--score", stage, file, "--worlds", args.worlds,
                  "--long-worlds", args.long_worlds, "--raw", *args.raw], file.with_suffix(".log"))  # fmt: skip
 
+    def distill(pair: tuple[Recipe, int]) -> None:
+        recipe, seed = pair
+        folder = args.output / f"{recipe.name}_seed{seed}"
+        start = args.output / recipe.initialisation / "causal" if recipe.causal else "toy"
+        train("distill", folder, [*common, *recipe.rules, *recipe.changes, f"seed={seed}", f"init_from={start}",
+              f"data.path={encoded}", f"max_steps={round(args.distill_steps * recipe.share)}",
+              "ema.decay=0.9"], args.distill_seconds)  # fmt: skip
+        measure(folder / "distill")
+
     initialisations = sorted({recipe.initialisation for recipe in chosen if recipe.causal})
     pairs = [(recipe, seed) for recipe in reversed(chosen) for seed in args.seeds]
     stages = [args.output / name / "causal" for name in initialisations]
-    stages += [args.output / f"{recipe.name}_seed{seed}" / "distill" for recipe, seed in pairs]
     began = time.time()
     failed = 0
-    work: tuple[tuple[str, Callable[[Any], None], Sequence[Any]], ...] = (
-        ("causal initialisations", causal, initialisations),
-        ("recipes", distill, pairs),
-        ("scores", measure, stages),
+    # The recipes and their scores come before the scores of the initialisations: a machine may be lent for a time only.
+    work: tuple[tuple[str, Sequence[tuple[Callable[[Any], None], Any]]], ...] = (
+        ("causal initialisations", [(causal, name) for name in initialisations]),
+        ("recipes and scores", [*((distill, pair) for pair in pairs), *((measure, stage) for stage in stages)]),
     )
-    for name, function, items in work:
+    for name, items in work:
         with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(function, item) for item in items]
+            futures = [pool.submit(function, item) for function, item in items]
         errors = [error for future in futures if (error := future.exception()) is not None]
         failed += len(errors)
         print(f"{time.time() - began:5.0f}s {name}", *errors, sep="\n", flush=True)
@@ -155,21 +157,21 @@ def compare(args: argparse.Namespace) -> None:
         raise SystemExit(f"{failed} processes failed; see above")
 
 
-def train(stage: str, folder: Path, changes: Sequence[str], seconds: float) -> None:
+def train(stage: str, folder: Path, changes: Sequence[str], seconds: float, threads: int = 1) -> None:
     """One stage in a process of its own; stopped (and saved) when its time is over."""
     config = ROOT / "configs/toy" / f"{stage}.yaml"
     log = folder.parent / f"{folder.name}_{stage}.log"
-    longtake("train", config, "--logdir", folder, *changes, log=log, seconds=seconds)
+    longtake("train", config, "--logdir", folder, *changes, log=log, seconds=seconds, threads=threads)
 
 
-def longtake(*words: object, log: Path, seconds: float | None = None) -> None:
+def longtake(*words: object, log: Path, seconds: float | None = None, threads: int = 1) -> None:
     """One `longtake` command."""
-    run([sys.executable, "-m", "longtake", *words], log, seconds)
+    run([sys.executable, "-m", "longtake", *words], log, seconds, threads)
 
 
-def run(words: Sequence[object], log: Path, seconds: float | None = None) -> None:
+def run(words: Sequence[object], log: Path, seconds: float | None = None, threads: int = 1) -> None:
     """A command with its output in `log`; SIGTERM when `seconds` are over. Raises: RuntimeError when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("ab") as file:
         process = subprocess.Popen([str(word) for word in words], stdout=file, stderr=file, env=environment)
         try:
