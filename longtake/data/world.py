@@ -31,9 +31,9 @@ from longtake.data.captions import (
 )
 
 __all__ = [
-    "COLOURS", "CROSS_WIDTH", "DIRECTIONS", "FPS", "PALETTE", "RADII", "REACH", "SHAPES", "SIZE", "SIZES", "SPEEDS", "SPEED_PX", "STILL",
-    "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption", "sample_world",
-    "sprite_mask", "sprite_patch", "tokenize",
+    "COLOURS", "CROSS_WIDTH", "DIRECTIONS", "FPS", "PALETTE", "RADII", "REACH", "SHAPES", "SIZE", "SIZES", "SPEEDS",
+    "SPEED_PX", "STILL", "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption",
+    "sample_world", "sprite_mask", "sprite_patch", "tokenize",
 ]  # fmt: skip
 
 SIZE = 64
