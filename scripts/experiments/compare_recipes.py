@@ -63,6 +63,7 @@ class Recipe:
 RECIPES = (
     Recipe("base"),
     Recipe("bidirectional", causal=False),
+    Recipe("bidirectional2", causal=False, share=2.0),  # the iterations of both stages
     Recipe("guidance1", changes=("flow.guidance=1",)),
     Recipe("guidance4", changes=("flow.guidance=4",)),
     Recipe("shift3", rules=("flow.shift=3",)),
