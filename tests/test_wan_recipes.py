@@ -16,6 +16,7 @@ from longtake.config import JobConfig, StageConfig, load_config
 from longtake.data.encoded import read_index
 from longtake.doctor.files import look_at
 from longtake.doctor.memory import stage_need
+from longtake.models.lora_files import is_adapter, read_base
 from longtake.runs import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 
@@ -40,6 +41,8 @@ def test_the_recipes_that_are_promised():
                 *("i2v_1_3b/i2v.yaml", "i2v_14b/distill_1_3b.yaml", "i2v_14b/teacher_forcing.yaml"),
                 *(
                     "i2v_14b/distill.yaml",
+                    "i2v_14b/distill_one_gpu.yaml",
+                    "i2v_14b/teacher_forcing_one_gpu.yaml",
                     "t2v_1_3b/distill.yaml",
                     "ti2v_5b/teacher_forcing.yaml",
                     "ti2v_5b/distill.yaml",
@@ -190,6 +193,22 @@ def test_i2v_14b_runs_with_either_student(place, monkeypatch):
         for folder in folders
     ]
     assert widths == [tiny_wan.I2V.dim, tiny_wan.LARGE_I2V.dim, tiny_wan.LARGE_I2V.dim]
+
+
+def test_i2v_14b_runs_as_one_frozen_network(place, monkeypatch):
+    """The updates of the first stage are those that the student of the second begins with; clips are cut to its length."""
+    monkeypatch.chdir(place)
+    encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")
+    encode("i2v_1_3b/distill", "photos", "outputs/wan_i2v_1_3b/encoded/pictures")
+    assert read_index(Path("outputs/wan_i2v_1_3b/encoded/clips"))["key"]["clips"]["num_latent_frames"] == 21
+    ranks = ("lora.rank=4", "video.num_latent_frames=13")
+    first = train("i2v_14b/teacher_forcing_one_gpu", *ranks)
+    second = train("i2v_14b/distill_one_gpu", "lora.rank=4", "critic.lora.rank=4", "video.num_latent_frames=9", steps=2)
+    updates = [exported_weights(latest_checkpoint(folder / "checkpoints")) for folder in (first, second)]
+    assert all(is_adapter(folder) for folder in updates)
+    assert read_base(updates[0]).identity == read_base(updates[1]).identity
+    with pytest.raises(AssertionError, match="rank 4 and alpha 4, and this stage asks for rank 2 and alpha 2"):
+        train("i2v_14b/distill_one_gpu", "lora.rank=2", "name=other")
 
 
 def test_window_12_and_its_own_causal_initialisation_run(place, monkeypatch):

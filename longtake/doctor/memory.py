@@ -11,8 +11,13 @@ With D the width and M the hidden width of the MLP, a token keeps
     bfloat16:  76 D + 4 M bytes (under autocast)       4 D more with CLIP tokens
 
 and each attended past frame of a roll-out 2 D values a token and layer. With activation checkpointing a layer keeps
-its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast every trained network also
-has a bfloat16 copy of its matrices, whole on each rank, because torch caches them.
+its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast float32 matrices also have
+bfloat16 copies. One rank keeps those of every trained network, because torch caches them; several ranks make them anew
+in each call (`InPrecision`), so that one block's are there at a time, or without recomputation those of every graded
+call. A distillation needs the larger one of its two updates: when the critic is trained the cache of a roll-out is gone,
+but for running videos.
+
+Loading fills shards from the files (`distributed/materialize.py`); only random first weights are whole on each rank.
 
 Must know no file and no device.
 """
@@ -20,7 +25,7 @@ Must know no file and no device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,20 +35,22 @@ if TYPE_CHECKING:
     from longtake.structs import BlockPlan
 
 _FLOAT, _BF16 = 4, 2
+_INT8_BLOCK, _INT8_FROM = 256, 4096  # numbers with one scale; the smallest tensor that has any (train/moments.py)
 # What the model does not count: the CUDA context, fragments of the allocator, remembered encodings.
 HEADROOM = 1.1
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Numbers in one parameter; `cast` is False for what `VideoDiT.cast` leaves in float32."""
+    """Numbers in one parameter and in a row of it; `cast` is False for what `VideoDiT.cast` leaves in float32."""
 
     numel: int
     cast: bool = True
+    row: int = 1
 
 
 def _linear(inputs: int, outputs: int, *, cast: bool = True) -> list[_Shape]:
-    return [_Shape(inputs * outputs, cast), _Shape(outputs, cast)]
+    return [_Shape(inputs * outputs, cast, inputs), _Shape(outputs, cast)]
 
 
 def _norm(width: int) -> list[_Shape]:
@@ -55,7 +62,7 @@ def _block(config: DiTConfig) -> list[_Shape]:
     attention = _linear(dim, dim) * 4 + [_Shape(dim)] * 2  # q, k, v, o and the norms of q and k
     image = _linear(dim, dim) * 2 + [_Shape(dim)] if config.image_dim is not None else []
     mlp = _linear(dim, config.ffn_dim) + _linear(config.ffn_dim, dim)
-    return [_Shape(6 * dim, False), *_norm(dim), *attention, *attention, *image, *mlp]
+    return [_Shape(6 * dim, False, 6 * dim), *_norm(dim), *attention, *attention, *image, *mlp]
 
 
 def _outside(config: DiTConfig) -> list[_Shape]:
@@ -66,8 +73,9 @@ def _outside(config: DiTConfig) -> list[_Shape]:
     shapes += _linear(dim, 6 * dim, cast=False)
     if (width := config.image_dim) is not None:
         shapes += _norm(width) + _linear(width, width) + _linear(width, dim) + _norm(dim)
-        shapes += [_Shape(config.image_positions * width)] if config.image_positions is not None else []
-    return [*shapes, *_linear(dim, config.out_channels * patch, cast=False), _Shape(2 * dim, False)]
+        if (positions := config.image_positions) is not None:
+            shapes += [_Shape(positions * width, row=positions * width)]
+    return [*shapes, *_linear(dim, config.out_channels * patch, cast=False), _Shape(2 * dim, False, 2 * dim)]
 
 
 def _shapes(config: DiTConfig) -> Iterator[_Shape]:
@@ -88,7 +96,10 @@ def _trained(config: DiTConfig, lora: LoraConfig | None) -> Iterator[_Shape]:
         layers |= dict.fromkeys(("cross_attn.k_img", "cross_attn.v_img"), (dim, dim))
     for name, widths in layers.items():
         if lora.targets is None or name in lora.targets:
-            yield from [_Shape(lora.rank * width) for width in widths] * config.num_layers
+            inputs, outputs = widths
+            yield from [_Shape(lora.rank * inputs, row=inputs), _Shape(lora.rank * outputs, row=lora.rank)] * (
+                config.num_layers
+            )
 
 
 def parameter_count(config: DiTConfig) -> int:
@@ -112,14 +123,32 @@ def weight_bytes(config: DiTConfig, precision: str = "fp32") -> int:
     return sum(shape.numel * (_BF16 if bf16 and shape.cast else _FLOAT) for shape in _shapes(config))
 
 
-def optimizer_bytes(config: DiTConfig, lora: LoraConfig | None = None) -> int:
-    """AdamW: two moments in float32 and a step counter for each tensor that is trained."""
-    return 2 * _FLOAT * trained_count(config, lora) + _FLOAT * sum(1 for _ in _trained(config, lora))
+def master_bytes(config: DiTConfig, lora: LoraConfig | None = None, masters: str = "float32") -> int:
+    """What is trained, and as much again its gradients; `bfloat16` masters are `VideoDiT.cast_blocks`."""
+    if lora is not None or masters == "float32":
+        return _FLOAT * trained_count(config, lora)
+    halved = config.num_layers * sum(shape.numel for shape in _block(config) if shape.cast)
+    return _FLOAT * parameter_count(config) - (_FLOAT - _BF16) * halved
 
 
-def autocast_bytes(config: DiTConfig, lora: LoraConfig | None = None) -> int:
-    """The bfloat16 copies of matrices that autocast keeps during a forward."""
-    return _BF16 * sum(shape.numel for shape in _trained(config, lora) if shape.cast)
+def optimizer_bytes(config: DiTConfig, lora: LoraConfig | None = None, moments: str = "float32") -> int:
+    """AdamW: two moments and a step counter for each tensor that is trained.
+
+    A moment is float32, or with `int8` a byte a number and a float32 scale for each 256 where `train/moments.py` can.
+    """
+    return sum(_FLOAT + 2 * _moment_bytes(shape, moments) for shape in _trained(config, lora))
+
+
+def _moment_bytes(shape: _Shape, moments: str) -> int:
+    if moments == "int8" and shape.numel >= _INT8_FROM and shape.row % _INT8_BLOCK == 0:
+        return shape.numel + _FLOAT * (shape.numel // _INT8_BLOCK)
+    return _FLOAT * shape.numel
+
+
+def autocast_bytes(config: DiTConfig, lora: LoraConfig | None = None, masters: str = "float32") -> int:
+    """The bfloat16 copies that autocast makes of the float32 matrices that are trained."""
+    outside = _outside(config) if lora is None and masters == "bfloat16" else _trained(config, lora)
+    return _BF16 * sum(shape.numel for shape in outside if shape.cast)
 
 
 def gathered_bytes(config: DiTConfig, world_size: int) -> int:
@@ -237,7 +266,7 @@ class Networks:
 @dataclass(frozen=True)
 class Need:
     """Bytes that one rank needs, by what for; `alternative` is the total with checkpointing switched over, `loading`
-    what networks take while one after the other is read and sharded, `checkpoint` the disk that one checkpoint takes.
+    what there is before the first iteration, `checkpoint` the disk that one checkpoint takes.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
@@ -274,39 +303,51 @@ def stage_need(
     if layout is not None:
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size = layout.data_ranks, layout.shards
-    loras = (config.lora, config.critic.lora if config.critic is not None else None)
-    trained = list(zip(networks.trained, loras))
-    parameters = sum(trained_count(*each) for each in trained)
+    critic, masters = config.critic, config.parallel.master_weights
+    trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
+    if networks.critic is not None:
+        assert critic is not None
+        trained.append(_Trained(networks.critic, critic.lora, critic.moments))
+    values = sum(master_bytes(each.network, each.lora, masters) for each in trained)
     # With shared roles the teacher is the base of the others.
-    bases = sum(weight_bytes(network, precision) for network, lora in trained if lora is not None and not shared)
+    bases = sum(weight_bytes(each.network, precision) for each in trained if each.lora is not None and not shared)
     frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher, _frozen_type(config))
     shown = 0 if networks.shown is None else weight_bytes(networks.shown)
     student = _FLOAT * trained_count(networks.generator, config.lora)
     average = student if config.ema.enabled else 0
-    optimizer = sum(optimizer_bytes(*each) for each in trained)
+    optimizer = sum(optimizer_bytes(each.network, each.lora, each.moments) for each in trained)
     clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
-    activations = {on: _activations(config, networks, clip, checkpointing=on) // sequence for on in (False, True)}
-    caches = {on: _stage_cache(config, networks.generator, clip, checkpointing=on) // sequence for on in (False, True)}
+    modes = {
+        on: _larger_update(config, networks, clip, checkpointing=on, ranks=data_ranks * sequence, sequence=sequence)
+        for on in (False, True)
+    }
     on = bool(config.activation_checkpointing)
     parts = {
-        "weights": (_FLOAT * parameters + bases) // world_size,
-        "gradients": _FLOAT * parameters // world_size,
+        "weights": (values + bases) // world_size,
+        "gradients": values // world_size,
         "optimizer": optimizer // world_size,
         "average": average // world_size,
         "frozen networks": frozen // world_size + shown,
         "gathered shards": max(gathered_bytes(network, world_size) for network in networks.loaded),
-        "bfloat16 copies": sum(autocast_bytes(*each) for each in trained) if precision == "bf16" else 0,
-        "cache": caches[on],
-        "activations": activations[on],
+        **modes[on],
         "working memory": working_bytes(networks.teacher or networks.generator, clip, precision) // sequence,
         "encoders": encoder_bytes,
     }
     if offload:  # shards, their gradients, optimizer and average lie in the host's memory
         parts |= dict.fromkeys(("weights", "gradients", "optimizer", "average"), 0)
-    other = sum(parts.values()) + activations[not on] - activations[on] + caches[not on] - caches[on]
-    loading = encoder_bytes + (weight_bytes(networks.generator) if shared else _loading_bytes(networks, world_size))
-    exports = student + average
-    return Need(parts, other, loading, _FLOAT * parameters + optimizer + average + exports)
+    other = sum(parts.values()) + sum(modes[not on].values()) - sum(modes[on].values())
+    whole = weight_bytes(networks.generator) if config.init_from is None else 0
+    loading = encoder_bytes + parts["frozen networks"] + max(whole, parts["weights"])
+    return Need(parts, other, loading, values + optimizer + average + student + average)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A network that is trained: its size, its updates and the type of its moments."""
+
+    network: DiTConfig
+    lora: LoraConfig | None
+    moments: str
 
 
 def _frozen_type(config: StageConfig) -> str:
@@ -314,14 +355,58 @@ def _frozen_type(config: StageConfig) -> str:
     return config.precision if kept == "auto" else {"float32": "fp32", "bfloat16": "bf16"}[kept]
 
 
-def _loading_bytes(networks: Networks, world_size: int) -> int:
-    """Most that loading holds: one network whole beside the shards of those before it (`train/stages.py`)."""
-    shards = most = 0
-    for network in (networks.generator, networks.teacher, networks.critic):
-        if network is not None:
-            most = max(most, shards + weight_bytes(network))
-            shards += weight_bytes(network) // world_size
-    return max(most, shards + (0 if networks.shown is None else weight_bytes(networks.shown)))
+def _larger_update(
+    config: StageConfig, networks: Networks, clip: Clip, *, checkpointing: bool, ranks: int, sequence: int
+) -> dict[str, int]:
+    """What comes and goes in an iteration, of the update that needs more of it."""
+    options = {"precision": config.precision, "checkpointing": checkpointing}
+    generator, critic = networks.generator, networks.critic
+    found: list[dict[str, int]] = []
+
+    def add(cache: int, activations: int, graded: DiTConfig, calls: int) -> None:
+        copies = _copies(config, networks, graded, calls, ranks=ranks, checkpointing=checkpointing)
+        parts = {"bfloat16 copies": copies, "cache": cache // sequence, "activations": activations // sequence}
+        found.append(parts)
+
+    if critic is None:
+        frames = 2 * clip.frames if config.stage == "causal" else clip.frames  # [clean | noisy]
+        passed = replace(clip, frames=frames)
+        add(0, pass_bytes(generator, passed, **options), generator, 1)  # type: ignore[arg-type]
+        return found[0]
+    plan = config.plan
+    given = 1 if config.model.image_condition == "i2v" else 0
+    roll_out = roll_out_bytes(
+        generator,
+        clip,
+        plan.blocks,
+        window_frames=plan.window_frames,
+        sink_frames=plan.sink_frames,
+        given_frames=given,
+        **options,  # type: ignore[arg-type]
+    )
+    cache = _stage_cache(config, generator, clip, checkpointing=checkpointing)
+    add(cache, roll_out, generator, len(list(plan.blocks.blocks(given, clip.frames))))
+    kept = cache if config.stage == "long" else 0
+    add(kept, pass_bytes(critic, clip, **options), critic, 1)  # type: ignore[arg-type]
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _copies(
+    config: StageConfig, networks: Networks, graded: DiTConfig, calls: int, *, ranks: int, checkpointing: bool
+) -> int:
+    """Bytes of bfloat16 copies in an update of `graded`, which `calls` graded calls make."""
+    if config.precision != "bf16":
+        return 0
+    masters = config.parallel.master_weights
+    generator = autocast_bytes(networks.generator, config.lora, masters)
+    critic = 0
+    if networks.critic is not None:
+        assert config.critic is not None
+        critic = autocast_bytes(networks.critic, config.critic.lora, masters)
+    if ranks == 1:  # torch remembers them until the end of the update
+        return generator + critic
+    own = generator if graded is networks.generator else critic
+    return own // graded.num_layers if checkpointing else own * calls
 
 
 def _stage_clip(config: StageConfig, generator: DiTConfig, world_size: int, image_tokens: int) -> Clip:
@@ -332,28 +417,7 @@ def _stage_clip(config: StageConfig, generator: DiTConfig, world_size: int, imag
     return Clip(config.micro_batch(world_size), shape.num_latent_frames, tokens, generator.text_len, tokens_image)
 
 
-def _activations(config: StageConfig, networks: Networks, clip: Clip, *, checkpointing: bool) -> int:
-    options = {"precision": config.precision, "checkpointing": checkpointing}
-    if config.stage == "causal":  # [clean | noisy]
-        both = Clip(clip.batch, 2 * clip.frames, clip.tokens, clip.text_tokens, clip.image_tokens)
-        return pass_bytes(networks.generator, both, **options)  # type: ignore[arg-type]
-    if networks.critic is None:
-        return pass_bytes(networks.generator, clip, **options)  # type: ignore[arg-type]
-    roll_out = roll_out_bytes(
-        networks.generator,
-        clip,
-        config.plan.blocks,
-        window_frames=config.plan.window_frames,
-        sink_frames=config.plan.sink_frames,
-        given_frames=1 if config.model.image_condition == "i2v" else 0,
-        **options,  # type: ignore[arg-type]
-    )
-    return max(roll_out, pass_bytes(networks.critic, clip, **options))  # type: ignore[arg-type]
-
-
 def _stage_cache(config: StageConfig, generator: DiTConfig, clip: Clip, *, checkpointing: bool) -> int:
-    if config.stage in ("teacher", "causal"):
-        return 0
     window = config.plan.window_frames
     spare = max(0, clip.frames - window) if window is not None and checkpointing else 0
     return cache_bytes(generator, clip, window_frames=window, spare_frames=spare, precision=config.precision)

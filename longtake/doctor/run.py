@@ -53,7 +53,7 @@ class StageReport:
             *parts,
             f"  {'sum':<16} {_size(self.need.total):>12}   ({switch} activation checkpointing "
             f"{_size(self.need.alternative)})",
-            f"  {'while loading':<16} {_size(self.need.loading):>12}   (one network whole, those before it sharded)",
+            f"  {'while loading':<16} {_size(self.need.loading):>12}   (each rank reads its shards)",
             f"  {'free':<16} {_size(self.free_bytes):>12}   ({self.where})",
             f"  {'checkpoints':<16} {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
             *self._prediction_lines(),

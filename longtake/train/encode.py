@@ -181,7 +181,7 @@ class StoredEncoder:
                 parts["text"][k],
                 parts["clip"][k] if self.with_tokens else None,
                 None if frames is None else frames[k],
-                parts["latents"][k] if self.with_latents else None,
+                parts["latents"][k, : self.shape.num_latent_frames] if self.with_latents else None,
                 parts["first"][k] if self.with_first else None,
                 parts["text_1"][k] if self.with_later else None,
             )

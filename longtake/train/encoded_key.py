@@ -53,11 +53,16 @@ def encoders_key(folder: Path, contents: list[str]) -> tuple[dict[str, str], dic
 def check_encoded(config: StageConfig, dataset: EncodedRows, mesh: Mesh, *, with_tokens: bool) -> None:
     """Raises DataError, naming each difference, unless the set is what this stage's encoders would make.
 
-    Where the encoders are not on this machine they cannot be compared, which is said once.
+    Its clips may be longer than those of the stage. Where the encoders are not on this machine they cannot be compared,
+    which is said once.
     """
     needed = contents_of(config, with_tokens=with_tokens)
     problems = [f"it lacks {name}" for name in needed if name not in dataset.key["contents"]]
-    problems += differences(sizes_key(config, needed), dataset.key)
+    wanted = sizes_key(config, needed)
+    stored = dataset.key.get("clips", {}).get("num_latent_frames", 0)
+    if "clips" in wanted and stored > wanted["clips"]["num_latent_frames"]:
+        del wanted["clips"]["num_latent_frames"]  # of longer clips the first latents are taken: the VAE is causal
+    problems += differences(wanted, dataset.key)
     if (negative := dataset.key.get("negative_prompt", "")) != config.flow.negative_prompt:
         problems.append(f"negative_prompt={negative!r}, wanted {config.flow.negative_prompt!r}")
     stated: Mapping[str, str] = dataset.key["encoders"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.folders import is_hub_name
-from longtake.models.lora import DEFAULT, first_factors, inject_lora, is_factor, targets_of
-from longtake.models.lora_files import Adapter, Base
+from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora, is_factor, targets_of
+from longtake.models.lora_files import Adapter, Base, read_lora
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened
 from longtake.randomness import Draws
@@ -63,6 +64,38 @@ def first_values(
 ) -> Iterator[tuple[str, Tensor]]:
     """First values of the updates of the network `name`, the same whether it is one of its own or a role."""
     return first_factors(network, Draws(config.seed), f"{name} lora_A", called)
+
+
+def earlier_values(
+    network: VideoDiT, folder: Path, adapter: Adapter, source: str, called: str = DEFAULT
+) -> Iterator[tuple[str, Tensor]]:
+    """The updates in `folder` as first values of those called `called`; both are of the same base.
+
+    Args: `source`, key and value of the configuration that names the folder.
+    Raises: ConfigError, before anything is yielded, when they are of another rank or scale, or of other layers.
+    """
+    shapes = {base_name(name): parameter for name, parameter in network.named_parameters() if not is_factor(name)}
+    stored = read_lora(folder, shapes)
+    layers = [name.removesuffix(".weight") for name in shapes if re.fullmatch(rf"{adapter.pattern}\.weight", name)]
+    have = sorted(name.removesuffix(".weight") for name in stored.factors)
+    rank = next(iter(stored.factors.values()))[0].shape[0]
+    if (rank, stored.scale) != (adapter.rank, adapter.alpha / adapter.rank):
+        raise ConfigError(
+            f"{source} holds low-rank updates of rank {rank} and alpha {rank * stored.scale:g}, and this stage asks "
+            f"for rank {adapter.rank} and alpha {adapter.alpha:g}; ask for the same, or set roles=separate"
+        )
+    if have != sorted(layers):
+        missing, surplus = sorted(set(layers) - set(have)), sorted(set(have) - set(layers))
+        raise ConfigError(
+            f"{source} holds low-rank updates of other layers: {len(missing)} of this stage's are missing "
+            f"({', '.join(missing[:2])}) and {len(surplus)} are not this stage's ({', '.join(surplus[:2])}); set the "
+            "same lora.targets, or roles=separate"
+        )
+    return (
+        (f"{name.removesuffix('.weight')}.lora_{part}.{called}.weight", factor.float())
+        for name, pair in stored.factors.items()
+        for part, factor in zip("AB", pair)
+    )
 
 
 def facts_of(adapters: Mapping[str, Adapter]) -> dict[str, Any]:

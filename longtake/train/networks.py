@@ -22,7 +22,7 @@ from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.folders import find_weights
-from longtake.models.lora_files import Adapter
+from longtake.models.lora_files import Adapter, is_adapter, read_base
 from longtake.models.presets import model_config
 from longtake.models.roles import Role, SharedBase
 from longtake.models.weight_identity import weights_identity
@@ -30,7 +30,7 @@ from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
 from longtake.runs import read_manifest
 from longtake.train.facts import facts
-from longtake.train.lora import adapt, first_values
+from longtake.train.lora import adapt, earlier_values, first_values
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +110,12 @@ class _Builder:
             lora = self._lora(name)
             assert lora is not None
             own = self.weights(name)
-            if own != base and (found := mesh.on_main(lambda own=own: weights_identity(own))) != identity:  # type: ignore[misc]
-                key = "init_from" if name == "generator" else "critic.init_from"
-                raise ConfigError(
-                    f"roles=shared holds one base for all, and {key}={own} (SHA-256 {found[:16]}) are other weights "
-                    f"than teacher={base} ({identity[:16]}); name the same weights, train the {name} whole (without "
-                    "lora), or set roles=separate"
-                )
-            self.adapters[name] = adapt(opened, name, lora, own, config, mesh, called=name, identity=identity)
-            updates.append(first_values(opened.model, name, config, called=name))
+            self._check_base(name, own, base, identity)
+            found = self.adapters[name] = adapt(opened, name, lora, base, config, mesh, called=name, identity=identity)
+            if own != base and is_adapter(own):
+                updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", called=name))
+            else:
+                updates.append(first_values(opened.model, name, config, called=name))
         shared = SharedBase(self._filled(opened, *updates))
         networks: dict[str, VideoDiT] = {}
         for name in ("generator", "critic"):
@@ -128,6 +125,20 @@ class _Builder:
         return networks, Role(shared, None), self.adapters
 
     # ---- parts ------------------------------------------------------------------------------------------------------
+    def _check_base(self, name: str, own: Path, base: Path, identity: str) -> None:
+        """Raises ConfigError unless `own` are the weights of the base, or low-rank updates of them."""
+        if own == base:
+            return
+        updates = is_adapter(own)
+        found = self.mesh.on_main(lambda: read_base(own).identity if updates else weights_identity(own))
+        if found != identity:
+            what = "updates of other weights" if updates else "other weights"
+            raise ConfigError(
+                f"roles=shared holds one base for all, and {_key(name)}={own} (SHA-256 {found[:16]}) are {what} "
+                f"than teacher={base} ({identity[:16]}); name the same weights or updates of them, train the {name} "
+                "whole (without lora), or set roles=separate"
+            )
+
     def _lora(self, name: str) -> LoraConfig | None:
         if name == "generator":
             return self.config.lora
@@ -180,6 +191,11 @@ class _Builder:
             compiled=config.parallel.compile,
             cpu_offload=config.parallel.cpu_offload,
         )
+
+
+def _key(name: str) -> str:
+    """The key of the configuration that names the first weights of a trained network."""
+    return "init_from" if name == "generator" else "critic.init_from"
 
 
 def _open(source: Path, config: StageConfig) -> Opened:

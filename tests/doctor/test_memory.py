@@ -19,6 +19,7 @@ from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOutRules, roll_out
 from longtake.structs import BlockPlan, Condition
 from longtake.train.ema import EMA, EMASettings
+from longtake.train.moments import BLOCK, suits_int8
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
 # Specification A.1: sizes, parameters, tensors
@@ -59,6 +60,66 @@ def test_parameters_are_those_of_the_module(config):
     assert memory.tensor_count(config) == len(parameters)
     assert memory.weight_bytes(config) == nbytes(parameters)
     assert memory.weight_bytes(config, "bf16") == nbytes(model.cast(torch.bfloat16).parameters())
+
+
+@pytest.mark.parametrize("config", [PRESETS["toy"], FUN, dataclasses.replace(FUN, image_positions=514), TEACHER])
+def test_bfloat16_masters_and_8_bit_moments(config):
+    with torch.device("meta"):
+        model = VideoDiT(config).cast_blocks(torch.bfloat16)
+    assert memory.master_bytes(config, None, "bfloat16") == nbytes(model.parameters())
+    single = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32 and p.ndim > 1)
+    assert 0 < memory.autocast_bytes(config, None, "bfloat16") / 2 <= single < memory.autocast_bytes(config) / 2
+    held = 0
+    for p in model.parameters():
+        held += 2 * (p.numel() + 4 * (p.numel() // BLOCK) if suits_int8(p) else 4 * p.numel()) + 4
+    assert memory.optimizer_bytes(config, None, "int8") == held
+    assert config.dim % BLOCK or held < 0.3 * memory.optimizer_bytes(config)
+
+
+@pytest.mark.parametrize(("cached", "recompute", "copies"), [(True, False, 1), (False, False, 2), (False, True, 0)])
+def test_bfloat16_copies_that_a_graph_of_two_calls_keeps(cached, recompute, copies):
+    """On one rank autocast remembers them, on several it does not (`InPrecision`); recomputation keeps none."""
+    model = VideoDiT(SMALL)
+    model.activation_checkpointing = recompute
+    shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes and tensor.is_leaf is False:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    x, sigma, condition = torch.randn(2, 5, 16, 8, 12), torch.full((2,), 0.5), condition_of(SMALL)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        results = [model(x, sigma, condition) for _ in range(2)]
+    blocks = 2 * sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert sum(size for size, _ in kept.values()) == pytest.approx(copies * blocks, abs=0.15 * blocks), len(results)
+
+
+def test_copies_and_updates_of_a_stage(workshop, tmp_path):
+    """The larger update counts; several ranks with recomputation hold the copies of one block."""
+    networks = Networks(TEACHER, TEACHER, TEACHER)
+
+    def parts(world_size=1, stage="distill", **changes):
+        config = stage_config(workshop, tmp_path, stage, **({"precision": "bf16"} | changes))
+        return memory.stage_need(config, networks, world_size, image_tokens=17).parts
+
+    own = memory.autocast_bytes(TEACHER)
+    assert parts()["bfloat16 copies"] == 2 * own
+    assert parts(2)["bfloat16 copies"] == 2 * own  # two blocks are graded calls of their own
+    assert parts(2, activation_checkpointing="full")["bfloat16 copies"] == own // TEACHER.num_layers
+    wide = {"plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}}
+    clip = Clip(2, 5, 16, TEACHER.text_len, 17)
+    critic = memory.pass_bytes(TEACHER, clip, precision="bf16", checkpointing=True)
+    found = parts(activation_checkpointing="full", **wide)
+    assert (found["cache"] == 0) == (found["activations"] == critic)
+    long = parts(
+        stage="long", activation_checkpointing="full", teacher=str(workshop / "teacher"),
+        critic={"lr": 1e-3}, data={"path": str(workshop / "data/images"), "kind": "images"}, **wide,
+    )  # fmt: skip
+    assert long["cache"] > 0 and long["activations"] >= critic
 
 
 def test_optimizer_gradients_and_average():
@@ -184,10 +245,10 @@ def test_a_stage_adds_up(workshop, tmp_path):
     assert need.parts["average"] == need.parts["frozen networks"] == 4 * parameters
     assert need.parts["encoders"] == 1000 and need.parts["gathered shards"] == need.parts["bfloat16 copies"] == 0
     assert need.total == sum(need.parts.values()) and need.alternative < need.total
-    assert need.loading == 1000 + 3 * 4 * parameters
+    assert need.loading == 1000 + 3 * 4 * parameters  # no more than the weights themselves
     assert need.checkpoint == 2 * 4 * parameters + 2 * memory.optimizer_bytes(TEACHER) + 3 * 4 * parameters
     two = memory.stage_need(config, networks, 2, encoder_bytes=1000, image_tokens=17)
-    assert two.loading == 1000 + 4 * parameters + 2 * (4 * parameters // 2)  # the last one whole, two halves
+    assert two.loading == 1000 + 3 * (4 * parameters // 2)  # a rank reads what it keeps
     assert two.parts["optimizer"] == need.parts["optimizer"] // 2 and two.parts["encoders"] == 1000
     assert two.parts["activations"] == need.parts["activations"]  # 2 of 4 samples at once, then as before
     assert two.parts["gathered shards"] > 0

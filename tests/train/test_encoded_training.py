@@ -45,6 +45,22 @@ def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_pa
     assert losses["cached"][0] == pytest.approx(losses["exact"][0], rel=5e-3) and losses["cached"] != losses["exact"]
 
 
+def test_a_set_of_longer_clips_trains_as_one_of_shorter_clips(workshop, whole, tmp_path, monkeypatch):
+    """The VAE is causal: its first latents are those of the clip's first frames."""
+    rounding(monkeypatch)
+    shorter = {"video": {"height": 64, "width": 64, "num_latent_frames": 3}, "max_steps": 2}
+    clips = {"data": {"path": str(workshop / "data/clips"), "num_workers": 0}}
+    losses = []
+    for name, changes in (("direct", clips), ("cached", {})):
+        config = from_cache(workshop, tmp_path / name, whole, **shorter | changes)
+        run_stage(config, Mesh())
+        losses.append([row["generator_loss"] for row in read_rows(config.folder / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    longer = {"video": {"height": 64, "width": 64, "num_latent_frames": 7}}
+    with pytest.raises(DataError, match="clips.num_latent_frames=5, wanted 7"):
+        run_stage(from_cache(workshop, tmp_path / "x", whole, **longer), Mesh())
+
+
 def test_no_encoder_and_no_library_is_needed(workshop, whole, tmp_path):
     """In a process that cannot import what encoders and readers need, and whose encoders are gone."""
     script = """

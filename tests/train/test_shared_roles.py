@@ -9,9 +9,11 @@ from tiny_stage import make_model, stage_config
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.models.lora_files import WEIGHTS
-from longtake.models.weights import save_dit
+from longtake.models.lora_files import WEIGHTS, read_base
+from longtake.models.weight_identity import weights_identity
+from longtake.models.weights import load_dit, save_dit
 from longtake.runs import exported_weights, latest_checkpoint
+from longtake.structs import Condition
 from longtake.train.metrics_log import read_rows
 from longtake.train.networks import build_networks
 from longtake.train.stages import run_stage
@@ -99,3 +101,66 @@ def test_encoders_are_let_go_when_every_row_is_encoded(workshop, tmp_path, monke
     monkeypatch.setattr(BatchEncoder, "release", lambda self: released.append(self.__dict__.pop("encoders")))
     run_stage(config_of(workshop, tmp_path, max_steps=6), Mesh())  # 24 samples of 6 rows: all are encoded ahead
     assert len(released) == 1
+
+
+# ---- a student that begins with updates of the base --------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def begun(workshop, tmp_path_factory):
+    """A log folder with a causal initialisation that trained updates of the teacher's weights."""
+    logdir = tmp_path_factory.mktemp("begun")
+    run_stage(stage_config(workshop, logdir, "causal", lora=LORA, max_steps=2), Mesh())
+    return logdir
+
+
+def test_a_student_begins_with_the_updates_of_an_earlier_stage(workshop, begun):
+    config = config_of(workshop, begun, init_from="causal")
+    updates = exported_weights(newest(stage_config(workshop, begun, "causal", lora=LORA)))
+    networks, real, adapters = build_networks(config, Mesh())
+    stored = load_file(updates / WEIGHTS)
+    own = {k: v for k, v in networks["generator"].state_dict().items() if ".lora_" in k}
+    assert len(own) == len(stored) > 0
+    for key, value in own.items():
+        assert torch.equal(value, stored["base_model.model." + key.replace(".default.", ".")])
+    assert any(value.any() for key, value in own.items() if ".lora_B." in key)
+    whole, teacher = load_dit(updates), make_model()
+    condition = Condition(torch.randn(1, 4, 64), torch.randn(1, 17, 64), torch.randn(1, 1, 8, 4, 4))
+    x, sigma = torch.randn(1, 3, 4, 4, 4), torch.full((1,), 0.7)
+    with torch.no_grad():
+        student = networks["generator"](x, sigma, condition)
+        assert (student - whole(x, sigma, condition)).abs().max() < 1e-5
+        for other in (real, networks["critic"]):
+            assert torch.equal(other(x, sigma, condition), real(x, sigma, condition))
+            assert (other(x, sigma, condition) - teacher(x, sigma, condition)).abs().max() < 1e-6
+        assert (student - real(x, sigma, condition)).abs().max() > 1e-4
+    assert (
+        adapters["generator"].base.identity
+        == adapters["critic"].base.identity
+        == weights_identity(workshop / "teacher")
+    )
+
+
+def test_it_trains_and_its_export_is_of_the_teacher(workshop, begun, tmp_path):
+    shutil.copytree(begun / "causal", tmp_path / "causal")
+    config = config_of(workshop, tmp_path, init_from="causal", max_steps=3)
+    run_stage(config, Mesh())
+    assert len(read_rows(config.folder / "metrics.jsonl")) == 3
+    assert read_base(exported_weights(newest(config))).identity == weights_identity(workshop / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 3, "alpha": 6}, r"init_from=.*rank 2 and alpha 4, and this stage asks for rank 3 and alpha 6"),
+        ({"rank": 2, "alpha": 2}, "rank 2 and alpha 4, and this stage asks for rank 2 and alpha 2; ask for the same"),
+        (LORA | {"targets": ["ffn.0"]}, r"of other layers: 0 of .* and 22 are not this stage's .* lora.targets"),
+    ],
+)
+def test_updates_of_another_kind_are_refused(workshop, begun, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        build_networks(config_of(workshop, begun, init_from="causal", lora=lora), Mesh())
+
+
+def test_updates_of_other_weights_are_refused(workshop, begun, tmp_path):
+    save_dit(make_model().config, make_model(seed=8).state_dict(), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"init_from=.*are updates of other weights than teacher=.*other"):
+        build_networks(config_of(workshop, begun, init_from="causal", teacher=str(tmp_path / "other")), Mesh())
