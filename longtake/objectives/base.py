@@ -39,3 +39,10 @@ class Objective(Protocol):
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Loss of one micro-batch for the network named `turn`."""
         ...
+
+    def discard(self) -> None:
+        """Forgets what later iterations would go on with: an update was skipped because something was not finite.
+
+        Called on every rank alike.
+        """
+        ...

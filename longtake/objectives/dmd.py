@@ -93,6 +93,9 @@ class Dmd:
         """Generator: the DMD loss through a graded roll-out. Critic: flow matching on the student's videos."""
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
+    def discard(self) -> None:
+        """Nothing goes on from one iteration to the next."""
+
     def exit_step(self, step: int) -> int:
         """Denoising step at which every block of this iteration stops."""
         return self.draws.integer(step, "exit_step", 0, len(self.rules.sigmas))

@@ -56,6 +56,9 @@ class FlowMatching:
         """The one network, every iteration."""
         return ["generator"]
 
+    def discard(self) -> None:
+        """Nothing goes on from one iteration to the next."""
+
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
         """Mean squared error of the velocity."""
         clean = require_latents(batch, "teacher").float()

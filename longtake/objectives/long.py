@@ -112,6 +112,10 @@ class LongTuning(Dmd):
         due = (place.chunk + place.sequence) % self.settings.updates_per_generator == 0
         return ["generator", "critic"] if due else ["critic"]
 
+    def discard(self) -> None:
+        """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""
+        self._streams.clear()
+
     def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
         place = self.schedule.at(step)
         with self.phase("rollout"):

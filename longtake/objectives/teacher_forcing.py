@@ -35,6 +35,9 @@ class TeacherForcing:
         """The one network, every iteration."""
         return ["generator"]
 
+    def discard(self) -> None:
+        """Nothing goes on from one iteration to the next."""
+
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
         clean = require_latents(batch, "causal").float()

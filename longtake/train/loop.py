@@ -270,6 +270,7 @@ def _iteration(
         if problem is not None:
             optimizer.zero_grad()
             _skip_or_stop(state, problem, settings, turn, mesh)
+            objective.discard()
             continue
         with phases("optimizer"):
             optimizer.step(step, norm)

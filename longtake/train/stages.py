@@ -78,6 +78,10 @@ class InPrecision:
         with torch.autocast(kind, torch.bfloat16, cache_enabled=self.keep_copies) if self.bf16 else nullcontext():
             return self.objective.loss(turn, batch, step)
 
+    def discard(self) -> None:
+        """As the objective's."""
+        self.objective.discard()
+
 
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""

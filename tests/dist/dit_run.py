@@ -82,6 +82,9 @@ class Watched:
         self.seen[-1]["exit_step"] = result.metrics.get("exit_step")
         return result
 
+    def discard(self) -> None:
+        self.objective.discard()
+
     def _look(self, module: object, arguments: tuple) -> None:
         x, sigma = arguments[:2]
         self.seen[-1]["calls"] += 1

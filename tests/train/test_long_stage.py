@@ -14,6 +14,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
 from longtake.models.text_encoder import TextEncoder
+from longtake.objectives.long import LongTuning
 from longtake.runs import exported_weights, latest_checkpoint
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
@@ -85,6 +86,26 @@ def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, worksh
         assert mine.keys() == truth.keys()
         for name, value in truth.items():
             assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_running_videos_that_are_not_finite_are_made_again(workshop, tmp_path, monkeypatch):
+    """NaN in one roll-out is in the cache for good: after the skipped update the past is generated anew."""
+    noise_of, poisoned = LongTuning._roll_out_noise, []
+
+    def noise(self, batch, step):
+        made = noise_of(self, batch, step)
+        if step == 1 and len(poisoned) < 2:  # once for each of the two micro-batches
+            poisoned.append(step)
+            return lambda *place: made(*place) * float("nan")
+        return made
+
+    monkeypatch.setattr(LongTuning, "_roll_out_noise", noise)
+    config = long_config(workshop, tmp_path, on_nonfinite="skip", max_skipped=1, max_steps=4)
+    run_stage(config, Mesh())
+    losses = [row.get("critic_loss") for row in rows_of(config)]
+    assert len(poisoned) == 2 and losses[1] is None
+    assert all(math.isfinite(loss) for k, loss in enumerate(losses) if k != 1)
+    assert rows_of(config)[-1]["skipped_updates"] == 1
 
 
 @pytest.mark.slow

@@ -94,6 +94,9 @@ class TwoPlayers:
             loss = loss * float("nan")
         return LossResult(loss, {"batch_mean": batch.mean()})
 
+    def discard(self) -> None:
+        pass
+
 
 def build(mesh: Mesh, *, seed: int = 1, nan_at: int = -1) -> tuple[TrainState, TwoPlayers]:
     networks = {name: parallelize(Tiny(i), mesh) for i, name in enumerate(("generator", "critic"))}
