@@ -14,8 +14,7 @@ and each attended past frame of a roll-out 2 D values a token and layer. With ac
 its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast float32 matrices also have
 bfloat16 copies. One rank keeps those of every trained network, because torch caches them; several ranks make them anew
 in each call (`InPrecision`), so that one block's are there at a time, or without recomputation those of every graded
-call. A distillation needs the larger one of its two updates: when the critic is trained the cache of a roll-out is gone,
-but for running videos.
+call. A distillation needs the larger one of its two updates. The critic's has no cache but in long tuning.
 
 Loading fills shards from the files (`distributed/materialize.py`); only random first weights are whole on each rank.
 
