@@ -285,6 +285,11 @@ class CriticConfig(OptimConfig):
 
     lr: float = Field(default=2e-5, gt=0, description="learning rate")
     updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
+    head_start: int = Field(
+        default=0,
+        ge=0,
+        description="first iterations, in which the critic alone is trained, on the student as it begins",
+    )
     init_from: str | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )

@@ -29,13 +29,18 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class DmdSettings:
-    """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond)."""
+    """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond).
+
+    In the first `head_start` iterations the critic alone is trained: it begins as another network than a student that
+    has been trained already, and its first scores would lead that one astray.
+    """
 
     shift: float
     guidance: float
     sigma_min: float = 0.02
     sigma_max: float = 0.98
     updates_per_generator: int = 5
+    head_start: int = 0
     first_frame_clean: bool = False
 
 
@@ -85,9 +90,13 @@ class Dmd:
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
-        """The critic every iteration, the generator before it in every `updates_per_generator`-th."""
-        generator = step % self.settings.updates_per_generator == 0
-        return ["generator", "critic"] if generator else ["critic"]
+        """The critic every iteration, the generator before it in every `updates_per_generator`-th from `head_start` on."""
+        return self._turns(step, step - self.settings.head_start)
+
+    def _turns(self, step: int, count: int) -> list[str]:
+        """With the generator where `count` is a multiple of `updates_per_generator`, but for the head start."""
+        due = step >= self.settings.head_start and count % self.settings.updates_per_generator == 0
+        return ["generator", "critic"] if due else ["critic"]
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
         """Generator: the DMD loss through a graded roll-out. Critic: flow matching on the student's videos."""

@@ -106,11 +106,10 @@ class LongTuning(Dmd):
 
     def turns(self, step: int) -> list[str]:
         """The critic every iteration, the generator before it in every `updates_per_generator`-th of a sequence,
-        counted from another chunk in each sequence.
+        counted from another chunk in each sequence, after the head start.
         """
         place = self.schedule.at(step)
-        due = (place.chunk + place.sequence) % self.settings.updates_per_generator == 0
-        return ["generator", "critic"] if due else ["critic"]
+        return self._turns(step, place.chunk + place.sequence)
 
     def discard(self) -> None:
         """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""

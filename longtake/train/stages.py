@@ -247,6 +247,7 @@ def _objective(
         sigma_min=flow.sigma_min,
         sigma_max=flow.sigma_max,
         updates_per_generator=config.critic.updates_per_generator,
+        head_start=config.critic.head_start,
         first_frame_clean=clean,
     )
     frames = config.video.num_latent_frames

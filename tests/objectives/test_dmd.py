@@ -210,6 +210,8 @@ def test_turns_are_one_generator_update_in_five():
     assert dmd.turns(0) == ["generator", "critic"] and dmd.turns(1) == ["critic"]
     assert [make_dmd(updates_per_generator=1).turns(step) for step in (0, 1)] == [["generator", "critic"]] * 2
     assert set(dmd.networks) == {"generator", "critic"}
+    late = make_dmd(updates_per_generator=2, head_start=3)
+    assert [len(late.turns(step)) for step in range(8)] == [1, 1, 1, 2, 1, 2, 1, 2]
 
 
 def test_exit_step_is_one_number_for_all_blocks_samples_and_ranks(monkeypatch):

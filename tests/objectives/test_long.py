@@ -15,11 +15,11 @@ from longtake.train.long_batches import LongBatches
 HORIZON, NEW = 7, 4
 
 
-def make_long(lengths=(15,), switches=(), ratio=2, **options):
+def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
     draws = Draws(3)
     schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
-    settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio)
+    settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio, head_start=head_start)
     return LongTuning(*networks, draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options)
 
 
@@ -76,6 +76,9 @@ def test_the_generator_learns_from_every_chunk(chunks, ratio):
     assert all(turn[-1] == "critic" for turn in turns)
     trained = [long.schedule.at(step).chunk for step, turn in enumerate(turns) if "generator" in turn]
     assert sorted(trained) == list(range(chunks))
+    late = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio, head_start=4)
+    assert [late.turns(step) for step in range(4)] == [["critic"]] * 4
+    assert [late.turns(step) for step in range(4, 15)] == [long.turns(step) for step in range(4, 15)]
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
