@@ -90,7 +90,7 @@ class Dmd:
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
-        """The critic always, the generator before it in every `updates_per_generator`-th iteration from `head_start` on."""
+        """The critic always; the generator in every `updates_per_generator`-th iteration from `head_start` on."""
         return self._turns(step, step - self.settings.head_start)
 
     def _turns(self, step: int, count: int) -> list[str]:
