@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def condition_frames(vae: VideoVAE, image: Tensor) -> Tensor:
-    """The condition channels `y`, float32 [B, steady_index + 1, temporal_stride + C, H, W].
+def condition_frames(vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> Tensor:
+    """The condition channels `y`, float32 [B, F, temporal_stride + C, H, W], F = steady_index + 1.
 
     The mask comes first (its channels are the pixel frames of a latent: 1 on latent frame 0, else 0), then the latents
-    of the picture followed by mid grey (0.0 in pixels, neither black nor zero latents). Always encoded up to the VAE's
-    steady index: the last frame stands for every later one.
+    of the picture followed by mid grey (0.0 in pixels, neither black nor zero latents). Encoded up to the VAE's steady
+    index: the last frame stands for every later one.
 
-    Args: `image` [B, 3, h, w] in [-1, 1], already at the size of the video.
+    Args: `image` [B, 3, h, w] in [-1, 1], already at the size of the video; `num_latent_frames`, the length of the only
+    clip that it is for, beyond which nothing is encoded.
     Raises: ShapeError.
     Source: Wan2.1 image-to-video; spec B.3.
     """
@@ -40,7 +41,8 @@ def condition_frames(vae: VideoVAE, image: Tensor) -> Tensor:
     session = vae.encoder_session()
     latents = [session.encode(image[:, None])]
     grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
-    latents += [session.encode(grey) for _ in range(vae.steady_index)]
+    later = vae.steady_index if num_latent_frames is None else min(vae.steady_index, num_latent_frames - 1)
+    latents += [session.encode(grey) for _ in range(later)]
     return with_mask(torch.cat(latents, dim=1), vae.temporal_stride)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,24 +19,29 @@ from longtake.rollout.long_stream import Picture
 class EncoderCodec:
     """Decodes windows and encodes their pictures in float32, also under autocast.
 
-    Args: `image` None for models without CLIP tokens; `with_y`, whether the models take `y`.
+    Args: `image` None for models without CLIP tokens; `with_y`, whether the models take `y`; `num_latent_frames` of a
+    window.
     """
 
-    def __init__(self, vae: VideoVAE, image: ImageEncoder | None, *, with_y: bool) -> None:
-        self.vae, self.image, self.with_y = vae, image, with_y
+    def __init__(self, vae: VideoVAE, image: ImageEncoder | None, *, with_y: bool, num_latent_frames: int) -> None:
+        self.vae, self.image, self.with_y, self.num_latent_frames = vae, image, with_y, num_latent_frames
 
     @classmethod
     def of_stage(
         cls, config: StageConfig, encoders: Encoders | None, device: torch.device, *, with_tokens: bool
     ) -> EncoderCodec:
         """From the encoders of a stage, or (None) only those two loaded. Raises: CheckpointError."""
+        options: dict[str, Any] = {
+            "with_y": config.model.with_y,
+            "num_latent_frames": config.video.num_latent_frames,
+        }
         if encoders is not None:
-            return cls(encoders.vae, encoders.image, with_y=config.model.with_y)
+            return cls(encoders.vae, encoders.image, **options)
         paths = encoder_paths(config.encoders_folder, with_image=with_tokens)
         image = None
         if paths.image is not None:
             image = ImageEncoder.load(paths.image, device, preprocess=config.model.clip_preprocess)
-        return cls(VideoVAE.load(paths.vae, device), image, with_y=config.model.with_y)
+        return cls(VideoVAE.load(paths.vae, device), image, **options)
 
     def decoder(self) -> DecoderSession:
         """A decoder at its beginning."""
@@ -47,5 +54,5 @@ class EncoderCodec:
             tokens = None if self.image is None else self.image.encode(images)
             if not self.with_y:
                 return Picture(self.vae.encode(images[:, None]), tokens)
-            frames = condition_frames(self.vae, images)
+            frames = condition_frames(self.vae, images, self.num_latent_frames)
         return Picture(frames[:, :1, self.vae.temporal_stride :], tokens, frames)

@@ -45,6 +45,14 @@ def test_y_is_the_picture_followed_by_grey_and_extends_exactly(encoders):
     assert (y[:, 1] - y[:, -1]).abs().max() > 1e-3
 
 
+def test_y_for_one_clip_alone_is_the_beginning_of_the_whole(encoders):
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    whole = condition_frames(encoders.vae, image)
+    for frames in (1, 2, 5):
+        assert torch.equal(condition_frames(encoders.vae, image, frames), whole[:, :frames])
+    assert torch.equal(condition_frames(encoders.vae, image, whole.shape[1] + 7), whole)
+
+
 def test_condition_of_a_batch(encoders):
     image = pictures(2)
     condition = encode_condition(encoders, image, ["a red circle rises", ""])

@@ -18,6 +18,7 @@ from longtake.objectives.long import LongTuning
 from longtake.runs import exported_weights, latest_checkpoint
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
+from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stages import run_stage
 
 LONG = {"num_chunks": [3], "new_frames": 2}
@@ -86,6 +87,14 @@ def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, worksh
         assert mine.keys() == truth.keys()
         for name, value in truth.items():
             assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_pictures_of_windows_are_encoded_as_far_as_a_window_reaches(workshop, tmp_path):
+    config = long_config(workshop, tmp_path)
+    codec = EncoderCodec.of_stage(config, None, torch.device("cpu"), with_tokens=True)
+    picture = codec.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert picture.frames.shape[1] == config.video.num_latent_frames <= codec.vae.steady_index
+    assert torch.equal(picture.latent, picture.frames[:, :1, 4:]) and picture.tokens.shape[0] == 2
 
 
 def test_running_videos_that_are_not_finite_are_made_again(workshop, tmp_path, monkeypatch):
