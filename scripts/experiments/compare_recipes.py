@@ -186,7 +186,7 @@ def run(words: Sequence[object], log: Path, seconds: float | None = None, thread
 
 def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequence[str]) -> None:
     """Writes the scores of one stage's newest checkpoint, with EMA ("ema"), without ("raw") or both."""
-    from longtake.config import StageConfig
+    from longtake.config import StageConfig, load_config
     from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
@@ -201,7 +201,7 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
     config = StageConfig.from_tree(manifest["config"])
     with init_mesh() as mesh:
         encoders = Encoders.load(config.encoders_folder, mesh.device)
-        frames = config.video.num_latent_frames
+        frames = load_config(ROOT / "configs/toy/distill.yaml").video.num_latent_frames  # causal clips may be longer
         sets = {"": (WORLD_SEED, num_worlds, frames), "long_": (WORLD_SEED, num_long, 4 * (frames - 1) + 1)}
         batches = {
             prefix: held_out(encoders, mesh, seed=seed, num_worlds=number, num_latent_frames=length, batch_size=32)
