@@ -38,6 +38,7 @@ COLUMNS = (
     ("4x motion", "long_motion_ratio", "{:.3f}"),
     ("4x stopped", "long_stop_rate", "{:.1%}"),
     ("4x shape", "long_shape_kept", "{:.1%}"),
+    ("4x count", "long_count_kept", "{:.1%}"),
 )
 
 
