@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longtake.errors import CheckpointError, DataError
 from longtake.inference.generator import Generator
 from longtake.inference.session import Look, Session, Standing
+from longtake.models.tensor_files import save_tensors
 from longtake.rollout.rebuild import KeptLatents
 from longtake.structs import Condition
 
@@ -57,14 +58,13 @@ def made_with(generator: Generator) -> dict[str, Any]:
 def save_session(session: Session, path: Path) -> None:
     """Writes `session` to `path`, whole or not at all. Raises: DataError when the file cannot be written."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     tensors, values = _written(session)
     values |= {"version": VERSION, **made_with(session.generator)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, partial, {METADATA: json.dumps(values)})
+        save_tensors(stored, partial, {METADATA: json.dumps(values)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

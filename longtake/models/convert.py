@@ -18,6 +18,7 @@ from longtake.models.lora_files import LowRank, read_lora
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key
 from longtake.models.published import INDEX, Published
+from longtake.models.tensor_files import save_tensors
 from longtake.models.weights import open_dit
 
 Layout = Literal["original", "diffusers", "longtake"]
@@ -81,8 +82,6 @@ def _write(
     published: Published, names: Mapping[str, str], updates: LowRank, folder: Path, shard_bytes: int
 ) -> list[str]:
     """Writes the shards, and their index when there are several; returns the file names."""
-    from safetensors.torch import save_file
-
     shards = list(_plan(published, shard_bytes))
     files = [f"{_STEM}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -93,7 +92,7 @@ def _write(
             merged = updates.merge(name, tensor).to(published.tensors[name].dtype)
             # Tensors of one torch.save file may lie in one storage, which safetensors refuses.
             tensors[names[name]] = merged.clone(memory_format=torch.contiguous_format)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         places = {names[name]: file for file, shard in zip(files, shards) for name in shard}
         total = sum(stored.size_bytes for stored in published.tensors.values())

@@ -23,6 +23,7 @@ from longtake.models.folders import PICKLED
 from longtake.models.model_json import read_json
 from longtake.models.names import clean_key
 from longtake.models.published import pick, read_pickled
+from longtake.models.tensor_files import save_tensors
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 PREFIX = "base_model.model."
@@ -101,11 +102,9 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], adapter: Adapter)
 
     Args: `factors`, name of the module's parameter (`blocks.0.self_attn.q.lora_A.default.weight`) -> CPU tensor.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     published = {PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in factors.items()}
-    save_file(published, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(published, folder / WEIGHTS, {"format": "pt"})
     fields = {
         "peft_type": "LORA",
         "r": adapter.rank,

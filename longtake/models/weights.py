@@ -30,6 +30,7 @@ from longtake.models.model_json import (
 from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.models.presets import PRESETS, fitting_presets
 from longtake.models.published import Published, open_published
+from longtake.models.tensor_files import save_tensors
 from longtake.models.weight_identity import check_base
 
 __all__ = [
@@ -194,10 +195,8 @@ def save_dit(
     model_config: DiTConfig, state: Mapping[str, Tensor], folder: str | Path, dtype: torch.dtype | None = None
 ) -> None:
     """Writes `config.json` and `diffusion_pytorch_model.safetensors` (original Wan names) into `folder`."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS)
     write_config(folder, config_to_json(model_config))
