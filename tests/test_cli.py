@@ -82,7 +82,7 @@ NOT_DEFAULT = {
         "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
         "moments": "int8",
-        "updates_per_generator": 3, "init_from": "./critic",
+        "updates_per_generator": 3, "head_start": 2, "init_from": "./critic",
     },
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",

@@ -175,7 +175,7 @@ def test_a_folder_with_something_else_is_refused(workshop, whole, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"video": {"height": 64, "width": 64, "num_latent_frames": 3}}, "clips.num_latent_frames=5, wanted 3"),
+        ({"video": {"height": 64, "width": 64, "num_latent_frames": 7}}, "clips.num_latent_frames=5, wanted 7"),
         ({"video": {"height": 64, "width": 64, "num_latent_frames": 5, "fps": 8}}, "clips.fps=16, wanted 8"),
         (
             {"video": {"height": 32, "width": 64, "num_latent_frames": 5}},
