@@ -362,15 +362,15 @@ def _larger_update(
     generator, critic = networks.generator, networks.critic
     found: list[dict[str, int]] = []
 
-    def add(cache: int, activations: int, graded: DiTConfig, calls: int) -> None:
-        copies = _copies(config, networks, graded, calls, ranks=ranks, checkpointing=checkpointing)
+    def add(cache: int, activations: int, calls: int, *, of_critic: bool = False) -> None:
+        copies = _copies(config, networks, calls, of_critic=of_critic, ranks=ranks, checkpointing=checkpointing)
         parts = {"bfloat16 copies": copies, "cache": cache // sequence, "activations": activations // sequence}
         found.append(parts)
 
     if critic is None:
         frames = 2 * clip.frames if config.stage == "causal" else clip.frames  # [clean | noisy]
         passed = replace(clip, frames=frames)
-        add(0, pass_bytes(generator, passed, **options), generator, 1)  # type: ignore[arg-type]
+        add(0, pass_bytes(generator, passed, **options), 1)  # type: ignore[arg-type]
         return found[0]
     plan = config.plan
     given = 1 if config.model.image_condition == "i2v" else 0
@@ -384,16 +384,16 @@ def _larger_update(
         **options,  # type: ignore[arg-type]
     )
     cache = _stage_cache(config, generator, clip, checkpointing=checkpointing)
-    add(cache, roll_out, generator, len(list(plan.blocks.blocks(given, clip.frames))))
+    add(cache, roll_out, len(list(plan.blocks.blocks(given, clip.frames))))
     kept = cache if config.stage == "long" else 0
-    add(kept, pass_bytes(critic, clip, **options), critic, 1)  # type: ignore[arg-type]
+    add(kept, pass_bytes(critic, clip, **options), 1, of_critic=True)  # type: ignore[arg-type]
     return max(found, key=lambda parts: sum(parts.values()))
 
 
 def _copies(
-    config: StageConfig, networks: Networks, graded: DiTConfig, calls: int, *, ranks: int, checkpointing: bool
+    config: StageConfig, networks: Networks, calls: int, *, of_critic: bool, ranks: int, checkpointing: bool
 ) -> int:
-    """Bytes of bfloat16 copies in an update of `graded`, which `calls` graded calls make."""
+    """Bytes of bfloat16 copies in an update of one network by `calls` graded calls."""
     if config.precision != "bf16":
         return 0
     masters = config.parallel.master_weights
@@ -404,7 +404,8 @@ def _copies(
         critic = autocast_bytes(networks.critic, config.critic.lora, masters)
     if ranks == 1:  # torch remembers them until the end of the update
         return generator + critic
-    own = generator if graded is networks.generator else critic
+    own, graded = (critic, networks.critic) if of_critic else (generator, networks.generator)
+    assert graded is not None
     return own // graded.num_layers if checkpointing else own * calls
 
 

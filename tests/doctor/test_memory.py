@@ -110,6 +110,13 @@ def test_copies_and_updates_of_a_stage(workshop, tmp_path):
     assert parts()["bfloat16 copies"] == 2 * own
     assert parts(2)["bfloat16 copies"] == 2 * own  # two blocks are graded calls of their own
     assert parts(2, activation_checkpointing="full")["bfloat16 copies"] == own // TEACHER.num_layers
+    # One size for both networks, but the critic trains low-rank updates alone.
+    lora = {"critic": {"lr": 1e-3, "lora": {"rank": 3}}, "activation_checkpointing": "full"}
+    config = stage_config(workshop, tmp_path, "distill", precision="bf16", **lora)
+    small = memory.autocast_bytes(TEACHER, LoraConfig(rank=3)) // TEACHER.num_layers
+    options = {"ranks": 2, "checkpointing": True}
+    assert memory._copies(config, networks, 1, of_critic=True, **options) == small
+    assert memory._copies(config, networks, 1, of_critic=False, **options) == own // TEACHER.num_layers > small
     wide = {"plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}}
     clip = Clip(2, 5, 16, TEACHER.text_len, 17)
     critic = memory.pass_bytes(TEACHER, clip, precision="bf16", checkpointing=True)
