@@ -7,6 +7,10 @@ weights; `--tiny` rehearses it on a CPU), saved every `--save-every` iterations,
 it trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler does (its last checkpoint is complete
 then) and adds to the results; the next call resumes from there. Two segments of 8 minutes and more make a run of 16.
 
+Student and critic are trained whole, and a checkpoint of both with AdamW and the average is 44 GB, twice that on the disk
+when a new one replaces the old. `--lora-rank` trains low-rank updates on one frozen base instead, with a checkpoint of a
+few GB.
+
 `saves.jsonl` and `metrics.jsonl` of the stage are the timeline. The stall of a segment is what the loop spent in the
 phase `save`, the wait for the save before it included; the share is of the time from the first iteration to the last.
 `results.json`, `results.md` and `save_stall.png` (losses, memory, seconds an iteration, saves) are in the output.
@@ -44,6 +48,9 @@ def prepare(run: full_size.Run, args: argparse.Namespace) -> Path:
     tree = yaml.safe_load(file.read_text())
     tree |= {"name": NAME, "max_steps": args.max_steps, "save_every": args.save_every, "keep_checkpoints": 1}
     tree["checkpoint"] = {"mode": args.mode}
+    if args.lora_rank:
+        tree |= {"roles": "shared", "lora": {"rank": args.lora_rank}}
+        tree["critic"] |= {"lora": {"rank": args.lora_rank}}
     file = run.work / f"{NAME}.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
@@ -159,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--segment-seconds", type=float, default=540, help="training of a call (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=50, help="iterations (default: %(default)s)")
     parser.add_argument("--mode", choices=("async", "sync"), default="async", help="default: %(default)s")
+    parser.add_argument("--lora-rank", type=int, default=0, help="low-rank updates on one frozen base (default: none)")
     parser.add_argument("--max-steps", type=int, default=100_000, help="iterations at most (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="pictures in the data set (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
