@@ -129,6 +129,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     written = dict(leaves(NOT_DEFAULT))
     # Refused there, of no effect in distill and with t2v; see below.
     fixed_by_stage = {"caption_dropout", "model.widen", "long.num_chunks", "long.new_frames", "long.switch_frames"}
+    fixed_by_stage |= {"parallel.weights"}  # refused beside replicas and cpu_offload
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - fixed_by_stage
     assert all(written[key] != default for key, default in defaults.items() if key in written)
@@ -138,10 +139,12 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
     changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None}
     changed |= {"model": {"widen": True}, "roles": "separate"}
+    changed |= {"parallel": {"weights": "whole"}}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
+    assert called["run"][0][0].parallel.weights == "whole"
     written_long = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
     changed |= {"stage": "long", "teacher": "toy", "caption_dropout": 0.0, "long": written_long, "model": {}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
