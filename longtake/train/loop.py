@@ -1,6 +1,6 @@
 """The training loop of every stage.
 
-It reads: resume -> for step: [evaluate?] [sample?] [save?] [stop?] -> fetch -> losses -> backward -> finite? -> clip,
+It reads: resume -> for step: [evaluate?] [sample?] [save?] [stop?] -> data -> losses -> backward -> finite? -> clip,
 step, EMA -> log. What comes before the step needs no special case for the last one. Nothing is caught here: an error
 ends the process (once a save that had begun is complete), and torchrun ends the other ranks or starts all anew.
 """
