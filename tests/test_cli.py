@@ -199,6 +199,10 @@ def test_given_options_reach_the_function(called):
     assert called["generate_file"] == ((Path("r"), Path("i.png"), "p", Path("o.mp4")), {"num_frames": 40, "seed": 0})
     invoke(*command, "--seconds", "2.5")
     assert called["generate_file"][1] == {"seconds": 2.5}
+    assert invoke(*command, "--decode-device", "cuda:1").exit_code == 0
+    assert called["generate_file"][1] == {"decode_device": "cuda:1"}
+    many = invoke(*command, "--samples", "2", "--decode-device", "cuda:1")
+    assert many.exit_code == 2 and "--decode-device is for one video" in many.output
     for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):
         assert invoke(*command, *wrong).exit_code == 2
     invoke("world", "w", "--num-worlds", "3", "--format", "lmdb", "--format", "images")
