@@ -9,10 +9,13 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
 - train: `longtake train`, stage distill, as in `full_size.py` (float32 master weights of student and critic with AdamW
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
-  (`parallel.sequence=2`). The first iteration is a warm-up and is not counted;
+  (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); and batch 1 a GPU once more with
+  sharded weights. The first iteration is a warm-up and is not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
-  block of 4 frames at a full window, without and with its commit), the whole clip, and forward and backward of it; and
-  the exchanges of one layer by themselves.
+  block of 4 frames at a full window, without and with its commit), the whole clip, and forward and backward of it; the
+  exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel (torch's profiler);
+- generate: a video with decoding, by one process that decodes where it computes, by one that decodes on the other GPU,
+  and by two that compute each pass together and decode alike.
 
 `results.json` and `results.md` in the output folder are rewritten whenever a number is new. Past `--budget-seconds` no
 part begins and training is stopped. A part that fails is recorded and the others run; the exit code is then 1.
@@ -30,13 +33,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.full_size import GIB, Run, files, stage, summary, synchronize, windows_of
+from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchronize, windows_of
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.config_groups import ParallelConfig
+from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.inference.generator import Generator
+from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.models.token_split import TokenSplit
@@ -44,13 +52,14 @@ from longtake.models.weights import load_dit
 from longtake.structs import Condition
 from longtake.train.metrics_log import read_rows
 
-PARTS = ("files", "train", "passes")
+PARTS = ("files", "train", "passes", "generate")
 BLOCK = 4
 # Name of a training: ranks, and what is changed in the configuration
 TRAININGS: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
-    "two GPUs, a sample each": (2, ["batch_size=2"]),
-    "two GPUs, one sample together": (2, ["parallel.sequence=2"]),
+    "two GPUs, a sample each": (2, ["batch_size=2", "parallel.weights=whole"]),
+    "two GPUs, one sample together": (2, ["parallel.sequence=2", "parallel.weights=whole"]),
+    "two GPUs, a sample each, sharded": (2, ["batch_size=2"]),
 }
 
 
@@ -139,6 +148,12 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
             "relative difference": float((a - b).norm() / a.norm()),
         }
     result |= exchanges(sizes, split, mesh, repeats)
+    for how, group in (("alone", None), ("together", split)):
+        model.set_token_split(group)
+        streamed = passes(model, clip, condition, windows_of(sizes.windows)[0])
+        work = next(iter(streamed.values()))
+        work()
+        result[f"kernels of a streaming pass {how}, ms"] = kernels(work, mesh)
     if device.type == "cuda":
         result["peak GiB"] = torch.cuda.max_memory_allocated(device) / GIB
     return result
@@ -213,6 +228,19 @@ def exchanges(sizes: Sizes, split: TokenSplit, mesh: Mesh, repeats: int) -> dict
     return result
 
 
+def kernels(work: Callable[[], Any], mesh: Mesh, most: int = 12) -> dict[str, float]:
+    """Milliseconds that this rank's GPU (a CPU in a rehearsal) spends on each kind of kernel, the longest first."""
+    on_gpu = mesh.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    mesh.every(lambda: None)
+    with profile(activities=[activity]) as seen:
+        work()
+        synchronize(mesh.device)
+    found = {e.key[:60]: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in seen.key_averages()}
+    ordered = sorted(found.items(), key=lambda pair: -pair[1])
+    return {"sum": sum(found.values()) / 1000, **{name: time / 1000 for name, time in ordered[:most]}}
+
+
 def timed_together(work: Callable[[], Any], mesh: Mesh, repeats: int) -> float:
     """Seconds of one call, begun by all ranks at once, of the slowest rank; after one that is not counted."""
     work()
@@ -225,9 +253,49 @@ def timed_together(work: Callable[[], Any], mesh: Mesh, repeats: int) -> float:
     return float(mesh.gather([(time.perf_counter() - start) / repeats]).max())
 
 
+WAYS = ("alone", "decoding beside", "together")
+
+
+def generate(sizes: Sizes, work: Path, mesh: Mesh, way: str, seconds: float) -> dict[str, Any]:
+    """Seconds a block of a video in bfloat16, with decoding, from the fifth block on; this process's part of it."""
+    window, sink = windows_of(sizes.windows)[0]
+    plan = {"block_frames": BLOCK, "window_frames": window, "sink_frames": sink}
+    rules = {"height": sizes.height, "width": sizes.width, "steps": STEPS, "plan": plan, "precision": "bf16"}
+    other = f"cuda:{1 - (mesh.device.index or 0)}" if mesh.device.type == "cuda" else "cpu"
+    split = mesh.arranged(ParallelConfig(sequence=mesh.world_size)).sequence
+    source = Source.of_model(work / "weights", work / "encoders", None, rules)
+    beside = other if way == "decoding beside" else None
+    generator = Generator.build(source, mesh.device, split=split, decode_device=beside)
+    picture = np.random.default_rng(1).integers(0, 256, (sizes.height, sizes.width, 3), dtype=np.uint8)
+    frames = 1 + 4 * BLOCK * (4 + max(1, round(seconds * generator.fps / (4 * BLOCK))))
+    times = [time.perf_counter()]
+    chunks = generator.stream(picture, sample_world(0, 0).caption, num_frames=frames, ahead=generator.is_ahead)
+    for _ in chunks:
+        times.append(time.perf_counter())
+    # The last is fetched without another block beside it.
+    taken = [after - before for before, after in zip(times, times[1:])][5:-1]
+    middle = sum(taken) / max(1, len(taken))
+    return {"seconds a block": middle, "frames/s": 4 * BLOCK / middle if taken else None, "frames": frames}
+
+
+def generate_in_ranks(run: Run, args: argparse.Namespace, way: str) -> None:
+    """A video in one way, by its processes."""
+    file = run.output / "generate.json"
+    file.unlink(missing_ok=True)
+    arguments = ["-o", str(run.output), "--worker", str(run.work), "--way", way, "--device", run.device.type]
+    arguments += ["--seconds", str(args.seconds), *(["--tiny"] if args.tiny else [])]
+    if run.python("generate", ["benchmarks.two_gpus", *arguments], ranks=2 if way == "together" else 1):
+        run.record("generate", {**run.results.get("generate", {}), way: json.loads(file.read_text())})
+
+
 def worker(args: argparse.Namespace) -> None:
-    """What each rank of the part `passes` does."""
+    """What each rank of the parts `passes` and `generate` does."""
     with init_mesh(args.device) as mesh:
+        if args.way:
+            made = generate(TINY if args.tiny else FULL, args.worker, mesh, args.way, args.seconds)
+            if mesh.is_main:
+                (args.output / "generate.json").write_text(json.dumps(made))
+            return
         found = measure_passes(TINY if args.tiny else FULL, args.worker, mesh, args.rounds, args.repeats)
         if mesh.is_main:
             (args.output / "passes.json").write_text(json.dumps(found))
@@ -256,10 +324,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="pictures in the data set (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of alone and together (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="calls of a pass in a turn (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=12, help="length of the videos (default: %(default)s)")
     parser.add_argument("--budget-seconds", type=float, default=560, help="wall-clock limit (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: GPUs if there are any)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny sizes")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if unknown := set(args.parts.split(",")) - set(PARTS):
         parser.error(f"--parts {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
@@ -283,6 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         "files": [lambda: run.record("files", prepare(run, args.rows))],
         "train": [lambda n=n: train(run, n, args.iterations) for n in TRAININGS],  # type: ignore[misc]
         "passes": [lambda: measure_in_ranks(run, args)],
+        "generate": [lambda w=w: generate_in_ranks(run, args, w) for w in WAYS],  # type: ignore[misc]
     }
     return run.parts(work, args.parts.split(","))
 

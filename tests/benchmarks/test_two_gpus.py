@@ -50,10 +50,11 @@ def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkey
     for name in two_gpus.TRAININGS:
         two_gpus.train(run, name, 10)
     configs = [config for config, _ in launched.values()]
-    assert [ranks for _, ranks in launched.values()] == [1, 2, 2] and len({c.name for c in configs}) == 3
-    assert [config.micro_batch(ranks) for config, ranks in launched.values()] == [1, 1, 1]
-    assert [config.batch_size for config in configs] == [1, 2, 1]
-    assert [config.parallel.sequence for config in configs] == [1, 1, 2]
+    assert [ranks for _, ranks in launched.values()] == [1, 2, 2, 2] and len({c.name for c in configs}) == 4
+    assert [config.micro_batch(ranks) for config, ranks in launched.values()] == [1, 1, 1, 1]
+    assert [config.batch_size for config in configs] == [1, 2, 1, 2]
+    assert [config.parallel.sequence for config in configs] == [1, 1, 2, 1]
+    assert [config.parallel.weights for config in configs] == ["sharded", "whole", "whole", "sharded"]
     assert len({(c.seed, c.video.height, c.video.num_latent_frames, c.plan.window_frames) for c in configs}) == 1
 
 
@@ -65,13 +66,29 @@ def test_one_gpu_is_too_few(two_gpus, tmp_path, monkeypatch, capsys):
 
 def rehearse(folder, parts):
     command = [sys.executable, "-m", "benchmarks.two_gpus", "-o", str(folder), "--tiny", "--device", "cpu"]
-    command += ["--iterations", "1", "--rows", "2", "--rounds", "1", "--repeats", "1", "--parts", parts]
+    command += [
+        "--iterations",
+        "1",
+        "--rows",
+        "2",
+        "--rounds",
+        "1",
+        "--repeats",
+        "1",
+        "--parts",
+        parts,
+        "--seconds",
+        "4",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=280)
     return json.loads((folder / "results.json").read_text())
 
 
 def assert_passes(found):
-    passes = [values for values in found.values() if isinstance(values, dict)]
+    passes = [values for name, values in found.items() if "pass" in name or "clip" in name or "backward" in name]
+    kernels = [values for values in passes if "sum" in values]
+    passes = [values for values in passes if "sum" not in values]
+    assert len(kernels) == 2 and all(0 < max(list(times.values())[1:]) < times["sum"] for times in kernels)
     assert len(passes) == 4
     for values in passes:
         assert values["ms alone"] > 0 and values["ms together"] > 0 and values["relative difference"] < 2e-2
@@ -87,10 +104,13 @@ def test_passes_alone_and_together(two_gpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_itself(tmp_path):
-    results = rehearse(tmp_path, "files,train,passes")
+def test_the_command_itself(two_gpus, tmp_path):
+    results = rehearse(tmp_path, "files,train,passes,generate")
     assert_passes(results["passes"])
     assert results["train"]["iterations compared"] == 1
-    for name in ("one GPU", "two GPUs, a sample each", "two GPUs, one sample together"):
+    assert set(results["generate"]) == set(two_gpus.WAYS) and all(
+        made["seconds a block"] > 0 for made in results["generate"].values()
+    )
+    for name in two_gpus.TRAININGS:
         assert results["train"][f"samples/s, {name}"] > 0 and results[f"train, {name}"]["finite"]
     assert "| train | times one GPU, two GPUs, one sample together |" in (tmp_path / "results.md").read_text()
