@@ -173,15 +173,15 @@ class Block(nn.Module):
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
-        h = layer_norm(x, self.eps) * (1 + c1) + s1
-        x = x + self.self_attn(h.to(dtype), self_context, layer) * g1
+        h = torch.addcmul(s1, layer_norm(x, self.eps), 1 + c1)
+        x = torch.addcmul(x, self.self_attn(h.to(dtype), self_context, layer), g1)
 
         h = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias)
         cross = cross_context.keys_values(self.cross_attn, layer)
         x = x + self.cross_attn(h.flatten(1, 2).to(dtype), cross).unflatten(1, (entries, tokens))
 
-        h = layer_norm(x, self.eps) * (1 + c2) + s2
-        return x + self.ffn(h.to(dtype)) * g2
+        h = torch.addcmul(s2, layer_norm(x, self.eps), 1 + c2)
+        return torch.addcmul(x, self.ffn(h.to(dtype)), g2)
 
 
 class Head(nn.Module):

@@ -44,8 +44,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which would have x copied to float32; statistics are so
+            return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
 def rope_angles(frames: Tensor, height: int, width: int, head_width: int) -> Tensor:
@@ -74,11 +74,16 @@ class Rotation:
 
     def __init__(self, angles: Tensor) -> None:
         self.cos, self.sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+        self.turn = torch.complex(self.cos, self.sin)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates adjacent channel pairs; float32 inside, the type of `x` outside."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], -1)
+        pairs = x.float().unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # which makes no code for complex numbers
+            even, odd = pairs.unbind(-1)
+            turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], -1)
+        else:
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * self.turn)
         return turned.flatten(-2).to(x.dtype)
 
 
