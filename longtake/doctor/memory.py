@@ -283,6 +283,12 @@ class Need:
         return max(self.total, self.loading)
 
 
+def without_mesh(config: StageConfig) -> StageConfig:
+    """The stage for a `Layout`, which says by itself how ranks are arranged: its data ranks are all the stage knows."""
+    parallel = config.parallel.model_copy(update={"replicate": 1, "sequence": 1})
+    return config.model_copy(update={"parallel": parallel})
+
+
 def stage_need(
     config: StageConfig,
     networks: Networks,
@@ -300,6 +306,7 @@ def stage_need(
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
     data_ranks = world_size
     if layout is not None:
+        config = without_mesh(config)
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size = layout.data_ranks, layout.shards
     critic, masters = config.critic, config.parallel.master_weights

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from longtake.config import StageConfig
 from longtake.doctor.layout import Layout
-from longtake.doctor.memory import Networks, autocast_bytes, trained_count, weight_bytes
+from longtake.doctor.memory import Networks, autocast_bytes, trained_count, weight_bytes, without_mesh
 from longtake.doctor.rates import Rates
 from longtake.models.dit import DiTConfig
 from longtake.models.flops import KERNEL_BACKWARD, Call, Work, backward, forward, recomputed
@@ -115,7 +115,7 @@ class SpeedModel:
     def __init__(
         self, config: StageConfig, networks: Networks, layout: Layout, rates: Rates, image_tokens: int
     ) -> None:
-        self.config, self.layout, self.rates, self.image_tokens = config, layout, rates, image_tokens
+        self.config, self.layout, self.rates, self.image_tokens = without_mesh(config), layout, rates, image_tokens
         found = {GENERATOR: networks.generator, CRITIC: networks.critic, TEACHER: networks.teacher}
         self.networks = {name: network for name, network in found.items() if network is not None}
         self.loras = loras(config)
