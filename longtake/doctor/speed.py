@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 
 from longtake.config import StageConfig
 from longtake.doctor.layout import Layout
-from longtake.doctor.memory import Networks, autocast_bytes, trained_count, weight_bytes, without_mesh
+from longtake.doctor.memory import Networks, autocast_bytes, trained_count, weight_bytes
+from longtake.doctor.need import without_mesh
 from longtake.doctor.rates import Rates
 from longtake.models.dit import DiTConfig
 from longtake.models.flops import KERNEL_BACKWARD, Call, Work, backward, forward, recomputed

@@ -14,7 +14,8 @@ from longtake.cli import app
 from longtake.config import load_config
 from longtake.doctor.files import look_at
 from longtake.doctor.layout import Layout, candidates, layout_of, with_shared_base
-from longtake.doctor.memory import Networks, stage_need
+from longtake.doctor.memory import Networks
+from longtake.doctor.need import stage_need
 from longtake.doctor.rates import rates_of
 from longtake.doctor.speed import SpeedModel
 from longtake.doctor.table import KNOWN_BATCH, best_row, markdown
