@@ -64,7 +64,8 @@ class StageReport:
 
     def _prediction_lines(self) -> list[str]:
         guess, layout = self.prediction, self.layout
-        basis = "calibrated by measured steps" if self.rates.is_calibrated else "no whole step was measured"
+        known = self.rates.is_calibrated
+        basis = "computing by measured steps of one GPU" if known else "no whole step was measured on one"
         phases = ", ".join(f"{name} {value:.2f}" for name, value in guess.seconds.items() if value >= 0.005)
         return [
             f"  predicted for {layout.gpus} x {self.rates.device.name} in nodes of {layout.gpus_per_node} ({basis}): "
