@@ -43,6 +43,7 @@ from longtake.data.world import sample_world
 from longtake.errors import LongtakeError
 from longtake.inference.generator import Generator
 from longtake.models.attention import attend, backends
+from longtake.models.vae import VideoVAE
 from longtake.randomness import Draws
 from longtake.train.metrics_log import read_rows
 
@@ -315,12 +316,23 @@ def generate(run: Run, seconds: float) -> None:
         if run.remaining <= 0:
             break
     run.record("generate", {**result, **block_summary(times, allocated)})
-    decoder = generator.encoders.vae.decoder_session()
+    run.record("generate", {**run.results["generate"], "seconds to decode a block": decoding(run, generator)})
+
+
+def decoding(run: Run, generator: Generator) -> dict[str, float]:
+    """Seconds to decode a block, by the type of the VAE and the latents that go through it at once."""
+    sizes, vae = run.sizes, generator.encoders.vae
     size = (sizes.height // 8, sizes.width // 8)
     latents = torch.randn(1, 4, sizes.dit.out_channels, *size, device=run.device)
-    decoder.decode(latents[:, :1])
-    decode = timed(lambda: decoder.decode(latents), run.device, repeats=2)
-    run.record("generate", {**run.results["generate"], "decoding seconds a block": decode})
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        vae.module.to(dtype)
+        for count in (1, 4):
+            decoder = VideoVAE(vae.module, latents_per_call=count).decoder_session()
+            decoder.decode(latents[:, :1])
+            seconds = timed(lambda decoder=decoder: decoder.decode(latents), run.device, repeats=2)  # type: ignore[misc]
+            found[f"{str(dtype).removeprefix('torch.')}, {count} at once"] = seconds
+    return found
 
 
 def block_summary(times: list[float], allocated: list[int | None], first: int = 10) -> dict[str, Any]:

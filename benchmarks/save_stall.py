@@ -8,8 +8,7 @@ it trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler doe
 then) and adds to the results; the next call resumes from there. Two segments of 8 minutes and more make a run of 16.
 
 Student and critic are trained whole, and a checkpoint of both with AdamW and the average is 44 GB, twice that on the
-disk when a new one replaces the old. `--lora-rank` trains low-rank updates on one frozen base instead, with a
-checkpoint of a few GB.
+disk when a new one replaces the old. `--lora-rank` trains low-rank updates on one frozen base instead: a few GB.
 
 `saves.jsonl` and `metrics.jsonl` of the stage are the timeline. The stall of a segment is what the loop spent in the
 phase `save`, the wait for the save before it included; the share is of the time from the first iteration to the last.

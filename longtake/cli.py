@@ -166,6 +166,9 @@ def generate(
         int | None,
         typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),
     ] = None,
+    decode_device: Annotated[
+        str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
@@ -179,13 +182,14 @@ def generate(
         changes = changes_of(**rules)
         length = given_options(num_frames=frames, seconds=seconds)
         given = given_options(seed=seed, negative=negative)
+        alone = given_options(decode_device=decode_device)
         if script is not None:
             if inputs is not None or samples is not None:
                 raise ConfigError("--script makes one video; leave out --inputs and --samples")
             from longtake.inference.script import generate_story
 
             with _one_video(device, sequence_parallel) as ranks:
-                wanted = given | given_options(seconds=seconds, frames=frames) | ranks.given
+                wanted = given | given_options(seconds=seconds, frames=frames) | ranks.given | alone
                 source = _source(run, model, encoders, config, changes)
                 ranks.report(generate_story(source, script, output, **wanted))
             return
@@ -195,8 +199,10 @@ def generate(
             with _one_video(device, sequence_parallel) as ranks:
                 # A plain run is found by the function itself.
                 source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
-                ranks.report(generate_file(source, image, prompt, output, **length, **given, **ranks.given))
+                ranks.report(generate_file(source, image, prompt, output, **length, **given, **ranks.given, **alone))
             return
+        if decode_device is not None:
+            raise ConfigError("--decode-device is for one video; leave it out, or --inputs and --samples")
         from longtake.distributed.mesh import init_mesh
         from longtake.inference.batch import Length, Pair, generate_many, read_pairs
 

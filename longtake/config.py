@@ -204,6 +204,7 @@ class StageConfig(Settings):
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
 
     def _check_memory(self) -> None:
+        self.parallel.check()
         if self.parallel.master_weights == "bfloat16" and self.precision == "fp32":
             raise ConfigError(
                 "parallel.master_weights=bfloat16 computes in bfloat16; set precision=bf16 too, or it to float32"

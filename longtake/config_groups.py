@@ -242,6 +242,17 @@ class ParallelConfig(Settings):
         "6 or 12 of the 1.3B models, 2, 4, 5, 8, 10, 20 or 40 of the 14B ones",
     )
 
+    weights: Literal["sharded", "whole"] = Field(
+        default="sharded",
+        description="what a rank holds of each network: sharded = its part, with the parts gathered where they are "
+        "needed (FSDP2); whole = everything, optimizer states too, and only gradients are exchanged: the fastest where "
+        "it fits",
+    )
+    gather_once: bool = Field(
+        default=True,
+        description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes: "
+        "faster, and whole weights of the student on each rank meanwhile",
+    )
     master_weights: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="type of the weights that are trained whole; bfloat16 = half the memory of weights and gradients, "
@@ -263,6 +274,16 @@ class ParallelConfig(Settings):
         description="sum gradients over the ranks once an update and not once a micro-batch: less traffic, but whole "
         "gradients of the trained network on each rank",
     )
+
+    def check(self) -> None:
+        """Raises ConfigError on values that contradict each other."""
+        if self.weights == "whole":
+            for key, value, default in (("replicate", self.replicate, 1), ("cpu_offload", self.cpu_offload, False)):
+                if value != default:
+                    raise ConfigError(
+                        f"parallel.weights=whole keeps all weights on each rank, where parallel.{key}={value} has no "
+                        f"meaning; leave {key} at {default}, or set parallel.weights=sharded"
+                    )
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""

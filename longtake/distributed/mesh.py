@@ -34,8 +34,9 @@ class Mesh:
 
     Fields: `rank`, `world_size`, the `device` of this process; `device_mesh` over all ranks, or None for a single
     process: `[shard]` as it starts, `[replicate, shard, sequence]` after `arranged`; `fsdp_mesh`, what parameters are
-    sharded over; `sequence`, the ranks that compute each model call together with this one, or None; `group` that
-    `every` talks over, None for the one of all ranks.
+    sharded over; `whole_weights`: each rank holds whole parameters though there are several; `sequence`, the ranks that
+    compute each model call together with this one, or None; `group` that `every` talks over, None for the one of all
+    ranks.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class Mesh:
     group: dist.ProcessGroup | None = None
     parameter_mesh: DeviceMesh | None = None
     sequence: SequenceParallel | None = None
+    whole_weights: bool = False
 
     def __enter__(self) -> Mesh:
         return self
@@ -67,9 +69,11 @@ class Mesh:
 
     @property
     def fsdp_mesh(self) -> DeviceMesh | None:
-        """The mesh of `fully_shard`, None for a single process: `[shard]`, or `[replicate, shard]` where parameters are
-        kept in several sharded copies. Ranks of one sequence group have shards of their own.
+        """The mesh of `fully_shard`, None where nothing is sharded: `[shard]`, or `[replicate, shard]` where parameters
+        are kept in several sharded copies. Ranks of one sequence group have shards of their own.
         """
+        if self.whole_weights:
+            return None
         return self.device_mesh if self.parameter_mesh is None else self.parameter_mesh
 
     @property
@@ -92,18 +96,22 @@ class Mesh:
 
         All ranks call it. Raises: ConfigError when the ranks cannot be divided so.
         """
-        shard = parallel.shard(self.world_size)
-        if self.device_mesh is None or parallel.replicate == parallel.sequence == 1:
+        shard, whole = parallel.shard(self.world_size), parallel.weights == "whole"
+        if self.device_mesh is None:
             return self
+        if parallel.replicate == parallel.sequence == 1:
+            return replace(self, whole_weights=whole)
         kind, shape = self.device.type, (parallel.replicate, shard, parallel.sequence)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "sequence"))
         if parallel.sequence == 1:
             return replace(self, device_mesh=mesh, parameter_mesh=mesh["replicate", "shard"])
+        sequence = SequenceParallel(mesh["sequence"])
+        if whole:
+            return replace(self, device_mesh=mesh, sequence=sequence, whole_weights=True)
         # Made anew rather than by flattening axes of `mesh`, for which torch has no public way.
         sizes, names = (parallel.replicate, shard * parallel.sequence), ("replicate", "shard")
         first = 0 if parallel.replicate > 1 else 1
         parameters = init_device_mesh(kind, sizes[first:], mesh_dim_names=names[first:])
-        sequence = SequenceParallel(mesh["sequence"])
         return replace(self, device_mesh=mesh, parameter_mesh=parameters, sequence=sequence)
 
     def every(self, work: Callable[[], T]) -> list[T]:

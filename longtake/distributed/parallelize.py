@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from longtake.distributed.mesh import Mesh
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Variants of a block that one process may need: with and without cache, mask, gradient, commit, updates, first block
 _VARIANTS = 64
 
+_BUCKET_BYTES = 2**28
+
 
 def parallelize(
     model: nn.Module,
@@ -35,17 +40,21 @@ def parallelize(
     recompute: bool | str | None = None,
     compiled: bool = False,
     cpu_offload: bool = False,
+    gather_once: bool = True,
 ) -> nn.Module:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.
 
     Call it last, after LoRA; the same weights must be on every rank before, or none yet (meta device; `materialize`
-    fills them in). With one rank nothing is sharded. `model.blocks` are the units; a model without blocks is one unit.
-    With `mesh.sequence`, a transformer's calls are shared by the ranks of each sequence group.
+    fills them in). `model.blocks` are the units; a model without blocks is one unit. Nothing is sharded on one rank, or
+    where each rank keeps whole weights (`mesh.whole_weights`): see `average_gradients`. With `mesh.sequence`, a
+    transformer's calls are shared by the ranks of each sequence group.
 
-    Args: `param_dtype` computes in that type while the shards, their gradients' sum and the optimizer stay float32;
-    None computes in the parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
+    Args: `param_dtype` gathers attention and MLP of the blocks (a model without blocks whole) in that type, for use
+    under autocast to it, while the shards, the sum of their gradients and the optimizer stay float32; None gathers the
+    parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
     model as it is. `compiled` blocks, where there is a compiler. `cpu_offload` keeps the shards on the CPU.
+    `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls.
     Raises: ConfigError for `cpu_offload` on one rank.
     """
     if cpu_offload and mesh.fsdp_mesh is None:
@@ -58,24 +67,45 @@ def parallelize(
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
         for block in getattr(model, "blocks", []):
             block.compile()
+    if mesh.sequence is not None and isinstance(model, VideoDiT):
+        model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model
     if cpu_offload:
         model.compute_device = mesh.device  # type: ignore[assignment]
-    if mesh.sequence is not None and isinstance(model, VideoDiT):
-        model.set_token_split(mesh.sequence)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change
     # of the shards (EMA swapped in, checkpoint loaded) would not reach the next forward.
-    options: dict[str, Any] = {"mesh": mesh.fsdp_mesh, "mp_policy": policy, "offload_policy": offload}
-    for block in getattr(model, "blocks", []):
-        if len({p.dtype for p in block.parameters() if p.requires_grad}) > 1:
-            # What is trained in one unit has one type: the large parts together, and what stays float32 around them.
-            fully_shard([block.self_attn, block.cross_attn, block.ffn], reshard_after_forward=True, **options)
-        fully_shard(block, reshard_after_forward=True, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+    options: dict[str, Any] = {"mesh": mesh.fsdp_mesh, "offload_policy": offload, "reshard_after_forward": True}
+    as_they_are, gathered_as = _policy(None), _policy(param_dtype)
+    blocks = getattr(model, "blocks", [])
+    for block in blocks:
+        if param_dtype is not None or len({p.dtype for p in block.parameters() if p.requires_grad}) > 1:
+            # The large parts together, and what stays float32 around them: one unit is gathered in one type.
+            fully_shard([block.self_attn, block.cross_attn, block.ffn], mp_policy=gathered_as, **options)
+        fully_shard(block, mp_policy=as_they_are, **options)
+    fully_shard(model, mp_policy=as_they_are if len(blocks) else gathered_as, **options)
+    if gather_once and isinstance(model, VideoDiT):
+        model.gathering = partial(_gathered, model)
     return model
+
+
+def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each unit is gathered by its first forward and stays so."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def sum_gradients(network: nn.Module, now: bool) -> None:
@@ -83,6 +113,35 @@ def sum_gradients(network: nn.Module, now: bool) -> None:
     model = network.base.model if isinstance(network, Role) else network
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module, mesh: Mesh) -> None:
+    """After the last backward of an update: the mean over all ranks of gradients that each rank has whole.
+
+    Sharded networks have it already. All ranks call it; the same parameters have gradients on each.
+    """
+    if not mesh.whole_weights:
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0].flatten()
+        dist.all_reduce(flat)
+        flat /= mesh.world_size
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, together at most `_BUCKET_BYTES` or a single larger one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in (*bucket, tensor)) > _BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @cache

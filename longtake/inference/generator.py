@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.token_split import TokenSplit, check_heads
+from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
@@ -62,9 +64,28 @@ def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool
     )
 
 
+def to_bytes(video: Tensor) -> Tensor:
+    """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3], where it is."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
 def to_frames(video: Tensor) -> NDArray[np.uint8]:
     """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3]."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_bytes(video).cpu().numpy()
+
+
+def fetched(blocks: Iterable[Tensor], *, ahead: bool) -> Iterator[NDArray[np.uint8]]:
+    """The frames of each block, uint8 [T, h, w, 3]; `ahead`: when the one after it has been begun.
+
+    Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
+    """
+    waiting: deque[Tensor] = deque()
+    for block in blocks:
+        waiting.append(block)
+        if len(waiting) > ahead:
+            yield waiting.popleft().cpu().numpy()
+    for block in waiting:
+        yield block.cpu().numpy()
 
 
 @dataclass
@@ -76,6 +97,7 @@ class Generator:
     settings: GenerationConfig
     device: torch.device
     config: StageConfig | None = None
+    decoding_vae: VideoVAE | None = None
 
     @classmethod
     def from_run(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
@@ -100,16 +122,24 @@ class Generator:
 
     @classmethod
     def build(
-        cls, source: Source, device: str | torch.device | None = None, *, split: TokenSplit | None = None
+        cls,
+        source: Source,
+        device: str | torch.device | None = None,
+        *,
+        split: TokenSplit | None = None,
+        decode_device: str | torch.device | None = None,
     ) -> Generator:
         """Loads weights and encoders: the one place that makes a generator.
 
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
-        then make the same calls of this generator and get the same frames.
+        then make the same calls of this generator and get the same frames. `decode_device` has a second copy of the VAE
+        that decodes there, so that another GPU can do it beside the transformer (default: no second copy).
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
         what Wan computes in float32 stay float32.
-        Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other.
+        Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
+        no such device.
         """
+        decoding = None if decode_device is None else _second_device(decode_device, split)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         settings = source.settings
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -127,7 +157,17 @@ class Generator:
             text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else dtype,
         )
         _check_fit(model, encoders, source)
-        return cls(model, encoders, settings, device, source.config)
+        vae = None if decoding is None else encoders.vae.copy_to(decoding)
+        return cls(model, encoders, settings, device, source.config, vae)
+
+    def new_decoder(self) -> DecoderSession:
+        """A decoder at the beginning of a video, where decoding is done."""
+        return (self.decoding_vae or self.encoders.vae).decoder_session()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a video that is written to a file is made a block ahead of its frames, which only a GPU can do."""
+        return self.device.type == "cuda"
 
     @property
     def fps(self) -> int:
@@ -147,6 +187,7 @@ class Generator:
         num_frames: int | None = None,
         seed: int = 0,
         negative: str | None = None,
+        ahead: bool = False,
     ) -> Iterator[NDArray[np.uint8]]:
         """Yields uint8 [T, h, w, 3]: first the given picture as the model sees it (1 frame), then a block at a time.
 
@@ -154,7 +195,8 @@ class Generator:
 
         Args: `image` of any size, cropped to the model's aspect and resized; `num_frames` pixel frames in all, None =
         for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the unconditional side
-        of guidance (default: none). The same arguments give the same frames.
+        of guidance (default: none). `ahead` begins a block before the one before it is fetched: on a GPU more frames a
+        second, each of them a block later. The same arguments give the same frames.
         Raises: DataError for an unreadable picture, ConfigError for a bad number of frames, an empty prompt or a
         negative prompt without guidance; all before any work.
         """
@@ -168,7 +210,7 @@ class Generator:
             check_negative(negative, self.settings)
             return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, seed)
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
-        return _frames(session, num_frames)
+        return fetched(_blocks(session, num_frames), ahead=ahead)
 
     def open(
         self,
@@ -260,12 +302,30 @@ class Generator:
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
 
 
-def _frames(session: Session, num_frames: int | None) -> Iterator[NDArray[np.uint8]]:
-    """The frames of a session, `num_frames` in all."""
+def _blocks(session: Session, num_frames: int | None) -> Iterator[Tensor]:
+    """The frames of a session, `num_frames` in all, as they are begun."""
     while num_frames is None or session.num_frames < num_frames:
         before = session.num_frames
-        frames = session.next()
+        frames = session.begin()
         yield frames if num_frames is None else frames[: num_frames - before]
+
+
+def _second_device(name: str | torch.device, split: TokenSplit | None) -> torch.device:
+    """The device that decodes. Raises: ConfigError when there is none such, or several processes share the calls."""
+    if split is not None:
+        raise ConfigError(
+            f"decode_device={name} is for one process; processes that share the transformer's calls decode where they "
+            "are: leave out one of both"
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"decode_device={name} cannot be used ({str(error).splitlines()[0]}); name one that is there, such as "
+            "cuda:1, or leave it out"
+        ) from None
+    return device
 
 
 def check_prompt(text: str) -> str:
@@ -340,15 +400,17 @@ def generate_file(
     negative: str | None = None,
     device: str | None = None,
     split: TokenSplit | None = None,
+    decode_device: str | None = None,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source; `split` as in `Generator.build`.
+    """Writes an mp4 while it is generated, with the student in `run` or of a source; `split` and `decode_device` as in
+    `Generator.build`.
 
     Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips.
     Raises: LongtakeError before any work for a bad run, picture or length.
     """
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_negative(negative, source.settings)
-    generator = Generator.build(source, device, split=split)
+    generator = Generator.build(source, device, split=split, decode_device=decode_device)
     length = num_pixel_frames(generator, num_frames, seconds)
     return write_video(generator, image, prompt, output, num_frames=length, seed=seed, negative=negative)
 
@@ -373,7 +435,9 @@ def write_video(
     negative: str | None = None,
 ) -> GenerationReport:
     """Writes one mp4, a block at a time; the file appears when it is complete. Raises: LongtakeError."""
-    chunks = generator.stream(image, prompt, num_frames=num_frames, seed=seed, negative=negative)
+    chunks = generator.stream(
+        image, prompt, num_frames=num_frames, seed=seed, negative=negative, ahead=generator.is_ahead
+    )
     return write_chunks(generator, chunks, output)
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from longtake.config_base import Settings, read_yaml
 from longtake.config_generation import GenerationConfig
 from longtake.errors import ConfigError
-from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, write_chunks
+from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, fetched, write_chunks
 from longtake.models.conditioning import prepare_image
 
 if TYPE_CHECKING:
@@ -103,14 +104,19 @@ class Story:
             session.image_target = None
         return session
 
-    def play(self, session: Session) -> Iterator[NDArray[np.uint8]]:
+    def play(self, session: Session, *, ahead: bool = False) -> Iterator[NDArray[np.uint8]]:
         """Yields the frames from where `session` stands to the end of the story; the last block is cut.
+
+        `ahead` as in `Generator.stream`.
 
         A change is handed to the session before the frames that end at or after its time are given out, so a session
         that is saved between two blocks and resumed goes on with the same frames.
         """
+        return fetched(self._blocks(session), ahead=ahead)
+
+    def _blocks(self, session: Session) -> Iterator[Tensor]:
         while (before := session.num_frames) < self.num_frames:
-            frames = session.next()
+            frames = session.begin()
             for cue in self.cues:
                 if before < cue.frame <= session.num_frames:
                     _apply(cue, session)
@@ -165,13 +171,15 @@ def generate_story(
     *,
     device: str | None = None,
     split: TokenSplit | None = None,
+    decode_device: str | None = None,
     **given: Any,
 ) -> GenerationReport:
-    """Writes the mp4 of a script with the student of `source`; `split` as in `Generator.build`, `given` as in
-    `read_story`.
+    """Writes the mp4 of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
+    `given` as in `read_story`.
 
     Raises: LongtakeError before any frame for a bad script, picture or source.
     """
     story = read_story(script, source.settings, **given)
-    generator = Generator.build(source, device, split=split)
-    return write_chunks(generator, story.play(story.open(generator, history_blocks=0)), output)
+    generator = Generator.build(source, device, split=split, decode_device=decode_device)
+    frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
+    return write_chunks(generator, frames, output)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.inference.generator import Generator, check_prompt, to_frames
+from longtake.inference.generator import Generator, check_prompt, to_bytes, to_frames
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
@@ -167,13 +167,20 @@ class Session:
         self.wanted = replace(self.wanted, target=None if image is None else self.generator.prepare(image))
 
     # ---- frames -----------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def next(self) -> NDArray[np.uint8]:
         """The next frames, uint8 [T, h, w, 3].
 
         The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
         frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`.
+        """
+        return self.begin().cpu().numpy()
+
+    @torch.no_grad()
+    def begin(self) -> Tensor:
+        """The next frames as `next` gives them, but as a tensor on the device that decodes, whose work may still run.
+
+        Raises: as `next`.
         """
         self._check_length()
         before = self.standing.copy() if self.history_blocks else None
@@ -183,7 +190,7 @@ class Session:
             self._change()
         standing = self.standing
         assert standing.stream is not None and standing.decoder is not None
-        frames = to_frames(standing.decoder.decode(standing.stream.next())[0])
+        frames = to_bytes(standing.decoder.decode(standing.stream.next())[0])
         standing.num_frames += len(frames)
         if before is not None:
             self._history.append(before)
@@ -205,7 +212,7 @@ class Session:
             cache.clear()
         scene, unconditional = standing.scene + 1, self._unconditional(condition)
         stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
-        decoder = generator.encoders.vae.decoder_session()
+        decoder = generator.new_decoder()
         self.standing = Standing(replace(self.wanted, target=None), stream, decoder, scene, standing.num_frames)
         self.cut = False
         if self.wanted.target is not None:

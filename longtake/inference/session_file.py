@@ -204,7 +204,7 @@ def _standing(session: Session, values: dict[str, Any], tensors: dict[str, Tenso
         stream.kept.position = start
         stream.kept.append(latents)
     stream.pending = blocks[-1][1] if values["pending"] else None
-    decoder = session.generator.encoders.vae.decoder_session()
+    decoder = session.generator.new_decoder()
     decoder.restore(_part(tensors, "decoder."), values["decoder"])
     return Standing(session.wanted, stream, decoder, values["scene"], values["num_frames"])
 

@@ -8,7 +8,7 @@ specification A and E. This file must not know block plans, roll-outs, objective
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -220,6 +220,8 @@ class VideoDiT(nn.Module):
         # what is kept nevertheless, shared roles say which updates are on.
         self.activation_checkpointing = False
         self.checkpoint_contexts: list[CheckpointContexts] = []
+        # Entered around several calls between which no weight changes (`gathered`): `parallelize` says what it does.
+        self.gathering: Callable[[], AbstractContextManager[None]] = nullcontext
         # Where the network computes, if not where its weights wait (they may wait on the CPU).
         self.compute_device: torch.device | None = None
         self.token_split: TokenSplit | None = None
@@ -254,6 +256,10 @@ class VideoDiT(nn.Module):
         """
         check_heads(self.config.num_heads, 1 if split is None else split.size)
         self.token_split = split
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context for several calls between which no weight changes: sharded weights are gathered once for them."""
+        return self.gathering()
 
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""

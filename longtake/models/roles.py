@@ -98,6 +98,10 @@ class Role(VideoDiT):
         """As `VideoDiT.tokens_per_frame`."""
         return self.base.model.tokens_per_frame(height, width)
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """As `VideoDiT.gathered`, for all roles."""
+        return self.base.model.gathered()
+
     def set_attention(self, attend: Attention) -> None:
         """Replaces the attention of all roles."""
         self.base.model.set_attention(attend)

@@ -74,6 +74,10 @@ class VideoVAE:
         module = load_strictly(AutoencoderKLWan, check_folder(path, "VAE"), torch_dtype=dtype)
         return cls(module.to(device), latents_per_call=latents_per_call)
 
+    def copy_to(self, device: torch.device | str) -> VideoVAE:
+        """Another one with the same weights, on `device`."""
+        return VideoVAE(copy.deepcopy(self.module).to(device), latents_per_call=self.latents_per_call)
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device

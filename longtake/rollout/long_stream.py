@@ -131,20 +131,21 @@ class LongStream:
         switch = self.switch
         learns_from = switch.frame if switch is not None and start < switch.frame < end else start
         new: list[Tensor] = []
-        for begin, stop in self.rules.plan.blocks(start, end):
-            self._settle(begin)
-            block = denoise_block(
-                self.model,
-                self._cache,
-                self.condition,
-                block_noise_at(noise, begin, stop),
-                self.rules.sigmas,
-                exit_step=exit_step,
-                graded=graded and begin >= learns_from,
-            )
-            new.append(block)
-            self._pending = block.detach()
-            self._undecoded.append(self._pending)
+        with self.model.gathered():
+            for begin, stop in self.rules.plan.blocks(start, end):
+                self._settle(begin)
+                block = denoise_block(
+                    self.model,
+                    self._cache,
+                    self.condition,
+                    block_noise_at(noise, begin, stop),
+                    self.rules.sigmas,
+                    exit_step=exit_step,
+                    graded=graded and begin >= learns_from,
+                )
+                new.append(block)
+                self._pending = block.detach()
+                self._undecoded.append(self._pending)
         return self._window(torch.cat(new, 1), learns_from, first=first)
 
     def _settle(self, frame: int) -> None:

@@ -74,15 +74,23 @@ def roll_out(
         spare_frames=evicted if graded and model.activation_checkpointing else 0,
     )
     blocks: list[Tensor] = []
-    if first_latent is not None:
-        commit_block(model, cache, condition, first_latent)
-        blocks.append(first_latent.float())
-    for start, end in rules.plan.blocks(cache.position, num_frames):
-        block_noise = block_noise_at(noise, start, end)
-        clean = denoise_block(model, cache, condition, block_noise, rules.sigmas, exit_step=exit_step, graded=graded)
-        blocks.append(clean)
-        if end < num_frames:
-            commit_block(model, cache, condition, clean)
+    with model.gathered():
+        if first_latent is not None:
+            commit_block(model, cache, condition, first_latent)
+            blocks.append(first_latent.float())
+        for start, end in rules.plan.blocks(cache.position, num_frames):
+            clean = denoise_block(
+                model,
+                cache,
+                condition,
+                block_noise_at(noise, start, end),
+                rules.sigmas,
+                exit_step=exit_step,
+                graded=graded,
+            )
+            blocks.append(clean)
+            if end < num_frames:
+                commit_block(model, cache, condition, clean)
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
     generated[: 0 if first_latent is None else 1] = False
     return RollOut(torch.cat(blocks, 1), generated)

@@ -1,6 +1,6 @@
 """The training loop of every stage.
 
-It reads: resume -> for step: [evaluate?] [sample?] [save?] [stop?] -> fetch -> losses -> backward -> finite? -> clip,
+It reads: resume -> for step: [evaluate?] [sample?] [save?] [stop?] -> data -> losses -> backward -> finite? -> clip,
 step, EMA -> log. What comes before the step needs no special case for the last one. Nothing is caught here: an error
 ends the process (once a save that had begun is complete), and torchrun ends the other ranks or starts all anew.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import sum_gradients
+from longtake.distributed.parallelize import average_gradients, sum_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.runs import checkpoints_folder
@@ -263,6 +263,8 @@ def _iteration(
                     (result.loss / settings.accumulation).backward()
                 loss += result.loss.detach().item() / settings.accumulation
                 metrics.append(result.metrics)
+            with phases("backward"):
+                average_gradients(state.networks[turn], mesh)
             with phases("optimizer"):
                 norm = optimizer.gradient_norm()
         with phases("agree"):

@@ -188,8 +188,10 @@ class _Builder:
             model,
             self.mesh,
             recompute=config.activation_checkpointing if recompute else None,
+            param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
             cpu_offload=config.parallel.cpu_offload,
+            gather_once=config.parallel.gather_once,
         )
 
 

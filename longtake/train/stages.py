@@ -59,13 +59,13 @@ PREFILL_BYTES = 2 << 30
 class InPrecision:
     """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
-    On several ranks autocast must not keep its copies of weights from one forward to the next: the gradient of all
-    forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
+    Where networks are sharded, autocast must not keep its copies of weights from one forward to the next: the gradient
+    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
     """
 
     def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
         self.objective, self.device, self.bf16 = objective, mesh.device, bf16
-        self.keep_copies = not mesh.is_distributed
+        self.keep_copies = mesh.fsdp_mesh is None
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:

@@ -213,7 +213,7 @@ def hanging(folder: Path, mesh: Mesh, where: str) -> None:
     rows, loss = tiny_run.Rows.__next__, tiny_run.TwoPlayers.loss
 
     def read(self):
-        if mesh.rank == 1 and where == "fetch" and self.position == 5 * tiny_run.BATCH:
+        if mesh.rank == 1 and where == "data" and self.position == 5 * tiny_run.BATCH:
             time.sleep(600)
         return rows(self)
 
@@ -232,7 +232,7 @@ SCENARIOS: dict[str, Callable[[Path, Mesh], None]] = {
     "nan": lambda folder, mesh: train(folder, mesh, steps=12, loop={}),
     "starved": starved,
     "unchecked": unchecked,
-    "fetch": lambda folder, mesh: hanging(folder, mesh, "fetch"),
+    "data": lambda folder, mesh: hanging(folder, mesh, "data"),
     "critic": lambda folder, mesh: hanging(folder, mesh, "critic"),
 }
 

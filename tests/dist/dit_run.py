@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_batches import make_batch
 from tiny_models import make_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.data.order import batch_rows
 from longtake.distributed.mesh import Mesh, init_mesh
@@ -152,7 +153,9 @@ def stream(mesh: Mesh) -> tuple[dict[str, torch.Tensor], list[int]]:
 
 
 def clocks(mesh: Mesh) -> Seen:
-    """What reaches the timestep embedding of a model that computes in bfloat16, for [B] and for [B, F] levels."""
+    """What reaches the timestep embedding of a model that computes in bfloat16, for [B] and for [B, F] levels, and the
+    type in which the matrices of a block are gathered.
+    """
     model = parallelize(make_dit(4), mesh, param_dtype=torch.bfloat16)
     batch = make_batch(make_dit(0), [0, 1], 4)
     seen: Seen = []
@@ -161,19 +164,57 @@ def clocks(mesh: Mesh) -> Seen:
         seen.append({"dtype": str(timestep.dtype), "clock": timestep.tolist()})
         return sinusoid(timestep, width)
 
-    def look(module: object, arguments: tuple) -> None:
-        seen[-1]["matrices"] = str(arguments[0].dtype)
+    def look(module: torch.nn.Module, arguments: tuple) -> None:
+        seen[-1]["matrices"] = str(module[0].weight.dtype)
 
     model.blocks[1].ffn.register_forward_pre_hook(look)
     whole = make_dit(4)
     with patch.object(dit, "sinusoid", spy), torch.no_grad():
         for sigma in (torch.tensor(SIGMAS[:2]), torch.tensor([SIGMAS, SIGMAS[::-1]])):
-            out = model(batch.latents, sigma, batch.condition)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                out = model(batch.latents, sigma, batch.condition)
             seen[-1]["sigma"], seen[-1]["out"] = sigma.tolist(), str(out.dtype)
             with patch.object(dit, "sinusoid", sinusoid):
                 wanted = whole(batch.latents, sigma, batch.condition)
             seen[-1]["error"] = float((out - wanted).norm() / wanted.norm())
     return seen
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the collectives that gather."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.number += "allgather" in str(function)
+        return function(*arguments, **(options or {}))
+
+
+def gathers(mesh: Mesh) -> dict[str, list[int]]:
+    """Collectives of two roll-outs without gradient, the weights changed between them, and how far each is from a
+    process of its own: with weights gathered once a roll-out, and with weights gathered for each pass.
+    """
+    found: dict[str, list[int]] = {}
+    batch = make_batch(make_dit(0), [0, 1], FRAMES)
+
+    def noise(start: int, end: int, step: int) -> torch.Tensor:
+        return Draws(5).noise(start, "stream", batch.indices, (end - start, 16, *batch.latent_size), part=step)
+
+    def unrolled(model: torch.nn.Module) -> torch.Tensor:
+        return roll_out(model, batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size).latents
+
+    for name, once in (("once", True), ("each pass", False)):
+        model, whole = parallelize(make_dit(4), mesh, gather_once=once), make_dit(4)
+        found[name] = []
+        for _ in range(2):
+            with torch.no_grad(), Gathers() as counted:
+                latents = unrolled(model)
+            found[name].append(counted.number)
+            with torch.no_grad():
+                assert torch.allclose(latents, unrolled(whole), rtol=0, atol=1e-6)
+                for parameter in (*model.parameters(), *whole.parameters()):
+                    parameter.mul_(0.9)  # shards, as an optimizer sees them
+    return found
 
 
 def run(folder: Path, mesh: Mesh) -> None:
@@ -186,6 +227,7 @@ def run(folder: Path, mesh: Mesh) -> None:
         seen["dmd_recomputed"] = train_two_updates(folder / "dmd_recomputed", "dmd", mesh, checkpointing=True)
         seen["causal_recomputed"] = train_two_updates(folder / "causal_recomputed", "causal", mesh, checkpointing=True)
         seen["clocks"] = clocks(mesh)
+        seen["gathers"] = gathers(mesh)
     latents, projections = stream(mesh)
     save_file(latents, folder / f"rank{mesh.rank}.safetensors")
     (folder / f"rank{mesh.rank}.json").write_text(json.dumps(seen | {"projections": projections}))

@@ -103,6 +103,14 @@ def test_the_clock_is_exact_when_a_sharded_model_computes_in_bfloat16(two):
             assert call["matrices"] == "torch.bfloat16" and 1e-4 < call["error"] < 0.05
 
 
+def test_a_roll_out_gathers_sharded_weights_once_and_sees_what_changed_between_two(two):
+    """The numbers are compared with a process of its own in `dit_run.gathers`."""
+    units = 2 + 1  # blocks, and the rest
+    for counts in seen(two, "gathers"):
+        assert counts["once"] == [units, units]
+        assert counts["each pass"][0] == counts["each pass"][1] > 5 * units
+
+
 def test_a_cached_roll_out_of_two_ranks_is_that_of_one(one, two):
     whole = load_file(one / "rank0.safetensors")
     parts = [load_file(two / f"rank{rank}.safetensors") for rank in (0, 1)]

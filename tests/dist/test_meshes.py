@@ -20,10 +20,14 @@ MESHES = {
     "2 shard": {},
     "2 replicate": {"replicate": 2},
     "2 sequence": {"sequence": 2},
+    "2 whole": {"weights": "whole"},
+    "2 whole, sequence": {"weights": "whole", "sequence": 2},
+    "2 gathered each time": {"gather_once": False},
     "4 shard": {},
     "4 replicate x shard": {"replicate": 2},
     "4 shard x sequence": {"sequence": 2},
     "4 replicate x sequence": {"replicate": 2, "sequence": 2},
+    "4 whole, sequence": {"weights": "whole", "sequence": 2},
 }
 STAGES = tuple(mesh_run.STAGES)
 LORA = {"lora": {"rank": 2, "alpha": 4}, "critic": {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}}

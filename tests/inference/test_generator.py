@@ -13,6 +13,8 @@ from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
 from longtake.inference.generator import generate_file, to_frames
 from longtake.inference.sampling import stream_noise, student_latents
+from longtake.inference.session import Session
+from longtake.inference.source import Source
 from longtake.inference.video_io import read_video
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.encoders import Encoders, ImageEncoder
@@ -157,6 +159,39 @@ def test_two_streams_at_once_do_not_mix(generator, video, other_video):
     pairs = list(zip(a, b, strict=True))
     assert np.array_equal(np.concatenate([x for x, _ in pairs]), video[:17])
     assert np.array_equal(np.concatenate([y for _, y in pairs]), other_video)
+
+
+def test_a_block_ahead_of_what_is_fetched_gives_the_same_frames(generator, video, monkeypatch):
+    order = []
+    begin = Session.begin
+    monkeypatch.setattr(Session, "begin", lambda self: order.append("begin") or begin(self))
+    for ahead, wanted in ((False, "bfbfbf"), (True, "bbfbff")):
+        order.clear()
+        chunks = []
+        for chunk in generator.stream(PICTURE, WORLD.caption, num_frames=17, ahead=ahead):
+            order.append("fetch")
+            chunks.append(chunk)
+        assert np.array_equal(np.concatenate(chunks), video[:17])
+        assert "".join(what[0] for what in order) == wanted
+
+
+def test_a_second_device_decodes_with_a_copy_of_the_vae(run, video, tmp_path):
+    generator = Generator.build(Source.of_run(run), "cpu", decode_device="cpu")
+    calls = []
+    generator.decoding_vae.module.decoder.register_forward_hook(lambda *_: calls.append("copy"))
+    generator.encoders.vae.module.decoder.register_forward_hook(lambda *_: calls.append("own"))
+    assert np.array_equal(frames_of(generator), video[:17]) and set(calls) == {"copy"}
+    session = generator.open(PICTURE, WORLD.caption)
+    first = [session.next() for _ in range(2)]
+    session.save(tmp_path / "saved")
+    assert np.array_equal(np.concatenate(first), video[: sum(map(len, first))])
+    calls.clear()
+    assert np.array_equal(generator.resume(tmp_path / "saved").next(), session.next()) and set(calls) == {"copy"}
+    for name in ("nowhere", "cuda:9"):
+        with pytest.raises(ConfigError, match=f"decode_device={name} cannot be used"):
+            Generator.build(Source.of_run(run), "cpu", decode_device=name)
+    with pytest.raises(ConfigError, match="is for one process; processes that share"):
+        Generator.build(Source.of_run(run), "cpu", decode_device="cpu", split=object())
 
 
 def latents_of(generator, seeds_of_videos, num_frames=5):

@@ -64,6 +64,8 @@ def test_other_weights_than_the_teachers_are_refused(workshop, tmp_path):
     [
         ({"lora": None, "critic": {"lr": 1e-3}}, "roles=shared needs low-rank updates of the student"),
         ({"parallel": {"master_weights": "bfloat16"}}, "master_weights=bfloat16 computes in bfloat16; set precision=b"),
+        ({"parallel": {"weights": "whole", "replicate": 2}}, "weights=whole keeps all.*replicate=2 has no meaning"),
+        ({"parallel": {"weights": "whole", "cpu_offload": True}}, "leave cpu_offload at False, or set parallel.weig"),
         ({"activation_checkpointing": "some"}, "activation_checkpointing"),
     ],
 )
