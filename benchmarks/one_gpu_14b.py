@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = [1.0, 0.75, 0.5, 0.25]
 ITERATIONS = 2
 IMAGE_TOKENS = 257
+_FACTOR = "lora_B.default.weight"  # 0 before the first update
 GIB = 2**30
 
 
@@ -250,7 +251,8 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     state = stages._state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)
     settings = LoopSettings(config.max_steps, save_every=0)
-    before = {key: value.clone() for key, value in state.tensors().items() if key.endswith("lora_B.default.weight")}
+    # On the host: copies on the GPU would count as memory of the training.
+    before = {key: value.cpu().clone() for key, value in state.tensors().items() if key.endswith(_FACTOR)}
     result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in real.parameters()),
         "trained parameters": {
@@ -276,7 +278,7 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     after = state.tensors()
     result["losses"] = losses
     result["finite"] = bool(losses) and None not in losses.values()
-    result["updates that moved"] = sum(not torch.equal(after[key], value) for key, value in before.items())
+    result["updates that moved"] = sum(not torch.equal(after[key].cpu(), value) for key, value in before.items())
     result["updates"] = len(before)
     result["seconds"] = {
         f"{key.rpartition('/')[2]}, iteration {row['step']}": row[key]
@@ -285,8 +287,10 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
         if key in row
     }
     if device.type == "cuda":
-        result["peak GiB"] = watched.peaks
-        result["most GiB"] = max(watched.peaks.values())
+        # The loop reads and resets the peak at the end of an iteration: that of its last update, the critic's.
+        ends = {f"critic update, iteration {row['step']}": row["memory_gib"] for row in rows}
+        result["peak GiB"] = {key: max(peak, ends.get(key, 0.0)) for key, peak in watched.peaks.items()}
+        result["most GiB"] = max(result["peak GiB"].values())
         result["reserved GiB"] = torch.cuda.max_memory_reserved(device) / GIB
     result["limit GiB"] = case.limit_gib
     result["case seconds"] = time.perf_counter() - start

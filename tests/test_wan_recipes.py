@@ -15,7 +15,7 @@ from longtake.cli import app
 from longtake.config import JobConfig, StageConfig, load_config
 from longtake.data.encoded import read_index
 from longtake.doctor.files import look_at
-from longtake.doctor.memory import stage_need
+from longtake.doctor.need import stage_need
 from longtake.models.lora_files import is_adapter, read_base
 from longtake.runs import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows

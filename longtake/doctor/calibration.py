@@ -1,7 +1,8 @@
 """Constants from measurements: what `benchmarks/full_size.py` wrote on one GPU into its `results.json`.
 
-Kernel rates are taken as they are. Whole updates, by kind and exit step, are compared with the model; one factor
-(`slowdown`) makes their sum right, and what is left shows where the model is wrong.
+Kernel rates are taken as they are. Whole updates, by kind and exit step, are compared with the model: `slowdown` makes
+the sum of those right that call whole clips only, `slowdown_blocks` that of the roll-outs in the others. What is left
+shows where the model is wrong.
 """
 
 from __future__ import annotations
@@ -23,25 +24,38 @@ from longtake.models.dit import DiTConfig
 from longtake.models.folders import image_token_count
 from longtake.rollout.work import CRITIC
 
+SAME_CLIPS = "critic update on the same clips"
+
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of one kind of update at one exit step, without the optimizer, of one GPU."""
+    """Seconds of one kind of update at one exit step, without the optimizer, of one GPU; `clips` and `blocks` as
+    predicted, in calls of whole clips and in calls of a block.
+    """
 
     what: str
-    predicted: float
+    clips: float
+    blocks: float
     measured: float
+
+    @property
+    def predicted(self) -> float:
+        return self.clips + self.blocks
 
 
 def measured_rates(rates: Rates, file: Path) -> Rates:
     """`rates` with all that a `results.json` tells. Raises: ConfigError when the file is not there or is none."""
     results = read_results(file)
     rates = kernel_rates(rates, results)
-    rows = compared(rates.replaced("assumed", slowdown=1.0), results)
+    rows = compared(rates.replaced("assumed", slowdown=1.0, slowdown_blocks=1.0), results)
     if not rows:
         return rates
-    ratio = sum(row.measured for row in rows) / sum(row.predicted for row in rows)
-    return rates.replaced("measured", slowdown=ratio)
+    alone = [row for row in rows if not row.blocks] or rows
+    clips = sum(row.measured for row in alone) / sum(row.predicted for row in alone)
+    both = [row for row in rows if row.blocks]
+    left = sum(row.measured - clips * row.clips for row in both)
+    blocks = left / sum(row.blocks for row in both) if left > 0 else clips
+    return rates.replaced("measured", slowdown=clips, slowdown_blocks=blocks)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -80,7 +94,7 @@ def compared(rates: Rates, results: Mapping[str, Any]) -> list[Compared]:
         model = SpeedModel(config, Networks(size, size, size), Layout(1), rates, tokens)
         for kind, cells in training["seconds by exit step"].items():
             for step, seconds in cells.items():
-                rows.append(Compared(f"{kind}, exit step {step}", _update_seconds(model, kind, float(step)), seconds))
+                rows.append(Compared(f"{kind}, exit step {step}", *_update_seconds(model, kind, float(step)), seconds))
     return rows
 
 
@@ -90,11 +104,16 @@ def _trainings(results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield values
 
 
-def _update_seconds(model: SpeedModel, kind: str, exit_step: float) -> float:
-    total = 0.0
+def _update_seconds(model: SpeedModel, kind: str, exit_step: float) -> tuple[float, float]:
+    """Of calls of whole clips, and of a block."""
+    clips = blocks = 0.0
     for each in model.passes(kind == "generator update", exit_step):
         of_critic = each.network == CRITIC and each.graded
-        if of_critic if kind == "generator update" else kind == "critic update on the same clips" and not of_critic:
+        if of_critic if kind == "generator update" else kind == SAME_CLIPS and not of_critic:
             continue
-        total += each.times * (model.forward_seconds(each) + (model.backward_seconds(each) if each.graded else 0.0))
-    return total
+        seconds = each.times * (model.forward_seconds(each) + (model.backward_seconds(each) if each.graded else 0.0))
+        if each.phase == "rollout":
+            blocks += seconds
+        else:
+            clips += seconds
+    return clips, blocks

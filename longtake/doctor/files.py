@@ -10,7 +10,7 @@ from pathlib import Path
 from longtake.config import JobConfig, StageConfig, is_path
 from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
-from longtake.doctor.memory import Networks
+from longtake.doctor.memory import VAE_WIDTH, Networks
 from longtake.errors import CheckpointError, LongtakeError
 from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
@@ -30,12 +30,13 @@ from longtake.models.weights import open_dit
 class Findings:
     """What a stage reads: `missing` with the way to get it, `notes`, sizes of networks and bytes of encoders.
 
-    `encoder_bytes` is None where their files are not there.
+    `encoder_bytes` is None where their files are not there; `vae_width` is the VAE's `base_dim`.
     """
 
     networks: Networks
     encoder_bytes: int | None
     image_tokens: int
+    vae_width: int = VAE_WIDTH
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,11 +68,15 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
         teacher,
         generator if shows else None,
     )
-    # Training from an encoded set loads no encoder.
+    # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
     stored = is_encoded(Path(config.data.path))
-    encoder_bytes = 0 if stored else _encoders(config, generator.image_dim is not None, missing)
+    wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
+    if generator.image_dim is None:
+        wanted.discard("image_encoder")
+    encoder_bytes = 0 if stored and config.stage != "long" else _encoders(config, wanted, missing)
     _data(config, job, missing)
-    return Findings(networks, encoder_bytes, image_token_count(config.encoders_folder), missing, notes)
+    tokens = image_token_count(config.encoders_folder)
+    return Findings(networks, encoder_bytes, tokens, _vae_width(config.encoders_folder), missing, notes)
 
 
 def _weights(
@@ -104,13 +109,19 @@ def _where_to_get(path: Path) -> str:
     return f"; get it with `hf download {repository} --local-dir {path}`"
 
 
-def _encoders(config: StageConfig, with_image: bool, missing: list[str]) -> int | None:
+def _vae_width(folder: Path) -> int:
+    """`base_dim` of the VAE in a folder that says it, else Wan2.1's."""
+    file = folder / "vae" / "config.json"
+    return int(json.loads(file.read_text()).get("base_dim", VAE_WIDTH)) if file.is_file() else VAE_WIDTH
+
+
+def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int | None:
     folder = config.encoders_folder
-    absent = missing_encoders(folder, with_image=with_image)
+    absent = missing_encoders(folder, with_image="image_encoder" in wanted)
     missing += [f"encoders: {what}" for what in absent]
     if absent:
         return None
-    parts = [part for part in ENCODER_PARTS if with_image or part.folder != "image_encoder"]
+    parts = [part for part in ENCODER_PARTS if part.folder in wanted]
     return sum(
         _number_bytes(config, part) * _elements(file, part) for part in parts for file in encoder_files(folder, part)
     )

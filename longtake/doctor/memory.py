@@ -12,9 +12,14 @@ With D the width and M the hidden width of the MLP, a token keeps
 
 and each attended past frame of a roll-out 2 D values a token and layer. With activation checkpointing a layer keeps
 its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast float32 matrices also have
-bfloat16 copies. One rank keeps those of every trained network, because torch caches them; several ranks make them anew
-in each call (`InPrecision`), so that one block's are there at a time, or without recomputation those of every graded
-call. A distillation needs the larger one of its two updates. The critic's has no cache but in long tuning.
+bfloat16 copies. One rank keeps those of every trained network until the loss is there, because torch caches them;
+several ranks make them anew in each call (`InPrecision`), so that one block's are there at a time, or without
+recomputation those of every graded call.
+
+What comes and goes is not all there at once. An update has a moment at the end of its forward, with the copies and
+what one pass without gradient holds (the scores), and one in its backward, with gradients and the block that is
+recomputed; its gradients are dropped before the other network is updated. A stage needs the moment that needs most
+(`need.py`). On one H200 these moments were within -1 and 5 % of what was allocated (docs/log.md, 2026-11-26).
 
 Loading fills shards from the files (`distributed/materialize.py`); only random first weights are whole on each rank.
 
@@ -24,19 +29,17 @@ Must know no file and no device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longtake.config import LoraConfig, StageConfig
-    from longtake.doctor.layout import Layout
+    from longtake.config import LoraConfig
     from longtake.models.dit import DiTConfig
     from longtake.structs import BlockPlan
 
 _FLOAT, _BF16 = 4, 2
 _INT8_BLOCK, _INT8_FROM = 256, 4096  # numbers with one scale; the smallest tensor that has any (train/moments.py)
-# What the model does not count: the CUDA context, fragments of the allocator, remembered encodings.
-HEADROOM = 1.1
+VAE_WIDTH = 96  # `base_dim` of Wan2.1's VAE
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,16 @@ def gathered_bytes(config: DiTConfig, world_size: int) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """What passes through a network at once: batch, latent frames, tokens of a frame, tokens of the two contexts."""
+    """What passes through a network at once: batch, latent frames, tokens of a frame, tokens of the two contexts;
+    `pixels` of a frame.
+    """
 
     batch: int
     frames: int
     tokens: int
     text_tokens: int
     image_tokens: int = 0
+    pixels: int = 0
 
 
 def cache_bytes(
@@ -203,12 +209,27 @@ def _ends_bytes(config: DiTConfig, clip: Clip) -> int:
     return _FLOAT * clip.batch * clip.frames * clip.tokens * (4 * config.dim + config.in_channels * patch)
 
 
-def pass_bytes(config: DiTConfig, clip: Clip, *, precision: str, checkpointing: bool) -> int:
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that graded calls keep: `stored` until their backward, `last` of them by the call whose backward is first,
+    and `layer` where a block is computed again.
+    """
+
+    stored: int
+    last: int
+    layer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.stored + self.layer
+
+
+def pass_bytes(config: DiTConfig, clip: Clip, *, precision: str, checkpointing: bool) -> Activations:
     """Activations of one graded forward over `clip.frames` entries, and of the recomputation in its backward."""
     tokens = clip.batch * clip.frames * clip.tokens
     layer = tokens * block_bytes_per_token(config, precision) + _context_bytes(config, clip, precision)
-    kept = config.num_layers * (_FLOAT * config.dim * tokens) + layer if checkpointing else config.num_layers * layer
-    return kept + _ends_bytes(config, clip)
+    inputs = config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
+    return Activations(inputs + _ends_bytes(config, clip), inputs, layer if checkpointing else 0)
 
 
 def roll_out_bytes(
@@ -221,26 +242,36 @@ def roll_out_bytes(
     given_frames: int,
     precision: str,
     checkpointing: bool,
-) -> int:
+) -> Activations:
     """Activations of a graded roll-out: every block's exit step, each with the past that it attended to."""
     size = _BF16 if precision == "bf16" else _FLOAT
-    total = largest = 0
+    total = largest = inputs = 0
     for start, end in plan.blocks(given_frames, clip.frames):
         one = Clip(clip.batch, end - start, clip.tokens, clip.text_tokens, clip.image_tokens)
         past = len(plan.attended(start, end, window_frames, sink_frames))
         keys = clip.batch * past * clip.tokens * 2 * config.dim * size
         tokens = one.batch * one.frames * one.tokens
         layer = tokens * block_bytes_per_token(config, precision) + keys + _context_bytes(config, one, precision)
-        total += config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
-        total += _ends_bytes(config, one)
+        inputs = config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
+        total += inputs + _ends_bytes(config, one)
         largest = max(largest, layer)
-    return total + (largest if checkpointing else 0)
+    return Activations(total, inputs, largest if checkpointing else 0)
 
 
 def working_bytes(config: DiTConfig, clip: Clip, precision: str) -> int:
     """What a forward without gradient holds at once: the stream, a norm, q, k, v and float32 copies, the MLP."""
     size = _BF16 if precision == "bf16" else _FLOAT
     return clip.batch * clip.frames * clip.tokens * (12 * config.dim + size * (4 * config.dim + 2 * config.ffn_dim))
+
+
+def vae_bytes(clip: Clip, vae_width: int) -> tuple[int, int]:
+    """Of the VAE in long tuning: what a decoder keeps from call to call, and what decoding and encoding hold beside.
+
+    A pixel, for Wan2.1's VAE of width 96: 9458 bytes, counted; 18,000, of which 14,300 were counted (encoding) and the
+    rest is what convolutions took on one H200.
+    """
+    pixels = clip.batch * clip.pixels * vae_width // VAE_WIDTH
+    return 9458 * pixels, 18_000 * pixels
 
 
 @dataclass(frozen=True)
@@ -260,164 +291,3 @@ class Networks:
     def loaded(self) -> list[DiTConfig]:
         """All networks."""
         return [n for n in (self.generator, self.critic, self.teacher, self.shown) if n is not None]
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that one rank needs, by what for; `alternative` is the total with checkpointing switched over, `loading`
-    what there is before the first iteration, `checkpoint` the disk that one checkpoint takes.
-    """
-
-    parts: dict[str, int] = field(default_factory=dict)
-    alternative: int = 0
-    loading: int = 0
-    checkpoint: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def peak(self) -> int:
-        """The larger one of training and loading."""
-        return max(self.total, self.loading)
-
-
-def stage_need(
-    config: StageConfig,
-    networks: Networks,
-    world_size: int,
-    *,
-    encoder_bytes: int = 0,
-    image_tokens: int = 0,
-    layout: Layout | None = None,
-) -> Need:
-    """What each of `world_size` ranks needs to train a stage. Networks are sharded, encoders are not.
-
-    Args: `layout`, where the ranks are not all data ranks over which one copy of each network is sharded.
-    """
-    precision = config.precision
-    sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
-    data_ranks = world_size
-    if layout is not None:
-        sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
-        data_ranks, world_size = layout.data_ranks, layout.shards
-    critic, masters = config.critic, config.parallel.master_weights
-    trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
-    if networks.critic is not None:
-        assert critic is not None
-        trained.append(_Trained(networks.critic, critic.lora, critic.moments))
-    values = sum(master_bytes(each.network, each.lora, masters) for each in trained)
-    # With shared roles the teacher is the base of the others.
-    bases = sum(weight_bytes(each.network, precision) for each in trained if each.lora is not None and not shared)
-    frozen = 0 if networks.teacher is None else weight_bytes(networks.teacher, _frozen_type(config))
-    shown = 0 if networks.shown is None else weight_bytes(networks.shown)
-    student = _FLOAT * trained_count(networks.generator, config.lora)
-    average = student if config.ema.enabled else 0
-    optimizer = sum(optimizer_bytes(each.network, each.lora, each.moments) for each in trained)
-    clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
-    modes = {
-        on: _larger_update(config, networks, clip, checkpointing=on, ranks=data_ranks * sequence, sequence=sequence)
-        for on in (False, True)
-    }
-    on = bool(config.activation_checkpointing)
-    parts = {
-        "weights": (values + bases) // world_size,
-        "gradients": values // world_size,
-        "optimizer": optimizer // world_size,
-        "average": average // world_size,
-        "frozen networks": frozen // world_size + shown,
-        "gathered shards": max(gathered_bytes(network, world_size) for network in networks.loaded),
-        **modes[on],
-        "working memory": working_bytes(networks.teacher or networks.generator, clip, precision) // sequence,
-        "encoders": encoder_bytes,
-    }
-    if offload:  # shards, their gradients, optimizer and average lie in the host's memory
-        parts |= dict.fromkeys(("weights", "gradients", "optimizer", "average"), 0)
-    other = sum(parts.values()) + sum(modes[not on].values()) - sum(modes[on].values())
-    whole = weight_bytes(networks.generator) if config.init_from is None else 0
-    loading = encoder_bytes + parts["frozen networks"] + max(whole, parts["weights"])
-    return Need(parts, other, loading, values + optimizer + average + student + average)
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A network that is trained: its size, its updates and the type of its moments."""
-
-    network: DiTConfig
-    lora: LoraConfig | None
-    moments: str
-
-
-def _frozen_type(config: StageConfig) -> str:
-    kept = config.parallel.frozen_weights
-    return config.precision if kept == "auto" else {"float32": "fp32", "bfloat16": "bf16"}[kept]
-
-
-def _larger_update(
-    config: StageConfig, networks: Networks, clip: Clip, *, checkpointing: bool, ranks: int, sequence: int
-) -> dict[str, int]:
-    """What comes and goes in an iteration, of the update that needs more of it."""
-    options = {"precision": config.precision, "checkpointing": checkpointing}
-    generator, critic = networks.generator, networks.critic
-    found: list[dict[str, int]] = []
-
-    def add(cache: int, activations: int, calls: int, *, of_critic: bool = False) -> None:
-        copies = _copies(config, networks, calls, of_critic=of_critic, ranks=ranks, checkpointing=checkpointing)
-        parts = {"bfloat16 copies": copies, "cache": cache // sequence, "activations": activations // sequence}
-        found.append(parts)
-
-    if critic is None:
-        frames = 2 * clip.frames if config.stage == "causal" else clip.frames  # [clean | noisy]
-        passed = replace(clip, frames=frames)
-        add(0, pass_bytes(generator, passed, **options), 1)  # type: ignore[arg-type]
-        return found[0]
-    plan = config.plan
-    given = 1 if config.model.image_condition == "i2v" else 0
-    roll_out = roll_out_bytes(
-        generator,
-        clip,
-        plan.blocks,
-        window_frames=plan.window_frames,
-        sink_frames=plan.sink_frames,
-        given_frames=given,
-        **options,  # type: ignore[arg-type]
-    )
-    cache = _stage_cache(config, generator, clip, checkpointing=checkpointing)
-    add(cache, roll_out, len(list(plan.blocks.blocks(given, clip.frames))))
-    kept = cache if config.stage == "long" else 0
-    add(kept, pass_bytes(critic, clip, **options), 1, of_critic=True)  # type: ignore[arg-type]
-    return max(found, key=lambda parts: sum(parts.values()))
-
-
-def _copies(
-    config: StageConfig, networks: Networks, calls: int, *, of_critic: bool, ranks: int, checkpointing: bool
-) -> int:
-    """Bytes of bfloat16 copies in an update of one network by `calls` graded calls."""
-    if config.precision != "bf16":
-        return 0
-    masters = config.parallel.master_weights
-    generator = autocast_bytes(networks.generator, config.lora, masters)
-    critic = 0
-    if networks.critic is not None:
-        assert config.critic is not None
-        critic = autocast_bytes(networks.critic, config.critic.lora, masters)
-    if ranks == 1:  # torch remembers them until the end of the update
-        return generator + critic
-    own, graded = (critic, networks.critic) if of_critic else (generator, networks.generator)
-    assert graded is not None
-    return own // graded.num_layers if checkpointing else own * calls
-
-
-def _stage_clip(config: StageConfig, generator: DiTConfig, world_size: int, image_tokens: int) -> Clip:
-    shape = config.video.shape
-    patch = generator.patch_size
-    tokens = (shape.latent_height // patch[1]) * (shape.latent_width // patch[2])
-    tokens_image = image_tokens if generator.image_dim is not None else 0
-    return Clip(config.micro_batch(world_size), shape.num_latent_frames, tokens, generator.text_len, tokens_image)
-
-
-def _stage_cache(config: StageConfig, generator: DiTConfig, clip: Clip, *, checkpointing: bool) -> int:
-    window = config.plan.window_frames
-    spare = max(0, clip.frames - window) if window is not None and checkpointing else 0
-    return cache_bytes(generator, clip, window_frames=window, spare_frames=spare, precision=config.precision)

@@ -1,8 +1,9 @@
 """The constants of the speed model, in one table: what kernels, memory and links reach, and how each is known.
 
-`measured` values were taken on one NVIDIA H200 (torch 2.11, CUDA 13, 2026-11-23) with random data at the shapes of the
-1.3B model at 480x832. `assumed` ones are nobody's measurement: replace them first. `calibration.py` takes what
-`benchmarks/full_size.py` measured. For another device, all compute rates are scaled by its data-sheet peaks.
+`measured` values were taken on one NVIDIA H200 (torch 2.11, CUDA 13) with random data at 480x832: kernels and whole
+steps of the 1.3B model by `benchmarks/full_size.py` on 2026-11-26 (docs/log.md), as `longtake doctor --measured` reads
+its results; attention's backward and the copy rate on 2026-11-23. `assumed` ones are nobody's measurement: replace them
+first. For another device all compute rates are scaled by its data-sheet peaks, and nothing counts as measured.
 """
 
 from __future__ import annotations
@@ -29,23 +30,26 @@ class Constant:
 
 
 _TABLE: dict[str, Constant] = {
-    "products": Constant(700e12, "FLOP/s", "measured", "bfloat16 matrix products (694 and 709)", "bf16"),
-    "attention_long": Constant(573e12, "FLOP/s", "measured", "attention forward, whole clip, cuDNN", "bf16"),
-    "attention_block": Constant(516e12, "FLOP/s", "measured", "attention forward, block and window, cuDNN", "bf16"),
+    "products": Constant(782e12, "FLOP/s", "measured", "bfloat16 matrix products, 8192^3", "bf16"),
+    "attention_long": Constant(569e12, "FLOP/s", "measured", "attention forward, 21 frames to 21, cuDNN", "bf16"),
+    "attention_block": Constant(582e12, "FLOP/s", "measured", "attention forward, 4 frames to 13, cuDNN", "bf16"),
     "attention_backward": Constant(534e12, "FLOP/s", "measured", "attention backward, whole clip, cuDNN", "bf16"),
     "attention_masked": Constant(300e12, "FLOP/s", "assumed", "masked attention (flex), both directions", "bf16"),
     "float32_share": Constant(0.8, "", "assumed", "of the data-sheet peak, for fp32 products and attention"),
     "memory": Constant(4.3e12, "B/s", "measured", "element-wise operations: device copy, read and written", "memory"),
     "call": Constant(6e-6, "s", "assumed", "the host's time to start one operation of eager PyTorch"),
     "compiled_bytes": Constant(0.4, "", "assumed", "share of element-wise bytes and calls left by torch.compile"),
-    "optimizer_bytes": Constant(84.0, "B", "assumed", "moved by norm and AdamW for each trained number of a shard"),
+    "optimizer_bytes": Constant(
+        72.0, "B", "measured", "moved by norm and AdamW for a trained number (25 ms of 1.56e9)"
+    ),
     "link": Constant(340e9, "B/s", "assumed", "one direction of a GPU's links in a node (data sheet 450e9)", "link"),
     "network": Constant(40e9, "B/s", "assumed", "one direction of a GPU's share between nodes (400 Gb/s: 50e9)"),
     "host_link": Constant(50e9, "B/s", "assumed", "between a GPU and its host's memory (PCIe 5 x16: 64e9)"),
     "hop_node": Constant(2e-6, "s", "assumed", "one step of a ring inside a node"),
     "hop_network": Constant(6e-6, "s", "assumed", "one step of a ring that leaves a node"),
     "overlap": Constant(0.8, "", "assumed", "share of computing behind which gathering of weights can hide"),
-    "slowdown": Constant(1.0, "", "assumed", "computing seconds over those of this model: nothing but counted work"),
+    "slowdown": Constant(1.146, "", "measured", "seconds of calls of whole clips over those of counted work"),
+    "slowdown_blocks": Constant(1.39, "", "measured", "seconds of roll-out calls, a block each, over counted work"),
 }
 
 
@@ -89,10 +93,7 @@ def rates_of(device: str = "H200") -> Rates:
         "bf16": wanted.bf16 / reference.bf16,
         "memory": wanted.memory_bandwidth / reference.memory_bandwidth,
         "link": wanted.link / reference.link,
+        "": 1.0,
     }
-    scaled = {
-        name: replace(one, value=one.value * ratios[one.scales], known="assumed")
-        for name, one in _TABLE.items()
-        if one.scales
-    }
-    return Rates(wanted, {**_TABLE, **scaled})
+    scaled = {name: replace(one, value=one.value * ratios[one.scales], known="assumed") for name, one in _TABLE.items()}
+    return Rates(wanted, scaled)

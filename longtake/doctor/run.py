@@ -13,7 +13,8 @@ from longtake.doctor.calibration import measured_rates
 from longtake.doctor.files import Findings, look_at
 from longtake.doctor.layout import Layout, layout_of, with_shared_base
 from longtake.doctor.machine import Machine, free_disk, look
-from longtake.doctor.memory import HEADROOM, Need, parameter_count, stage_need
+from longtake.doctor.memory import parameter_count
+from longtake.doctor.need import HEADROOM, Need, stage_need
 from longtake.doctor.rates import Rates, rates_of
 from longtake.doctor.speed import Prediction, SpeedModel
 from longtake.doctor.table import markdown
@@ -63,7 +64,8 @@ class StageReport:
 
     def _prediction_lines(self) -> list[str]:
         guess, layout = self.prediction, self.layout
-        basis = "calibrated by measured steps" if self.rates.is_calibrated else "no whole step was measured"
+        known = self.rates.is_calibrated
+        basis = "computing by measured steps of one GPU" if known else "no whole step was measured on one"
         phases = ", ".join(f"{name} {value:.2f}" for name, value in guess.seconds.items() if value >= 0.005)
         return [
             f"  predicted for {layout.gpus} x {self.rates.device.name} in nodes of {layout.gpus_per_node} ({basis}): "
@@ -217,6 +219,7 @@ def _stage(config: StageConfig, job: JobConfig | None, machine: Machine, plan: P
         encoder_bytes=found.encoder_bytes or 0,
         image_tokens=found.image_tokens,
         layout=layout,
+        vae_width=found.vae_width,
     )
     prediction = SpeedModel(config, found.networks, layout, plan.rates, found.image_tokens).predict()
     if plan.device is not None:

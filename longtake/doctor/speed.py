@@ -6,7 +6,10 @@ token and layer were counted from the operations of the model as eager PyTorch r
 
     under bfloat16 autocast  363 D + 4 M forward, 647 D + 8 M backward; without autocast 273 D + 8 M and 593 D + 16 M
     each attended token of a cache  relative positions 64 D forward, 68 D and 56 D graded; absolute 12 D, 16 D and 0
+    low-rank updates of all layers under bfloat16  58 D + 10 M more forward, 8 M - 60 D more backward
     and 6.3 bytes a weight and call for the bfloat16 copies of float32 weights
+
+Calls of a whole clip and calls of a block against a cache have a measured factor each (`slowdown`, `slowdown_blocks`).
 
 Networks: FSDP gathers each block's weights in every forward and once more in every backward, where gradients are also
 reduced over a shard group and then over the replicas. Gathering hides behind a share of the computing. Ulysses
@@ -19,11 +22,12 @@ Not modelled: waiting for data, encoders, logging, checkpoints, stragglers, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from longtake.config import StageConfig
 from longtake.doctor.layout import Layout
 from longtake.doctor.memory import Networks, autocast_bytes, trained_count, weight_bytes
+from longtake.doctor.need import without_mesh
 from longtake.doctor.rates import Rates
 from longtake.models.dit import DiTConfig
 from longtake.models.flops import KERNEL_BACKWARD, Call, Work, backward, forward, recomputed
@@ -42,6 +46,10 @@ class Traffic:
     past: float
     calls: float
 
+    def __add__(self, other: Traffic) -> Traffic:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Traffic(*(one + more for one, more in pairs))
+
     def bytes(self, network: DiTConfig, tokens: float, past_tokens: float) -> float:
         """Of one layer."""
         return tokens * (self.width * network.dim + self.hidden * network.ffn_dim) + past_tokens * self.past * (
@@ -56,6 +64,7 @@ TRAFFIC = {
     ("fp32", False): Traffic(273, 8, 64, 66),
     ("fp32", True): Traffic(593, 16, 56, 132),
 }
+LOW_RANK = {False: Traffic(58, 10, 0, 34), True: Traffic(-60, 8, 0, 5)}
 ABSOLUTE_PAST = {False: 12.0, True: 0.0}
 COPY_BYTES = 6.3
 
@@ -115,7 +124,7 @@ class SpeedModel:
     def __init__(
         self, config: StageConfig, networks: Networks, layout: Layout, rates: Rates, image_tokens: int
     ) -> None:
-        self.config, self.layout, self.rates, self.image_tokens = config, layout, rates, image_tokens
+        self.config, self.layout, self.rates, self.image_tokens = without_mesh(config), layout, rates, image_tokens
         found = {GENERATOR: networks.generator, CRITIC: networks.critic, TEACHER: networks.teacher}
         self.networks = {name: network for name, network in found.items() if network is not None}
         self.loras = loras(config)
@@ -209,12 +218,14 @@ class SpeedModel:
         past = self._past_tokens(call)
         if self.config.rope == "absolute":
             traffic = Traffic(traffic.width, traffic.hidden, ABSOLUTE_PAST[backwards], traffic.calls)
+        if lora is not None and self.bf16:
+            traffic = traffic + LOW_RANK[backwards]
         left = rates["compiled_bytes"] if self.layout.compile else 1.0
         moved = left * network.num_layers * traffic.bytes(network, call.all_tokens, past)
         copies = COPY_BYTES / 2 * self._copied[each.network] if self.bf16 and lora is None else 0.0
         device = (seconds + moved / rates["memory"]) / share + copies / rates["memory"]
         host = left * network.num_layers * traffic.calls * rates["call"]
-        return rates["slowdown"] * max(device, host)
+        return rates["slowdown_blocks" if each.phase == "rollout" else "slowdown"] * max(device, host)
 
     def _past_tokens(self, call: Call) -> float:
         """Attended tokens that are not the call's own; none outside of roll-outs."""

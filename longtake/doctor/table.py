@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from longtake.config import StageConfig
 from longtake.doctor.layout import Layout, candidates, divisors, heads
-from longtake.doctor.memory import HEADROOM, Need, Networks, stage_need
+from longtake.doctor.memory import Networks
+from longtake.doctor.need import HEADROOM, Need, stage_need
 from longtake.doctor.rates import Rates
 from longtake.doctor.speed import PHASES, Prediction, SpeedModel
 

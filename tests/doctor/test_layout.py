@@ -14,8 +14,10 @@ from longtake.cli import app
 from longtake.config import load_config
 from longtake.doctor.files import look_at
 from longtake.doctor.layout import Layout, candidates, layout_of, with_shared_base
-from longtake.doctor.memory import Networks, stage_need
+from longtake.doctor.memory import Networks
+from longtake.doctor.need import stage_need
 from longtake.doctor.rates import rates_of
+from longtake.doctor.speed import SpeedModel
 from longtake.doctor.table import KNOWN_BATCH, best_row, markdown
 from longtake.errors import ConfigError
 
@@ -130,12 +132,26 @@ def test_a_prediction_for_other_machines(tmp_path):
     tree = json.loads(result.output)
     (stage,) = tree["stages"]
     assert stage["layout"]["sequence"] == 4 and stage["layout"]["replicate"] == 8 and stage["device"] == "H200"
-    assert stage["free_bytes"] == 141 * 10**9 and not stage["calibrated"]
+    assert stage["free_bytes"] == 141 * 10**9 and stage["calibrated"]
     guess = stage["prediction"]
     assert guess["seconds"] == pytest.approx(sum(guess["seconds_by_phase"].values())) and guess["network_bytes"] > 0
     text = invoke(RECIPE, "batch_size=64", "--gpus", 64, "--device", "H100", "--gpus-per-node", 4).output
-    assert "predicted for 64 x H100 in nodes of 4 (no whole step was measured): 1 replica(s) x 64 shard(s)" in text
+    assert (
+        "predicted for 64 x H100 in nodes of 4 (no whole step was measured on one): 1 replica(s) x 64 shard(s)" in text
+    )
     assert "seconds a step" in text and "GB between nodes" in text and "an H100 by its data sheet" in text
+
+
+def test_a_mesh_of_the_configuration_is_that_of_the_options(workshop, tmp_path):
+    """`parallel.sequence=2` says what `--sequence 2` says, and does not stand in the way of other options."""
+    options = {"batch_size": 2, "micro_batch_size": 2, "precision": "bf16"}
+    named = stage_config(workshop, tmp_path, "distill", parallel={"sequence": 2}, **options)
+    plain = stage_config(workshop, tmp_path, "distill", **options)
+    networks, layout = Networks(TEACHER, TEACHER, TEACHER), Layout(2, sequence=2)
+    assert layout_of(named, 2) == layout
+    needs = [stage_need(config, networks, 2, layout=layout) for config in (named, plain)]
+    guesses = [SpeedModel(config, networks, layout, rates_of(), 17).predict() for config in (named, plain)]
+    assert needs[0] == needs[1] and guesses[0] == guesses[1]
 
 
 def test_this_machine_is_meant_unless_a_node_is_too_small(workshop, tmp_path):

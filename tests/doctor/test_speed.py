@@ -16,6 +16,9 @@ from longtake.doctor.rates import rates_of
 from longtake.doctor.speed import TRAFFIC, SpeedModel
 from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora_files import Adapter, Base
+from longtake.randomness import Draws
 from longtake.rollout.work import clip_call, loras, model_work
 from longtake.structs import Condition
 
@@ -24,10 +27,13 @@ NETWORKS = Networks(TEACHER, TEACHER, TEACHER)
 
 
 # ---- bytes that operations move ---------------------------------------------------------------------------------------
-def moved(precision, *, dim, ffn, side=8, layers=2, past=0, rope="relative", graded=True):
+def moved(precision, *, dim, ffn, side=8, layers=2, past=0, rope="relative", graded=True, rank=0):
     """(bytes, calls) of a forward and of its backward."""
     config = DiTConfig(dim, ffn, 2, layers, text_dim=16, text_len=4)
     model, condition = VideoDiT(config), Condition(torch.randn(1, 4, 16))
+    if rank:
+        pattern = Adapter(rank, float(rank), targets_of(model, None), Base("toy", "0")).pattern
+        add_lora(model.cast(torch.bfloat16), pattern, rank, float(rank), Draws(0), "x")
     x, level, options = torch.randn(1, 2, 16, side, side), torch.full((1,), 0.5), {}
     bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
     with bf16:
@@ -50,12 +56,15 @@ def of_a_layer(precision, **sizes):
     return {back: tuple(b - a for a, b in zip(two[back], three[back])) for back in (False, True)}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_bytes_of_a_token(precision):
+@pytest.mark.parametrize(("precision", "rank"), [("bf16", 0), ("fp32", 0), ("bf16", 8)])
+def test_bytes_of_a_token(precision, rank):
     """Between two numbers of tokens only what is counted a token differs; between two MLPs only M."""
-    small, wide = ({side: of_a_layer(precision, dim=64, ffn=ffn, side=side) for side in (8, 16)} for ffn in (64, 320))
+    small, wide = (
+        {side: of_a_layer(precision, dim=64, ffn=ffn, side=side, rank=rank) for side in (8, 16)} for ffn in (64, 320)
+    )
     tokens = 2 * (64 - 16)
-    for back, traffic in ((back, TRAFFIC[precision, back]) for back in (False, True)):
+    for back in (False, True):
+        traffic = TRAFFIC[precision, back] + (speed.LOW_RANK[back] if rank else speed.Traffic(0, 0, 0, 0))
         first, second = ((sizes[16][back][0] - sizes[8][back][0]) / tokens for sizes in (small, wide))
         hidden = (second - first) / 256
         assert hidden == pytest.approx(traffic.hidden, rel=0.02)
@@ -86,7 +95,8 @@ def only(**values):
     endless = ("products", "attention_long", "attention_block", "attention_backward", "attention_masked", "memory")
     none = dict.fromkeys(("call", "optimizer_bytes", "hop_node", "hop_network", "overlap"), 0.0)
     links = dict.fromkeys((*endless, "link", "network", "host_link"), ENDLESS)
-    return rates_of().replaced("assumed", **links | none | values)
+    factors = {"slowdown": 1.0, "slowdown_blocks": 1.0}
+    return rates_of().replaced("assumed", **links | none | factors | values)
 
 
 def model_of(workshop, tmp_path, stage="distill", layout=None, rates=None, **changes):
@@ -191,38 +201,45 @@ def test_compile_and_offload(workshop, tmp_path):
 # ---- constants --------------------------------------------------------------------------------------------------------
 def test_constants_name_how_they_are_known():
     rates = rates_of()
-    assert not rates.is_calibrated and {one.known for one in rates.table.values()} == {"measured", "assumed"}
+    assert rates.is_calibrated and {one.known for one in rates.table.values()} == {"measured", "assumed"}
     assert all(f"| `{name}` |" in rates.markdown() for name in rates.table)
     older = rates_of("NVIDIA A100-SXM4-80GB")
-    assert older["products"] == pytest.approx(700e12 * 312 / 989) and older["network"] == rates["network"]
-    assert older.table["products"].known == "assumed"
+    assert older["products"] == pytest.approx(782e12 * 312 / 989) and older["network"] == rates["network"]
+    assert not older.is_calibrated and {one.known for one in older.table.values()} == {"assumed"}
     with pytest.raises(ConfigError, match="--device TPU is not in the table"):
         rates_of("TPU")
 
 
-def test_calibration_makes_the_sum_of_measured_updates_right(workshop, tmp_path):
+def test_calibration_makes_the_sums_of_measured_updates_right(workshop, tmp_path):
+    """Calls of whole clips took 1.5 times what is counted, those of roll-outs twice."""
     config = stage_config(workshop, tmp_path, "distill", precision="bf16", batch_size=1, micro_batch_size=1)
-    model = SpeedModel(config, NETWORKS, Layout(1), rates_of(), 17)
+    counted = rates_of().replaced("assumed", slowdown=1.0, slowdown_blocks=1.0)
+    model = SpeedModel(config, NETWORKS, Layout(1), counted, 17)
 
     def seconds(found):
-        ahead = sum(each.times * model.forward_seconds(each) for each in found)
-        return ahead + sum(each.times * model.backward_seconds(each) for each in found if each.graded)
+        return sum(
+            (2.0 if each.phase == "rollout" else 1.5)
+            * each.times
+            * (model.forward_seconds(each) + (model.backward_seconds(each) if each.graded else 0.0))
+            for each in found
+        )
 
     update, alone = model.passes(True, 1.0), model.passes(False, 1.0)
     measured = {
-        "generator update": {"1": 1.5 * seconds(update[:-1])},
-        "critic update on the same clips": {"1": 1.5 * seconds(update[-1:])},
-        "critic update": {"1": 1.5 * seconds(alone)},
+        "generator update": {"1": seconds(update[:-1])},
+        "critic update on the same clips": {"1": seconds(update[-1:])},
+        "critic update": {"1": seconds(alone)},
     }
     training = {"config": config.model_dump(), "network": TEACHER.to_dict(), "seconds by exit step": measured}
-    kernels = {"matmul 64^3, TFLOP/s": 700.0, "attention, 4 frames to 13, TFLOP/s": 516.0, "attention kernels": ["A"]}
+    kernels = {"matmul 64^3, TFLOP/s": 782.0, "attention, 4 frames to 13, TFLOP/s": 582.0, "attention kernels": ["A"]}
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"rates": kernels, "train, window 5, sink 1": training}))
     rates = measured_rates(rates_of(), file)
     assert rates.is_calibrated and rates["slowdown"] == pytest.approx(1.5)
-    assert rates.table["attention_block"].known == "measured" and rates["attention_long"] == 573e12
+    assert rates["slowdown_blocks"] == pytest.approx(2.0)
+    assert rates.table["attention_block"].known == "measured" and rates["attention_long"] == 569e12
     file.write_text(json.dumps({"rates": {**kernels, "attention, 21 frames to 21, TFLOP/s": 1.0}}))
-    rates = measured_rates(rates_of(), file)
+    rates = measured_rates(rates_of("H100"), file)  # no training in it
     assert not rates.is_calibrated and rates["attention_long"] == 1e12
     for text, reason in (("{", "cannot be read"), ('{"machine": 1}', "neither `rates` nor a training")):
         file.write_text(text)
