@@ -19,8 +19,8 @@ from longtake.errors import ConfigError
 @dataclass(frozen=True)
 class Layout:
     """`gpus` ranks on nodes of `gpus_per_node`; `sequence` ranks share a video (Ulysses), `replicate` copies of the
-    weights, each sharded over the rest. `shared_base`: all roles are one frozen network with low-rank updates.
-    `cpu_offload` and `compile`, as the stage's `parallel` says.
+    weights, each sharded over the rest, or `whole` weights on each rank. `shared_base`: all roles are one frozen
+    network with low-rank updates. `cpu_offload`, `compile` and `gather_once`, as the stage's `parallel` says.
     """
 
     gpus: int
@@ -30,11 +30,18 @@ class Layout:
     shared_base: bool = False
     cpu_offload: bool = False
     compile: bool = False
+    whole: bool = False
+    gather_once: bool = True
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "sequence", "replicate"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{_option(name)} {value} must be at least 1")
+        if self.whole and self.replicate > 1:
+            raise ConfigError(
+                f"--replicate {self.replicate} has no meaning where each rank keeps whole weights "
+                "(parallel.weights=whole); leave it out, or set parallel.weights=sharded"
+            )
         if self.gpus % (self.sequence * self.replicate):
             raise ConfigError(
                 f"--gpus {self.gpus} must be a multiple of --sequence {self.sequence} x --replicate {self.replicate}"
@@ -48,7 +55,12 @@ class Layout:
     @property
     def shards(self) -> int:
         """Ranks over which one copy of the weights lies."""
-        return self.gpus // self.replicate
+        return 1 if self.whole else self.gpus // self.replicate
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights there are."""
+        return self.gpus // self.shards
 
     @property
     def nodes(self) -> int:
@@ -81,7 +93,8 @@ def layout_of(config: StageConfig, gpus: int, **given: Any) -> Layout:
     found: dict[str, Any] = {}
     # Read by name: stages from before these groups existed have neither.
     parallel = getattr(config, "parallel", None)
-    for name in ("replicate", "sequence", "cpu_offload", "compile"):
+    found["whole"] = getattr(parallel, "weights", None) == "whole"
+    for name in ("replicate", "sequence", "cpu_offload", "compile", "gather_once"):
         if (value := getattr(parallel, name, None)) is not None:
             found[name] = value
     found["shared_base"] = getattr(config, "roles", None) == "shared"
@@ -109,15 +122,18 @@ def divisors(number: int) -> list[int]:
 def candidates(config: StageConfig, networks: Networks, layout: Layout) -> Iterable[tuple[Layout, StageConfig]]:
     """Every mesh for the ranks of `layout`, with the smallest batch from the stage's own on that it can share out.
 
-    Sequence groups stay inside a node; a shard group is some sequence groups inside a node, or whole nodes.
+    Sequence groups stay inside a node; a shard group is some sequence groups inside a node, or whole nodes, or each
+    rank has whole weights.
     """
     node = min(layout.gpus, layout.gpus_per_node)
     for sequence in divisors(gcd(heads(networks), node)):
         for shards in divisors(layout.gpus):
             whole = shards % node == 0 if shards > node else node % shards == 0
-            if shards % sequence or not whole:
+            alone = shards == 1 and not layout.cpu_offload
+            if not alone and (shards % sequence or not whole):
                 continue
-            one = replace(layout, sequence=sequence, replicate=layout.gpus // shards)
+            replicas = 1 if alone else layout.gpus // shards
+            one = replace(layout, whole=alone, replicate=replicas, sequence=sequence)
             ranks = one.data_ranks
             batch = -(-config.batch_size // ranks) * ranks
             share = batch // ranks

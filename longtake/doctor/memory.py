@@ -8,13 +8,13 @@ Estimated from the operations of `models/dit.py`, within 5 % on a CPU: what one 
 With D the width and M the hidden width of the MLP, a token keeps
 
     float32:   4 (22 D + 2 M) bytes                   2 D more with CLIP tokens
-    bfloat16:  76 D + 4 M bytes (under autocast)       4 D more with CLIP tokens
+    bfloat16:  64 D + 4 M bytes (under autocast)       4 D more with CLIP tokens
 
 and each attended past frame of a roll-out 2 D values a token and layer. With activation checkpointing a layer keeps
 its float32 input, 4 D bytes a token, and one block at a time is recomputed. Under autocast float32 matrices also have
-bfloat16 copies. One rank keeps those of every trained network until the loss is there, because torch caches them;
-several ranks make them anew in each call (`InPrecision`), so that one block's are there at a time, or without
-recomputation those of every graded call.
+bfloat16 copies. A rank with whole weights keeps those of every trained network until the loss is there, because torch
+caches them; where weights are sharded they are made anew in each call (`InPrecision`), so that one block's are there at
+a time, or without recomputation those of every graded call.
 
 What comes and goes is not all there at once. An update has a moment at the end of its forward, with the copies and
 what one pass without gradient holds (the scores), and one in its backward, with gradients and the block that is
@@ -193,7 +193,7 @@ def block_bytes_per_token(config: DiTConfig, precision: str) -> int:
     """What one transformer block keeps for backward, a token; the formulas above."""
     image = config.image_dim is not None
     if precision == "bf16":
-        return (80 if image else 76) * config.dim + 4 * config.ffn_dim
+        return (68 if image else 64) * config.dim + 4 * config.ffn_dim
     return _FLOAT * ((24 if image else 22) * config.dim + 2 * config.ffn_dim)
 
 

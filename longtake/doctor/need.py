@@ -84,11 +84,13 @@ def stage_need(
     """
     precision = config.precision
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
-    data_ranks = world_size
+    data_ranks, gather_once = world_size, config.parallel.gather_once
+    if layout is None and config.parallel.weights == "whole":
+        world_size = 1
     if layout is not None:
         config = without_mesh(config)
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
-        data_ranks, world_size = layout.data_ranks, layout.shards
+        data_ranks, world_size, gather_once = layout.data_ranks, layout.shards, layout.gather_once
     critic, masters = config.critic, config.parallel.master_weights
     trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
     if networks.critic is not None:
@@ -103,7 +105,7 @@ def stage_need(
     average = student if config.ema.enabled else 0
     optimizer = sum(optimizer_bytes(each.network, each.lora, each.moments) for each in trained)
     clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
-    ranks = _Ranks(data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload)
+    ranks = _Ranks(data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload, gather_once)
     modes = {
         on: max(
             _Moments(config, networks, clip, ranks, vae_width, checkpointing=on), key=lambda parts: sum(parts.values())
@@ -151,12 +153,13 @@ class _Ranks:
     sequence: int
     accumulation: int
     offload: bool
+    gather_once: bool
 
 
 @dataclass(frozen=True)
 class _Update:
     """Of one network: what its `calls` graded calls keep, the cache beside them, and what one pass without gradient
-    holds while both are there.
+    holds while both are there; `unrolling`, what a pass of its own roll-out holds.
     """
 
     network: DiTConfig
@@ -165,6 +168,7 @@ class _Update:
     calls: int
     cache: int
     passing: int
+    unrolling: int = 0
 
 
 class _Moments:
@@ -190,26 +194,45 @@ class _Moments:
             # Earlier micro-batches left theirs. The others come while what the last call kept goes.
             before = gradients if self.ranks.accumulation > 1 else 0
             after = before or max(0, gradients - update.kept.last // self.ranks.sequence)
-            if update.calls > 1 and self.ranks.all > 1:
+            if update.calls > 1 and self.ranks.shards > 1:
                 # Measured on two GPUs: the backward of a roll-out takes one more set of gradients; why is not known.
                 after = 2 * gradients
             ahead, back = (self._copies(update, in_backward=on) for on in (False, True))
             yield self._moment(update, before, ahead, update.kept.stored, working=update.passing)
+            if update.unrolling and self.ranks.shards > 1 and self.ranks.gather_once:
+                kept, working = update.kept.stored, update.unrolling
+                yield self._moment(update, before, 0, kept, working=working, gathered=self._gathered(update))
             if self.coding and not update.of_critic:  # the picture of a window is decoded and encoded again
                 yield self._moment(update, before, ahead, update.kept.stored, vae=self.coding)
             yield self._moment(update, after, back, update.kept.total)
             yield self._moment(update, gradients, 0, 0)  # while the optimizer works
 
     def _moment(
-        self, update: _Update, gradients: int, copies: int, activations: int, *, working: int = 0, vae: int = 0
+        self,
+        update: _Update,
+        gradients: int,
+        copies: int,
+        activations: int,
+        *,
+        working: int = 0,
+        vae: int = 0,
+        gathered: int = 0,
     ) -> dict[str, int]:
         shared = {"cache": update.cache, "activations": activations, "working memory": working}
         return {
             "gradients": gradients,
             "bfloat16 copies": copies,
+            "gathered student": gathered,
             **{name: size // self.ranks.sequence for name, size in shared.items()},
             "VAE": self.features + vae,
         }
+
+    def _gathered(self, update: _Update) -> int:
+        """The student as it is gathered for a roll-out."""
+        config = self.config
+        updates = 0 if config.lora is None else trained_count(update.network, config.lora)
+        precision = config.precision
+        return weight_bytes(update.network, precision) + (2 if precision == "bf16" else 4) * updates
 
     def _updates(self) -> Iterator[_Update]:
         config, networks, clip = self.config, self.networks, self.clip
@@ -234,7 +257,8 @@ class _Moments:
         cache = self._cache(generator)
         calls = len(list(plan.blocks.blocks(given, clip.frames)))
         scores = max(working_bytes(network, clip, precision) for network in (critic, networks.teacher or critic))
-        yield _Update(generator, False, kept, calls, cache, scores)
+        block = working_bytes(generator, replace(clip, frames=plan.blocks.block_frames), precision)
+        yield _Update(generator, False, kept, calls, cache, scores, block)
         running = cache if config.stage == "long" else 0
         kept, passing = pass_bytes(critic, clip, **options), working_bytes(critic, clip, precision)
         yield _Update(critic, True, kept, 1, running, passing)
@@ -267,7 +291,7 @@ class _Moments:
             assert config.critic is not None
             sizes[True] = autocast_bytes(networks.critic, config.critic.lora, masters)
         own = sizes[update.of_critic]
-        if self.ranks.all == 1:
+        if self.ranks.shards == 1:
             if not in_backward:  # torch remembers them until the loss is there
                 return sum(sizes.values())
             return own // update.network.num_layers if self.checkpointing else own

@@ -69,7 +69,7 @@ class StageReport:
         phases = ", ".join(f"{name} {value:.2f}" for name, value in guess.seconds.items() if value >= 0.005)
         return [
             f"  predicted for {layout.gpus} x {self.rates.device.name} in nodes of {layout.gpus_per_node} ({basis}): "
-            f"{layout.replicate} replica(s) x {layout.shards} shard(s), sequence {layout.sequence}",
+            f"{layout.copies} replica(s) x {layout.shards} shard(s), sequence {layout.sequence}",
             f"  {'seconds a step':<16} {guess.total:>12.2f}   ({phases}; {guess.samples_per_second:.2f} samples/s, "
             f"{guess.utilisation:.0%} of the peak)",
             f"  {'network bytes':<16} {guess.node_bytes / 1e9:>9.1f} GB   (a step and GPU inside a node; "

@@ -4,17 +4,18 @@ Computing: each call of a network (`rollout/work.py`) takes the seconds of its m
 the bytes that its element-wise operations move, or those that the host needs to start them, whichever are more. Bytes a
 token and layer were counted from the operations of the model as eager PyTorch runs them (a test counts again):
 
-    under bfloat16 autocast  363 D + 4 M forward, 647 D + 8 M backward; without autocast 273 D + 8 M and 593 D + 16 M
-    each attended token of a cache  relative positions 64 D forward, 68 D and 56 D graded; absolute 12 D, 16 D and 0
-    low-rank updates of all layers under bfloat16  58 D + 10 M more forward, 8 M - 60 D more backward
+    under bfloat16 autocast  254 D + 4 M forward, 612 D + 8 M backward; without autocast 182 D + 8 M and 566 D + 16 M
+    each attended token of a cache  relative positions 34 D forward, 38 D and 26 D graded; absolute 12 D, 16 D and 0
+    low-rank updates of all layers under bfloat16  58 D + 10 M more forward, 8 M - 84 D more backward
     and 6.3 bytes a weight and call for the bfloat16 copies of float32 weights
 
 Calls of a whole clip and calls of a block against a cache have a measured factor each (`slowdown`, `slowdown_blocks`).
 
-Networks: FSDP gathers each block's weights in every forward and once more in every backward, where gradients are also
-reduced over a shard group and then over the replicas. Gathering hides behind a share of the computing. Ulysses
-exchanges queries, keys, values and the result of every self-attention; that does not hide. A ring over nodes uses the
-network cards of all its GPUs, so its rate is the smaller one of a GPU's links and of all cards of a node.
+Networks: FSDP gathers each block's weights in every forward (a student's once for a whole roll-out where
+`parallel.gather_once` is on) and once more in every backward, where gradients are also reduced over a shard group and
+then over the replicas; whole weights on each rank need no gathers, and their gradients are reduced once an update. Gathering hides behind a share of the computing.
+Ulysses exchanges queries, keys, values and the result of every self-attention; that does not hide. A ring over nodes
+uses the network cards of all its GPUs, so its rate is the smaller one of a GPU's links and of all cards of a node.
 
 Not modelled: waiting for data, encoders, logging, checkpoints, stragglers, and ranks that draw unequal shapes.
 """
@@ -59,12 +60,12 @@ class Traffic:
 
 # For each precision; True for the backward.
 TRAFFIC = {
-    ("bf16", False): Traffic(363, 4, 64, 111),
-    ("bf16", True): Traffic(647, 8, 56, 180),
-    ("fp32", False): Traffic(273, 8, 64, 66),
-    ("fp32", True): Traffic(593, 16, 56, 132),
+    ("bf16", False): Traffic(254, 4, 34, 91),
+    ("bf16", True): Traffic(612, 8, 26, 172),
+    ("fp32", False): Traffic(182, 8, 34, 50),
+    ("fp32", True): Traffic(566, 16, 26, 128),
 }
-LOW_RANK = {False: Traffic(58, 10, 0, 34), True: Traffic(-60, 8, 0, 5)}
+LOW_RANK = {False: Traffic(58, 10, 0, 34), True: Traffic(-84, 8, 0, 1)}
 ABSOLUTE_PAST = {False: 12.0, True: 0.0}
 COPY_BYTES = 6.3
 
@@ -132,6 +133,7 @@ class SpeedModel:
         names = self.networks.items()
         self._trained = {name: trained_count(network, self.loras[name]) for name, network in names}
         self._stored = {name: self._stored_bytes(name) for name in self.networks}
+        self._unrolled = 1.0  # calls of a roll-out
         self._copied = {name: autocast_bytes(network) for name, network in names}
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -146,6 +148,7 @@ class SpeedModel:
         count = config.accumulation(self.layout.data_ranks)
         for update, share in kinds:
             found = self.passes(update)
+            self._unrolled = max(1.0, sum(each.times for each in found if each.phase == "rollout"))
             for each in found:
                 self.add(each, share * count, sums)
             work = model_work(found, self.networks, self.loras)
@@ -153,6 +156,8 @@ class SpeedModel:
         names = [CRITIC] if config.distils else [GENERATOR]
         for name, share in [*((name, 1.0) for name in names), *([(GENERATOR, 1 / every)] if config.distils else [])]:
             self._optimizer(name, share, sums)
+            if self.layout.whole:  # once an update, behind nothing
+                sums.seconds["gathers"] += share * self._reduce(4.0 * self._trained[name], sums, share)
         peak = self.rates.device.peak(config.precision)
         seconds = {name: sums.seconds[name] for name in PHASES if name in sums.seconds}
         return Prediction(seconds, sums.node_bytes, sums.network_bytes, flops, config.batch_size, peak)
@@ -175,12 +180,17 @@ class SpeedModel:
         network, exchanges = self.networks[each.network], 1.0
         weights = self._stored[each.network]
         computed = self.forward_seconds(each)
-        moved = self._gather(weights, sums, times)
+        gathers = times
+        if each.phase == "rollout" and self.layout.gather_once:
+            gathers = times / self._unrolled
+        moved = self._gather(weights, sums, gathers)
         sums.seconds[each.phase] += times * computed
-        sums.seconds["gathers"] += times * self._exposed(moved, computed)
+        sums.seconds["gathers"] += gathers * self._exposed(moved, computed)
         if each.graded:
             computed = self.backward_seconds(each)
-            reduced = self._reduce(4.0 * self._trained[each.network], sums, times)
+            reduced = 0.0
+            if not self.layout.whole:
+                reduced = self._reduce(4.0 * self._trained[each.network], sums, times)
             moved = self._gather(weights, sums, times) + reduced
             sums.seconds["backward"] += times * computed
             sums.seconds["gathers"] += times * self._exposed(moved, computed)
@@ -246,11 +256,9 @@ class SpeedModel:
     # ---- networks -------------------------------------------------------------------------------------------------
     def _stored_bytes(self, name: str) -> float:
         """Bytes of a network as its shards are gathered."""
-        network, lora = self.networks[name], self.loras[name]
-        updates = 0.0 if lora is None else 4.0 * self._trained[name]
-        if self.layout.shared_base:
-            return weight_bytes(self.networks[GENERATOR], self.config.precision) + updates
-        return weight_bytes(network, "fp32" if lora is None else self.config.precision) + updates
+        network, lora, precision = self.networks[name], self.loras[name], self.config.precision
+        updates = 0.0 if lora is None else (2.0 if self.bf16 else 4.0) * self._trained[name]
+        return weight_bytes(self.networks[GENERATOR] if self.layout.shared_base else network, precision) + updates
 
     def _exposed(self, moved: float, computed: float) -> float:
         return moved - min(moved, self.rates["overlap"] * computed)
@@ -264,7 +272,7 @@ class SpeedModel:
         layout = self.layout
         seconds = self._ring(size, layout.shards, 1, sums, times)
         for _ in ("there", "back"):
-            seconds += self._ring(size / layout.shards, layout.replicate, layout.shards, sums, times)
+            seconds += self._ring(size / layout.shards, layout.copies, layout.shards, sums, times)
         return seconds
 
     def _ring(self, size: float, ranks: int, stride: int, sums: _Sums, times: float) -> float:

@@ -75,7 +75,7 @@ def markdown(
         layout, guess = row.layout, row.prediction
         cells = [
             str(layout.gpus),
-            f"{layout.replicate} x {layout.shards}",
+            f"{layout.copies} x {layout.shards}",
             str(layout.sequence),
             str(row.config.batch_size),
             f"{row.need.peak / 2**30:.0f}",
