@@ -13,9 +13,10 @@ Calls of a whole clip and calls of a block against a cache have a measured facto
 
 Networks: FSDP gathers each block's weights in every forward (a student's once for a whole roll-out where
 `parallel.gather_once` is on) and once more in every backward, where gradients are also reduced over a shard group and
-then over the replicas; whole weights on each rank need no gathers, and their gradients are reduced once an update. Gathering hides behind a share of the computing.
-Ulysses exchanges queries, keys, values and the result of every self-attention; that does not hide. A ring over nodes
-uses the network cards of all its GPUs, so its rate is the smaller one of a GPU's links and of all cards of a node.
+then over the replicas. Gathering hides behind a share of the computing. Whole weights on each rank need no gathers, and
+their gradients are reduced once an update, behind nothing. Ulysses exchanges queries, keys, values and the result of
+every self-attention; that does not hide. A ring over nodes uses the network cards of all its GPUs, so its rate is the
+smaller one of a GPU's links and of all cards of a node.
 
 Not modelled: waiting for data, encoders, logging, checkpoints, stragglers, and ranks that draw unequal shapes.
 """
