@@ -65,6 +65,11 @@ class TokenShare:
         self.sizes = [least + (rank < more) for rank in range(ranks.size)]
         self.start, self.size = sum(self.sizes[: ranks.rank]), self.sizes[ranks.rank]
 
+    @property
+    def _even(self) -> bool:
+        """Whether all ranks have equally many tokens."""
+        return self.sizes[0] == self.sizes[-1]
+
     def take(self, x: Tensor) -> Tensor:
         """[B, E, L, ...] -> [B, E, l, ...]."""
         return _Take.apply(x, self)
@@ -80,6 +85,9 @@ class TokenShare:
         shape = parts.shape[1:]
         a_token = parts[0].numel() // self.size
         got = _Exchange.apply(parts.flatten(), [parts[0].numel()] * len(parts), self._times(a_token), self.ranks)
+        if self._even:  # one copy, not one a piece
+            q, k, v = got.view(self.ranks.size, *shape).movedim(0, 3).flatten(3, 4).unbind(0)
+            return q, k, v
         pieces = [
             piece.view(*shape[:3], size, *shape[4:]) for piece, size in zip(got.split(self._times(a_token)), self.sizes)
         ]
@@ -91,7 +99,10 @@ class TokenShare:
         pieces = x.split(self.sizes, _TOKENS)
         mine = pieces[self.ranks.rank]
         send = self._times(mine.numel() // self.size)
-        flat = torch.cat([piece.flatten() for piece in pieces])
+        if self._even:
+            flat = x.unflatten(_TOKENS, (self.ranks.size, -1)).movedim(_TOKENS, 0).flatten()
+        else:
+            flat = torch.cat([piece.flatten() for piece in pieces])
         got = _Exchange.apply(flat, send, [mine.numel()] * self.ranks.size, self.ranks)
         return got.view(self.ranks.size, *mine.shape).movedim(0, 3).flatten(3, 4)
 

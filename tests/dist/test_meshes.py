@@ -139,8 +139,9 @@ def test_low_rank_updates_on_a_sequence_group(one, many, ranks):
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, many, tmp_path):
     four, two = ({"parallel": parallel} for parallel in ({"sequence": 2}, {"sequence": 2}))
-    replicas = {"parallel": {"replicate": 2}}
+    replicas, wholes = {"parallel": {"replicate": 2}}, {"parallel": {"weights": "whole"}}
     started = [("four", "distill", four), ("same", "long", four), ("replicas", "distill", replicas)]
+    started += [("whole", "distill", wholes)]
     entries = [{"stage": s, "logdir": tmp_path / name, "max_steps": 3, **mesh} for name, s, mesh in started]
     torchrun(workshop, entries, tmp_path, 4)
     shutil.copytree(tmp_path / "four", tmp_path / "back")
@@ -150,18 +151,20 @@ def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, man
     down = [
         {"stage": "distill", "logdir": tmp_path / "four", **two},
         {"stage": "distill", "logdir": tmp_path / "replicas"},
+        {"stage": "distill", "logdir": tmp_path / "whole", "max_steps": 4},
         {"stage": "distill", "logdir": tmp_path / "back", "max_steps": 4, **two},
     ]
     torchrun(workshop, down, tmp_path, 2)
     up = [
         {"stage": "distill", "logdir": tmp_path / "back", **four},
+        {"stage": "distill", "logdir": tmp_path / "whole", **wholes},
         {"stage": "distill", "logdir": tmp_path / "four again", **four},
         {"stage": "long", "logdir": tmp_path / "same", **four},
     ]
     torchrun(workshop, up, tmp_path, 4)
 
     whole = many / "4 shard x sequence"
-    for name in ("four", "replicas", "back"):
+    for name in ("four", "replicas", "back", "whole"):
         assert_same(tmp_path / name / "distill", whole / "distill")
     assert_equal(tmp_path / "four again" / "distill", whole / "distill")
     assert_equal(tmp_path / "same" / "long", whole / "long")
