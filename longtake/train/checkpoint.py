@@ -61,8 +61,8 @@ class Export:
 class Snapshot:
     """What one checkpoint holds.
 
-    Fields: `tensors` of the state, of which only names, shapes and shards are read; `values`, this rank's shards;
-    `exports`, networks that are also written whole; `entries` of the manifest.
+    Fields: `tensors` of the state, of which only names, shapes and shards are read; `values`, what this rank writes of
+    them; `exports`, networks that are also written whole; `entries` of the manifest.
     """
 
     tensors: Mapping[str, Tensor]
@@ -264,10 +264,23 @@ def _write_exports(exports: tuple[Export, ...], checkpoint: Path, mesh: Mesh) ->
     return records
 
 
+def written_here(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What this rank writes of a state: its shards of all tensors, or some of those that every rank has whole."""
+    if not mesh.whole_weights:
+        return dict(tensors)
+    mine, sizes = {}, [0] * mesh.world_size
+    for name, tensor in sorted(tensors.items(), key=lambda pair: (-pair[1].nbytes, pair[0])):
+        rank = sizes.index(min(sizes))
+        sizes[rank] += tensor.nbytes
+        if rank == mesh.rank:
+            mine[name] = tensor
+    return mine
+
+
 def _write_state(snapshot: Snapshot, folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
-    """Each rank writes its shards; the records of the files of all ranks."""
+    """Each rank writes its part; the records of the files of all ranks."""
     writer, planner = ShardWriter(folder), StagedPlanner(snapshot.values)
-    tensors: dict[str, Any] = dict(snapshot.tensors)
+    tensors: dict[str, Any] = written_here(snapshot.tensors, mesh)
     alone = not mesh.is_distributed
     _with_errors(
         f"writing {folder}",

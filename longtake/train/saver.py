@@ -18,7 +18,7 @@ from typing import Any, Literal
 from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.train.checkpoint import Snapshot, check_space, write_checkpoint
+from longtake.train.checkpoint import Snapshot, check_space, write_checkpoint, written_here
 from longtake.train.staging import Staging, fits_in_host_memory
 from longtake.train.state import TrainState
 
@@ -65,7 +65,7 @@ class Saver:
         check_space(Snapshot.of(state, settings.networks), folder, mesh)
         self._staging, self._beside = None, mesh
         if settings.mode == "async":
-            tensors = state.tensors()
+            tensors = written_here(state.tensors(), mesh)
             if fits_in_host_memory(tensors, mesh):
                 self._staging, self._beside = Staging(tensors), mesh.beside()
             elif mesh.is_main:
@@ -88,7 +88,7 @@ class Saver:
         snapshot = Snapshot.of(self._state, networks)
         check_space(snapshot, self.folder, self.mesh)
         if self._staging is not None:
-            snapshot = replace(snapshot, values=self._staging.copy(snapshot.tensors))
+            snapshot = replace(snapshot, values=self._staging.copy(written_here(snapshot.tensors, self.mesh)))
         times = {"wait": waited, "stage": time.perf_counter() - start - waited}
         if self._staging is None:
             self._write(snapshot, times)

@@ -130,6 +130,16 @@ def test_every_mesh_trains_and_streams_as_one_process(one, many, mesh, stage):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_ranks_with_whole_weights_share_the_writing(many):
+    state = latest_checkpoint(many / "4 whole, sequence" / "distill" / "checkpoints") / "state"
+    sizes = [sum(file.stat().st_size for file in state.glob(f"rank{rank:05d}-*")) for rank in range(4)]
+    once = latest_checkpoint(many / "4 shard" / "distill" / "checkpoints") / "state"
+    assert min(sizes) > 0.5 * max(sizes)
+    assert sum(sizes) < 1.1 * sum(file.stat().st_size for file in once.glob("rank*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_low_rank_updates_on_a_sequence_group(one, many, ranks):
     assert_same(many / f"{ranks} lora" / "distill", one / "lora" / "distill")
