@@ -18,6 +18,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
@@ -30,17 +31,22 @@ from muon import Muon
 from torch import Tensor
 
 from longtake.data.story import sample_story
-from longtake.data.world import CROSS_WIDTH, REACH, SHAPES, SIZE, sample_world
+from longtake.data.world import CROSS_WIDTH, REACH, SHAPES, SIZE, World, sample_world
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.dit import Block, VideoDiT
+from longtake.models.dit import Block, DiTConfig, VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.presets import PRESETS
+from longtake.models.presets import PRESETS, shapes_of
 from longtake.models.weights import load_dit, save_dit
 from longtake.structs import Condition, pixel_frames
 
 TRAIN_SEED = 0
+HARD_SEED = 10_000  # candidate k for a hard world is of the list with seed HARD_SEED + k; held-out lists have others
+HARD_TRIES = 500
+HARD_VISIBILITY = 0.9  # a world is hard when in some frame less of a sprite is to be seen
+GOLDEN = (math.sqrt(5) - 1) / 2
 MOST_SPRITES = 3
+MOST_PARAMETERS = 2_400_000
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,9 +59,36 @@ class Sampled(NamedTuple):
     captions: list[str]
 
 
-def sample(task: tuple[int, int, int, float]) -> Sampled:
-    """Worlds `start` to `start + number`; a share of `stops` is seen after a change of motion, with stops."""
-    start, number, num_frames, stops = task
+class Task(NamedTuple):
+    """Worlds `start` to `start + number`; a share of `stops` is seen after a change of motion, with stops; one of
+    `hard`, spread evenly whatever the other share is, has sprites that overlap.
+    """
+
+    start: int
+    number: int
+    num_frames: int
+    stops: float
+    hard: float
+
+
+def shown(seed: int, index: int, num_frames: int, changed: bool) -> tuple[World, np.ndarray]:
+    """World `index` of `seed` and the centres [T, S, 2] of its sprites; when `changed`, from a change of motion on."""
+    world = sample_story(seed, index, [1], stops=True) if changed else sample_world(seed, index)
+    return world, world.positions(num_frames + changed)[int(changed) :]
+
+
+def hard_world(index: int, num_frames: int, changed: bool) -> tuple[World, np.ndarray]:
+    """The first candidate for number `index` of which two sprites overlap in some of the frames that are shown."""
+    for candidate in range(HARD_TRIES):
+        world, centres = shown(HARD_SEED + candidate, index, num_frames, changed)
+        if len(world.sprites) > 1 and world.visibility_at(centres).min() < HARD_VISIBILITY:
+            return world, centres
+    raise RuntimeError(f"no hard world among {HARD_TRIES} candidates for number {index}")
+
+
+def sample(task: Task) -> Sampled:
+    """The worlds of a task, always the same ones."""
+    start, number, num_frames, stops, hard = task
     sampled = Sampled(
         np.empty((number, SIZE, SIZE, 3), np.uint8),
         np.zeros((number, num_frames, MOST_SPRITES, 2)),
@@ -64,8 +97,10 @@ def sample(task: tuple[int, int, int, float]) -> Sampled:
     )
     for row, index in enumerate(range(start, start + number)):
         changed = index % 100 < 100 * stops
-        world = sample_story(TRAIN_SEED, index, [1], stops=True) if changed else sample_world(TRAIN_SEED, index)
-        centres = world.positions(num_frames + changed)[int(changed) :]
+        if index * GOLDEN % 1 < hard:
+            world, centres = hard_world(index, num_frames, changed)
+        else:
+            world, centres = shown(TRAIN_SEED, index, num_frames, changed)
         count = len(world.sprites)
         sampled.background[row] = world.background
         sampled.centres[row, :, :count] = centres
@@ -111,7 +146,8 @@ class Pool:
 
     def __init__(self, encoders: Encoders, args: argparse.Namespace, frames: int, device: torch.device) -> None:
         self.encoders, self.device, self.frames = encoders, device, frames
-        self.chunk, self.stops, self.most = args.chunk, args.stops, args.most_worlds
+        self.chunk, self.most = args.chunk, args.most_worlds
+        self.stops, self.hard = args.stops, args.hard_share
         self.rows: list[Tensor] = []
         self.count = torch.zeros((), device=device)  # on the device, so that a captured step reads it
         self.filled, self.asked = 0, args.first_world
@@ -121,7 +157,7 @@ class Pool:
             self._ask()
 
     def _ask(self) -> None:
-        task = (self.asked, self.chunk, pixel_frames(self.frames), self.stops)
+        task = Task(self.asked, self.chunk, pixel_frames(self.frames), self.stops, self.hard)
         self.waiting.append(self.workers.apply_async(sample, (task,)))
         self.asked += self.chunk
 
@@ -169,13 +205,29 @@ def compiled(model: VideoDiT) -> VideoDiT:
     return cast(VideoDiT, torch.compile(model, dynamic=False))
 
 
+def new_config(args: argparse.Namespace) -> DiTConfig:
+    """Sizes of a model that begins from random weights. Raises: SystemExit when it has too many parameters."""
+    config = replace(
+        PRESETS["toy"],
+        patch_size=(1, args.patch, args.patch),
+        dim=args.width,
+        ffn_dim=4 * args.width,
+        num_heads=args.width // 32,
+        num_layers=args.layers,
+    )
+    parameters = sum(math.prod(shape) for shape in shapes_of(config).values())
+    if parameters > MOST_PARAMETERS:
+        raise SystemExit(f"{parameters} parameters; the toy has at most {MOST_PARAMETERS}: lower --width or --layers")
+    return config
+
+
 def train(args: argparse.Namespace) -> None:
     """Runs until `args.seconds` after the start of the program are over; writes the averaged weights."""
     began = time.time()
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = torch.device(args.device)
-    encoders = Encoders.load(ROOT / "longtake/assets/toy", device)
+    encoders = Encoders.load(args.encoders, device)
     frames = 9
     data = Pool(encoders, args, frames, device)
     data.grow()  # starts the workers and warms up
@@ -185,7 +237,7 @@ def train(args: argparse.Namespace) -> None:
     empty = encoders.text.encode([""]).to(device)
     speed = data.filled / max(time.time() - clock, 1e-9)
     print(f"{time.time() - began:5.0f}s {data.filled} worlds encoded, {speed:.0f} a second", flush=True)
-    model = load_dit(args.init, device) if args.init else VideoDiT(PRESETS["toy"]).to(device)
+    model = load_dit(args.init, device) if args.init else VideoDiT(new_config(args)).to(device)
     network = compiled(model) if args.compile else model
     average = {name: p.detach().clone() for name, p in model.state_dict().items()}
     inner = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -270,6 +322,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "longtake/assets/toy/teacher")
     parser.add_argument("--init", type=Path, default=None, help="start from these weights")
+    parser.add_argument("--encoders", type=Path, default=ROOT / "longtake/assets/toy", help="folder of all three")
+    parser.add_argument("--patch", type=int, default=2, help="latent pixels along a token's side, without --init")
+    parser.add_argument("--width", type=int, default=128, help="of tokens, a multiple of 32, without --init")
+    parser.add_argument("--layers", type=int, default=6, help="blocks, without --init")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--save-seconds", type=float, default=45, help="between saves to OUTPUT.partial")
@@ -279,6 +335,7 @@ def main() -> None:
     parser.add_argument("--grow-every", type=int, default=16, help="steps until another chunk of worlds is encoded")
     parser.add_argument("--chunk", type=int, default=250, help="worlds that are encoded at a time")
     parser.add_argument("--stops", type=float, default=0.4, help="share of worlds that may have a sprite that stands")
+    parser.add_argument("--hard-share", type=float, default=0.0, help="share of worlds with sprites that overlap")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
