@@ -41,6 +41,7 @@ def _from_diffusers(data: Mapping[str, Any]) -> DiTConfig:
         freq_dim=data["freq_dim"],
         image_dim=data.get("image_dim"),
         image_positions=data.get("pos_embed_seq_len"),
+        patch_size=tuple(data.get("patch_size", (1, 2, 2))),
         eps=data.get("eps", 1e-6),
     )
     return dataclasses.replace(config, model_type=_type_of(config))
@@ -71,17 +72,22 @@ def _from_original(data: Mapping[str, Any]) -> DiTConfig:
         freq_dim=data["freq_dim"],
         image_dim=data.get("image_dim", 1280 if has_image else None),
         image_positions=data.get("image_positions", 514 if model_type == "flf2v" else None),
+        patch_size=tuple(data.get("patch_size", (1, 2, 2))),
         eps=data["eps"],
     )
 
 
 def config_to_json(config: DiTConfig) -> dict[str, Any]:
-    """`config.json` with the original Wan fields, and the sizes that the original takes for granted."""
+    """`config.json` with the original Wan fields, and the sizes that the original takes for granted.
+
+    The patch is named where it is not that of every Wan model, so that files written before stay the same.
+    """
     return {
         **_original_fields(config),
         "text_dim": config.text_dim,
         "image_dim": config.image_dim,
         "image_positions": config.image_positions,
+        **({} if config.patch_size == (1, 2, 2) else {"patch_size": list(config.patch_size)}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_original_folder_and_single_file(i2v: bool, tiny_model, tmp_path: Path) 
         assert loaded.config == model.config and _same(loaded, model)
         assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
     assert config_from_json(config_to_json(model.config)) == model.config
+
+
+def test_another_patch_is_kept(tiny_model, tmp_path: Path) -> None:
+    usual = tiny_model().config
+    model = VideoDiT(replace(usual, patch_size=(1, 1, 1)))
+    save_dit(model.config, model.state_dict(), tmp_path)
+    loaded = load_dit(tmp_path)
+    assert loaded.config == model.config and _same(loaded, model)
+    assert "patch_size" not in config_to_json(usual), "files of usual models stay as they were"
 
 
 @pytest.mark.parametrize("positions", [None, 5])
