@@ -193,7 +193,7 @@ class DataConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """AdamW, constant learning rate after the warm-up."""
+    """AdamW; after the warm-up the learning rate is constant, unless it falls at the end."""
 
     lr: float = Field(default=1e-4, gt=0, description="learning rate")
     beta1: float = Field(default=0.0, ge=0, lt=1, description="decay of the first moment")
@@ -203,6 +203,9 @@ class OptimConfig(Settings):
     max_grad_norm: float = Field(default=10.0, gt=0, description="norm to which gradients are clipped")
     warmup_steps: int = Field(
         default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
+    )
+    decay_steps: int = Field(
+        default=0, ge=0, description="last steps of `max_steps` over which the learning rate falls linearly to zero"
     )
     moments: Literal["float32", "int8"] = Field(
         default="float32", description="type in which the moments are kept; int8 = a quarter, needs the package torchao"

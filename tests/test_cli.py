@@ -75,12 +75,14 @@ NOT_DEFAULT = {
     "max_steps": 77,
     "optim": {
         "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,
+        "decay_steps": 6,
         "moments": "int8",
     },
     "lora": {"rank": 8, "alpha": 4.0, "targets": ["ffn.0"]},
     "critic": {
         "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
+        "decay_steps": 5,
         "moments": "int8",
         "updates_per_generator": 3, "head_start": 2, "init_from": "./critic",
     },

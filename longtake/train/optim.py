@@ -18,7 +18,8 @@ from longtake.train.rounding import round_stochastically
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW's numbers; `warmup_steps` counts iterations, `max_grad_norm` None means no clipping.
+    """AdamW's numbers; `warmup_steps` counts iterations, `max_grad_norm` None means no clipping. Over the last
+    `decay_steps` of `total_steps` iterations the learning rate falls.
 
     `moments` are kept in "float32" or "int8"; `seed` is that of rounding, where weights are bfloat16.
     """
@@ -28,6 +29,8 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int = 0
+    total_steps: int = 0
     max_grad_norm: float | None = None
     moments: str = "float32"
     seed: int = 0
@@ -61,8 +64,14 @@ class NetworkOptimizer:
         self._draws = Draws(settings.seed)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant."""
-        return self.settings.lr * min(1.0, (step + 1) / max(1, self.settings.warmup_steps))
+        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant, and at the end
+        a linear fall over `decay_steps`, whose next one would be 0.
+        """
+        settings = self.settings
+        factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        if settings.decay_steps:
+            factor *= min(1.0, max(0.0, (settings.total_steps - step) / settings.decay_steps))
+        return settings.lr * factor
 
     def zero_grad(self) -> None:
         """Drops the gradients and their memory."""

@@ -285,6 +285,8 @@ def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[s
             eps=group.eps,
             weight_decay=group.weight_decay,
             warmup_steps=group.warmup_steps,
+            decay_steps=group.decay_steps,
+            total_steps=config.max_steps,
             max_grad_norm=group.max_grad_norm,
             moments=group.moments,
             seed=config.seed,

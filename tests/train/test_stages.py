@@ -141,6 +141,13 @@ def test_micro_batches_change_the_arithmetic_only(workshop, tmp_path):
             assert (name in a) == (name in b) and a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 
 
+def test_the_learning_rate_falls_at_the_end_of_a_stage(workshop, tmp_path):
+    changes = {"optim": {"lr": 1e-3, "decay_steps": 2}, "max_steps": 3, "log_every": 1}
+    config = config_of(workshop, tmp_path, "causal", **changes)
+    run_stage(config, Mesh())
+    assert [row["generator_learning_rate"] for row in rows_of(config)] == pytest.approx([1e-3, 1e-3, 5e-4])
+
+
 def test_a_teacher_starts_from_random_weights(workshop, tmp_path):
     (tmp_path / "sizes").mkdir()
     shutil.copy(workshop / "teacher/config.json", tmp_path / "sizes")
