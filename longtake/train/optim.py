@@ -64,8 +64,8 @@ class NetworkOptimizer:
         self._draws = Draws(settings.seed)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant, and at the end
-        a linear fall over `decay_steps`, whose next one would be 0.
+        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant; at the end a
+        linear fall over `decay_steps`, after which it would be 0.
         """
         settings = self.settings
         factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
