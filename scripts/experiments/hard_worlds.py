@@ -1,10 +1,10 @@
-"""Pictures and captions of worlds that are hard for a student: sprites that cross, and captions that leave a motion open.
+"""Pictures and captions of worlds that are hard for a student: sprites that cross, captions that leave a motion open.
 
     python scripts/experiments/hard_worlds.py FOLDER --num-worlds 1400
 
 Writes FOLDER/NNNNNN.png and FOLDER/metadata.jsonl, as `longtake encode` reads them. A share of `--crossing` has two or
-three sprites of which one is hidden by a tenth or more in some frame of the clip, and a share of `--open` an open motion,
-independently of each other; the first worlds of the seed that fit are taken.
+three sprites of which one is hidden by a tenth or more in some frame of the clip, and a share of `--open` an open
+motion, independently of each other; the first worlds of the seed that fit are taken.
 """
 
 from __future__ import annotations
