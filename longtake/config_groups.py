@@ -248,13 +248,13 @@ class ParallelConfig(Settings):
     weights: Literal["sharded", "whole"] = Field(
         default="sharded",
         description="what a rank holds of each network: sharded = its part, with the parts gathered where they are "
-        "needed (FSDP2); whole = everything, optimizer states too, and only gradients are exchanged: the fastest where "
-        "it fits",
+        "needed (FSDP2); whole = everything, optimizer states too: nothing is gathered, and gradients are averaged "
+        "once an update",
     )
     gather_once: bool = Field(
         default=True,
-        description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes: "
-        "faster, and whole weights of the student on each rank meanwhile",
+        description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes; "
+        "each rank holds whole weights of the student meanwhile",
     )
     master_weights: Literal["float32", "bfloat16"] = Field(
         default="float32",

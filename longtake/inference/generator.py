@@ -195,8 +195,9 @@ class Generator:
 
         Args: `image` of any size, cropped to the model's aspect and resized; `num_frames` pixel frames in all, None =
         for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the unconditional side
-        of guidance (default: none). `ahead` begins a block before the one before it is fetched: on a GPU more frames a
-        second, each of them a block later. The same arguments give the same frames.
+        of guidance (default: none). `ahead` begins a block before the one before it is fetched, so that on a GPU
+        fetching and what the caller does overlap with the next block; frames come a block later. The same arguments
+        give the same frames.
         Raises: DataError for an unreadable picture, ConfigError for a bad number of frames, an empty prompt or a
         negative prompt without guidance; all before any work.
         """
