@@ -22,6 +22,7 @@ from longtake.config_groups import (
     EmaConfig,
     EvaluationConfig,
     FlowConfig,
+    HistoryConfig,
     LongConfig,
     LoraConfig,
     ModelConfig,
@@ -87,6 +88,7 @@ class StageConfig(Settings):
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
     long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
+    own_history: HistoryConfig = Field(default=HistoryConfig(), description=HistoryConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
     precision: Literal["fp32", "bf16"] = Field(
@@ -199,6 +201,16 @@ class StageConfig(Settings):
             raise ConfigError(
                 f"flow.negative_prompt={self.flow.negative_prompt} is read by stages distill and long with "
                 f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it"
+            )
+        if self.stage != "causal" and self.own_history.share:
+            raise ConfigError(
+                f"own_history.share={self.own_history.share} belongs to stage causal, this is stage {self.stage}; set "
+                "it to 0"
+            )
+        if self.own_history.from_step >= len(self.flow.steps):
+            raise ConfigError(
+                f"own_history.from_step={self.own_history.from_step} must be below the {len(self.flow.steps)} "
+                f"flow.steps; set it to {len(self.flow.steps) - 1} or less"
             )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")

@@ -320,6 +320,20 @@ class CriticConfig(OptimConfig):
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
 
 
+class HistoryConfig(Settings):
+    """Causal training after the student's own version of earlier frames: it learns to correct its errors."""
+
+    share: float = Field(
+        default=0.0, ge=0, le=1, description="share of the iterations with such a context; the others have the real one"
+    )
+    from_step: int = Field(
+        default=1,
+        ge=0,
+        description="each earlier block is noised to the level of one of the denoising steps, from this one on, and "
+        "made again from there; 0 = also from noise alone, where captions and pictures decide all of the motion",
+    )
+
+
 class LongConfig(Settings):
     """Long tuning: videos beyond the teacher's length, generated and scored chunk by chunk."""
 

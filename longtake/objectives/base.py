@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+# phase(name) -> context manager that a caller times
+Phase = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)

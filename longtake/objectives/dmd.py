@@ -6,8 +6,7 @@ with sigma exact; the velocity of the critic is used as it comes, never through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,15 +15,13 @@ from torch import Tensor, nn
 from longtake.flow.path import add_noise, clean_from_velocity, guided, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
-from longtake.objectives.base import LossResult
+from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
 from longtake.structs import Condition
 
-# phase(name) -> context manager that a caller times
-Phase = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from longtake.errors import ConfigError, DataError
 from longtake.models.dit import VideoDiT
-from longtake.objectives.dmd import Dmd, DmdSettings, Phase
+from longtake.objectives.base import Phase
+from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window

@@ -1,4 +1,4 @@
-"""Teacher forcing: every block learns to denoise itself given the clean blocks before it.
+"""Teacher forcing: every block learns to denoise itself given the blocks before it, clean or as the student makes them.
 
 Source: Self-Forcing's diffusion trainer and Causal-Forcing (arXiv 2602.02214), extended to `[1, n, n, ...]`, a given
 picture and 36-channel models: `y` goes to both halves, the picture is clean in both and outside the loss.
@@ -6,29 +6,61 @@ picture and 36-channel models: `y` goes to both halves, the picture is clean in 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
-from longtake.objectives.base import LossResult
+from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import MaskLayout
+from longtake.rollout.self_forcing import RollOutRules, remake
+from longtake.structs import Condition, MaskLayout
+
+
+SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
+
+
+@dataclass(frozen=True)
+class OwnHistory:
+    """In a `share` of the iterations the context is the student's own version of the video (`rollout.remake`).
+
+    Each block is made again from a denoising step drawn from `from_step` on. The first generated block never begins
+    at step 0: what a picture and a caption leave open is decided there, and the video that is learnt has decided it.
+    """
+
+    share: float = 0.0
+    from_step: int = 1
 
 
 class TeacherForcing:
-    """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it."""
+    """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
+
+    With `own_history` the context is at times what the student itself would have made of the video; the loss is
+    against the real video as ever. So it learns to correct errors, where clean context alone teaches to go on from
+    exact frames, which a roll-out never sees.
+    """
 
     def __init__(
-        self, model: VideoDiT, draws: Draws, rules: RollOutRules, *, shift: float, caption_dropout: float = 0.0
+        self,
+        model: VideoDiT,
+        draws: Draws,
+        rules: RollOutRules,
+        *,
+        shift: float,
+        caption_dropout: float = 0.0,
+        own_history: OwnHistory = OwnHistory(),
+        phase: Phase = nullcontext,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": model}
         self.model, self.draws, self.rules = model, draws, rules
         self.shift, self.caption_dropout = shift, caption_dropout
+        self.own_history, self.phase = own_history, phase
         self._layouts: dict[int, MaskLayout] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -45,14 +77,44 @@ class TeacherForcing:
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
-        both = torch.cat([clean, noisy], 1)
-        levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
         condition = drop_captions(batch, self.draws, step, self.caption_dropout)
+        both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
+        levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
         predicted = self.model(both, levels, condition, mask=self._layout(frames))[:, frames:]
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
         return LossResult(loss, {"generator_loss": loss.detach()})
+
+    def remakes(self, step: int) -> bool:
+        """Whether iteration `step` has the student's own version of the video as context; the same on every rank."""
+        drawn = self.draws.integer(step, "own_history", 0, SHARE_PARTS)
+        return drawn < self.own_history.share * SHARE_PARTS
+
+    def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
+        """The denoising step from which each block is made again."""
+        low, steps = self.own_history.from_step, len(self.rules.sigmas)
+        found = []
+        for block in range(num_blocks):
+            least = min(max(low, 1), steps - 1) if block == first_generated else low
+            found.append(self.draws.integer(step, "own_history_step", least, steps, part=block))
+        return found
+
+    def _history(self, clean: Tensor, condition: Condition, batch: EncodedBatch, step: int) -> Tensor:
+        """The context of this iteration, [B, F, C, H, W]."""
+        if not self.remakes(step):
+            return clean
+        given = batch.first_latent is not None
+        blocks = list(self.rules.plan.blocks(0, clean.shape[1]))
+
+        def noise(start: int, end: int, part: int) -> Tensor:
+            shape = (end - start, *clean.shape[2:])
+            key = start * len(self.rules.sigmas) + part
+            return self.draws.noise(step, "history", batch.indices, shape, clean.device, part=key)
+
+        with self.phase("rollout"):
+            starts = self.starts(step, len(blocks), 1 if given else 0)
+            return remake(self.model, condition, clean, noise, self.rules, starts, with_picture=given)
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.flow.path import add_noise
 from longtake.models.dit import VideoDiT
 from longtake.rollout.chunk import commit_block, denoise_block
 from longtake.structs import BlockPlan, Condition
@@ -94,6 +95,50 @@ def roll_out(
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
     generated[: 0 if first_latent is None else 1] = False
     return RollOut(torch.cat(blocks, 1), generated)
+
+
+@torch.no_grad()
+def remake(
+    model: VideoDiT,
+    condition: Condition,
+    clean: Tensor,
+    noise: RollOutNoise,
+    rules: RollOutRules,
+    starts: Sequence[int],
+    *,
+    with_picture: bool,
+) -> Tensor:
+    """The student's own version of real videos `clean` [B, F, C, H, W], float32: what its history will look like.
+
+    Block number k is noised to the level of step `starts[k]` and denoised from there, after the own versions of the
+    blocks before it; what the noise leaves of the real block keeps the two alike. The last block, which is in nobody's
+    history, stays as it is, and so does frame 0 `with_picture`. Args: `noise` as in `roll_out`.
+    Source: the thought is that of error recycling (Stable Video Infinity, arXiv 2510.09212).
+    """
+    made = clean.float().clone()
+    frames = made.shape[1]
+    cache = model.new_cache(
+        condition.batch_size, *made.shape[-2:], rules.window_frames, rules.sink_frames, rules.rope, max_frames=frames
+    )
+    with model.gathered():
+        for part, (start, end) in enumerate(rules.plan.blocks(0, frames)):
+            if end == frames:
+                break
+            if not (with_picture and start == 0):
+                first, sigmas = starts[part], rules.sigmas[starts[part] :]
+                level = torch.full((made.shape[0],), sigmas[0], device=made.device)
+                drawn = block_noise_at(noise, start, end)
+                noisy = add_noise(made[:, start:end], drawn(first), level)
+                made[:, start:end] = denoise_block(
+                    model, cache, condition, _begin_with(noisy, drawn, first), sigmas
+                )
+            commit_block(model, cache, condition, made[:, start:end])
+    return made
+
+
+def _begin_with(noisy: Tensor, noise: Callable[[int], Tensor], first: int) -> Callable[[int], Tensor]:
+    """Noise of a block that begins with step `first` from latents `noisy`."""
+    return lambda step: noise(first + step) if step else noisy
 
 
 def block_noise_at(noise: RollOutNoise, start: int, end: int) -> Callable[[int], Tensor]:

@@ -27,7 +27,7 @@ from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import PictureCodec
 from longtake.train.ema import EMASettings
@@ -238,7 +238,13 @@ def _objective(
         )
     if config.stage == "causal":
         return TeacherForcing(
-            networks["generator"], draws, rules_of(config), shift=flow.shift, caption_dropout=config.caption_dropout
+            networks["generator"],
+            draws,
+            rules_of(config),
+            shift=flow.shift,
+            caption_dropout=config.caption_dropout,
+            own_history=OwnHistory(config.own_history.share, config.own_history.from_step),
+            phase=phases,
         )
     assert real is not None and config.critic is not None
     settings = DmdSettings(

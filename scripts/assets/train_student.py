@@ -1,0 +1,140 @@
+"""Trains toy students on one GPU within a wall-clock limit: stages `causal` and `distill` on worlds without end.
+
+    python scripts/assets/train_student.py causal --init FOLDER --output FOLDER --seconds 400
+    python scripts/assets/train_student.py distill --init FOLDER --output FOLDER --seconds 300
+
+`longtake/assets/toy/README.md` has the commands that made the shipped weights. Losses, rules and noise levels are those
+of `longtake train` with `configs/toy/causal.yaml` and `distill.yaml` (`--config` names another one); only data
+(`world_pool.py`), random numbers and optimizer (`gpu_loop.py`) are arranged for speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
+from torch import Tensor
+
+from longtake.config import StageConfig, load_config
+from longtake.inference.generator import rules_of
+from longtake.models.encoders import Encoders
+from longtake.models.weights import load_dit
+from longtake.objectives.base import Objective
+from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.randomness import Draws
+from longtake.structs import Condition
+
+
+class DeviceDraws(Draws):
+    """Random numbers drawn on the device, and none of them ever again."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        super().__init__(seed)
+        self.device = device
+
+    def noise(
+        self,
+        step: int,
+        purpose: str,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        part: int = 0,
+    ) -> Tensor:
+        """As `Draws.noise`, but for where it is drawn."""
+        return torch.randn(len(indices), *shape, device=self.device, dtype=dtype)
+
+    def uniform(
+        self,
+        step: int,
+        purpose: str,
+        indices: Sequence[int],
+        low: float = 0.0,
+        high: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        part: int = 0,
+    ) -> Tensor:
+        """As `Draws.uniform`, but for where it is drawn."""
+        return low + (high - low) * torch.rand(len(indices), device=self.device, dtype=dtype)
+
+
+def load_networks(args: argparse.Namespace, config: StageConfig, device: torch.device) -> tuple[Objective, list[Trained]]:
+    """The objective of the stage, and what it trains; the student first."""
+    draws, rules, flow = DeviceDraws(args.seed, device), rules_of(config), config.flow
+    student = load_dit(args.init, device)
+    if config.stage == "causal":
+        own = config.own_history
+        causal = TeacherForcing(
+            student, draws, rules, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
+        )
+        return causal, [Trained(student, args, betas=(0.9, 0.99), clip=1.0)]
+    assert config.critic is not None
+    settings = DmdSettings(
+        flow.shift,
+        flow.guidance,
+        flow.sigma_min,
+        flow.sigma_max,
+        config.critic.updates_per_generator,
+        args.head_start,
+    )
+    critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
+    trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
+    trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
+    return Dmd(student, critic, real, draws, rules, config.video.num_latent_frames, settings), trained
+
+
+def train(args: argparse.Namespace) -> None:
+    """Runs until `args.seconds` after the start of the program are over; writes the student's averaged weights."""
+    began = time.time()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = torch.device(args.device)
+    config = load_config(args.config or ROOT / f"configs/toy/{args.stage}.yaml", args.changes)
+    assert isinstance(config, StageConfig)
+    encoders = Encoders.load(args.encoders, device)
+    data = filled_pool(args, encoders, config.video.num_latent_frames, began, device)
+    empty = encoders.text.encode([""]).to(device).expand(args.batch, -1, -1)
+    objective, networks = load_networks(args, config, device)
+    by_name = dict(zip(objective.networks, networks))
+    running = torch.zeros(len(networks), device=device)
+    indices = range(args.batch)
+
+    def advance(step: int) -> None:
+        clean, y, text, image = data.batch(args.batch)
+        batch = EncodedBatch(
+            indices, Condition(text, image, y), empty, (clean.shape[-2], clean.shape[-1]), clean, clean[:, :1]
+        )
+        for turn in objective.turns(step):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss = objective.loss(turn, batch, step).loss
+            running[list(by_name).index(turn)] += loss.detach()
+            by_name[turn].update(loss)
+
+    run(args, began, data, networks, advance, running)
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["causal", "distill"])
+    parser.add_argument("changes", nargs="*", help="changes of the configuration, a.b=c")
+    parser.add_argument("--config", type=Path, help="default: that of the stage in configs/toy")
+    parser.add_argument("--init", type=Path, required=True, help="weights to start from")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, default=TOY / "teacher")
+    parser.add_argument("--critic", type=Path, help="weights of the critic (default: the teacher's)")
+    parser.add_argument("--critic-rate", type=float, default=2.0, help="its learning rate / the student's")
+    parser.add_argument("--head-start", type=int, default=100, help="first steps, of the critic alone")
+    add_arguments(parser)
+    train(parser.parse_intermixed_args())
+
+
+if __name__ == "__main__":
+    main()
