@@ -12,7 +12,8 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
   (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); and batch 1 a GPU once more with
   sharded weights. The first iteration is a warm-up and is not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
-  block of 4 frames at a full window, without and with its commit), the whole clip, and forward and backward of it; the
+  block of 4 frames at a full window, without and with its commit, replayed as CUDA graphs both alone and together), the
+  whole clip, and forward and backward of it; the
   exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel (torch's profiler);
 - generate: a video with decoding, by one process that decodes where it computes, by one that decodes on the other GPU,
   and by two that compute each pass together and decode alike.
@@ -47,6 +48,7 @@ from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.pass_graph import EAGER_PASSES, PassGraphs
 from longtake.models.token_split import TokenSplit
 from longtake.models.weights import load_dit
 from longtake.structs import Condition
@@ -119,6 +121,8 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
     split = mesh.arranged(ParallelConfig(sequence=mesh.world_size)).sequence
     assert split is not None
     model = load_dit(weights, device, torch.bfloat16).eval().requires_grad_(False)
+    if device.type == "cuda":
+        model.graphs = PassGraphs()  # as `longtake generate` has it
     torch.manual_seed(0)
     clip = torch.randn(1, sizes.num_latent_frames, sizes.dit.out_channels, sizes.height // 8, sizes.width // 8).to(
         device
@@ -191,9 +195,13 @@ def passes(
         return out.detach()
 
     held = f"{BLOCK} frames, window {window_frames}"
+    again = _fresh(cache, committed)
+    for _ in range(EAGER_PASSES + 1 if model.graphs is not None else 0):  # until they are replayed
+        streamed()
+        again()
     return {
         f"streaming pass, {held}": streamed,
-        f"streaming pass with commit, {held}": _fresh(cache, committed),
+        f"streaming pass with commit, {held}": again,
         f"whole clip, {clip.shape[1]} frames": whole,
         f"forward and backward, {clip.shape[1]} frames": trained,
     }
@@ -319,6 +327,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results and logs (small)")
     parser.add_argument("--work", type=Path, help="folder of weights and data, 4 GB (default: work/ in the output)")
+    numbers, names = ",".join(map(str, range(len(TRAININGS)))), "; ".join(TRAININGS)
+    parser.add_argument("--trainings", default=numbers, help=f"numbers of the trainings to run, of: {names} (all)")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=10, help="iterations after the first (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="pictures in the data set (default: %(default)s)")
@@ -349,9 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     name = ", ".join(torch.cuda.get_device_name(k) for k in range(2)) if is_cuda else platform.machine()
     run.record("machine", {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")})
+    trainings = [name for number, name in enumerate(TRAININGS) if str(number) in args.trainings.split(",")]
     work: dict[str, list[Callable[[], None]]] = {
         "files": [lambda: run.record("files", prepare(run, args.rows))],
-        "train": [lambda n=n: train(run, n, args.iterations) for n in TRAININGS],  # type: ignore[misc]
+        "train": [lambda n=n: train(run, n, args.iterations) for n in trainings],  # type: ignore[misc]
         "passes": [lambda: measure_in_ranks(run, args)],
         "generate": [lambda w=w: generate_in_ranks(run, args, w) for w in WAYS],  # type: ignore[misc]
     }

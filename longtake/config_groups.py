@@ -271,6 +271,11 @@ class ParallelConfig(Settings):
         description="weights, gradients and optimizer states wait in the memory of the CPU, where the optimizer runs; "
         "needs several ranks",
     )
+    graphs: bool = Field(
+        default=True,
+        description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
+        "weights are whole on each rank, trained without low-rank updates and not compiled",
+    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
     reduce_once: bool = Field(
         default=False,

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longtake.config_groups import ParallelConfig
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
+from longtake.models.pass_graph import forget_all
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Mesh:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        forget_all()  # recorded passes hold the group that is left here
         # After an error the other ranks may sit in another collective: leaving the group could wait for them for ever.
         if kind is None and self.is_distributed:
             # On a busy machine ranks were seen to abort as Python ended right after a collective of gloo (torch 2.13);

@@ -24,6 +24,7 @@ from longtake.inference.source import Source
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.pass_graph import PassGraphs
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
@@ -128,12 +129,14 @@ class Generator:
         *,
         split: TokenSplit | None = None,
         decode_device: str | torch.device | None = None,
+        graphs: bool = True,
     ) -> Generator:
         """Loads weights and encoders: the one place that makes a generator.
 
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
         then make the same calls of this generator and get the same frames. `decode_device` has a second copy of the VAE
-        that decodes there, so that another GPU can do it beside the transformer (default: no second copy).
+        that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
+        has passes recorded on a GPU and replayed (`models/pass_graph.py`), with the same frames.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
         what Wan computes in float32 stay float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
@@ -148,6 +151,8 @@ class Generator:
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False)
         model.set_token_split(split)
+        if graphs and device.type == "cuda":
+            model.graphs = PassGraphs()
         encoders = Encoders.load(
             source.encoders,
             device,

@@ -17,7 +17,8 @@ import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,20 @@ class Reading:
     key_position: Tensor
     write_slots: Tensor
     num_past: int
+
+
+@dataclass
+class Passes:
+    """What `models/pass_graph.py` knows of the passes against one cache: how often each kind ran, what is recorded."""
+
+    uses: dict[tuple, int] = field(default_factory=dict)
+    recorded: dict[tuple, Any] = field(default_factory=dict)
+    addresses: tuple[int, ...] = ()
+
+    def forget(self) -> None:
+        """Drops what is recorded, and counts anew."""
+        self.uses.clear()
+        self.recorded.clear()
 
 
 @contextmanager
@@ -133,6 +148,7 @@ class KVCache:
         self._leases: list[weakref.ref[Lease]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
         self._cross_key: tuple | None = None
+        self.passes = Passes()  # what `models/pass_graph.py` has recorded of passes against this cache
 
     # ---- position and content -------------------------------------------------------------------------------------
     @property
@@ -185,6 +201,7 @@ class KVCache:
             )
             other._cross = {layer: tuple(t.clone() for t in kept) for layer, kept in self._cross.items()}
         other._held, other._readings, other._leases = list(self._held), {}, []
+        other.passes = Passes()
         return other
 
     def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -244,8 +261,11 @@ class KVCache:
             "key_position": list(range(count + block_frames)),
             "write_slots": [self._slot(frame) for frame in range(start, end)],
         }
+        pinned = self.device.type == "cuda"  # copied beside what the device still does, without waiting for it
         with _lasting_tensors():
-            fresh = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
+            fresh = {
+                name: torch.tensor(column, dtype=torch.long, pin_memory=pinned) for name, column in columns.items()
+            }
         reading = None if graded else self._readings.get((count, block_frames))
         if reading is None:
             # A graded call keeps its own copy: backward may recompute after later calls have moved on.
@@ -327,6 +347,11 @@ class KVCache:
         leases = [ref() for ref in self._leases]
         return [lease for lease in leases if lease is not None and lease.active]
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a pending backward still reads from it."""
+        return bool(self._live_leases())
+
     # ---- cross-attention ------------------------------------------------------------------------------------------
     def has_cross(self, condition: Condition) -> bool:
         """True when the kept cross-attention keys and values are those of this very condition."""
@@ -335,6 +360,10 @@ class KVCache:
     def cross(self, layer: int) -> tuple[Tensor, ...]:
         """Kept cross-attention keys and values of one layer."""
         return self._cross[layer]
+
+    def cross_addresses(self) -> tuple[int, ...]:
+        """Where the kept cross-attention keys and values are."""
+        return tuple(t.data_ptr() for tensors in self._cross.values() for t in tensors)
 
     def set_cross(self, layer: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Keeps one layer's cross-attention keys and values, at the old addresses where shapes allow it."""

@@ -25,6 +25,7 @@ from longtake.models.attention import Attention
 from longtake.models.cache import KVCache
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.pass_graph import PassGraphs
 from longtake.models.recompute import together
 from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
 from longtake.structs import Condition, MaskLayout
@@ -202,6 +203,9 @@ class Head(nn.Module):
 class VideoDiT(nn.Module):
     """Wan's transformer. See `forward`; sizes in `config`; `new_cache` makes the cache for streaming."""
 
+    # Records passes against a cache and replays them; None: every pass is run by Python.
+    graphs: PassGraphs | None = None
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -225,6 +229,7 @@ class VideoDiT(nn.Module):
         # Where the network computes, if not where its weights wait (they may wait on the CPU).
         self.compute_device: torch.device | None = None
         self.token_split: TokenSplit | None = None
+        self._lent: tuple[tuple, KVCache] | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
         if self.head.head.weight.device.type != "meta":
             self.reset_parameters()
@@ -317,6 +322,30 @@ class VideoDiT(nn.Module):
             dtype=dtype,
         )
 
+    def lend_cache(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        window_frames: int | None,
+        sink_frames: int,
+        rope: str,
+        max_frames: int,
+        spare_frames: int,
+    ) -> KVCache:
+        """As `new_cache`, for one roll-out: with `graphs`, the cache that the roll-out before had, cleared, where it
+        fits and no backward reads from it any more, so that what was recorded of its passes can be replayed.
+        """
+        sizes = (batch_size, height, width, window_frames, sink_frames, rope, max_frames, spare_frames)
+        if self.graphs is None:
+            return self.new_cache(*sizes)
+        key = (sizes, torch.is_autocast_enabled(), self.token_split)
+        if self._lent is None or self._lent[0] != key or self._lent[1].is_held:
+            self._lent = key, self.new_cache(*sizes)
+        cache = self._lent[1]
+        cache.clear()
+        return cache
+
     def forward(
         self,
         x: Tensor,
@@ -337,50 +366,75 @@ class VideoDiT(nn.Module):
         Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
         """
         self._check(x, sigma, condition, mask, cache, commit)
-        batch, entries, _, height, width = x.shape
-        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
-        rotation = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
-        graded = torch.is_grad_enabled()
-        share: Share = WHOLE if self.token_split is None else self.token_split.share(rows * columns)
-
-        reading = None
         if cache is not None:
-            reading = cache.read(entries, graded=graded)
-            if commit:
-                cache.begin_commit(entries)
-            frame_index = reading.frame_index
+            return self._forward_cached(x, sigma, condition, cache, commit=commit)
+        share, rotation = self._share_and_rotation(x)
+        if mask is not None:
+            kit = self._mask_kit(mask, self.tokens_per_frame(*x.shape[3:]), x.device)
+            frame_index = kit["frame_index"]
+            query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
+            entry = None if mask.plain_keys else kit["key_entry"]
+            context: SelfContext = MaskedContext(query, key, kit["mask"], entry, share)
+        else:
+            frame_index = torch.arange(x.shape[1], device=x.device)
+            query = Rotation(rotation(frame_index))
+            context = SelfContext(query, query, share)
+        return self._velocity(x, sigma, condition.frames, frame_index, context, self._fresh_cross(condition, None))
+
+    def _forward_cached(
+        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool
+    ) -> Tensor:
+        """The block at `cache.position`."""
+        entries, graded = x.shape[1], torch.is_grad_enabled()
+        reading = cache.read(entries, graded=graded)
+        kept = not graded and cache.has_cross(condition)
+        if commit:
+            cache.begin_commit(entries)
+
+        def work(x: Tensor, sigma: Tensor, frames: Tensor | None) -> Tensor:
+            share, rotation = self._share_and_rotation(x)
             query = Rotation(rotation(reading.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
             key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
-            context: SelfContext = CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
-        elif mask is not None:
-            kit = self._mask_kit(mask, rows * columns, x.device)
-            frame_index = kit["frame_index"]
-            query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
-            context = MaskedContext(query, key, kit["mask"], None if mask.plain_keys else kit["key_entry"], share)
-        else:
-            frame_index = torch.arange(entries, device=x.device)
-            query = Rotation(rotation(frame_index))
-            context = SelfContext(query, query, share)
+            context = CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
+            cross = CrossContext(None, None, cache) if kept else self._fresh_cross(condition, None if graded else cache)
+            return self._velocity(x, sigma, frames, reading.frame_index, context, cross)
 
+        inputs = (x, sigma, condition.frames)
+        if self.graphs is not None and kept:
+            addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
+            kind = (reading.num_past, entries, commit, id(self.token_split))
+            velocity = self.graphs.run(work, kind, inputs, cache, addresses)
+        else:
+            velocity = work(*inputs)
+            if not graded:
+                cache.cross_is_for(condition)
+        if commit:
+            cache.end_commit(entries)
+        return cache.hold(velocity, entries) if graded and self.activation_checkpointing else velocity
+
+    def _velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        frames: Tensor | None,
+        frame_index: Tensor,
+        context: SelfContext,
+        cross: CrossContext,
+    ) -> Tensor:
+        """The network itself. Args: `frames` of the condition, of which entry e reads number `frame_index[e]`."""
+        batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, condition, frame_index, share)
-        cross = self._cross_context(condition, cache if not graded else None)
+        hidden = self._embed_patches(x, frames, frame_index, context.share)
         for layer, block in enumerate(self.blocks):
             arguments = (hidden, modulation, context, cross, layer)
-            if graded and self.activation_checkpointing:
+            if torch.is_grad_enabled() and self.activation_checkpointing:
                 contexts = partial(together, self.checkpoint_contexts)
                 hidden = checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
             else:
                 hidden = block(*arguments)
-        velocity = self._unpatchify(share.whole(self.head(hidden, e)), rows, columns)
-        if cross.cache is not None:
-            cross.cache.cross_is_for(condition)
-        if cache is not None and commit:
-            cache.end_commit(entries)
-        if cache is not None and graded and self.activation_checkpointing:
-            velocity = cache.hold(velocity, entries)
-        return velocity
+        _, ph, pw = self.config.patch_size
+        return self._unpatchify(context.share.whole(self.head(hidden, e)), height // ph, width // pw)
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
     def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,11 +445,17 @@ class VideoDiT(nn.Module):
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
 
-    def _embed_patches(self, x: Tensor, condition: Condition, frame_index: Tensor, share: Share) -> Tensor:
+    def _share_and_rotation(self, x: Tensor) -> tuple[Share, Callable[[Tensor], Tensor]]:
+        """This process's part of a call with latents `x`, and the rotation angles of frame positions [S]."""
+        rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
+        rotation = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
+        return WHOLE if self.token_split is None else self.token_split.share(rows * columns), rotation
+
+    def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, share: Share) -> Tensor:
         """Latents and condition frames -> this process's tokens [B, E, l, D] in (frame, row, column) order, float32."""
-        if condition.frames is not None:
-            index = frame_index.clamp(max=condition.frames.shape[1] - 1)
-            x = torch.cat([x, condition.frames.index_select(1, index).to(x.dtype)], 2)
+        if frames is not None:
+            index = frame_index.clamp(max=frames.shape[1] - 1)
+            x = torch.cat([x, frames.index_select(1, index).to(x.dtype)], 2)
         _, ph, pw = self.config.patch_size
         patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, E, C, rows, ph, columns, pw]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, E, L, C * ph * pw]
@@ -422,9 +482,8 @@ class VideoDiT(nn.Module):
             embedded, image = embedded.to(dtype), None if image is None else image.to(dtype)
         return embedded, image
 
-    def _cross_context(self, condition: Condition, cache: KVCache | None) -> CrossContext:
-        if cache is not None and cache.has_cross(condition):
-            return CrossContext(None, None, cache)
+    def _fresh_cross(self, condition: Condition, cache: KVCache | None) -> CrossContext:
+        """Keys and values of the condition, made by each block; kept in the cache, where there is one."""
         return CrossContext(*self._embed_condition(condition), cache)
 
     def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:

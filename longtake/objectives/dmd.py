@@ -23,7 +23,6 @@ from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, r
 from longtake.structs import Condition
 
 
-
 @dataclass(frozen=True)
 class DmdSettings:
     """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond).

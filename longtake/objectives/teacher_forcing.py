@@ -22,7 +22,6 @@ from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOutRules, remake
 from longtake.structs import Condition, MaskLayout
 
-
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
 

@@ -65,14 +65,15 @@ def roll_out(
     rules.plan.check(num_frames)
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
     evicted = 0 if rules.window_frames is None else max(0, num_frames - rules.window_frames)
-    cache = model.new_cache(
+    recomputed = model.activation_checkpointing and (graded or model.graphs is not None)  # one cache for both
+    cache = model.lend_cache(
         condition.batch_size,
         *latent_size,
         rules.window_frames,
         rules.sink_frames,
         rules.rope,
-        max_frames=num_frames,
-        spare_frames=evicted if graded and model.activation_checkpointing else 0,
+        num_frames,
+        evicted if recomputed else 0,
     )
     blocks: list[Tensor] = []
     with model.gathered():
@@ -116,22 +117,18 @@ def remake(
     Source: the thought is that of error recycling (Stable Video Infinity, arXiv 2510.09212).
     """
     made = clean.float().clone()
-    frames = made.shape[1]
-    cache = model.new_cache(
-        condition.batch_size, *made.shape[-2:], rules.window_frames, rules.sink_frames, rules.rope, max_frames=frames
-    )
+    batch, frames, _, height, width = made.shape
+    cache = model.lend_cache(batch, height, width, rules.window_frames, rules.sink_frames, rules.rope, frames, 0)
     with model.gathered():
         for part, (start, end) in enumerate(rules.plan.blocks(0, frames)):
             if end == frames:
                 break
             if not (with_picture and start == 0):
                 first, sigmas = starts[part], rules.sigmas[starts[part] :]
-                level = torch.full((made.shape[0],), sigmas[0], device=made.device)
+                level = torch.full((batch,), sigmas[0], device=made.device)
                 drawn = block_noise_at(noise, start, end)
                 noisy = add_noise(made[:, start:end], drawn(first), level)
-                made[:, start:end] = denoise_block(
-                    model, cache, condition, _begin_with(noisy, drawn, first), sigmas
-                )
+                made[:, start:end] = denoise_block(model, cache, condition, _begin_with(noisy, drawn, first), sigmas)
             commit_block(model, cache, condition, made[:, start:end])
     return made
 

@@ -23,6 +23,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
+from longtake.models.pass_graph import PassGraphs
 from longtake.models.presets import model_config
 from longtake.models.roles import Role, SharedBase
 from longtake.models.weight_identity import weights_identity
@@ -85,6 +86,8 @@ class _Builder:
         opened = _open(weights, config)
         if lora is None:
             self._cast_masters(opened.model)
+            if name == "generator" and self._records:
+                opened.model.graphs = PassGraphs()
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
@@ -160,6 +163,13 @@ class _Builder:
         if kept == "bfloat16" or (kept == "auto" and self.config.precision == "bf16"):
             model.cast(torch.bfloat16)
         model.requires_grad_(False)
+
+    @property
+    def _records(self) -> bool:
+        """Whether the student's passes are recorded: where its weights never move, and Python makes the calls."""
+        parallel, mesh = self.config.parallel, self.mesh
+        whole = mesh.fsdp_mesh is None and not parallel.compile
+        return parallel.graphs and whole and mesh.device.type == "cuda" and self.config.stage != "teacher"
 
     def _cast_masters(self, model: VideoDiT) -> None:
         if self.config.parallel.master_weights == "bfloat16":

@@ -22,6 +22,7 @@ from torch import Tensor
 from longtake.config import StageConfig, load_config
 from longtake.inference.generator import rules_of
 from longtake.models.encoders import Encoders
+from longtake.models.pass_graph import PassGraphs
 from longtake.models.weights import load_dit
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
@@ -65,10 +66,14 @@ class DeviceDraws(Draws):
         return low + (high - low) * torch.rand(len(indices), device=self.device, dtype=dtype)
 
 
-def load_networks(args: argparse.Namespace, config: StageConfig, device: torch.device) -> tuple[Objective, list[Trained]]:
+def load_networks(
+    args: argparse.Namespace, config: StageConfig, device: torch.device
+) -> tuple[Objective, list[Trained]]:
     """The objective of the stage, and what it trains; the student first."""
     draws, rules, flow = DeviceDraws(args.seed, device), rules_of(config), config.flow
     student = load_dit(args.init, device)
+    if device.type == "cuda" and args.graphs:
+        student.graphs = PassGraphs()
     if config.stage == "causal":
         own = config.own_history
         causal = TeacherForcing(
@@ -132,6 +137,7 @@ def main() -> None:
     parser.add_argument("--critic", type=Path, help="weights of the critic (default: the teacher's)")
     parser.add_argument("--critic-rate", type=float, default=2.0, help="its learning rate / the student's")
     parser.add_argument("--head-start", type=int, default=100, help="first steps, of the critic alone")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay CUDA graphs")
     add_arguments(parser)
     train(parser.parse_intermixed_args())
 

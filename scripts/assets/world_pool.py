@@ -1,4 +1,4 @@
-"""Encoded worlds for the scripts that train toy assets on a GPU: drawn by processes, rendered and encoded on the device.
+"""Encoded worlds for the scripts that train toy assets on a GPU: drawn by processes, rendered and encoded on it.
 
 New worlds are drawn and encoded all the time: with 24,000 of them, however long it trained, the loss of the teacher on
 others was half as high again (docs/log.md).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections import deque
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult

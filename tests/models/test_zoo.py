@@ -154,7 +154,7 @@ def test_fun_1_3b_inp_at_full_size_loads_within_one_copy_and_converts_both_ways(
     thread.join()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == 1_564_428_608
-    assert size < max(peaks) - before < 1.1 * size
+    assert 0.97 * size < max(peaks) - before < 1.1 * size
     del model
     convert(tmp_path / "model", tmp_path / "diffusers", "diffusers", shard_bytes=1 << 30)
     files = convert(tmp_path / "diffusers", tmp_path / "back", "original")

@@ -1,0 +1,143 @@
+"""Passes against a cache as CUDA graphs: once a pass has the shapes and addresses of earlier ones, it is recorded, and
+from then on replayed by one call, without Python and without a launch for every kernel.
+
+A pass of four frames at 480x832 starts some two thousand kernels; where several GPUs share it they wait for whichever
+process starts them last. What a replay reads must be where it was when the pass was recorded: the cache holds to that
+(`KVCache`), inputs are copied to places of their own, and the addresses of weights and of the condition's keys and
+values are compared each time. This file must not know the transformer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from longtake.models.cache import KVCache, Passes
+
+logger = logging.getLogger(__name__)
+
+# Passes of one kind against one cache that run as ever before it is recorded. A block of four steps and its context
+# pass come five to a key while the window fills, which is not worth recording.
+EAGER_PASSES = 8
+
+# work(x, sigma, condition frames) -> velocity
+Work = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Recorder(Protocol):
+    """Records what a function starts on the device, without doing it: a function that does it, and the result."""
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share their memory: they are replayed one after the other, on one stream."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one that watches over collectives, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = work()
+        return graph.replay, out
+
+
+@dataclass
+class _Recorded:
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    output: Tensor
+
+
+class PassGraphs:
+    """Runs passes of one network, or replays them. Args: `record` another recorder than that of CUDA graphs (tests)."""
+
+    def __init__(self, record: Recorder | None = None) -> None:
+        self._record = record or CudaRecorder()
+        self._broken = False
+        self._known: WeakSet[KVCache] = WeakSet()
+        _all.add(self)
+
+    def run(
+        self,
+        work: Work,
+        kind: tuple,
+        inputs: tuple[Tensor, Tensor, Tensor | None],
+        cache: KVCache,
+        addresses: tuple[int, ...],
+    ) -> Tensor:
+        """`work(*inputs)`, no gradient; `kind` says what else tells passes against `cache` apart.
+
+        Args: `inputs`, latents, noise levels and the condition's frames; `addresses` of what `work` reads besides.
+        """
+        if self._broken:
+            return work(*inputs)
+        passes: Passes = cache.passes
+        if passes.addresses != addresses:
+            passes.forget()
+            passes.addresses = addresses
+        key = (kind, _autocast(inputs[0].device), *((t.shape, t.dtype) for t in inputs if t is not None))
+        if (found := passes.recorded.get(key)) is None:
+            passes.uses[key] = passes.uses.get(key, 0) + 1
+            if passes.uses[key] <= EAGER_PASSES:
+                return work(*inputs)
+            made = self._recorded(work, inputs)
+            if made is None:
+                return work(*inputs)
+            found = passes.recorded[key] = made
+            self._known.add(cache)
+        for held, given in zip(found.inputs, (t for t in inputs if t is not None)):
+            held.copy_(given)
+        found.replay()
+        return found.output.clone()
+
+    def forget(self) -> None:
+        """Drops all that is recorded: before the process group that a pass uses is gone, say."""
+        for cache in list(self._known):
+            cache.passes.forget()
+
+    def _recorded(self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None]) -> _Recorded | None:
+        """The pass, recorded; None where that failed, after which nothing is recorded any more."""
+        with torch.inference_mode(False), torch.no_grad():
+            held = [torch.empty_like(t).copy_(t) for t in inputs if t is not None]
+        x, sigma, frames = held[0], held[1], held[2] if len(held) > 2 else None
+        try:
+            with _own_casts(x.device):
+                replay, output = self._record(lambda: work(x, sigma, frames))
+        except RuntimeError as error:
+            self._broken = True
+            self.forget()
+            reason = str(error).splitlines()[0]
+            logger.warning("passes are not recorded as CUDA graphs, and run as ever: %s", reason)
+            return None
+        return _Recorded(held, replay, output)
+
+
+_all: WeakSet[PassGraphs] = WeakSet()
+
+
+def forget_all() -> None:
+    """Drops every recorded pass of this process."""
+    for graphs in list(_all):
+        graphs.forget()
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _own_casts(device: torch.device) -> AbstractContextManager[Any]:
+    """Under autocast, casts of weights are recorded too: those that it remembers are gone when it ends."""
+    dtype = _autocast(device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)

@@ -1,0 +1,172 @@
+"""Recorded passes: what a CUDA graph would read and write is where it was, so replaying equals running."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+
+from longtake.models.pass_graph import PassGraphs, forget_all
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.rollout.stream import LatentStream
+from longtake.structs import BlockPlan
+
+RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), 5, 1, "relative")
+
+
+class Tape:
+    """A recorder for a CPU: what it gives reads the inputs, and writes the result, where they were when it recorded."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work):
+        self.recorded += 1
+        output = torch.full_like(work(), torch.nan)
+
+        def replay():
+            self.replayed += 1
+            with torch.no_grad():
+                output.copy_(work())
+
+        return replay, output
+
+
+def noise(start, end, step, batch=2):
+    generator = torch.Generator().manual_seed(100 * start + step)
+    return torch.randn(batch, end - start, 4, 4, 6, generator=generator)
+
+
+def stream(model, condition, blocks, rules=RULES):
+    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
+    return LatentStream(model, cache, condition, make_tiny_latents(1), noise, rules), blocks
+
+
+def unrolled(model, condition, blocks=8, rules=RULES, change=None):
+    running, blocks = stream(model, condition, blocks, rules)
+    made = []
+    for number in range(blocks):
+        if change is not None and number == blocks - 3:
+            running.change(change)
+        made.append(running.next())
+    return torch.cat(made, 1)
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+@pytest.mark.parametrize("i2v", [True, False])
+def test_a_replayed_stream_equals_the_one_that_python_runs(i2v, rope):
+    model = make_tiny_model(i2v)
+    condition, other = make_tiny_condition(model), make_tiny_condition(model, seed=8)
+    rules = RollOutRules(RULES.plan, RULES.sigmas, 5, 1, rope)
+    expected = unrolled(model, condition, rules=rules, change=other)
+    tape = Tape()
+    model.graphs = PassGraphs(tape)
+    assert torch.equal(unrolled(model, condition, rules=rules, change=other), expected)
+    assert tape.recorded >= 1 and tape.replayed >= 3 * 2  # the blocks after the first eight passes of one kind
+
+
+def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
+    model = make_tiny_model(i2v=True)
+    rules = RULES
+
+    def both(condition):
+        graphs, model.graphs = model.graphs, None
+        expected = roll_out(model, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
+        model.graphs = graphs
+        made = roll_out(model, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
+        assert torch.equal(made, expected)
+        return made
+
+    tape = Tape()
+    model.graphs = PassGraphs(tape)
+    seen = [both(make_tiny_condition(model, seed=seed)) for seed in (1, 2, 3, 4, 5)]
+    assert not torch.equal(seen[0], seen[1]) and tape.replayed > 0
+    before, recorded = tape.replayed, tape.recorded
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)  # as an optimizer does it: where they are
+    both(make_tiny_condition(model, seed=5))
+    assert tape.replayed > before and tape.recorded == recorded
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 0.9  # somewhere else: recorded passes would read the old ones
+    both(make_tiny_condition(model, seed=5))
+    assert tape.recorded == recorded + 1
+
+
+def test_a_graded_roll_out_keeps_its_cache_until_its_backward():
+    model = make_tiny_model(i2v=True)
+    model.graphs = PassGraphs(Tape())
+    model.activation_checkpointing = True
+    condition = make_tiny_condition(model)
+
+    def gradients(between):
+        made = roll_out(
+            model, condition, make_tiny_latents(1), noise, RULES, 9, (4, 6), exit_step=1, graded=True
+        ).latents
+        if between:
+            roll_out(model, make_tiny_condition(model, seed=9), make_tiny_latents(1), noise, RULES, 9, (4, 6))
+        model.zero_grad()
+        made.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for _ in range(4):  # until passes are replayed
+        expected = gradients(between=False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(between=True), expected, strict=True))
+
+
+def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(caplog):
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = make_tiny_model(i2v=True)
+    condition = make_tiny_condition(model)
+    expected = unrolled(model, condition)
+    model.graphs = PassGraphs(refuse)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(unrolled(model, condition), expected)
+        assert torch.equal(unrolled(model, condition), expected)
+    assert [r.message for r in caplog.records if "CUDA graphs" in r.message] == [
+        "passes are not recorded as CUDA graphs, and run as ever: operation not permitted when stream is capturing"
+    ]
+
+
+def test_copies_of_a_cache_and_forgotten_passes_are_recorded_anew():
+    model, tape = make_tiny_model(i2v=True), Tape()
+    model.graphs = PassGraphs(tape)
+    running, _ = stream(model, make_tiny_condition(model), 0)
+    for _ in range(8):
+        running.next()
+    assert running.cache.passes.recorded and not running.cache.copy().passes.recorded
+    forget_all()
+    assert not running.cache.passes.recorded and not running.cache.passes.uses
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cuda_graphs_give_the_same_latents(bf16):
+    model = make_tiny_model(i2v=True).cuda()
+    condition = make_tiny_condition(model).to("cuda")
+
+    def on_gpu(start, end, step):
+        return noise(start, end, step).cuda()
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            cache = model.new_cache(2, 4, 6, 5, 1, "relative")
+            running = LatentStream(model, cache, condition, make_tiny_latents(1).cuda(), on_gpu, RULES)
+            made = torch.cat([running.next() for _ in range(9)], 1)
+        return made, cache
+
+    expected, _ = run()
+    model.graphs = PassGraphs()
+    made, cache = run()
+    assert cache.passes.recorded and not model.graphs._broken
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+    rolled = [
+        roll_out(model, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6)).latents for _ in range(6)
+    ]
+    assert all(torch.equal(one, rolled[0]) for one in rolled)
