@@ -93,13 +93,28 @@ def run(
             running.zero_()
             clock = time.time()
         if time.time() - saved > args.save_seconds:
-            save_dit(model.config, average, args.output.with_name(f"{args.output.name}.partial"), torch.float16)
+            kept = f"{time.time() - began:.0f}" if args.keep_all else "partial"
+            save_dit(model.config, average, args.output.with_name(f"{args.output.name}.{kept}"), torch.float16)
             saved = time.time()
     save_dit(model.config, average, args.output, torch.float16)
     print(f"{step} steps, {data.filled} worlds, saved {args.output}", flush=True)
     print(f"the next leg may begin with --first-world {data.asked}")
     data.workers.terminate()
     return step
+
+
+def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
+    """`update` as a CUDA graph; it is called `warmup` times and captured once, which changes nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    return graph.replay
 
 
 def filled_pool(args: argparse.Namespace, encoders: Encoders, frames: int, began: float, device: torch.device) -> Pool:
@@ -120,6 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--save-seconds", type=float, default=45, help="between saves to OUTPUT.partial")
+    parser.add_argument("--keep-all", action="store_true", help="save to OUTPUT.SECONDS, and keep them all")
     parser.add_argument("--worlds", type=int, default=10000, help="encoded before training begins")
     parser.add_argument("--first-world", type=int, default=0, help="number of the first world that is drawn")
     parser.add_argument("--most-worlds", type=int, default=400000, help="room for the worlds, 50 kB each of 9 latents")

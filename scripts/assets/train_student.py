@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
-from torch import Tensor
+import torch.nn.functional as F
+from gpu_loop import ROOT, TOY, Trained, add_arguments, captured, filled_pool, run
+from torch import Tensor, nn
 
 from longtake.config import StageConfig, load_config
 from longtake.inference.generator import rules_of
+from longtake.models.attention import FrameMask, make_mask
+from longtake.models.contexts import MaskedContext
+from longtake.models.dit import Block, VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.layers import Rotation
 from longtake.models.pass_graph import PassGraphs
 from longtake.models.weights import load_dit
-from longtake.objectives.base import Objective
+from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
@@ -66,6 +72,72 @@ class DeviceDraws(Draws):
         return low + (high - low) * torch.rand(len(indices), device=self.device, dtype=dtype)
 
 
+class Forced(nn.Module):
+    """A network in teacher forcing with one mask, fit for `torch.compile`: nothing in it but its tensors."""
+
+    def __init__(self, model: VideoDiT, causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        layout = causal._layout(frames).to(device)
+        self.mask = make_mask(layout.allowed, tokens, device, flex=False)
+        self.frame_index, self.key_position = layout.frame_index, layout.key_position
+        self.key_entry = None if layout.plain_keys else layout.key_entry
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """As `VideoDiT.forward` with the mask."""
+        share, rotation = self.model._share_and_rotation(x)
+        query, key = Rotation(rotation(self.frame_index)), Rotation(rotation(self.key_position))
+        context = MaskedContext(query, key, self.mask, self.key_entry, share)
+        cross = self.model._fresh_cross(condition, None)
+        return self.model._velocity(x, sigma, condition.frames, self.frame_index, context, cross)
+
+
+class Quick:
+    """A student whose teacher-forcing calls go through a compiled graph, and all others as ever."""
+
+    def __init__(self, model: VideoDiT, forced: Callable[..., Tensor]) -> None:
+        self._model, self._forced = model, forced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, **options: Any) -> Tensor:
+        if options.get("mask") is not None:
+            return self._forced(x, sigma, condition)
+        return self._model(x, sigma, condition, **options)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
+    """Attention without the choice of a verified kernel, which a compiled graph cannot contain."""
+    dense = None if mask is None else mask.dense
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=dense).transpose(1, 2)
+
+
+def quicken(causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:
+    """Compiles the passes of `causal` that carry gradient."""
+    model = causal.model
+    model.set_attention(attend_plainly)
+    for block in model.blocks:
+        cast(Block, block).cross_attn.attend = attend_plainly
+    forced = torch.compile(Forced(model, causal, frames, tokens, device), dynamic=False)
+    causal.model = cast(VideoDiT, Quick(model, forced))
+
+
+class Kept:
+    """Distribution matching on the first frames of real videos, and `weight` times teacher forcing on all of them."""
+
+    def __init__(self, dmd: Dmd, causal: TeacherForcing, weight: float) -> None:
+        self.dmd, self.causal, self.weight = dmd, causal, weight
+        self.networks, self.turns, self.discard = dmd.networks, dmd.turns, dmd.discard
+
+    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+        """As `Dmd.loss`; the student's with that of teacher forcing added."""
+        found = self.dmd.loss(turn, batch, step)
+        if turn != "generator":
+            return found
+        return LossResult(found.loss + self.weight * self.causal.loss(turn, batch, step).loss, found.metrics)
+
+
 def load_networks(
     args: argparse.Namespace, config: StageConfig, device: torch.device
 ) -> tuple[Objective, list[Trained]]:
@@ -79,6 +151,10 @@ def load_networks(
         causal = TeacherForcing(
             student, draws, rules, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
         )
+        if args.compile:
+            shape = config.video.shape
+            tokens = student.tokens_per_frame(shape.latent_height, shape.latent_width)
+            quicken(causal, config.video.num_latent_frames, tokens, device)
         return causal, [Trained(student, args, betas=(0.9, 0.99), clip=1.0)]
     assert config.critic is not None
     settings = DmdSettings(
@@ -90,9 +166,12 @@ def load_networks(
         args.head_start,
     )
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
+    dmd = Dmd(student, critic, real, draws, rules, config.video.num_latent_frames, settings)
+    if args.keep:
+        dmd = Kept(dmd, TeacherForcing(student, draws, rules, shift=flow.shift), args.keep)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
-    return Dmd(student, critic, real, draws, rules, config.video.num_latent_frames, settings), trained
+    return dmd, trained
 
 
 def train(args: argparse.Namespace) -> None:
@@ -104,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.config or ROOT / f"configs/toy/{args.stage}.yaml", args.changes)
     assert isinstance(config, StageConfig)
     encoders = Encoders.load(args.encoders, device)
-    data = filled_pool(args, encoders, config.video.num_latent_frames, began, device)
+    data = filled_pool(args, encoders, args.frames or config.video.num_latent_frames, began, device)
     empty = encoders.text.encode([""]).to(device).expand(args.batch, -1, -1)
     objective, networks = load_networks(args, config, device)
     by_name = dict(zip(objective.networks, networks))
@@ -122,6 +201,11 @@ def train(args: argparse.Namespace) -> None:
             running[list(by_name).index(turn)] += loss.detach()
             by_name[turn].update(loss)
 
+    if args.record and device.type == "cuda":
+        advance(0)  # before it warms up: what is decided by the number of the step is decided then
+        replay = captured(lambda: advance(0))
+        run(args, began, data, networks, lambda step: replay(), running.zero_())
+        return
     run(args, began, data, networks, advance, running)
 
 
@@ -133,10 +217,15 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="default: that of the stage in configs/toy")
     parser.add_argument("--init", type=Path, required=True, help="weights to start from")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--frames", type=int, help="latent frames of the videos (default: those of the stage)")
+    parser.add_argument("--keep", type=float, default=0.0, help="distill: weight of teacher forcing on --frames beside")
     parser.add_argument("--teacher", type=Path, default=TOY / "teacher")
     parser.add_argument("--critic", type=Path, help="weights of the critic (default: the teacher's)")
     parser.add_argument("--critic-rate", type=float, default=2.0, help="its learning rate / the student's")
     parser.add_argument("--head-start", type=int, default=100, help="first steps, of the critic alone")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="causal: one graph")
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=False, help="replay whole steps as "
+                        "one CUDA graph: of stage causal with own_history.share=0, which are all alike")  # fmt: skip
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay CUDA graphs")
     add_arguments(parser)
     train(parser.parse_intermixed_args())

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from gpu_loop import TOY, Trained, add_arguments, filled_pool, run
+from gpu_loop import TOY, Trained, add_arguments, captured, filled_pool, run
 from torch import Tensor
 
 from longtake.flow.path import add_noise, velocity
@@ -62,6 +61,28 @@ def new_config(args: argparse.Namespace) -> DiTConfig:
     return config
 
 
+def first_model(args: argparse.Namespace, device: torch.device) -> VideoDiT:
+    """What training begins from: `--init`, its patches made smaller where `--patch` says so, or random weights."""
+    if args.init is None:
+        return VideoDiT(new_config(args)).to(device)
+    model = load_dit(args.init, device)
+    size = model.config.patch_size[1]
+    if args.patch >= size:
+        return model
+    smaller = VideoDiT(replace(model.config, patch_size=(1, args.patch, args.patch))).to(device)
+    state = model.state_dict()
+    # A smaller patch answers to a constant picture as the large one did, and begins with the mean of its pixels.
+    state["patch_embedding.weight"] = (
+        state["patch_embedding.weight"].sum((3, 4), keepdim=True).expand(-1, -1, -1, args.patch, args.patch)
+        / args.patch**2
+    ).contiguous()
+    for part in ("weight", "bias"):
+        pixels = state[f"head.head.{part}"].unflatten(0, (size * size, -1)).mean(0, keepdim=True)
+        state[f"head.head.{part}"] = pixels.expand(args.patch**2, *pixels.shape[1:]).flatten(0, 1).contiguous()
+    smaller.load_state_dict(state)
+    return smaller
+
+
 def train(args: argparse.Namespace) -> None:
     """Runs until `args.seconds` after the start of the program are over; writes the averaged weights."""
     began = time.time()
@@ -72,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
     frames = 9
     data = filled_pool(args, encoders, frames, began, device)
     empty = encoders.text.encode([""]).to(device)
-    model = load_dit(args.init, device) if args.init else VideoDiT(new_config(args)).to(device)
+    model = first_model(args, device)
     network = compiled(model) if args.compile else model
     trained = Trained(model, args, betas=(0.9, 0.99), clip=1.0)
     running = torch.zeros(1, device=device)
@@ -95,20 +116,6 @@ def train(args: argparse.Namespace) -> None:
     running.zero_()
     print(f"{time.time() - began:5.0f}s ready", flush=True)
     run(args, began, data, [trained], lambda step: advance(), running)
-
-
-def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
-    """`update` as a CUDA graph; it is called `warmup` times and captured once, which changes nothing."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmup):
-            update()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update()
-    return graph.replay
 
 
 def main() -> None:
