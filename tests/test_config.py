@@ -196,6 +196,12 @@ def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
         stage(tmp_path, "teacher=null", base=DISTILL)
     with pytest.raises(ConfigError, match="caption_dropout=0.1 has no effect"):
         stage(tmp_path, "caption_dropout=0.1", base=DISTILL)
+    with pytest.raises(ConfigError, match="own_history.share=0.1 belongs to stage causal"):
+        stage(tmp_path, "own_history.share=0.1", base=DISTILL)
+    with pytest.raises(
+        ConfigError, match="own_history.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
+    ):
+        stage(tmp_path, "own_history.from_step=4", base=DISTILL)
 
 
 def test_a_new_teacher_starts_from_random_weights(tmp_path):

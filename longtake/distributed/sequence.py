@@ -13,6 +13,7 @@ know no model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +66,6 @@ class TokenShare:
         self.sizes = [least + (rank < more) for rank in range(ranks.size)]
         self.start, self.size = sum(self.sizes[: ranks.rank]), self.sizes[ranks.rank]
 
-    @property
-    def _even(self) -> bool:
-        """Whether all ranks have equally many tokens."""
-        return self.sizes[0] == self.sizes[-1]
-
     def take(self, x: Tensor) -> Tensor:
         """[B, E, L, ...] -> [B, E, l, ...]."""
         return _Take.apply(x, self)
@@ -80,48 +76,93 @@ class TokenShare:
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three of [B, E, l, N, K] -> three of [B, E, L, n, K], in one exchange."""
-        # [P, 3, B, E, l, n, K]: what goes to one rank lies together
-        parts = torch.stack([t.unflatten(3, (self.ranks.size, -1)).movedim(3, 0) for t in (q, k, v)], 1)
-        shape = parts.shape[1:]
-        a_token = parts[0].numel() // self.size
-        got = _Exchange.apply(parts.flatten(), [parts[0].numel()] * len(parts), self._times(a_token), self.ranks)
-        if self._even:  # one copy, not one a piece
-            q, k, v = got.view(self.ranks.size, *shape).movedim(0, 3).flatten(3, 4).unbind(0)
-            return q, k, v
-        pieces = [
-            piece.view(*shape[:3], size, *shape[4:]) for piece, size in zip(got.split(self._times(a_token)), self.sizes)
-        ]
-        q, k, v = torch.cat(pieces, 3).unbind(0)
-        return q, k, v
+        return _ToHeads.apply(self, q, k, v)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """[B, E, L, n, K] -> [B, E, l, N, K]."""
-        pieces = x.split(self.sizes, _TOKENS)
-        mine = pieces[self.ranks.rank]
-        send = self._times(mine.numel() // self.size)
-        if self._even:
-            flat = x.unflatten(_TOKENS, (self.ranks.size, -1)).movedim(_TOKENS, 0).flatten()
-        else:
-            flat = torch.cat([piece.flatten() for piece in pieces])
-        got = _Exchange.apply(flat, send, [mine.numel()] * self.ranks.size, self.ranks)
-        return got.view(self.ranks.size, *mine.shape).movedim(0, 3).flatten(3, 4)
+        return _ToTokens.apply(self, x)[0]
 
-    def _times(self, a_token: int) -> list[int]:
-        """Elements of each rank's share, from those of one token."""
-        return [size * a_token for size in self.sizes]
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+
+    def _tokens(self, x: Tensor, rank: int) -> Tensor:
+        """The tokens of one rank, a view of x [..., L, n, K]."""
+        return x.narrow(-3, sum(self.sizes[:rank]), self.sizes[rank])
+
+    def _heads(self, x: Tensor, rank: int) -> Tensor:
+        """The heads of one rank, a view of x [..., N, K]."""
+        number = x.shape[-2] // self.ranks.size
+        return x.narrow(-2, rank * number, number)
 
 
-class _Exchange(torch.autograd.Function):
-    """`send[r]` elements of a flat tensor go to rank r, `receive[r]` come from it; gradients go the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], ranks: SequenceParallel) -> Tensor:
-        ctx.send, ctx.receive, ctx.ranks = send, receive, ranks
-        return _all_to_all(x, send, receive, ranks)
+class _ToHeads(torch.autograd.Function):
+    """Some tokens of all heads -> all tokens of some heads, of several tensors in one exchange; gradients go back."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _all_to_all(grad, ctx.receive, ctx.send, ctx.ranks), None, None, None
+    def forward(ctx: Any, share: TokenShare, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.share = share
+        return _to_heads(tensors, share)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_to_tokens(grads, ctx.share)
+
+
+class _ToTokens(torch.autograd.Function):
+    """The way back."""
+
+    @staticmethod
+    def forward(ctx: Any, share: TokenShare, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.share = share
+        return _to_tokens(tensors, share)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_to_heads(grads, ctx.share)
+
+
+def _to_heads(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
+    """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, each."""
+    batch, entries, _, heads, width = tensors[0].shape
+    out = tensors[0].new_empty(len(tensors), batch, entries, sum(share.sizes), heads // share.ranks.size, width)
+    return _exchange(tensors, out, share, share._heads, share._tokens)
+
+
+def _to_tokens(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
+    """[B, E, L, n, K] of some heads -> [B, E, l, N, K] of some tokens, each."""
+    batch, entries, _, heads, width = tensors[0].shape
+    out = tensors[0].new_empty(len(tensors), batch, entries, share.size, heads * share.ranks.size, width)
+    return _exchange(tensors, out, share, share._tokens, share._heads)
+
+
+# part(x, rank) -> what one rank sends or has of x, a view
+_Part = Callable[[Tensor, int], Tensor]
+
+
+def _exchange(tensors: Sequence[Tensor], out: Tensor, share: TokenShare, sent: _Part, got: _Part) -> tuple[Tensor, ...]:
+    """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)`. Returns the tensors of `out`.
+
+    A rank's own part is copied once, while the others travel.
+    """
+    ranks, others = share.ranks, share._others
+    sizes_out, sizes_in = [0] * ranks.size, [0] * ranks.size
+    for rank in others:
+        sizes_out[rank] = len(tensors) * sent(tensors[0], rank).numel()
+        sizes_in[rank] = got(out, rank).numel()
+    sending, coming = out.new_empty(sum(sizes_out)), out.new_empty(sum(sizes_in))
+    for rank, piece in zip(others, sending.split([sizes_out[rank] for rank in others])):
+        for x, place in zip(tensors, piece.view(len(tensors), *sent(tensors[0], rank).shape)):
+            place.copy_(sent(x, rank))
+    travelling = dist.all_to_all_single(coming, sending, sizes_in, sizes_out, group=ranks.group, async_op=True)
+    for x, made in zip(tensors, out):
+        got(made, ranks.rank).copy_(sent(x, ranks.rank))
+    assert travelling is not None
+    travelling.wait()
+    for rank, piece in zip(others, coming.split([sizes_in[rank] for rank in others])):
+        place = got(out, rank)
+        place.copy_(piece.view(place.shape))
+    return out.unbind(0)
 
 
 class _Take(torch.autograd.Function):
@@ -149,12 +190,6 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         share = ctx.share
         return grad.narrow(_TOKENS, share.start, share.size) * share.ranks.size, None
-
-
-def _all_to_all(x: Tensor, send: list[int], receive: list[int], ranks: SequenceParallel) -> Tensor:
-    out = x.new_empty(sum(receive))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=ranks.group)
-    return out
 
 
 def _gather(x: Tensor, share: TokenShare) -> Tensor:

@@ -64,13 +64,34 @@ def passes(
             sink_frames=plan.sink_frames,
             rope=config.rope,
         )
-        return [Pass(GENERATOR, "forward", clips[GENERATOR].masked(layout), graded=True)]
+        forced = Pass(GENERATOR, "forward", clips[GENERATOR].masked(layout), graded=True)
+        return [*remake_passes(config, clips[GENERATOR]), forced]
     steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
     found = list(roll_out_passes(config, clips[GENERATOR], steps, graded=update_generator, chunk=chunk))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
     return [*found, Pass(CRITIC, "scores", clips[CRITIC], graded=True)]
+
+
+def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
+    """The student's own version of the real clip (`rollout.remake`), of which an iteration makes its share."""
+    plan, blocks, own = config.plan, config.plan.blocks, config.own_history
+    frames, steps = config.video.num_latent_frames, len(config.flow.steps)
+    given = 1 if config.model.image_condition == "i2v" else 0
+    fresh, first = True, True
+    for start, end in blocks.blocks(0, frames):
+        if own.share == 0 or end == frames:
+            return
+        past = len(blocks.attended(start, end, plan.window_frames, plan.sink_frames))
+        if start >= given:
+            least = min(max(own.from_step, 1), steps - 1) if first else own.from_step
+            call = clip.cached(end - start, past, with_context=fresh)
+            mean = (steps - least + 1) / 2
+            yield Pass(GENERATOR, "rollout", replace(call, with_context=False), times=own.share * mean)
+            first = False
+        yield Pass(GENERATOR, "rollout", clip.cached(end - start, past, with_context=fresh), times=own.share)
+        fresh = False
 
 
 def roll_out_passes(

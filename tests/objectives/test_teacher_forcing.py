@@ -6,11 +6,11 @@ from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
 from longtake.errors import TrainingError
-from longtake.flow.path import add_noise
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.flow.path import add_noise, clean_from_velocity
+from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.chunk import commit_block
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.rollout.self_forcing import RollOutRules, remake, roll_out
 from longtake.structs import BlockPlan
 
 
@@ -106,3 +106,85 @@ def test_data_without_videos_is_refused():
     model = make_tiny_model(i2v=True)
     with pytest.raises(TrainingError, match="causal learns from videos"):
         objective(model).loss("generator", make_batch(model, [0], videos=False), 0)
+
+
+# ---- the student's own version as context ------------------------------------------------------------------------------
+OWN = OwnHistory(share=1.0, from_step=0)
+
+
+def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    batch = make_batch(model, [4, 9], 7)
+    own = objective(model, own_history=OWN)
+    calls = record(model, monkeypatch)
+    result = own.loss("generator", batch, 5)
+    call, clean = calls[-1], batch.latents
+    assert len(calls) > 1 and call["x"].shape[1] == 14
+    context, noisy = call["x"][:, :7], call["x"][:, 7:]
+    assert torch.equal(context[:, 0], clean[:, 0]) and torch.equal(context[:, 5:], clean[:, 5:])  # picture, last block
+    assert ((context - clean)[:, 1:5].abs().amax((2, 3, 4)) > 1e-3).all() and not context.requires_grad
+    noise = Draws(3).noise(5, "noise", batch.indices, clean.shape[1:])
+    assert torch.equal(noisy, add_noise(clean, noise, call["sigma"][:, 7:]))
+    error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
+    torch.testing.assert_close(result.loss, error)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(window):
+    """By hand, without the code of roll-outs: one block from step 1 and one from step 2, each after the ones before."""
+    model = make_tiny_model(i2v=True)
+    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), window, 0 if window is None else 1, "relative")
+    batch = make_batch(model, [4, 9], 7)
+    clean, condition = batch.latents, batch.condition
+
+    def noise(start, end, step):
+        generator = torch.Generator().manual_seed(10 * start + step)
+        return torch.randn(2, end - start, *clean.shape[2:], generator=generator)
+
+    made = remake(model, condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
+    with torch.no_grad():
+        cache = model.new_cache(2, 4, 6, window, rules.sink_frames, "relative", max_frames=7)
+        commit_block(model, cache, condition, clean[:, :1])
+        for (start, end), first in (((1, 3), 1), ((3, 5), 2)):
+            x = clean[:, start:end]
+            for step in range(first, 3):
+                level = torch.full((2,), rules.sigmas[step])
+                x = add_noise(x, noise(start, end, step), level)
+                x = clean_from_velocity(x, model(x, level, condition, cache=cache), level)
+            torch.testing.assert_close(made[:, start:end], x)
+            commit_block(model, cache, condition, x)
+    assert torch.equal(made[:, 5:], clean[:, 5:])
+
+
+def test_from_noise_alone_the_own_version_is_a_roll_out():
+    model = make_tiny_model(i2v=True)
+    batch = make_batch(model, [4, 9], 7)
+
+    def noise(start, end, step):
+        generator = torch.Generator().manual_seed(10 * start + step)
+        return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
+
+    made = remake(model, batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
+    rolled = roll_out(model, batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
+    torch.testing.assert_close(made[:, :5], rolled[:, :5])
+
+
+def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numbers():
+    causal = objective(make_tiny_model(i2v=True), own_history=OwnHistory(0.3, 0))
+    share = sum(causal.remakes(step) for step in range(2000)) / 2000
+    assert abs(share - 0.3) < 0.04
+    starts = torch.tensor([causal.starts(step, 4, 1) for step in range(300)])
+    steps = len(RULES.sigmas)
+    assert set(starts[:, 1].tolist()) == set(range(1, steps))  # what is open is decided by the real video
+    assert set(starts[:, 2].tolist()) == set(range(steps))
+    late = objective(make_tiny_model(i2v=True), own_history=OwnHistory(1.0, steps - 1))
+    assert {tuple(late.starts(step, 4, 1)) for step in range(50)} == {(steps - 1,) * 4}
+    assert not any(objective(make_tiny_model(i2v=True)).remakes(step) for step in range(100))
+
+
+def test_own_history_does_not_depend_on_how_the_batch_is_split():
+    model = make_tiny_model(i2v=True)
+    causal = objective(model, own_history=OWN)
+    whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss
+    parts = [causal.loss("generator", make_batch(model, part), 2).loss for part in ([3, 4], [5, 6])]
+    torch.testing.assert_close(whole, sum(parts) / 2)

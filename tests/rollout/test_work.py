@@ -11,7 +11,7 @@ from longtake.inference.generator import rules_of
 from longtake.models.flops import forward
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 
@@ -105,6 +105,21 @@ def test_teacher_and_causal():
     dense = layout.allowed.numel() * (found.call.tokens**2) - found.call.pairs
     missing = 4 * model.config.dim * 2 * dense * model.config.num_layers
     assert ran == forward(model.config, found.call).total + missing
+
+
+def test_own_history_costs_its_share_of_a_roll_out():
+    model = make_tiny_model(i2v=True)
+    config = config_of("causal", own_history={"share": 1.0, "from_step": 2})
+    batch = make_batch(model, [4, 9], 7)
+    causal = TeacherForcing(
+        model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
+    )
+    *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
+    ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))
+    assert ran == sum(forward(model.config, each.call).total * each.times for each in own)
+    half = config_of("causal", own_history={"share": 0.5, "from_step": 2})
+    *less, _ = passes(half, {"generator": model.config}, 2, IMAGE_TOKENS)
+    assert [each.times for each in less] == [each.times / 2 for each in own]
 
 
 def test_long_tuning_goes_on_where_the_chunk_before_ended():
