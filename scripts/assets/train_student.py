@@ -96,14 +96,19 @@ class Quick:
     """A student whose teacher-forcing calls go through a compiled graph, and all others as ever."""
 
     def __init__(self, model: VideoDiT, forced: Callable[..., Tensor]) -> None:
-        self._model, self._forced = model, forced
+        self._model = model
+        self._forced: Callable[..., Tensor] | None = forced
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, **options: Any) -> Tensor:
-        if options.get("mask") is not None:
-            return self._forced(x, sigma, condition)
+        if options.get("mask") is not None and self._forced is not None:
+            try:
+                return self._forced(x, sigma, condition)
+            except RuntimeError as error:  # what a compiler raises is one
+                print(f"not compiled: {error}", flush=True)
+                self._forced = None
         return self._model(x, sigma, condition, **options)
 
 

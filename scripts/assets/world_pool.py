@@ -23,10 +23,10 @@ from longtake.models.encoders import Encoders
 from longtake.structs import pixel_frames
 
 TRAIN_SEED = 0
-HARD_SEED = 10_000  # candidate k for a hard world is of the list with seed HARD_SEED + k; held-out lists have others
-HARD_TRIES = 500
+WANTED_SEED = 10_000  # candidate k for a world as wanted is of the list with seed WANTED_SEED + k; held-out ones differ
+TRIES = 2000
 HARD_VISIBILITY = 0.9  # a world is hard when in some frame less of a sprite is to be seen
-GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN, SQUARE = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1  # their multiples are spread evenly, and independently
 MOST_SPRITES = 3
 
 
@@ -41,7 +41,8 @@ class Sampled(NamedTuple):
 
 class Task(NamedTuple):
     """Worlds `start` to `start + number`; a share of `stops` is seen after a change of motion, with stops; one of
-    `hard`, spread evenly whatever the other share is, has sprites that overlap.
+    `hard` has sprites that overlap, and one of `opened` a caption that leaves a motion open, beside those that would
+    have them anyway. Each share is spread evenly, whatever the others are.
     """
 
     start: int
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     num_frames: int
     stops: float
     hard: float
+    opened: float
 
 
 def shown(seed: int, index: int, num_frames: int, changed: bool) -> tuple[World, np.ndarray]:
@@ -57,18 +59,21 @@ def shown(seed: int, index: int, num_frames: int, changed: bool) -> tuple[World,
     return world, world.positions(num_frames + changed)[int(changed) :]
 
 
-def hard_world(index: int, num_frames: int, changed: bool) -> tuple[World, np.ndarray]:
-    """The first candidate for number `index` of which two sprites overlap in some of the frames that are shown."""
-    for candidate in range(HARD_TRIES):
-        world, centres = shown(HARD_SEED + candidate, index, num_frames, changed)
-        if len(world.sprites) > 1 and world.visibility_at(centres).min() < HARD_VISIBILITY:
-            return world, centres
-    raise RuntimeError(f"no hard world among {HARD_TRIES} candidates for number {index}")
+def wanted_world(index: int, num_frames: int, *, changed: bool, hard: bool, opened: bool) -> tuple[World, np.ndarray]:
+    """The first candidate for number `index` with an open motion, and with sprites that overlap in a frame shown."""
+    for candidate in range(TRIES):
+        world, centres = shown(WANTED_SEED + candidate, index, num_frames, changed)
+        if opened and not any(sprite.is_open for sprite in world.segments[-1].sprites):
+            continue
+        if hard and (len(world.sprites) == 1 or world.visibility_at(centres).min() >= HARD_VISIBILITY):
+            continue
+        return world, centres
+    raise RuntimeError(f"none of {TRIES} candidates for number {index} is as wanted: hard={hard}, opened={opened}")
 
 
 def sample(task: Task) -> Sampled:
     """The worlds of a task, always the same ones."""
-    start, number, num_frames, stops, hard = task
+    start, number, num_frames, stops, hard_share, open_share = task
     sampled = Sampled(
         np.empty((number, SIZE, SIZE, 3), np.uint8),
         np.zeros((number, num_frames, MOST_SPRITES, 2)),
@@ -77,8 +82,9 @@ def sample(task: Task) -> Sampled:
     )
     for row, index in enumerate(range(start, start + number)):
         changed = index % 100 < 100 * stops
-        if index * GOLDEN % 1 < hard:
-            world, centres = hard_world(index, num_frames, changed)
+        hard, opened = index * GOLDEN % 1 < hard_share, index * SQUARE % 1 < open_share
+        if hard or opened:
+            world, centres = wanted_world(index, num_frames, changed=changed, hard=hard, opened=opened)
         else:
             world, centres = shown(TRAIN_SEED, index, num_frames, changed)
         count = len(world.sprites)
@@ -127,7 +133,7 @@ class Pool:
     def __init__(self, encoders: Encoders, args: argparse.Namespace, frames: int, device: torch.device) -> None:
         self.encoders, self.device, self.frames = encoders, device, frames
         self.chunk, self.most = args.chunk, args.most_worlds
-        self.stops, self.hard = args.stops, args.hard_share
+        self.shares = args.stops, args.hard_share, args.open_share
         self.rows: list[Tensor] = []
         self.count = torch.zeros((), device=device)  # on the device, so that a captured step reads it
         self.filled, self.asked = 0, args.first_world
@@ -137,7 +143,7 @@ class Pool:
             self._ask()
 
     def _ask(self) -> None:
-        task = Task(self.asked, self.chunk, pixel_frames(self.frames), self.stops, self.hard)
+        task = Task(self.asked, self.chunk, pixel_frames(self.frames), *self.shares)
         self.waiting.append(self.workers.apply_async(sample, (task,)))
         self.asked += self.chunk
 
