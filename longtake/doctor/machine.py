@@ -96,9 +96,9 @@ def _gpu(index: int) -> Gpu:
 def _attention(gpus: list[Gpu]) -> dict[str, str]:
     """The kernel of plain and of masked attention, as `models/attention.py` chooses them."""
     if not gpus:
-        return {"plain": "scaled_dot_product_attention of the CPU", "masked": "the same with a dense mask"}
+        return {"plain": "scaled_dot_product_attention of the CPU", "masked": "the same, block by block"}
     plain = ", ".join(f"{dtype} {names[0]}" for dtype, names in gpus[0].kernels.items() if names)
-    masked = "flex_attention" if find_spec("triton") is not None else "a dense mask (triton is not installed)"
+    masked = "flex_attention" if find_spec("triton") is not None else "block by block (triton is not installed)"
     return {"plain": plain, "masked": masked}
 
 

@@ -30,18 +30,18 @@ class Attention(Protocol):
 class FrameMask:
     """A mask at the granularity of frames, in the form that the chosen kernel reads.
 
-    `allowed` [E, S] boolean, `tokens` per frame, `flex` the block mask of `flex_attention` or None, `dense`
-    [E * tokens, S * tokens] boolean or None. Exactly one of `flex` and `dense` is set.
+    `allowed` [E, S] boolean, `tokens` per frame, `flex` the block mask of `flex_attention` or None. Without it
+    there are `parts`: runs of entries that see the same slots, (first entry, last entry, slots), each attended by itself.
     """
 
     allowed: Tensor
     tokens: int
     flex: Any = None
-    dense: Tensor | None = None
+    parts: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
 
 def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool | None = None) -> FrameMask:
-    """The mask for `attend`: `flex_attention`'s on CUDA with triton, else a dense boolean one.
+    """The mask for `attend`: `flex_attention`'s on CUDA with triton, else one part after the other.
 
     Args: `allowed` [E, S] boolean; `tokens` per frame; `flex` forces (True) or forbids (False) flex attention.
     """
@@ -49,8 +49,7 @@ def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool 
     if flex is None:
         flex = device.type == "cuda" and _has_triton()
     if not flex:
-        dense = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        return FrameMask(allowed, tokens, dense=dense)
+        return FrameMask(allowed, tokens, parts=_parts(allowed))
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allow(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -63,17 +62,37 @@ def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
     """Softmax attention, scale 1/sqrt(K): q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N, K]."""
+    if mask is not None and mask.flex is None:
+        return in_parts(q, k, v, mask, attend)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if mask is not None and mask.flex is not None:
+    if mask is not None:
         out = _flex(q.is_cuda)(q, k, v, block_mask=mask.flex)
-    elif mask is not None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
     elif q.is_cuda:
         with sdpa_kernel(list(backends(q.device.index or 0, q.dtype, q.shape[-1])), set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)
+
+
+def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Attention) -> Tensor:
+    """`attend` with the `parts` of a mask: `plain` attention of each run of entries to the slots that it sees.
+
+    Only permitted pairs are computed, which a dense mask does not spare.
+    """
+    keys, values = (t.unflatten(1, (-1, mask.tokens)).unbind(1) for t in (k, v))
+    out = []
+    for start, end, slots in mask.parts:
+        seen = (torch.cat([frames[slot] for slot in slots], 1) for frames in (keys, values))
+        out.append(plain(q[:, start * mask.tokens : end * mask.tokens], *seen))
+    return torch.cat(out, 1)
+
+
+def _parts(allowed: Tensor) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Runs of rows [E, S] that are alike."""
+    rows = [tuple(row.nonzero().flatten().tolist()) for row in allowed.cpu()]
+    starts = [row for row in range(len(rows)) if row == 0 or rows[row] != rows[row - 1]]
+    return tuple((start, end, rows[start]) for start, end in zip(starts, [*starts[1:], len(rows)]))
 
 
 @cache
@@ -121,5 +140,5 @@ def _has_triton() -> bool:
 
     if find_spec("triton") is not None:
         return True
-    logger.warning("triton is not installed: masked attention falls back to a dense mask (slower, more memory)")
+    logger.warning("triton is not installed: masked attention is computed block by block (slower)")
     return False

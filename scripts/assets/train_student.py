@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from longtake.config import StageConfig, load_config
 from longtake.inference.generator import rules_of
-from longtake.models.attention import FrameMask, make_mask
+from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.contexts import MaskedContext
 from longtake.models.dit import Block, VideoDiT
 from longtake.models.encoders import Encoders
@@ -114,8 +114,9 @@ class Quick:
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
     """Attention without the choice of a verified kernel, which a compiled graph cannot contain."""
-    dense = None if mask is None else mask.dense
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=dense).transpose(1, 2)
+    if mask is not None:
+        return in_parts(q, k, v, mask, attend_plainly)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def quicken(causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:

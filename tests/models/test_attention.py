@@ -43,7 +43,7 @@ def _truth(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, tokens: int) -> Ten
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_flex_equals_dense_equals_definition(name: str, rel) -> None:
+def test_flex_equals_parts_equals_definition(name: str, rel) -> None:
     # 5 tokens a frame: lengths are no multiple of flex attention's block of 128.
     layout, tokens = LAYOUTS[name], 5
     q, k, v = _tensors(layout, tokens)
@@ -51,7 +51,7 @@ def test_flex_equals_dense_equals_definition(name: str, rel) -> None:
     with torch.no_grad():
         for flex in (False, True):
             mask = make_mask(layout.allowed, tokens, torch.device("cpu"), flex=flex)
-            assert (mask.flex is None) != (mask.dense is None) and (mask.dense is None) == flex
+            assert (mask.flex is None) != flex and bool(mask.parts) != flex
             assert rel(attend(q, k, v, mask=mask), truth) < 1e-6
         everything = torch.ones_like(layout.allowed)
         assert rel(attend(q, k, v), _truth(q, k, v, everything, tokens)) < 1e-6
@@ -63,13 +63,17 @@ def test_flex_spans_several_blocks(rel) -> None:
     q, k, v = _tensors(layout, tokens)
     cpu = torch.device("cpu")
     with torch.no_grad():
-        dense = attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=False))
-        assert rel(attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=True)), dense) < 1e-6
+        parts = attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=False))
+        assert rel(attend(q, k, v, mask=make_mask(layout.allowed, tokens, cpu, flex=True)), parts) < 1e-6
 
 
-def test_cpu_takes_the_dense_mask_and_the_fallback_names_itself_once(monkeypatch, caplog) -> None:
+def test_cpu_goes_part_by_part_and_the_fallback_names_itself_once(monkeypatch, caplog) -> None:
     allowed = LAYOUTS["causal"].allowed
-    assert make_mask(allowed, 2, torch.device("cpu")).dense is not None
+    parts = make_mask(allowed, 2, torch.device("cpu")).parts
+    again = torch.zeros_like(allowed)
+    for start, end, slots in parts:
+        again[start:end, list(slots)] = True
+    assert torch.equal(again, allowed) and len(parts) < len(allowed)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     attention._has_triton.cache_clear()
     try:
@@ -78,7 +82,7 @@ def test_cpu_takes_the_dense_mask_and_the_fallback_names_itself_once(monkeypatch
     finally:
         attention._has_triton.cache_clear()
     messages = [record.getMessage() for record in caplog.records if "triton" in record.getMessage()]
-    assert len(messages) == 1 and "dense mask" in messages[0]
+    assert len(messages) == 1 and "block by block" in messages[0]
 
 
 def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_latents) -> None:
@@ -121,7 +125,7 @@ class TestCuda:
     pytestmark = cuda
 
     @pytest.mark.parametrize("name", LAYOUTS)
-    def test_flex_and_dense_agree_forward_and_backward(self, name: str, rel) -> None:
+    def test_flex_and_parts_agree_forward_and_backward(self, name: str, rel) -> None:
         layout, tokens = LAYOUTS[name], 60
         results = []
         for flex in (False, True):
@@ -130,8 +134,8 @@ class TestCuda:
             out = attend(q, k, v, mask=mask)
             out.square().sum().backward()
             results.append((out.detach(), q.grad, k.grad, v.grad))
-        for dense, flexible in zip(*results):
-            assert rel(flexible, dense) < 5e-3  # TF32 may be on inside the compiled kernel
+        for parts, flexible in zip(*results):
+            assert rel(flexible, parts) < 5e-3  # TF32 may be on inside the compiled kernel
         assert make_mask(layout.allowed, tokens, torch.device("cuda")).flex is not None or not attention._has_triton()
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
