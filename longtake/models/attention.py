@@ -31,7 +31,7 @@ class FrameMask:
     """A mask at the granularity of frames, in the form that the chosen kernel reads.
 
     `allowed` [E, S] boolean, `tokens` per frame, `flex` the block mask of `flex_attention` or None. Without it
-    there are `parts`: runs of entries that see the same slots, (first entry, last entry, slots), each attended by itself.
+    there are `parts`: runs of entries that see the same slots, each attended by itself: (first entry, end, slots).
     """
 
     allowed: Tensor
