@@ -401,9 +401,10 @@ class VideoDiT(nn.Module):
             return self._velocity(x, sigma, frames, reading.frame_index, context, cross)
 
         inputs = (x, sigma, condition.frames)
-        if self.graphs is not None and kept:
+        # Not where processes share the pass: recorded exchanges of NCCL were seen to hang (docs/log.md, 2026-11-27).
+        if self.graphs is not None and kept and self.token_split is None:
             addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
-            kind = (reading.num_past, entries, commit, id(self.token_split))
+            kind = (reading.num_past, entries, commit)
             velocity = self.graphs.run(work, kind, inputs, cache, addresses)
         else:
             velocity = work(*inputs)
