@@ -12,7 +12,8 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
   (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); and batch 1 a GPU once more with
   sharded weights. The first iteration is a warm-up and is not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
-  block of 4 frames at a full window, without and with its commit, replayed as CUDA graphs alone), the whole clip, and forward and backward of it; the
+  block of 4 frames at a full window, without and with its commit; alone they are replayed as CUDA graphs), the whole
+  clip, and forward and backward of it; the
   exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel (torch's profiler);
 - generate: a video with decoding, by one process that decodes where it computes, by one that decodes on the other GPU,
   and by two that compute each pass together and decode alike.
