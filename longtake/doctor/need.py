@@ -194,9 +194,6 @@ class _Moments:
             # Earlier micro-batches left theirs. The others come while what the last call kept goes.
             before = gradients if self.ranks.accumulation > 1 else 0
             after = before or max(0, gradients - update.kept.last // self.ranks.sequence)
-            if update.calls > 1 and self.ranks.shards > 1:
-                # Measured on two GPUs: the backward of a roll-out takes one more set of gradients; why is not known.
-                after = 2 * gradients
             ahead, back = (self._copies(update, in_backward=on) for on in (False, True))
             yield self._moment(update, before, ahead, update.kept.stored, working=update.passing)
             if update.unrolling and self.ranks.shards > 1 and self.ranks.gather_once:

@@ -1,8 +1,8 @@
 """The constants of the speed model, in one table: what kernels, memory and links reach, and how each is known.
 
-`measured` values were taken on one NVIDIA H200 (torch 2.11, CUDA 13) with random data at 480x832: kernels and whole
-steps of the 1.3B model by `benchmarks/full_size.py` on 2026-11-26 (docs/log.md), as `longtake doctor --measured` reads
-its results; attention's backward and the copy rate on 2026-11-23. `assumed` ones are nobody's measurement: replace them
+`measured` values were taken on one NVIDIA H200 (torch 2.11, CUDA 13) with random data at 480x832: kernels of the 1.3B
+model by `benchmarks/full_size.py` on 2026-11-26, whole steps by `benchmarks/two_gpus.py` on 2026-11-27, fitted to both
+of its runs (docs/log.md); attention's backward and the copy rate on 2026-11-23. `assumed` ones are nobody's measurement: replace them
 first. For another device all compute rates are scaled by its data-sheet peaks, and nothing counts as measured.
 """
 
@@ -48,8 +48,8 @@ _TABLE: dict[str, Constant] = {
     "hop_node": Constant(2e-6, "s", "assumed", "one step of a ring inside a node"),
     "hop_network": Constant(6e-6, "s", "assumed", "one step of a ring that leaves a node"),
     "overlap": Constant(0.8, "", "assumed", "share of computing behind which gathering of weights can hide"),
-    "slowdown": Constant(1.146, "", "measured", "seconds of calls of whole clips over those of counted work"),
-    "slowdown_blocks": Constant(1.39, "", "measured", "seconds of roll-out calls, a block each, over counted work"),
+    "slowdown": Constant(1.067, "", "measured", "seconds of calls of whole clips over those of counted work"),
+    "slowdown_blocks": Constant(1.256, "", "measured", "seconds of roll-out calls, a block each, over counted work"),
 }
 
 
