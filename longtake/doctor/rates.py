@@ -2,9 +2,9 @@
 
 `measured` values were taken on one NVIDIA H200 (torch 2.11, CUDA 13) with random data at 480x832: kernels of the 1.3B
 model by `benchmarks/full_size.py` on 2026-11-26, whole steps by `benchmarks/two_gpus.py` on 2026-11-27, fitted to both
-of its runs (docs/log.md); attention's backward and the copy rate on 2026-11-23. `assumed` ones are nobody's measurement:
-replace them first. For another device all compute rates are scaled by its data-sheet peaks, and nothing counts as
-measured.
+of its runs (docs/log.md); attention's backward and the copy rate on 2026-11-23. `assumed` ones are nobody's
+measurement: replace them first. For another device all compute rates are scaled by its data-sheet peaks, and nothing
+counts as measured.
 """
 
 from __future__ import annotations

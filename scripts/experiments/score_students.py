@@ -21,7 +21,9 @@ SHORT = ("position_error_px", "motion_ratio", "shape_kept", "colour_kept", "coun
 WORST = ("shape_kept", "colour_kept", "count_kept", "saturation", "contrast")
 
 
-def score(folder: Path, *, worlds: int, long_worlds: int, open_worlds: int, long_frames: int) -> dict[str, Any]:
+def score(
+    folder: Path, *, worlds: int, long_worlds: int, open_worlds: int, long_frames: int, seed: int
+) -> dict[str, Any]:
     """The scores of one folder of weights."""
     import torch
 
@@ -43,15 +45,15 @@ def score(folder: Path, *, worlds: int, long_worlds: int, open_worlds: int, long
     found: dict[str, Any] = {"name": folder.name}
     with init_mesh("cpu") as mesh:
         encoders = Encoders.load(TOY_ASSETS, mesh.device)
-        row = student_row(load_dit(folder, mesh.device).eval(), rules_of(config), seed=WORLD_SEED)
-        sets = [("short", WORLD_SEED, worlds, horizon, None), ("long", WORLD_SEED, long_worlds, long_frames, None)]
+        row = student_row(load_dit(folder, mesh.device).eval(), rules_of(config), seed=seed)
+        sets = [("short", seed, worlds, horizon, None), ("long", seed, long_worlds, long_frames, None)]
         is_open = [i for i in range(8 * open_worlds) if any(s.is_open for s in sample_world(OPEN_SEED, i).sprites)]
         sets.append(("open", OPEN_SEED, open_worlds, horizon, is_open))
-        for name, seed, number, frames, only in sets:
+        for name, listed, number, frames, only in sets:
             if number == 0:
                 continue
             batches = held_out(
-                encoders, mesh, seed=seed, num_worlds=number, num_latent_frames=frames, batch_size=16, only=only
+                encoders, mesh, seed=listed, num_worlds=number, num_latent_frames=frames, batch_size=16, only=only
             )
             rule = WindowRule(pixel_frames(horizon), 2 * 4 * block) if name == "long" else None
             found[name] = summarise(score_row(row, batches, mesh, rule=rule)[0])
@@ -88,9 +90,10 @@ def main() -> None:
     parser.add_argument("--long-worlds", type=int, default=24)
     parser.add_argument("--open-worlds", type=int, default=0)
     parser.add_argument("--long-frames", type=int, default=89, help="latent frames of the long videos")
+    parser.add_argument("--seed", type=int, default=WORLD_SEED, help="of worlds and noise; open ones have their own")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    options = {name: getattr(args, name) for name in ("worlds", "long_worlds", "open_worlds", "long_frames")}
+    options = {name: getattr(args, name) for name in ("worlds", "long_worlds", "open_worlds", "long_frames", "seed")}
     results = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for result in pool.map(partial(score, **options), args.folders):
