@@ -44,7 +44,8 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), mask=layout).square().mean()
         counted = Counted()
         found[mode], counts[mode] = gradients(model, loss, counted), counted.count
-    layers = 2 * (1 + 2)  # each has self-attention, and cross-attention to text and to CLIP tokens
+    # Each layer has self-attention, by the three blocks of a mask, and cross-attention to text and to CLIP tokens.
+    layers = 2 * ((3 if mask else 1) + 2)
     assert counts == {False: 0, True: layers, "selective": 0}
     for mode in MODES[1:]:
         assert found[mode].keys() == found[False].keys()
