@@ -322,21 +322,11 @@ class VideoDiT(nn.Module):
             dtype=dtype,
         )
 
-    def lend_cache(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        window_frames: int | None,
-        sink_frames: int,
-        rope: str,
-        max_frames: int,
-        spare_frames: int,
-    ) -> KVCache:
-        """As `new_cache`, for one roll-out: with `graphs`, the cache that the roll-out before had, cleared, where it
-        fits and no backward reads from it any more, so that what was recorded of its passes can be replayed.
+    def lend_cache(self, *sizes: Any) -> KVCache:
+        """As `new_cache`, with all its arguments by position, for one roll-out: with `graphs`, the cache that the
+        roll-out before had, cleared, where it fits and no backward reads from it any more, so that what was recorded of
+        its passes can be replayed.
         """
-        sizes = (batch_size, height, width, window_frames, sink_frames, rope, max_frames, spare_frames)
         if self.graphs is None:
             return self.new_cache(*sizes)
         key = (sizes, torch.is_autocast_enabled(), self.token_split)

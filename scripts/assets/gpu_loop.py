@@ -103,20 +103,6 @@ def run(
     return step
 
 
-def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
-    """`update` as a CUDA graph; it is called `warmup` times and captured once, which changes nothing."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmup):
-            update()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update()
-    return graph.replay
-
-
 def filled_pool(args: argparse.Namespace, encoders: Encoders, frames: int, began: float, device: torch.device) -> Pool:
     """A pool with the first `args.worlds` worlds in it."""
     data = Pool(encoders, args, frames, device)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from gpu_loop import ROOT, TOY, Trained, add_arguments, captured, filled_pool, run
+from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.config import StageConfig, load_config
@@ -207,11 +207,6 @@ def train(args: argparse.Namespace) -> None:
             running[list(by_name).index(turn)] += loss.detach()
             by_name[turn].update(loss)
 
-    if args.record and device.type == "cuda":
-        advance(0)  # before it warms up: what is decided by the number of the step is decided then
-        replay = captured(lambda: advance(0))
-        run(args, began, data, networks, lambda step: replay(), running.zero_())
-        return
     run(args, began, data, networks, advance, running)
 
 
@@ -230,8 +225,6 @@ def main() -> None:
     parser.add_argument("--critic-rate", type=float, default=2.0, help="its learning rate / the student's")
     parser.add_argument("--head-start", type=int, default=100, help="first steps, of the critic alone")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="causal: one graph")
-    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=False, help="replay whole steps as "
-                        "one CUDA graph: of stage causal with own_history.share=0, which are all alike")  # fmt: skip
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay CUDA graphs")
     add_arguments(parser)
     train(parser.parse_intermixed_args())

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from gpu_loop import TOY, Trained, add_arguments, captured, filled_pool, run
+from gpu_loop import TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor
 
 from longtake.flow.path import add_noise, velocity
@@ -116,6 +117,20 @@ def train(args: argparse.Namespace) -> None:
     running.zero_()
     print(f"{time.time() - began:5.0f}s ready", flush=True)
     run(args, began, data, [trained], lambda step: advance(), running)
+
+
+def captured(update: Callable[[], None], warmup: int = 5) -> Callable[[], None]:
+    """`update` as a CUDA graph; it is called `warmup` times and captured once, which changes nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    return graph.replay
 
 
 def main() -> None:
