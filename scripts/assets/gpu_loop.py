@@ -129,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=250, help="worlds that are encoded at a time")
     parser.add_argument("--stops", type=float, default=0.4, help="share of worlds that may have a sprite that stands")
     parser.add_argument("--hard-share", type=float, default=0.0, help="share of worlds with sprites that overlap")
+    parser.add_argument("--hard-visibility", type=float, default=0.9, help="what may be seen of one")
     parser.add_argument("--open-share", type=float, default=0.0, help="share of worlds with a motion left open")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256)

@@ -25,7 +25,6 @@ from longtake.structs import pixel_frames
 TRAIN_SEED = 0
 WANTED_SEED = 10_000  # candidate k for a world as wanted is of the list with seed WANTED_SEED + k; held-out ones differ
 TRIES = 2000
-HARD_VISIBILITY = 0.9  # a world is hard when in some frame less of a sprite is to be seen
 GOLDEN, SQUARE = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1  # their multiples are spread evenly, and independently
 MOST_SPRITES = 3
 
@@ -41,8 +40,9 @@ class Sampled(NamedTuple):
 
 class Task(NamedTuple):
     """Worlds `start` to `start + number`; a share of `stops` is seen after a change of motion, with stops; one of
-    `hard` has sprites that overlap, and one of `opened` a caption that leaves a motion open, beside those that would
-    have them anyway. Each share is spread evenly, whatever the others are.
+    `hard` has sprites that overlap: in some frame less than `visibility` of one is to be seen; and one of `opened` has
+    a caption that leaves a motion open, beside those that would anyway. Each share is spread evenly, whatever the
+    others are.
     """
 
     start: int
@@ -51,6 +51,7 @@ class Task(NamedTuple):
     stops: float
     hard: float
     opened: float
+    visibility: float
 
 
 def shown(seed: int, index: int, num_frames: int, changed: bool) -> tuple[World, np.ndarray]:
@@ -59,21 +60,30 @@ def shown(seed: int, index: int, num_frames: int, changed: bool) -> tuple[World,
     return world, world.positions(num_frames + changed)[int(changed) :]
 
 
-def wanted_world(index: int, num_frames: int, *, changed: bool, hard: bool, opened: bool) -> tuple[World, np.ndarray]:
-    """The first candidate for number `index` with an open motion, and with sprites that overlap in a frame shown."""
+def wanted_world(
+    index: int, num_frames: int, *, changed: bool, opened: bool, visibility: float | None
+) -> tuple[World, np.ndarray]:
+    """The first candidate for number `index` with an open motion, and with a sprite of which less than `visibility` is
+    to be seen in some frame.
+    """
     for candidate in range(TRIES):
         world, centres = shown(WANTED_SEED + candidate, index, num_frames, changed)
         if opened and not any(sprite.is_open for sprite in world.segments[-1].sprites):
             continue
-        if hard and (len(world.sprites) == 1 or world.visibility_at(centres).min() >= HARD_VISIBILITY):
+        if visibility is not None and not is_hidden(world, centres, visibility):
             continue
         return world, centres
-    raise RuntimeError(f"none of {TRIES} candidates for number {index} is as wanted: hard={hard}, opened={opened}")
+    raise RuntimeError(f"none of {TRIES} candidates for number {index} is as wanted: {opened=}, {visibility=}")
+
+
+def is_hidden(world: World, centres: np.ndarray, visibility: float) -> bool:
+    """Whether less than `visibility` of some sprite is to be seen in some frame."""
+    return len(world.sprites) > 1 and bool(world.visibility_at(centres).min() < visibility)
 
 
 def sample(task: Task) -> Sampled:
     """The worlds of a task, always the same ones."""
-    start, number, num_frames, stops, hard_share, open_share = task
+    start, number, num_frames, stops, hard_share, open_share, visibility = task
     sampled = Sampled(
         np.empty((number, SIZE, SIZE, 3), np.uint8),
         np.zeros((number, num_frames, MOST_SPRITES, 2)),
@@ -84,7 +94,9 @@ def sample(task: Task) -> Sampled:
         changed = index % 100 < 100 * stops
         hard, opened = index * GOLDEN % 1 < hard_share, index * SQUARE % 1 < open_share
         if hard or opened:
-            world, centres = wanted_world(index, num_frames, changed=changed, hard=hard, opened=opened)
+            world, centres = wanted_world(
+                index, num_frames, changed=changed, opened=opened, visibility=visibility if hard else None
+            )
         else:
             world, centres = shown(TRAIN_SEED, index, num_frames, changed)
         count = len(world.sprites)
@@ -133,7 +145,7 @@ class Pool:
     def __init__(self, encoders: Encoders, args: argparse.Namespace, frames: int, device: torch.device) -> None:
         self.encoders, self.device, self.frames = encoders, device, frames
         self.chunk, self.most = args.chunk, args.most_worlds
-        self.shares = args.stops, args.hard_share, args.open_share
+        self.shares = args.stops, args.hard_share, args.open_share, args.hard_visibility
         self.rows: list[Tensor] = []
         self.count = torch.zeros((), device=device)  # on the device, so that a captured step reads it
         self.filled, self.asked = 0, args.first_world
