@@ -261,11 +261,12 @@ def train(run: Run, window: int, sink: int, iterations: int) -> None:
     run.longtake(config.stem, ["train", str(config)], progress)
 
 
-def summary(rows: list[dict[str, Any]], iterations: int) -> dict[str, Any]:
-    """The rows of `metrics.jsonl` in short; seconds without the first iteration."""
+def summary(rows: list[dict[str, Any]], iterations: int, warm_up: int = 1) -> dict[str, Any]:
+    """The rows of `metrics.jsonl` in short; seconds without the first `warm_up` iterations."""
     losses = [row[key] for row in rows for key in row if key.endswith(("_loss", "_grad_norm"))]
     seconds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows[1:]:
+    counted = rows[warm_up:]
+    for row in counted:
         exit_step = int(row["exit_step"])
         if "generator_loss" in row:
             seconds["generator update"][exit_step].append(row["seconds_of/generator"])
@@ -273,10 +274,10 @@ def summary(rows: list[dict[str, Any]], iterations: int) -> dict[str, Any]:
         else:
             seconds["critic update"][exit_step].append(row["seconds_of/critic"])
     return {
-        "iterations": max(0, len(rows) - 1),
+        "iterations": len(counted),
         "asked": iterations,
         "first iteration seconds": rows[0]["seconds"] if rows else None,
-        "iteration seconds": mean(row["seconds"] for row in rows[1:]) if rows[1:] else None,
+        "iteration seconds": mean(row["seconds"] for row in counted) if counted else None,
         "finite": bool(losses) and None not in losses,
         "peak GiB": max((row["memory_gib"] for row in rows if "memory_gib" in row), default=None),
         "seconds by exit step": {

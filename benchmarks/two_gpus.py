@@ -10,11 +10,12 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
   (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); and batch 1 a GPU once more with
-  sharded weights. The first iteration is a warm-up and is not counted;
+  sharded weights. The first iterations, in which passes are recorded as CUDA graphs
+  (`--warm-up`), are not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
-  block of 4 frames at a full window, without and with its commit; alone they are replayed as CUDA graphs), the whole
-  clip, and forward and backward of it; the
-  exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel (torch's profiler);
+  block of 4 frames at a full window, without and with its commit, replayed as CUDA graphs), the whole clip, and forward
+  and backward of it; the exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel
+  (torch's profiler);
 - generate: a video with decoding, by one process that decodes where it computes, by one that decodes on the other GPU,
   and by two that compute each pass together and decode alike.
 
@@ -76,11 +77,13 @@ def prepare(run: Run, rows: int) -> dict[str, Any]:
     return made
 
 
-def train(run: Run, name: str, iterations: int) -> None:
-    """Distils on one mesh; records a summary of the rows so far while it runs."""
+def train(run: Run, name: str, iterations: int, warm_up: int) -> None:
+    """Distils on one mesh, `warm_up` iterations before those that count; records a summary of the rows so far while it
+    runs.
+    """
     ranks, changes = TRAININGS[name]
     window, sink = windows_of(run.sizes.windows)[0]
-    config = stage(run, window, sink, iterations, path=str(run.work / "encoded"), kind="encoded")
+    config = stage(run, window, sink, warm_up + iterations - 1, path=str(run.work / "encoded"), kind="encoded")
     folder = name.replace(",", "").replace(" ", "_")
     rows = run.output / folder / "metrics.jsonl"
     rows.unlink(missing_ok=True)
@@ -88,11 +91,11 @@ def train(run: Run, name: str, iterations: int) -> None:
     def progress() -> None:
         found = read_rows(rows)
         counted = {
-            "rows": [row["seconds"] for row in found],
+            "rows": [row["seconds"] for row in found[warm_up:]],
             "ranks": ranks,
             "batch": 2 if "batch_size=2" in changes else 1,
         }
-        run.record(f"train, {name}", {**counted, **summary(found, iterations)})
+        run.record(f"train, {name}", {**counted, **summary(found, iterations, warm_up)})
         run.record("train", compare(run.results))
 
     run.python(folder, ["longtake", "train", str(config), f"name={folder}", *changes], progress, ranks=ranks)
@@ -102,11 +105,11 @@ def compare(results: Mapping[str, Any]) -> dict[str, Any]:
     """Samples a second of each training, over the iterations that all of them made, and ratios to one GPU."""
     found = {name: results[f"train, {name}"] for name in TRAININGS if f"train, {name}" in results}
     count = min((len(values["rows"]) for values in found.values()), default=0)
-    if count < 2:
+    if count == 0:
         return {}
-    rates = {name: values["batch"] * (count - 1) / sum(values["rows"][1:count]) for name, values in found.items()}
+    rates = {name: values["batch"] * count / sum(values["rows"][:count]) for name, values in found.items()}
     alone = rates.get("one GPU")
-    result: dict[str, Any] = {"iterations compared": count - 1}
+    result: dict[str, Any] = {"iterations compared": count}
     for name, rate in rates.items():
         result[f"samples/s, {name}"] = rate
         if alone and name != "one GPU":
@@ -330,7 +333,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     numbers, names = ",".join(map(str, range(len(TRAININGS)))), "; ".join(TRAININGS)
     parser.add_argument("--trainings", default=numbers, help=f"numbers of the trainings to run, of: {names} (all)")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=10, help="iterations after the first (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=10, help="iterations that count (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=3, help="iterations before them (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="pictures in the data set (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of alone and together (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="calls of a pass in a turn (default: %(default)s)")
@@ -362,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainings = [name for number, name in enumerate(TRAININGS) if str(number) in args.trainings.split(",")]
     work: dict[str, list[Callable[[], None]]] = {
         "files": [lambda: run.record("files", prepare(run, args.rows))],
-        "train": [lambda n=n: train(run, n, args.iterations) for n in trainings],  # type: ignore[misc]
+        "train": [lambda n=n: train(run, n, args.iterations, args.warm_up) for n in trainings],  # type: ignore[misc]
         "passes": [lambda: measure_in_ranks(run, args)],
         "generate": [lambda w=w: generate_in_ranks(run, args, w) for w in WAYS],  # type: ignore[misc]
     }

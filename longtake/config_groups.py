@@ -274,8 +274,7 @@ class ParallelConfig(Settings):
     graphs: bool = Field(
         default=True,
         description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
-        "weights are whole on each rank, trained without low-rank updates and not compiled, and each rank computes its "
-        "own passes",
+        "weights are whole on each rank, trained without low-rank updates and not compiled",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
     reduce_once: bool = Field(

@@ -45,6 +45,12 @@ class SequenceParallel:
         """The process group of these ranks."""
         return self._mesh.get_group()
 
+    def agree(self, fine: bool) -> bool:
+        """Whether all ranks are `fine`. Over gloo: nothing is started on a GPU."""
+        found = torch.tensor(int(fine))
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return bool(found)
+
     def share(self, tokens: int) -> TokenShare:
         """This rank's part of calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         if tokens not in self._shares:

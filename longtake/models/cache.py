@@ -78,6 +78,7 @@ class Passes:
     uses: dict[tuple, int] = field(default_factory=dict)
     recorded: dict[tuple, Any] = field(default_factory=dict)
     addresses: tuple[int, ...] = ()
+    lent: bool = False  # the cache serves one roll-out after another, so that even rare passes come again
 
     def forget(self) -> None:
         """Drops what is recorded, and counts anew."""

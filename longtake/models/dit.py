@@ -332,6 +332,7 @@ class VideoDiT(nn.Module):
         key = (sizes, torch.is_autocast_enabled(), self.token_split)
         if self._lent is None or self._lent[0] != key or self._lent[1].is_held:
             self._lent = key, self.new_cache(*sizes)
+            self._lent[1].passes.lent = True
         cache = self._lent[1]
         cache.clear()
         return cache
@@ -391,11 +392,11 @@ class VideoDiT(nn.Module):
             return self._velocity(x, sigma, frames, reading.frame_index, context, cross)
 
         inputs = (x, sigma, condition.frames)
-        # Not where processes share the pass: recorded exchanges of NCCL were seen to hang (docs/log.md, 2026-11-27).
-        if self.graphs is not None and kept and self.token_split is None:
+        if self.graphs is not None and kept:
             addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
             kind = (reading.num_past, entries, commit)
-            velocity = self.graphs.run(work, kind, inputs, cache, addresses)
+            agree = bool if self.token_split is None else self.token_split.agree
+            velocity = self.graphs.run(work, kind, inputs, cache, addresses, agree)
         else:
             velocity = work(*inputs)
             if not graded:

@@ -24,8 +24,9 @@ from longtake.models.cache import KVCache, Passes
 logger = logging.getLogger(__name__)
 
 # Passes of one kind against one cache that run as ever before it is recorded. A block of four steps and its context
-# pass come five to a key while the window fills, which is not worth recording.
+# pass come five to a key while the window fills, which is not worth recording, unless the cache comes again and again.
 EAGER_PASSES = 8
+EAGER_PASSES_LENT = 2
 
 # work(x, sigma, condition frames) -> velocity
 Work = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -76,10 +77,12 @@ class PassGraphs:
         inputs: tuple[Tensor, Tensor, Tensor | None],
         cache: KVCache,
         addresses: tuple[int, ...],
+        agree: Callable[[bool], bool] = bool,
     ) -> Tensor:
         """`work(*inputs)`, no gradient; `kind` says what else tells passes against `cache` apart.
 
-        Args: `inputs`, latents, noise levels and the condition's frames; `addresses` of what `work` reads besides.
+        Args: `inputs`, latents, noise levels and the condition's frames; `addresses` of what `work` reads besides;
+        `agree(fine)`, whether all processes that share the pass are fine: what one cannot record, none replays.
         """
         if self._broken:
             return work(*inputs)
@@ -90,9 +93,9 @@ class PassGraphs:
         key = (kind, _autocast(inputs[0].device), *((t.shape, t.dtype) for t in inputs if t is not None))
         if (found := passes.recorded.get(key)) is None:
             passes.uses[key] = passes.uses.get(key, 0) + 1
-            if passes.uses[key] <= EAGER_PASSES:
+            if passes.uses[key] <= (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES):
                 return work(*inputs)
-            made = self._recorded(work, inputs)
+            made = self._recorded(work, inputs, agree)
             if made is None:
                 return work(*inputs)
             found = passes.recorded[key] = made
@@ -107,21 +110,25 @@ class PassGraphs:
         for cache in list(self._known):
             cache.passes.forget()
 
-    def _recorded(self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None]) -> _Recorded | None:
+    def _recorded(
+        self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None], agree: Callable[[bool], bool]
+    ) -> _Recorded | None:
         """The pass, recorded; None where that failed, after which nothing is recorded any more."""
         with torch.inference_mode(False), torch.no_grad():
             held = [torch.empty_like(t).copy_(t) for t in inputs if t is not None]
         x, sigma, frames = held[0], held[1], held[2] if len(held) > 2 else None
+        made, reason = None, "another process could not"
         try:
             with _own_casts(x.device):
-                replay, output = self._record(lambda: work(x, sigma, frames))
+                made = self._record(lambda: work(x, sigma, frames))
         except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        if not agree(made is not None) or made is None:
             self._broken = True
             self.forget()
-            reason = str(error).splitlines()[0]
             logger.warning("passes are not recorded as CUDA graphs, and run as ever: %s", reason)
             return None
-        return _Recorded(held, replay, output)
+        return _Recorded(held, *made)
 
 
 _all: WeakSet[PassGraphs] = WeakSet()

@@ -50,6 +50,10 @@ class TokenSplit(Protocol):
         """Whether this process speaks for its group, whose processes all have the same results."""
         ...
 
+    def agree(self, fine: bool) -> bool:
+        """Whether all processes of the group are `fine`; all of them call it."""
+        ...
+
     def share(self, tokens: int) -> Share:
         """The part of this process in calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         ...

@@ -22,17 +22,17 @@ def two_gpus():
         sys.path.remove(str(ROOT))
 
 
-def test_rates_are_of_the_same_iterations_and_leave_the_first_out(two_gpus):
+def test_rates_are_of_the_same_iterations(two_gpus):
     results = {
-        "train, one GPU": {"batch": 1, "rows": [50.0, 2.0, 4.0, 99.0]},
-        "train, two GPUs, a sample each": {"batch": 2, "rows": [60.0, 2.0, 6.0, 1.0]},
-        "train, two GPUs, one sample together": {"batch": 1, "rows": [60.0, 1.0, 3.0]},
+        "train, one GPU": {"batch": 1, "rows": [2.0, 4.0, 99.0]},
+        "train, two GPUs, a sample each": {"batch": 2, "rows": [2.0, 6.0, 1.0]},
+        "train, two GPUs, one sample together": {"batch": 1, "rows": [1.0, 3.0]},
     }
     found = two_gpus.compare(results)
     assert found["iterations compared"] == 2 and found["samples/s, one GPU"] == 2 / 6
     assert found["times one GPU, two GPUs, a sample each"] == pytest.approx(1.5)
     assert found["times one GPU, two GPUs, one sample together"] == pytest.approx(1.5)
-    assert two_gpus.compare({"train, one GPU": {"batch": 1, "rows": [50.0]}}) == {}
+    assert two_gpus.compare({"train, one GPU": {"batch": 1, "rows": []}}) == {}
 
 
 def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkeypatch):
@@ -48,11 +48,12 @@ def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkey
 
     monkeypatch.setattr(two_gpus.Run, "python", start)
     for name in two_gpus.TRAININGS:
-        two_gpus.train(run, name, 10)
+        two_gpus.train(run, name, 10, 3)
     configs = [config for config, _ in launched.values()]
     assert [ranks for _, ranks in launched.values()] == [1, 2, 2, 2] and len({c.name for c in configs}) == 4
     assert [config.micro_batch(ranks) for config, ranks in launched.values()] == [1, 1, 1, 1]
     assert [config.batch_size for config in configs] == [1, 2, 1, 2]
+    assert {config.max_steps for config in configs} == {13}
     assert [config.parallel.sequence for config in configs] == [1, 1, 2, 1]
     assert [config.parallel.weights for config in configs] == ["sharded", "whole", "whole", "sharded"]
     assert len({(c.seed, c.video.height, c.video.num_latent_frames, c.plan.window_frames) for c in configs}) == 1
@@ -68,6 +69,8 @@ def rehearse(folder, parts):
     command = [sys.executable, "-m", "benchmarks.two_gpus", "-o", str(folder), "--tiny", "--device", "cpu"]
     command += [
         "--iterations",
+        "1",
+        "--warm-up",
         "1",
         "--rows",
         "2",

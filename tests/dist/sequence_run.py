@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_model, relative_error
 
 from longtake.config_groups import ParallelConfig
@@ -20,6 +21,7 @@ from longtake.distributed.mesh import init_mesh
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
+from longtake.models.pass_graph import PassGraphs
 from longtake.structs import BlockPlan
 
 HEADS = 4
@@ -158,6 +160,42 @@ def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
     }
 
 
+def recorded(ranks: SequenceParallel) -> dict[str, object]:
+    """Streamed passes that are recorded and replayed, against those that Python makes; what one rank cannot record,
+    no rank replays.
+    """
+    size = SIZES["uneven"]
+    model = make_tiny_model(True, num_heads=HEADS)
+    model.set_token_split(ranks)
+    condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
+
+    def streamed() -> torch.Tensor:
+        cache = model.new_cache(2, *size, 5, 1, "relative")
+        out = []
+        with torch.no_grad():
+            for block in range(14):
+                out.append(model(x + block, torch.ones(2), condition, cache=cache))
+                model(out[-1], torch.zeros(2), condition, cache=cache, commit=True)
+        return torch.cat(out, 1)
+
+    def refuses(work: Callable) -> tuple:
+        if ranks.rank == 1:
+            raise RuntimeError("no memory left")
+        return lambda: None, x  # to record a pass starts none of its exchanges
+
+    expected, tape = streamed(), Tape()
+    model.graphs = PassGraphs(tape)
+    equal = torch.equal(streamed(), expected)
+    model.graphs = PassGraphs(refuses)
+    return {
+        "equal": equal,
+        "replayed": tape.replayed,
+        "equal where a rank cannot": torch.equal(streamed(), expected),
+        "given up": model.graphs._broken,
+        "agree": [ranks.agree(True), ranks.agree(ranks.rank > 0)],
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -177,6 +215,7 @@ def main() -> None:
         for name, (height, width) in SIZES.items():
             seen[name] = {"exchanges": exchanges(ranks, height * width // 4), "passes": passes(ranks, (height, width))}
         seen["cache"] = cache_rules(ranks)
+        seen["recorded"] = recorded(ranks)
         for name, provoke in ERRORS.items():
             try:
                 provoke(ranks)

@@ -1,5 +1,12 @@
-"""The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with bfloat16 compute and a resume."""
+"""The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with bfloat16 compute and a resume; and where there
+are two GPUs, passes that they share, recorded.
+"""
 
+import json
+import subprocess
+import sys
+
+import graph_run
 import pytest
 import tiny_run
 import torch
@@ -58,3 +65,17 @@ def test_fsdp_over_nccl_equals_one_device_and_resumes(tmp_path, monkeypatch):
         assert iterate(state, objective, mesh, 2) == iterate(other, again, mesh, 2)
         for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True):
             assert torch.equal(a, b) if a.ndim == 0 else torch.equal(a.full_tensor(), b.full_tensor())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("segments", ["expandable_segments:True", "expandable_segments:False"])
+def test_two_ranks_record_the_passes_they_share(tmp_path, monkeypatch, segments):
+    """It hung with growing segments, until NCCL was told not to register what a graph exchanges (`init_mesh`)."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", segments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [graph_run.__file__, str(tmp_path), "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for path in tmp_path.glob("rank*.json"):
+        found = json.loads(path.read_text())
+        assert found["equal"] and found["recorded"] >= 2 and not found["given up"]

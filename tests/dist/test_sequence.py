@@ -57,6 +57,14 @@ def test_a_cache_holds_the_heads_of_its_rank_and_keeps_its_rules(seen):
         assert rank["cache"]["refused"]
 
 
+def test_passes_are_replayed_on_all_ranks_or_on_none(seen):
+    for rank in seen:
+        found = rank["recorded"]
+        assert found["equal"] and found["replayed"] >= 6
+        assert found["equal where a rank cannot"] and found["given up"]
+        assert found["agree"] == [True, False]
+
+
 def test_what_cannot_be_shared_is_refused_and_what_can_is_named(seen):
     ranks = len(seen)
     heads = {2: "3 heads cannot be divided over 2 ranks", 4: "5 heads cannot be divided over 4 ranks"}[ranks]
