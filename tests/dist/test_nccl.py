@@ -17,7 +17,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.train.checkpoint import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
-from longtake.train.loop import Window, _iteration
+from longtake.train.loop import LoopSettings, Window, _iteration
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
