@@ -212,8 +212,8 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
     if world_size == 1:
         return Mesh(device=chosen)
     _die_with_launcher()
-    # Exchanges of recorded passes hang where NCCL registers their buffers as it is recorded and the allocator's segments
-    # can grow (pytorch/pytorch 158029, pytorch/torchtitan 3306; seen on two H200).
+    # Recorded exchanges hang where NCCL registers their buffers at that time and the allocator's segments can grow
+    # (pytorch/pytorch 158029, pytorch/torchtitan 3306; seen on two H200).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # gloo beside nccl: objects and CPU tensors (errors, checkpoint plans) travel without touching the GPU.
     # torchrun keeps its store from restart to restart, with the addresses of dead ranks: each start has its own part.

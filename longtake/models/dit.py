@@ -422,7 +422,9 @@ class VideoDiT(nn.Module):
             arguments = (hidden, modulation, context, cross, layer)
             if torch.is_grad_enabled() and self.activation_checkpointing:
                 contexts = partial(together, self.checkpoint_contexts)
-                hidden = checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+                hidden = checkpoint(
+                    block, *arguments, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+                )  # nothing in a block is random
             else:
                 hidden = block(*arguments)
         _, ph, pw = self.config.patch_size
