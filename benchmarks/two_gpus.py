@@ -9,9 +9,10 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
 - train: `longtake train`, stage distill, as in `full_size.py` (float32 master weights of student and critic with AdamW
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
-  (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); and batch 1 a GPU once more with
-  sharded weights. The first iterations, in which passes are recorded as CUDA graphs
-  (`--warm-up`), are not counted;
+  (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); batch 1 a GPU once more with
+  sharded weights; and one sample together once more without recomputing activations in backward, for which two GPUs of
+  141 GB have the memory (120 GiB each) and one has not (190 GiB). The first iterations, in which passes are recorded as
+  CUDA graphs (`--warm-up`), are not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
   block of 4 frames at a full window, without and with its commit, replayed as CUDA graphs), the whole clip, and forward
   and backward of it; the exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel
@@ -63,6 +64,10 @@ TRAININGS: dict[str, tuple[int, list[str]]] = {
     "two GPUs, a sample each": (2, ["batch_size=2", "parallel.weights=whole"]),
     "two GPUs, one sample together": (2, ["parallel.sequence=2", "parallel.weights=whole"]),
     "two GPUs, a sample each, sharded": (2, ["batch_size=2"]),
+    "two GPUs, one sample together, nothing recomputed": (
+        2,
+        ["parallel.sequence=2", "parallel.weights=whole", "activation_checkpointing=none"],
+    ),
 }
 
 

@@ -50,12 +50,13 @@ def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkey
     for name in two_gpus.TRAININGS:
         two_gpus.train(run, name, 10, 3)
     configs = [config for config, _ in launched.values()]
-    assert [ranks for _, ranks in launched.values()] == [1, 2, 2, 2] and len({c.name for c in configs}) == 4
-    assert [config.micro_batch(ranks) for config, ranks in launched.values()] == [1, 1, 1, 1]
-    assert [config.batch_size for config in configs] == [1, 2, 1, 2]
+    assert [ranks for _, ranks in launched.values()] == [1, 2, 2, 2, 2] and len({c.name for c in configs}) == 5
+    assert [config.micro_batch(ranks) for config, ranks in launched.values()] == [1, 1, 1, 1, 1]
+    assert [config.batch_size for config in configs] == [1, 2, 1, 2, 1]
     assert {config.max_steps for config in configs} == {13}
-    assert [config.parallel.sequence for config in configs] == [1, 1, 2, 1]
-    assert [config.parallel.weights for config in configs] == ["sharded", "whole", "whole", "sharded"]
+    assert [config.parallel.sequence for config in configs] == [1, 1, 2, 1, 2]
+    assert [config.parallel.weights for config in configs] == ["sharded", "whole", "whole", "sharded", "whole"]
+    assert [config.activation_checkpointing for config in configs] == [True, True, True, True, False]
     assert len({(c.seed, c.video.height, c.video.num_latent_frames, c.plan.window_frames) for c in configs}) == 1
 
 
