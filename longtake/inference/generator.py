@@ -80,13 +80,35 @@ def fetched(blocks: Iterable[Tensor], *, ahead: bool) -> Iterator[NDArray[np.uin
 
     Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
     """
-    waiting: deque[Tensor] = deque()
+    waiting: deque[_Fetch] = deque()
     for block in blocks:
-        waiting.append(block)
+        waiting.append(_Fetch(block))
         if len(waiting) > ahead:
-            yield waiting.popleft().cpu().numpy()
-    for block in waiting:
-        yield block.cpu().numpy()
+            yield waiting.popleft().array()
+    for fetch in waiting:
+        yield fetch.array()
+
+
+class _Fetch:
+    """A tensor on its way to this process's memory. From a GPU it is sent at once: behind the next block's work, which
+    is queued before anybody waits for this one, it would come with that block.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._here, self._done = tensor, None
+        if tensor.is_cuda:
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            with torch.cuda.device(tensor.device):
+                self._here.copy_(tensor, non_blocking=True)
+                self._done = torch.cuda.Event()
+                self._done.record()
+
+    def array(self) -> NDArray[np.uint8]:
+        """The values, when they are here."""
+        if self._done is None:
+            return self._here.cpu().numpy()
+        self._done.synchronize()
+        return self._here.clone().numpy()  # pinned memory is little, and reused
 
 
 @dataclass

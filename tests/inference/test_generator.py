@@ -175,6 +175,22 @@ def test_a_block_ahead_of_what_is_fetched_gives_the_same_frames(generator, video
         assert "".join(what[0] for what in order) == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_frames_are_here_before_the_work_that_is_queued_behind_them():
+    """Waiting for a block must not be waiting for the next one's decoding: the two overlap no more then."""
+
+    def blocks():
+        for number in range(3):
+            yield torch.full((2, 4, 4, 3), number, dtype=torch.uint8, device="cuda")
+            torch.cuda._sleep(2_000_000_000)  # the next block's work, half a second and more
+
+    chunks = module.fetched(blocks(), ahead=True)
+    for number, chunk in enumerate(chunks):
+        assert (chunk == number).all()
+        assert number == 2 or not torch.cuda.current_stream().query()
+
+
 def test_a_second_device_decodes_with_a_copy_of_the_vae(run, video, tmp_path):
     generator = Generator.build(Source.of_run(run), "cpu", decode_device="cpu")
     calls = []
