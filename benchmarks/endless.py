@@ -5,8 +5,10 @@
 Streams the toy's weights (or those of --run or --model) from one toy picture through a `Session`, decodes every block,
 and writes `endless.json` (all numbers), `endless.png` (time, memory, saturation and contrast as curves) and one line a
 bar: the median time of the last hundred blocks against blocks 10 to 110 within 5 % on a GPU and 15 % on a CPU (there
-the processor's time, since others may use it as well); as many bytes allocated after the last block as after block 110;
-all latents and decoder features finite. A stream that is too short for a hundred blocks at each end compares fewer.
+the processor's time, since others may use it as well); the same for a hundred more blocks made in turns with blocks 10
+to 110 of a new stream, so that a machine that is slower at one time and faster at another cannot decide it; as many
+bytes allocated after the last block as after block 110; all latents and decoder features finite. A stream that is too
+short for a hundred blocks at each end compares fewer.
 The exit code is 1 when a bar is missed.
 """
 
@@ -79,16 +81,35 @@ def measure(session: Session, num_latent_frames: int, *, switch_every: int = 0) 
         block = len(rows["seconds"])
         if switch_every and block and block % switch_every == 0:
             session.prompt = prompts[block // switch_every % 2]
-        started, worked = perf_counter(), process_time()
-        frames = session.next()  # on the CPU: the GPU has finished
-        rows["seconds"].append(perf_counter() - started)
-        rows["cpu_seconds"].append(process_time() - worked)
+        frames, seconds, cpu_seconds = timed(session)
+        rows["seconds"].append(seconds)
+        rows["cpu_seconds"].append(cpu_seconds)
         rows["saturation"].append(saturation(frames))
         rows["contrast"].append(contrast(frames))
         rows["finite"].append(finite(session))
         del frames
         rows["bytes"].append(allocated_bytes(device) if device.type == "cuda" or block in memory_at else None)
     return rows
+
+
+def timed(session: Session) -> tuple[NDArray[np.uint8], float, float]:
+    """The next block, and the seconds and the processor's seconds that it took."""
+    started, worked = perf_counter(), process_time()
+    frames = session.next()  # on the CPU: the GPU has finished
+    return frames, perf_counter() - started, process_time() - worked
+
+
+def in_turns(old: Session, new: Session, count: int) -> dict[str, list[float]]:
+    """Seconds of `count` blocks of each, in turns; of the `new` session from block FIRST on."""
+    on_cpu = old.generator.device.type == "cpu"
+    for _ in range(1 + FIRST):  # the picture, and the blocks before
+        new.next()
+    times: dict[str, list[float]] = {"old": [], "new": []}
+    for _ in range(count):
+        for name, session in (("old", old), ("new", new)):
+            _, seconds, cpu_seconds = timed(session)
+            times[name].append(cpu_seconds if on_cpu else seconds)
+    return times
 
 
 def _memory_blocks(session: Session, num_latent_frames: int) -> set[int]:
@@ -105,24 +126,25 @@ def compared(num_blocks: int) -> tuple[slice, slice]:
     return slice(first, first + count), slice(num_blocks - count, num_blocks)
 
 
-def judge(rows: dict[str, list[Any]], kind: str) -> dict[str, dict[str, Any]]:
+def judge_times(early: list[float], late: list[float], kind: str) -> dict[str, Any]:
+    """The bar of two sets of times: their medians."""
+    before, after = median(early), median(late)
+    change = after / before - 1
+    return {"early_ms": before * 1e3, "late_ms": after * 1e3, "change": change, "met": abs(change) <= BOUNDS[kind]}
+
+
+def judge(rows: dict[str, list[Any]], turns: dict[str, list[float]], kind: str) -> dict[str, dict[str, Any]]:
     """Each bar: what was measured and whether it is met."""
     early, late = compared(len(rows["seconds"]))
     seconds = rows["cpu_seconds" if kind == "cpu" else "seconds"]
-    times = median(seconds[early]), median(seconds[late])
-    change = times[1] / times[0] - 1
     before, after = rows["bytes"][early.stop - 1], rows["bytes"][-1]
     spread = {
         name: (float(np.mean(rows[name][early])), float(np.mean(rows[name][late])))
         for name in ("saturation", "contrast")
     }
     return {
-        "time": {
-            "early_ms": times[0] * 1e3,
-            "late_ms": times[1] * 1e3,
-            "change": change,
-            "met": abs(change) <= BOUNDS[kind],
-        },
+        "time": judge_times(seconds[early], seconds[late], kind),
+        "time in turns": judge_times(turns["new"], turns["old"], kind),
         "memory": {"early_bytes": before, "late_bytes": after, "met": before == after},
         "finite": {"blocks": sum(rows["finite"]), "met": all(rows["finite"])},
         "saturation": {"early": spread["saturation"][0], "late": spread["saturation"][1]},
@@ -176,22 +198,26 @@ def main(arguments: list[str] | None = None) -> int:
     session = generator.open(world.render(1)[0], world.caption, history_blocks=0)
     started = perf_counter()
     rows = measure(session, args.frames, switch_every=args.switch_every)
+    length = session.position, session.num_frames
+    early, _ = compared(len(rows["seconds"]))
+    new = generator.open(world.render(1)[0], world.caption, history_blocks=0)
+    turns = in_turns(session, new, early.stop - early.start)
     device = generator.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.processor()}"
     result = {
         "machine": machine.strip(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "latent_frames": session.position,
-        "pixel_frames": session.num_frames,
+        "latent_frames": length[0],
+        "pixel_frames": length[1],
         "blocks": len(rows["seconds"]),
         "wall_seconds": perf_counter() - started,
         "switch_every": args.switch_every,
         "settings": generator.settings.model_dump(mode="json"),
-        "bars": judge(rows, device.type),
+        "bars": judge(rows, turns, device.type),
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "endless.json").write_text(json.dumps({**result, "per_block": rows}) + "\n")
+    (args.output / "endless.json").write_text(json.dumps({**result, "per_block": rows, "in_turns": turns}) + "\n")
     draw(rows, generator.rules.plan.block_frames, args.output / "endless.png")
     print(f"{result['latent_frames']} latent frames, {result['blocks']} blocks on {result['machine']}")
     for name, bar in result["bars"].items():
