@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +31,7 @@ from longtake.config_groups import (
     ParallelConfig,
     PlanConfig,
     ProfileConfig,
+    RealVideosConfig,
     ValidationConfig,
     VideoConfig,
     WandbConfig,
@@ -37,7 +39,7 @@ from longtake.config_groups import (
 )
 from longtake.config_run import CheckpointConfig, WatchdogConfig
 from longtake.errors import ConfigError
-from longtake.structs import pixel_frames
+from longtake.structs import VideoShape
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
@@ -89,6 +91,7 @@ class StageConfig(Settings):
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
     long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
     own_history: HistoryConfig = Field(default=HistoryConfig(), description=HistoryConfig.__doc__)
+    real_videos: RealVideosConfig = Field(default=RealVideosConfig(), description=RealVideosConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
     precision: Literal["fp32", "bf16"] = Field(
@@ -159,6 +162,8 @@ class StageConfig(Settings):
         blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
+        if self.real_videos.num_latent_frames is not None:
+            blocks.check(self.real_videos.num_latent_frames, "real_videos.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
         self.data.check_buckets(self.video)
@@ -176,10 +181,10 @@ class StageConfig(Settings):
         for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
             if source == self.name:
                 raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
-        if not self.distils and self.data.kind in ("images", "texts"):
+        if self.learns_from_videos and self.data.kind in ("images", "texts"):
+            where = f"stage {self.stage}" + (" with real_videos.weight" if self.distils else "")
             raise ConfigError(
-                f"data.kind={self.data.kind} has no motion to learn from in stage {self.stage}; use clips, webdataset "
-                "or lmdb"
+                f"data.kind={self.data.kind} has no motion to learn from in {where}; use clips, webdataset or lmdb"
             )
         if self.model.image_condition == "i2v" and self.data.kind == "texts":
             raise ConfigError(
@@ -212,6 +217,11 @@ class StageConfig(Settings):
                 f"own_history.from_step={self.own_history.from_step} must be below the {len(self.flow.steps)} "
                 f"flow.steps; set it to {len(self.flow.steps) - 1} or less"
             )
+        if not self.distils and self.real_videos.weight:
+            raise ConfigError(
+                f"real_videos.weight={self.real_videos.weight} belongs to stages distill and long, this is stage "
+                f"{self.stage}; set it to 0"
+            )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
 
@@ -235,6 +245,17 @@ class StageConfig(Settings):
     def distils(self) -> bool:
         """True for the stages that match a teacher's distribution: no videos are needed, a teacher and a critic are."""
         return self.stage in ("distill", "long")
+
+    @property
+    def learns_from_videos(self) -> bool:
+        """Whether rows must be videos, or latents of videos."""
+        return not self.distils or self.real_videos.weight > 0
+
+    @property
+    def clip_shape(self) -> VideoShape:
+        """Sizes of the videos that rows are read as."""
+        frames = self.real_videos.num_latent_frames if self.distils and self.learns_from_videos else None
+        return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
 
     @property
     def new_frames(self) -> int:
@@ -364,12 +385,13 @@ class JobConfig(Settings):
             raise ConfigError(
                 f"data.path={stage.data.path} is not written by the job: add it to data.formats={world.formats}"
             )
-        needed = pixel_frames(stage.video.num_latent_frames, stage.video.temporal_stride)
-        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and not stage.distils
+        needed = stage.clip_shape.num_pixel_frames
+        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.learns_from_videos
         if reads_clips and world.num_frames < needed:
+            name = "real_videos" if stage.distils else "video"
             raise ConfigError(
-                f"video.num_latent_frames={stage.video.num_latent_frames} needs clips of {needed} frames and the job "
-                f"writes data.num_frames={world.num_frames}; set data.num_frames={needed}"
+                f"{name}.num_latent_frames={stage.clip_shape.num_latent_frames} needs clips of {needed} frames and the "
+                f"job writes data.num_frames={world.num_frames}; set data.num_frames={needed}"
             )
 
 

@@ -339,6 +339,22 @@ class HistoryConfig(Settings):
     )
 
 
+class RealVideosConfig(Settings):
+    """Teacher forcing on real videos beside distribution matching, which by itself fades long videos."""
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of its loss in the student's updates (distill and long); 0 = off. Rows must then be clips",
+    )
+    num_latent_frames: int | None = Field(
+        default=None,
+        gt=0,
+        description="latent frames of these clips, up to a block boundary; more than plan.window_frames teaches what "
+        "to do once frames are evicted; null = video.num_latent_frames",
+    )
+
+
 class LongConfig(Settings):
     """Long tuning: videos beyond the teacher's length, generated and scored chunk by chunk."""
 

@@ -87,6 +87,7 @@ NOT_DEFAULT = {
         "updates_per_generator": 3, "head_start": 2, "init_from": "./critic",
     },
     "own_history": {"from_step": 0},
+    "real_videos": {"weight": 0.5, "num_latent_frames": 12},
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
@@ -145,6 +146,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     changed |= {"model": {"widen": True}, "roles": "separate"}
     changed |= {"parallel": {"weights": "whole"}}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
+    changed |= {"real_videos": {}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen

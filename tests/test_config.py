@@ -198,10 +198,28 @@ def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
         stage(tmp_path, "caption_dropout=0.1", base=DISTILL)
     with pytest.raises(ConfigError, match="own_history.share=0.1 belongs to stage causal"):
         stage(tmp_path, "own_history.share=0.1", base=DISTILL)
+    with pytest.raises(ConfigError, match="real_videos.weight=0.5 belongs to stages distill and long, this is stage"):
+        stage(tmp_path, "real_videos.weight=0.5")
     with pytest.raises(
         ConfigError, match="own_history.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
     ):
         stage(tmp_path, "own_history.from_step=4", base=DISTILL)
+
+
+def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
+    plain = stage(tmp_path, base=DISTILL)
+    assert not plain.learns_from_videos and plain.clip_shape == plain.video.shape
+    changes = ["real_videos.weight=1", "data.kind=clips"]
+    same = stage(tmp_path, *changes, base=DISTILL)
+    assert same.learns_from_videos and same.clip_shape == same.video.shape
+    longer = stage(tmp_path, *changes, "real_videos.num_latent_frames=13", base=DISTILL)
+    assert (longer.clip_shape.num_latent_frames, longer.video.num_latent_frames) == (13, 9)
+    unused = stage(tmp_path, "real_videos.num_latent_frames=13", base=DISTILL)
+    assert unused.clip_shape == unused.video.shape
+    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=12 .* block"):
+        stage(tmp_path, *changes, "real_videos.num_latent_frames=12", base=DISTILL)
+    with pytest.raises(ConfigError, match="data.kind=images has no motion .* stage distill with real_videos.weight"):
+        stage(tmp_path, "real_videos.weight=1", "data.kind=images", base=DISTILL)
 
 
 def test_a_new_teacher_starts_from_random_weights(tmp_path):

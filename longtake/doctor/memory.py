@@ -223,6 +223,10 @@ class Activations:
     def total(self) -> int:
         return self.stored + self.layer
 
+    def beside(self, other: Activations) -> Activations:
+        """Of both, where those of `other` have their backward first."""
+        return Activations(self.stored + other.stored, other.last, max(self.layer, other.layer))
+
 
 def pass_bytes(config: DiTConfig, clip: Clip, *, precision: str, checkpointing: bool) -> Activations:
     """Activations of one graded forward over `clip.frames` entries, and of the recomputation in its backward."""

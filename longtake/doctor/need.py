@@ -251,6 +251,9 @@ class _Moments:
             given_frames=given,
             **options,
         )
+        if config.real_videos.weight:  # [clean | noisy], beside the roll-out until their one backward
+            forced = replace(clip, frames=2 * config.clip_shape.num_latent_frames)
+            kept = kept.beside(pass_bytes(generator, forced, **options))
         cache = self._cache(generator)
         calls = len(list(plan.blocks.blocks(given, clip.frames)))
         scores = max(working_bytes(network, clip, precision) for network in (critic, networks.teacher or critic))

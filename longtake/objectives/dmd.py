@@ -18,6 +18,7 @@ from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
+from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
 from longtake.structs import Condition
@@ -38,6 +39,18 @@ class DmdSettings:
     updates_per_generator: int = 5
     head_start: int = 0
     first_frame_clean: bool = False
+
+
+@dataclass(frozen=True)
+class RealVideos:
+    """Teacher forcing of the same student on the rows' own videos, and the weight of its loss in the student's updates.
+
+    Distribution matching settles what captions leave open, and fades long videos the longer it goes on; teacher forcing
+    does neither (docs/log.md, 2026-11-27).
+    """
+
+    objective: TeacherForcing
+    weight: float
 
 
 def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:
@@ -76,13 +89,14 @@ class Dmd:
         num_frames: int,
         settings: DmdSettings,
         *,
+        real_videos: RealVideos | None = None,
         phase: Phase = nullcontext,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
         self.generator, self.critic = generator, critic
         self.real = real.eval().requires_grad_(False)
         self.draws, self.rules, self.num_frames, self.settings = draws, rules, num_frames, settings
-        self.phase = phase
+        self.real_videos, self.phase = real_videos, phase
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -122,6 +136,10 @@ class Dmd:
             "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
             "exit_step": float(self.exit_step(step)),
         }
+        if self.real_videos is not None:
+            forced = self.real_videos.objective.loss("generator", batch, step).loss
+            loss = loss + self.real_videos.weight * forced
+            metrics["real_videos_loss"] = forced.detach()
         return LossResult(loss, metrics)
 
     def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:

@@ -30,10 +30,10 @@ def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Te
     return levels
 
 
-def require_latents(batch: EncodedBatch, stage: str) -> Tensor:
+def require_latents(batch: EncodedBatch, what: str) -> Tensor:
     """The batch's clean latents. Raises: TrainingError when the data hold none."""
     if batch.latents is None:
-        raise TrainingError(f"stage {stage} learns from videos and its data have none; use clips, or LMDB with latents")
+        raise TrainingError(f"{what} learns from videos and its data have none; use clips, or LMDB with latents")
     return batch.latents
 
 
@@ -61,7 +61,7 @@ class FlowMatching:
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
         """Mean squared error of the velocity."""
-        clean = require_latents(batch, "teacher").float()
+        clean = require_latents(batch, "stage teacher").float()
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64).to(clean.device)
         sigma = clip_sigma(training_sigma(u, self.shift), clean.shape[1], first_frame_clean=self.first_frame_clean)

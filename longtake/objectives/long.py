@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from longtake.errors import ConfigError, DataError
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
@@ -99,9 +99,12 @@ class LongTuning(Dmd):
         schedule: LongSchedule,
         codec: PictureCodec,
         *,
+        real_videos: RealVideos | None = None,
         phase: Phase = nullcontext,
     ) -> None:
-        super().__init__(generator, critic, real, draws, rules, schedule.horizon, settings, phase=phase)
+        super().__init__(
+            generator, critic, real, draws, rules, schedule.horizon, settings, real_videos=real_videos, phase=phase
+        )
         self.schedule, self.codec = schedule, codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
 

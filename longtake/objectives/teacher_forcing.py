@@ -71,7 +71,7 @@ class TeacherForcing:
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
-        clean = require_latents(batch, "causal").float()
+        clean = require_latents(batch, "teacher forcing").float()
         frames = clean.shape[1]
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)

@@ -57,21 +57,27 @@ def passes(
     if config.stage == "teacher":
         return [Pass(GENERATOR, "forward", clips[GENERATOR], graded=True)]
     if config.stage == "causal":
-        plan = config.plan
-        layout = plan.blocks.teacher_forcing_layout(
-            config.video.num_latent_frames,
-            window_frames=plan.window_frames,
-            sink_frames=plan.sink_frames,
-            rope=config.rope,
-        )
-        forced = Pass(GENERATOR, "forward", clips[GENERATOR].masked(layout), graded=True)
-        return [*remake_passes(config, clips[GENERATOR]), forced]
+        return [*remake_passes(config, clips[GENERATOR]), forced_pass(config, clips[GENERATOR])]
     steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
     found = list(roll_out_passes(config, clips[GENERATOR], steps, graded=update_generator, chunk=chunk))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
+        if config.real_videos.weight:
+            found.append(forced_pass(config, clips[GENERATOR]))
     return [*found, Pass(CRITIC, "scores", clips[CRITIC], graded=True)]
+
+
+def forced_pass(config: StageConfig, clip: Call) -> Pass:
+    """Teacher forcing on the rows' videos."""
+    plan = config.plan
+    layout = plan.blocks.teacher_forcing_layout(
+        config.clip_shape.num_latent_frames,
+        window_frames=plan.window_frames,
+        sink_frames=plan.sink_frames,
+        rope=config.rope,
+    )
+    return Pass(GENERATOR, "forward", clip.masked(layout), graded=True)
 
 
 def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:

@@ -122,7 +122,7 @@ def encode_set(
 
     encoder = BatchEncoder(
         encoders,
-        config.video.shape,
+        config.clip_shape,
         with_image=with_image,
         with_latents="latents" in contents,
         device=mesh.device,

@@ -26,7 +26,7 @@ def contents_of(config: StageConfig, *, with_tokens: bool) -> list[str]:
     given = []
     if config.model.image_condition == "i2v":
         given = (["clip"] if with_tokens else []) + ["y"] if config.model.with_y else ["first"]
-    return given + ([] if config.distils else ["latents"])
+    return given + (["latents"] if config.learns_from_videos else [])
 
 
 def sizes_key(config: StageConfig, contents: list[str]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def sizes_key(config: StageConfig, contents: list[str]) -> dict[str, Any]:
         key["sizes"] = config.data.buckets or [[video.height, video.width]]
         key["strides"] = {"temporal": video.temporal_stride, "spatial": video.spatial_stride}
     if "latents" in contents:
-        key["clips"] = {"num_latent_frames": video.num_latent_frames, "fps": video.fps}
+        key["clips"] = {"num_latent_frames": config.clip_shape.num_latent_frames, "fps": video.fps}
     return key
 
 

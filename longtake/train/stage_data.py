@@ -26,12 +26,11 @@ def sizes_of(config: StageConfig) -> Sizes:
 
 def open_data(config: StageConfig) -> Dataset:
     """The data set of a stage. Raises: DataError, ConfigError as `open_dataset`."""
-    video = config.video
     return open_dataset(
         config.data.path,
         kind=config.data.kind,
-        num_frames=video.shape.num_pixel_frames,
-        fps=video.fps,
+        num_frames=config.clip_shape.num_pixel_frames,
+        fps=config.video.fps,
         buckets=sizes_of(config),
     )
 

@@ -24,7 +24,7 @@ from longtake.models.presets import model_config
 from longtake.models.token_split import check_heads
 from longtake.models.weights import open_dit
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
@@ -105,18 +105,18 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     parts = {
         "with_image": config.model.image_condition == "i2v",
         "with_y": config.model.with_y,
-        "with_latents": not config.distils,
+        "with_latents": config.learns_from_videos,
         "with_later": config.long is not None and bool(config.long.switch_frames),
     }
     if isinstance(dataset, EncodedRows):
         check_encoded(config, dataset, mesh, with_tokens=with_tokens)
-        encoder = StoredEncoder(dataset, config.video.shape, with_tokens=with_tokens, device=mesh.device, **parts)
+        encoder = StoredEncoder(dataset, config.clip_shape, with_tokens=with_tokens, device=mesh.device, **parts)
     else:
         encoders = load_encoders(config, mesh.device, with_image=with_tokens)
         check_strides(config, encoders)
         encoder = BatchEncoder(
             encoders,
-            config.video.shape,
+            config.clip_shape,
             device=mesh.device,
             empty_prompt=config.flow.negative_prompt,
             **parts,
@@ -205,7 +205,7 @@ def _check_parallel(config: StageConfig) -> None:
 
 def _row_bytes(config: StageConfig) -> int:
     """About the size of one row's encodings: latents, and y about three times as long, of 16 to 20 channels."""
-    shape = config.video.shape
+    shape = config.clip_shape
     return 4 * 80 * shape.num_latent_frames * shape.latent_height * shape.latent_width
 
 
@@ -256,8 +256,20 @@ def _objective(
         head_start=config.critic.head_start,
         first_frame_clean=clean,
     )
-    frames = config.video.num_latent_frames
-    return Dmd(networks["generator"], networks["critic"], real, draws, rules_of(config), frames, settings, phase=phases)
+    generator, rules, real_videos = networks["generator"], rules_of(config), None
+    if weight := config.real_videos.weight:
+        real_videos = RealVideos(TeacherForcing(generator, draws, rules, shift=flow.shift), weight)
+    return Dmd(
+        generator,
+        networks["critic"],
+        real,
+        draws,
+        rules,
+        config.video.num_latent_frames,
+        settings,
+        real_videos=real_videos,
+        phase=phases,
+    )
 
 
 def for_long_videos(
@@ -269,7 +281,16 @@ def for_long_videos(
     lengths = [horizon + (chunks - 1) * new for chunks in config.long.num_chunks]
     schedule = LongSchedule(dmd.draws, horizon, new, lengths, config.long.switch_frames)
     tuning = LongTuning(
-        dmd.generator, dmd.critic, dmd.real, dmd.draws, dmd.rules, dmd.settings, schedule, codec, phase=dmd.phase
+        dmd.generator,
+        dmd.critic,
+        dmd.real,
+        dmd.draws,
+        dmd.rules,
+        dmd.settings,
+        schedule,
+        codec,
+        real_videos=dmd.real_videos,
+        phase=dmd.phase,
     )
     return tuning, LongBatches(
         batches,

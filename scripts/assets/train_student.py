@@ -30,8 +30,8 @@ from longtake.models.encoders import Encoders
 from longtake.models.layers import Rotation
 from longtake.models.pass_graph import PassGraphs
 from longtake.models.weights import load_dit
-from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.base import Objective
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
@@ -129,21 +129,6 @@ def quicken(causal: TeacherForcing, frames: int, tokens: int, device: torch.devi
     causal.model = cast(VideoDiT, Quick(model, forced))
 
 
-class Kept:
-    """Distribution matching on the first frames of real videos, and `weight` times teacher forcing on all of them."""
-
-    def __init__(self, dmd: Dmd, causal: TeacherForcing, weight: float) -> None:
-        self.dmd, self.causal, self.weight = dmd, causal, weight
-        self.networks, self.turns, self.discard = dmd.networks, dmd.turns, dmd.discard
-
-    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
-        """As `Dmd.loss`; the student's with that of teacher forcing added."""
-        found = self.dmd.loss(turn, batch, step)
-        if turn != "generator":
-            return found
-        return LossResult(found.loss + self.weight * self.causal.loss(turn, batch, step).loss, found.metrics)
-
-
 def load_networks(
     args: argparse.Namespace, config: StageConfig, device: torch.device
 ) -> tuple[Objective, list[Trained]]:
@@ -172,9 +157,11 @@ def load_networks(
         args.head_start,
     )
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
-    dmd = Dmd(student, critic, real, draws, rules, config.video.num_latent_frames, settings)
-    if args.keep:
-        dmd = Kept(dmd, TeacherForcing(student, draws, rules, shift=flow.shift), args.keep)
+    real_videos = None
+    if weight := config.real_videos.weight:
+        real_videos = RealVideos(TeacherForcing(student, draws, rules, shift=flow.shift), weight)
+    frames = config.video.num_latent_frames
+    dmd = Dmd(student, critic, real, draws, rules, frames, settings, real_videos=real_videos)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained
@@ -189,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.config or ROOT / f"configs/toy/{args.stage}.yaml", args.changes)
     assert isinstance(config, StageConfig)
     encoders = Encoders.load(args.encoders, device)
-    data = filled_pool(args, encoders, args.frames or config.video.num_latent_frames, began, device)
+    data = filled_pool(args, encoders, config.clip_shape.num_latent_frames, began, device)
     empty = encoders.text.encode([""]).to(device).expand(args.batch, -1, -1)
     objective, networks = load_networks(args, config, device)
     by_name = dict(zip(objective.networks, networks))
@@ -218,8 +205,6 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="default: that of the stage in configs/toy")
     parser.add_argument("--init", type=Path, required=True, help="weights to start from")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--frames", type=int, help="latent frames of the videos (default: those of the stage)")
-    parser.add_argument("--keep", type=float, default=0.0, help="distill: weight of teacher forcing on --frames beside")
     parser.add_argument("--teacher", type=Path, default=TOY / "teacher")
     parser.add_argument("--critic", type=Path, help="weights of the critic (default: the teacher's)")
     parser.add_argument("--critic-rate", type=float, default=2.0, help="its learning rate / the student's")

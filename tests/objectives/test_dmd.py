@@ -9,8 +9,10 @@ from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
 from longtake.distributed.mesh import Mesh
+from longtake.errors import TrainingError
 from longtake.flow.schedule import warp
-from longtake.objectives.dmd import Dmd, DmdSettings, dmd_gradient, dmd_loss
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
+from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.structs import BlockPlan
@@ -93,6 +95,37 @@ def test_gradient_and_loss_on_numbers():
     assert loss.item() == pytest.approx(0.5 * (1 + 0.25) / 2)
     loss.backward()
     assert student.grad.flatten().tolist() == [0.0, 0.5, -0.25]
+
+
+def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics():
+    plain, dmd = make_dmd(), make_dmd()
+    forced = TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0)
+    dmd.real_videos = RealVideos(forced, 0.25)
+    batch = make_batch(dmd.generator, [4, 9], FRAMES)
+    weights = list(dmd.generator.parameters())
+
+    def gradients(loss):
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found)]
+
+    found, alone = dmd.loss("generator", batch, 3), plain.loss("generator", batch, 3)
+    real = forced.loss("generator", batch, 3).loss
+    torch.testing.assert_close(found.loss, alone.loss + 0.25 * real)
+    assert found.metrics["generator_loss"] == alone.metrics["generator_loss"]
+    torch.testing.assert_close(found.metrics["real_videos_loss"], real.detach())
+    alone = torch.autograd.grad(alone.loss, list(plain.generator.parameters()), allow_unused=True)
+    for mine, matched, taught in zip(gradients(found.loss), alone, gradients(real)):
+        torch.testing.assert_close(mine, (0 if matched is None else matched) + 0.25 * taught, rtol=1e-4, atol=1e-6)
+    assert torch.equal(dmd.loss("critic", batch, 3).loss, plain.loss("critic", batch, 3).loss)
+
+
+def test_real_videos_may_be_longer_than_what_is_matched():
+    dmd = make_dmd()
+    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0), 1.0)
+    batch = make_batch(dmd.generator, [4, 9], FRAMES + 4)
+    assert dmd.loss("generator", batch, 0).loss.isfinite() and dmd.loss("critic", batch, 0).loss.isfinite()
+    with pytest.raises(TrainingError, match="teacher forcing learns from videos and its data have none"):
+        dmd.loss("generator", make_batch(dmd.generator, [4, 9], FRAMES, videos=False), 0)
 
 
 def test_the_normaliser_is_that_of_each_sample():

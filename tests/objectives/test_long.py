@@ -7,8 +7,9 @@ from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
 
 from longtake.errors import ConfigError, DataError
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long import LongSchedule, LongTuning
+from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
 from longtake.train.long_batches import LongBatches
 
@@ -205,3 +206,14 @@ def test_micro_batches_last_a_sequence():
             resumed.seek(8 * step)
             assert [next(resumed), next(resumed)] == seen[step]
             assert resumed.position == 8 * (step + 1)
+
+
+def test_real_videos_are_learnt_beside_every_chunk():
+    long, plain = make_long(ratio=1), make_long(ratio=1)
+    forced = TeacherForcing(long.generator, long.draws, RULES, shift=5.0)
+    long.real_videos = RealVideos(forced, 0.5)
+    batch = batch_of(long)
+    for step in range(3):
+        found, alone = (each.loss("generator", batch, step).loss for each in (long, plain))
+        torch.testing.assert_close(found, alone + 0.5 * forced.loss("generator", batch, step).loss)
+        found.backward(), alone.backward()

@@ -104,7 +104,7 @@ def test_all_captions_dropped_changes_the_condition_and_nothing_else(monkeypatch
 
 def test_data_without_videos_is_refused():
     model = make_tiny_model(i2v=True)
-    with pytest.raises(TrainingError, match="causal learns from videos"):
+    with pytest.raises(TrainingError, match="teacher forcing learns from videos"):
         objective(model).loss("generator", make_batch(model, [0], videos=False), 0)
 
 

@@ -22,20 +22,26 @@ from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 
+# Student's videos of 3 latents are matched, real ones of 5 are learnt beside.
+REAL_VIDEOS = {
+    "video": {"height": 64, "width": 64, "num_latent_frames": 3},
+    "real_videos": {"weight": 0.5, "num_latent_frames": 5},
+}
 
-@pytest.mark.parametrize("stage", ["causal", "distill"])
-def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_path, monkeypatch, stage):
+
+@pytest.mark.parametrize(("stage", "more"), [("causal", {}), ("distill", {}), ("distill", REAL_VIDEOS)])
+def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_path, monkeypatch, stage, more):
     """Bit for bit where texts are rounded alike; without that up to the rounding of text to bfloat16."""
     losses = {}
     clips = {"data": {"path": str(workshop / "data/clips"), "num_workers": 0}}
     for name, changes in (("exact", clips), ("cached", {}), ("rounded", clips)):
         if name == "rounded":
             rounding(monkeypatch)
-        config = from_cache(workshop, tmp_path / name, whole, stage, **{"max_steps": 3} | changes)
+        config = from_cache(workshop, tmp_path / name, whole, stage, **{"max_steps": 3} | more | changes)
         run_stage(config, Mesh())
-        losses[name] = [
-            row["generator_loss"] for row in read_rows(config.folder / "metrics.jsonl") if "generator_loss" in row
-        ]
+        rows = [row for row in read_rows(config.folder / "metrics.jsonl") if "generator_loss" in row]
+        losses[name] = [row["generator_loss"] for row in rows]
+        assert all(("real_videos_loss" in row) == bool(more) for row in rows)
         if name != "exact":
             weights = weights_of(config)
             losses[name, "weights"] = weights
