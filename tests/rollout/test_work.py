@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longtake.config import StageConfig
 from longtake.inference.generator import rules_of
 from longtake.models.flops import forward
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
@@ -77,6 +77,25 @@ def test_distillation(i2v, step):
         ran["backward"] += counted(result.loss.backward)[0]
     assert ran["forward"] == total(found, networks, config, "rollout", "scores")
     assert ran["backward"] == total(found, networks, config, "backward")
+
+
+def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_student():
+    config = config_of(
+        "distill", data={"path": "x", "kind": "clips"}, real_videos={"weight": 1, "num_latent_frames": 9}
+    )
+    dmd = dmd_of(config, True)
+    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.rules, shift=5.0), 1.0)
+    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator, [4, 9], 9)
+    ran, result = counted(lambda: dmd.loss("generator", batch, 0))
+    back = counted(result.loss.backward)[0]
+    critic, more = counted(lambda: dmd.loss("critic", batch, 0))
+    back += counted(more.loss.backward)[0]
+    found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(0))
+    assert ran + critic == total(found, networks, config, "rollout", "scores", "forward")
+    assert back == total(found, networks, config, "backward")
+    alone = passes(config, networks, 2, IMAGE_TOKENS, update_generator=False)
+    assert all(each.phase != "forward" for each in alone)
 
 
 def test_the_mean_over_exit_steps():
