@@ -108,7 +108,8 @@ def train(run: Run, name: str, iterations: int, warm_up: int) -> None:
 
 def compare(results: Mapping[str, Any]) -> dict[str, Any]:
     """Samples a second of each training, over the iterations that all of them made, and ratios to one GPU."""
-    found = {name: results[f"train, {name}"] for name in TRAININGS if f"train, {name}" in results}
+    stated = {name: results.get(f"train, {name}", {}) for name in TRAININGS}
+    found = {name: values for name, values in stated.items() if values.get("rows")}
     count = min((len(values["rows"]) for values in found.values()), default=0)
     if count == 0:
         return {}
@@ -335,8 +336,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results and logs (small)")
     parser.add_argument("--work", type=Path, help="folder of weights and data, 4 GB (default: work/ in the output)")
-    numbers, names = ",".join(map(str, range(len(TRAININGS)))), "; ".join(TRAININGS)
-    parser.add_argument("--trainings", default=numbers, help=f"numbers of the trainings to run, of: {names} (all)")
+    names = "; ".join(f"{number} {name}" for number, name in enumerate(TRAININGS))
+    parser.add_argument("--trainings", default="0,1,2,3", help=f"of: {names} (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=10, help="iterations that count (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="iterations before them (default: %(default)s)")

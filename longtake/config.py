@@ -158,6 +158,11 @@ class StageConfig(Settings):
                     "video.num_latent_frames=1 leaves nothing to generate after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
+            if self.real_videos.num_latent_frames == 1:
+                raise ConfigError(
+                    "real_videos.num_latent_frames=1 leaves nothing to learn after the given picture; "
+                    f"set it to {1 + self.plan.block_frames}"
+                )
         blocks = self.plan.blocks
         blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
@@ -222,6 +227,11 @@ class StageConfig(Settings):
                 f"real_videos.weight={self.real_videos.weight} belongs to stages distill and long, this is stage "
                 f"{self.stage}; set it to 0"
             )
+        if self.real_videos.num_latent_frames is not None and not self.real_videos.weight:
+            raise ConfigError(
+                f"real_videos.num_latent_frames={self.real_videos.num_latent_frames} has no effect while "
+                "real_videos.weight=0; remove it, or give a weight (stages distill and long)"
+            )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
 
@@ -243,7 +253,7 @@ class StageConfig(Settings):
 
     @property
     def distils(self) -> bool:
-        """True for the stages that match a teacher's distribution: no videos are needed, a teacher and a critic are."""
+        """True for the stages that match a teacher's distribution: a teacher and a critic are needed."""
         return self.stage in ("distill", "long")
 
     @property
@@ -254,7 +264,7 @@ class StageConfig(Settings):
     @property
     def clip_shape(self) -> VideoShape:
         """Sizes of the videos that rows are read as."""
-        frames = self.real_videos.num_latent_frames if self.distils and self.learns_from_videos else None
+        frames = self.real_videos.num_latent_frames
         return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
 
     @property

@@ -214,8 +214,10 @@ def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
     assert same.learns_from_videos and same.clip_shape == same.video.shape
     longer = stage(tmp_path, *changes, "real_videos.num_latent_frames=13", base=DISTILL)
     assert (longer.clip_shape.num_latent_frames, longer.video.num_latent_frames) == (13, 9)
-    unused = stage(tmp_path, "real_videos.num_latent_frames=13", base=DISTILL)
-    assert unused.clip_shape == unused.video.shape
+    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=13 has no effect while real_videos.weight=0"):
+        stage(tmp_path, "real_videos.num_latent_frames=13", base=DISTILL)
+    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=1 leaves nothing to learn"):
+        stage(tmp_path, *changes, "real_videos.num_latent_frames=1", base=DISTILL)
     with pytest.raises(ConfigError, match="real_videos.num_latent_frames=12 .* block"):
         stage(tmp_path, *changes, "real_videos.num_latent_frames=12", base=DISTILL)
     with pytest.raises(ConfigError, match="data.kind=images has no motion .* stage distill with real_videos.weight"):

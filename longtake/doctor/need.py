@@ -255,7 +255,7 @@ class _Moments:
             forced = replace(clip, frames=2 * config.clip_shape.num_latent_frames)
             kept = kept.beside(pass_bytes(generator, forced, **options))
         cache = self._cache(generator)
-        calls = len(list(plan.blocks.blocks(given, clip.frames)))
+        calls = len(list(plan.blocks.blocks(given, clip.frames))) + bool(config.real_videos.weight)
         scores = max(working_bytes(network, clip, precision) for network in (critic, networks.teacher or critic))
         block = working_bytes(generator, replace(clip, frames=plan.blocks.block_frames), precision)
         yield _Update(generator, False, kept, calls, cache, scores, block)

@@ -217,9 +217,10 @@ class SpeedModel:
         lora = self.loras[each.network]
         if self.bf16:
             kind = "attention_block" if each.phase == "rollout" else "attention_long"
-            if self.config.stage == "causal":
+            masked = each.phase == "forward" and self.config.stage != "teacher"  # teacher forcing, in any stage
+            if masked:
                 kind = "attention_masked"
-            back = rates["attention_masked" if self.config.stage == "causal" else "attention_backward"]
+            back = rates["attention_masked" if masked else "attention_backward"]
             products, attend = rates["products"], rates[kind]
         else:
             products = attend = back = rates.device.fp32 * rates["float32_share"]

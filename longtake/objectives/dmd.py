@@ -109,7 +109,9 @@ class Dmd:
         return ["generator", "critic"] if due else ["critic"]
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
-        """Generator: the DMD loss through a graded roll-out. Critic: flow matching on the student's videos."""
+        """Generator: the DMD loss through a graded roll-out, and that of `real_videos`. Critic: flow matching on the
+        student's videos. Raises: TrainingError when `real_videos` are wanted and the batch has none.
+        """
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
     def discard(self) -> None:

@@ -281,7 +281,9 @@ def _iteration(
             optimizer.zero_grad()  # now: the next turn's network finds their memory free
         for values in metrics:
             window.add(values)
-        window.add({f"{turn}_loss": loss, f"{turn}_grad_norm": norm})
+        if all(f"{turn}_loss" not in values for values in metrics):  # else it is what the objective says it is
+            window.add({f"{turn}_loss": loss})
+        window.add({f"{turn}_grad_norm": norm})
         window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
     state.step, state.data_position = step + 1, batches.position
 

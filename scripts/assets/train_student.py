@@ -176,7 +176,8 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.config or ROOT / f"configs/toy/{args.stage}.yaml", args.changes)
     assert isinstance(config, StageConfig)
     encoders = Encoders.load(args.encoders, device)
-    data = filled_pool(args, encoders, config.clip_shape.num_latent_frames, began, device)
+    learnt, made = config.clip_shape.num_latent_frames, config.video.num_latent_frames
+    data = filled_pool(args, encoders, max(learnt, made), began, device)
     empty = encoders.text.encode([""]).to(device).expand(args.batch, -1, -1)
     objective, networks = load_networks(args, config, device)
     by_name = dict(zip(objective.networks, networks))
@@ -185,6 +186,7 @@ def train(args: argparse.Namespace) -> None:
 
     def advance(step: int) -> None:
         clean, y, text, image = data.batch(args.batch)
+        clean = clean[:, :learnt]
         batch = EncodedBatch(
             indices, Condition(text, image, y), empty, (clean.shape[-2], clean.shape[-1]), clean, clean[:, :1]
         )

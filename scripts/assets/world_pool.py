@@ -139,7 +139,7 @@ def draw(worlds: Sampled, device: torch.device) -> Tensor:
 class Pool:
     """Latents, y, text and CLIP tokens of worlds in half precision on the device; it grows while training goes on.
 
-    `y` is encoded as far as the clip reaches; later frames are never read in training.
+    `y` is encoded as far as the clips reach, so they must reach as far as anything in training does.
     """
 
     def __init__(self, encoders: Encoders, args: argparse.Namespace, frames: int, device: torch.device) -> None:

@@ -32,6 +32,8 @@ def test_rates_are_of_the_same_iterations(two_gpus):
     assert found["iterations compared"] == 2 and found["samples/s, one GPU"] == 2 / 6
     assert found["times one GPU, two GPUs, a sample each"] == pytest.approx(1.5)
     assert found["times one GPU, two GPUs, one sample together"] == pytest.approx(1.5)
+    failed = {"train, two GPUs, one sample together, nothing recomputed": {"batch": 1, "rows": []}}
+    assert two_gpus.compare(results | failed) == found
     assert two_gpus.compare({"train, one GPU": {"batch": 1, "rows": []}}) == {}
 
 
@@ -115,6 +117,6 @@ def test_the_command_itself(two_gpus, tmp_path):
     assert set(results["generate"]) == set(two_gpus.WAYS) and all(
         made["seconds a block"] > 0 for made in results["generate"].values()
     )
-    for name in two_gpus.TRAININGS:
+    for name in list(two_gpus.TRAININGS)[:4]:  # the last one only where it is asked for
         assert results["train"][f"samples/s, {name}"] > 0 and results[f"train, {name}"]["finite"]
     assert "| train | times one GPU, two GPUs, one sample together |" in (tmp_path / "results.md").read_text()

@@ -16,6 +16,7 @@ from fake_ranks import on_ranks
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, TrainingError
+from longtake.objectives.base import LossResult
 from longtake.runs import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
@@ -43,6 +44,22 @@ def test_accumulation_does_not_change_the_run(tmp_path):
     for a, b in zip(one.tensors().values(), four.tensors().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert one.data_position == four.data_position
+
+
+def test_a_loss_that_the_objective_reports_is_logged_as_it_is(tmp_path, monkeypatch):
+    """What is minimised may be more than what has that name (`real_videos`), in one micro-batch or in several."""
+    plain = tiny_run.TwoPlayers.loss
+
+    def reported(self, turn, batch, step):
+        result = plain(self, turn, batch, step)
+        return LossResult(result.loss, {**result.metrics, "generator_loss": 2.5} if turn == "generator" else {})
+
+    monkeypatch.setattr(tiny_run.TwoPlayers, "loss", reported)
+    for accumulation in (1, 4):
+        tiny_run.run(tmp_path / str(accumulation), Mesh(), accumulation=accumulation)
+        rows = read_rows(tmp_path / str(accumulation) / "metrics.jsonl")
+        assert [row["generator_loss"] for row in rows if "generator_loss" in row] == [2.5] * 4
+        assert all(row["critic_loss"] != 2.5 for row in rows if "critic_loss" in row)
 
 
 def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
