@@ -23,6 +23,7 @@ from longtake.errors import ConfigError, ShapeError
 from longtake.models import attention
 from longtake.models.attention import Attention
 from longtake.models.cache import KVCache
+from longtake.models.call_checks import check_call
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
 from longtake.models.pass_graph import PassGraphs
@@ -356,7 +357,7 @@ class VideoDiT(nn.Module):
         the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`.
         Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
         """
-        self._check(x, sigma, condition, mask, cache, commit)
+        check_call(self.config, self.tokens_per_frame, x, sigma, condition, mask, cache, commit)
         if cache is not None:
             return self._forward_cached(x, sigma, condition, cache, commit=commit)
         share, rotation = self._share_and_rotation(x)
@@ -491,58 +492,3 @@ class VideoDiT(nn.Module):
                 "key_entry": moved.key_entry,
             }
         return kits[tokens, device]
-
-    def _check(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Condition,
-        mask: MaskLayout | None,
-        cache: KVCache | None,
-        commit: bool,
-    ) -> None:
-        config = self.config
-        if mask is not None and cache is not None:
-            raise ShapeError("mask and cache were both given; a call is either masked training or streaming")
-        if commit and cache is None:
-            raise ShapeError("commit=True needs a cache")
-        if x.ndim != 5 or x.shape[2] != config.out_channels:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; it must be [B, F, {config.out_channels}, H, W]")
-        batch, entries = x.shape[:2]
-        if sigma.shape not in ((batch,), (batch, entries)):
-            raise ShapeError(f"sigma has shape {tuple(sigma.shape)}; it must be [{batch}] or [{batch}, {entries}]")
-        if sigma.dtype not in (torch.float32, torch.float64):
-            # Mixed-precision wrappers that cast inputs do this silently: 937.5 of Wan's clock would become 936.
-            raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
-        if mask is not None and mask.num_entries != entries:
-            raise ShapeError(f"x has {entries} entries and the mask {mask.num_entries}; they must be equal")
-        tokens = self.tokens_per_frame(x.shape[3], x.shape[4])
-        if cache is not None and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
-            raise ShapeError(
-                f"x has batch {batch} and {tokens} tokens a frame, the cache was made for batch {cache.batch_size} and "
-                f"{cache.tokens_per_frame}; make a cache for this size with new_cache"
-            )
-        self._check_condition(condition, batch, x.shape[3:])
-
-    def _check_condition(self, condition: Condition, batch: int, size: torch.Size) -> None:
-        config = self.config
-        if condition.batch_size != batch:
-            raise ShapeError(f"the condition has batch {condition.batch_size} and x has {batch}; they must be equal")
-        if condition.text.shape[1] > config.text_len or condition.text.shape[2] != config.text_dim:
-            raise ShapeError(
-                f"condition.text has shape {tuple(condition.text.shape)}; "
-                f"it must be [B, M <= {config.text_len}, {config.text_dim}]"
-            )
-        for name, wanted in (("image", config.image_dim is not None), ("frames", config.condition_channels > 0)):
-            given = getattr(condition, name) is not None
-            if given != wanted:
-                rule = f"needs condition.{name}" if wanted else f"takes no condition.{name}"
-                raise ShapeError(f"condition.{name} was {'given' if given else 'not given'}; this model {rule}")
-        if condition.image is not None and condition.image.shape[2] != config.image_dim:
-            raise ShapeError(f"condition.image has width {condition.image.shape[2]}; the model's is {config.image_dim}")
-        frames = condition.frames
-        if frames is not None and (frames.shape[2] != config.condition_channels or frames.shape[3:] != size):
-            raise ShapeError(
-                f"condition.frames has shape {tuple(frames.shape)}; it must be "
-                f"[{batch}, F_total, {config.condition_channels}, {size[0]}, {size[1]}]"
-            )
