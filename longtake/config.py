@@ -268,6 +268,13 @@ class StageConfig(Settings):
         return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
 
     @property
+    def gathers_once(self) -> bool:
+        """Whether a sharded student is gathered once for a whole roll-out. Not under selective recomputation, which
+        counts operators: a forward and its recomputation must gather alike.
+        """
+        return self.parallel.gather_once and self.activation_checkpointing != "selective"
+
+    @property
     def new_frames(self) -> int:
         """Latent frames of each later chunk of long tuning."""
         return (self.long or LongConfig()).chunk_frames(self.video.num_latent_frames)

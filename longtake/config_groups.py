@@ -254,7 +254,7 @@ class ParallelConfig(Settings):
     gather_once: bool = Field(
         default=True,
         description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes; "
-        "each rank holds whole weights of the student meanwhile",
+        "each rank holds whole weights of the student meanwhile. Not with activation_checkpointing=selective",
     )
     master_weights: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -224,6 +224,13 @@ def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
         stage(tmp_path, "real_videos.weight=1", "data.kind=images", base=DISTILL)
 
 
+def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
+    """Selective recomputation after a gathered roll-out: torch met operators of FSDP that the forward had not."""
+    assert stage(tmp_path, base=DISTILL).gathers_once
+    assert not stage(tmp_path, "parallel.gather_once=false", base=DISTILL).gathers_once
+    assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
+
+
 def test_a_new_teacher_starts_from_random_weights(tmp_path):
     assert stage(tmp_path, "stage=teacher", "init_from=null").init_from is None
 

@@ -94,9 +94,10 @@ def layout_of(config: StageConfig, gpus: int, **given: Any) -> Layout:
     # Read by name: stages from before these groups existed have neither.
     parallel = getattr(config, "parallel", None)
     found["whole"] = getattr(parallel, "weights", None) == "whole"
-    for name in ("replicate", "sequence", "cpu_offload", "compile", "gather_once"):
+    for name in ("replicate", "sequence", "cpu_offload", "compile"):
         if (value := getattr(parallel, name, None)) is not None:
             found[name] = value
+    found["gather_once"] = getattr(config, "gathers_once", True)
     found["shared_base"] = getattr(config, "roles", None) == "shared"
     return Layout(gpus, **found | {name: value for name, value in given.items() if value is not None})
 

@@ -84,7 +84,7 @@ def stage_need(
     """
     precision = config.precision
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
-    data_ranks, gather_once = world_size, config.parallel.gather_once
+    data_ranks, gather_once = world_size, config.gathers_once
     if layout is None and config.parallel.weights == "whole":
         world_size = 1
     if layout is not None:

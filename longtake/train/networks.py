@@ -201,7 +201,7 @@ class _Builder:
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
             cpu_offload=config.parallel.cpu_offload,
-            gather_once=config.parallel.gather_once,
+            gather_once=config.gathers_once,
         )
 
 
