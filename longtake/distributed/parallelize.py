@@ -54,7 +54,7 @@ def parallelize(
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
     model as it is. `compiled` blocks, where there is a compiler. `cpu_offload` keeps the shards on the CPU.
-    `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation, which
+    `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
     gathers again what its forward found gathered, and torch refuses operators that the forward had not.
     Raises: ConfigError for `cpu_offload` on one rank.
     """
