@@ -4,18 +4,19 @@ import torch
 
 
 class Tape:
-    """A recorder for a CPU: what it gives reads the inputs, and writes the result, where they were when it recorded."""
+    """A recorder for a CPU: what it gives reads the inputs, and writes the results, where they were when it recorded."""
 
     def __init__(self):
         self.recorded = self.replayed = 0
 
     def __call__(self, work):
         self.recorded += 1
-        output = torch.full_like(work(), torch.nan)
+        outputs = tuple(torch.full_like(made, torch.nan) for made in work())
 
         def replay():
             self.replayed += 1
             with torch.no_grad():
-                output.copy_(work())
+                for output, made in zip(outputs, work(), strict=True):
+                    output.copy_(made)
 
-        return replay, output
+        return replay, outputs

@@ -46,7 +46,7 @@ def record(model: VideoDiT, monkeypatch: Any) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     forward = model.forward
 
-    def spy(x, sigma, condition, *, mask=None, cache=None, commit=False):
+    def spy(x, sigma, condition, *, mask=None, cache=None, commit=False, trace=None, places=()):
         call = {
             "x": x,
             "sigma": sigma,
@@ -55,8 +55,10 @@ def record(model: VideoDiT, monkeypatch: Any) -> list[dict[str, Any]]:
             "commit": commit,
             "position": None if cache is None else cache.position,
             "graded": torch.is_grad_enabled(),
+            "places": len(places),
         }
-        call["out"] = forward(x, sigma, condition, mask=mask, cache=cache, commit=commit)
+        options = {"mask": mask, "cache": cache, "commit": commit, "trace": trace, "places": places}
+        call["out"] = forward(x, sigma, condition, **options)
         calls.append(call)
         return call["out"]
 

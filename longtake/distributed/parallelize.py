@@ -68,8 +68,8 @@ def parallelize(
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
         for block in getattr(model, "blocks", []):
             block.compile()
-    if mesh.sequence is not None and isinstance(model, VideoDiT):
-        model.set_token_split(mesh.sequence)
+    if isinstance(model, VideoDiT):
+        _set_up(model, mesh, recompute)
     if mesh.fsdp_mesh is None:
         return model
     if cpu_offload:
@@ -89,6 +89,14 @@ def parallelize(
     if gather_once and isinstance(model, VideoDiT):
         model.gathering = partial(_gathered, model)
     return model
+
+
+def _set_up(model: VideoDiT, mesh: Mesh, recompute: bool | str | None) -> None:
+    """What a transformer is told of its mesh."""
+    if mesh.sequence is not None:
+        model.set_token_split(mesh.sequence)
+        # Where a block of few frames is shared, GPUs wait for Python. One GPU would win little, for more memory.
+        model.exits_together = recompute is True and mesh.fsdp_mesh is None
 
 
 def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:

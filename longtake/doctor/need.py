@@ -83,6 +83,7 @@ def stage_need(
     `base_dim` of the VAE, of which long tuning holds more than its weights.
     """
     precision = config.precision
+    together = layout is not None and layout.joins_exits(config)
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
     data_ranks, gather_once = world_size, config.gathers_once
     if layout is None and config.parallel.weights == "whole":
@@ -106,12 +107,10 @@ def stage_need(
     optimizer = sum(optimizer_bytes(each.network, each.lora, each.moments) for each in trained)
     clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
     ranks = _Ranks(data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload, gather_once)
-    modes = {
-        on: max(
-            _Moments(config, networks, clip, ranks, vae_width, checkpointing=on), key=lambda parts: sum(parts.values())
-        )
-        for on in (False, True)
-    }
+    modes = {}
+    for on in (False, True):
+        moments = _Moments(config, networks, clip, ranks, vae_width, checkpointing=on, together=on and together)
+        modes[on] = max(moments, key=lambda parts: sum(parts.values()))
     on = bool(config.activation_checkpointing)
     parts = {
         "weights": (values + bases) // world_size,
@@ -183,9 +182,10 @@ class _Moments:
         vae_width: int,
         *,
         checkpointing: bool,
+        together: bool,
     ) -> None:
         self.config, self.networks, self.clip, self.ranks = config, networks, clip, ranks
-        self.checkpointing = checkpointing
+        self.checkpointing, self.together = checkpointing, together
         self.features, self.coding = vae_bytes(clip, vae_width) if config.stage == "long" else (0, 0)
 
     def __iter__(self) -> Iterator[dict[str, int]]:
@@ -249,6 +249,7 @@ class _Moments:
             window_frames=plan.window_frames,
             sink_frames=plan.sink_frames,
             given_frames=given,
+            together=self.together,
             **options,
         )
         if config.real_videos.weight:  # [clean | noisy], beside the roll-out until their one backward

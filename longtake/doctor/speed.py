@@ -149,7 +149,7 @@ class SpeedModel:
         count = config.accumulation(self.layout.data_ranks)
         for update, share in kinds:
             found = self.passes(update)
-            self._unrolled = max(1.0, sum(each.times for each in found if each.phase == "rollout"))
+            self._unrolled = max(1.0, sum(each.times for each in found if each.phase == "rollout" and each.ahead))
             for each in found:
                 self.add(each, share * count, sums)
             work = model_work(found, self.networks, self.loras)
@@ -173,15 +173,16 @@ class SpeedModel:
             update_generator=update_generator,
             exit_step=exit_step,
             chunk=1 if self.config.stage == "long" else 0,
+            together=self.layout.joins_exits(self.config),
         )
 
     def add(self, each: Pass, times: float, sums: _Sums) -> None:
         """One kind of call with its backward, `times` as often as it says."""
         times *= each.times
-        network, exchanges = self.networks[each.network], 1.0
+        network, exchanges = self.networks[each.network], 1.0 if each.ahead else 0.0
         weights = self._stored[each.network]
-        computed = self.forward_seconds(each)
-        gathers = times
+        computed = self.forward_seconds(each) if each.ahead else 0.0
+        gathers = times if each.ahead else 0.0
         if each.phase == "rollout" and self.layout.gather_once:
             gathers = times / self._unrolled
         moved = self._gather(weights, sums, gathers)
@@ -240,9 +241,8 @@ class SpeedModel:
         return rates["slowdown_blocks" if each.phase == "rollout" else "slowdown"] * max(device, host)
 
     def _past_tokens(self, call: Call) -> float:
-        """Attended tokens that are not the call's own; none outside of roll-outs."""
-        own = call.entries * call.tokens
-        return max(0.0, call.pairs / own - own) * call.batch if self.config.distils else 0.0
+        """Attended tokens of a cache."""
+        return call.past * call.tokens * call.batch if self.config.distils else 0.0
 
     def _optimizer(self, name: str, times: float, sums: _Sums) -> None:
         trained = self._trained[name] / self.layout.shards

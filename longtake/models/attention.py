@@ -8,6 +8,7 @@ it must not know the model, the cache or block boundaries.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -78,14 +79,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) ->
 def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Attention) -> Tensor:
     """`attend` with the `parts` of a mask: `plain` attention of each run of entries to the slots that it sees.
 
-    Only permitted pairs are computed, which a dense mask does not spare.
+    Only permitted pairs are computed, which a dense mask does not spare. Where the runs see one slot after
+    the other, and each slot once, nothing is copied.
     """
-    keys, values = (t.unflatten(1, (-1, mask.tokens)).unbind(1) for t in (k, v))
-    out = []
-    for start, end, slots in mask.parts:
-        seen = (torch.cat([frames[slot] for slot in slots], 1) for frames in (keys, values))
-        out.append(plain(q[:, start * mask.tokens : end * mask.tokens], *seen))
-    return torch.cat(out, 1)
+    queries = q.split([(end - start) * mask.tokens for start, end, _ in mask.parts], 1)
+    keys, values = (_seen(t, [slots for _, _, slots in mask.parts], mask.tokens) for t in (k, v))
+    return torch.cat([plain(*part) for part in zip(queries, keys, values, strict=True)], 1)
+
+
+def _seen(x: Tensor, parts: Sequence[tuple[int, ...]], tokens: int) -> Sequence[Tensor]:
+    """The slots of each part, of keys or values [B, S * tokens, N, K]."""
+    if [slot for slots in parts for slot in slots] == list(range(x.shape[1] // tokens)):
+        return x.split([len(slots) * tokens for slots in parts], 1)
+    frames = x.unflatten(1, (-1, tokens)).unbind(1)
+    return [torch.cat([frames[slot] for slot in slots], 1) for slots in parts]
+
+
+def block_mask(blocks: Sequence[tuple[int, int]], tokens: int) -> FrameMask | None:
+    """Of blocks that each see their own slots alone, [past, own] frames of each, one after the other; None for one."""
+    if len(blocks) == 1:
+        return None
+    rows = [torch.ones(own, past + own, dtype=torch.bool) for past, own in blocks]
+    return make_mask(torch.block_diag(*rows).bool(), tokens, torch.device("cpu"), flex=False)
 
 
 def _parts(allowed: Tensor) -> tuple[tuple[int, int, tuple[int, ...]], ...]:

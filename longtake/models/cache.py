@@ -39,20 +39,22 @@ class Lease:
 
 
 class _HoldUntilBackward(torch.autograd.Function):
-    """Identity whose graph node owns a lease: released after the backward that runs through it, or with the graph."""
+    """Identity whose graph node owns leases: released after the backward that runs through it, or with the graph."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, lease: Lease) -> Tensor:
-        ctx.lease = lease  # type: ignore[attr-defined]
+    def forward(ctx: object, x: Tensor, *leases: Lease) -> Tensor:
+        ctx.leases = leases  # type: ignore[attr-defined]
         return x.clone()  # no view, for the hooks of sharding
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # The node runs first in backward; recomputation happens later in the same pass, so release at its end. A graph
         # that is kept (`retain_graph`) may be recomputed again: it keeps its lease until a backward that frees it.
+        leases = ctx.leases  # type: ignore[attr-defined]
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            torch.autograd.Variable._execution_engine.queue_callback(ctx.lease.release)  # type: ignore[attr-defined]
-        return grad, None
+            for lease in leases:
+                torch.autograd.Variable._execution_engine.queue_callback(lease.release)
+        return grad, *(None for _ in leases)
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Reading:
     """What one call reads: device tensors only, so that a captured graph can be replayed after they were updated.
 
     `slots` [P] cache slots of the attended past, `frame_index` [f] absolute frames of the block, `query_position` [f]
-    and `key_position` [P + f] positions for the rotation, `write_slots` [f].
+    and `key_position` [P + f] positions for the rotation, `write_slots` [f]; `blocks`, how many frames of the past and
+    of its own (P, f) each block of the call has: one, or several that know nothing of each other.
     """
 
     slots: Tensor
@@ -68,7 +71,38 @@ class Reading:
     query_position: Tensor
     key_position: Tensor
     write_slots: Tensor
-    num_past: int
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def num_past(self) -> int:
+        """Attended frames of the past, of all blocks."""
+        return sum(past for past, _ in self.blocks)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the call."""
+        return sum(own for _, own in self.blocks)
+
+    @classmethod
+    def joined(cls, readings: Sequence[Reading]) -> Reading:
+        """That of several blocks in one call, one after the other."""
+        if len(readings) == 1:
+            return readings[0]
+        names = ("slots", "frame_index", "query_position", "key_position", "write_slots")
+        tensors = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
+        return cls(**tensors, blocks=tuple(block for reading in readings for block in reading.blocks))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands, for a graded call of it later: what that call reads stays in the cache until its backward
+    is done, or as long as this is kept. `states`, what each layer made of the block [B, f, l, D], once a call without
+    gradient has left it here (`VideoDiT.forward`, `trace`).
+    """
+
+    reading: Reading
+    lease: Lease
+    states: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -149,6 +183,7 @@ class KVCache:
         self._leases: list[weakref.ref[Lease]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
         self._cross_key: tuple | None = None
+        self._cross_form: tuple | None = None
         self.passes = Passes()  # what `models/pass_graph.py` has recorded of passes against this cache
 
     # ---- position and content -------------------------------------------------------------------------------------
@@ -272,7 +307,7 @@ class KVCache:
             # A graded call keeps its own copy: backward may recompute after later calls have moved on.
             with _lasting_tensors():
                 moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fresh.items()}
-            reading = Reading(**moved, num_past=count)
+            reading = Reading(**moved, blocks=((count, block_frames),))
             if not graded:
                 self._readings[(count, block_frames)] = reading
             return reading
@@ -280,16 +315,22 @@ class KVCache:
             getattr(reading, name).copy_(tensor, non_blocking=True)
         return reading
 
-    def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
-        """Attended past and own keys and values, [B, (P + f) * tokens, N, K]; own ones come last.
+    def place(self, block_frames: int) -> Place:
+        """The block of `block_frames` frames at `position`, for a graded call of it; errors as those of `read`."""
+        lease = Lease(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
+        self._leases = [ref for ref in self._leases if ref() is not None]
+        self._leases.append(weakref.ref(lease))
+        return Place(self.read(block_frames, graded=True), lease)
 
-        Without gradient they are gathered once into a space that all layers share; nothing else is copied.
+    def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
+        """Attended past and own keys and values of each block, [B, (P + f) * tokens, N, K]; own ones come last.
+
+        Without gradient, for one block, they are gathered once into a space that all layers share; nothing else is
+        copied.
         """
         past_k, past_v = self.keys[layer], self.values[layer]
         if graded:
-            k_past = past_k.index_select(1, reading.slots).flatten(1, 2).to(k.dtype)
-            v_past = past_v.index_select(1, reading.slots).flatten(1, 2).to(v.dtype)
-            return torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)
+            return self._beside(past_k, reading, k), self._beside(past_v, reading, v)
         out = []
         for space, past, own in ((self._key_space, past_k, k), (self._value_space, past_v, v)):
             frames = reading.num_past + own.shape[1] // self.tokens_per_frame
@@ -300,6 +341,14 @@ class KVCache:
             view[:, reading.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
             out.append(view.flatten(1, 2))
         return out[0], out[1]
+
+    def _beside(self, stored: Tensor, reading: Reading, own: Tensor) -> Tensor:
+        """As `gather`, of keys or of values: each block's own after its past."""
+        past = stored.index_select(1, reading.slots).to(own.dtype)
+        own = own.unflatten(1, (-1, self.tokens_per_frame))
+        pasts = past.split([frames for frames, _ in reading.blocks], 1)
+        owns = own.split([frames for _, frames in reading.blocks], 1)
+        return torch.cat([part for block in zip(pasts, owns) for part in block], 1).flatten(1, 2)
 
     def begin_commit(self, block_frames: int) -> None:
         """Reserves the slots of the block at `position`; they hold nothing until `end_commit`.
@@ -334,15 +383,10 @@ class KVCache:
         self._position += block_frames
 
     # ---- pending backwards ----------------------------------------------------------------------------------------
-    def hold(self, output: Tensor, block_frames: int) -> Tensor:
-        """Ties the slots that this graded call read to the graph of `output` (for recomputation in backward)."""
-        slots = frozenset(self._slot(frame) for frame in self.attended_frames(block_frames))
-        if not slots or not output.requires_grad:
-            return output
-        lease = Lease(slots)
-        self._leases = [ref for ref in self._leases if ref() is not None]
-        self._leases.append(weakref.ref(lease))
-        return _HoldUntilBackward.apply(output, lease)
+    def hold(self, output: Tensor, places: Sequence[Place]) -> Tensor:
+        """Ties what a graded call read at `places` to the graph of `output` (for recomputation in backward)."""
+        leases = [place.lease for place in places if place.lease.slots]
+        return _HoldUntilBackward.apply(output, *leases) if leases and output.requires_grad else output
 
     def _live_leases(self) -> list[Lease]:
         leases = [ref() for ref in self._leases]
@@ -378,9 +422,15 @@ class KVCache:
                 self._cross[layer] = tuple(t.clone() for t in tensors)
         return self._cross[layer]
 
-    def cross_is_for(self, condition: Condition) -> None:
-        """Declares the kept cross-attention keys and values complete for `condition`."""
-        self._cross_key = _identity(condition)
+    def cross_is_for(self, condition: Condition, form: tuple = ()) -> None:
+        """Declares the kept cross-attention keys and values complete for `condition`; `form`, what their shapes and
+        types follow from.
+        """
+        self._cross_key, self._cross_form = _identity(condition), form
+
+    def has_space_for_cross(self, form: tuple) -> bool:
+        """Whether keys and values of a condition of this form will be kept at the old addresses."""
+        return self._cross_form == form
 
 
 def _identity(condition: Condition) -> tuple:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longtake.errors import ShapeError
-from longtake.models.cache import KVCache
+from longtake.models.cache import KVCache, Place
 from longtake.structs import Condition, MaskLayout
 
 if TYPE_CHECKING:
@@ -25,12 +25,18 @@ def check_call(
     mask: MaskLayout | None,
     cache: KVCache | None,
     commit: bool,
+    trace: Place | None,
+    places: Sequence[Place],
 ) -> None:
     """Raises ShapeError unless arguments of `VideoDiT.forward` fit each other and the config."""
     if mask is not None and cache is not None:
         raise ShapeError("mask and cache were both given; a call is either masked training or streaming")
     if commit and cache is None:
         raise ShapeError("commit=True needs a cache")
+    if (places or trace is not None) and (cache is None or commit):
+        raise ShapeError("a place needs its cache, and a call at one commits nothing")
+    if (trace is not None or places) and torch.is_grad_enabled() != bool(places):
+        raise ShapeError("a call is traced without gradient (torch.no_grad()) and made again at its places with it")
     if x.ndim != 5 or x.shape[2] != config.out_channels:
         raise ShapeError(f"x has shape {tuple(x.shape)}; it must be [B, F, {config.out_channels}, H, W]")
     batch, entries = x.shape[:2]
@@ -41,6 +47,8 @@ def check_call(
         raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
     if mask is not None and mask.num_entries != entries:
         raise ShapeError(f"x has {entries} entries and the mask {mask.num_entries}; they must be equal")
+    if places and (frames := sum(place.reading.num_frames for place in places)) != entries:
+        raise ShapeError(f"x has {entries} frames and the blocks at {len(places)} places {frames}; they must be equal")
     tokens = tokens_per_frame(x.shape[3], x.shape[4])
     if cache is not None and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
         raise ShapeError(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from longtake.models.attention import FrameMask
+from longtake.models.attention import FrameMask, block_mask
 from longtake.models.cache import KVCache, Reading
 from longtake.models.layers import Rotation
 from longtake.models.token_split import WHOLE, Share
 
 if TYPE_CHECKING:
-    from longtake.models.dit import CrossAttention
+    from longtake.models.block import CrossAttention
 
 
 class SelfContext:
@@ -49,7 +49,7 @@ class MaskedContext(SelfContext):
 
 
 class CachedContext(SelfContext):
-    """The attended past from the cache before the block's own keys and values, which a commit stores."""
+    """The attended past of each block, from the cache, before its own keys and values, which a commit stores."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class CachedContext(SelfContext):
     ) -> None:
         super().__init__(query, key, share)
         self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
+        self.mask = block_mask(reading.blocks, cache.tokens_per_frame)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         relative = self.cache.rope == "relative"
@@ -71,7 +72,7 @@ class CachedContext(SelfContext):
         keys, values = self.cache.gather(layer, self.reading, k, v, graded=self.graded)
         if self.commit:
             self.cache.write(layer, self.reading, k, v)
-        return (self.key(keys) if relative else keys), values, None
+        return (self.key(keys) if relative else keys), values, self.mask
 
 
 class CrossContext:

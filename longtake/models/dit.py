@@ -7,7 +7,7 @@ specification A and E. This file must not know block plans, roll-outs, objective
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,12 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from longtake.errors import ConfigError, ShapeError
 from longtake.models import attention
 from longtake.models.attention import Attention
-from longtake.models.cache import KVCache
+from longtake.models.block import Block, run_again
+from longtake.models.cache import KVCache, Place, Reading
 from longtake.models.call_checks import check_call
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
-from longtake.models.layers import ImageEmbedding, RMSNorm, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
-from longtake.models.pass_graph import PassGraphs
-from longtake.models.recompute import together
+from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.pass_graph import Made, PassGraphs
+from longtake.models.recompute import made_before, together
 from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
 from longtake.structs import Condition, MaskLayout
 
@@ -93,99 +94,6 @@ class DiTConfig:
         return asdict(self)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention with normalised queries and keys over the whole width and rotary positions."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.attend: Attention = attention.attend
-
-    def forward(self, x: Tensor, context: SelfContext, layer: int) -> Tensor:
-        """x [B, E, l, D] -> the same: this process's tokens of each frame."""
-        entries, heads = x.shape[1], (self.num_heads, -1)
-        q, k = self.norm_q(self.q(x)).unflatten(-1, heads), self.norm_k(self.k(x)).unflatten(-1, heads)
-        # From here on all tokens of the call, and where processes share them, some of the heads: [B, E * L, n, K].
-        q, k, v = (t.flatten(1, 2) for t in context.share.to_heads(q, k, self.v(x).unflatten(-1, heads)))
-        q = context.query(q)
-        k, v, mask = context.extend(layer, k, v)
-        out = self.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
-        return self.o(context.share.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
-
-
-class CrossAttention(nn.Module):
-    """Attention to text and, separately, to image tokens; the two results are added before the output projection."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float, *, image: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.image = image
-        if image:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim, eps)
-        self.attend: Attention = attention.attend
-
-    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
-        """Keys and values: (k, v) [B, M, N, K] of the text, then (k_img, v_img) of the image tokens."""
-        heads = (self.num_heads, -1)
-        out = [self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)]
-        if self.image:
-            assert image is not None
-            out += [self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)]
-        return tuple(out)
-
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, ...]) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        out = self.attend(q, keys_values[0].to(q.dtype), keys_values[1].to(q.dtype))
-        if self.image:
-            out = out + self.attend(q, keys_values[2].to(q.dtype), keys_values[3].to(q.dtype))
-        return self.o(out.flatten(2))
-
-
-class Block(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention, modulated MLP."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
-        self.norm3 = nn.LayerNorm(dim, config.eps)
-        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps, image=config.image_dim is not None)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        self_context: SelfContext,
-        cross_context: CrossContext,
-        layer: int,
-    ) -> Tensor:
-        """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
-        entries, tokens = x.shape[1], x.shape[2]
-        dtype = cast(nn.Linear, self.ffn[0]).weight.dtype
-        # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
-        s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
-
-        h = torch.addcmul(s1, layer_norm(x, self.eps), 1 + c1)
-        x = torch.addcmul(x, self.self_attn(h.to(dtype), self_context, layer), g1)
-
-        h = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias)
-        cross = cross_context.keys_values(self.cross_attn, layer)
-        x = x + self.cross_attn(h.flatten(1, 2).to(dtype), cross).unflatten(1, (entries, tokens))
-
-        h = torch.addcmul(s2, layer_norm(x, self.eps), 1 + c2)
-        return torch.addcmul(x, self.ffn(h.to(dtype)), g2)
-
-
 class Head(nn.Module):
     """Modulated projection to patches, in float32."""
 
@@ -225,6 +133,8 @@ class VideoDiT(nn.Module):
         # what is kept nevertheless, shared roles say which updates are on.
         self.activation_checkpointing = False
         self.checkpoint_contexts: list[CheckpointContexts] = []
+        # With recomputation, a roll-out's exit steps get their gradient together in the end, where `parallelize` says.
+        self.exits_together = False
         # Entered around several calls between which no weight changes (`gathered`): `parallelize` says what it does.
         self.gathering: Callable[[], AbstractContextManager[None]] = nullcontext
         # Where the network computes, if not where its weights wait (they may wait on the CPU).
@@ -347,6 +257,8 @@ class VideoDiT(nn.Module):
         mask: MaskLayout | None = None,
         cache: KVCache | None = None,
         commit: bool = False,
+        trace: Place | None = None,
+        places: Sequence[Place] = (),
     ) -> Tensor:
         """Velocity (noise - clean) of noisy latents, float32 [B, E, C_out, H, W].
 
@@ -354,12 +266,19 @@ class VideoDiT(nn.Module):
         noise level in [0, 1]. With neither `mask` nor `cache` every frame sees every frame; a `mask` (made by
         `BlockPlan`) says who sees whom; with a `cache`, the frames are the block at `cache.position` and see the sink,
         the latest committed frames that fit the window, and themselves. `commit=True` stores their keys and values at
-        the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`.
+        the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`. `trace`, the block's own place
+        (`KVCache.place`), gets what each layer made of it, without gradient too. With such `places` of several blocks x
+        and `sigma` are theirs as they were traced, one after the other: with recomputation the blocks are run in
+        backward alone.
         Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
         """
-        check_call(self.config, self.tokens_per_frame, x, sigma, condition, mask, cache, commit)
+        check_call(self.config, self.tokens_per_frame, x, sigma, condition, mask, cache, commit, trace, places)
+        if cache is not None and torch.is_grad_enabled():
+            if commit:
+                cache.begin_commit(x.shape[1])  # says why not
+            return self._forward_graded(x, sigma, condition, cache, places or (cache.place(x.shape[1]),))
         if cache is not None:
-            return self._forward_cached(x, sigma, condition, cache, commit=commit)
+            return self._forward_cached(x, sigma, condition, cache, trace, commit=commit)
         share, rotation = self._share_and_rotation(x)
         if mask is not None:
             kit = self._mask_kit(mask, self.tokens_per_frame(*x.shape[3:]), x.device)
@@ -371,40 +290,65 @@ class VideoDiT(nn.Module):
             frame_index = torch.arange(x.shape[1], device=x.device)
             query = Rotation(rotation(frame_index))
             context = SelfContext(query, query, share)
-        return self._velocity(x, sigma, condition.frames, frame_index, context, self._fresh_cross(condition, None))
+        cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
+        return self._velocity(x, sigma, condition.frames, frame_index, context, cross)
+
+    def _forward_graded(
+        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, places: Sequence[Place]
+    ) -> Tensor:
+        """The blocks at `places`, which leaves the cache as it is."""
+        reading = Reading.joined([place.reading for place in places])
+        context = self._cached_context(x, cache, reading, graded=True, commit=False)
+        cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
+        made = [place.states for place in places]
+        velocity = self._velocity(x, sigma, condition.frames, reading.frame_index, context, cross, made=made)
+        return cache.hold(velocity, places) if self.activation_checkpointing else velocity
 
     def _forward_cached(
-        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool
+        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, trace: Place | None, *, commit: bool
     ) -> Tensor:
-        """The block at `cache.position`."""
-        entries, graded = x.shape[1], torch.is_grad_enabled()
-        reading = cache.read(entries, graded=graded)
-        kept = not graded and cache.has_cross(condition)
+        """The block at `cache.position`, without gradient."""
+        entries = x.shape[1]
+        reading = cache.read(entries, graded=False)
+        kept = cache.has_cross(condition)
+        texts = (None, None) if kept else (self._padded(condition.text), condition.image)
         if commit:
             cache.begin_commit(entries)
 
-        def work(x: Tensor, sigma: Tensor, frames: Tensor | None) -> Tensor:
-            share, rotation = self._share_and_rotation(x)
-            query = Rotation(rotation(reading.query_position))
-            # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
-            key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
-            context = CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
-            cross = CrossContext(None, None, cache) if kept else self._fresh_cross(condition, None if graded else cache)
-            return self._velocity(x, sigma, frames, reading.frame_index, context, cross)
+        def work(x: Tensor, sigma: Tensor, frames: Tensor | None, text: Tensor | None, image: Tensor | None) -> Made:
+            context = self._cached_context(x, cache, reading, graded=False, commit=commit)
+            cross = CrossContext(None, None, cache) if text is None else self._fresh_cross(text, image, cache)
+            states: list[Tensor] = []
+            velocity = self._velocity(
+                x, sigma, frames, reading.frame_index, context, cross, trace=None if trace is None else states
+            )
+            return velocity, *(() if trace is None else states)
 
-        inputs = (x, sigma, condition.frames)
-        if self.graphs is not None and kept:
+        inputs = (x, sigma, condition.frames, *texts)
+        form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in texts))
+        if self.graphs is not None and (kept or cache.has_space_for_cross(form)):
             addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
-            kind = (reading.num_past, entries, commit)
+            kind = (reading.num_past, entries, commit, trace is not None, kept)
             agree = bool if self.token_split is None else self.token_split.agree
-            velocity = self.graphs.run(work, kind, inputs, cache, addresses, agree)
+            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree)
         else:
-            velocity = work(*inputs)
-            if not graded:
-                cache.cross_is_for(condition)
+            velocity, *states = work(*inputs)
+        if trace is not None:
+            trace.states[:] = states
+        if not kept:
+            cache.cross_is_for(condition, form)
         if commit:
             cache.end_commit(entries)
-        return cache.hold(velocity, entries) if graded and self.activation_checkpointing else velocity
+        return velocity
+
+    def _cached_context(
+        self, x: Tensor, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
+    ) -> CachedContext:
+        share, rotation = self._share_and_rotation(x)
+        query = Rotation(rotation(reading.query_position))
+        # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
+        key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
+        return CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
 
     def _velocity(
         self,
@@ -414,20 +358,38 @@ class VideoDiT(nn.Module):
         frame_index: Tensor,
         context: SelfContext,
         cross: CrossContext,
+        *,
+        trace: list[Tensor] | None = None,
+        made: Sequence[Sequence[Tensor]] = (),
     ) -> Tensor:
-        """The network itself. Args: `frames` of the condition, of which entry e reads number `frame_index[e]`."""
+        """The network itself.
+
+        Args: `frames` of the condition, of which entry e reads number `frame_index[e]`; `trace` gets what each layer
+        makes; `made` has that of each of several blocks, from a call without gradient, or nothing.
+        """
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
         hidden = self._embed_patches(x, frames, frame_index, context.share)
+        recomputed = torch.is_grad_enabled() and self.activation_checkpointing
         for layer, block in enumerate(self.blocks):
-            arguments = (hidden, modulation, context, cross, layer)
-            if torch.is_grad_enabled() and self.activation_checkpointing:
-                contexts = partial(together, self.checkpoint_contexts)
+            contexts = partial(together, self.checkpoint_contexts)
+            if recomputed and any(made):
+                run = partial(run_again, block, context, layer, contexts()[1])
+                states = torch.cat([of_block[layer] for of_block in made], 1)
+                inputs = (hidden, modulation, cross.text, cross.image)
+                hidden = made_before(states, run, inputs, list(block.parameters()))
+            elif recomputed:
                 hidden = checkpoint(
-                    block, *arguments, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-                )  # nothing in a block is random
+                    block,
+                    *(hidden, modulation, context, cross, layer),
+                    use_reentrant=False,
+                    context_fn=contexts,
+                    preserve_rng_state=False,  # nothing in a block is random
+                )
             else:
-                hidden = block(*arguments)
+                hidden = block(hidden, modulation, context, cross, layer)
+            if trace is not None:
+                trace.append(hidden)
         _, ph, pw = self.config.patch_size
         return self._unpatchify(context.share.whole(self.head(hidden, e)), height // ph, width // pw)
 
@@ -466,20 +428,21 @@ class VideoDiT(nn.Module):
         # A copy, not a view: sharding hooks the output, and a hooked view turns a later in-place change into an error.
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)
 
-    def _embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """Text padded with zero rows to text_len, and CLIP tokens, as context tokens [B, M, D]."""
-        text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
+    def _padded(self, text: Tensor) -> Tensor:
+        """[B, M, D_text] -> [B, text_len, D_text], with zero rows."""
+        return F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+
+    def _fresh_cross(self, text: Tensor, image: Tensor | None, cache: KVCache | None) -> CrossContext:
+        """Padded text and CLIP tokens as context tokens [B, M, D], from which each block makes keys and values; they
+        are kept in the cache, where there is one.
+        """
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         embedded = self.text_embedding(text.to(dtype))
-        image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
+        image = None if image is None else self.img_emb(image).to(dtype)
         if not torch.is_autocast_enabled(embedded.device.type):
             dtype = cast(Block, self.blocks[0]).cross_attn.k.weight.dtype  # which `cast_blocks` may have changed
             embedded, image = embedded.to(dtype), None if image is None else image.to(dtype)
-        return embedded, image
-
-    def _fresh_cross(self, condition: Condition, cache: KVCache | None) -> CrossContext:
-        """Keys and values of the condition, made by each block; kept in the cache, where there is one."""
-        return CrossContext(*self._embed_condition(condition), cache)
+        return CrossContext(embedded, image, cache)
 
     def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:
         kits = self._masks.setdefault(layout, {})

@@ -14,7 +14,7 @@ Must know no stage and no device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,8 @@ class Call:
     """Sizes of one call: `batch` videos of `entries` frames with `tokens` each.
 
     Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `context_tokens` of text (padded) and
-    `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call.
+    `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call;
+    `past`, frames of a cache that are attended to.
     """
 
     batch: int
@@ -66,6 +67,7 @@ class Call:
     text_tokens: int
     image_tokens: int = 0
     with_context: bool = True
+    past: int = 0
 
     @property
     def all_tokens(self) -> int:
@@ -89,7 +91,13 @@ class Call:
     def cached(self, frames: int, past_frames: int, *, with_context: bool) -> Call:
         """A block of `frames` that sees itself and `past_frames` of a cache."""
         pairs = frames * (past_frames + frames) * self.tokens**2
-        return replace(self, entries=frames, pairs=pairs, with_context=with_context)
+        return replace(self, entries=frames, pairs=pairs, with_context=with_context, past=past_frames)
+
+    @classmethod
+    def joined(cls, calls: Sequence[Call]) -> Call:
+        """Several such blocks in one call."""
+        sums = {name: sum(getattr(call, name) for call in calls) for name in ("entries", "pairs", "past")}
+        return replace(calls[0], **sums)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ values are compared each time. This file must not know the transformer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,14 +28,16 @@ logger = logging.getLogger(__name__)
 EAGER_PASSES = 8
 EAGER_PASSES_LENT = 2
 
-# work(x, sigma, condition frames) -> velocity
-Work = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Tensors that a pass is given, some of which may be missing, and work(*inputs), what it makes: the velocity, and more
+Inputs = Sequence[Tensor | None]
+Made = tuple[Tensor, ...]
+Work = Callable[..., Made]
 
 
 class Recorder(Protocol):
-    """Records what a function starts on the device, without doing it: a function that does it, and the result."""
+    """Records what a function starts on the device, without doing it: a function that does it, and the results."""
 
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
+    def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]: ...
 
 
 class CudaRecorder:
@@ -45,10 +47,15 @@ class CudaRecorder:
         self._pool: Any = None
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # that use it: with the last of them it is gone
 
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # Recording gives free memory back, that of other devices too, where it may still be in use: with growing
+        # segments torch up to 2.13 then waits for this device alone (pytorch/pytorch 196258).
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(device):
+                torch.cuda.synchronize(device)
         # Other threads, such as the one that watches over collectives, may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = work()
@@ -58,9 +65,9 @@ class CudaRecorder:
 
 @dataclass
 class _Recorded:
-    inputs: list[Tensor]
+    inputs: list[Tensor | None]
     replay: Callable[[], None]
-    output: Tensor
+    outputs: Made
 
 
 class PassGraphs:
@@ -76,14 +83,14 @@ class PassGraphs:
         self,
         work: Work,
         kind: tuple,
-        inputs: tuple[Tensor, Tensor, Tensor | None],
+        inputs: Inputs,
         cache: KVCache,
         addresses: tuple[int, ...],
         agree: Callable[[bool], bool] = bool,
-    ) -> Tensor:
+    ) -> Made:
         """`work(*inputs)`, no gradient; `kind` says what else tells passes against `cache` apart.
 
-        Args: `inputs`, latents, noise levels and the condition's frames; `addresses` of what `work` reads besides;
+        Args: `inputs`, latents first; `addresses` of what `work` reads besides;
         `agree(fine)`, whether all processes that share the pass are fine: what one cannot record, none replays.
         """
         if self._broken:
@@ -92,7 +99,8 @@ class PassGraphs:
         if passes.addresses != addresses:
             passes.forget()
             passes.addresses = addresses
-        key = (kind, _autocast(inputs[0].device), *((t.shape, t.dtype) for t in inputs if t is not None))
+        assert inputs[0] is not None
+        key = (kind, _autocast(inputs[0].device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
         if (found := passes.recorded.get(key)) is None:
             passes.uses[key] = passes.uses.get(key, 0) + 1
             if passes.uses[key] <= (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES):
@@ -102,27 +110,26 @@ class PassGraphs:
                 return work(*inputs)
             found = passes.recorded[key] = made
             self._known.add(cache)
-        for held, given in zip(found.inputs, (t for t in inputs if t is not None)):
-            held.copy_(given)
+        for held, given in zip(found.inputs, inputs, strict=True):
+            if held is not None and given is not None:
+                held.copy_(given)
         found.replay()
-        return found.output.clone()
+        return tuple(made.clone() for made in found.outputs)
 
     def forget(self) -> None:
         """Drops all that is recorded: before the process group that a pass uses is gone, say."""
         for cache in list(self._known):
             cache.passes.forget()
 
-    def _recorded(
-        self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None], agree: Callable[[bool], bool]
-    ) -> _Recorded | None:
+    def _recorded(self, work: Work, inputs: Inputs, agree: Callable[[bool], bool]) -> _Recorded | None:
         """The pass, recorded; None where that failed, after which nothing is recorded any more."""
         with torch.inference_mode(False), torch.no_grad():
-            held = [torch.empty_like(t).copy_(t) for t in inputs if t is not None]
-        x, sigma, frames = held[0], held[1], held[2] if len(held) > 2 else None
+            held = [None if t is None else torch.empty_like(t).copy_(t) for t in inputs]
+        assert held[0] is not None
         made, reason = None, "another process could not"
         try:
-            with _own_casts(x.device):
-                made = self._record(lambda: work(x, sigma, frames))
+            with _own_casts(held[0].device):
+                made = self._record(lambda: work(*held))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if not agree(made is not None) or made is None:

@@ -115,6 +115,11 @@ class Role(VideoDiT):
     def activation_checkpointing(self, value: bool) -> None:
         self.base.model.activation_checkpointing = value
 
+    @property
+    def exits_together(self) -> bool:  # type: ignore[override]
+        """That of the base."""
+        return self.base.model.exits_together
+
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

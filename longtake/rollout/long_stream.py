@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, block_noise_at
 from longtake.structs import Condition
@@ -114,7 +114,7 @@ class LongStream:
     def advance(self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, graded: bool = False) -> Window:
         """Generates up to latent frame `end` (a block boundary) and returns the window that ends there.
 
-        Args: `noise`, by absolute frames and denoising step; `graded` keeps the graph of each new block's exit step.
+        Args: `noise`, by absolute frames and denoising step; `graded` keeps the graph of the new blocks' exit steps.
         Where the prompt switches within the new frames, only those from the switch on are marked as generated and carry
         gradient. The weights may have changed since the last call.
         Raises: ConfigError unless the first call ends at `horizon` and each later one makes fewer frames than that.
@@ -131,9 +131,11 @@ class LongStream:
         switch = self.switch
         learns_from = switch.frame if switch is not None and start < switch.frame < end else start
         new: list[Tensor] = []
+        exits: list[ExitStep] = []
         with self.model.gathered():
             for begin, stop in self.rules.plan.blocks(start, end):
                 self._settle(begin)
+                wanted = graded and begin >= learns_from
                 block = denoise_block(
                     self.model,
                     self._cache,
@@ -141,11 +143,14 @@ class LongStream:
                     block_noise_at(noise, begin, stop),
                     self.rules.sigmas,
                     exit_step=exit_step,
-                    graded=graded and begin >= learns_from,
+                    graded=wanted,
+                    exits=exits if wanted and self.model.exits_together else None,
                 )
                 new.append(block)
                 self._pending = block.detach()
                 self._undecoded.append(self._pending)
+            if exits:
+                new[-len(exits) :] = [graded_exits(self.model, self._cache, self.condition, exits)]
         return self._window(torch.cat(new, 1), learns_from, first=first)
 
     def _settle(self, frame: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtake.flow.path import add_noise
 from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
 from longtake.structs import BlockPlan, Condition
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]
@@ -59,7 +59,7 @@ def roll_out(
     """Unrolls `num_frames` latent frames block by block from an empty cache.
 
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` one step for every block; `graded` keeps the graph of each exit step.
+    frames and denoising step; `exit_step` one step for every block; `graded` keeps the graph of the exit steps.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
     rules.plan.check(num_frames)
@@ -76,6 +76,7 @@ def roll_out(
         evicted if recomputed else 0,
     )
     blocks: list[Tensor] = []
+    exits: list[ExitStep] | None = [] if graded and model.exits_together else None
     with model.gathered():
         if first_latent is not None:
             commit_block(model, cache, condition, first_latent)
@@ -89,10 +90,13 @@ def roll_out(
                 rules.sigmas,
                 exit_step=exit_step,
                 graded=graded,
+                exits=exits,
             )
             blocks.append(clean)
             if end < num_frames:
                 commit_block(model, cache, condition, clean)
+        if exits:
+            blocks[-len(exits) :] = [graded_exits(model, cache, condition, exits)]
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
     generated[: 0 if first_latent is None else 1] = False
     return RollOut(torch.cat(blocks, 1), generated)

@@ -20,7 +20,7 @@ GENERATOR, CRITIC, TEACHER = "generator", "critic", "teacher"
 class Pass:
     """`times` equal calls of one network, in the phase of `train/loop.py` that they belong to.
 
-    `graded`: a backward follows each of them.
+    `graded`: a backward follows each of them. `ahead` False: their forward is that of other passes.
     """
 
     network: str
@@ -28,6 +28,7 @@ class Pass:
     call: Call
     graded: bool = False
     times: float = 1.0
+    ahead: bool = True
 
 
 def clip_call(config: StageConfig, network: DiTConfig, batch: int, image_tokens: int) -> Call:
@@ -47,11 +48,13 @@ def passes(
     update_generator: bool = True,
     exit_step: float | None = None,
     chunk: int = 0,
+    together: bool = False,
 ) -> list[Pass]:
     """What one micro-batch of `batch` videos costs in one iteration.
 
     Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
-    iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning.
+    iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning;
+    `together`, where the exit steps of a roll-out have one backward (`VideoDiT.exits_together`).
     """
     clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
     if config.stage == "teacher":
@@ -59,7 +62,8 @@ def passes(
     if config.stage == "causal":
         return [*remake_passes(config, clips[GENERATOR]), forced_pass(config, clips[GENERATOR])]
     steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
-    found = list(roll_out_passes(config, clips[GENERATOR], steps, graded=update_generator, chunk=chunk))
+    clip = clips[GENERATOR]
+    found = list(roll_out_passes(config, clip, steps, graded=update_generator, chunk=chunk, together=together))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
@@ -101,7 +105,7 @@ def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
 
 
 def roll_out_passes(
-    config: StageConfig, clip: Call, exit_step: float, *, graded: bool, chunk: int = 0
+    config: StageConfig, clip: Call, exit_step: float, *, graded: bool, chunk: int = 0, together: bool = False
 ) -> Iterator[Pass]:
     """Denoising and context passes of a roll-out; of long tuning, those of one chunk of a running video."""
     plan, blocks = config.plan, config.plan.blocks
@@ -126,8 +130,12 @@ def roll_out_passes(
     for block in denoised:
         call = one(block, with_context=fresh)
         yield Pass(GENERATOR, "rollout", replace(call, with_context=False), times=exit_step)
-        yield Pass(GENERATOR, "rollout", replace(call, with_context=graded or fresh), graded=graded)
+        apart = graded and not together
+        yield Pass(GENERATOR, "rollout", replace(call, with_context=apart or fresh), graded=apart)
         fresh = False
+    if graded and together:
+        joined = Call.joined([one(block, with_context=True) for block in denoised])
+        yield Pass(GENERATOR, "rollout", joined, graded=True, ahead=False)
 
 
 def loras(config: StageConfig) -> dict[str, LoraConfig | None]:
@@ -145,7 +153,8 @@ def model_work(
     total: dict[str, Work] = {}
     for each in found:
         network, lora = networks[each.network], updates[each.network]
-        total[each.phase] = total.get(each.phase, Work()) + forward(network, each.call, lora) * each.times
+        if each.ahead:
+            total[each.phase] = total.get(each.phase, Work()) + forward(network, each.call, lora) * each.times
         if each.graded:
             total["backward"] = total.get("backward", Work()) + backward(network, each.call, lora) * each.times
     return total

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from longtake.config import StageConfig, load_config
 from longtake.inference.generator import rules_of
 from longtake.models.attention import FrameMask, in_parts, make_mask
+from longtake.models.block import Block
 from longtake.models.contexts import MaskedContext
-from longtake.models.dit import Block, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.layers import Rotation
 from longtake.models.pass_graph import PassGraphs

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.dit import Block, DiTConfig, VideoDiT
+from longtake.models.block import Block
+from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.presets import PRESETS, shapes_of
 from longtake.models.weights import load_dit

@@ -26,7 +26,7 @@ STAGES: dict[str, dict[str, Any]] = {
     # Window 3 of 5 frames: frames are evicted, in training too.
     "causal": {"caption_dropout": 0.5, "plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}},
     "distill": {"plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}, "activation_checkpointing": True},
-    "long": {"plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1}},
+    "long": {"plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1}, "activation_checkpointing": True},
 }
 
 

@@ -22,6 +22,7 @@ from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.pass_graph import PassGraphs
+from longtake.rollout.self_forcing import RollOutRules, roll_out
 from longtake.structs import BlockPlan
 
 HEADS = 4
@@ -121,6 +122,17 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
             errors |= check(name, model, plain, lambda m, r=rope, c=checkpointing: cached(m, r, c))  # noqa: B023
         with torch.no_grad():
             errors |= check(f"streamed, {rope}", model, plain, lambda m, r=rope: cached(m, r, False))  # noqa: B023
+    def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
+        m.activation_checkpointing, m.exits_together = True, m is model  # of all blocks at once, against one at a time
+        rules = RollOutRules(plan, (1.0, 0.5), 3, 1, rope)
+
+        def noise(start: int, end: int, step: int) -> torch.Tensor:
+            return numbers(10 * start + step, 2, end - start, 4, *size)
+
+        return roll_out(m, condition, x[:, :1], noise, rules, FRAMES, size, graded=True).latents
+
+    for rope in layouts:
+        errors |= check(f"rolled out, {rope}", model, plain, lambda m, r=rope: unrolled(m, r))  # noqa: B023
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         errors |= {
             f"bfloat16: {k}": v

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
+from longtake.models.block import CrossAttention
 from longtake.models.cache import KVCache, Reading
-from longtake.models.dit import CrossAttention, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.structs import Condition
 
 ROPES = ("absolute", "relative")

@@ -264,6 +264,23 @@ def test_initialisation_is_wans() -> None:
     assert float(model.blocks[0].ffn[0].weight.detach().abs().max()) <= (6 / (64 + 96)) ** 0.5
 
 
+def test_places_that_do_not_fit_are_refused() -> None:
+    model = make_tiny_model(i2v=True)
+    condition, sigma, x = make_tiny_condition(model), torch.ones(2), make_tiny_latents(2)
+    cache = model.new_cache(2, 4, 6, 5, 1)
+    place = cache.place(2)
+    with pytest.raises(ShapeError, match="a place needs its cache"):
+        model(x, sigma, condition, places=[place])
+    with pytest.raises(ShapeError, match="2 frames and the blocks at 2 places 4"):
+        model(x, sigma, condition, cache=cache, places=[place, place])
+    with pytest.raises(ShapeError, match="traced without gradient"):
+        model(x, sigma, condition, cache=cache, trace=place)
+    with torch.no_grad(), pytest.raises(ShapeError, match="made again at its places with it"):
+        model(x, sigma, condition, cache=cache, places=[place])
+    with torch.no_grad(), pytest.raises(ShapeError, match="a call at one commits nothing"):
+        model(x, sigma, condition, cache=cache, trace=place, commit=True)
+
+
 def test_calls_that_do_not_fit_are_refused() -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)

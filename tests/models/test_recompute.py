@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CacheError
+from longtake.models.recompute import made_before
 from longtake.rollout.self_forcing import RollOutRules, roll_out
 from longtake.structs import BlockPlan
 
@@ -74,6 +75,32 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
         found[mode] = gradients(model, made.latents.square().mean(), Counted())
     for mode in MODES[1:]:
         assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_forward_made_before_is_run_in_backward_alone(bf16):
+    """Values are those that are given, gradients those of the function, also where nothing needs or gives one."""
+    layer, unused = torch.nn.Linear(3, 3), torch.nn.Parameter(torch.ones(2))
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    x, y, runs = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), []
+
+    def run(x, y, none):
+        assert none is None
+        runs.append(torch.is_autocast_enabled("cpu"))
+        return (layer(x).tanh().float() * y * frozen).sum(1)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = torch.autograd.grad(run(x, y, None).square().sum(), [x, *layer.parameters()])
+        with torch.no_grad():
+            made = run(x, y, None)
+        runs.clear()
+        out = made_before(made, run, (x, y, None), [*layer.parameters(), unused, frozen])
+        assert torch.equal(out, made) and not runs
+        loss = out.square().sum()
+    loss.backward()  # outside of autocast, as the loop has it
+    assert runs == [bf16] and unused.grad is None and frozen.grad is None and y.grad is None
+    for found, wanted in zip((x.grad, layer.weight.grad, layer.bias.grad), expected, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def test_selective_still_leases_what_it_read(tiny_model, tiny_condition, tiny_latents):

@@ -7,8 +7,9 @@ import torch
 from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
-from longtake.errors import ConfigError
+from longtake.errors import CacheError, ConfigError
 from longtake.randomness import Draws
+from longtake.rollout.chunk import denoise_block, graded_exits
 from longtake.rollout.self_forcing import RollOutRules, roll_out
 from longtake.rollout.stream import stream_latents
 from longtake.structs import BlockPlan, pixel_frames
@@ -108,15 +109,67 @@ def test_gradient_stays_inside_its_own_block(checkpointing, window):
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
-    gradients = []
-    for checkpointing in (False, True):
+    gradients, videos = [], []
+    for checkpointing, together in ((False, False), (True, False), (True, True)):
         model, condition, picture = scene()
-        model.activation_checkpointing = checkpointing
+        model.activation_checkpointing, model.exits_together = checkpointing, together
         made = unroll(model, condition, picture, 9, rules=rules(window=5, rope=rope), exit_step=1, graded=True)
         made.latents.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+        videos.append(made.latents.detach())
+    for other in (1, 2):
+        torch.testing.assert_close(videos[other], videos[0])
+        for a, b in zip(gradients[other], gradients[0], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("i2v", [True, False])
+def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
+    """One graded call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""
+    model, condition, picture = scene(i2v)
+    model.activation_checkpointing = model.exits_together = True
+    plan = rules(first=1 if i2v else 2)
+    frames = 7 if i2v else 6
+    plain = unroll(model, condition, picture, frames, rules=plan, exit_step=1).latents
+    calls = record(model, monkeypatch)
+    made = unroll(model, condition, picture, frames, rules=plan, exit_step=1, graded=True).latents
+    assert torch.equal(made.detach(), plain) and made.requires_grad
+    assert [call["graded"] for call in calls] == [False] * (len(calls) - 1) + [True]
+    *plain_calls, last = calls
+    steps = [call for call in plain_calls if call["sigma"][0] == SIGMAS[1]]
+    assert last["places"] == 3 and torch.equal(last["x"], torch.cat([call["x"] for call in steps], 1))
+    assert last["sigma"].shape == (2, 6) and (last["sigma"] == SIGMAS[1]).all()
+
+
+def test_what_blocks_read_together_is_kept_until_backward():
+    """A cache that would lose it refuses; afterwards it may be lost, and is when the roll-out is dropped."""
+    model, condition, picture = scene()
+    model.activation_checkpointing = model.exits_together = True
+    cache = model.new_cache(2, *SIZE, 5, 1)
+    sigma, block = torch.full((2,), 0.5), make_tiny_latents(2)
+
+    def commit():
+        with torch.no_grad():
+            model(block, sigma * 0, condition, cache=cache, commit=True)
+
+    with torch.no_grad():
+        model(picture, sigma * 0, condition, cache=cache, commit=True)
+    commit()
+    commit()
+    for backward in (True, False):
+        exits = []
+        denoise_block(model, cache, condition, lambda step: block, SIGMAS, exits=exits)
+        commit()
+        with pytest.raises(CacheError, match="pending backward"):
+            commit()
+        made = graded_exits(model, cache, condition, exits)
+        del exits
+        with pytest.raises(CacheError, match="pending backward"):
+            commit()
+        if backward:
+            made.sum().backward()
+        del made
+        commit()
 
 
 def test_graded_and_plain_roll_outs_make_the_same_video():

@@ -4,11 +4,12 @@ import pytest
 from tiny_batches import make_batch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from longtake.config import StageConfig
 from longtake.inference.generator import rules_of
-from longtake.models.flops import forward
+from longtake.models.flops import forward, recomputed
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
@@ -42,10 +43,22 @@ def config_of(stage, i2v=True, **changes):
     return StageConfig.from_tree(tree | ({"teacher": "toy"} if stage in ("distill", "long") else {}) | changes)
 
 
+class Counter(TorchDispatchMode):
+    """Operations, counted as torch's `FlopCounterMode` does, which cannot follow a backward inside of a backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        self.total += 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def counted(work):
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
         result = work()
-    return counter.get_total_flops(), result
+    return counter.total, result
 
 
 def dmd_of(config, i2v):
@@ -77,6 +90,25 @@ def test_distillation(i2v, step):
         ran["backward"] += counted(result.loss.backward)[0]
     assert ran["forward"] == total(found, networks, config, "rollout", "scores")
     assert ran["backward"] == total(found, networks, config, "backward")
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step):
+    """But for embeddings and head; the blocks are recomputed once."""
+    config = config_of("distill", critic={"updates_per_generator": 2})
+    dmd = dmd_of(config, True)
+    dmd.generator.activation_checkpointing = dmd.generator.exits_together = True
+    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)
+    found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(step), together=True)
+    (joined,) = (each for each in found if not each.ahead)
+    again, whole = (work(networks["generator"], joined.call).total for work in (recomputed, forward))
+    ran, result = counted(lambda: dmd.loss("generator", batch, step))
+    back = counted(result.loss.backward)[0]
+    ran_critic, result = counted(lambda: dmd.loss("critic", batch, step))
+    back += counted(result.loss.backward)[0]
+    assert ran + ran_critic == total(found, networks, config, "rollout", "scores") + whole - again
+    assert back == total(found, networks, config, "backward") + again
 
 
 def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_student():

@@ -4,6 +4,7 @@ import gzip
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -189,6 +190,8 @@ def test_more_operations_in_iterations_that_update_the_student(workshop, tmp_pat
     config = stage_config(workshop, tmp_path, "distill")
 
     class Told:
+        generator = SimpleNamespace(exits_together=False)
+
         def turns(self, step):
             return ["generator", "critic"] if step == 0 else ["critic"]
 
