@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Passes of one kind against one cache that run as ever before it is recorded. A block of four steps and its context
 # pass come five to a key while the window fills, which is not worth recording, unless the cache comes again and again.
 EAGER_PASSES = 8
-EAGER_PASSES_LENT = 2
+EAGER_PASSES_LENT = 1
 
 # Tensors that a pass is given, some of which may be missing, and work(*inputs), what it makes: the velocity, and more
 Inputs = Sequence[Tensor | None]
