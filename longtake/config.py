@@ -274,6 +274,13 @@ class StageConfig(Settings):
         """
         return self.parallel.gather_once and self.activation_checkpointing != "selective"
 
+    def joins_exits(self, shards: int, sequence: int) -> bool:
+        """Whether the exit steps of a roll-out are recomputed and differentiated together, where each network lies over
+        `shards` ranks and `sequence` ranks share a video. It needs whole weights and full recomputation. Low-rank
+        updates on one GPU leave it, since they are there to save memory, and it takes some.
+        """
+        return self.activation_checkpointing is True and shards == 1 and (sequence > 1 or self.lora is None)
+
     @property
     def new_frames(self) -> int:
         """Latent frames of each later chunk of long tuning."""

@@ -41,6 +41,7 @@ def parallelize(
     compiled: bool = False,
     cpu_offload: bool = False,
     gather_once: bool = True,
+    join_exits: bool = False,
 ) -> nn.Module:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.
 
@@ -55,7 +56,8 @@ def parallelize(
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
     model as it is. `compiled` blocks, where there is a compiler. `cpu_offload` keeps the shards on the CPU.
     `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
-    gathers again what its forward found gathered, and torch refuses operators that the forward had not.
+    gathers again what its forward found gathered, and torch refuses operators that the forward had not. `join_exits`, a
+    roll-out's exit steps get their gradient together, with full recomputation of weights that are whole.
     Raises: ConfigError for `cpu_offload` on one rank.
     """
     if cpu_offload and mesh.fsdp_mesh is None:
@@ -69,7 +71,8 @@ def parallelize(
         for block in getattr(model, "blocks", []):
             block.compile()
     if isinstance(model, VideoDiT):
-        _set_up(model, mesh, recompute)
+        model.exits_together = join_exits
+        model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model
     if cpu_offload:
@@ -89,14 +92,6 @@ def parallelize(
     if gather_once and isinstance(model, VideoDiT):
         model.gathering = partial(_gathered, model)
     return model
-
-
-def _set_up(model: VideoDiT, mesh: Mesh, recompute: bool | str | None) -> None:
-    """What a transformer is told of its mesh."""
-    if mesh.sequence is not None:
-        model.set_token_split(mesh.sequence)
-        # Where a block of few frames is shared, GPUs wait for Python. One GPU would win little, for more memory.
-        model.exits_together = recompute is True and mesh.fsdp_mesh is None
 
 
 def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -62,10 +62,6 @@ class Layout:
         """How many copies of the weights there are."""
         return self.gpus // self.shards
 
-    def joins_exits(self, config: StageConfig) -> bool:
-        """Whether the exit steps of a roll-out have their backward together (`distributed/parallelize.py`)."""
-        return self.whole and self.sequence > 1 and config.activation_checkpointing is True
-
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.gpus_per_node)

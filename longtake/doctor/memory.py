@@ -250,12 +250,12 @@ def roll_out_bytes(
 ) -> Activations:
     """Activations of a graded roll-out: every block's exit step, each with the past that it attended to.
 
-    `together` they are recomputed at once, and the recordings of their forwards keep what each layer makes, for each
-    number of attended frames.
+    `together` they are recomputed at once, and recorded forwards leave what each layer makes in a place of its own, for
+    each number of frames.
     """
     size = _BF16 if precision == "bf16" else _FLOAT
-    total = largest = inputs = all_layers = 0
-    recorded: dict[tuple[int, int], int] = {}
+    total = largest = inputs = all_inputs = all_layers = 0
+    recorded: dict[int, int] = {}
     for start, end in plan.blocks(given_frames, clip.frames):
         one = Clip(clip.batch, end - start, clip.tokens, clip.text_tokens, clip.image_tokens)
         past = len(plan.attended(start, end, window_frames, sink_frames))
@@ -265,10 +265,10 @@ def roll_out_bytes(
         inputs = config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
         total += inputs + _ends_bytes(config, one)
         largest = max(largest, layer)
-        all_layers += layer
-        recorded[past, one.frames] = config.num_layers * _FLOAT * config.dim * tokens
+        all_inputs, all_layers = all_inputs + inputs, all_layers + layer
+        recorded[one.frames] = config.num_layers * _FLOAT * config.dim * tokens
     if together:
-        return Activations(total + sum(recorded.values()), inputs, all_layers)
+        return Activations(total + sum(recorded.values()), all_inputs, all_layers)
     return Activations(total, inputs, largest if checkpointing else 0)
 
 

@@ -83,7 +83,6 @@ def stage_need(
     `base_dim` of the VAE, of which long tuning holds more than its weights.
     """
     precision = config.precision
-    together = layout is not None and layout.joins_exits(config)
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
     data_ranks, gather_once = world_size, config.gathers_once
     if layout is None and config.parallel.weights == "whole":
@@ -92,6 +91,10 @@ def stage_need(
         config = without_mesh(config)
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size, gather_once = layout.data_ranks, layout.shards, layout.gather_once
+    recomputing = (
+        config if config.activation_checkpointing else config.model_copy(update={"activation_checkpointing": True})
+    )
+    together = recomputing.joins_exits(world_size, sequence)
     critic, masters = config.critic, config.parallel.master_weights
     trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
     if networks.critic is not None:

@@ -173,7 +173,7 @@ class SpeedModel:
             update_generator=update_generator,
             exit_step=exit_step,
             chunk=1 if self.config.stage == "long" else 0,
-            together=self.layout.joins_exits(self.config),
+            together=self.config.joins_exits(self.layout.shards, self.layout.sequence),
         )
 
     def add(self, each: Pass, times: float, sums: _Sums) -> None:

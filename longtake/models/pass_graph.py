@@ -104,11 +104,13 @@ class PassGraphs:
         if (found := passes.recorded.get(key)) is None:
             passes.uses[key] = passes.uses.get(key, 0) + 1
             if passes.uses[key] <= (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES):
+                made = work(*inputs)
+                passes.make_room(made[1:])
+                return made
+            recorded = self._recorded(work, inputs, passes, agree)
+            if recorded is None:
                 return work(*inputs)
-            made = self._recorded(work, inputs, agree)
-            if made is None:
-                return work(*inputs)
-            found = passes.recorded[key] = made
+            found = passes.recorded[key] = recorded
             self._known.add(cache)
         for held, given in zip(found.inputs, inputs, strict=True):
             if held is not None and given is not None:
@@ -121,7 +123,7 @@ class PassGraphs:
         for cache in list(self._known):
             cache.passes.forget()
 
-    def _recorded(self, work: Work, inputs: Inputs, agree: Callable[[bool], bool]) -> _Recorded | None:
+    def _recorded(self, work: Work, inputs: Inputs, passes: Passes, agree: Callable[[bool], bool]) -> _Recorded | None:
         """The pass, recorded; None where that failed, after which nothing is recorded any more."""
         with torch.inference_mode(False), torch.no_grad():
             held = [None if t is None else torch.empty_like(t).copy_(t) for t in inputs]
@@ -129,7 +131,7 @@ class PassGraphs:
         made, reason = None, "another process could not"
         try:
             with _own_casts(held[0].device):
-                made = self._record(lambda: work(*held))
+                made = self._record(lambda: passes.in_room(work(*held)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if not agree(made is not None) or made is None:

@@ -194,6 +194,8 @@ class _Builder:
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
         config = self.config
+        shards = 1 if self.mesh.fsdp_mesh is None else self.mesh.fsdp_mesh.size()
+        sequence = 1 if self.mesh.sequence is None else self.mesh.sequence.size
         parallelize(
             model,
             self.mesh,
@@ -202,6 +204,7 @@ class _Builder:
             compiled=config.parallel.compile,
             cpu_offload=config.parallel.cpu_offload,
             gather_once=config.gathers_once,
+            join_exits=recompute and config.joins_exits(shards, sequence),
         )
 
 

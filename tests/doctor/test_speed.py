@@ -118,7 +118,8 @@ def test_products_alone_take_operations_over_rate(workshop, tmp_path):
     assert set(guess.seconds) <= set(speed.PHASES) and guess.seconds["gathers"] == 0
     again = model_of(workshop, tmp_path, rates=only(products=1e9), activation_checkpointing=True).predict()
     assert again.seconds["backward"] > 1.2 * guess.seconds["backward"]
-    assert again.model_flops == guess.model_flops  # what is computed twice counts once
+    # What is computed twice counts once, and the context's backward once for all blocks of a roll-out.
+    assert 0.95 * guess.model_flops < again.model_flops < guess.model_flops
     assert guess.utilisation == pytest.approx(guess.model_flops / guess.total / 989e12)
     assert guess.samples_per_second == pytest.approx(8 / guess.total)
 

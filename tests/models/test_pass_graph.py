@@ -154,16 +154,20 @@ OTHER_DEVICE = """
 import torch
 from longtake.models.pass_graph import CudaRecorder
 
+wait = torch.cuda.synchronize
+x = torch.ones(4, device="cuda:0")
 busy = torch.randn(8192, 8192, device="cuda:1", dtype=torch.bfloat16)
-for _ in range(300):
+CudaRecorder()(lambda: (x * 2,))
+expected = (busy @ busy)[:2, :2].clone()
+wait(1)
+for _ in range(1000):
     product = busy @ busy
 kept = product[:2, :2].clone()
-del product  # free for torch, in use by the other device for some time to come
-x = torch.ones(4, device="cuda:0")
+del product  # free for torch, in use by the other device for a second to come
 replay, (out,) = CudaRecorder()(lambda: (x * 2,))
 replay()
-torch.cuda.synchronize(1)
-assert out.tolist() == [2.0] * 4 and torch.equal(kept, (busy @ busy)[:2, :2])
+wait(1)
+assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)
 """
 
 
