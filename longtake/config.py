@@ -276,10 +276,13 @@ class StageConfig(Settings):
 
     def joins_exits(self, shards: int, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each network lies over
-        `shards` ranks and `sequence` ranks share a video. It needs whole weights and full recomputation. Low-rank
-        updates on one GPU leave it, since they are there to save memory, and it takes some.
+        `shards` ranks and `sequence` ranks share a video. It needs whole weights, and is done where the ranks of a
+        group would wait for Python, with activation checkpointing or without; on one GPU with full checkpointing, but
+        not with low-rank updates, which are there to save memory.
         """
-        return self.activation_checkpointing is True and shards == 1 and (sequence > 1 or self.lora is None)
+        if shards > 1 or self.activation_checkpointing == "selective":
+            return False
+        return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
 
     @property
     def new_frames(self) -> int:

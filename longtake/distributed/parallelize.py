@@ -57,7 +57,7 @@ def parallelize(
     model as it is. `compiled` blocks, where there is a compiler. `cpu_offload` keeps the shards on the CPU.
     `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
     gathers again what its forward found gathered, and torch refuses operators that the forward had not. `join_exits`, a
-    roll-out's exit steps get their gradient together, with full recomputation of weights that are whole.
+    roll-out's exit steps are recomputed and get their gradient together: for whole weights, not for "selective".
     Raises: ConfigError for `cpu_offload` on one rank.
     """
     if cpu_offload and mesh.fsdp_mesh is None:

@@ -250,8 +250,9 @@ def roll_out_bytes(
 ) -> Activations:
     """Activations of a graded roll-out: every block's exit step, each with the past that it attended to.
 
-    `together` they are recomputed at once, and recorded forwards leave what each layer makes in a place of its own, for
-    each number of frames.
+    `together` they are recomputed at once, in any case, with two float32 copies of all attended keys while these are
+    rotated, and recorded forwards leave what each layer makes in a place of
+    its own, for each number of frames.
     """
     size = _BF16 if precision == "bf16" else _FLOAT
     total = largest = inputs = all_inputs = all_layers = 0
@@ -262,10 +263,11 @@ def roll_out_bytes(
         keys = clip.batch * past * clip.tokens * 2 * config.dim * size
         tokens = one.batch * one.frames * one.tokens
         layer = tokens * block_bytes_per_token(config, precision) + keys + _context_bytes(config, one, precision)
-        inputs = config.num_layers * (_FLOAT * config.dim * tokens if checkpointing else layer)
+        inputs = config.num_layers * (_FLOAT * config.dim * tokens if checkpointing or together else layer)
         total += inputs + _ends_bytes(config, one)
         largest = max(largest, layer)
-        all_inputs, all_layers = all_inputs + inputs, all_layers + layer
+        attended = clip.batch * (past + one.frames) * clip.tokens * config.dim
+        all_inputs, all_layers = all_inputs + inputs, all_layers + layer + 2 * _FLOAT * attended
         recorded[one.frames] = config.num_layers * _FLOAT * config.dim * tokens
     if together:
         return Activations(total + sum(recorded.values()), all_inputs, all_layers)

@@ -91,10 +91,6 @@ def stage_need(
         config = without_mesh(config)
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size, gather_once = layout.data_ranks, layout.shards, layout.gather_once
-    recomputing = (
-        config if config.activation_checkpointing else config.model_copy(update={"activation_checkpointing": True})
-    )
-    together = recomputing.joins_exits(world_size, sequence)
     critic, masters = config.critic, config.parallel.master_weights
     trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
     if networks.critic is not None:
@@ -112,7 +108,9 @@ def stage_need(
     ranks = _Ranks(data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload, gather_once)
     modes = {}
     for on in (False, True):
-        moments = _Moments(config, networks, clip, ranks, vae_width, checkpointing=on, together=on and together)
+        mode = {"activation_checkpointing": on and (config.activation_checkpointing or True)}
+        together = config.model_copy(update=mode).joins_exits(world_size, sequence)
+        moments = _Moments(config, networks, clip, ranks, vae_width, checkpointing=on, together=together)
         modes[on] = max(moments, key=lambda parts: sum(parts.values()))
     on = bool(config.activation_checkpointing)
     parts = {
@@ -270,7 +268,7 @@ class _Moments:
     def _cache(self, generator: DiTConfig) -> int:
         """Of the student; recomputation needs room for what leaves the window before the backward."""
         window, frames, spare = self.config.plan.window_frames, self.clip.frames, 0
-        if window is not None and self.checkpointing:
+        if window is not None and (self.checkpointing or self.together):
             spare = frames if self.config.stage == "long" else max(0, frames - window)
         precision = self.config.precision
         return cache_bytes(generator, self.clip, window_frames=window, spare_frames=spare, precision=precision)

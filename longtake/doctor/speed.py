@@ -196,7 +196,7 @@ class SpeedModel:
             moved = self._gather(weights, sums, times) + reduced
             sums.seconds["backward"] += times * computed
             sums.seconds["gathers"] += times * self._exposed(moved, computed)
-            exchanges += 2.0 if self.config.activation_checkpointing else 1.0
+            exchanges += 2.0 if self._recomputes(each) else 1.0
         sums.seconds["exchange"] += times * exchanges * self._exchange(network, each.call, sums, times * exchanges)
 
     # ---- computing --------------------------------------------------------------------------------------------------
@@ -209,9 +209,12 @@ class SpeedModel:
         """Of one call's backward, with what activation checkpointing computes again."""
         network, lora = self.networks[each.network], self.loras[each.network]
         seconds = self._compute(network, each, backward(network, each.call, lora), backwards=True)
-        if self.config.activation_checkpointing:
+        if self._recomputes(each):
             seconds += self._compute(network, each, recomputed(network, each.call, lora), backwards=False)
         return seconds
+
+    def _recomputes(self, each: Pass) -> bool:
+        return bool(self.config.activation_checkpointing) or not each.ahead
 
     def _compute(self, network: DiTConfig, each: Pass, work: Work, *, backwards: bool) -> float:
         rates, call, share = self.rates, each.call, self.layout.sequence

@@ -133,7 +133,7 @@ class VideoDiT(nn.Module):
         # what is kept nevertheless, shared roles say which updates are on.
         self.activation_checkpointing = False
         self.checkpoint_contexts: list[CheckpointContexts] = []
-        # With recomputation, a roll-out's exit steps get their gradient together in the end, where `parallelize` says.
+        # A roll-out's exit steps are recomputed and get their gradient together in the end: `parallelize` says where.
         self.exits_together = False
         # Entered around several calls between which no weight changes (`gathered`): `parallelize` says what it does.
         self.gathering: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -268,8 +268,7 @@ class VideoDiT(nn.Module):
         the latest committed frames that fit the window, and themselves. `commit=True` stores their keys and values at
         the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`. `trace`, the block's own place
         (`KVCache.place`), gets what each layer made of it, without gradient too. With such `places` of several blocks x
-        and `sigma` are theirs as they were traced, one after the other: with recomputation the blocks are run in
-        backward alone.
+        and `sigma` are theirs as they were traced, one after the other: layers are run in backward alone.
         Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
         """
         check_call(self.config, self.tokens_per_frame, x, sigma, condition, mask, cache, commit, trace, places)
@@ -302,7 +301,7 @@ class VideoDiT(nn.Module):
         cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
         made = [place.states for place in places]
         velocity = self._velocity(x, sigma, condition.frames, reading.frame_index, context, cross, made=made)
-        return cache.hold(velocity, places) if self.activation_checkpointing else velocity
+        return cache.hold(velocity, places) if self.activation_checkpointing or any(made) else velocity
 
     def _forward_cached(
         self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, trace: Place | None, *, commit: bool
@@ -373,7 +372,7 @@ class VideoDiT(nn.Module):
         recomputed = torch.is_grad_enabled() and self.activation_checkpointing
         for layer, block in enumerate(self.blocks):
             contexts = partial(together, self.checkpoint_contexts)
-            if recomputed and any(made):
+            if any(made):
                 run = partial(run_again, block, context, layer, contexts()[1])
                 states = torch.cat([of_block[layer] for of_block in made], 1)
                 inputs = (hidden, modulation, cross.text, cross.image)

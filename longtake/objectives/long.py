@@ -154,6 +154,7 @@ class LongTuning(Dmd):
             if batch.later_text is None:
                 raise DataError("the prompt switches in mid-stream, and the rows have only one; give two prompts a row")
             switch = Switch(place.switch, batch.later_text)
+        recomputed = self.generator.activation_checkpointing or self.generator.exits_together
         return LongStream(
             self.generator,
             batch.condition,
@@ -163,6 +164,6 @@ class LongTuning(Dmd):
             self.codec,
             horizon=self.schedule.horizon,
             max_frames=place.length,
-            spare_frames=self.schedule.horizon if self.generator.activation_checkpointing else 0,
+            spare_frames=self.schedule.horizon if recomputed else 0,
             switch=switch,
         )

@@ -65,7 +65,8 @@ def roll_out(
     rules.plan.check(num_frames)
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
     evicted = 0 if rules.window_frames is None else max(0, num_frames - rules.window_frames)
-    recomputed = model.activation_checkpointing and (graded or model.graphs is not None)  # one cache for both
+    recomputed = model.activation_checkpointing or model.exits_together
+    recomputed = recomputed and (graded or model.graphs is not None)  # one cache for both
     cache = model.lend_cache(
         condition.batch_size,
         *latent_size,

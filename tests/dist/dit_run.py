@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.data.order import batch_rows
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
-from longtake.models import block
+from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective

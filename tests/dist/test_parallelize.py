@@ -32,8 +32,8 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
 
-    def results(compiled):
-        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
+    def results(compiled, join=False):
+        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled, join_exits=join)
         x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
         layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1)
         found = []

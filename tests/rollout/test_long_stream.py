@@ -138,9 +138,9 @@ def test_checkpointing_and_eviction_inside_the_chunk_change_no_gradient(switch):
     """N.7: what backward recomputes is what the forward saw, though the window rolled on meanwhile."""
     gradients = []
     text = make_tiny_condition(make_tiny_model(i2v=True), seed=8).text
-    for checkpointing, together in ((False, False), (True, False), (True, True)):
+    for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         turn = None if switch is None else Switch(switch, text)
-        stream, model, *_ = make(spare_frames=HORIZON if checkpointing else 0, switch=turn)
+        stream, model, *_ = make(spare_frames=HORIZON if checkpointing or together else 0, switch=turn)
         model.activation_checkpointing, model.exits_together = checkpointing, together
         for end in (7, 13, 19):
             model.zero_grad()

@@ -110,14 +110,14 @@ def test_gradient_stays_inside_its_own_block(checkpointing, window):
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
     gradients, videos = [], []
-    for checkpointing, together in ((False, False), (True, False), (True, True)):
+    for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         model, condition, picture = scene()
         model.activation_checkpointing, model.exits_together = checkpointing, together
         made = unroll(model, condition, picture, 9, rules=rules(window=5, rope=rope), exit_step=1, graded=True)
         made.latents.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
         videos.append(made.latents.detach())
-    for other in (1, 2):
+    for other in (1, 2, 3):
         torch.testing.assert_close(videos[other], videos[0])
         for a, b in zip(gradients[other], gradients[0], strict=True):
             torch.testing.assert_close(a, b)
