@@ -113,21 +113,15 @@ class Passes:
     recorded: dict[tuple, Any] = field(default_factory=dict)
     addresses: tuple[int, ...] = ()
     lent: bool = False  # the cache serves one roll-out after another, so that even rare passes come again
-    # Where recorded passes leave what they make besides the velocity, by its shapes: one place for all kinds of passes,
-    # since it is taken away before the next pass.
-    room: dict[tuple, list[Tensor]] = field(default_factory=dict)
+    # Where recorded passes leave what they make besides the velocity, by the shape of their latents: one place for all
+    # kinds of passes, since it is taken away before the next one.
+    room: dict[torch.Size, list[Tensor]] = field(default_factory=dict)
 
-    def make_room(self, made: Sequence[Tensor]) -> None:
+    def make_room(self, latents: torch.Size, made: Sequence[Tensor]) -> None:
         """For tensors like those of `made`."""
-        shapes = tuple(tensor.shape for tensor in made)
-        if made and shapes not in self.room:
+        if made and latents not in self.room:
             with _lasting_tensors():
-                self.room[shapes] = [torch.empty_like(tensor) for tensor in made]
-
-    def in_room(self, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`made`, all but the first of it moved to its room."""
-        places = self.room.get(tuple(tensor.shape for tensor in made[1:]), [])
-        return made[0], *(place.copy_(tensor) for place, tensor in zip(places, made[1:], strict=True))
+                self.room[latents] = [torch.empty_like(tensor) for tensor in made]
 
     def forget(self) -> None:
         """Drops what is recorded, and counts anew."""

@@ -314,14 +314,23 @@ class VideoDiT(nn.Module):
         if commit:
             cache.begin_commit(entries)
 
-        def work(x: Tensor, sigma: Tensor, frames: Tensor | None, text: Tensor | None, image: Tensor | None) -> Made:
+        def work(
+            x: Tensor,
+            sigma: Tensor,
+            frames: Tensor | None,
+            text: Tensor | None,
+            image: Tensor | None,
+            room: Sequence[Tensor] | None = None,
+        ) -> Made:
             context = self._cached_context(x, cache, reading, graded=False, commit=commit)
             cross = CrossContext(None, None, cache) if text is None else self._fresh_cross(text, image, cache)
             states: list[Tensor] = []
-            velocity = self._velocity(
-                x, sigma, frames, reading.frame_index, context, cross, trace=None if trace is None else states
-            )
-            return velocity, *(() if trace is None else states)
+
+            def keep(made: Tensor) -> None:
+                states.append(made if room is None else room[len(states)].copy_(made))
+
+            keeping = None if trace is None else keep
+            return self._velocity(x, sigma, frames, reading.frame_index, context, cross, trace=keeping), *states
 
         inputs = (x, sigma, condition.frames, *texts)
         form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in texts))
@@ -358,12 +367,12 @@ class VideoDiT(nn.Module):
         context: SelfContext,
         cross: CrossContext,
         *,
-        trace: list[Tensor] | None = None,
+        trace: Callable[[Tensor], None] | None = None,
         made: Sequence[Sequence[Tensor]] = (),
     ) -> Tensor:
         """The network itself.
 
-        Args: `frames` of the condition, of which entry e reads number `frame_index[e]`; `trace` gets what each layer
+        Args: `frames` of the condition, of which entry e reads number `frame_index[e]`; `trace` is told what each layer
         makes; `made` has that of each of several blocks, from a call without gradient, or nothing.
         """
         batch, entries, _, height, width = x.shape
@@ -388,7 +397,7 @@ class VideoDiT(nn.Module):
             else:
                 hidden = block(hidden, modulation, context, cross, layer)
             if trace is not None:
-                trace.append(hidden)
+                trace(hidden)
         _, ph, pw = self.config.patch_size
         return self._unpatchify(context.share.whole(self.head(hidden, e)), height // ph, width // pw)
 

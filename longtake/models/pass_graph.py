@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 EAGER_PASSES = 8
 EAGER_PASSES_LENT = 1
 
-# Tensors that a pass is given, some of which may be missing, and work(*inputs), what it makes: the velocity, and more
+# Tensors that a pass is given, some of which may be missing, and work(*inputs, room=), what it makes: the velocity, and
+# more, which goes to the tensors of `room` where there are any.
 Inputs = Sequence[Tensor | None]
 Made = tuple[Tensor, ...]
 Work = Callable[..., Made]
@@ -105,7 +106,7 @@ class PassGraphs:
             passes.uses[key] = passes.uses.get(key, 0) + 1
             if passes.uses[key] <= (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES):
                 made = work(*inputs)
-                passes.make_room(made[1:])
+                passes.make_room(inputs[0].shape, made[1:])
                 return made
             recorded = self._recorded(work, inputs, passes, agree)
             if recorded is None:
@@ -127,11 +128,12 @@ class PassGraphs:
         """The pass, recorded; None where that failed, after which nothing is recorded any more."""
         with torch.inference_mode(False), torch.no_grad():
             held = [None if t is None else torch.empty_like(t).copy_(t) for t in inputs]
-        assert held[0] is not None
+        x = held[0]
+        assert x is not None
         made, reason = None, "another process could not"
         try:
-            with _own_casts(held[0].device):
-                made = self._record(lambda: passes.in_room(work(*held)))
+            with _own_casts(x.device):
+                made = self._record(lambda: work(*held, room=passes.room.get(x.shape)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if not agree(made is not None) or made is None:
