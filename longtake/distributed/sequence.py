@@ -131,32 +131,36 @@ class _ToTokens(torch.autograd.Function):
 def _to_heads(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
     """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, each."""
     batch, entries, _, heads, width = tensors[0].shape
-    out = tensors[0].new_empty(len(tensors), batch, entries, sum(share.sizes), heads // share.ranks.size, width)
-    return _exchange(tensors, out, share, share._heads, share._tokens)
+    shape = (batch, entries, sum(share.sizes), heads // share.ranks.size, width)
+    return _exchange(tensors, shape, share, share._heads, share._tokens)
 
 
 def _to_tokens(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
     """[B, E, L, n, K] of some heads -> [B, E, l, N, K] of some tokens, each."""
     batch, entries, _, heads, width = tensors[0].shape
-    out = tensors[0].new_empty(len(tensors), batch, entries, share.size, heads * share.ranks.size, width)
-    return _exchange(tensors, out, share, share._tokens, share._heads)
+    shape = (batch, entries, share.size, heads * share.ranks.size, width)
+    return _exchange(tensors, shape, share, share._tokens, share._heads)
 
 
 # part(x, rank) -> what one rank sends or has of x, a view
 _Part = Callable[[Tensor, int], Tensor]
 
 
-def _exchange(tensors: Sequence[Tensor], out: Tensor, share: TokenShare, sent: _Part, got: _Part) -> tuple[Tensor, ...]:
-    """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)`. Returns the tensors of `out`.
+def _exchange(
+    tensors: Sequence[Tensor], shape: tuple[int, ...], share: TokenShare, sent: _Part, got: _Part
+) -> tuple[Tensor, ...]:
+    """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)` of a tensor of `shape` each.
 
-    A rank's own part is copied once, while the others travel.
+    A rank's own part is copied once, while the others travel. Each result has memory of its own: backward keeps one of
+    three, and should not keep the others with it.
     """
     ranks, others = share.ranks, share._others
+    out = tuple(x.new_empty(shape) for x in tensors)
     sizes_out, sizes_in = [0] * ranks.size, [0] * ranks.size
     for rank in others:
         sizes_out[rank] = len(tensors) * sent(tensors[0], rank).numel()
-        sizes_in[rank] = got(out, rank).numel()
-    sending, coming = out.new_empty(sum(sizes_out)), out.new_empty(sum(sizes_in))
+        sizes_in[rank] = len(tensors) * got(out[0], rank).numel()
+    sending, coming = (tensors[0].new_empty(sum(sizes)) for sizes in (sizes_out, sizes_in))
     for rank, piece in zip(others, sending.split([sizes_out[rank] for rank in others])):
         for x, place in zip(tensors, piece.view(len(tensors), *sent(tensors[0], rank).shape)):
             place.copy_(sent(x, rank))
@@ -166,9 +170,9 @@ def _exchange(tensors: Sequence[Tensor], out: Tensor, share: TokenShare, sent: _
     assert travelling is not None
     travelling.wait()
     for rank, piece in zip(others, coming.split([sizes_in[rank] for rank in others])):
-        place = got(out, rank)
-        place.copy_(piece.view(place.shape))
-    return out.unbind(0)
+        for made, x in zip(out, piece.view(len(tensors), *got(out[0], rank).shape)):
+            got(made, rank).copy_(x)
+    return out
 
 
 class _Take(torch.autograd.Function):

@@ -251,12 +251,10 @@ def roll_out_bytes(
     """Activations of a graded roll-out: every block's exit step, each with the past that it attended to.
 
     `together` they are recomputed at once, in any case, with two float32 copies of all attended keys while these are
-    rotated, and recorded forwards leave what each layer makes in a place of
-    its own, for each number of frames.
+    rotated.
     """
     size = _BF16 if precision == "bf16" else _FLOAT
     total = largest = inputs = all_inputs = all_layers = 0
-    recorded: dict[int, int] = {}
     for start, end in plan.blocks(given_frames, clip.frames):
         one = Clip(clip.batch, end - start, clip.tokens, clip.text_tokens, clip.image_tokens)
         past = len(plan.attended(start, end, window_frames, sink_frames))
@@ -268,10 +266,15 @@ def roll_out_bytes(
         largest = max(largest, layer)
         attended = clip.batch * (past + one.frames) * clip.tokens * config.dim
         all_inputs, all_layers = all_inputs + inputs, all_layers + layer + 2 * _FLOAT * attended
-        recorded[one.frames] = config.num_layers * _FLOAT * config.dim * tokens
     if together:
-        return Activations(total + sum(recorded.values()), all_inputs, all_layers)
+        return Activations(total, all_inputs, all_layers)
     return Activations(total, inputs, largest if checkpointing else 0)
+
+
+def left_bytes(config: DiTConfig, clip: Clip, plan: BlockPlan, given_frames: int) -> int:
+    """Where recorded exit steps leave what each layer makes, in float32: once for each length of a block."""
+    lengths = {end - start for start, end in plan.blocks(given_frames, clip.frames)}
+    return _FLOAT * config.num_layers * config.dim * clip.batch * clip.tokens * sum(lengths)
 
 
 def working_bytes(config: DiTConfig, clip: Clip, precision: str) -> int:

@@ -21,6 +21,7 @@ from longtake.doctor.memory import (
     autocast_bytes,
     cache_bytes,
     gathered_bytes,
+    left_bytes,
     master_bytes,
     optimizer_bytes,
     pass_bytes,
@@ -261,7 +262,7 @@ class _Moments:
         scores = max(working_bytes(network, clip, precision) for network in (critic, networks.teacher or critic))
         block = working_bytes(generator, replace(clip, frames=plan.blocks.block_frames), precision)
         yield _Update(generator, False, kept, calls, cache, scores, block)
-        running = cache if config.stage == "long" else 0
+        running = cache if self._records or config.stage == "long" else 0
         kept, passing = pass_bytes(critic, clip, **options), working_bytes(critic, clip, precision)
         yield _Update(critic, True, kept, 1, running, passing)
 
@@ -270,8 +271,18 @@ class _Moments:
         window, frames, spare = self.config.plan.window_frames, self.clip.frames, 0
         if window is not None and (self.checkpointing or self.together):
             spare = frames if self.config.stage == "long" else max(0, frames - window)
-        precision = self.config.precision
-        return cache_bytes(generator, self.clip, window_frames=window, spare_frames=spare, precision=precision)
+        precision, given = self.config.precision, 1 if self.config.model.image_condition == "i2v" else 0
+        size = cache_bytes(generator, self.clip, window_frames=window, spare_frames=spare, precision=precision)
+        if self._records and self.together:
+            size += left_bytes(generator, self.clip, self.config.plan.blocks, given)
+        return size
+
+    @property
+    def _records(self) -> bool:
+        """Whether roll-outs are recorded, and so one cache lent to all of them."""
+        parallel = self.config.parallel
+        whole = self.ranks.shards == 1 and self.config.lora is None
+        return parallel.graphs and whole and not parallel.compile
 
     def _gradients(self, update: _Update) -> int:
         """Of the updated network; `reduce_once` keeps whole ones until the last micro-batch."""

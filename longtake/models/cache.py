@@ -97,7 +97,7 @@ class Reading:
 class Place:
     """Where a block stands, for a graded call of it later: what that call reads stays in the cache until its backward
     is done, or as long as this is kept. `states`, what each layer made of the block [B, f, l, D], once a call without
-    gradient has left it here (`VideoDiT.forward`, `trace`).
+    gradient has left it here (`VideoDiT.forward`, `trace`) and until the graded one has taken it.
     """
 
     reading: Reading

@@ -300,8 +300,9 @@ class VideoDiT(nn.Module):
         context = self._cached_context(x, cache, reading, graded=True, commit=False)
         cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
         made = [place.states for place in places]
+        run_later = any(made)
         velocity = self._velocity(x, sigma, condition.frames, reading.frame_index, context, cross, made=made)
-        return cache.hold(velocity, places) if self.activation_checkpointing or any(made) else velocity
+        return cache.hold(velocity, places) if self.activation_checkpointing or run_later else velocity
 
     def _forward_cached(
         self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, trace: Place | None, *, commit: bool
@@ -368,22 +369,22 @@ class VideoDiT(nn.Module):
         cross: CrossContext,
         *,
         trace: Callable[[Tensor], None] | None = None,
-        made: Sequence[Sequence[Tensor]] = (),
+        made: Sequence[list[Tensor]] = (),
     ) -> Tensor:
         """The network itself.
 
         Args: `frames` of the condition, of which entry e reads number `frame_index[e]`; `trace` is told what each layer
-        makes; `made` has that of each of several blocks, from a call without gradient, or nothing.
+        makes; `made` has that of each of several blocks, from a call without gradient, or nothing; it is used up.
         """
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
         hidden = self._embed_patches(x, frames, frame_index, context.share)
-        recomputed = torch.is_grad_enabled() and self.activation_checkpointing
+        recomputed, once_more = torch.is_grad_enabled() and self.activation_checkpointing, any(made)
         for layer, block in enumerate(self.blocks):
             contexts = partial(together, self.checkpoint_contexts)
-            if any(made):
+            if once_more:
                 run = partial(run_again, block, context, layer, contexts()[1])
-                states = torch.cat([of_block[layer] for of_block in made], 1)
+                states = torch.cat([of_block.pop(0) for of_block in made], 1)  # and so freed one by one
                 inputs = (hidden, modulation, cross.text, cross.image)
                 hidden = made_before(states, run, inputs, list(block.parameters()))
             elif recomputed:

@@ -48,6 +48,7 @@ def exchanges(ranks: SequenceParallel, tokens: int) -> dict[str, bool]:
     got = share.to_heads(*mine)
     back = share.to_tokens(got[0])
     result = {
+        "own memory": len({x.untyped_storage().data_ptr() for x in got}) == len(got),
         "heads": all(torch.equal(a, b[:, :, :, heads]) for a, b in zip(got, whole)),
         "tokens": torch.equal(back, mine[0]),
         "whole": torch.equal(share.whole(mine[0]), whole[0]),

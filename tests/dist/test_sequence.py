@@ -32,7 +32,7 @@ def seen(request, tmp_path_factory):
 @pytest.mark.parametrize("tokens", sequence_run.SIZES)
 def test_exchanges_and_their_gradients_are_exact(seen, tokens):
     for rank in seen:
-        assert len(rank[tokens]["exchanges"]) == 8
+        assert len(rank[tokens]["exchanges"]) == 9
         assert all(rank[tokens]["exchanges"].values()), rank[tokens]["exchanges"]
 
 

@@ -120,7 +120,7 @@ def low_rank(rank):
 @pytest.mark.parametrize(
     ("measured", "network", "gpus", "changes"),
     [
-        (63.30, FUN, 1, {}),
+        (62.59, FUN, 1, {}),  # once roll-outs are recorded; 65.33 in the first, when layers' results were there twice
         (63.29, FUN, 1, {"plan": {"block_frames": 4, "window_frames": 12, "sink_frames": 0}}),
         (28.69, FUN, 1, low_rank(256)),
         (107.58, I2V_14B, 1, low_rank(128)),  # 111.60 less the benchmark's own copies
@@ -128,7 +128,8 @@ def low_rank(rank):
         (37.36, FUN, 2, {"batch_size": 2}),
         (63.37, FUN, 2, {"batch_size": 2, "parallel": {"weights": "whole"}}),
         (56.68, FUN, 2, {"parallel": {"sequence": 2, "weights": "whole"}}),
-        (120.22, FUN, 2, {"parallel": {"sequence": 2, "weights": "whole"}, "activation_checkpointing": "none"}),
+        # 121.17 in the first, when q and k stayed in memory with v
+        (118.46, FUN, 2, {"parallel": {"sequence": 2, "weights": "whole"}, "activation_checkpointing": "none"}),
     ],
 )
 def test_peaks_measured_on_h200(measured, network, gpus, changes):
@@ -194,7 +195,9 @@ def test_long_tuning_holds_its_cache_and_the_vae(workshop, tmp_path):
     assert wide["VAE"] == (9458 + 18_000) * pixels and narrow["VAE"] < wide["VAE"] / 2.9
     # Chunks run on: what leaves the window is read again by the recomputation of a whole chunk.
     cache = memory.cache_bytes(TEACHER, clip, window_frames=3, spare_frames=5, precision="bf16")
-    assert wide["cache"] == narrow["cache"] == cache
+    left = memory.left_bytes(TEACHER, clip, long.plan.blocks, 1)
+    assert left == 4 * clip.batch * 2 * 16 * TEACHER.dim * TEACHER.num_layers  # of a block of two frames
+    assert wide["cache"] == narrow["cache"] == cache + left
 
 
 def test_optimizer_gradients_and_average():
@@ -311,7 +314,7 @@ def test_checkpointing_keeps_one_input_a_layer():
 
 # ---- a stage ---------------------------------------------------------------------------------------------------------
 def test_a_stage_adds_up(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "distill")
+    config = stage_config(workshop, tmp_path, "distill", parallel={"graphs": False})
     networks = Networks(TEACHER, TEACHER, TEACHER)
     need = stage_need(config, networks, 1, encoder_bytes=1000, image_tokens=17)
     parameters = memory.parameter_count(TEACHER)
