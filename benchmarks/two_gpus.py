@@ -10,9 +10,9 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
   (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); batch 1 a GPU once more with
-  sharded weights; and one sample together once more without recomputing activations in backward, for which two GPUs of
-  141 GB have the memory (120 GiB each) and one has not (190 GiB). The first iterations, in which passes are recorded as
-  CUDA graphs (`--warm-up`), are not counted;
+  sharded weights; and one sample together once more without activation checkpointing, for which two GPUs of 141 GB have
+  the memory (121 GiB each) and one has not (190 GiB). The first iterations, in which passes are recorded as CUDA graphs
+  (`--warm-up`: with the second update of the student all are), are not counted;
 - passes: one pass of the transformer in bfloat16 on each GPU alone and then by both together, in turns: streaming (a
   block of 4 frames at a full window, without and with its commit, replayed as CUDA graphs), the whole clip, and forward
   and backward of it; the exchanges of one layer by themselves; and what the GPU does in a streaming pass, by kernel
@@ -340,7 +340,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trainings", default="0,1,2,3", help=f"of: {names} (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=10, help="iterations that count (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=3, help="iterations before them (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=6, help="iterations before them (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="pictures in the data set (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of alone and together (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="calls of a pass in a turn (default: %(default)s)")
