@@ -274,13 +274,12 @@ class StageConfig(Settings):
         """
         return self.parallel.gather_once and self.activation_checkpointing != "selective"
 
-    def joins_exits(self, shards: int, sequence: int) -> bool:
-        """Whether the exit steps of a roll-out are recomputed and differentiated together, where each network lies over
-        `shards` ranks and `sequence` ranks share a video. It needs whole weights, and is done where the ranks of a
-        group would wait for Python, with activation checkpointing or without; on one GPU with full checkpointing, but
-        not with low-rank updates, which are there to save memory.
+    def joins_exits(self, *, whole: bool, sequence: int) -> bool:
+        """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds
+        `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU with full
+        activation checkpointing, but not with low-rank updates, which are there to save memory.
         """
-        if shards > 1 or self.activation_checkpointing == "selective":
+        if not (whole and self.parallel.join_exits) or self.activation_checkpointing == "selective":
             return False
         return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
 

@@ -276,6 +276,12 @@ class ParallelConfig(Settings):
         description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
         "weights are whole on each rank, trained without low-rank updates and not compiled",
     )
+    join_exits: bool = Field(
+        default=True,
+        description="recompute and differentiate the exit steps of a roll-out together, where weights are whole and "
+        "either ranks share a video or, on one GPU, activation_checkpointing is full and there is no lora: faster, and "
+        "one layer of all blocks at a time instead of one block's",
+    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
     reduce_once: bool = Field(
         default=False,

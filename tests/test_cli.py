@@ -94,7 +94,7 @@ NOT_DEFAULT = {
     "roles": "shared",
     "parallel": {
         "master_weights": "bfloat16", "frozen_weights": "float32", "cpu_offload": True, "compile": True,
-        "reduce_once": True, "replicate": 2, "sequence": 4, "gather_once": False, "graphs": False,
+        "reduce_once": True, "replicate": 2, "sequence": 4, "gather_once": False, "graphs": False, "join_exits": False,
     },
     "save_every": 11,
     "keep_checkpoints": 13,

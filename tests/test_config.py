@@ -231,6 +231,22 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
     assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
 
 
+@pytest.mark.parametrize(
+    ("changes", "alone", "shared"),
+    [
+        ([], False, True),
+        (["activation_checkpointing=full"], True, True),
+        (["activation_checkpointing=selective"], False, False),
+        (["activation_checkpointing=full", "lora.rank=4"], False, True),
+        (["activation_checkpointing=full", "parallel.join_exits=false"], False, False),
+    ],
+)
+def test_where_exit_steps_are_joined(tmp_path, changes, alone, shared):
+    config = stage(tmp_path, *changes, base=DISTILL)
+    assert [config.joins_exits(whole=True, sequence=n) for n in (1, 2)] == [alone, shared]
+    assert not any(config.joins_exits(whole=False, sequence=n) for n in (1, 2))
+
+
 def test_a_new_teacher_starts_from_random_weights(tmp_path):
     assert stage(tmp_path, "stage=teacher", "init_from=null").init_from is None
 

@@ -71,7 +71,7 @@ def parallelize(
         for block in getattr(model, "blocks", []):
             block.compile()
     if isinstance(model, VideoDiT):
-        model.exits_together = join_exits
+        model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
         model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model

@@ -58,6 +58,11 @@ class Layout:
         return 1 if self.whole else self.gpus // self.replicate
 
     @property
+    def holds_whole(self) -> bool:
+        """Whether each rank holds whole networks."""
+        return self.whole or self.gpus == 1
+
+    @property
     def copies(self) -> int:
         """How many copies of the weights there are."""
         return self.gpus // self.shards

@@ -86,12 +86,14 @@ def stage_need(
     precision = config.precision
     sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
     data_ranks, gather_once = world_size, config.gathers_once
-    if layout is None and config.parallel.weights == "whole":
+    holds_whole = world_size == 1 or config.parallel.weights == "whole"
+    if holds_whole:
         world_size = 1
     if layout is not None:
         config = without_mesh(config)
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size, gather_once = layout.data_ranks, layout.shards, layout.gather_once
+        holds_whole = layout.holds_whole
     critic, masters = config.critic, config.parallel.master_weights
     trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
     if networks.critic is not None:
@@ -106,11 +108,13 @@ def stage_need(
     average = student if config.ema.enabled else 0
     optimizer = sum(optimizer_bytes(each.network, each.lora, each.moments) for each in trained)
     clip = _stage_clip(config, networks.generator, data_ranks, image_tokens)
-    ranks = _Ranks(data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload, gather_once)
+    ranks = _Ranks(
+        data_ranks * sequence, world_size, sequence, config.accumulation(data_ranks), offload, gather_once, holds_whole
+    )
     modes = {}
     for on in (False, True):
         mode = {"activation_checkpointing": on and (config.activation_checkpointing or True)}
-        together = config.model_copy(update=mode).joins_exits(world_size, sequence)
+        together = config.model_copy(update=mode).joins_exits(whole=holds_whole, sequence=sequence)
         moments = _Moments(config, networks, clip, ranks, vae_width, checkpointing=on, together=together)
         modes[on] = max(moments, key=lambda parts: sum(parts.values()))
     on = bool(config.activation_checkpointing)
@@ -155,6 +159,7 @@ class _Ranks:
     accumulation: int
     offload: bool
     gather_once: bool
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -275,13 +280,14 @@ class _Moments:
         size = cache_bytes(generator, self.clip, window_frames=window, spare_frames=spare, precision=precision)
         if self._records and self.together:
             size += left_bytes(generator, self.clip, self.config.plan.blocks, given)
-        return size
+        # Long tuning has running videos, each with its cache, for each micro-batch.
+        return size * (self.ranks.accumulation if self.config.stage == "long" else 1)
 
     @property
     def _records(self) -> bool:
         """Whether roll-outs are recorded, and so one cache lent to all of them."""
         parallel = self.config.parallel
-        whole = self.ranks.shards == 1 and self.config.lora is None
+        whole = self.ranks.whole and self.config.lora is None
         return parallel.graphs and whole and not parallel.compile
 
     def _gradients(self, update: _Update) -> int:

@@ -9,7 +9,8 @@ token and layer were counted from the operations of the model as eager PyTorch r
     low-rank updates of all layers under bfloat16  58 D + 10 M more forward, 8 M - 84 D more backward
     and 6.3 bytes a weight and call for the bfloat16 copies of float32 weights
 
-Calls of a whole clip and calls of a block against a cache have a measured factor each (`slowdown`, `slowdown_blocks`).
+Calls of a whole clip, or of all blocks together, and calls of a block against a cache have a measured factor each
+(`slowdown`, `slowdown_blocks`).
 
 Networks: FSDP gathers each block's weights in every forward (a student's once for a whole roll-out where
 `parallel.gather_once` is on) and once more in every backward, where gradients are also reduced over a shard group and
@@ -173,7 +174,7 @@ class SpeedModel:
             update_generator=update_generator,
             exit_step=exit_step,
             chunk=1 if self.config.stage == "long" else 0,
-            together=self.config.joins_exits(self.layout.shards, self.layout.sequence),
+            together=self.config.joins_exits(whole=self.layout.holds_whole, sequence=self.layout.sequence),
         )
 
     def add(self, each: Pass, times: float, sums: _Sums) -> None:
@@ -183,7 +184,7 @@ class SpeedModel:
         weights = self._stored[each.network]
         computed = self.forward_seconds(each) if each.ahead else 0.0
         gathers = times if each.ahead else 0.0
-        if each.phase == "rollout" and self.layout.gather_once:
+        if each.ahead and each.phase == "rollout" and self.layout.gather_once:
             gathers = times / self._unrolled
         moved = self._gather(weights, sums, gathers)
         sums.seconds[each.phase] += times * computed
@@ -241,7 +242,8 @@ class SpeedModel:
         copies = COPY_BYTES / 2 * self._copied[each.network] if self.bf16 and lora is None else 0.0
         device = (seconds + moved / rates["memory"]) / share + copies / rates["memory"]
         host = left * network.num_layers * traffic.calls * rates["call"]
-        return rates["slowdown_blocks" if each.phase == "rollout" else "slowdown"] * max(device, host)
+        of_block = each.phase == "rollout" and each.ahead
+        return rates["slowdown_blocks" if of_block else "slowdown"] * max(device, host)
 
     def _past_tokens(self, call: Call) -> float:
         """Attended tokens of a cache."""

@@ -102,6 +102,7 @@ class Place:
 
     reading: Reading
     lease: Lease
+    cache: weakref.ref[KVCache]
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -329,8 +330,9 @@ class KVCache:
         """The block of `block_frames` frames at `position`, for a graded call of it; errors as those of `read`."""
         lease = Lease(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
         self._leases = [ref for ref in self._leases if ref() is not None]
-        self._leases.append(weakref.ref(lease))
-        return Place(self.read(block_frames, graded=True), lease)
+        if lease.slots:  # which a backward gives back
+            self._leases.append(weakref.ref(lease))
+        return Place(self.read(block_frames, graded=True), lease, weakref.ref(self))
 
     def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
         """Attended past and own keys and values of each block, [B, (P + f) * tokens, N, K]; own ones come last.

@@ -33,10 +33,6 @@ def check_call(
         raise ShapeError("mask and cache were both given; a call is either masked training or streaming")
     if commit and cache is None:
         raise ShapeError("commit=True needs a cache")
-    if (places or trace is not None) and (cache is None or commit):
-        raise ShapeError("a place needs its cache, and a call at one commits nothing")
-    if (trace is not None or places) and torch.is_grad_enabled() != bool(places):
-        raise ShapeError("a call is traced without gradient (torch.no_grad()) and made again at its places with it")
     if x.ndim != 5 or x.shape[2] != config.out_channels:
         raise ShapeError(f"x has shape {tuple(x.shape)}; it must be [B, F, {config.out_channels}, H, W]")
     batch, entries = x.shape[:2]
@@ -47,8 +43,8 @@ def check_call(
         raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
     if mask is not None and mask.num_entries != entries:
         raise ShapeError(f"x has {entries} entries and the mask {mask.num_entries}; they must be equal")
-    if places and (frames := sum(place.reading.num_frames for place in places)) != entries:
-        raise ShapeError(f"x has {entries} frames and the blocks at {len(places)} places {frames}; they must be equal")
+    if places or trace is not None:
+        check_places(config, entries, cache, commit, trace, places)
     tokens = tokens_per_frame(x.shape[3], x.shape[4])
     if cache is not None and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
         raise ShapeError(
@@ -56,6 +52,23 @@ def check_call(
             f"{cache.tokens_per_frame}; make a cache for this size with new_cache"
         )
     check_condition(config, condition, batch, x.shape[3:])
+
+
+def check_places(
+    config: DiTConfig, entries: int, cache: KVCache | None, commit: bool, trace: Place | None, places: Sequence[Place]
+) -> None:
+    """Raises ShapeError unless a call may be traced, or made again at `places`."""
+    given = list(places) if trace is None else [*places, trace]
+    if commit or cache is None or any(place.cache() is not cache for place in given):
+        raise ShapeError("a place needs its own cache, and a call at one commits nothing")
+    if torch.is_grad_enabled() != bool(places) or (places and trace is not None):
+        raise ShapeError(
+            "a call is traced without gradient (torch.no_grad()), and then made again at its places with it"
+        )
+    if (frames := sum(place.reading.num_frames for place in given)) != entries:
+        raise ShapeError(f"x has {entries} frames and the blocks at {len(given)} places {frames}; they must be equal")
+    if places and any(len(place.states) != config.num_layers for place in places):
+        raise ShapeError("a place was not traced, or made again before: trace each block once before each graded call")
 
 
 def check_condition(config: DiTConfig, condition: Condition, batch: int, size: torch.Size) -> None:

@@ -53,7 +53,7 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Recording gives free memory back, that of other devices too, where it may still be in use: with growing
-        # segments torch up to 2.13 then waits for this device alone (pytorch/pytorch 196258).
+        # segments torch then waits for this device alone (pytorch/pytorch 196258, up to 2.14).
         for device in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(device):
                 torch.cuda.synchronize(device)
@@ -104,9 +104,11 @@ class PassGraphs:
         key = (kind, _autocast(inputs[0].device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
         if (found := passes.recorded.get(key)) is None:
             passes.uses[key] = passes.uses.get(key, 0) + 1
-            if passes.uses[key] <= (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES):
+            left = (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES) - passes.uses[key]
+            if left >= 0:
                 made = work(*inputs)
-                passes.make_room(inputs[0].shape, made[1:])
+                if left == 0:
+                    passes.make_room(inputs[0].shape, made[1:])
                 return made
             recorded = self._recorded(work, inputs, passes, agree)
             if recorded is None:
@@ -139,6 +141,7 @@ class PassGraphs:
         if not agree(made is not None) or made is None:
             self._broken = True
             self.forget()
+            passes.forget()
             logger.warning("passes are not recorded as CUDA graphs, and run as ever: %s", reason)
             return None
         return _Recorded(held, *made)

@@ -120,6 +120,10 @@ class Role(VideoDiT):
         """That of the base."""
         return self.base.model.exits_together
 
+    @exits_together.setter
+    def exits_together(self, value: bool) -> None:
+        self.base.model.exits_together = value
+
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -71,6 +71,7 @@ def denoise_block(
             x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
     trace = None
     if exits is not None:
+        assert guidance is None, "training is never guided"
         trace = cache.place(x.shape[1])
         exits.append(ExitStep(x, sigmas[last], trace))
     with torch.set_grad_enabled(graded and exits is None):

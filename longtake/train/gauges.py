@@ -95,7 +95,6 @@ def operations_of(
         options: dict[str, Any] = {}
         if config.distils:
             options = {"update_generator": "generator" in inner.turns(step), "exit_step": inner.exit_step(step)}
-        if config.distils:
             options["together"] = inner.generator.exits_together
         if config.stage == "long":
             options["chunk"] = inner.schedule.at(step).chunk

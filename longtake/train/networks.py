@@ -194,7 +194,6 @@ class _Builder:
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
         config = self.config
-        shards = 1 if self.mesh.fsdp_mesh is None else self.mesh.fsdp_mesh.size()
         sequence = 1 if self.mesh.sequence is None else self.mesh.sequence.size
         parallelize(
             model,
@@ -204,7 +203,7 @@ class _Builder:
             compiled=config.parallel.compile,
             cpu_offload=config.parallel.cpu_offload,
             gather_once=config.gathers_once,
-            join_exits=recompute and config.joins_exits(shards, sequence),
+            join_exits=recompute and config.joins_exits(whole=self.mesh.fsdp_mesh is None, sequence=sequence),
         )
 
 

@@ -124,7 +124,8 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
         with torch.no_grad():
             errors |= check(f"streamed, {rope}", model, plain, lambda m, r=rope: cached(m, r, False))  # noqa: B023
     def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
-        m.activation_checkpointing, m.exits_together = True, m is model  # of all blocks at once, against one at a time
+        # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
+        m.activation_checkpointing, m.exits_together = rope == "relative", m is model
         rules = RollOutRules(plan, (1.0, 0.5), 3, 1, rope)
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:

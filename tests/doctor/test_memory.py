@@ -197,7 +197,8 @@ def test_long_tuning_holds_its_cache_and_the_vae(workshop, tmp_path):
     cache = memory.cache_bytes(TEACHER, clip, window_frames=3, spare_frames=5, precision="bf16")
     left = memory.left_bytes(TEACHER, clip, long.plan.blocks, 1)
     assert left == 4 * clip.batch * 2 * 16 * TEACHER.dim * TEACHER.num_layers  # of a block of two frames
-    assert wide["cache"] == narrow["cache"] == cache + left
+    assert wide["cache"] == narrow["cache"] == (cache + left) * 2  # of the running videos of two micro-batches
+    assert long.accumulation(1) == 2
 
 
 def test_optimizer_gradients_and_average():

@@ -269,10 +269,21 @@ def test_places_that_do_not_fit_are_refused() -> None:
     condition, sigma, x = make_tiny_condition(model), torch.ones(2), make_tiny_latents(2)
     cache = model.new_cache(2, 4, 6, 5, 1)
     place = cache.place(2)
-    with pytest.raises(ShapeError, match="a place needs its cache"):
+    with pytest.raises(ShapeError, match="a place needs its own cache"):
         model(x, sigma, condition, places=[place])
+    with pytest.raises(ShapeError, match="a place needs its own cache"):
+        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 5, 1), places=[place])
     with pytest.raises(ShapeError, match="2 frames and the blocks at 2 places 4"):
         model(x, sigma, condition, cache=cache, places=[place, place])
+    with torch.no_grad(), pytest.raises(ShapeError, match="1 frames and the blocks at 1 places 2"):
+        model(x[:, :1], sigma, condition, cache=cache, trace=place)
+    with pytest.raises(ShapeError, match="not traced, or made again before"):
+        model(x, sigma, condition, cache=cache, places=[place])
+    with torch.no_grad():
+        model(x, sigma, condition, cache=cache, trace=place)
+    model(x, sigma, condition, cache=cache, places=[place])
+    with pytest.raises(ShapeError, match="not traced, or made again before"):
+        model(x, sigma, condition, cache=cache, places=[place])
     with pytest.raises(ShapeError, match="traced without gradient"):
         model(x, sigma, condition, cache=cache, trace=place)
     with torch.no_grad(), pytest.raises(ShapeError, match="made again at its places with it"):

@@ -83,22 +83,28 @@ def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
     assert tape.recorded > recorded
 
 
-def test_every_pass_of_a_roll_out_is_replayed_in_the_end():
+@pytest.mark.parametrize("i2v", [True, False])
+@pytest.mark.parametrize("together", [False, True])
+def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
     """The first one too, which makes the keys and values of a condition."""
-    model, tape = make_tiny_model(i2v=True), Tape()
+    model, tape = make_tiny_model(i2v=i2v), Tape()
     condition = make_tiny_condition(model)
-    model.graphs = PassGraphs(tape)
+    model.graphs, model.exits_together = PassGraphs(tape), together
+    plan = BlockPlan(2, 1 if i2v else 2)
+    rules = RollOutRules(plan, RULES.sigmas, 6, 2, "relative")
 
-    def passes(condition, **options):
+    def passes(condition):
         before = tape.replayed
-        roll_out(model, condition, make_tiny_latents(1), noise, RULES, 9, (4, 6), **options)
+        first, frames = (make_tiny_latents(1), 9) if i2v else (None, 8)
+        made = roll_out(model, condition, first, noise, rules, frames, (4, 6), graded=together).latents
+        if together:
+            made.sum().backward()
         return tape.replayed - before
 
     for _ in range(3):
         passes(condition)
-    assert passes(make_tiny_condition(model, seed=9)) == 4 * (
-        3 + 1
-    )  # the last block has no context pass, the picture one
+    # four blocks of three steps; the last block has no context pass, the picture has one
+    assert passes(make_tiny_condition(model, seed=9)) == 4 * 3 + (4 if i2v else 3)
 
 
 @pytest.mark.parametrize("together", [False, True])

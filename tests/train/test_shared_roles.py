@@ -166,3 +166,17 @@ def test_updates_of_other_weights_are_refused(workshop, begun, tmp_path):
     save_dit(make_model().config, make_model(seed=8).state_dict(), tmp_path / "other")
     with pytest.raises(ConfigError, match=r"init_from=.*are updates of other weights than teacher=.*other"):
         build_networks(config_of(workshop, begun, init_from="causal", teacher=str(tmp_path / "other")), Mesh())
+
+
+def test_exit_steps_are_joined_as_the_configuration_says(workshop, tmp_path):
+    full = {"activation_checkpointing": True}
+    for changes, joined in (
+        (full, True),
+        ({}, False),
+        ({**full, "parallel": {"join_exits": False}}, False),
+        ({"activation_checkpointing": "selective"}, False),
+    ):
+        networks, *_ = build_networks(stage_config(workshop, tmp_path, "distill", **changes), Mesh())
+        assert networks["generator"].exits_together == joined, changes
+    networks, *_ = build_networks(config_of(workshop, tmp_path, **full), Mesh())
+    assert not networks["generator"].exits_together
