@@ -278,9 +278,7 @@ class ParallelConfig(Settings):
     )
     join_exits: bool = Field(
         default=True,
-        description="recompute and differentiate the exit steps of a roll-out together, where weights are whole and "
-        "either ranks share a video or, on one GPU, activation_checkpointing is full and there is no lora: faster, and "
-        "one layer of all blocks at a time instead of one block's",
+        description="give the exit steps of a roll-out their gradient together where that pays; one layer of all at once",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
     reduce_once: bool = Field(
