@@ -278,7 +278,7 @@ class ParallelConfig(Settings):
     )
     join_exits: bool = Field(
         default=True,
-        description="give the exit steps of a roll-out their gradient together where that pays; one layer of all at once",
+        description="give exit steps of a roll-out their gradient together where that pays; one layer of all at once",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
     reduce_once: bool = Field(
