@@ -434,7 +434,7 @@ class KVCache:
                 self._cross[layer] = tuple(t.clone() for t in tensors)
         return self._cross[layer]
 
-    def cross_is_for(self, condition: Condition, form: tuple = ()) -> None:
+    def cross_is_for(self, condition: Condition, form: tuple) -> None:
         """Declares the kept cross-attention keys and values complete for `condition`; `form`, what their shapes and
         types follow from.
         """

@@ -53,7 +53,7 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Recording gives free memory back, that of other devices too, where it may still be in use: with growing
-        # segments torch then waits for this device alone (pytorch/pytorch 196258, up to 2.14).
+        # segments torch then waits for this device alone (pytorch/pytorch 196258, seen in 2.11 and 2.14).
         for device in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(device):
                 torch.cuda.synchronize(device)
