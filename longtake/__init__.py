@@ -5,16 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["BlockPlan", "Condition", "Generator", "VideoDiT", "VideoShape", "load_dit"]
 
 _HOMES = {
     "BlockPlan": "longtake.structs",
+    "CacheError": "longtake.errors",
+    "CheckpointError": "longtake.errors",
     "Condition": "longtake.structs",
-    "VideoShape": "longtake.structs",
+    "ConfigError": "longtake.errors",
+    "DataError": "longtake.errors",
     "Generator": "longtake.inference.generator",
+    "LongtakeError": "longtake.errors",
+    "ShapeError": "longtake.errors",
+    "TrainingError": "longtake.errors",
     "VideoDiT": "longtake.models.dit",
+    "VideoShape": "longtake.structs",
+    "VideoWriter": "longtake.inference.video_io",
+    "clip_size": "longtake.data.clips",
+    "decode_image": "longtake.data.images",
     "load_dit": "longtake.models.weights",
+    "open_dataset": "longtake.data.formats",
+    "prepare_image": "longtake.models.conditioning",
+    "read_clip": "longtake.data.clips",
+    "read_lora": "longtake.models.lora_files",
+    "read_video": "longtake.inference.video_io",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -24,3 +39,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -118,3 +118,11 @@ def test_the_rules_see_a_wrong_import(tmp_path, monkeypatch):
         test_import_direction(bad)
     with pytest.raises(AssertionError):
         test_heavy_imports_are_lazy(bad)
+
+
+def test_every_public_name_is_there():
+    import longtake
+
+    assert {"open_dataset", "read_lora", "VideoWriter", "DataError"} <= set(longtake.__all__) <= set(dir(longtake))
+    for name in longtake.__all__:
+        assert getattr(longtake, name).__name__ == name
