@@ -246,9 +246,9 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     mesh, config = Mesh(device=device), stage(case, name, folder)
     trained, real, adapters = networks(case, config, mesh)
     phases = Phases()
-    dmd = stages._objective(config, trained, real, Draws(config.seed), phases)
+    dmd = stages.make_objective(config, trained, real, Draws(config.seed), phases)
     watched = Watched(dmd, device)
-    state = stages._state(config, dict(trained), adapters)
+    state = stages.make_state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)
     settings = LoopSettings(config.max_steps, save_every=0)
     # On the host: copies on the GPU would count as memory of the training.

@@ -35,14 +35,14 @@ ALLOWED = {
     "inference": INFERENCE,
     "evaluation": INFERENCE | {"evaluation", "distributed"},
     "serve": INFERENCE,
-    "doctor": INFERENCE,
     "train": INFERENCE | {"objectives", "distributed", "evaluation"},
+    "doctor": INFERENCE | {"objectives", "distributed", "train"},  # it runs a training without data; nobody imports it
 }
 ENTRANCES = {"__init__", "__main__", "cli", "cli_play", "cli_world"}  # they import what they start, each lazily
 
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
 TORCH_FREE = BASE - {"randomness"} | ENTRANCES
-PROCESS_GROUP = ("distributed/", "train/", "data/loader.py", "evaluation/run.py")
+PROCESS_GROUP = ("distributed/", "train/", "data/loader.py", "evaluation/run.py", "doctor/estimate.py")
 ENVIRONMENT = ("cli.py", "distributed/mesh.py")
 
 

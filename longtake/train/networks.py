@@ -36,23 +36,20 @@ from longtake.train.lora import adapt, earlier_values, first_values
 logger = logging.getLogger(__name__)
 
 
-def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
+# The trained networks by name, the frozen real score, and the low-rank updates of those that train nothing else
+Networks = tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]
+
+
+def build_networks(config: StageConfig, mesh: Mesh) -> Networks:
     """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else.
 
     Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
     """
-    builder = _Builder(config, mesh)
+    builder = Builder(config, mesh)
     if config.init_from is not None:
-        _open(builder.weights("generator"), config)  # heads of files only
+        builder.open(builder.weights("generator"))  # heads of files only
         _check_same_rules(config.source(config.init_from), config)
-    if not config.distils:
-        return {"generator": builder.trained("generator")}, None, builder.adapters
-    if config.roles == "shared":
-        return builder.shared()
-    networks = {"generator": builder.trained("generator")}
-    real = builder.frozen()
-    networks["critic"] = builder.trained("critic")
-    return networks, real, builder.adapters
+    return builder.build()
 
 
 def weights_folder(source: Path, config: StageConfig) -> Path:
@@ -70,12 +67,23 @@ def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
     return opened.model
 
 
-class _Builder:
+class Builder:
     """Builds the networks of one stage one after the other, and remembers their updates."""
 
     def __init__(self, config: StageConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.adapters: dict[str, Adapter] = {}
+
+    def build(self) -> Networks:
+        """All networks of the stage."""
+        if not self.config.distils:
+            return {"generator": self.trained("generator")}, None, self.adapters
+        if self.config.roles == "shared":
+            return self.shared()
+        networks = {"generator": self.trained("generator")}
+        real = self.frozen()
+        networks["critic"] = self.trained("critic")
+        return networks, real, self.adapters
 
     def trained(self, name: str) -> VideoDiT:
         """A network of its own: trained whole, or its updates alone."""
@@ -83,7 +91,7 @@ class _Builder:
         if name == "generator" and config.init_from is None:
             return self._random()
         weights = self.weights(name)
-        opened = _open(weights, config)
+        opened = self.open(weights)
         if lora is None:
             self._cast_masters(opened.model)
             if name == "generator" and self._records:
@@ -91,21 +99,22 @@ class _Builder:
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
-        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh)
+        identity = self.mesh.on_main(lambda: self.identity(weights))
+        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh, identity=identity)
         return self._filled(opened, first_values(opened.model, name, config))
 
     def frozen(self) -> VideoDiT:
         """The teacher alone."""
-        opened = _open(self.weights("teacher"), self.config)
+        opened = self.open(self.weights("teacher"))
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
-    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
+    def shared(self) -> Networks:
         """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
         config, mesh = self.config, self.mesh
         base = self.weights("teacher")
-        identity = mesh.on_main(lambda: weights_identity(base))
-        opened = _open(base, config)
+        identity = mesh.on_main(lambda: self.identity(base))
+        opened = self.open(base)
         self._freeze(opened.model)
         updates: list[Iterator[tuple[str, Tensor]]] = []
         names = [name for name in ("generator", "critic") if self._lora(name) is not None]
@@ -157,6 +166,14 @@ class _Builder:
             source = config.critic.init_from or config.teacher
         assert source is not None
         return weights_folder(config.source(source), config)
+
+    def open(self, source: Path) -> Opened:
+        """Weights before they are read. Raises: CheckpointError, ConfigError."""
+        return _open(source, self.config)
+
+    def identity(self, source: Path) -> str:
+        """What tells these weights from all others."""
+        return weights_identity(source)
 
     def _freeze(self, model: VideoDiT) -> None:
         kept = self.config.parallel.frozen_weights

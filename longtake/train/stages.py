@@ -122,14 +122,14 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             **parts,
         )
     phases = Phases(mesh.device)
-    inner = _objective(config, networks, real, Draws(config.seed), phases)
+    inner = make_objective(config, networks, real, Draws(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
     if config.stage == "long":
         codec = EncoderCodec.of_stage(config, encoders, mesh.device, with_tokens=with_tokens)
         inner, batches = for_long_videos(config, inner, codec, loaded, accumulation)
     objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
-    state = _state(config, objective.networks, adapters)
+    state = make_state(config, objective.networks, adapters)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -223,9 +223,10 @@ def _validation(
     return Validation(config, encoders, state, teacher, mesh, config.folder)
 
 
-def _objective(
+def make_objective(
     config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws, phases: Phases
 ) -> Objective:
+    """What the stage trains its networks by, but for long videos. Args: `real`, the frozen score."""
     clean = config.model.image_condition == "i2v" and config.model.first_frame_sigma == "zero"
     flow = config.flow
     if config.stage == "teacher":
@@ -300,7 +301,8 @@ def for_long_videos(
     )
 
 
-def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
+def make_state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
+    """The state of a stage before its first iteration, of networks that are already sharded."""
     groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
     optimizers = {}
     for name in networks:

@@ -1,0 +1,465 @@
+"""What a stage needs on each rank: its real networks, losses, backwards and optimizer steps, on tensors without data.
+
+One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
+that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
+CUDA context, fragments of the allocator, encoders that are resident (`files.py` adds them), and validation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from longtake.config import StageConfig
+from longtake.distributed.mesh import Mesh
+from longtake.models import attention
+from longtake.models.block import Block
+from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.token_split import check_heads
+from longtake.models.vae import VideoVAE
+from longtake.models.weights import Opened
+from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.long import LongTuning
+from longtake.randomness import Draws
+from longtake.structs import Condition
+from longtake.train.loop import LoopSettings, Window, iteration
+from longtake.train.metrics_log import Phases
+from longtake.train.networks import Builder
+from longtake.train.picture_codec import EncoderCodec
+from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
+
+# Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
+# backward the bytes are affine in the number of the layer and in the depth, and the most is found in one of the first
+# or last layers: two of each, since what a layer leaves behind or fetches ahead (FSDP) reaches one layer further. So
+# one more trace, a layer deeper, gives these points at any depth exactly; a test compares them with a whole trace.
+DEPTH, EDGE = 4, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a stage's networks; None where it has none."""
+
+    generator: DiTConfig
+    critic: DiTConfig | None = None
+    teacher: DiTConfig | None = None
+
+    @property
+    def known(self) -> dict[str, DiTConfig]:
+        """Those that there are."""
+        return {name: size for name, size in vars(self).items() if size is not None}
+
+    def with_depths(self, depth: Callable[[int], int]) -> Sizes:
+        """The same with other numbers of layers, each a function of the number that there is."""
+        return Sizes(**{name: replace(one, num_layers=depth(one.num_layers)) for name, one in self.known.items()})
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank: `at_rest`, what is there all the time by what for, and the most at once, at a `moment` that is
+    told in words. `checkpoint` is the disk that one checkpoint takes, of all ranks together.
+    """
+
+    at_rest: dict[str, int]
+    peak: int
+    moment: str
+    checkpoint: int
+
+
+def stage_need(
+    config: StageConfig, sizes: Sizes, world_size: int, *, image_tokens: int = 0, vae: Mapping[str, Any] = {}
+) -> Need:
+    """What each of `world_size` ranks needs to train a stage, resident encoders left out.
+
+    Args: `image_tokens` of a picture; `vae`, the VAE's configuration where it is not Wan2.1's (long tuning decodes).
+    Raises: ConfigError when batch, heads or `parallel` do not fit the ranks.
+    """
+    config.accumulation(world_size)
+    for size in sizes.known.values():
+        check_heads(size.num_heads, config.parallel.sequence)
+    short = trace(config, sizes.with_depths(lambda layers: min(layers, DEPTH)), world_size, image_tokens, vae)
+    found = short.numbers
+    for deep in {size.num_layers for size in sizes.known.values() if size.num_layers > DEPTH}:
+        deeper = sizes.with_depths(lambda layers: min(layers, DEPTH) + (layers == deep))  # noqa: B023 (used at once)
+        more = trace(config, deeper, world_size, image_tokens, vae).numbers
+        steps = (deep - DEPTH) * (np.array(more) - np.array(short.numbers))
+        found = (np.array(found) + steps).tolist()
+    checkpoint, *rest = found
+    parts, peaks = rest[: len(short.at_rest)], rest[len(short.at_rest) :]
+    peak, moment = max(zip(peaks, short.outer, strict=True), key=lambda pair: pair[0])
+    if config.parallel.cpu_offload:  # all of it, and gradients too, which are counted nevertheless
+        peak, parts = peak - sum(parts), [0] * len(parts)
+    return Need(dict(zip(short.at_rest, parts)), peak, moment.where, checkpoint)
+
+
+@dataclass
+class Moment:
+    """The most bytes of one stretch of an iteration: of a layer, where `inner` says that it is none of the first or
+    last, or of what is outside of layers.
+    """
+
+    where: str
+    peak: int
+    inner: bool = False
+
+
+@dataclass
+class Meter(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on, until they are freed; inside `FakeTensorMode`."""
+
+    now: int = 0
+    where: str = "the start"
+    moments: list[Moment] = field(default_factory=lambda: [Moment("the start", 0)])
+    _sizes: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _keeps_values(func, tensors, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 1.0  # there are no data: any number will do
+        if func.overloadpacket in _INDEXED:
+            with unset_fake_temporarily():
+                args = tree_map(lambda x: x.nonzero()[:, 0] if _is_mask(x) else x, args)
+        out = func(*args, **kwargs)
+        # Optimizers of a GPU are one kernel, where the CPU's keep results of a list of tensors in between.
+        if not func.name().startswith("aten::_foreach_"):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # with which DTensor works out shapes
+                    self._add(_local(leaf).untyped_storage())
+        if func is torch.ops.aten.convolution.default and out.ndim == 5:
+            # cuDNN works on copies in a layout of its own: not seen, but one H200 took as much more for them.
+            self._reach(self.now + args[0].nbytes + out.nbytes)
+        return out
+
+    def mark(self, *, inner: bool = False) -> None:
+        """Begins another stretch."""
+        self.moments.append(Moment(self.where, self.now, inner))
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._drop, key).atexit = False
+            self._grow(key, storage.nbytes())
+
+    def _grow(self, key: int, size: int) -> None:
+        if key in self._sizes:
+            self._sizes[key] += size
+            self.now += size
+            self._reach(self.now)
+
+    def _reach(self, size: int) -> None:
+        self.moments[-1].peak = max(self.moments[-1].peak, size)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Inside, storages that change their size are followed: FSDP frees gathered weights so."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            result = resize(storage, size)
+            self._grow(storage._cdata, size - before)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+_INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds; `to_local` would make another tensor of it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _is_mask(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.bool and not isinstance(x, FakeTensor)
+
+
+def _keeps_values(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
+    """Whether integers and masks are made of integers and masks alone: who sees whom, and where, must be known."""
+    dtype = kwargs.get("dtype")
+    if dtype is None and not tensors:
+        return func.overloadpacket is torch.ops.aten.arange and all(isinstance(x, int) for x in args)
+    if any(isinstance(x, FakeTensor) or x.dtype.is_floating_point or x.device.type != "cpu" for x in tensors):
+        return False
+    return not dtype.is_floating_point if dtype is not None else not any(isinstance(x, float) for x in args)
+
+
+class _Parts(Phases):
+    """Tells the meter which part of which update runs."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter, self.turn = meter, ""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before, self.meter.where = self.meter.where, f"{name} in the update of the {self.turn}"
+        self.meter.mark()
+        yield
+        self.meter.where = before
+        self.meter.mark()
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        self.turn, self.meter.where = name, f"the update of the {name}"
+        yield
+
+
+class _Chosen(Draws):
+    """Random numbers whose integers are chosen. A roll-out stops at its second step: a later one does as the second
+    did, holding nothing more; the student's own history is made, and videos are the longest.
+    """
+
+    def integer(self, step: int, purpose: str, low: int, high: int, part: int = 0) -> int:
+        chosen = {"exit_step": low + 1, "own_history": low}.get(purpose, high - 1)
+        return min(chosen, high - 1)
+
+
+class _OneOfMany(Mesh):
+    """A rank whose group sends nothing: all other ranks do as it does."""
+
+    def every(self, work: Any) -> list[Any]:
+        return [work()] * self.world_size
+
+    def gather(self, values: Any) -> Tensor:
+        return torch.tensor([list(values)] * self.world_size, dtype=torch.float64)
+
+
+@contextmanager
+def ranks(config: StageConfig, world_size: int) -> Iterator[Mesh]:
+    """The mesh of the first of `world_size` ranks of a stage, which are not there."""
+    if world_size == 1:
+        yield Mesh()
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        group = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+        yield _OneOfMany(0, world_size, torch.device("cpu"), group).arranged(config.parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Hollow(Builder):
+    """Networks without weights: sizes instead of files, and storages without data."""
+
+    def __init__(self, config: StageConfig, mesh: Mesh, sizes: Sizes, modes: Any, meter: Meter) -> None:
+        super().__init__(config, mesh)
+        self.sizes, self.modes, self.meter = sizes, modes, meter
+
+    def weights(self, name: str) -> Path:
+        return Path("teacher" if self.config.roles == "shared" else name)
+
+    def open(self, source: Path) -> Opened:
+        with torch.device("meta"):
+            model = VideoDiT(getattr(self.sizes, source.name))
+        for layer, block in enumerate(model.blocks):
+            mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
+            block.register_forward_pre_hook(lambda *_, mark=mark: mark())
+            block.register_forward_hook(lambda _block, _inputs, out, mark=mark: _before_backward(out, mark))
+            cast(Block, block).self_attn.attend = _as_on_a_gpu
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+        def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+            return ((name, torch.ones(1).expand(shapes[name])) for name in names or ())
+
+        return Opened(model, read)
+
+    def identity(self, source: Path) -> str:
+        return source.name
+
+    def _random(self) -> VideoDiT:
+        opened = self.open(Path("generator"))
+        self._cast_masters(opened.model)
+        return self._filled(opened)
+
+    def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
+        self._parallelize(opened.model, recompute=recompute)
+        with self.modes():
+            opened.model.to_empty(device="cpu")
+        return opened.model
+
+
+def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda _: mark())
+
+
+def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
+    """Attention with the memory that it takes there: masks by which a key is seen more than once are flex attention's,
+    which copies no keys.
+    """
+    if mask is not None and sum(len(seen) for _, _, seen in mask.parts) > mask.allowed.shape[1]:
+        mask = None
+    return attention.attend(q, k, v, mask=mask)
+
+
+class _Batches:
+    """Micro-batches of a stage's shapes, each with rows of its own."""
+
+    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
+        self.position, self._numbers = 0, count()
+        shape, self._rows, channels = config.video.shape, rows, size.out_channels
+        self._config, self._size, self._tokens = config, size, image_tokens
+        self._latent = (channels, shape.latent_height, shape.latent_width)
+
+    def seek(self, position: int) -> None:
+        self.position = position
+
+    def __next__(self) -> EncodedBatch:
+        config, size, rows = self._config, self._size, self._rows
+        frames, space = config.video.num_latent_frames, self._latent[1:]
+
+        def text() -> Tensor:
+            return torch.empty(rows, size.text_len, size.text_dim)
+
+        image = None if size.image_dim is None else torch.empty(rows, self._tokens, size.image_dim)
+        y = torch.empty(rows, frames, size.condition_channels, *space) if size.condition_channels else None
+        clip = (rows, config.clip_shape.num_latent_frames, *self._latent)
+        return EncodedBatch(
+            [next(self._numbers) for _ in range(rows)],
+            Condition(text(), image, y),
+            text(),
+            (space[0], space[1]),
+            torch.empty(clip) if config.learns_from_videos else None,
+            torch.empty(rows, 1, *self._latent) if config.model.image_condition == "i2v" else None,
+            text() if config.long is not None and config.long.switch_frames else None,
+        )
+
+
+class _Tokens:
+    """In place of the image encoder: CLIP tokens of the right shape."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.count, self.width = count, width
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.empty(images.shape[0], self.count, self.width)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was counted: bytes of a checkpoint, bytes at rest by what for, and the stretches of an iteration."""
+
+    checkpoint: int
+    at_rest: dict[str, int]
+    moments: list[Moment]
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of it, in this order, without inner layers: as many numbers at any depth."""
+        return [self.checkpoint, *self.at_rest.values(), *(moment.peak for moment in self.outer)]
+
+    @property
+    def outer(self) -> list[Moment]:
+        """The stretches that there are at any depth."""
+        return [moment for moment in self.moments if not moment.inner]
+
+
+def trace(config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any] = {}) -> Trace:
+    """One iteration that updates every network, on one of `world_size` ranks. Args: as `stage_need`."""
+    # Compiled blocks need no more than these.
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
+    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
+
+    @contextmanager
+    def modes() -> Iterator[None]:
+        with fake, meter:
+            yield
+
+    with ranks(config, world_size) as mesh, meter.resizing():
+        networks, real, adapters = _Hollow(config, mesh, sizes, modes, meter).build()
+        phases, draws = _Parts(meter), _Chosen(config.seed)
+        batches: Any = _Batches(config, sizes.generator, config.micro_batch(world_size), image_tokens)
+        accumulation = config.accumulation(world_size)
+        with fake:
+            codec = _codec(config, sizes.generator, image_tokens, vae) if config.stage == "long" else None
+        with modes():
+            inner = make_objective(config, networks, real, draws, phases)
+            if codec is not None:
+                inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
+            else:
+                accumulation = min(2, accumulation)  # all but the first find gradients
+            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
+            state = make_state(config, objective.networks, adapters)
+            state.step = _busiest(inner)
+            rest = _at_rest([*networks.values(), *([] if real is None else [real])], state)
+            settings = LoopSettings(state.step + 1, accumulation, reduce_once=config.parallel.reduce_once)
+            iteration(state, objective, batches, settings, mesh, phases, Window())
+        saved = sum(tensor.nbytes for tensor in state.tensors().values())
+        averages = [tensor for average in state.ema.values() for tensor in average.tensors().values()]
+        student = [p for p in networks["generator"].parameters() if p.requires_grad]
+        exported = sum(4 * tensor.numel() for tensor in [*averages, *student])
+    return Trace(saved + exported, rest, meter.moments)
+
+
+def _busiest(objective: Any) -> int:
+    """An iteration that updates every network, of long videos in a chunk that goes on after another."""
+
+    def order(step: int) -> tuple[bool, bool, int]:
+        chunk = objective.schedule.at(step).chunk if isinstance(objective, LongTuning) else 1
+        return "generator" not in objective.turns(step), chunk == 0, chunk
+
+    first = getattr(getattr(objective, "settings", None), "head_start", 0)
+    return min(range(first, first + 200), key=order)
+
+
+def _codec(config: StageConfig, size: DiTConfig, image_tokens: int, vae: Mapping[str, Any]) -> EncoderCodec:
+    """The real VAE, whose weights are those of the resident encoders."""
+    from diffusers import AutoencoderKLWan
+
+    module = VideoVAE(AutoencoderKLWan(**vae))
+    image: Any = None if size.image_dim is None else _Tokens(image_tokens, size.image_dim)
+    return EncoderCodec(module, image, with_y=config.model.with_y, num_latent_frames=config.video.num_latent_frames)
+
+
+def _at_rest(networks: list[Any], state: Any) -> dict[str, int]:
+    parts = dict.fromkeys(("trained weights", "frozen weights", "optimizer", "average"), 0)
+    seen: set[int] = set()
+
+    def add(name: str, tensor: Tensor) -> None:
+        storage = _local(tensor).untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            parts[name] += storage.nbytes()
+
+    for network in networks:
+        for p in network.parameters():
+            add("trained weights" if p.requires_grad else "frozen weights", p)
+    for name, groups in (("optimizer", state.optimizers), ("average", state.ema)):
+        for group in groups.values():
+            for tensor in group.tensors().values():
+                add(name, tensor)
+    return parts
