@@ -65,8 +65,14 @@ class Sizes:
         return {name: size for name, size in vars(self).items() if size is not None}
 
     def with_depths(self, depth: Callable[[int], int]) -> Sizes:
-        """The same with other numbers of layers, each a function of the number that there is."""
-        return Sizes(**{name: replace(one, num_layers=depth(one.num_layers)) for name, one in self.known.items()})
+        """The same with other numbers of layers, each a function of the number that there is. All read the condition
+        of the student, also where sizes are guessed because weights are missing.
+        """
+        read = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
+        given = {name: getattr(self.generator, name) for name in read}
+        return Sizes(
+            **{name: replace(one, num_layers=depth(one.num_layers), **given) for name, one in self.known.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,10 @@ class Meter(TorchDispatchMode):
         # Optimizers of a GPU are one kernel, where the CPU's keep results of a list of tensors in between.
         if not func.name().startswith("aten::_foreach_"):
             for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # with which DTensor works out shapes
-                    self._add(_local(leaf).untyped_storage())
+                mine = _local(leaf)
+                # Meta tensors are those with which DTensor works out shapes.
+                if isinstance(mine, FakeTensor) and mine.fake_device.type != "meta":
+                    self._add(mine.untyped_storage())
         if func is torch.ops.aten.convolution.default and out.ndim == 5:
             # cuDNN works on copies in a layout of its own: not seen, but one H200 took as much more for them.
             self._reach(self.now + args[0].nbytes + out.nbytes)
@@ -196,7 +204,7 @@ class Meter(TorchDispatchMode):
 _INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Any) -> Any:
     """What this rank holds; `to_local` would make another tensor of it."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

@@ -46,14 +46,6 @@ def test_bidirectional_pass_and_its_backward(model):
     assert ran == flops.backward(model.config, call).total
 
 
-def test_a_backward_with_checkpointing_computes_the_blocks_again(model):
-    model.activation_checkpointing = True
-    call, condition = call_of(model), make_tiny_condition(model)
-    _, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
-    ran, _ = counted(lambda: velocity.sum().backward())
-    assert ran == (flops.backward(model.config, call) + flops.recomputed(model.config, call)).total
-
-
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_masked_pass(model, rope):
     """The permitted pairs alone are computed, here counted one by one."""
