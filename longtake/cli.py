@@ -313,7 +313,9 @@ def doctor(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that win over the file.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Ranks to plan for; by default the GPUs of this machine.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
     ] = None,

@@ -8,23 +8,21 @@ CUDA context, fragments of the allocator, encoders that are resident (`files.py`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.config import StageConfig
 from longtake.distributed.mesh import Mesh
@@ -34,6 +32,7 @@ from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.token_split import check_heads
 from longtake.models.vae import VideoVAE
 from longtake.models.weights import Opened
+from longtake.objectives.dmd import Dmd
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.long import LongTuning
 from longtake.randomness import Draws
@@ -43,6 +42,7 @@ from longtake.train.metrics_log import Phases
 from longtake.train.networks import Builder
 from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
+from longtake.train.state import TrainState
 
 # Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
 # backward the bytes are affine in the number of the layer and in the depth, and the most is found in one of the first
@@ -50,29 +50,11 @@ from longtake.train.stages import InPrecision, for_long_videos, make_objective, 
 # one more trace, a layer deeper, gives these points at any depth exactly; a test compares them with a whole trace.
 DEPTH, EDGE = 4, 2
 
+PARTS = ("trained weights", "frozen weights", "optimizer", "average")
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a stage's networks; None where it has none."""
 
-    generator: DiTConfig
-    critic: DiTConfig | None = None
-    teacher: DiTConfig | None = None
-
-    @property
-    def known(self) -> dict[str, DiTConfig]:
-        """Those that there are."""
-        return {name: size for name, size in vars(self).items() if size is not None}
-
-    def with_depths(self, depth: Callable[[int], int]) -> Sizes:
-        """The same with other numbers of layers, each a function of the number that there is. All read the condition
-        of the student, also where sizes are guessed because weights are missing.
-        """
-        read = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
-        given = {name: getattr(self.generator, name) for name in read}
-        return Sizes(
-            **{name: replace(one, num_layers=depth(one.num_layers), **given) for name, one in self.known.items()}
-        )
+# Sizes of a stage's networks by `generator`, `critic`, `teacher`
+Sizes = Mapping[str, DiTConfig]
 
 
 @dataclass(frozen=True)
@@ -96,21 +78,29 @@ def stage_need(
     Raises: ConfigError when batch, heads or `parallel` do not fit the ranks.
     """
     config.accumulation(world_size)
-    for size in sizes.known.values():
+    for size in sizes.values():
         check_heads(size.num_heads, config.parallel.sequence)
-    short = trace(config, sizes.with_depths(lambda layers: min(layers, DEPTH)), world_size, image_tokens, vae)
-    found = short.numbers
-    for deep in {size.num_layers for size in sizes.known.values() if size.num_layers > DEPTH}:
-        deeper = sizes.with_depths(lambda layers: min(layers, DEPTH) + (layers == deep))  # noqa: B023 (used at once)
-        more = trace(config, deeper, world_size, image_tokens, vae).numbers
-        steps = (deep - DEPTH) * (np.array(more) - np.array(short.numbers))
-        found = (np.array(found) + steps).tolist()
-    checkpoint, *rest = found
-    parts, peaks = rest[: len(short.at_rest)], rest[len(short.at_rest) :]
-    peak, moment = max(zip(peaks, short.outer, strict=True), key=lambda pair: pair[0])
+    # All read the condition of the student, also where sizes are guessed because weights are missing.
+    read = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
+    given = {name: getattr(sizes["generator"], name) for name in read}
+
+    def traced(depth: Callable[[int], int]) -> list[Moment]:
+        cut = {name: replace(size, num_layers=depth(size.num_layers), **given) for name, size in sizes.items()}
+        return trace(config, cut, world_size, image_tokens, vae)
+
+    found = short = traced(lambda layers: min(layers, DEPTH))
+    if deep := {size.num_layers for size in sizes.values() if size.num_layers > DEPTH}:
+        found = short = [moment for moment in short if not moment.inner]
+    for layers in deep:
+        more = (moment for moment in traced(lambda n: min(n, DEPTH) + (n == layers)) if not moment.inner)  # noqa: B023
+        triples = zip(found, short, more, strict=True)
+        found = [replace(a, size=a.size + (layers - DEPTH) * (c.size - b.size)) for a, b, c in triples]
+    checkpoint, *rest = found[: 1 + len(PARTS)]
+    at_rest = {moment.where: moment.size for moment in rest}
+    most = max(found[1 + len(PARTS) :], key=lambda moment: moment.size)
     if config.parallel.cpu_offload:  # all of it, and gradients too, which are counted nevertheless
-        peak, parts = peak - sum(parts), [0] * len(parts)
-    return Need(dict(zip(short.at_rest, parts)), peak, moment.where, checkpoint)
+        return Need({}, most.size - sum(at_rest.values()), most.where, checkpoint.size)
+    return Need(at_rest, most.size, most.where, checkpoint.size)
 
 
 @dataclass
@@ -120,21 +110,19 @@ class Moment:
     """
 
     where: str
-    peak: int
+    size: int
     inner: bool = False
 
 
-@dataclass
 class Meter(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is on, until they are freed; inside `FakeTensorMode`."""
+    """Counts the bytes of storages that are made while it is on, until they are freed; `with meter.fake, meter:`."""
 
-    now: int = 0
-    where: str = "the start"
-    moments: list[Moment] = field(default_factory=lambda: [Moment("the start", 0)])
-    _sizes: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.where, self.now = "the start", 0
+        self.moments = [Moment(self.where, 0)]
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,15 +134,13 @@ class Meter(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1.0  # there are no data: any number will do
         if func.overloadpacket in _INDEXED:
             with unset_fake_temporarily():
-                args = tree_map(lambda x: x.nonzero()[:, 0] if _is_mask(x) else x, args)
+                args = tree_map_only(Tensor, _selected, args)
         out = func(*args, **kwargs)
         # Optimizers of a GPU are one kernel, where the CPU's keep results of a list of tensors in between.
         if not func.name().startswith("aten::_foreach_"):
             for leaf in tree_leaves(out):
-                mine = _local(leaf)
-                # Meta tensors are those with which DTensor works out shapes.
-                if isinstance(mine, FakeTensor) and mine.fake_device.type != "meta":
-                    self._add(mine.untyped_storage())
+                if isinstance(leaf, Tensor):
+                    self._add(_storage(leaf))
         if func is torch.ops.aten.convolution.default and out.ndim == 5:
             # cuDNN works on copies in a layout of its own: not seen, but one H200 took as much more for them.
             self._reach(self.now + args[0].nbytes + out.nbytes)
@@ -178,7 +164,7 @@ class Meter(TorchDispatchMode):
             self._reach(self.now)
 
     def _reach(self, size: int) -> None:
-        self.moments[-1].peak = max(self.moments[-1].peak, size)
+        self.moments[-1].size = max(self.moments[-1].size, size)
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
@@ -204,13 +190,13 @@ class Meter(TorchDispatchMode):
 _INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 
 
-def _local(tensor: Any) -> Any:
-    """What this rank holds; `to_local` would make another tensor of it."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+def _storage(tensor: Any) -> torch.UntypedStorage:
+    """Of what this rank holds; `to_local` would make another tensor of it."""
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
 
 
-def _is_mask(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype == torch.bool and not isinstance(x, FakeTensor)
+def _selected(x: Tensor) -> Tensor:
+    return x.nonzero()[:, 0] if x.dtype == torch.bool and not isinstance(x, FakeTensor) else x
 
 
 def _keeps_values(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
@@ -283,16 +269,16 @@ def ranks(config: StageConfig, world_size: int) -> Iterator[Mesh]:
 class _Hollow(Builder):
     """Networks without weights: sizes instead of files, and storages without data."""
 
-    def __init__(self, config: StageConfig, mesh: Mesh, sizes: Sizes, modes: Any, meter: Meter) -> None:
+    def __init__(self, config: StageConfig, mesh: Mesh, sizes: Sizes, meter: Meter) -> None:
         super().__init__(config, mesh)
-        self.sizes, self.modes, self.meter = sizes, modes, meter
+        self.sizes, self.meter = sizes, meter
 
     def weights(self, name: str) -> Path:
         return Path("teacher" if self.config.roles == "shared" else name)
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
-            model = VideoDiT(getattr(self.sizes, source.name))
+            model = VideoDiT(self.sizes[source.name])
         for layer, block in enumerate(model.blocks):
             mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
             block.register_forward_pre_hook(lambda *_, mark=mark: mark())
@@ -315,7 +301,7 @@ class _Hollow(Builder):
 
     def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
         self._parallelize(opened.model, recompute=recompute)
-        with self.modes():
+        with self.meter.fake, self.meter:
             opened.model.to_empty(device="cpu")
         return opened.model
 
@@ -337,100 +323,67 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
 class _Batches:
     """Micro-batches of a stage's shapes, each with rows of its own."""
 
-    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
-        self.position, self._numbers = 0, count()
-        shape, self._rows, channels = config.video.shape, rows, size.out_channels
-        self._config, self._size, self._tokens = config, size, image_tokens
-        self._latent = (channels, shape.latent_height, shape.latent_width)
+    position = 0
 
-    def seek(self, position: int) -> None:
-        self.position = position
+    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
+        self._config, self._size, self._rows, self._tokens = config, size, rows, image_tokens
 
     def __next__(self) -> EncodedBatch:
-        config, size, rows = self._config, self._size, self._rows
-        frames, space = config.video.num_latent_frames, self._latent[1:]
+        config, size, rows, shape = self._config, self._size, self._rows, self._config.video.shape
+        space = shape.latent_height, shape.latent_width
+        self.position += rows
+
+        def latents(frames: int, channels: int = size.out_channels) -> Tensor:
+            return torch.empty(rows, frames, channels, *space)
 
         def text() -> Tensor:
             return torch.empty(rows, size.text_len, size.text_dim)
 
         image = None if size.image_dim is None else torch.empty(rows, self._tokens, size.image_dim)
-        y = torch.empty(rows, frames, size.condition_channels, *space) if size.condition_channels else None
-        clip = (rows, config.clip_shape.num_latent_frames, *self._latent)
+        y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
         return EncodedBatch(
-            [next(self._numbers) for _ in range(rows)],
+            range(self.position, self.position + rows),
             Condition(text(), image, y),
             text(),
-            (space[0], space[1]),
-            torch.empty(clip) if config.learns_from_videos else None,
-            torch.empty(rows, 1, *self._latent) if config.model.image_condition == "i2v" else None,
+            space,
+            latents(config.clip_shape.num_latent_frames) if config.learns_from_videos else None,
+            latents(1) if config.model.image_condition == "i2v" else None,
             text() if config.long is not None and config.long.switch_frames else None,
         )
 
 
-class _Tokens:
-    """In place of the image encoder: CLIP tokens of the right shape."""
+def trace(
+    config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any]
+) -> list[Moment]:
+    """Bytes of a checkpoint, of each of `PARTS`, and of each stretch of an iteration that updates every network.
 
-    def __init__(self, count: int, width: int) -> None:
-        self.count, self.width = count, width
-
-    def encode(self, images: Tensor) -> Tensor:
-        return torch.empty(images.shape[0], self.count, self.width)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What was counted: bytes of a checkpoint, bytes at rest by what for, and the stretches of an iteration."""
-
-    checkpoint: int
-    at_rest: dict[str, int]
-    moments: list[Moment]
-
-    @property
-    def numbers(self) -> list[int]:
-        """All of it, in this order, without inner layers: as many numbers at any depth."""
-        return [self.checkpoint, *self.at_rest.values(), *(moment.peak for moment in self.outer)]
-
-    @property
-    def outer(self) -> list[Moment]:
-        """The stretches that there are at any depth."""
-        return [moment for moment in self.moments if not moment.inner]
-
-
-def trace(config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any] = {}) -> Trace:
-    """One iteration that updates every network, on one of `world_size` ranks. Args: as `stage_need`."""
+    Args: as `stage_need`.
+    """
     # Compiled blocks need no more than these.
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
-    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
-
-    @contextmanager
-    def modes() -> Iterator[None]:
-        with fake, meter:
-            yield
-
+    meter = Meter()
+    with meter.fake:
+        codec = _codec(config, sizes["generator"], image_tokens, vae) if config.stage == "long" else None
     with ranks(config, world_size) as mesh, meter.resizing():
-        networks, real, adapters = _Hollow(config, mesh, sizes, modes, meter).build()
+        networks, real, adapters = _Hollow(config, mesh, sizes, meter).build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
-        batches: Any = _Batches(config, sizes.generator, config.micro_batch(world_size), image_tokens)
+        batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
         accumulation = config.accumulation(world_size)
-        with fake:
-            codec = _codec(config, sizes.generator, image_tokens, vae) if config.stage == "long" else None
-        with modes():
+        if codec is None:
+            accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
+        with meter.fake, meter:
             inner = make_objective(config, networks, real, draws, phases)
             if codec is not None:
                 inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
-            else:
-                accumulation = min(2, accumulation)  # all but the first find gradients
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
             state = make_state(config, objective.networks, adapters)
             state.step = _busiest(inner)
-            rest = _at_rest([*networks.values(), *([] if real is None else [real])], state)
+            kept = _kept([*networks.values(), *([] if real is None else [real])], state)
             settings = LoopSettings(state.step + 1, accumulation, reduce_once=config.parallel.reduce_once)
             iteration(state, objective, batches, settings, mesh, phases, Window())
-        saved = sum(tensor.nbytes for tensor in state.tensors().values())
-        averages = [tensor for average in state.ema.values() for tensor in average.tensors().values()]
-        student = [p for p in networks["generator"].parameters() if p.requires_grad]
-        exported = sum(4 * tensor.numel() for tensor in [*averages, *student])
-    return Trace(saved + exported, rest, meter.moments)
+        exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
+        saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
+    return [Moment("checkpoint", saved), *kept, *meter.moments]
 
 
 def _busiest(objective: Any) -> int:
@@ -440,34 +393,29 @@ def _busiest(objective: Any) -> int:
         chunk = objective.schedule.at(step).chunk if isinstance(objective, LongTuning) else 1
         return "generator" not in objective.turns(step), chunk == 0, chunk
 
-    first = getattr(getattr(objective, "settings", None), "head_start", 0)
+    first = objective.settings.head_start if isinstance(objective, Dmd) else 0
     return min(range(first, first + 200), key=order)
 
 
 def _codec(config: StageConfig, size: DiTConfig, image_tokens: int, vae: Mapping[str, Any]) -> EncoderCodec:
-    """The real VAE, whose weights are those of the resident encoders."""
+    """The real VAE, whose weights are those of the resident encoders, and CLIP tokens of the right shape."""
     from diffusers import AutoencoderKLWan
 
-    module = VideoVAE(AutoencoderKLWan(**vae))
-    image: Any = None if size.image_dim is None else _Tokens(image_tokens, size.image_dim)
-    return EncoderCodec(module, image, with_y=config.model.with_y, num_latent_frames=config.video.num_latent_frames)
+    tokens: Any = SimpleNamespace(encode=lambda images: torch.empty(len(images), image_tokens, size.image_dim or 0))
+    return EncoderCodec(
+        VideoVAE(AutoencoderKLWan(**vae)),
+        tokens if size.image_dim else None,
+        with_y=config.model.with_y,
+        num_latent_frames=config.video.num_latent_frames,
+    )
 
 
-def _at_rest(networks: list[Any], state: Any) -> dict[str, int]:
-    parts = dict.fromkeys(("trained weights", "frozen weights", "optimizer", "average"), 0)
-    seen: set[int] = set()
-
-    def add(name: str, tensor: Tensor) -> None:
-        storage = _local(tensor).untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            parts[name] += storage.nbytes()
-
-    for network in networks:
-        for p in network.parameters():
-            add("trained weights" if p.requires_grad else "frozen weights", p)
-    for name, groups in (("optimizer", state.optimizers), ("average", state.ema)):
-        for group in groups.values():
-            for tensor in group.tensors().values():
-                add(name, tensor)
-    return parts
+def _kept(networks: Sequence[nn.Module], state: TrainState) -> list[Moment]:
+    """What is there all the time, by `PARTS`."""
+    weights = [p for network in networks for p in network.parameters()]
+    moments = [t for optimizer in state.optimizers.values() for t in optimizer.tensors().values()]
+    average = [t for one in state.ema.values() for t in one.tensors().values()]
+    trained, frozen = ([p for p in weights if p.requires_grad is on] for on in (True, False))
+    groups: list[list[Any]] = [trained, frozen, moments, average]
+    sizes = ({s._cdata: s.nbytes() for s in map(_storage, group)} for group in groups)
+    return [Moment(name, sum(by_storage.values())) for name, by_storage in zip(PARTS, sizes, strict=True)]

@@ -21,59 +21,33 @@ HEADROOM = 1.1
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: its `need` on each rank beside resident encoders, what is `free` there and where, and its problems."""
+    """One stage: bytes that each rank needs at the worst `moment` by what for, what is free there and `where`, and its
+    problems in words.
+    """
 
     name: str
     stage: str
     ranks: int
-    need: Need
+    need_bytes: dict[str, int]
+    moment: str
     free_bytes: int
     where: str
-    findings: Findings
     disk_need_bytes: int
     disk_free_bytes: int
+    missing: list[str]
+    notes: list[str]
     problems: list[str]
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes of a rank at the worst moment, by what for."""
-        working = self.need.peak - sum(self.need.at_rest.values())
-        return {**self.need.at_rest, "encoders": self.findings.encoder_bytes or 0, "working memory": working}
-
-    @property
-    def peak(self) -> int:
-        """The sum of them."""
-        return sum(self.parts.values())
 
     def lines(self) -> list[str]:
         """The report as text."""
-        unknown = " (encoders not known: their files are missing)" if self.findings.encoder_bytes is None else ""
+        total, ranks = _size(sum(self.need_bytes.values())), f"each of {self.ranks} rank(s)"
         return [
-            f"stage {self.name} ({self.stage}), each of {self.ranks} rank(s): needs {_size(self.peak)}{unknown}, free "
-            f"{_size(self.free_bytes)} ({self.where})",
-            *(f"  {name:<16} {_size(size):>12}" for name, size in self.parts.items() if size),
-            f"  most at once     in {self.need.moment}",
+            f"stage {self.name} ({self.stage}), {ranks}: needs {total}, free {_size(self.free_bytes)} ({self.where})",
+            *(f"  {name:<16} {_size(size):>12}" for name, size in self.need_bytes.items() if size),
+            f"  most at once     in {self.moment}",
             f"  checkpoints      {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
-            *(f"  note: {note}" for note in self.findings.notes),
+            *(f"  note: {note}" for note in self.notes),
         ]
-
-    def tree(self) -> dict[str, Any]:
-        """Everything as plain values; sizes in bytes."""
-        return {
-            "name": self.name,
-            "stage": self.stage,
-            "ranks": self.ranks,
-            "need_bytes": {**self.parts, "sum": self.peak},
-            "moment": self.need.moment,
-            "encoders_known": self.findings.encoder_bytes is not None,
-            "free_bytes": self.free_bytes,
-            "where": self.where,
-            "disk_need_bytes": self.disk_need_bytes,
-            "disk_free_bytes": self.disk_free_bytes,
-            "missing": self.findings.missing,
-            "notes": self.findings.notes,
-            "problems": self.problems,
-        }
 
 
 @dataclass(frozen=True)
@@ -90,8 +64,7 @@ class Report:
 
     def tree(self) -> dict[str, Any]:
         """Everything as plain values; sizes in bytes."""
-        stages = [stage.tree() for stage in self.stages]
-        return {"ok": self.ok, "problems": self.problems, "machine": asdict(self.machine), "stages": stages}
+        return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
         problems = [f"PROBLEM: {problem}" for problem in self.problems]
@@ -114,8 +87,6 @@ def diagnose(
     name, or of so much memory (`24GB`), on other machines.
     Raises: ConfigError for a wrong configuration, and for numbers that do not divide each other.
     """
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus {gpus} must be at least 1")
     memory = None if device is None else _memory(device)
     loaded = None if config is None else load_config(config, overrides)
     machine = look()
@@ -129,11 +100,9 @@ def diagnose(
             problems.append(f"{ranks} ranks are planned and this machine has {len(machine.gpus)} GPU(s); name --device")
     else:
         room = machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks"
-    if isinstance(loaded, JobConfig):
-        reports = [_stage(stage, loaded, ranks, *room) for stage in loaded.stages.values()]
-    else:
-        reports = [] if loaded is None else [_stage(loaded, None, ranks, *room)]
-    return Report(machine, reports, problems)
+    job = loaded if isinstance(loaded, JobConfig) else None
+    stages = [loaded] if isinstance(loaded, StageConfig) else job.stages.values() if job else []
+    return Report(machine, [_stage(stage, job, ranks, *room) for stage in stages], problems)
 
 
 def _memory(device: str) -> int:
@@ -149,21 +118,23 @@ def _memory(device: str) -> int:
 def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, where: str) -> StageReport:
     found = look_at(config, job)
     need = _need(config, found, ranks)
-    kept = config.keep_checkpoints + 1 if config.save_every else 0
-    disk = need.checkpoint * kept, free_disk(config.logdir)
+    parts = {**need.at_rest, "encoders": found.encoder_bytes}
+    parts["working memory"] = need.peak - sum(need.at_rest.values())
+    total = sum(parts.values())
     problems = [f"missing {what}" for what in found.missing]
-    report = StageReport(config.name, config.stage, ranks, need, free, where, found, *disk, problems)
-    if report.peak * HEADROOM > free:
+    if total * HEADROOM > free:
         problems.append(
-            f"{_size(report.peak)} and a tenth for what is not counted do not fit into {_size(free)}: "
+            f"{_size(total)} and a tenth for what is not counted do not fit into {_size(free)}: "
             + _remedy(config, found, ranks, free)
         )
-    if disk[0] > disk[1]:
+    disk = need.checkpoint * (config.keep_checkpoints + 1 if config.save_every else 0)
+    if disk > (room := free_disk(config.logdir)):
         problems.append(
-            f"{config.keep_checkpoints} checkpoints and one being written need {_size(disk[0])} of disk; lower "
+            f"{config.keep_checkpoints} checkpoints and one being written need {_size(disk)} of disk; lower "
             "keep_checkpoints or move logdir"
         )
-    return report
+    names, texts = (config.name, config.stage, ranks), (found.missing, found.notes, problems)
+    return StageReport(*names, parts, need.moment, free, where, disk, room, *texts)
 
 
 def _need(config: StageConfig, found: Findings, ranks: int) -> Need:
@@ -173,28 +144,21 @@ def _need(config: StageConfig, found: Findings, ranks: int) -> Need:
 def _remedy(config: StageConfig, found: Findings, ranks: int, free: int) -> str:
     if not config.activation_checkpointing:
         less = _need(config.model_copy(update={"activation_checkpointing": True}), found, ranks).peak
-        less += found.encoder_bytes or 0
+        less += found.encoder_bytes
         if less * HEADROOM <= free:
             return f"set activation_checkpointing=true, which needs {_size(less)}"
     return "use more GPUs, activation_checkpointing=true, a smaller micro_batch_size, or smaller videos"
 
 
 def _machine_lines(machine: Machine) -> list[str]:
-    lines = [
-        f"{machine.system}, {machine.processor}, {machine.cores} cores, memory {_size(machine.ram_bytes)}, "
-        f"available {_size(machine.ram_free_bytes)}"
-    ]
+    ram = f"memory {_size(machine.ram_bytes)}, available {_size(machine.ram_free_bytes)}"
+    lines = [f"{machine.system}, {machine.cores} cores, {ram}"]
     for number, gpu in enumerate(machine.gpus):
-        lines.append(
-            f"GPU {number}: {gpu.name}, capability {gpu.capability}, {_size(gpu.total_bytes)}, "
-            f"free {_size(gpu.free_bytes)}"
-        )
+        sizes = f"{_size(gpu.total_bytes)}, free {_size(gpu.free_bytes)}"
+        lines.append(f"GPU {number}: {gpu.name}, capability {gpu.capability}, {sizes}")
         lines += [f"  attention in {dtype}: {', '.join(names)}" for dtype, names in gpu.kernels.items()]
-    if not machine.gpus:
-        lines.append("no GPU that torch can use")
-    lines += [f"{kind} attention: {what}" for kind, what in machine.attention.items()]
-    lines.append(", ".join(f"{name} {found or 'not installed'}" for name, found in machine.packages.items()))
-    return lines
+    versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in machine.packages.items())
+    return [*lines, *([] if machine.gpus else ["no GPU that torch can use"]), versions]
 
 
 def _size(size: int) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longtake.models.dit import DiTConfig
     from longtake.structs import MaskLayout
 
+
 @dataclass(frozen=True)
 class Work:
     """Operations, by kind of kernel; can be added and multiplied by a number."""
