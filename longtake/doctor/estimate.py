@@ -7,6 +7,7 @@ CUDA context, fragments of the allocator, encoders that are resident (`files.py`
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ from longtake.train.state import TrainState
 # one more trace, a layer deeper, gives these points at any depth exactly; a test compares them with a whole trace.
 DEPTH, EDGE = 4, 2
 
+_CONDITION = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
 PARTS = ("trained weights", "frozen weights", "optimizer", "average")
 
 
@@ -81,19 +83,16 @@ def stage_need(
     for size in sizes.values():
         check_heads(size.num_heads, config.parallel.sequence)
     # All read the condition of the student, also where sizes are guessed because weights are missing.
-    read = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
-    given = {name: getattr(sizes["generator"], name) for name in read}
+    given = {name: getattr(sizes["generator"], name) for name in _CONDITION}
 
     def traced(depth: Callable[[int], int]) -> list[Moment]:
         cut = {name: replace(size, num_layers=depth(size.num_layers), **given) for name, size in sizes.items()}
-        return trace(config, cut, world_size, image_tokens, vae)
+        return [moment for moment in trace(config, cut, world_size, image_tokens, vae) if not moment.inner]
 
     found = short = traced(lambda layers: min(layers, DEPTH))
-    if deep := {size.num_layers for size in sizes.values() if size.num_layers > DEPTH}:
-        found = short = [moment for moment in short if not moment.inner]
-    for layers in deep:
-        more = (moment for moment in traced(lambda n: min(n, DEPTH) + (n == layers)) if not moment.inner)  # noqa: B023
-        triples = zip(found, short, more, strict=True)
+    for layers in {size.num_layers for size in sizes.values() if size.num_layers > DEPTH}:
+        longer = traced(lambda n: min(n, DEPTH) + (n == layers))  # noqa: B023 (called at once)
+        triples = zip(found, short, longer, strict=True)
         found = [replace(a, size=a.size + (layers - DEPTH) * (c.size - b.size)) for a, b, c in triples]
     checkpoint, *rest = found[: 1 + len(PARTS)]
     at_rest = {moment.where: moment.size for moment in rest}
@@ -127,7 +126,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _keeps_values(func, tensors, args, kwargs):
+        if _keeps_values(func, tensors, args, kwargs):  # masks and places, computed without FakeTensorMode
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -364,7 +363,8 @@ def trace(
     meter = Meter()
     with meter.fake:
         codec = _codec(config, sizes["generator"], image_tokens, vae) if config.stage == "long" else None
-    with ranks(config, world_size) as mesh, meter.resizing():
+    with ranks(config, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
         networks, real, adapters = _Hollow(config, mesh, sizes, meter).build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
         batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)

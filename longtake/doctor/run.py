@@ -87,13 +87,12 @@ def diagnose(
     name, or of so much memory (`24GB`), on other machines.
     Raises: ConfigError for a wrong configuration, and for numbers that do not divide each other.
     """
-    memory = None if device is None else _memory(device)
     loaded = None if config is None else load_config(config, overrides)
     machine = look()
     problems = [f"package {name} is not installed" for name in machine.missing_packages]
     ranks = gpus or max(1, len(machine.gpus))
-    if memory is not None:
-        room = memory, f"on {device}, by its data sheet"
+    if device is not None:
+        room = _memory(device), f"--device {device}"
     elif machine.gpus:
         room = min(gpu.free_bytes for gpu in machine.gpus), "on the fullest GPU"
         if ranks > len(machine.gpus):
@@ -110,8 +109,9 @@ def _memory(device: str) -> int:
     if (known := find_device(device)) is not None:
         return known.memory_bytes
     if (plain := re.fullmatch(r"(\d+) ?GB", device, re.IGNORECASE)) is None:
-        names = ", ".join(one.name for one in DEVICES)
-        raise ConfigError(f"--device {device} is not known; give {names}, or memory such as 24GB")
+        raise ConfigError(
+            f"--device {device} is not known; give {', '.join(d.name for d in DEVICES)}, or memory such as 24GB"
+        )
     return int(plain[1]) * 10**9
 
 

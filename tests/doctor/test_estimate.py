@@ -67,7 +67,8 @@ def tiny(layers, **changes):
 def agrees(monkeypatch, config, sizes, ranks=1):
     """Two depths give every depth, to the byte."""
     need = stage_need(config, sizes, ranks, image_tokens=5)
-    monkeypatch.setattr(estimate, "DEPTH", 99)
+    monkeypatch.setattr(estimate, "DEPTH", 99)  # the whole depth is traced,
+    monkeypatch.setattr(estimate, "EDGE", 99)  # and every layer counts
     assert need == stage_need(config, sizes, ranks, image_tokens=5)
     return need
 
