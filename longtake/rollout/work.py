@@ -46,14 +46,14 @@ def passes(
     image_tokens: int,
     *,
     update_generator: bool = True,
-    exit_step: float | None = None,
+    exit_step: int = 0,
     chunk: int = 0,
     together: bool = False,
 ) -> list[Pass]:
     """What one micro-batch of `batch` videos costs in one iteration.
 
     Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
-    iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning;
+    iteration updates the student, and `exit_step` where roll-outs stop; `chunk` of long tuning;
     `together`, where the exit steps of a roll-out have one backward (`VideoDiT.exits_together`).
     """
     clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
@@ -61,9 +61,8 @@ def passes(
         return [Pass(GENERATOR, "forward", clips[GENERATOR], graded=True)]
     if config.stage == "causal":
         return [*remake_passes(config, clips[GENERATOR]), forced_pass(config, clips[GENERATOR])]
-    steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
     clip = clips[GENERATOR]
-    found = list(roll_out_passes(config, clip, steps, graded=update_generator, chunk=chunk, together=together))
+    found = list(roll_out_passes(config, clip, exit_step, graded=update_generator, chunk=chunk, together=together))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
@@ -105,7 +104,7 @@ def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
 
 
 def roll_out_passes(
-    config: StageConfig, clip: Call, exit_step: float, *, graded: bool, chunk: int = 0, together: bool = False
+    config: StageConfig, clip: Call, exit_step: int, *, graded: bool, chunk: int = 0, together: bool = False
 ) -> Iterator[Pass]:
     """Denoising and context passes of a roll-out; of long tuning, those of one chunk of a running video."""
     plan, blocks = config.plan, config.plan.blocks
