@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 from tiny_stage import TEACHER, stage_config
 
 from longtake.config import StageConfig
 from longtake.doctor import estimate
-from longtake.doctor.estimate import DEPTH, stage_need
+from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.presets import PRESETS
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
@@ -102,3 +103,27 @@ def test_teacher_forcing_holds_what_its_modules_do(workshop, tmp_path, monkeypat
     }
     assert need.checkpoint == 4 * weights + moments  # as they are, and exported
     assert need.peak > 2 * weights + moments and "update of the generator" in need.moment
+
+
+def test_random_weights_of_two_ranks_are_shared_out(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+    one, two = (stage_need(config, {"generator": TEACHER}, ranks, image_tokens=5) for ranks in (1, 2))
+    for part, size in one.at_rest.items():
+        assert two.at_rest[part] == pytest.approx(size / 2, rel=0.02), part
+    assert one.checkpoint == two.checkpoint and two.peak < one.peak
+
+
+def test_a_meter_counts_what_lives():
+    meter = Meter()
+    with meter.fake, meter, meter.resizing():
+        a = torch.empty(100)
+        view, other = a[:50], a + 1
+        assert meter.now == 800
+        del a
+        assert meter.now == 800  # the view holds it
+        del view
+        assert meter.now == 400 and meter.moments[0].size == 800
+        other.untyped_storage().resize_(0)  # as FSDP frees
+        assert meter.now == 0
+        seen = torch.arange(3) > 0  # masks and places have values, and so shapes that follow from them are known
+        assert torch.empty(3, 4)[seen].shape == (2, 4) and not seen.all() and torch.empty(()).item() == 1
