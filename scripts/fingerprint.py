@@ -45,6 +45,7 @@ numpy.save(sys.argv[4], numpy.concatenate(list(frames)))
 
 
 def main() -> int:
+    """Reads the command line; 0 where nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="commit to compare with")
     parser.add_argument("--stages", default=",".join(MORE), help="stages, in order (default: all)")
@@ -81,6 +82,7 @@ def compare(tree: Path, work: Path, stages: list[str], ranks: list[int]) -> int:
 
 
 def trees(base: Path) -> list[tuple[str, Path]]:
+    """The two trees, by name."""
     return [("base", base), ("here", ROOT)]
 
 
@@ -107,6 +109,7 @@ def fingerprint(tree: Path, logdir: Path, data: Path, stages: list[str], ranks: 
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
+    """The scalars of each iteration that do not measure the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows]
 
@@ -136,6 +139,7 @@ def explain(part: str, base: object, here: object) -> None:
 
 
 def run(tree: Path, arguments: list[str]) -> None:
+    """Runs Python in a tree; ends this script with its output where that fails."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -143,6 +147,7 @@ def run(tree: Path, arguments: list[str]) -> None:
 
 
 def git(*arguments: str) -> None:
+    """Runs git in this repository."""
     subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True)
 
 
