@@ -237,10 +237,6 @@ class StageConfig(Settings):
 
     def _check_memory(self) -> None:
         self.parallel.check()
-        if self.parallel.master_weights == "bfloat16" and self.precision == "fp32":
-            raise ConfigError(
-                "parallel.master_weights=bfloat16 computes in bfloat16; set precision=bf16 too, or it to float32"
-            )
         if self.roles == "separate":
             return
         if not self.distils:
@@ -272,14 +268,14 @@ class StageConfig(Settings):
         """Whether a sharded student is gathered once for a whole roll-out. Not under selective recomputation, which
         counts operators: a forward and its recomputation must gather alike.
         """
-        return self.parallel.gather_once and self.activation_checkpointing != "selective"
+        return self.activation_checkpointing != "selective"
 
     def joins_exits(self, *, whole: bool, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds
         `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU with full
         activation checkpointing, but not with low-rank updates, which are there to save memory.
         """
-        if not (whole and self.parallel.join_exits) or self.activation_checkpointing == "selective":
+        if not whole or self.activation_checkpointing == "selective":
             return False
         return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
 

@@ -207,9 +207,6 @@ class OptimConfig(Settings):
     decay_steps: int = Field(
         default=0, ge=0, description="last steps of `max_steps` over which the learning rate falls linearly to zero"
     )
-    moments: Literal["float32", "int8"] = Field(
-        default="float32", description="type in which the moments are kept; int8 = a quarter, needs the package torchao"
-    )
 
 
 class LoraConfig(Settings):
@@ -251,51 +248,20 @@ class ParallelConfig(Settings):
         "needed (FSDP2); whole = everything, optimizer states too: nothing is gathered, and gradients are averaged "
         "once an update",
     )
-    gather_once: bool = Field(
-        default=True,
-        description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes; "
-        "each rank holds whole weights of the student meanwhile. Not with activation_checkpointing=selective",
-    )
-    master_weights: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="type of the weights that are trained whole; bfloat16 = half the memory of weights and gradients, "
-        "updates rounded up or down at random so that small ones count on average. Low-rank updates stay float32",
-    )
-    frozen_weights: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="type in which networks that are not trained are kept; auto = that of `precision`, whose results "
-        "are the same",
-    )
-    cpu_offload: bool = Field(
-        default=False,
-        description="weights, gradients and optimizer states wait in the memory of the CPU, where the optimizer runs; "
-        "needs several ranks",
-    )
     graphs: bool = Field(
         default=True,
         description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
         "weights are whole on each rank, trained without low-rank updates and not compiled",
     )
-    join_exits: bool = Field(
-        default=True,
-        description="give exit steps of a roll-out their gradient together where that pays; one layer of all at once",
-    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
-    reduce_once: bool = Field(
-        default=False,
-        description="sum gradients over the ranks once an update and not once a micro-batch: less traffic, but whole "
-        "gradients of the trained network on each rank",
-    )
 
     def check(self) -> None:
         """Raises ConfigError on values that contradict each other."""
-        if self.weights == "whole":
-            for key, value, default in (("replicate", self.replicate, 1), ("cpu_offload", self.cpu_offload, False)):
-                if value != default:
-                    raise ConfigError(
-                        f"parallel.weights=whole keeps all weights on each rank, where parallel.{key}={value} has no "
-                        f"meaning; leave {key} at {default}, or set parallel.weights=sharded"
-                    )
+        if self.weights == "whole" and self.replicate != 1:
+            raise ConfigError(
+                f"parallel.weights=whole keeps all weights on each rank, where parallel.replicate={self.replicate} has "
+                "no meaning; leave replicate at 1, or set parallel.weights=sharded"
+            )
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""

@@ -99,7 +99,7 @@ def layout_of(config: StageConfig, gpus: int, **given: Any) -> Layout:
     # Read by name: stages from before these groups existed have neither.
     parallel = getattr(config, "parallel", None)
     found["whole"] = getattr(parallel, "weights", None) == "whole"
-    for name in ("replicate", "sequence", "cpu_offload", "compile"):
+    for name in ("replicate", "sequence", "compile"):
         if (value := getattr(parallel, name, None)) is not None:
             found[name] = value
     found["gather_once"] = getattr(config, "gathers_once", True)

@@ -84,7 +84,7 @@ def stage_need(
     `base_dim` of the VAE, of which long tuning holds more than its weights.
     """
     precision = config.precision
-    sequence, shared, offload = 1, config.roles == "shared", config.parallel.cpu_offload
+    sequence, shared, offload = 1, config.roles == "shared", False
     data_ranks, gather_once = world_size, config.gathers_once
     holds_whole = world_size == 1 or config.parallel.weights == "whole"
     if holds_whole:
@@ -94,11 +94,11 @@ def stage_need(
         sequence, shared, offload = layout.sequence, layout.shared_base, layout.cpu_offload
         data_ranks, world_size, gather_once = layout.data_ranks, layout.shards, layout.gather_once
         holds_whole = layout.holds_whole
-    critic, masters = config.critic, config.parallel.master_weights
-    trained = [_Trained(networks.generator, config.lora, config.optim.moments)]
+    critic, masters = config.critic, "float32"
+    trained = [_Trained(networks.generator, config.lora, "float32")]
     if networks.critic is not None:
         assert critic is not None
-        trained.append(_Trained(networks.critic, critic.lora, critic.moments))
+        trained.append(_Trained(networks.critic, critic.lora, "float32"))
     values = sum(master_bytes(each.network, each.lora, masters) for each in trained)
     # With shared roles the teacher is the base of the others.
     bases = sum(weight_bytes(each.network, precision) for each in trained if each.lora is not None and not shared)
@@ -145,7 +145,7 @@ class _Trained:
 
 
 def _frozen_type(config: StageConfig) -> str:
-    kept = config.parallel.frozen_weights
+    kept = "auto"
     return config.precision if kept == "auto" else {"float32": "fp32", "bfloat16": "bf16"}[kept]
 
 
@@ -291,12 +291,10 @@ class _Moments:
         return parallel.graphs and whole and not parallel.compile
 
     def _gradients(self, update: _Update) -> int:
-        """Of the updated network; `reduce_once` keeps whole ones until the last micro-batch."""
+        """Of the updated network."""
         config, ranks = self.config, self.ranks
         lora = config.critic.lora if update.of_critic and config.critic is not None else config.lora
-        size = master_bytes(update.network, lora, config.parallel.master_weights)
-        if config.parallel.reduce_once and ranks.accumulation > 1:
-            return size
+        size = master_bytes(update.network, lora, "float32")
         return 0 if ranks.offload else size // ranks.shards
 
     def _copies(self, update: _Update, *, in_backward: bool) -> int:
@@ -304,7 +302,7 @@ class _Moments:
         config, networks = self.config, self.networks
         if config.precision != "bf16":
             return 0
-        masters = config.parallel.master_weights
+        masters = "float32"
         sizes = {False: autocast_bytes(networks.generator, config.lora, masters), True: 0}
         if networks.critic is not None:
             assert config.critic is not None

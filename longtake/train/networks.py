@@ -85,7 +85,6 @@ class _Builder:
         weights = self.weights(name)
         opened = _open(weights, config)
         if lora is None:
-            self._cast_masters(opened.model)
             if name == "generator" and self._records:
                 opened.model.graphs = PassGraphs()
             return self._filled(opened)
@@ -159,8 +158,7 @@ class _Builder:
         return weights_folder(config.source(source), config)
 
     def _freeze(self, model: VideoDiT) -> None:
-        kept = self.config.parallel.frozen_weights
-        if kept == "bfloat16" or (kept == "auto" and self.config.precision == "bf16"):
+        if self.config.precision == "bf16":  # autocast rounds the same weights the same way
             model.cast(torch.bfloat16)
         model.requires_grad_(False)
 
@@ -171,25 +169,17 @@ class _Builder:
         whole = mesh.fsdp_mesh is None and not parallel.compile
         return parallel.graphs and whole and mesh.device.type == "cuda" and self.config.stage != "teacher"
 
-    def _cast_masters(self, model: VideoDiT) -> None:
-        if self.config.parallel.master_weights == "bfloat16":
-            model.cast_blocks(torch.bfloat16)
-
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        self._cast_masters(network)
-        if self.config.parallel.cpu_offload:
-            network.to("cpu")
         self._parallelize(network, recompute=True)
         return network
 
     def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
         self._parallelize(opened.model, recompute=recompute)
-        device = "cpu" if self.config.parallel.cpu_offload else self.mesh.device
-        materialize(opened.model, device, chain(opened.read(None), *updates))
+        materialize(opened.model, self.mesh.device, chain(opened.read(None), *updates))
         return opened.model
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
@@ -201,7 +191,6 @@ class _Builder:
             recompute=config.activation_checkpointing if recompute else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
-            cpu_offload=config.parallel.cpu_offload,
             gather_once=config.gathers_once,
             join_exits=recompute and config.joins_exits(whole=self.mesh.fsdp_mesh is None, sequence=sequence),
         )

@@ -133,7 +133,6 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
-        reduce_once=config.parallel.reduce_once,
         save_every=config.save_every,
         save=SaveSettings(config.checkpoint.mode, config.keep_checkpoints, export=config.checkpoint.export),
         log_every=config.log_every,
@@ -315,8 +314,6 @@ def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[s
             decay_steps=group.decay_steps,
             total_steps=config.max_steps,
             max_grad_norm=group.max_grad_norm,
-            moments=group.moments,
-            seed=config.seed,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
     return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)

@@ -26,7 +26,6 @@ VARIANTS = {
     "lora": {"lora": LORA, "precision": "bf16"},
     "widened": {"init_from": "narrow", "model": {"preset": "sizes", "widen": True}},
     "merged": {"init_from": "updates"},
-    "bf16": {"precision": "bf16", "parallel": {"master_weights": "bfloat16"}},
     "shared": {"roles": "shared", "lora": LORA, "critic": {"lora": {"rank": 3, "targets": ["ffn.0"]}}},
 }
 
@@ -82,11 +81,7 @@ def large(weights: Path, mesh: Mesh) -> dict[str, int]:
 
 TRAININGS = {
     "plain": {},
-    "offload": {"parallel": {"cpu_offload": True}},
-    "reduce_once": {"parallel": {"reduce_once": True}},
     "selective": {"activation_checkpointing": "selective"},
-    "masters": {"precision": "bf16", "parallel": {"master_weights": "bfloat16"}},
-    "int8": {"optim": {"lr": 1e-3, "moments": "int8"}},
 }
 
 

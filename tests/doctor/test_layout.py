@@ -55,10 +55,10 @@ def test_heads_and_batch_must_fit(workshop, tmp_path):
 
 def test_the_configuration_may_name_the_mesh():
     """Groups that a stage may have; options win over them."""
-    parallel = SimpleNamespace(replicate=2, sequence=4, cpu_offload=True, compile=True, master_weights=True)
+    parallel = SimpleNamespace(replicate=2, sequence=4, compile=True)
     config = SimpleNamespace(parallel=parallel, roles="shared")
     layout = layout_of(config, 16, sequence=2, replicate=None)
-    assert layout == Layout(16, 8, 2, 2, shared_base=True, cpu_offload=True, compile=True)
+    assert layout == Layout(16, 8, 2, 2, shared_base=True, compile=True)
     assert layout_of(SimpleNamespace(), 4) == Layout(4) == layout_of(SimpleNamespace(parallel=None, roles="own"), 4)
 
 
