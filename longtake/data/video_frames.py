@@ -43,6 +43,7 @@ class VideoFrames:
         if self.stream.codec_context.name != "h264":
             self.stream.codec_context.options = {"err_detect": "explode"}
         self._first: float | None = None
+        self._matrix: NDArray[np.int32] | None = None
         self._time = 0.0
 
     def frames(self) -> Iterator[Any]:
@@ -62,18 +63,16 @@ class VideoFrames:
     def pixels(self, frame: Any) -> NDArray[np.uint8]:
         """A frame as it is shown, uint8 [h, w, 3]."""
         import av
-        from av.sidedata.sidedata import Type
         from av.video.reformatter import Colorspace
 
         untagged = int(frame.colorspace) == _UNSPECIFIED and not frame.format.is_rgb
         high = frame.width >= 1280 or frame.height > 576  # where no tag says it, players take these for BT.709
         colours = {"src_colorspace": Colorspace.ITU709} if untagged and high else {}
         try:
-            pixels = self._square(np.asarray(frame.to_ndarray(format="rgb24", **colours), dtype=np.uint8))
+            pixels = self._square(np.asarray(frame.to_ndarray(format="rgb24", threads=1, **colours), dtype=np.uint8))
         except (av.FFmpegError, ValueError) as error:
             raise self.fault(f"has pictures that cannot be shown as RGB ({error})") from error
-        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-        return pixels if matrix is None else self._turned(pixels, np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]])
+        return self._turned(pixels)
 
     def at_rate(self, fps: float, number: int) -> Iterator[NDArray[np.uint8]]:
         """Yields what is shown at the times 0, 1/fps, ..., at most `number` pictures; time 0 is the first picture's.
@@ -123,6 +122,11 @@ class VideoFrames:
         if frame.time is not None:
             self._first = frame.time if self._first is None else self._first
             self._time = frame.time - self._first
+        if self._matrix is None:
+            # Of one frame alone: PyAV ties a frame that was asked in a circle, which is freed much later.
+            stored = {data.type.name: data for data in frame.side_data}.get("DISPLAYMATRIX")
+            values = np.zeros(9, np.int32) if stored is None else np.frombuffer(bytes(stored), np.int32)
+            self._matrix = values[[0, 1, 3, 4]]
         if frame.is_corrupt:
             raise self.fault("is damaged")
         if frame.interlaced_frame:
@@ -144,11 +148,12 @@ class VideoFrames:
         size = (round(width * shape), height) if shape > 1 else (width, round(height / shape))
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
-    def _turned(self, pixels: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:
-        """The picture after a display matrix a b c d: x' = a x + c y, y' = b x + d y, with y downwards."""
-        if not matrix.any():
+    def _turned(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The picture after the display matrix a b c d: x' = a x + c y, y' = b x + d y, with y downwards."""
+        assert self._matrix is not None
+        if not self._matrix.any():
             return pixels
-        scaled = matrix / np.abs(matrix).max()
+        scaled = self._matrix / np.abs(self._matrix).max()
         a, b, c, d = np.rint(scaled).astype(int).tolist()
         if np.abs(scaled - (a, b, c, d)).max() > 0.01 or abs(a * d - b * c) != 1 or abs(a) + abs(b) != 1:
             raise DataError(f"{self.where} is to be turned by no right angle; turn the pictures themselves")

@@ -1,6 +1,8 @@
 """Video files as they are: each picture is what a player shows at that time, or file and time are named."""
 
+import gc
 import io
+import multiprocessing
 import random
 import struct
 from fractions import Fraction
@@ -162,6 +164,21 @@ def test_covers_are_not_the_film():
     with av.open(io.BytesIO(data)) as container:
         assert [stream.width for stream in container.streams.video] == [24, 48]
     assert clip_size(data, "x") == (32, 48) and len(read_clip(data, 3)) == 3
+
+
+def test_reading_goes_on_after_a_fork():
+    """What a forked worker frees must wait for no thread, which it does not have."""
+    data = film([PICTURE] * 9)
+    read_clip(data, 9, fps=16)
+
+    def child():
+        read_clip(data, 9, fps=16)
+        gc.collect()
+
+    worker = multiprocessing.get_context("fork").Process(target=child)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_sound_alone_is_named():
