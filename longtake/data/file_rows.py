@@ -144,9 +144,9 @@ def same_name(name: str) -> str:
 
 def _as_it_lies(file: Path) -> Path:
     """The path under which a file of a table exists; as it is written where there is none."""
-    if not file.exists():
+    if not os.path.exists(file):  # not `file.exists()`, which raises for names that are too long
         file = Path(str(file).replace("\\", "/"))  # written on Windows
-        if not file.exists() and file.parent.is_dir():
+        if not os.path.exists(file) and os.path.isdir(file.parent):
             name = same_name(file.name)
             file = next((path for path in file.parent.iterdir() if same_name(path.name) == name), file)
     return file
@@ -238,7 +238,7 @@ def read_table(path: Path) -> Iterator[FileRow]:
             continue
         prompts, fault = prompts_of(entry)
         named = file.parent / name
-        if keys[0].endswith("_path") and not named.exists() and Path(name).exists():
+        if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
             named = Path(name)  # musubi-tuner takes them from where it is started
         yield FileRow(where, named, prompts, problem=fault)
 

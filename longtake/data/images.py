@@ -157,5 +157,6 @@ class ImageFolder:
     def _bytes(self, row: int, file: Path) -> bytes:
         try:
             return file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({why})") from error

@@ -153,7 +153,8 @@ def _opened(folder: Path) -> Iterator[lmdb.Transaction]:
             with database.begin() as transaction:
                 yield transaction
     except (lmdb.Error, OSError) as error:
-        raise DataError(f"LMDB {folder} cannot be read ({error})") from error
+        found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        raise DataError(f"LMDB {folder} cannot be read ({error}; data.mdb: {found})") from error
 
 
 def _read(folder: Path, keys: list[str]) -> dict[str, bytes | None]:

@@ -6,6 +6,7 @@ What cannot be shown so (damage, HDR, half pictures) is an error that names file
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,7 +172,7 @@ def open_video(source: Path | bytes, where: str, *, threads: bool = False) -> It
     """
     import av
 
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not os.path.isfile(source):
         raise DataError(f"{where} does not exist")
     try:
         container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute()))

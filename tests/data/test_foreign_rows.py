@@ -193,3 +193,13 @@ def test_a_cut_lmdb_is_named_before_and_while_it_is_used(tmp_path, share):
     for use in (lambda: dataset[19], lambda: dataset.pixel_size(19), lambda: open_dataset(tmp_path)):
         with pytest.raises(DataError, match=f"{tmp_path}.*(is cut off: it has|cannot be read)"):
             use()
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "x" * 5000 + ".png", "\ud83d.png", "."])
+def test_names_that_no_file_can_have_are_named_by_row(tmp_path, name):
+    lines = [{"file_name": name, "text": "p"}, {"file_name": "a.png", "text": "p"}]
+    write(tmp_path, a__png=PNG, metadata__jsonl="\n".join(map(json.dumps, lines)))
+    for kind in ("images", "clips"):
+        with pytest.raises(DataError, match=r"metadata.jsonl row 0 \(line 1\)"):
+            open_dataset(tmp_path, kind=kind, num_frames=2)[0]
+    assert open_dataset(tmp_path)[1].prompt == "p"
