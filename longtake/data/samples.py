@@ -13,7 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from longtake.errors import printable
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".gif")
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
 
@@ -37,6 +39,8 @@ class Sample:
     def __post_init__(self) -> None:
         if not self.prompts:
             object.__setattr__(self, "prompts", (self.prompt,))
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "where", printable(self.where))
 
 
 class Dataset(Protocol):

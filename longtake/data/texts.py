@@ -27,7 +27,7 @@ class TextRows:
             files = files_below(path, (CAPTION_SUFFIX,))
             self._rows = [(f"{path} row {k} ({file.name})", file) for k, file in enumerate(files)]
         elif path.suffix == ".jsonl":
-            for where, entry, problem in read_jsonl(path):
+            for where, entry, problem in read_jsonl(path, ()):
                 prompts, fault = ((), problem) if entry is None else prompts_of(entry)
                 self._rows.append((where, prompts or fault or ""))
         else:
@@ -37,11 +37,11 @@ class TextRows:
 
     def _lines(self) -> list[tuple[str, tuple[str, ...] | str | Path]]:
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+            text = self.path.read_text(encoding="utf-8-sig")  # line ends of all systems become \n
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error})") from error
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-        return [(f"{self.path} row {k} (line {number})", (line,)) for k, (number, line) in enumerate(numbered)]
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [(f"{self.path} row {k} (line {number})", (line.strip(),)) for k, (number, line) in enumerate(numbered)]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -75,7 +75,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 def _read_lines(file: Path) -> list[Pair]:
     pairs = []
-    for row, (where, entry, problem) in enumerate(read_jsonl(file)):
+    for row, (where, entry, problem) in enumerate(read_jsonl(file, ("image",))):
         name = f"{row:05d}"
         if entry is None:
             pairs.append(Pair(name, where, problem=problem))
@@ -98,6 +98,8 @@ def _pair(name: str, row: FileRow) -> Pair:
         image, prompts = row.check()
     except DataError as error:
         return Pair(name, row.where, problem=str(error).removeprefix(f"{row.where}: "))
+    if len(prompts) > 1:
+        logger.warning("%s has %d prompts (lines of its caption); the first is taken", row.where, len(prompts))
     return Pair(name, row.where, image, prompts[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.data.video_frames import open_video
 from longtake.errors import DataError, ShapeError
 
 _MAX_FPS_DENOMINATOR = 1001  # 29.97 is 30000/1001
@@ -95,29 +97,12 @@ def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[NDAr
 
     Raises: DataError, naming the file, when it is missing, is no video, or is damaged.
     """
-    import av
-
-    frames: list[NDArray[np.uint8]] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"video {path} has no picture stream; give an mp4 file with one")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = stream.average_rate or stream.guessed_rate
-            for frame in container.decode(stream):
-                frames.append(_upright(frame))
-                if num_frames is not None and len(frames) >= num_frames:
-                    break
-    except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise DataError(f"video {path} cannot be read ({error}); give an mp4 file that plays") from error
-    if not frames or rate is None:
-        raise DataError(f"video {path} holds no frame or states no frame rate; give an mp4 file that plays")
+    where = f"video {path}"
+    with open_video(Path(path), where, threads=True) as video:
+        frames = [video.pixels(frame) for frame in islice(video.frames(), num_frames)]
+        rate = video.stream.average_rate or video.stream.guessed_rate
+    if not frames or not rate:
+        raise DataError(f"{where} holds no frame or states no frame rate; give an mp4 file that plays")
+    if len({frame.shape for frame in frames}) > 1:
+        raise DataError(f"{where} changes its picture size on the way; cut it there")
     return np.stack(frames), float(rate)
-
-
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    """RGB pixels, turned as the file's display matrix says (telephones write portrait videos that way)."""
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

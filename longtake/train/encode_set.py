@@ -222,7 +222,10 @@ class _ShardWriter:
         stride = self.encoder.shape.temporal_stride
         result = []
         for (row, sample), encoded in zip(read, self.encoder.rows(batch)):
-            texts = [encoded.text, *(self.encoder.encoders.text.encode([text])[0] for text in sample.prompts[1:])]
+            texts = [encoded.text]
+            for k, text in enumerate(sample.prompts[1:], start=2):
+                place = f"row {row} ({sample.name}): its prompt {k}"
+                texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
             parts = {
                 "clip": encoded.image,
                 "y": None if encoded.frames is None else encoded.frames[:, stride:],

@@ -219,6 +219,11 @@ def test_long_prompts_are_cut_at_text_len(encoders, caplog):
     assert "may have been cut" in caplog.text
 
 
+def test_half_a_character_is_refused(encoders):
+    with pytest.raises(DataError, match="holds half a character"):
+        encoders.text.encode(["a red \ud83d circle"])
+
+
 @pytest.mark.parametrize("prompts", ["a red circle", [], [None]])
 def test_text_encoder_refuses(encoders, prompts):
     with pytest.raises(DataError, match="list of strings"):
