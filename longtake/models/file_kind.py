@@ -43,9 +43,10 @@ def is_pickled(file: Path) -> bool:
         if header + 8 > size:
             raise CheckpointError(f"{file} is cut short and cannot be read as safetensors; {_AGAIN}")
         return False
-    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(file):
-        return True
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    zipped = head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(file)
+    if zipped or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        if file.suffix.lower() == ".safetensors":
+            raise CheckpointError(f"{file} is a file of torch.save and no safetensors; rename it to {file.stem}.pt")
         return True
     raise CheckpointError(f"{file} {_what(head)}")
 
