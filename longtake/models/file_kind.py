@@ -62,5 +62,5 @@ def _what(head: bytes) -> str:
         return f"is a torch.save file or a zip archive that is cut short; {_AGAIN}"
     return (
         f"holds no weights (it begins with {head[:8]!r}) and cannot be read as safetensors or as a file of torch.save; "
-        "give a .safetensors, .pt, .pth, .bin or .ckpt file of a Wan transformer"
+        "give a .safetensors, .pt, .pth, .bin or .ckpt file"
     )
