@@ -16,8 +16,9 @@ GGUF = (
     "is GGUF, whose quantised weights are not read; take the .safetensors of the same model, or make them: diffusers' "
     "WanTransformer3DModel.from_single_file with a GGUFQuantizationConfig, dequantize(), save_pretrained(FOLDER)"
 )
+_POINTER = b"version https://git-lfs"
 _BEGINNINGS = {
-    b"version https://git-lfs": "is a Git LFS pointer, which stands for the weights; run `git lfs pull` in its "
+    _POINTER: "is a Git LFS pointer, which stands for the weights; run `git lfs pull` in its "
     "repository, or get it with `hf download`",
     b"GGUF": GGUF,
     b"\x00\x05\x16\x07": "is an AppleDouble file, in which macOS keeps notes on the file of that name without `._`; "
@@ -49,6 +50,12 @@ def is_pickled(file: Path) -> bool:
             raise CheckpointError(f"{file} is a file of torch.save and no safetensors; rename it to {file.stem}.pt")
         return True
     raise CheckpointError(f"{file} {_what(head)}")
+
+
+def is_pointer(file: Path) -> bool:
+    """True for a Git LFS pointer."""
+    with file.open("rb") as opened:
+        return opened.read(len(_POINTER)) == _POINTER
 
 
 def _what(head: bytes) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig
+from longtake.models.file_kind import is_pointer
 
 FILE = "config.json"
 
@@ -173,8 +174,11 @@ def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer(file) else error
+        raise CheckpointError(f"{file} is not valid JSON: {why}") from error
 
 
 def write_config(folder: Path, fields: Mapping[str, Any]) -> None:

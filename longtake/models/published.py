@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -280,7 +281,7 @@ def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: s
         if held:
             fix = "leave network out"
         if any(held):
-            command = f"longtake convert {file} FOLDER --to longtake --network NAME"
+            command = f"longtake convert {shlex.quote(str(file))} FOLDER --to longtake --network NAME"
             fix = f"name one of them as network, as in `{command}`, and give FOLDER"
         raise CheckpointError(f"{file} holds {names}{f', not {asked}' if asked else ''}; {fix}")
     if len(held) > 1:

@@ -166,6 +166,12 @@ def test_what_is_no_file_of_weights_is_named(kind: str, suffix: str, tiny_model,
             load_strictly(object, tmp_path)
 
 
+def test_an_index_that_is_a_pointer_is_named(tiny_model, tmp_path: Path) -> None:
+    sharded(tiny_model(), tmp_path)
+    (tmp_path / INDEX).write_bytes(LFS)
+    refused(tmp_path, "index.json is not valid JSON: it is a Git LFS pointer: run `git lfs pull`")
+
+
 def test_damaged_files_are_named(tiny_model, tmp_path: Path) -> None:
     """Whatever is cut off or changed in the first bytes of either format: one sentence."""
     model = tiny_model()
