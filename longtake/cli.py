@@ -363,7 +363,7 @@ def convert(
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="File or folder of low-rank updates to merge.")] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="alpha / rank, where no adapter_config.json says it; else 1.")
+        float | None, typer.Option(help="alpha / rank of all layers; else what the updates say, or 1.")
     ] = None,
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the updates out instead of merging them.")] = False,
     shard_bytes: Annotated[int | None, typer.Option(help="Most bytes of a weight file.")] = None,

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import DiTConfig
-from longtake.models.lora_files import LowRank, read_lora
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key
 from longtake.models.published import INDEX, Published
-from longtake.models.tensor_files import save_tensors
-from longtake.models.weights import open_dit
+from longtake.models.tensor_files import check_finite, save_tensors
+from longtake.models.weights import open_with_updates
 
 Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30
@@ -58,16 +57,14 @@ def convert(
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
-    published, model = open_dit(source, network)
+    published, model = open_with_updates(source, network, lora, lora_scale, unmerge=unmerge)
     fields = _CONFIGS[to](model.config)
-    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, 0.0)
-    updates = LowRank(updates.factors, -updates.scale if unmerge else updates.scale)
     partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
-        written = _write(published, names, updates, partial, shard_bytes)
+        written = _write(published, names, partial, shard_bytes)
         write_config(partial, fields)
         _sync(partial)
         os.rename(partial, target)
@@ -78,9 +75,7 @@ def convert(
     return [target / name for name in written]
 
 
-def _write(
-    published: Published, names: Mapping[str, str], updates: LowRank, folder: Path, shard_bytes: int
-) -> list[str]:
+def _write(published: Published, names: Mapping[str, str], folder: Path, shard_bytes: int) -> list[str]:
     """Writes the shards, and their index when there are several; returns the file names."""
     shards = list(_plan(published, shard_bytes))
     files = [f"{_STEM}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -89,9 +84,11 @@ def _write(
     for file, shard in zip(files, shards):
         tensors: dict[str, Tensor] = {}
         for name, tensor in published.read(shard):
-            merged = updates.merge(name, tensor).to(published.tensors[name].dtype)
+            rounded = tensor.to(published.tensors[name].dtype)
+            if published.updates:
+                check_finite(rounded, f"{name} with its update, as {rounded.dtype},")
             # Tensors of one torch.save file may lie in one storage, which safetensors refuses.
-            tensors[names[name]] = merged.clone(memory_format=torch.contiguous_format)
+            tensors[names[name]] = rounded.clone(memory_format=torch.contiguous_format)
         save_tensors(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         places = {names[name]: file for file, shard in zip(files, shards) for name in shard}

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.models.file_kind import is_pickled
+from longtake.models.folders import files_in
+from longtake.models.tensor_files import check_finite
 
 
 def check_folder(folder: str | Path, what: str) -> Path:
@@ -21,7 +24,7 @@ def check_folder(folder: str | Path, what: str) -> Path:
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path / 'config.json'} is missing; the {what} folder needs it beside its weights")
-    if not any(path.glob("*.safetensors")):
+    if not files_in(path):
         raise CheckpointError(f"{path} holds no *.safetensors file; the {what} folder needs its weights in this format")
     return path
 
@@ -35,6 +38,8 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
+    for file in files_in(Path(folder)):
+        is_pickled(file)  # says what it is, where it is no file of weights
     transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
     try:
         model, info = model_class.from_pretrained(
@@ -48,6 +53,8 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
     }
     _refuse(problems, folder, model_class.__name__)
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, f"{name} of {folder}")
     return model.eval()
 
 
