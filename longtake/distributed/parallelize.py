@@ -20,14 +20,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
 from longtake.models.recompute import keep_attention
 from longtake.models.roles import Role
 
 logger = logging.getLogger(__name__)
-
-# Variants of a block that one process may need: with and without cache, mask, gradient, commit, updates, first block
-_VARIANTS = 64
 
 _BUCKET_BYTES = 2**28
 
@@ -67,9 +65,10 @@ def parallelize(
         if recompute == "selective":
             model.checkpoint_contexts.append(keep_attention)  # type: ignore[union-attr,operator]
     if compiled and _has_compiler(mesh.device.type):
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-        for block in getattr(model, "blocks", []):
+        blocks = list(getattr(model, "blocks", []))
+        for block in blocks:
             block.compile()
+            block._compiled_call_impl = limited(block._compiled_call_impl, VARIANTS * len(blocks), "blocks")
     if isinstance(model, VideoDiT):
         model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
         model.set_token_split(mesh.sequence)
