@@ -199,6 +199,8 @@ class Generator:
         )
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # from here on streams of other threads may read it
         return cls(model, encoders, settings, device, source.config, vae)
 
     def new_decoder(self) -> DecoderSession:
