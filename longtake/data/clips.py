@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.file_rows import list_files
+from longtake.data.file_rows import identities, list_files
 from longtake.data.images import fit_pixels
 from longtake.data.samples import Sample, Sizes
 from longtake.errors import DataError
@@ -30,6 +30,10 @@ class ClipFolder:
         self.sizes = sizes
         self.fps = fps
         self._rows = list_files(path, "clips")
+
+    def identities(self) -> Iterable[str]:
+        """Names of the files, and prompts that are known without reading a caption."""
+        return identities(self._rows, self.path)
 
     def __len__(self) -> int:
         return len(self._rows)

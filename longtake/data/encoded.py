@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -123,6 +123,8 @@ class EncodedRows:
             raise DataError(f"{path} is not complete; the same `longtake encode` command goes on with it")
         self.key: dict[str, Any] = index["key"]
         self.files: dict[str, Any] = index["files"]
+        made_from = index.get("request", {}).get("rows")
+        self.made_from: str | None = None if index.get("bad_rows") else made_from
         self._shards = index["shards"]
         for shard in self._shards:
             file = path / shard["file"]
@@ -166,6 +168,12 @@ class EncodedRows:
         shard, local = self._place(row)
         height, width = self.key["sizes"][shard["buckets"][local]]
         return height, width
+
+    def identities(self) -> Iterable[str]:
+        """Name and prompts of each row. Raises: DataError when a shard cannot be read."""
+        for shard in self._shards:
+            for row in read_shard_rows(self.path / shard["file"])["rows"]:
+                yield json.dumps([row["name"], row["prompts"]])
 
     def _place(self, row: int) -> tuple[dict[str, Any], int]:
         if not 0 <= row < len(self):

@@ -11,6 +11,7 @@ a row that raises when it is read. This file must know no picture and no video.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ def list_files(folder: Path, kind: str) -> list[FileRow]:
             f"{CAPTION_FOLDERS[0]}/"
         )
     return rows
+
+
+def identities(rows: Iterable[FileRow], folder: Path) -> Iterator[str]:
+    """Yields the name of each row's file in `folder`, and the prompts that are known without reading a caption."""
+    for row in rows:
+        file = row.file or row.caption
+        yield json.dumps([file and os.path.relpath(file, folder), row.prompts])
 
 
 def caption_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:

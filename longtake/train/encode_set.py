@@ -44,6 +44,7 @@ from longtake.inference.generator import load_encoders
 from longtake.models.encoder_identity import encoder_files
 from longtake.train.encode import BatchEncoder
 from longtake.train.encoded_key import contents_of, encoders_key, sizes_key
+from longtake.train.facts import rows_fact
 from longtake.train.stage_data import find_buckets, open_data
 from longtake.train.stages import check_strides
 
@@ -106,6 +107,7 @@ def encode_set(
     request = {
         **config.data.model_dump(include={"path", "on_bad_row"}),
         "num_rows": len(dataset),
+        "rows": mesh.on_main(lambda: rows_fact(dataset)),
         "dtype": dtype,
         "rows_per_shard": rows_per_shard,
         "batch_size": config.micro_batch_size,
@@ -258,6 +260,8 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor) -> list[int]
     if not (output / INDEX).is_file():
         raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
     present = read_index(output)
+    if "rows" not in present.get("request", {}):  # a set of an earlier version
+        del request["rows"]
     same = ("format", "version", "key", "request")
     if found := list(differences({name: index[name] for name in same}, present)):
         raise DataError(f"{output} holds another encoded set: {'; '.join(found)}. Remove it or name another folder")

@@ -18,8 +18,8 @@ from longtake.train.rounding import round_stochastically
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW's numbers; `warmup_steps` counts iterations, `max_grad_norm` None means no clipping. Over the last
-    `decay_steps` of `total_steps` iterations the learning rate falls.
+    """AdamW's numbers; `warmup_steps` counts the optimizer's own steps, `max_grad_norm` None is no clipping. Over the
+    last `decay_steps` of `total_steps` iterations the learning rate falls.
 
     `moments` are kept in "float32" or "int8"; `seed` is that of rounding, where weights are bfloat16.
     """
@@ -41,7 +41,7 @@ class NetworkOptimizer:
 
     Build it after sharding: the parameters are remembered here, because a sharded module shows other objects while its
     parameters are gathered. Nothing but `tensors()` carries over from one step to the next: learning rate and rounding
-    are functions of the iteration.
+    are functions of the iteration and of the steps so far.
 
     float32 weights with float32 moments are updated by one call for all of them, fused on a GPU; others one after the
     other in float32, and bfloat16 weights are rounded stochastically.
@@ -50,6 +50,7 @@ class NetworkOptimizer:
     def __init__(self, network: nn.Module, settings: OptimizerSettings) -> None:
         self.settings = settings
         self.parameters = {clean_name(n): p for n, p in network.named_parameters() if p.requires_grad}
+        self.steps_done = 0
         self._steps: dict[str, Tensor] = {}
         self._moments: dict[str, tuple[Float32Moment | Int8Moment, Float32Moment | Int8Moment]] = {}
         if settings.moments == "int8":
@@ -63,12 +64,16 @@ class NetworkOptimizer:
                 self._moments[name] = Float32Moment(p), Float32Moment(p)
         self._draws = Draws(settings.seed)
 
+    def restored(self) -> None:
+        """Counts the steps so far, after `tensors()` were written into."""
+        self.steps_done = max((int(steps.item()) for steps in self._steps.values()), default=0)
+
     def learning_rate(self, step: int) -> float:
-        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant; at the end a
-        linear fall over `decay_steps`, after which it would be 0.
+        """Learning rate of the next step, in iteration `step`: a linear ramp over this optimizer's first `warmup_steps`
+        steps, then constant; over the last `decay_steps` iterations a linear fall, after which it would be 0.
         """
         settings = self.settings
-        factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        factor = min(1.0, (self.steps_done + 1) / max(1, settings.warmup_steps))
         if settings.decay_steps:
             factor *= min(1.0, max(0.0, (settings.total_steps - step) / settings.decay_steps))
         return settings.lr * factor
@@ -94,6 +99,7 @@ class NetworkOptimizer:
         for name in with_gradient:
             if not self._is_plain(name):
                 self._update_alone(name, step)
+        self.steps_done += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment>`; writing into these tensors restores it."""
