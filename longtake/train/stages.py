@@ -13,6 +13,7 @@ from torch import nn
 from longtake.config import StageConfig, dump
 from longtake.config_groups import CriticConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
+from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.inference.generator import load_encoders, rules_of
@@ -37,6 +38,7 @@ from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
 from longtake.train.facts import facts, resume_facts, rows_fact
 from longtake.train.gauges import Gauges, Trace, stage_gauges
+from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
 from longtake.train.lora import facts_of
@@ -100,6 +102,11 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
+    with only_run(config.folder, mesh, "set another name or logdir"):
+        _train(config, mesh, dataset, accumulation)
+
+
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
     must_stay = facts(config) | resume_facts(config, mesh.on_main(lambda: rows_fact(dataset)))
     refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters = _networks(config, mesh)
