@@ -52,9 +52,8 @@ def _locked(folder: Path, fix: str) -> Iterator[None]:
 
 
 def _taken(folder: Path, fix: str) -> TextIO:
-    """The lock file, locked by a record lock (POSIX) and not by flock: network file systems have it, and children that a
-    process forks do not inherit it, so that none keeps it alive. Nothing else in this process may open the file: closing
-    that would let go of the lock.
+    """The lock file, locked by a record lock (POSIX) and not by flock: network file systems have it, and no child
+    inherits it and keeps it alive. Nothing else in this process may open the file: closing that lets go of the lock.
     """
     while True:
         try:
