@@ -99,7 +99,8 @@ def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapp
 
     Args: `bad` holds `row` and `problem` of each row that the shard leaves out.
     """
-    tensors, rows = {}, []
+    tensors: dict[str, Tensor] = {}
+    rows = []
     for place, sample in enumerate(samples):
         own = {_text_key(k): text.cpu() for k, text in enumerate(sample.texts)}
         own |= {name: array.cpu() for name, array in sample.arrays.items()}
