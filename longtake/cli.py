@@ -418,8 +418,7 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
 
 
 def _override(key: str, value: str | None) -> list[str]:
-    # JSON is YAML: a folder called 2024 stays text.
-    return [] if value is None else [f"{key}={json.dumps(value)}"]
+    return [] if value is None else [f"{key}={value}"]
 
 
 def given_options(**options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings
+from longtake.config_base import PathText, Settings
 from longtake.errors import ConfigError
 from longtake.structs import BlockPlan, VideoShape
 
@@ -16,7 +16,7 @@ WorldFormat = Literal["images", "clips", "lmdb"]
 class ModelConfig(Settings):
     """The transformer and how it is told about the given picture."""
 
-    preset: str = Field(
+    preset: PathText = Field(
         default="toy",
         description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of "
         "a model whose config.json is used",
@@ -126,7 +126,7 @@ class FlowConfig(Settings):
         min_length=1,
         description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
     )
-    shift: float = Field(default=5.0, gt=0, description="warp of noise levels: sigma = s u / (1 + (s - 1) u)")
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
     guidance: float = Field(
         default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
     )
@@ -152,7 +152,7 @@ class FlowConfig(Settings):
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
-    path: str = Field(description="folder (or text or tar file) of the data set; `{logdir}` stands for the log folder")
+    path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
     kind: Literal["auto", "images", "clips", "texts", "webdataset", "lmdb", "encoded"] = Field(
         default="auto", description="format; `auto` looks into the folder"
     )
@@ -202,10 +202,10 @@ class OptimConfig(Settings):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=10.0, gt=0, description="norm to which gradients are clipped")
     warmup_steps: int = Field(
-        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
+        default=0, ge=0, description="this optimizer's own first steps, over which the learning rate rises linearly"
     )
     decay_steps: int = Field(
-        default=0, ge=0, description="last steps of `max_steps` over which the learning rate falls linearly to zero"
+        default=0, ge=0, description="last iterations of `max_steps`, over which the learning rate falls linearly to 0"
     )
 
 
@@ -289,7 +289,7 @@ class CriticConfig(OptimConfig):
         ge=0,
         description="first iterations, in which the critic alone is trained, on the student as it begins",
     )
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.file_rows import list_files
+from longtake.data.file_rows import identities, list_files
 from longtake.data.images import fit_pixels
 from longtake.data.samples import Sample, Sizes
 from longtake.data.video_frames import open_video
@@ -28,6 +28,10 @@ class ClipFolder:
         self.sizes = sizes
         self.fps = fps
         self._rows = list_files(path, "clips")
+
+    def identities(self) -> Iterable[str]:
+        """Names of the files, and prompts that are known without reading a caption."""
+        return identities(self._rows, self.path)
 
     def __len__(self) -> int:
         return len(self._rows)

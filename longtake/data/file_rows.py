@@ -98,6 +98,13 @@ def table_of(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+def identities(rows: Iterable[FileRow], folder: Path) -> Iterator[str]:
+    """Yields the name of each row's file in `folder`, and the prompts that are known without reading a caption."""
+    for row in rows:
+        file = row.file or row.caption
+        yield json.dumps([file and os.path.relpath(file, folder), row.prompts])
+
+
 def caption_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     """The sub-folders of files and of captions, where there are such."""
     files = [folder / name for name in FILE_FOLDERS[kind] if (folder / name).is_dir()]

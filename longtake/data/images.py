@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from longtake.data.file_rows import list_files, what_it_is
+from longtake.data.file_rows import identities, list_files, what_it_is
 from longtake.data.samples import Sample, Sizes, nearest_size
 from longtake.errors import DataError
 
@@ -139,6 +140,10 @@ class ImageFolder:
         self.path = path
         self.sizes = sizes
         self._rows = list_files(path, "images")
+
+    def identities(self) -> Iterable[str]:
+        """Names of the files, and prompts that are known without reading a caption."""
+        return identities(self._rows, self.path)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -107,6 +107,12 @@ class LmdbShards:
             return self.published_image_shape[:2]
         key = f"img_{local}_data"
         return image_size(_needed(_read(shard.path, [key]), key, where), f"{where}: {key}")
+
+    def identities(self) -> Iterable[str]:
+        """The prompts of each row as they are stored. Raises: DataError when a shard cannot be read."""
+        for shard in self._shards:
+            keys = [f"prompts_{row}_data" for row in range(shard.num_rows)]
+            yield from map(repr, _read(shard.path, keys).values())
 
     def _place(self, row: int) -> tuple[_Shard, int, str]:
         """The shard of a row, the row's number in it, and both in words."""

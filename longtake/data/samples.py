@@ -7,6 +7,7 @@ This file must know no tensor, no batch, no file format and no training stage.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,6 +58,10 @@ class Dataset(Protocol):
 
         Raises: DataError as `__getitem__`, where the size cannot be read.
         """
+        ...
+
+    def identities(self) -> Iterable[str]:
+        """What tells the rows apart, in their order, without a look at pictures: names of files, prompts, sizes."""
         ...
 
 

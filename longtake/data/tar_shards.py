@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,11 @@ class TarShards:
         kind, name = self._picture(found, where)
         data, label = self._bytes(found, name, where), f"{where}: {name}"
         return image_size(data, label) if kind == "image" else clip_size(data, label)
+
+    def identities(self) -> Iterable[str]:
+        """Shard and name of each row, and its fields with their sizes."""
+        for row in self._rows:
+            yield f"{row.shard.name} {row.name} {[(name, size) for name, (_, size) in row.fields.items()]}"
 
     def _where(self, row: int) -> str:
         return f"{self._rows[row].shard} row {row} ({self._rows[row].name})"

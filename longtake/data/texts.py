@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from longtake.data.file_rows import CAPTION_SUFFIX, files_below, prompts_of, read_caption, read_jsonl
@@ -57,3 +58,7 @@ class TextRows:
     def pixel_size(self, row: int) -> None:
         """None: a prompt has no picture."""
         return None
+
+    def identities(self) -> Iterable[str]:
+        """The prompts, or the names of their files."""
+        return (found.name if isinstance(found, Path) else repr(found) for _, found in self._rows)

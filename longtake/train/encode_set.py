@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from longtake.config import StageConfig
 from longtake.data.encoded import (
+    EMPTY_TEXT,
     FORMAT,
     INDEX,
     VERSION,
@@ -44,6 +45,8 @@ from longtake.inference.generator import load_encoders
 from longtake.models.encoder_identity import encoder_files
 from longtake.train.encode import BatchEncoder
 from longtake.train.encoded_key import contents_of, encoders_key, sizes_key
+from longtake.train.facts import rows_fact
+from longtake.train.lock import only_run
 from longtake.train.stage_data import find_buckets, open_data
 from longtake.train.stages import check_strides
 
@@ -96,6 +99,14 @@ def encode_set(
     dataset = open_data(config)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
+    mesh.on_main(lambda: _check_output(output))
+    with only_run(output, mesh, "name another folder"):
+        return _encode_set(config, dataset, output, mesh, dtype, rows_per_shard)
+
+
+def _encode_set(
+    config: StageConfig, dataset: Dataset, output: Path, mesh: Mesh, dtype: str, rows_per_shard: int
+) -> EncodeReport:
     folder = config.encoders_folder
     with_image = config.model.image_condition == "i2v"
     with_tokens = config.model.with_y and "image" in encoder_files(folder)
@@ -106,6 +117,7 @@ def encode_set(
     request = {
         **config.data.model_dump(include={"path", "on_bad_row"}),
         "num_rows": len(dataset),
+        "rows": mesh.on_main(lambda: rows_fact(dataset)),
         "dtype": dtype,
         "rows_per_shard": rows_per_shard,
         "batch_size": config.micro_batch_size,
@@ -246,21 +258,29 @@ def real_rows(text: Tensor) -> Tensor:
     return text[: int(used[-1]) + 1 if len(used) else 0]
 
 
+def _check_output(output: Path) -> None:
+    """Raises DataError when the folder holds something else than a set, or the begin of one."""
+    if output.is_dir() and (output / INDEX).is_file():
+        return
+    names = [path.name for path in output.iterdir()] if output.is_dir() else [output.name] * output.exists()
+    if any(name != EMPTY_TEXT and not name.startswith(".") for name in names):
+        raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
+
+
 def _begin(output: Path, index: dict[str, Any], empty_text: Tensor) -> list[int]:
     """Numbers of the shards that are missing, of a set that is new or that this request began.
 
-    Raises: DataError that names the differences when the folder holds another set, or something else.
+    Raises: DataError that names the differences when the folder holds another set.
     """
     request = index["request"]
     numbers = range(-(-request["num_rows"] // request["rows_per_shard"]))
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        output.mkdir(parents=True, exist_ok=True)
+    if not (output / INDEX).is_file():
         write_empty_text(output, real_rows(empty_text[0]).bfloat16())
         write_index(output, index)
         return list(numbers)
-    if not (output / INDEX).is_file():
-        raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
     present = read_index(output)
+    if "rows" not in present.get("request", {}):  # a set of an earlier version
+        del request["rows"]
     same = ("format", "version", "key", "request")
     if found := list(differences({name: index[name] for name in same}, present)):
         raise DataError(f"{output} holds another encoded set: {'; '.join(found)}. Remove it or name another folder")

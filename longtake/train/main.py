@@ -12,6 +12,7 @@ from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate
 from longtake.runs import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
+from longtake.train.lock import only_run
 from longtake.train.stages import run_stage
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,14 @@ def run(config: StageConfig | JobConfig) -> None:
 
 def run_job(config: JobConfig, mesh: Mesh) -> None:
     """The whole way; what an earlier run of the same job completed is not done again."""
+    with only_run(Path(config.logdir), mesh, "set another logdir"):
+        _run_job(config, mesh)
+
+
+def _run_job(config: JobConfig, mesh: Mesh) -> None:
     logdir = Path(config.logdir)
 
     def prepare() -> None:
-        logdir.mkdir(parents=True, exist_ok=True)
         (logdir / "job.yaml").write_text(dump(config))
         if (data := config.data) is not None:
             write_world(
