@@ -142,6 +142,22 @@ def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
     assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3]  # one roll-out of [1, 2, 2, 2]
 
 
+def test_each_iteration_has_an_exit_step_and_noise_of_its_own(monkeypatch):
+    """By its own number: the same chunk of the next sequence stops elsewhere and begins from other noise."""
+    long = make_long(ratio=100, head_start=100)
+    calls, exits, begun = record(long.generator, monkeypatch), [], []
+    batch = batch_of(long)
+    for step in range(12):
+        calls.clear()
+        exits.append(long.loss("critic", batch, step).metrics["exit_step"])
+        assert exits[-1] == long.draws.integer(step, "exit_step", 0, 4)
+        denoised = [call for call in calls if not call["commit"]]
+        assert len(denoised) == (exits[-1] + 1) * (3 if step % 3 == 0 else 2)
+        begun += [latents for call in denoised if call["sigma"][0] == 1 for latents in call["x"]]
+    assert len(set(exits[::3])) > 1, "the same chunk does not always stop at the same step"
+    assert len(begun) == 2 * 4 * (3 + 2 + 2) == len({latents.numpy().tobytes() for latents in begun})
+
+
 # ---- stopping and going on -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stopped_at", [1, 2, 4, 5])
 def test_a_stopped_run_goes_on_with_the_same_chunk(stopped_at):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_batches import RULES
 from tiny_codec import STRIDE, TinyCodec
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize, relative_error
 
 from longtake.errors import ConfigError
 from longtake.randomness import Draws
@@ -99,6 +99,21 @@ def oracle_with_switch(model, condition, first, later, switch, end):
         pending = denoise_block(model, cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
         blocks.append(pending)
     return torch.cat(blocks, 1)
+
+
+def test_new_weights_are_used_whole_from_the_next_chunk_on():
+    """Those of cross-attention too, whose keys and values are kept for a condition: a new object has none kept."""
+    stream, model, condition, first, _ = make()
+    stream.advance(7, noise)
+    cache = model.new_cache(2, 4, 6, RULES.window_frames, RULES.sink_frames, RULES.rope)
+    pending = first
+    for begin, stop in RULES.plan.blocks(1, 11):
+        if begin == 7:
+            randomize(model, seed=9)
+            condition = condition.with_text(condition.text)
+        commit_block(model, cache, condition, pending)
+        pending = denoise_block(model, cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+    assert torch.equal(stream.advance(11, noise).latents[:, -2:], pending)
 
 
 @pytest.mark.parametrize("switch", [7, 9, 13, 15])
