@@ -276,6 +276,20 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     assert count(equal)[0] == 0
 
 
+def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
+    """What is kept for one condition is no room for that of another kind."""
+    model, x, sigma = make_tiny_model(True), make_tiny_latents(1), torch.ones(2)
+    condition, cache = make_tiny_condition(model), model.new_cache(2, 4, 6, 3, 0)
+    assert condition.image is not None
+    fewer = Condition(condition.text, condition.image[:, :3], condition.frames)
+    for one, half in ((condition, False), (fewer, False), (condition, False), (condition, True), (fewer, False)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            cache.clear_condition()
+            found = model(x, sigma, one, cache=cache)
+            assert torch.equal(found, model(x, sigma, one, cache=model.new_cache(2, 4, 6, 3, 0)))
+            assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
+
+
 def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
@@ -283,6 +297,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
         ("needs max_frames", (2, 4, 6, None, 0)),
         ("must be larger than sink_frames", (2, 4, 6, 3, 3)),
         ("must not be negative", (2, 4, 6, 3, -1)),
+        ("must not be negative", (2, 4, 6, 3, 0, "relative", None, -1)),
         ("'absolute' or 'relative'", (2, 4, 6, 3, 0, "infinite")),
     ):
         with pytest.raises(ConfigError, match=message):

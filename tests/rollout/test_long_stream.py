@@ -54,7 +54,7 @@ def test_it_is_the_stream_of_inference(i2v, rope):
     blocks = stream_latents(model, cache, condition, first, noise, rules)
     expected = torch.cat(list(islice(blocks, rules.plan.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
-    assert stream.position == ends[-1]
+    assert stream.position == ends[-1] and not any(window.latents.requires_grad for window in windows)
 
 
 @pytest.mark.parametrize("i2v", [True, False])
