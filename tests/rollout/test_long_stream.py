@@ -190,5 +190,10 @@ def test_chunks_that_no_window_can_hold_are_refused():
     for end in (7, 15):
         with pytest.raises(ConfigError, match="each later one must make fewer"):
             stream.advance(end, noise)
+    whole, *_ = make(False, rules=T2V)
+    whole.advance(6, noise)
+    with pytest.raises(ConfigError, match="each later one must make fewer"):
+        whole.advance(12, noise)  # no latent before it would be in the window, to begin with
+    assert whole.advance(10, noise).generated.tolist() == [False] * 2 + [True] * 4
     with pytest.raises(ConfigError, match="no block boundary"):
         make(switch=Switch(8, make_tiny_latents(1)))
