@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
-from longtake.models.cache import KVCache, Reading
+from longtake.models.cache import KVCache, Passes, Reading
 from longtake.models.dit import VideoDiT
 from longtake.structs import Condition
 
@@ -288,6 +288,17 @@ def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
             found = model(x, sigma, one, cache=cache)
             assert torch.equal(found, model(x, sigma, one, cache=model.new_cache(2, 4, 6, 3, 0)))
             assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
+
+
+def test_room_for_what_recorded_passes_leave_is_made_once() -> None:
+    """Later recordings write to the addresses of the first."""
+    passes, latents, made = Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
+    passes.make_room(latents, made)
+    room = passes.room[latents]
+    assert [tensor.shape for tensor in room] == [tensor.shape for tensor in made]
+    passes.make_room(latents, made)
+    passes.make_room(torch.Size([2, 2]), [])
+    assert list(passes.room) == [latents] and all(a is b for a, b in zip(passes.room[latents], room))
 
 
 def test_sizes_that_cannot_work_are_refused() -> None:
