@@ -290,6 +290,17 @@ def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
             assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_smallest_cache_is_that_of_one_sample_and_one_frame(window: int, rel) -> None:
+    model, x = make_tiny_model(), make_tiny_latents(1)
+    both = make_tiny_condition(model)
+    one, two = Condition(both.text[:1]), [model.new_cache(n, 4, 6, window, 0) for n in (1, 2)]
+    for _ in range(3):
+        alone, beside = _commit(model, two[0], one, x[:1]), _commit(model, two[1], both, x)
+        assert rel(alone, beside[:1]) < 1e-5
+    assert two[0].held_frames == two[1].held_frames == [2, 1][:window][::-1]
+
+
 def test_room_for_what_recorded_passes_leave_is_made_once() -> None:
     """Later recordings write to the addresses of the first."""
     passes, latents, made = Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
