@@ -20,6 +20,7 @@ BASE = {
     "randomness",
     "runs",
     "devices",
+    "outputs",
 }
 BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}

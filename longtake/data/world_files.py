@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.data.h264 import add_h264, encode
 from longtake.data.story import sample_story
 from longtake.data.world import FPS, SIZE, World
 from longtake.errors import ConfigError, DataError
+from longtake.outputs import writing
 
 FORMATS = ("images", "clips", "lmdb")
 STAMP = "world.json"
@@ -31,8 +33,6 @@ LMDB_ARRAYS = ("latents", "y", "clip", "text")  # optional columns of a shard
 _ROWS_A_SHARD = 256
 _CRF = "10"
 _STAMP_VERSION = 1
-# x264's macroblock tree gives other bytes for the same frames from run to run, even on one thread.
-_X264 = {"crf": _CRF, "preset": "veryfast", "x264-params": "mbtree=0"}
 _CLIPS_A_PROCESS = 500  # fewer are written faster than a process starts
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
@@ -270,15 +270,12 @@ def _write_clip(path: Path, world: World, num_frames: int) -> None:
     """H.264 with full colour resolution: sprites are a few pixels wide, and 4:2:0 would smear their colours."""
     import av
 
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=_X264)
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv444p"
-        stream.codec_context.thread_count = 1  # pictures are tiny; threads cost more than they give
+    with writing(path), av.open(str(path), "w") as container:
+        # Pictures are tiny; threads cost more than they give.
+        stream = add_h264(container, FPS, SIZE, SIZE, pixels="yuv444p", threads=1, crf=_CRF, preset="veryfast")
         for picture in world.render(num_frames):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            container.mux(encode(stream, picture))
+        container.mux(stream.encode())
 
 
 def _write_shards(folder: Path, worlds: list[World]) -> None:
