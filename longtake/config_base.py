@@ -20,9 +20,13 @@ from longtake.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of every configuration model: frozen, strict types, unknown keys refused, errors as ConfigError."""
+    """Base of every configuration model: frozen, strict types, finite numbers, unknown keys refused, errors as
+    ConfigError.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -45,10 +45,10 @@ def refusal(error: BaseException) -> str | None:
     return f"{os.strerror(number)}; {_FIXES[number]}" if number in _FIXES else None
 
 
-def cannot_write(path: str | Path, error: BaseException, kept: str = "") -> OutputError | None:
-    """The error that names `path` and what is `kept` of it; None where `error` is not the disk's."""
+def cannot_write(path: str | Path, error: BaseException) -> OutputError | None:
+    """The error that names `path`; None where `error` is not the disk's."""
     said = refusal(error)
-    return None if said is None else OutputError(f"{path} cannot be written: {said}{kept}")
+    return None if said is None else OutputError(f"{path} cannot be written: {said}")
 
 
 @contextmanager
@@ -59,7 +59,10 @@ def writing(path: str | Path) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as error:
-        raise cannot_write(path, error) or error from None
+        told = cannot_write(path, error)
+        if told is None:
+            raise
+        raise told from None
 
 
 def partial_name(path: Path) -> Path:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.inference.generator import Generator, check_prompt, to_bytes, to_frames
+from longtake.inference.frames import Frames, to_frames
+from longtake.inference.generator import Generator, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
@@ -172,13 +173,14 @@ class Session:
 
         The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
         frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
-        Raises: ConfigError when a student that keeps every frame has reached `max_frames`.
+        Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
+        are not finite.
         """
-        return self.begin().cpu().numpy()
+        return self.begin().array()
 
     @torch.no_grad()
-    def begin(self) -> Tensor:
-        """The next frames as `next` gives them, but as a tensor on the device that decodes, whose work may still run.
+    def begin(self) -> Frames:
+        """The next frames as `next` gives them, but on their way here: work may still run.
 
         Raises: as `next`.
         """
@@ -190,7 +192,7 @@ class Session:
             self._change()
         standing = self.standing
         assert standing.stream is not None and standing.decoder is not None
-        frames = to_bytes(standing.decoder.decode(standing.stream.next())[0])
+        frames = Frames(standing.decoder.decode(standing.stream.next())[0], standing.num_frames)
         standing.num_frames += len(frames)
         if before is not None:
             self._history.append(before)

@@ -17,6 +17,7 @@ from longtake.data.h264 import add_h264, encode
 from longtake.errors import DataError, OutputError, ShapeError
 from longtake.outputs import check_output_file, partial_name, writing
 
+VIDEO_SUFFIXES = (".mp4",)
 _MAX_FPS_DENOMINATOR = 1001  # 29.97 is 30000/1001
 _MAX_FPS, _MAX_SIDE = 1000, 16384
 _THREADS = 8  # not the machine's number, on which the bytes depend
