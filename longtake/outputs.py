@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from itertools import chain, count
 from pathlib import Path
 
 from longtake.errors import ConfigError, OutputError
@@ -70,6 +71,12 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+def free_name(path: Path) -> Path:
+    """`path`, or where it exists the first of NAME-2, NAME-3, ... that does not."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(name for name in chain([path], names) if not os.path.lexists(name))
+
+
 def check_output_file(
     path: str | Path,
     *,
@@ -79,8 +86,8 @@ def check_output_file(
 ) -> Path:
     """The path of a file that will be written, when it can be.
 
-    Args: `suffixes` that its name may have, any when there are none; `inputs`, files of which it must be none, also
-    through links; `overwrite` lets it replace another file.
+    Args: `suffixes` that its name may have, any when there are none; `inputs`, files in use of which it must be
+    none, also through links; `overwrite` lets it replace another file.
     Raises: ConfigError when it has another suffix, is an input or exists; OutputError when it cannot be written.
     """
     path = Path(path)
@@ -91,7 +98,7 @@ def check_output_file(
         )
     for given in inputs:
         if given is not None and _same(path, given):
-            raise ConfigError(f"{path} is an input ({given}) and would be lost; give the output another name")
+            raise ConfigError(f"{path} is in use ({given}) and would be lost; give the output another name")
     if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; name a file in it")
     if os.path.lexists(path) and not overwrite:
@@ -122,13 +129,18 @@ def check_output_folder(path: str | Path) -> Path:
     return path
 
 
-def check_new_folder(path: str | Path, *, own: Sequence[str], overwrite: bool = False) -> Path:
+def check_new_folder(
+    path: str | Path, *, own: Sequence[str], inputs: Sequence[str | Path | None] = (), overwrite: bool = False
+) -> Path:
     """The path of a folder that will appear as a whole. `overwrite` lets it replace one that holds only what the same
-    command wrote, of names like `own`: nobody's home folder is taken for one.
+    command wrote, of names like `own`: nobody's home folder is taken for one. None of `inputs` may lie in it.
 
-    Raises: ConfigError when it exists, OutputError when it cannot be written.
+    Raises: ConfigError when it exists or holds an input, OutputError when it cannot be written.
     """
     path = Path(path)
+    for given in inputs:
+        if given is not None and Path(os.path.realpath(given)).is_relative_to(os.path.realpath(path)):
+            raise ConfigError(f"{path} is in use ({given}) and would be lost; give the output another name")
     if os.path.lexists(path):
         if not overwrite:
             raise ConfigError(
@@ -149,10 +161,10 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
 
 
-def publish_folder(partial: Path, folder: Path) -> None:
-    """Gives the complete `partial` the name `folder`; one that is there makes way and is removed afterwards."""
+def publish_folder(partial: Path, folder: Path, *, overwrite: bool = False) -> None:
+    """Gives the complete `partial` the name `folder`; with `overwrite` one that is there makes way and is removed."""
     with writing(folder):
-        if not folder.exists():
+        if not (overwrite and folder.exists()):
             os.rename(partial, folder)
             return
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from longtake.inference.session import Session
 
+
 def rules_of(config: StageConfig | GenerationConfig) -> RollOutRules:
     """How the student of a stage, or of weights with their own rules, unrolls: in training and at inference alike."""
     flow = config.flow if isinstance(config, StageConfig) else config
@@ -189,9 +190,8 @@ class Generator:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         if num_frames is not None and self.settings.sampler == "whole":
             check_negative(negative, self.settings)
-            check_memory(
-                self.model, self.encoders, self.settings, latent_frames(num_frames, self.encoders.vae.temporal_stride)
-            )
+            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
+            check_memory(self.model, self.encoders, self.settings, latent, layers=1)
             return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, check_seed(seed))
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
         return fetched(_blocks(session, num_frames), ahead=ahead)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from fractions import Fraction
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from longtake.data.h264 import add_h264, encode
 from longtake.errors import DataError, OutputError, ShapeError
-from longtake.outputs import check_output_file, partial_name, writing
+from longtake.outputs import check_output_file, free_name, partial_name, writing
 
 VIDEO_SUFFIXES = (".mp4",)
 _MAX_FPS_DENOMINATOR = 1001  # 29.97 is 30000/1001
@@ -114,8 +112,7 @@ class VideoWriter:
         """Keeps what is whole under a name of its own, and says so in a note of the error that ends the video."""
         if not (self.keep and self.num_frames and self._partial.exists()) or not _cut_to_whole_fragments(self._partial):
             return
-        names = (f"{self.path.stem}.partial{'' if k == 1 else f'-{k}'}{self.path.suffix}" for k in count(1))
-        kept = next(path for name in names if not os.path.lexists(path := self.path.with_name(name)))
+        kept = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
         self._partial.rename(kept)
         error.add_note(f"what was made until then is kept in {kept}")
 

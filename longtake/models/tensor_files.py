@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from longtake.outputs import writing
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes contiguous CPU tensors to `path` with the permissions that a new file gets here.
@@ -15,7 +17,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-    path.chmod(mode)
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        path.chmod(mode)
