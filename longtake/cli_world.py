@@ -62,9 +62,7 @@ def evaluate(
         )
         folder = output if output is not None else run
         if folder is not None and (there := folder / "evaluation.json").exists() and not overwrite:
-            raise ConfigError(
-                f"{there} exists already; name another folder with -o, or give --overwrite to replace it"
-            )
+            raise ConfigError(f"{there} exists already; name another folder with -o, or give --overwrite to replace it")
         given = cli.given_options(output=output, device=device)
         if run is not None:
             from longtake.evaluation.run import evaluate as measure

@@ -31,8 +31,8 @@ _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frame
 class GenerationConfig(Settings):
     """How a student streams. The defaults are those of the image-to-video recipe at full size."""
 
-    height: int = Field(default=480, gt=0, le=16384, description="height in pixels")
-    width: int = Field(default=832, gt=0, le=16384, description="width in pixels")
+    height: int = Field(default=480, gt=0, le=8192, description="height in pixels")
+    width: int = Field(default=832, gt=0, le=8192, description="width in pixels")
     fps: int = Field(default=16, gt=0, le=1000, description="frames a second of the written video")
     num_latent_frames: int = Field(default=21, gt=0, le=MAX_FRAMES, description="length where none is asked for")
     plan: PlanConfig = Field(

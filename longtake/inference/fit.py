@@ -39,15 +39,22 @@ def check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
         )
 
 
-def check_memory(model: VideoDiT, encoders: Encoders, settings: GenerationConfig, frames: int, layers: int) -> None:
-    """Raises ConfigError when keys and values of so many latent frames in so many layers exceed the device's memory."""
-    stride, device = encoders.vae.spatial_stride, next(model.parameters()).device
-    tokens = frames * model.tokens_per_frame(settings.height // stride, settings.width // stride)
+def check_memory(
+    model: VideoDiT, encoders: Encoders, settings: GenerationConfig, frames: int, layers: int, at_once: int
+) -> None:
+    """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of `at_once`
+    latent frames that are decoded together, exceed the memory of the device.
+    """
+    vae, device = encoders.vae, next(model.parameters()).device
+    tokens = frames * model.tokens_per_frame(
+        *(side // vae.spatial_stride for side in (settings.height, settings.width))
+    )
     sides, ranks = 1 if settings.guidance == 1 else 2, 1 if model.token_split is None else model.token_split.size
     each = 2 * sides * layers * model.config.dim * (2 if settings.precision == "bf16" else 4)
-    needed, there = tokens * each // ranks, memory_bytes(device)
+    pixels = at_once * vae.temporal_stride * settings.height * settings.width * 3 * 4  # as float32
+    needed, there = tokens * each // ranks + pixels, memory_bytes(device)
     if needed > there:
         raise ConfigError(
-            f"{frames} latent frames of {settings.height}x{settings.width} pixels need {needed / 1e9:.0f} GB for keys "
-            f"and values, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
+            f"{frames} latent frames of {settings.height}x{settings.width} pixels need {needed / 1e9:.0f} GB for keys, "
+            f"values and pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
         )

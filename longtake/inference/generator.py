@@ -191,7 +191,7 @@ class Generator:
         if num_frames is not None and self.settings.sampler == "whole":
             check_negative(negative, self.settings)
             latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-            check_memory(self.model, self.encoders, self.settings, latent, layers=1)
+            check_memory(self.model, self.encoders, self.settings, latent, 1, latent)
             return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, check_seed(seed))
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
         return fetched(_blocks(session, num_frames), ahead=ahead)
@@ -227,7 +227,7 @@ class Generator:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = self.rules.plan.block_of(latent - 1)[1]
         kept, layers = self.rules.window_frames or most or 0, self.model.config.num_layers
-        check_memory(self.model, self.encoders, self.settings, kept, layers)
+        check_memory(self.model, self.encoders, self.settings, kept, layers, self.rules.plan.block_frames)
         return Session(
             self,
             Look(check_prompt(prompt), self.prepare(image)),

@@ -110,7 +110,9 @@ class VideoWriter:
 
     def _keep(self, error: BaseException) -> None:
         """Keeps what is whole under a name of its own, and says so in a note of the error that ends the video."""
-        if not (self.keep and self.num_frames and self._partial.exists()) or not _cut_to_whole_fragments(self._partial):
+        if not (self.keep and self.num_frames > 1 and self._partial.exists()) or not _cut_to_whole_fragments(
+            self._partial
+        ):
             return
         kept = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
         self._partial.rename(kept)

@@ -8,6 +8,7 @@ it must not know the model, the cache or block boundaries.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -128,7 +129,8 @@ def backends(device_index: int, dtype: torch.dtype, head_width: int) -> tuple[SD
     good = []
     for backend in order:
         try:
-            with sdpa_kernel(backend):
+            # Why a kernel is none for this problem is said below, in one line.
+            with sdpa_kernel(backend), warnings.catch_warnings(action="ignore", category=UserWarning):
                 out = F.scaled_dot_product_attention(q, k, v).double()
         except RuntimeError as error:  # the kernel does not support this type or device
             logger.debug("attention kernel %s is not available: %s", backend.name, error)

@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
-from longtake.models.pretrained import check_folder, load_strictly
+from longtake.models.pretrained import check_folder, load_strictly, quiet
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
 _LONGEST_STATED_LEN = 100_000  # transformers writes 1e30 into tokenizer_config.json where no length is known
@@ -44,7 +44,8 @@ def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
             "(those of google/umt5-xxl, which each Wan repository holds)"
         )
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True), place
+        with quiet("transformers"):
+            return AutoTokenizer.from_pretrained(place, local_files_only=True), place
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {error}") from error
 
