@@ -17,7 +17,7 @@ EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
     "encode": "started again, it goes on where it was",
-    "generate": "with --inputs or --samples all finished videos are kept; started again, it makes the others",
+    "generate": "all finished videos are kept; started again, it makes the others",
 }
 
 
@@ -30,20 +30,23 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if context.obj or (told := _told(error, context.info_name)) is None:
+        if context.obj or (told := _told(error)) is None:
             raise
-        typer.echo("; ".join([told, *getattr(error, "__notes__", [])]), err=True)
+        notes = getattr(error, "__notes__", [])
+        if isinstance(error, KeyboardInterrupt) and not notes:
+            notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []
+        typer.echo("; ".join([told, *notes]), err=True)
         interrupted = isinstance(error, KeyboardInterrupt)
         code = EXIT_INTERRUPTED if interrupted else EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR
         raise typer.Exit(code) from None
 
 
-def _told(error: BaseException, command: str | None) -> str | None:
+def _told(error: BaseException) -> str | None:
     """What an error says to who uses a command; None for a bug."""
     if isinstance(error, LongtakeError):
         return f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return "; ".join(["Interrupted", *filter(None, [_INTERRUPTED.get(command or "")])])
+        return "Interrupted"
     text = str(error)
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
         return f"Not enough memory ({text.splitlines()[0] if text else 'refused'}); lower sizes, lengths or batches"

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -101,12 +102,11 @@ def test_words_of_libraries_are_understood(tmp_path):
         raise RuntimeError("x: No space left on device")
     with pytest.raises(KeyError), writing("x"):
         raise KeyError("a bug stays one")
-    assert _told(OSError(errno.EROFS, "Read-only file system", "f"), "train") == (
+    assert _told(OSError(errno.EROFS, "Read-only file system", "f")) == (
         "f: Read-only file system; name a folder that can be written"
     )
-    assert "Not enough memory" in str(_told(RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"), None))
-    assert _told(KeyboardInterrupt(), "train") == "Interrupted; started again, it goes on from its last checkpoint"
-    assert _told(ValueError("a bug"), "train") is None and _told(BrokenPipeError(errno.EPIPE, "pipe"), None) is None
+    assert "Not enough memory" in str(_told(RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes")))
+    assert _told(ValueError("a bug")) is None and _told(BrokenPipeError(errno.EPIPE, "pipe")) is None
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -182,11 +182,10 @@ def test_ctrl_c_is_one_line_and_keeps_the_frames(tmp_path, photo):
     ]
     command = [sys.executable, "-m", "longtake", *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(20)
+        while not any(file.stat().st_size > 5000 for file in tmp_path.glob(".o.mp4.*.part")):
+            assert process.poll() is None
+            time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in told
-    assert (
-        "what was made until then is kept in" in told.splitlines()[-1] and (tmp_path / "o.partial.mp4").stat().st_size
-    )
+    assert told.splitlines()[-1] == f"Interrupted; what was made until then is kept in {tmp_path / 'o.partial.mp4'}"
