@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -424,13 +424,13 @@ class ProfileConfig(Settings):
 class WorldConfig(Settings):
     """The toy world that is written to `{logdir}/data` as training data."""
 
-    num_worlds: int = Field(default=512, gt=0, description="worlds, one sample each")
-    num_frames: int = Field(default=33, gt=1, description="pixel frames of each clip")
-    seed: int = Field(default=0, ge=0, description="seed of the worlds")
+    num_worlds: int = Field(default=512, gt=0, le=1_000_000, description="worlds, one sample each")
+    num_frames: int = Field(default=33, gt=1, le=100_000, description="pixel frames of each clip")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the worlds")
     formats: list[WorldFormat] = Field(
         default=["images", "clips", "lmdb"], min_length=1, description="formats to write"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="pixel frames at which the caption of each world changes; each row has a prompt for each",
     )
@@ -443,23 +443,26 @@ class WorldConfig(Settings):
 class EvaluationConfig(Settings):
     """The table at the end, over held-out toy worlds."""
 
-    num_worlds: int = Field(default=32, gt=0, description="worlds that every row of the table generates")
-    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
-    seed: int = Field(
-        default=1_000_003, ge=0, description="seed of the worlds and the noise; must differ from data.seed"
+    num_worlds: int = Field(default=32, gt=0, le=1_000_000, description="worlds that every row of the table generates")
+    num_latent_frames: int | None = Field(
+        default=None, gt=0, le=100_000, description="length; null = that of the training clips"
     )
-    batch_size: int = Field(default=8, gt=0, description="worlds generated at once")
-    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher's row")
+    seed: int = Field(
+        default=1_000_003, ge=0, lt=2**63, description="seed of the worlds and the noise; must differ from data.seed"
+    )
+    batch_size: int = Field(default=8, gt=0, le=10_000, description="worlds generated at once")
+    teacher_steps: int = Field(default=20, gt=0, le=1000, description="sampling steps of the teacher's row")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
     open_worlds: int = Field(
         default=0,
         ge=0,
+        le=1_000_000,
         description="further worlds whose captions leave a motion open; a table says how varied the choices are",
     )
     ablations: bool = Field(
         default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="latent frames at which the captions change in mid-stream, on block boundaries; each student then "
         "has a row with the cache rebuilt and one without, and none with a condition taken away",

@@ -21,6 +21,10 @@ class DataError(LongtakeError):
     """A data row, an image, a video or a dataset folder cannot be used."""
 
 
+class OutputError(DataError):
+    """A file or folder cannot be written where it was asked for."""
+
+
 class ShapeError(LongtakeError):
     """A tensor has a shape, a dtype or a range that the callee does not accept."""
 

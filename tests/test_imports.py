@@ -20,6 +20,7 @@ BASE = {
     "randomness",
     "runs",
     "devices",
+    "outputs",
 }
 BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
@@ -38,7 +39,14 @@ ALLOWED = {
     "doctor": INFERENCE,
     "train": INFERENCE | {"objectives", "distributed", "evaluation"},
 }
-ENTRANCES = {"__init__", "__main__", "cli", "cli_play", "cli_world"}  # they import what they start, each lazily
+ENTRANCES = {
+    "__init__",
+    "__main__",
+    "cli",
+    "cli_errors",
+    "cli_play",
+    "cli_world",
+}  # they import what they start, each lazily
 
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
 TORCH_FREE = BASE - {"randomness"} | ENTRANCES

@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key
 from longtake.models.published import INDEX, Published
 from longtake.models.tensor_files import check_finite, save_tensors
 from longtake.models.weights import open_with_updates
+from longtake.outputs import check_new_folder, publish_folder
 
 Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation.yaml")  # that are written here
 _STEM = "diffusion_pytorch_model"
 _CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
     "original": config_to_original,
@@ -40,6 +42,7 @@ def convert(
     lora_scale: float | None = None,
     unmerge: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
 
@@ -47,12 +50,11 @@ def convert(
     appears whole or not at all.
     Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `unmerge` takes the update out of weights that it was
     merged into (equal to what they were up to rounding); `shard_bytes`, most bytes of tensors in a file (a
-    larger single tensor has a file of its own).
-    Raises: ConfigError when `target` exists; CheckpointError when `source` is not whole or `to` cannot say its sizes.
+    larger single tensor has a file of its own); `overwrite` lets `target` replace a folder of weights.
+    Raises: ConfigError when `target` exists, OutputError when it cannot be written; CheckpointError when `source` is
+    not whole or `to` cannot say its sizes.
     """
-    target = Path(target)
-    if target.exists():
-        raise ConfigError(f"{target} exists already; give the name of a folder that does not")
+    target = check_new_folder(target, own=WEIGHT_FILES, inputs=[source, lora], overwrite=overwrite)
     if shard_bytes < 1:
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
@@ -67,9 +69,7 @@ def convert(
         written = _write(published, names, partial, shard_bytes)
         write_config(partial, fields)
         _sync(partial)
-        os.rename(partial, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
+        publish_folder(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [target / name for name in written]

@@ -5,7 +5,9 @@ The libraries' own loaders fill missing weights with random numbers and only war
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,20 @@ def check_folder(folder: str | Path, what: str) -> Path:
     return path
 
 
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Remarks that these libraries log here, and that a user can do nothing about, are not shown; their errors are."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
 def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (), **options: Any) -> Any:
     """`model_class.from_pretrained(folder)` on the CPU, in eval mode.
 
@@ -42,9 +58,10 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         is_pickled(file)  # says what it is, where it is no file of weights
     transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
     try:
-        model, info = model_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-        )
+        with quiet("diffusers", "transformers"):  # what matters, the keys, is said below
+            model, info = model_class.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+            )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
     problems = {

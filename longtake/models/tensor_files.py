@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
+from longtake.outputs import writing
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -39,7 +40,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-    path.chmod(mode)
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        path.chmod(mode)

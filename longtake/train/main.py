@@ -11,6 +11,7 @@ from longtake.config import JobConfig, StageConfig, dump
 from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate
+from longtake.outputs import check_output_folder
 from longtake.runs import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.train.lock import only_run
 from longtake.train.stages import run_stage
@@ -22,6 +23,7 @@ def run(config: StageConfig | JobConfig) -> None:
     """Trains what `config` says, on all ranks that torchrun started (or in this process alone)."""
     with init_mesh() as mesh:
         _log_on_main(mesh)
+        mesh.on_main(lambda: check_output_folder(config.logdir))
         done, allowed = restarts()
         if done and mesh.is_main:
             logger.warning("A rank failed: all were started anew, restart %d of %d", done, allowed)

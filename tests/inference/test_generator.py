@@ -11,7 +11,8 @@ from longtake import Generator
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
-from longtake.inference.generator import generate_file, to_frames
+from longtake.inference.frames import to_frames
+from longtake.inference.generator import generate_file
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
 from longtake.inference.source import Source

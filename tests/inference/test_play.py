@@ -201,7 +201,10 @@ def test_the_command_with_piped_input(generator, pictures, monkeypatch):
     result = invoke("--seconds", 2, typed=f"{B}\n")
     assert result.exit_code == 0, result.output
     assert "32 frames in" in result.output and len(read_video(pictures / "out.mp4")[0]) == 32
-    result = invoke(typed=f"{B}\n/quit\n")
+    result = invoke(typed=f"{B}\n/quit\n")  # nothing is overwritten unasked
+    assert result.exit_code == 0 and len(read_video(pictures / "out-2.mp4")[0]) % 8 == 1
+    assert len(read_video(pictures / "out.mp4")[0]) == 32
+    result = invoke("--overwrite", typed=f"{B}\n/quit\n")
     assert result.exit_code == 0 and len(read_video(pictures / "out.mp4")[0]) % 8 == 1
     for wrong in (["--model", "m"], ["--seconds", "0"], ["--encoders", "e"]):
         result = invoke(*wrong)
