@@ -7,7 +7,6 @@ started again, or one on other ranks, leaves the same bytes.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
