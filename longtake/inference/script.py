@@ -196,8 +196,6 @@ def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> St
     """
     path = Path(path)
     tree = read_yaml(path)
-    if "\0" in str(tree):
-        raise ConfigError(f"{path} holds a zero byte, which no text and no name has; remove it")
     if "seconds" in given or "frames" in given:
         tree = {key: value for key, value in tree.items() if key not in ("seconds", "frames")}
     script = Script.from_tree({**tree, **given})
