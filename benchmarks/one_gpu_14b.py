@@ -136,7 +136,7 @@ def random_weights(case: Case, device: torch.device, seed: int) -> Opened:
                     yield name, value.mul_(0.1)
 
     shapes = dict(model.state_dict())
-    return Opened(model, read)
+    return Opened(model, read, str)
 
 
 def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:

@@ -15,6 +15,7 @@ _HOMES = {
     "DataError": "longtake.errors",
     "Generator": "longtake.inference.generator",
     "LongtakeError": "longtake.errors",
+    "OutputError": "longtake.errors",
     "ShapeError": "longtake.errors",
     "TrainingError": "longtake.errors",
     "VideoDiT": "longtake.models.dit",

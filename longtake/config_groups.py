@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings
+from longtake.config_base import PathText, Settings
 from longtake.errors import ConfigError
 from longtake.structs import BlockPlan, VideoShape
 
@@ -16,7 +16,7 @@ WorldFormat = Literal["images", "clips", "lmdb"]
 class ModelConfig(Settings):
     """The transformer and how it is told about the given picture."""
 
-    preset: str = Field(
+    preset: PathText = Field(
         default="toy",
         description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of "
         "a model whose config.json is used",
@@ -126,7 +126,7 @@ class FlowConfig(Settings):
         min_length=1,
         description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
     )
-    shift: float = Field(default=5.0, gt=0, description="warp of noise levels: sigma = s u / (1 + (s - 1) u)")
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
     guidance: float = Field(
         default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
     )
@@ -152,7 +152,7 @@ class FlowConfig(Settings):
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
-    path: str = Field(description="folder (or text or tar file) of the data set; `{logdir}` stands for the log folder")
+    path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
     kind: Literal["auto", "images", "clips", "texts", "webdataset", "lmdb", "encoded"] = Field(
         default="auto", description="format; `auto` looks into the folder"
     )
@@ -202,13 +202,10 @@ class OptimConfig(Settings):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=10.0, gt=0, description="norm to which gradients are clipped")
     warmup_steps: int = Field(
-        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
+        default=0, ge=0, description="this optimizer's own first steps, over which the learning rate rises linearly"
     )
     decay_steps: int = Field(
-        default=0, ge=0, description="last steps of `max_steps` over which the learning rate falls linearly to zero"
-    )
-    moments: Literal["float32", "int8"] = Field(
-        default="float32", description="type in which the moments are kept; int8 = a quarter, needs the package torchao"
+        default=0, ge=0, description="last iterations of `max_steps`, over which the learning rate falls linearly to 0"
     )
 
 
@@ -251,51 +248,20 @@ class ParallelConfig(Settings):
         "needed (FSDP2); whole = everything, optimizer states too: nothing is gathered, and gradients are averaged "
         "once an update",
     )
-    gather_once: bool = Field(
-        default=True,
-        description="gather the parts of a sharded student once for a whole roll-out, and not for each of its passes; "
-        "each rank holds whole weights of the student meanwhile. Not with activation_checkpointing=selective",
-    )
-    master_weights: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="type of the weights that are trained whole; bfloat16 = half the memory of weights and gradients, "
-        "updates rounded up or down at random so that small ones count on average. Low-rank updates stay float32",
-    )
-    frozen_weights: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="type in which networks that are not trained are kept; auto = that of `precision`, whose results "
-        "are the same",
-    )
-    cpu_offload: bool = Field(
-        default=False,
-        description="weights, gradients and optimizer states wait in the memory of the CPU, where the optimizer runs; "
-        "needs several ranks",
-    )
     graphs: bool = Field(
         default=True,
         description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
         "weights are whole on each rank, trained without low-rank updates and not compiled",
     )
-    join_exits: bool = Field(
-        default=True,
-        description="give exit steps of a roll-out their gradient together where that pays; one layer of all at once",
-    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
-    reduce_once: bool = Field(
-        default=False,
-        description="sum gradients over the ranks once an update and not once a micro-batch: less traffic, but whole "
-        "gradients of the trained network on each rank",
-    )
 
     def check(self) -> None:
         """Raises ConfigError on values that contradict each other."""
-        if self.weights == "whole":
-            for key, value, default in (("replicate", self.replicate, 1), ("cpu_offload", self.cpu_offload, False)):
-                if value != default:
-                    raise ConfigError(
-                        f"parallel.weights=whole keeps all weights on each rank, where parallel.{key}={value} has no "
-                        f"meaning; leave {key} at {default}, or set parallel.weights=sharded"
-                    )
+        if self.weights == "whole" and self.replicate != 1:
+            raise ConfigError(
+                f"parallel.weights=whole keeps all weights on each rank, where parallel.replicate={self.replicate} has "
+                "no meaning; leave replicate at 1, or set parallel.weights=sharded"
+            )
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
@@ -323,7 +289,7 @@ class CriticConfig(OptimConfig):
         ge=0,
         description="first iterations, in which the critic alone is trained, on the student as it begins",
     )
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
@@ -458,13 +424,13 @@ class ProfileConfig(Settings):
 class WorldConfig(Settings):
     """The toy world that is written to `{logdir}/data` as training data."""
 
-    num_worlds: int = Field(default=512, gt=0, description="worlds, one sample each")
-    num_frames: int = Field(default=33, gt=1, description="pixel frames of each clip")
-    seed: int = Field(default=0, ge=0, description="seed of the worlds")
+    num_worlds: int = Field(default=512, gt=0, le=1_000_000, description="worlds, one sample each")
+    num_frames: int = Field(default=33, gt=1, le=100_000, description="pixel frames of each clip")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the worlds")
     formats: list[WorldFormat] = Field(
         default=["images", "clips", "lmdb"], min_length=1, description="formats to write"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="pixel frames at which the caption of each world changes; each row has a prompt for each",
     )
@@ -477,23 +443,26 @@ class WorldConfig(Settings):
 class EvaluationConfig(Settings):
     """The table at the end, over held-out toy worlds."""
 
-    num_worlds: int = Field(default=32, gt=0, description="worlds that every row of the table generates")
-    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
-    seed: int = Field(
-        default=1_000_003, ge=0, description="seed of the worlds and the noise; must differ from data.seed"
+    num_worlds: int = Field(default=32, gt=0, le=1_000_000, description="worlds that every row of the table generates")
+    num_latent_frames: int | None = Field(
+        default=None, gt=0, le=100_000, description="length; null = that of the training clips"
     )
-    batch_size: int = Field(default=8, gt=0, description="worlds generated at once")
-    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher's row")
+    seed: int = Field(
+        default=1_000_003, ge=0, lt=2**63, description="seed of the worlds and the noise; must differ from data.seed"
+    )
+    batch_size: int = Field(default=8, gt=0, le=10_000, description="worlds generated at once")
+    teacher_steps: int = Field(default=20, gt=0, le=1000, description="sampling steps of the teacher's row")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
     open_worlds: int = Field(
         default=0,
         ge=0,
+        le=1_000_000,
         description="further worlds whose captions leave a motion open; a table says how varied the choices are",
     )
     ablations: bool = Field(
         default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="latent frames at which the captions change in mid-stream, on block boundaries; each student then "
         "has a row with the cache rebuilt and one without, and none with a condition taken away",

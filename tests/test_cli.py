@@ -21,7 +21,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge"}
+FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge", "overwrite"}
 
 
 @pytest.fixture
@@ -76,14 +76,12 @@ NOT_DEFAULT = {
     "optim": {
         "lr": 0.5, "beta1": 0.6, "beta2": 0.7, "eps": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0, "warmup_steps": 9,
         "decay_steps": 6,
-        "moments": "int8",
     },
     "lora": {"rank": 8, "alpha": 4.0, "targets": ["ffn.0"]},
     "critic": {
         "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
         "decay_steps": 5,
-        "moments": "int8",
         "updates_per_generator": 3, "head_start": 2, "init_from": "./critic",
     },
     "own_history": {"from_step": 0},
@@ -93,8 +91,7 @@ NOT_DEFAULT = {
     "activation_checkpointing": True,
     "roles": "shared",
     "parallel": {
-        "master_weights": "bfloat16", "frozen_weights": "float32", "cpu_offload": True, "compile": True,
-        "reduce_once": True, "replicate": 2, "sequence": 4, "gather_once": False, "graphs": False, "join_exits": False,
+        "compile": True, "replicate": 2, "sequence": 4, "graphs": False,
     },
     "save_every": 11,
     "keep_checkpoints": 13,
@@ -134,7 +131,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     # Refused there, of no effect in distill and with t2v; see below.
     fixed_by_stage = {"caption_dropout", "model.widen", "long.num_chunks", "long.new_frames", "long.switch_frames"}
     fixed_by_stage |= {"own_history.share"}
-    fixed_by_stage |= {"parallel.weights"}  # refused beside replicas and cpu_offload
+    fixed_by_stage |= {"parallel.weights"}  # refused beside replicas
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - fixed_by_stage
     assert all(written[key] != default for key, default in defaults.items() if key in written)

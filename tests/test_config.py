@@ -203,7 +203,8 @@ def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
     with pytest.raises(
         ConfigError, match="own_history.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
     ):
-        stage(tmp_path, "own_history.from_step=4", base=DISTILL)
+        stage(tmp_path, "own_history.share=0.5", "own_history.from_step=4")
+    assert stage(tmp_path, "flow.steps=[1.0]", base=DISTILL).flow.steps == [1.0]
 
 
 def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
@@ -227,7 +228,6 @@ def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
 def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
     """Selective recomputation after a gathered roll-out: torch met operators of FSDP that the forward had not."""
     assert stage(tmp_path, base=DISTILL).gathers_once
-    assert not stage(tmp_path, "parallel.gather_once=false", base=DISTILL).gathers_once
     assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
 
 
@@ -238,7 +238,6 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
         (["activation_checkpointing=full"], True, True),
         (["activation_checkpointing=selective"], False, False),
         (["activation_checkpointing=full", "lora.rank=4"], False, True),
-        (["activation_checkpointing=full", "parallel.join_exits=false"], False, False),
     ],
 )
 def test_where_exit_steps_are_joined(tmp_path, changes, alone, shared):

@@ -20,6 +20,7 @@ BASE = {
     "randomness",
     "runs",
     "devices",
+    "outputs",
 }
 BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
@@ -38,7 +39,14 @@ ALLOWED = {
     "train": INFERENCE | {"objectives", "distributed", "evaluation"},
     "doctor": INFERENCE | {"objectives", "distributed", "train"},  # it runs a training without data; nobody imports it
 }
-ENTRANCES = {"__init__", "__main__", "cli", "cli_play", "cli_world"}  # they import what they start, each lazily
+ENTRANCES = {
+    "__init__",
+    "__main__",
+    "cli",
+    "cli_errors",
+    "cli_play",
+    "cli_world",
+}  # they import what they start, each lazily
 
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
 TORCH_FREE = BASE - {"randomness"} | ENTRANCES

@@ -1,4 +1,4 @@
-"""What README and docs say exists: commands, options, paths, keys, snippets; and the file tree is complete."""
+"""What README and docs say exists: commands, options, paths, keys, links, names; the list of files is complete."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from longtake.config_base import describe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PATHS_OF_MODULES = ("design.md", "glossary.md")  # docs that name modules without longtake/
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
@@ -83,7 +84,7 @@ def test_named_paths_exist(name):
             continue
         if word.split("/")[0] in folders and "/" in word:
             assert (ROOT / word).exists(), word
-        elif word.split("/")[0] in inside and (word.endswith(".py") or word.endswith("/")) and name == "design.md":
+        elif word.split("/")[0] in inside and (word.endswith(".py") or word.endswith("/")) and name in PATHS_OF_MODULES:
             assert (ROOT / "longtake" / word).exists(), word
 
 
@@ -105,8 +106,8 @@ def test_recipes_are_described():
 
 # ---- the file tree ----------------------------------------------------------------------------------------------------
 def tree() -> dict[str, str]:
-    """Path and description of each line."""
-    block = next(block for block in README.split("```")[1::2] if block.startswith("\n"))
+    """Path and description of each line of docs/files.md."""
+    block = DOCS["files.md"].split("```")[1]
     lines = {}
     for line in block.strip("\n").splitlines():
         name, _, text = line.strip().partition(" ")
@@ -124,6 +125,44 @@ def test_file_tree_names_real_files_and_every_module():
     assert modules - packages - set(named) == set()
     others = [*(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]
     assert {path.relative_to(ROOT).as_posix() for path in others} <= set(named)
+
+
+# ---- links, log, glossary ---------------------------------------------------------------------------------------------
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a text."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_inside_the_docs_hold():
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", path.read_text()):
+            name, _, anchor = target.partition("#")
+            if "://" in name:
+                continue
+            file = path.parent / name if name else path
+            assert file.exists(), f"{path}: {target}"
+            assert not anchor or anchor in anchors(file.read_text()), f"{path}: {target}"
+
+
+def test_log_is_questions_with_answer_table_command_and_records():
+    entries = DOCS["log.md"].split("\n## ")[1:]
+    dates = [entry[:10] for entry in entries]
+    assert dates == sorted(dates, reverse=True), "newest first"
+    for entry in entries:
+        heading, answer, table, command = entry.strip().split("\n\n")
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d: .*\?", heading), heading
+        assert not answer.startswith("|") and all(line.startswith("|") for line in table.splitlines()), heading
+        assert "`" in command and "](log/" in command, heading
+
+
+def test_glossary_names_what_the_package_has():
+    """Names of keys, classes and functions in its last two columns; so a renaming reaches it."""
+    source = "\n".join(path.read_text() for path in (ROOT / "longtake").rglob("*.py"))
+    for row in re.findall(r"^\| (?!ours|-)(.*) \|$", DOCS["glossary.md"], re.M):
+        for name in inline(" ".join(row.split(" | ")[2:])):
+            for word in [] if "/" in name else re.findall(r"\w+", name):
+                assert re.search(rf"\b{word}\b", source), f"`{name}`: the package has no {word}"
 
 
 # ---- snippets ---------------------------------------------------------------------------------------------------------

@@ -16,18 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from longtake.distributed.mesh import Mesh
-from longtake.errors import ConfigError
+from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
 from longtake.models.recompute import keep_attention
-from longtake.models.roles import Role
 
 logger = logging.getLogger(__name__)
-
-# Variants of a block that one process may need: with and without cache, mask, gradient, commit, updates, first block
-_VARIANTS = 64
 
 _BUCKET_BYTES = 2**28
 
@@ -39,7 +35,6 @@ def parallelize(
     param_dtype: torch.dtype | None = None,
     recompute: bool | str | None = None,
     compiled: bool = False,
-    cpu_offload: bool = False,
     gather_once: bool = True,
     join_exits: bool = False,
 ) -> nn.Module:
@@ -54,33 +49,28 @@ def parallelize(
     under autocast to it, while the shards, the sum of their gradients and the optimizer stay float32; None gathers the
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
-    model as it is. `compiled` blocks, where there is a compiler. `cpu_offload` keeps the shards on the CPU.
+    model as it is. `compiled` blocks, where there is a compiler.
     `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
     gathers again what its forward found gathered, and torch refuses operators that the forward had not. `join_exits`, a
     roll-out's exit steps are recomputed and get their gradient together: for whole weights, not for "selective".
-    Raises: ConfigError for `cpu_offload` on one rank.
     """
-    if cpu_offload and mesh.fsdp_mesh is None:
-        raise ConfigError("parallel.cpu_offload=true needs several ranks, this is one; set it to false or start more")
     if recompute is not None:
         model.activation_checkpointing = bool(recompute)  # type: ignore[assignment]
         if recompute == "selective":
             model.checkpoint_contexts.append(keep_attention)  # type: ignore[union-attr,operator]
     if compiled and _has_compiler(mesh.device.type):
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-        for block in getattr(model, "blocks", []):
+        blocks = list(getattr(model, "blocks", []))
+        for block in blocks:
             block.compile()
+            block._compiled_call_impl = limited(block._compiled_call_impl, VARIANTS * len(blocks), "blocks")
     if isinstance(model, VideoDiT):
         model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
         model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model
-    if cpu_offload:
-        model.compute_device = mesh.device  # type: ignore[assignment]
-    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change
     # of the shards (EMA swapped in, checkpoint loaded) would not reach the next forward.
-    options: dict[str, Any] = {"mesh": mesh.fsdp_mesh, "offload_policy": offload, "reshard_after_forward": True}
+    options: dict[str, Any] = {"mesh": mesh.fsdp_mesh, "reshard_after_forward": True}
     as_they_are, gathered_as = _policy(None), _policy(param_dtype)
     blocks = getattr(model, "blocks", [])
     for block in blocks:
@@ -110,13 +100,6 @@ def _gathered(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def sum_gradients(network: nn.Module, now: bool) -> None:
-    """Whether the next backwards of a sharded network sum gradients over the ranks, or keep whole ones on each rank."""
-    model = network.base.model if isinstance(network, Role) else network
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
 
 
 @torch.no_grad()

@@ -97,8 +97,6 @@ def stage_need(
     checkpoint, *rest = found[: 1 + len(PARTS)]
     at_rest = {moment.where: moment.size for moment in rest}
     most = max(found[1 + len(PARTS) :], key=lambda moment: moment.size)
-    if config.parallel.cpu_offload:  # all of it, and gradients too, which are counted nevertheless
-        return Need({}, most.size - sum(at_rest.values()), most.where, checkpoint.size)
     return Need(at_rest, most.size, most.where, checkpoint.size)
 
 
@@ -288,15 +286,13 @@ class _Hollow(Builder):
         def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
             return ((name, torch.ones(1).expand(shapes[name])) for name in names or ())
 
-        return Opened(model, read)
+        return Opened(model, read, str)
 
     def identity(self, source: Path) -> str:
         return source.name
 
     def _random(self) -> VideoDiT:
-        opened = self.open(Path("generator"))
-        self._cast_masters(opened.model)
-        return self._filled(opened)
+        return self._filled(self.open(Path("generator")))
 
     def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
         self._parallelize(opened.model, recompute=recompute)
@@ -379,7 +375,7 @@ def trace(
             state = make_state(config, objective.networks, adapters)
             state.step = _busiest(inner)
             kept = _kept([*networks.values(), *([] if real is None else [real])], state)
-            settings = LoopSettings(state.step + 1, accumulation, reduce_once=config.parallel.reduce_once)
+            settings = LoopSettings(state.step + 1, accumulation)
             iteration(state, objective, batches, settings, mesh, phases, Window())
         exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))

@@ -137,8 +137,6 @@ class VideoDiT(nn.Module):
         self.exits_together = False
         # Entered around several calls between which no weight changes (`gathered`): `parallelize` says what it does.
         self.gathering: Callable[[], AbstractContextManager[None]] = nullcontext
-        # Where the network computes, if not where its weights wait (they may wait on the CPU).
-        self.compute_device: torch.device | None = None
         self.token_split: TokenSplit | None = None
         self._lent: tuple[tuple, KVCache] | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
@@ -183,13 +181,6 @@ class VideoDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_type(name, dtype))
         return self
 
-    def cast_blocks(self, dtype: torch.dtype) -> VideoDiT:
-        """Casts attention and MLP of the blocks alone, most of the weights; so each part of a block has one type."""
-        for block in self.blocks:
-            for part in (block.self_attn, block.cross_attn, block.ffn):
-                cast(nn.Module, part).to(dtype)
-        return self
-
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame. Raises: ShapeError unless height and width are multiples of the patch."""
         _, ph, pw = self.config.patch_size
@@ -216,7 +207,7 @@ class VideoDiT(nn.Module):
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
         weight = cast(Block, self.blocks[0]).self_attn.q.weight
-        device = self.compute_device or weight.device
+        device = weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         return KVCache(
             num_layers=self.config.num_layers,
@@ -312,6 +303,8 @@ class VideoDiT(nn.Module):
         reading = cache.read(entries, graded=False)
         kept = cache.has_cross(condition)
         texts = (None, None) if kept else (self._padded(condition.text), condition.image)
+        if not kept:
+            cache.clear_condition()  # a replayed pass writes others, and may not come to its end
         if commit:
             cache.begin_commit(entries)
 
@@ -335,11 +328,12 @@ class VideoDiT(nn.Module):
 
         inputs = (x, sigma, condition.frames, *texts)
         form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in texts))
-        if self.graphs is not None and (kept or cache.has_space_for_cross(form)):
+        if self.graphs is not None:
             addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
             kind = (reading.num_past, entries, commit, trace is not None, kept)
             agree = bool if self.token_split is None else self.token_split.agree
-            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree)
+            again = kept or cache.has_space_for_cross(form)
+            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree, again=again)
         else:
             velocity, *states = work(*inputs)
         if trace is not None:
@@ -448,9 +442,6 @@ class VideoDiT(nn.Module):
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         embedded = self.text_embedding(text.to(dtype))
         image = None if image is None else self.img_emb(image).to(dtype)
-        if not torch.is_autocast_enabled(embedded.device.type):
-            dtype = cast(Block, self.blocks[0]).cross_attn.k.weight.dtype  # which `cast_blocks` may have changed
-            embedded, image = embedded.to(dtype), None if image is None else image.to(dtype)
         return CrossContext(embedded, image, cache)
 
     def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:

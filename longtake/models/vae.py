@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ShapeError
+from longtake.models.attention import ONE_THREAD
 from longtake.models.original_encoders import load_vae_module
 from longtake.models.pretrained import check_folder, load_strictly
 from longtake.structs import pixel_frames
@@ -125,7 +127,7 @@ class VideoVAE:
         """
         size = self.spatial_stride  # one latent pixel: spatial extent changes nothing about time
         # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
-        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu", torch.float32))
+        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu").float())
         session = vae.encoder_session()
         session.encode(torch.full((1, 1, 3, size, size), torch.nan))
         grey = torch.zeros(1, self.temporal_stride, 3, size, size)
@@ -144,6 +146,10 @@ class VideoVAE:
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return latents.float() * self._std + self._mean
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Around what the network does: on a GPU it follows which kernels the process chooses for attention."""
+        return ONE_THREAD if self.device.type == "cuda" else nullcontext()
 
     def new_features(self, network: Any) -> list[Any]:
         """An empty feature list: one slot for each causal convolution of `network`."""
@@ -167,7 +173,7 @@ class EncoderSession:
     """Encodes a video that arrives in pieces of any length; the latents equal those of one call.
 
     The first frame gives one latent, each further `temporal_stride` frames one more; frames that do not fill a latent
-    yet are kept for the next call.
+    yet are kept for the next call. A call that raises changes nothing.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
@@ -188,13 +194,17 @@ class EncoderSession:
                     f"this session encodes {_describe(self._pending)}; got {_describe(frames)}: open a new session"
                 )
             frames = torch.cat([self._pending, frames], dim=2)
-        latents, used = [], 0
-        with torch.autocast(vae.device.type, enabled=False):  # a trainer's autocast must not reach the encoder
+        latents, used, features = [], 0, list(self._features)
+        with (
+            vae.alone(),
+            torch.autocast(vae.device.type, enabled=False),
+        ):  # a trainer's autocast must not reach the encoder
             for size in self._chunks(frames.shape[2]):
-                latents.append(self._encode_chunk(frames[:, :, used : used + size]))
+                latents.append(self._encode_chunk(frames[:, :, used : used + size], features))
                 used += size
         # An empty remainder is kept as well: it remembers the sizes that later calls must have.
-        self._pending = frames[:, :, used:].clone()
+        pending, made = frames[:, :, used:].clone(), self.num_latent_frames + sum(part.shape[2] for part in latents)
+        self._pending, self._features, self.num_latent_frames = pending, features, made
         if not latents:
             batch, _, _, height, width = frames.shape
             stride = vae.spatial_stride
@@ -211,22 +221,18 @@ class EncoderSession:
         calls = [most] * (whole // most) + ([whole % most] if whole % most else [])
         return first + [n * stride for n in calls]
 
-    def _encode_chunk(self, frames: Tensor) -> Tensor:
+    def _encode_chunk(self, frames: Tensor, features: list[Any]) -> Tensor:
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         vae = self._vae
-        moments = vae.module.encoder(
-            patchify(frames.contiguous(), vae.patch_size), feat_cache=self._features, feat_idx=[0]
-        )
-        mu = vae.module.quant_conv(moments)[:, : vae.latent_channels]
-        self.num_latent_frames += mu.shape[2]
-        return mu
+        moments = vae.module.encoder(patchify(frames.contiguous(), vae.patch_size), feat_cache=features, feat_idx=[0])
+        return vae.module.quant_conv(moments)[:, : vae.latent_channels]
 
 
 class DecoderSession:
     """Decodes latents that arrive in pieces of any length; the frames equal those of one call.
 
-    The first latent gives one frame, each later one `temporal_stride` frames.
+    The first latent gives one frame, each later one `temporal_stride` frames. A call that raises changes nothing.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
@@ -244,38 +250,35 @@ class DecoderSession:
         sizes = (latents.shape[0], *latents.shape[3:])
         if self._sizes is not None and self._sizes != sizes:
             raise ShapeError(f"this session decodes [B, H, W]={self._sizes}; got {sizes}: open a new session")
-        self._sizes = sizes
         if latents.shape[1] == 0:
             return latents.new_zeros(
                 sizes[0], 0, 3, *(n * vae.spatial_stride for n in sizes[1:]), dtype=torch.float32, device=vae.device
             )
         x = vae.denormalise(latents.to(vae.device)).to(vae.dtype).transpose(1, 2)
-        frames, start = [], 0
-        with torch.autocast(vae.device.type, enabled=False):
+        # The network puts new tensors into the list and never writes into one.
+        frames, start, features = [], 0, list(self._features)
+        with vae.alone(), torch.autocast(vae.device.type, enabled=False):
             while start < x.shape[2]:
-                size = 1 if self.num_latent_frames == 0 else vae.latents_per_call
-                frames.append(self._decode_chunk(x[:, :, start : start + size]))
+                first = self.num_latent_frames + start == 0
+                size = 1 if first else vae.latents_per_call
+                frames.append(self._decode_chunk(x[:, :, start : start + size], features, first=first))
                 start += size
-        return torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
+        pixels = torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
+        made = self.num_latent_frames + x.shape[2]
+        self._features, self._sizes, self.num_latent_frames = features, sizes, made
+        return pixels
 
-    def _decode_chunk(self, latents: Tensor) -> Tensor:
+    def _decode_chunk(self, latents: Tensor, features: list[Any], *, first: bool) -> Tensor:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         vae = self._vae
-        frames = vae.module.decoder(
-            vae.module.post_quant_conv(latents),
-            feat_cache=self._features,
-            feat_idx=[0],
-            first_chunk=self.num_latent_frames == 0,
-        )
-        self.num_latent_frames += latents.shape[2]
+        inner = vae.module.post_quant_conv(latents)
+        frames = vae.module.decoder(inner, feat_cache=features, feat_idx=[0], first_chunk=first)
         return unpatchify(frames, vae.patch_size)
 
     def copy(self) -> DecoderSession:
         """Another session at the same place; what one decodes does not touch the other."""
-        other = copy.copy(self)
-        other._features = list(self._features)  # the network puts new tensors into the list and never writes into one
-        return other
+        return copy.copy(self)  # `decode` puts others in the place of what it has and changes nothing of it
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Where the session stands: tensors by number of their slot, and plain values; `restore` takes both."""

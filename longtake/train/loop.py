@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import average_gradients, sum_gradients
+from longtake.distributed.parallelize import average_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.runs import checkpoints_folder
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 class LoopSettings:
     """How long, and what happens every how many iterations (0 = never).
 
-    Fields: `accumulation`, micro-batches an update on each rank; `reduce_once`, only the last of these sums gradients
-    over the ranks; `save`, how checkpoints are written (saving, evaluation and sampling also happen at `max_steps`);
-    `on_nonfinite`, what a loss or gradient that is not finite does: `stop` the run, or `skip` the update, which may
-    happen `max_skipped` times in a run; `watchdog`, when a run that hangs ends.
+    Fields: `accumulation`, micro-batches an update on each rank; `save`, how checkpoints are written (saving,
+    evaluation and sampling also happen at `max_steps`); `on_nonfinite`, what a loss or gradient that is not finite
+    does: `stop` the run, or `skip` the update, which may happen `max_skipped` times in a run; `watchdog`, when a run
+    that hangs ends.
     """
 
     max_steps: int
@@ -54,7 +54,6 @@ class LoopSettings:
     log_every: int = 1
     validate_every: int = 0
     sample_every: int = 0
-    reduce_once: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 0
     watchdog: WatchdogSettings = WatchdogSettings()
@@ -255,8 +254,7 @@ def iteration(
         with phases.whole(turn):
             optimizer.zero_grad()
             loss = 0.0
-            for number, batch in enumerate(micro_batches, 1):
-                sum_gradients(state.networks[turn], not settings.reduce_once or number == settings.accumulation)
+            for batch in micro_batches:
                 with phases("forward"):  # what is in no other phase: the objective names roll-out and scores
                     result = objective.loss(turn, batch, step)
                 with phases("backward"):
@@ -274,6 +272,7 @@ def iteration(
             _skip_or_stop(state, problem, settings, turn, mesh)
             objective.discard()
             continue
+        window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
         with phases("optimizer"):
             optimizer.step(step, norm)
             if turn in state.ema:
@@ -284,7 +283,6 @@ def iteration(
         if all(f"{turn}_loss" not in values for values in metrics):  # else it is what the objective says it is
             window.add({f"{turn}_loss": loss})
         window.add({f"{turn}_grad_norm": norm})
-        window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
     state.step, state.data_position = step + 1, batches.position
 
 

@@ -26,6 +26,7 @@ from longtake.models.lora_files import Adapter, is_adapter, read_base
 from longtake.models.pass_graph import PassGraphs
 from longtake.models.presets import model_config
 from longtake.models.roles import Role, SharedBase
+from longtake.models.tensor_files import not_finite
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
@@ -63,8 +64,15 @@ def weights_folder(source: Path, config: StageConfig) -> Path:
 def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
     """A whole model in float32 from a source, checked against the stage's condition. Raises: as `build_networks`."""
     opened = _open(source, config)
-    materialize(opened.model, mesh.device, opened.read(None))
+    _fill(opened, mesh.device, opened.read(None), mesh)
     return opened.model
+
+
+def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:
+    """Puts the weights in place; all ranks call it. Raises: CheckpointError on every rank when one reads nan or inf."""
+    found = materialize(opened.model, device, values)
+    if wrong := sorted({name for names in mesh.every(lambda: found) for name in names}):
+        raise not_finite(opened.place(wrong[0]))
 
 
 class Builder:
@@ -93,7 +101,6 @@ class Builder:
         weights = self.weights(name)
         opened = self.open(weights)
         if lora is None:
-            self._cast_masters(opened.model)
             if name == "generator" and self._records:
                 opened.model.graphs = PassGraphs()
             return self._filled(opened)
@@ -176,8 +183,7 @@ class Builder:
         return weights_identity(source)
 
     def _freeze(self, model: VideoDiT) -> None:
-        kept = self.config.parallel.frozen_weights
-        if kept == "bfloat16" or (kept == "auto" and self.config.precision == "bf16"):
+        if self.config.precision == "bf16":  # autocast rounds the same weights the same way
             model.cast(torch.bfloat16)
         model.requires_grad_(False)
 
@@ -188,25 +194,17 @@ class Builder:
         whole = mesh.fsdp_mesh is None and not parallel.compile
         return parallel.graphs and whole and mesh.device.type == "cuda" and self.config.stage != "teacher"
 
-    def _cast_masters(self, model: VideoDiT) -> None:
-        if self.config.parallel.master_weights == "bfloat16":
-            model.cast_blocks(torch.bfloat16)
-
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        self._cast_masters(network)
-        if self.config.parallel.cpu_offload:
-            network.to("cpu")
         self._parallelize(network, recompute=True)
         return network
 
     def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
         self._parallelize(opened.model, recompute=recompute)
-        device = "cpu" if self.config.parallel.cpu_offload else self.mesh.device
-        materialize(opened.model, device, chain(opened.read(None), *updates))
+        _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
@@ -218,7 +216,6 @@ class Builder:
             recompute=config.activation_checkpointing if recompute else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
-            cpu_offload=config.parallel.cpu_offload,
             gather_once=config.gathers_once,
             join_exits=recompute and config.joins_exits(whole=self.mesh.fsdp_mesh is None, sequence=sequence),
         )

@@ -13,6 +13,7 @@ from torch import nn
 from longtake.config import StageConfig, dump
 from longtake.config_groups import CriticConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
+from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.inference.generator import load_encoders, rules_of
@@ -30,11 +31,14 @@ from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import PictureCodec
+from longtake.runs import checkpoints_folder
+from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
-from longtake.train.facts import facts
+from longtake.train.facts import facts, resume_facts, rows_fact
 from longtake.train.gauges import Gauges, Trace, stage_gauges
+from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
 from longtake.train.lora import facts_of
@@ -98,6 +102,13 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
+    with only_run(config.folder, mesh, "set another name or logdir"):
+        _train(config, mesh, dataset, accumulation)
+
+
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
+    must_stay = facts(config) | resume_facts(config, mesh.on_main(lambda: rows_fact(dataset)))
+    refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
@@ -133,7 +144,6 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
-        reduce_once=config.parallel.reduce_once,
         save_every=config.save_every,
         save=SaveSettings(config.checkpoint.mode, config.keep_checkpoints, export=config.checkpoint.export),
         log_every=config.log_every,
@@ -145,7 +155,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     )
     info = RunInfo(
         config.model_dump(),
-        facts(config) | facts_of(adapters),
+        must_stay | facts_of(adapters),
         {"project": config.wandb.project} if config.wandb.enabled else None,
     )
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
@@ -317,8 +327,6 @@ def make_state(config: StageConfig, networks: dict[str, nn.Module], adapters: di
             decay_steps=group.decay_steps,
             total_steps=config.max_steps,
             max_grad_norm=group.max_grad_norm,
-            moments=group.moments,
-            seed=config.seed,
         )
     ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
     return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)

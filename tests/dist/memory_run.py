@@ -16,6 +16,7 @@ from tiny_stage import stage_config
 from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
+from longtake.errors import CheckpointError
 from longtake.models.weights import open_weights
 from longtake.train.networks import build_networks
 from longtake.train.stages import run_stage
@@ -26,7 +27,6 @@ VARIANTS = {
     "lora": {"lora": LORA, "precision": "bf16"},
     "widened": {"init_from": "narrow", "model": {"preset": "sizes", "widen": True}},
     "merged": {"init_from": "updates"},
-    "bf16": {"precision": "bf16", "parallel": {"master_weights": "bfloat16"}},
     "shared": {"roles": "shared", "lora": LORA, "critic": {"lora": {"rank": 3, "targets": ["ffn.0"]}}},
 }
 
@@ -53,6 +53,15 @@ def loaded(workshop: Path, folder: Path, mesh: Mesh) -> None:
                 state[f"{name}.{key}"] = whole.clone().contiguous()
         if mesh.is_main:
             save_file(state, folder / f"{variant}.safetensors")
+
+
+def refused(workshop: Path, folder: Path, mesh: Mesh) -> str:
+    """What is said of weights of which one rank's part is not finite."""
+    try:
+        build_networks(stage_config(workshop, folder, "causal", init_from=str(workshop / "broken")), mesh)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
 
 
 def anonymous_bytes() -> int:
@@ -82,11 +91,7 @@ def large(weights: Path, mesh: Mesh) -> dict[str, int]:
 
 TRAININGS = {
     "plain": {},
-    "offload": {"parallel": {"cpu_offload": True}},
-    "reduce_once": {"parallel": {"reduce_once": True}},
     "selective": {"activation_checkpointing": "selective"},
-    "masters": {"precision": "bf16", "parallel": {"master_weights": "bfloat16"}},
-    "int8": {"optim": {"lr": 1e-3, "moments": "int8"}},
 }
 
 
@@ -105,5 +110,6 @@ if __name__ == "__main__":
             loaded(workshop, folder, mesh)
             held = large(workshop / "large", mesh)
             (folder / f"held{mesh.rank}.json").write_text(json.dumps(held))
+            (folder / f"refused{mesh.rank}.txt").write_text(refused(workshop, folder, mesh))
         else:
             trained(workshop, folder, mesh, sys.argv[4:])

@@ -22,7 +22,6 @@ MESHES = {
     "2 sequence": {"sequence": 2},
     "2 whole": {"weights": "whole"},
     "2 whole, sequence": {"weights": "whole", "sequence": 2},
-    "2 gathered each time": {"gather_once": False},
     "4 shard": {},
     "4 replicate x shard": {"replicate": 2},
     "4 shard x sequence": {"sequence": 2},

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from longtake.cli import app
 from longtake.config import TOY_ASSETS
+from longtake.data.encoded import EMPTY_TEXT, INDEX
 from longtake.distributed.mesh import Mesh
 from longtake.doctor import run as module
 from longtake.doctor.estimate import Need
@@ -99,7 +100,8 @@ def test_original_files_are_counted_without_the_text_tower(workshop, tmp_path):
 
 def test_an_encoded_set_needs_no_encoders(workshop, tmp_path):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "index.json").write_text('{"format": "longtake_encoded"}')
+    (tmp_path / "set" / INDEX).write_text('{"format": "longtake_encoded"}')
+    (tmp_path / "set" / EMPTY_TEXT).touch()
     data = {"path": str(tmp_path / "set")}
     found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path / "none"), data=data))
     assert found.encoder_bytes == 0 and not found.missing
@@ -157,7 +159,7 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     assert set(found.sizes.values()) == {TEACHER} and not found.missing + found.notes
     bare = look_at(stage_config(workshop, tmp_path, "causal", init_from=str(toy)))
     assert bare.sizes == {"generator": PRESETS["toy"]} and not bare.missing
-    torch.save({"generator": {"x": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
+    torch.save({"generator": {"blocks.0.self_attn.q.weight": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
     assert "missing (" in look_at(stage_config(workshop, tmp_path, "distill", **sources)).missing[0]
     monkeypatch.chdir(tmp_path)
     named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
-from longtake.models.cache import KVCache, Reading
+from longtake.models.cache import KVCache, Passes, Reading
 from longtake.models.dit import VideoDiT
 from longtake.structs import Condition
 
@@ -276,6 +276,42 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     assert count(equal)[0] == 0
 
 
+def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
+    """What is kept for one condition is no room for that of another kind."""
+    model, x, sigma = make_tiny_model(True), make_tiny_latents(1), torch.ones(2)
+    condition, cache = make_tiny_condition(model), model.new_cache(2, 4, 6, 3, 0)
+    assert condition.image is not None
+    fewer = Condition(condition.text, condition.image[:, :3], condition.frames)
+    for one, half in ((condition, False), (fewer, False), (condition, False), (condition, True), (fewer, False)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            cache.clear_condition()
+            found = model(x, sigma, one, cache=cache)
+            assert torch.equal(found, model(x, sigma, one, cache=model.new_cache(2, 4, 6, 3, 0)))
+            assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_smallest_cache_is_that_of_one_sample_and_one_frame(window: int, rel) -> None:
+    model, x = make_tiny_model(), make_tiny_latents(1)
+    both = make_tiny_condition(model)
+    one, two = Condition(both.text[:1]), [model.new_cache(n, 4, 6, window, 0) for n in (1, 2)]
+    for _ in range(3):
+        alone, beside = _commit(model, two[0], one, x[:1]), _commit(model, two[1], both, x)
+        assert rel(alone, beside[:1]) < 1e-5
+    assert two[0].held_frames == two[1].held_frames == [2, 1][:window][::-1]
+
+
+def test_room_for_what_recorded_passes_leave_is_made_once() -> None:
+    """Later recordings write to the addresses of the first."""
+    passes, latents, made = Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
+    passes.make_room(latents, made)
+    room = passes.room[latents]
+    assert [tensor.shape for tensor in room] == [tensor.shape for tensor in made]
+    passes.make_room(latents, made)
+    passes.make_room(torch.Size([2, 2]), [])
+    assert list(passes.room) == [latents] and all(a is b for a, b in zip(passes.room[latents], room))
+
+
 def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
@@ -283,6 +319,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
         ("needs max_frames", (2, 4, 6, None, 0)),
         ("must be larger than sink_frames", (2, 4, 6, 3, 3)),
         ("must not be negative", (2, 4, 6, 3, -1)),
+        ("must not be negative", (2, 4, 6, 3, 0, "relative", None, -1)),
         ("'absolute' or 'relative'", (2, 4, 6, 3, 0, "infinite")),
     ):
         with pytest.raises(ConfigError, match=message):

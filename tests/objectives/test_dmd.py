@@ -8,6 +8,7 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
+from longtake.config_groups import CriticConfig, FlowConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
 from longtake.flow.schedule import warp
@@ -292,6 +293,13 @@ def test_a_later_step_and_another_sample_see_other_noise():
     parts = [noise(1, 3, 0), noise(1, 3, 1), noise(3, 5, 0), noise(3, 5, 1)]
     values = torch.cat([part.flatten(1) for part in parts], 0)
     assert len({tuple(row[:4].tolist()) for row in values}) == 8  # every block, step and sample its own
+
+
+def test_the_defaults_are_those_of_a_recipe():
+    flow, critic, settings = FlowConfig(), CriticConfig(), DmdSettings(shift=5.0, guidance=4.0)
+    assert (settings.sigma_min, settings.sigma_max) == (flow.sigma_min, flow.sigma_max)
+    assert settings.updates_per_generator == critic.updates_per_generator
+    assert settings.head_start == critic.head_start and not settings.first_frame_clean
 
 
 # ---- failure and timing ----------------------------------------------------------------------------------------------

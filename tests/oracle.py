@@ -40,10 +40,12 @@ def run(
     rope: str = "absolute",
     noisy: Tensor | None = None,
     noisy_sigma: Tensor | None = None,
+    graph: bool = False,
 ) -> Trace:
     """Streams every sample on its own. `x`, `noisy` [B, F, C, H, W]; `sigma`, `noisy_sigma` [B, F]; `blocks` of the
-    whole video. Each block first gets a pass over `noisy` that nothing remembers, then one over `x` that is kept."""
-    weights = {name: tensor.detach().double().cpu() for name, tensor in state.items()}
+    whole video. Each block first gets a pass over `noisy` that nothing remembers, then one over `x` that is kept.
+    `graph`: autograd goes into `state`, through the memory too."""
+    weights = {name: (tensor if graph else tensor.detach()).double().cpu() for name, tensor in state.items()}
     samples = []
     for b in range(x.shape[0]):
         context = _text(weights, text[b].double(), text_len)

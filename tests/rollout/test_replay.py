@@ -1,0 +1,94 @@
+"""The packed replay: the same exit steps as the roll-out's, and the gradient of brute force, context included."""
+
+import pytest
+import torch
+from oracle import run
+from tiny_batches import record
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+
+from longtake.flow.path import clean_from_velocity
+from longtake.randomness import Draws
+from longtake.rollout.replay import packed_replay
+from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.structs import BlockPlan
+
+SIGMAS, SIZE = (1.0, 0.9, 0.75, 0.5), (4, 6)
+
+
+def layout_of(rules, frames):
+    return rules.plan.teacher_forcing_layout(
+        frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
+    )
+
+
+def problem(i2v, rope, frames):
+    """A tiny model, its condition, and latents as a roll-out would leave them."""
+    model = make_tiny_model(i2v=i2v)
+    condition = make_tiny_condition(model, num_frames=frames)
+    rules = RollOutRules(BlockPlan(2, 1 if i2v else 2), SIGMAS, 5 if i2v else 6, 1 if i2v else 2, rope)
+    sigma = torch.full((2, frames), 0.75)
+    sigma[:, : int(i2v)] = 0.0
+    clean, noisy = make_tiny_latents(frames, seed=3), make_tiny_latents(frames, seed=4)
+    noisy[:, : int(i2v)] = clean[:, : int(i2v)]
+    return model, condition, rules, clean, noisy, sigma
+
+
+@pytest.mark.parametrize(
+    ("i2v", "rope", "frames"), [(True, "relative", 9), (True, "absolute", 9), (False, "relative", 10)]
+)
+def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope, frames, monkeypatch):
+    """With eviction, in float64: one packed forward against the oracle, which streams block by block with a graph."""
+    model, condition, rules, clean, noisy, sigma = problem(i2v, rope, frames)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what Wan computes in float32, in float64 here
+    model.double()
+    weight = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weight[:, : int(i2v)] = 0
+    mine = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, frames))
+    (mine * weight).sum().backward()
+    state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    trace = run(
+        state,
+        clean,
+        torch.zeros_like(sigma),
+        condition.text,
+        condition.image,
+        condition.frames,
+        num_heads=model.config.num_heads,
+        text_len=model.config.text_len,
+        blocks=list(rules.plan.blocks(0, frames)),
+        window=rules.window_frames,
+        sink=rules.sink_frames,
+        rope=rope,
+        noisy=noisy,
+        noisy_sigma=sigma,
+        graph=True,
+    )
+    wanted = clean_from_velocity(noisy.double(), trace.noisy, sigma.double())
+    assert (mine - wanted).abs().max() < 1e-10
+    (wanted * weight).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - state[name].grad).norm() <= 1e-10 * (1 + state[name].grad.norm()), name
+
+
+def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
+    model, condition, rules, *_ = problem(True, "relative", 9)
+    calls = record(model, monkeypatch)
+
+    def noise(start, end, step):
+        return Draws(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
+
+    made = roll_out(model, condition, make_tiny_latents(1, seed=7), noise, rules, 9, SIZE, exit_step=2)
+    exits = [call["x"] for call in calls if call["sigma"][0] == SIGMAS[2]]
+    noisy = torch.cat([made.latents[:, :1], *exits], 1)
+    sigma = torch.full((2, 9), SIGMAS[2])
+    sigma[:, 0] = 0
+    again = packed_replay(model, condition, made.latents, noisy, sigma, layout_of(rules, 9))
+    torch.testing.assert_close(again, made.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_the_context_gets_gradient_and_the_latents_none():
+    model, condition, rules, clean, noisy, sigma = problem(True, "relative", 9)
+    clean.requires_grad_()
+    noisy.requires_grad_()
+    found = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, 9))
+    assert torch.autograd.grad(found.sum(), [clean, noisy], allow_unused=True) == (None, None)
