@@ -63,8 +63,11 @@ class CudaRecorder:
         for device in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(device):
                 torch.cuda.synchronize(device)
-        # Other threads, such as the one that watches over collectives, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads, such as the one that watches over collectives, may call CUDA meanwhile; but no stream of theirs
+        # may be the one that records. torch hands out 32 streams in turns, its own for recording among them, and a
+        # thread that got that one failed with "invalid argument" (seen in 2.11): streams of high priority are others.
+        stream = torch.cuda.Stream(priority=-1)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             out = work()
         self._graphs.add(graph)
         return graph.replay, out
