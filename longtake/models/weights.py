@@ -46,7 +46,6 @@ __all__ = [
     "load_state",
     "open_dit",
     "open_weights",
-    "read_state",
     "save_dit",
     "to_diffusers_key",
     "to_original_key",
@@ -55,15 +54,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file, or of every shard in a folder, under original Wan names.
-
-    Keys are cleaned of wrappers (`clean_key`) first.
-    Raises: CheckpointError when a file cannot be read, or when two keys mean the same parameter.
-    """
-    return {name: tensor.clone() for name, tensor in open_published(path).read()}
 
 
 def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *, diffusers: bool = False) -> None:

@@ -89,7 +89,9 @@ def test_two_ranks_make_one_video_and_one_script(run, inputs, tmp_path):
     ],
 )
 def test_one_video_is_made_by_all_ranks_or_refused(run, inputs, tmp_path, monkeypatch, world_size, given, message):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(world_size))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     command = [
         "generate",
         "--run",
