@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -79,14 +78,29 @@ def fetched(blocks: Iterable[Tensor], *, ahead: bool) -> Iterator[NDArray[np.uin
     """The frames of each block, uint8 [T, h, w, 3]; `ahead`: when the one after it has been begun.
 
     Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
+    A call that raises loses nothing where `blocks` loses nothing: the next one goes on with the same frames.
     """
-    waiting: deque[_Fetch] = deque()
-    for block in blocks:
-        waiting.append(_Fetch(block))
-        if len(waiting) > ahead:
-            yield waiting.popleft().array()
-    for fetch in waiting:
-        yield fetch.array()
+    return _Fetched(blocks, ahead=ahead)
+
+
+class _Fetched(Iterator["NDArray[np.uint8]"]):
+    def __init__(self, blocks: Iterable[Tensor], *, ahead: bool) -> None:
+        self._blocks, self._ahead = iter(blocks), ahead
+        self._begun: Tensor | None = None
+        self._waiting: list[_Fetch] = []
+
+    def __next__(self) -> NDArray[np.uint8]:
+        while len(self._waiting) <= self._ahead:
+            if self._begun is None:
+                self._begun = next(self._blocks, None)
+            if self._begun is None:
+                break
+            self._waiting, self._begun = [*self._waiting, _Fetch(self._begun)], None
+        if not self._waiting:
+            raise StopIteration
+        frames = self._waiting[0].array()
+        self._waiting = self._waiting[1:]
+        return frames
 
 
 class _Fetch:
@@ -238,7 +252,7 @@ class Generator:
             check_negative(negative, self.settings)
             return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, seed)
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
-        return fetched(_blocks(session, num_frames), ahead=ahead)
+        return fetched(_Blocks(session, num_frames), ahead=ahead)
 
     def open(
         self,
@@ -330,12 +344,19 @@ class Generator:
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
 
 
-def _blocks(session: Session, num_frames: int | None) -> Iterator[Tensor]:
+class _Blocks(Iterator[Tensor]):
     """The frames of a session, `num_frames` in all, as they are begun."""
-    while num_frames is None or session.num_frames < num_frames:
-        before = session.num_frames
-        frames = session.begin()
-        yield frames if num_frames is None else frames[: num_frames - before]
+
+    def __init__(self, session: Session, num_frames: int | None) -> None:
+        self._session, self._num_frames = session, num_frames
+
+    def __next__(self) -> Tensor:
+        before = self._session.num_frames
+        if self._num_frames is None:
+            return self._session.begin()
+        if before >= self._num_frames:
+            raise StopIteration
+        return self._session.begin()[: self._num_frames - before]
 
 
 def _second_device(name: str | torch.device, split: TokenSplit | None) -> torch.device:

@@ -112,15 +112,28 @@ class Story:
         A change is handed to the session before the frames that end at or after its time are given out, so a session
         that is saved between two blocks and resumed goes on with the same frames.
         """
-        return fetched(self._blocks(session), ahead=ahead)
+        return fetched(_Blocks(self, session), ahead=ahead)
 
-    def _blocks(self, session: Session) -> Iterator[Tensor]:
-        while (before := session.num_frames) < self.num_frames:
-            frames = session.begin()
-            for cue in self.cues:
-                if before < cue.frame <= session.num_frames:
-                    _apply(cue, session)
-            yield frames[: self.num_frames - before]
+
+class _Blocks(Iterator[Tensor]):
+    """The blocks of a story as they are begun; a call that raised can be made again."""
+
+    def __init__(self, story: Story, session: Session) -> None:
+        self._story, self._session = story, session
+        self._begun: tuple[int, Tensor] | None = None  # pixel frames before a block, and the block
+
+    def __next__(self) -> Tensor:
+        length, session = self._story.num_frames, self._session
+        if self._begun is None:
+            if session.num_frames >= length:
+                raise StopIteration
+            self._begun = session.num_frames, session.begin()
+        before, frames = self._begun
+        for cue in self._story.cues:
+            if before < cue.frame <= session.num_frames:
+                _apply(cue, session)
+        self._begun = None
+        return frames[: length - before]
 
 
 def _apply(cue: Cue, session: Session) -> None:

@@ -1,14 +1,13 @@
 """A video in the making: frames block by block, with prompt and picture that change, branches, and ways back.
 
 A session owns everything that grows out of its requests (cache, decoder state, conditions, position). It shares the
-generator's networks, which it never changes, with any number of other sessions. It is not made for several threads at
-once. Must know no file of its own; `session_file.py` writes it down.
+generator's networks, which it never changes, with any number of other sessions, in any number of threads. One session
+is for one thread at a time. Must know no file of its own; `session_file.py` writes it down.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +47,7 @@ class Look:
 
 @dataclass
 class Standing:
-    """Where a session stands between two blocks: all that `Session.next` changes.
+    """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
 
     `look`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the first;
     `scene` counts cuts; `num_frames` pixel frames given out.
@@ -93,7 +92,7 @@ class Session:
         self.generator, self.seed, self.negative = generator, seed, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.standing = Standing(look)
-        self._history: deque[Standing] = deque(maxlen=history_blocks)
+        self._history: tuple[Standing, ...] = ()  # the latest ones, never changed
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = look, True
 
@@ -172,29 +171,42 @@ class Session:
 
         The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
         frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
+        What raises, Ctrl-C and a full memory included, changes nothing: the same call can be made again.
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`.
         """
-        return self.begin().cpu().numpy()
+        frames, standing = self._made()
+        array = frames.cpu().numpy()
+        self._advance(standing)
+        return array
 
-    @torch.no_grad()
     def begin(self) -> Tensor:
         """The next frames as `next` gives them, but as a tensor on the device that decodes, whose work may still run.
 
         Raises: as `next`.
         """
+        frames, standing = self._made()
+        self._advance(standing)
+        return frames
+
+    def _advance(self, standing: Standing) -> None:
+        """From here on the session stands there."""
+        history = (*self._history, self.standing)[-self.history_blocks :] if self.history_blocks else ()
+        self.standing, self._history, self.cut = standing, history, False  # at once, whatever interrupts
+
+    @torch.no_grad()
+    def _made(self) -> tuple[Tensor, Standing]:
+        """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
-        before = self.standing.copy() if self.history_blocks else None
         if self.cut:
-            self._begin_scene()
-        elif self.wanted.prompt != self.standing.look.prompt or not self.wanted.same_pictures(self.standing.look):
-            self._change()
-        standing = self.standing
+            standing = self._new_scene()
+        else:
+            standing = self.standing.copy()
+            if self.wanted.prompt != standing.look.prompt or not self.wanted.same_pictures(standing.look):
+                self._change(standing)
         assert standing.stream is not None and standing.decoder is not None
         frames = to_bytes(standing.decoder.decode(standing.stream.next())[0])
         standing.num_frames += len(frames)
-        if before is not None:
-            self._history.append(before)
-        return frames
+        return frames, standing
 
     def _check_length(self) -> None:
         most = self.max_latent_frames
@@ -204,19 +216,19 @@ class Session:
                 "larger max_frames, or set `image` for a new scene"
             )
 
-    def _begin_scene(self) -> None:
+    def _new_scene(self) -> Standing:
         generator, standing = self.generator, self.standing
         condition, first_latent = generator.condition(self.wanted.picture, self.wanted.prompt)
+        scene, unconditional = standing.scene + 1, self._unconditional(condition)
         caches = [] if standing.stream is None or self.history_blocks else standing.stream.caches
         for cache in caches:
             cache.clear()
-        scene, unconditional = standing.scene + 1, self._unconditional(condition)
         stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
-        decoder = generator.new_decoder()
-        self.standing = Standing(replace(self.wanted, target=None), stream, decoder, scene, standing.num_frames)
-        self.cut = False
+        look, decoder = replace(self.wanted, target=None), generator.new_decoder()
+        new = Standing(look, stream, decoder, scene, standing.num_frames)
         if self.wanted.target is not None:
-            self._change()
+            self._change(new)
+        return new
 
     @property
     def _latent_size(self) -> tuple[int, int]:
@@ -252,10 +264,9 @@ class Session:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
         return LatentStream(model, caches[0], condition, first_latent, noise, rules, guidance=guidance)
 
-    def _change(self) -> None:
+    def _change(self, standing: Standing) -> None:
         """Another prompt or target within the scene."""
-        standing, wanted = self.standing, self.wanted
-        stream = standing.stream
+        wanted, stream = self.wanted, standing.stream
         assert stream is not None
         if wanted.same_pictures(standing.look):
             condition = stream.condition.with_text(self.generator.encoders.text.encode([wanted.prompt]))
@@ -289,7 +300,7 @@ class Session:
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
         other.standing = self.standing.copy(clones)
-        other._history = deque((past.copy(clones) for past in self._history), maxlen=self.history_blocks)
+        other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
     def rewind(self, num_blocks: int) -> None:
@@ -304,12 +315,8 @@ class Session:
                 f"rewind({num_blocks}) is not possible: {len(self._history)} blocks can be taken back now, and never "
                 f"more than history_blocks={self.history_blocks}"
             )
-        for _ in range(num_blocks):
-            self.standing = self._history.pop()
-        stream = self.standing.stream
-        if stream is not None:
-            stream.return_to_cache()
-        self.wanted, self.cut = self.standing.look, stream is None
+        past, history = self._history[-num_blocks], self._history[:-num_blocks]
+        self.standing, self._history, self.wanted, self.cut = past, history, past.look, past.stream is None
 
     def save(self, path: str | Path) -> None:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
@@ -321,4 +328,6 @@ class Session:
 
         if self.generator.model.token_split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
+        if self.standing.stream is not None:
+            self.standing.stream.return_to_cache()
         save_session(self, Path(path))

@@ -1,7 +1,8 @@
 """The key/value cache of streaming: a preallocated sink and ring of frames, and cross-attention keys and values.
 
 Rules it holds (each has a test):
-- only frames that were committed are ever attended to; a slot that holds nothing is never read;
+- only frames that were committed are ever attended to; a slot that holds nothing is never read, and where one is
+  missing between those that a block attends to, reading is an error;
 - a graded call never writes; what it reads while activations are recomputed in backward cannot be overwritten
   (CacheError) until that backward has run or its graph is gone;
 - once the window is full, every pass repeats the same shapes and addresses; the position enters only through device
@@ -190,6 +191,9 @@ class KVCache:
             self._value_space = torch.empty(space, device=device, dtype=dtype)
         self._held: list[int | None] = [None] * self.num_slots
         self._position = 0
+        self._first = 0  # from here to `position` every frame was committed
+        # Whose keys and values it holds: whoever fills it says so, and finds out that another one has. None: nobody's.
+        self.content: object | None = None
         self._readings: dict[tuple[int, int], Reading] = {}
         self._leases: list[weakref.ref[Lease]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
@@ -209,12 +213,23 @@ class KVCache:
             raise CacheError(f"cache.position={frame} must not be negative")
         # Frames at or after the new position will be generated again: they are no context any more.
         self._held = [None if held is not None and held >= frame else held for held in self._held]
+        jumps = frame > self._position and all(held is None or held < self.sink_frames for held in self._held)
+        self._first = frame if jumps else min(self._first, frame)
         self._position = frame
+
+    def skip_to(self, frame: int) -> None:
+        """Moves `position` on past frames that are nobody's context from here on."""
+        if frame > self._position:
+            self._first = self._position = frame
 
     @property
     def held_frames(self) -> list[int]:
         """Absolute frames whose keys and values can be read, ascending."""
         return sorted(frame for frame in self._held if frame is not None)
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether the keys and values of frames [start, end) can be read."""
+        return set(range(start, end)) <= set(self._held)
 
     @property
     def device(self) -> torch.device:
@@ -226,8 +241,9 @@ class KVCache:
 
     def clear(self) -> None:
         """Forgets every frame and the condition and returns to position 0; memory is kept."""
+        self.content = None
         self._held = [None] * self.num_slots
-        self._position = 0
+        self._position = self._first = 0
         self.clear_condition()
 
     def clear_condition(self) -> None:
@@ -266,7 +282,8 @@ class KVCache:
             self.values.index_copy_(2, index, values.to(self.values))
         for slot, frame in zip(slots, frames, strict=True):
             self._held[slot] = frame
-        self._position = position
+        window = [frame for frame in frames if frame >= self.sink_frames]
+        self._position, self._first = position, min(window, default=position)
 
     def _slot(self, frame: int) -> int:
         if frame < self.sink_frames:
@@ -274,12 +291,21 @@ class KVCache:
         return self.sink_frames + (frame - self.sink_frames) % (self.num_slots - self.sink_frames)
 
     def attended_frames(self, block_frames: int) -> list[int]:
-        """Committed frames that a block of `block_frames` at `position` attends to, ascending."""
-        end = self._position + block_frames
-        if self.window_frames is None:
-            return self.held_frames
-        oldest = end - (self.window_frames - self.sink_frames)
-        return [frame for frame in self.held_frames if frame < self.sink_frames or frame >= oldest]
+        """Committed frames that a block of `block_frames` at `position` attends to, ascending.
+
+        Raises: CacheError when one of them is missing.
+        """
+        oldest, sink = 0, self.sink_frames
+        if self.window_frames is not None:
+            oldest = self._position + block_frames - (self.window_frames - sink)
+        held, first, end = self.held_frames, self._first, self._position
+        wanted = {*range(first, min(sink, end)), *range(max(first, sink, oldest), end)}
+        if lost := sorted(wanted.difference(held)):
+            raise CacheError(
+                f"the block at frame {self._position} attends to frames {lost}, which this cache does not hold: it was "
+                "moved past them, or they were overwritten; begin with an empty cache or rebuild it from kept latents"
+            )
+        return [frame for frame in held if frame < sink or frame >= oldest]
 
     # ---- one call -------------------------------------------------------------------------------------------------
     def read(self, block_frames: int, *, graded: bool) -> Reading:
@@ -430,6 +456,7 @@ class KVCache:
             for target, source in zip(old, tensors):
                 target.copy_(source)
         else:
+            self._cross_form = None
             with _lasting_tensors():
                 self._cross[layer] = tuple(t.clone() for t in tensors)
         return self._cross[layer]

@@ -303,6 +303,8 @@ class VideoDiT(nn.Module):
         reading = cache.read(entries, graded=False)
         kept = cache.has_cross(condition)
         texts = (None, None) if kept else (self._padded(condition.text), condition.image)
+        if not kept:
+            cache.clear_condition()  # a replayed pass writes others, and may not come to its end
         if commit:
             cache.begin_commit(entries)
 

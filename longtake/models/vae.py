@@ -167,7 +167,7 @@ class EncoderSession:
     """Encodes a video that arrives in pieces of any length; the latents equal those of one call.
 
     The first frame gives one latent, each further `temporal_stride` frames one more; frames that do not fill a latent
-    yet are kept for the next call.
+    yet are kept for the next call. A call that raises changes nothing.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
@@ -188,13 +188,14 @@ class EncoderSession:
                     f"this session encodes {_describe(self._pending)}; got {_describe(frames)}: open a new session"
                 )
             frames = torch.cat([self._pending, frames], dim=2)
-        latents, used = [], 0
+        latents, used, features = [], 0, list(self._features)
         with torch.autocast(vae.device.type, enabled=False):  # a trainer's autocast must not reach the encoder
             for size in self._chunks(frames.shape[2]):
-                latents.append(self._encode_chunk(frames[:, :, used : used + size]))
+                latents.append(self._encode_chunk(frames[:, :, used : used + size], features))
                 used += size
         # An empty remainder is kept as well: it remembers the sizes that later calls must have.
-        self._pending = frames[:, :, used:].clone()
+        pending, made = frames[:, :, used:].clone(), self.num_latent_frames + sum(part.shape[2] for part in latents)
+        self._pending, self._features, self.num_latent_frames = pending, features, made
         if not latents:
             batch, _, _, height, width = frames.shape
             stride = vae.spatial_stride
@@ -211,22 +212,18 @@ class EncoderSession:
         calls = [most] * (whole // most) + ([whole % most] if whole % most else [])
         return first + [n * stride for n in calls]
 
-    def _encode_chunk(self, frames: Tensor) -> Tensor:
+    def _encode_chunk(self, frames: Tensor, features: list[Any]) -> Tensor:
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         vae = self._vae
-        moments = vae.module.encoder(
-            patchify(frames.contiguous(), vae.patch_size), feat_cache=self._features, feat_idx=[0]
-        )
-        mu = vae.module.quant_conv(moments)[:, : vae.latent_channels]
-        self.num_latent_frames += mu.shape[2]
-        return mu
+        moments = vae.module.encoder(patchify(frames.contiguous(), vae.patch_size), feat_cache=features, feat_idx=[0])
+        return vae.module.quant_conv(moments)[:, : vae.latent_channels]
 
 
 class DecoderSession:
     """Decodes latents that arrive in pieces of any length; the frames equal those of one call.
 
-    The first latent gives one frame, each later one `temporal_stride` frames.
+    The first latent gives one frame, each later one `temporal_stride` frames. A call that raises changes nothing.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
@@ -244,38 +241,35 @@ class DecoderSession:
         sizes = (latents.shape[0], *latents.shape[3:])
         if self._sizes is not None and self._sizes != sizes:
             raise ShapeError(f"this session decodes [B, H, W]={self._sizes}; got {sizes}: open a new session")
-        self._sizes = sizes
         if latents.shape[1] == 0:
             return latents.new_zeros(
                 sizes[0], 0, 3, *(n * vae.spatial_stride for n in sizes[1:]), dtype=torch.float32, device=vae.device
             )
         x = vae.denormalise(latents.to(vae.device)).to(vae.dtype).transpose(1, 2)
-        frames, start = [], 0
+        # The network puts new tensors into the list and never writes into one.
+        frames, start, features = [], 0, list(self._features)
         with torch.autocast(vae.device.type, enabled=False):
             while start < x.shape[2]:
-                size = 1 if self.num_latent_frames == 0 else vae.latents_per_call
-                frames.append(self._decode_chunk(x[:, :, start : start + size]))
+                first = self.num_latent_frames + start == 0
+                size = 1 if first else vae.latents_per_call
+                frames.append(self._decode_chunk(x[:, :, start : start + size], features, first=first))
                 start += size
-        return torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
+        pixels = torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
+        made = self.num_latent_frames + x.shape[2]
+        self._features, self._sizes, self.num_latent_frames = features, sizes, made
+        return pixels
 
-    def _decode_chunk(self, latents: Tensor) -> Tensor:
+    def _decode_chunk(self, latents: Tensor, features: list[Any], *, first: bool) -> Tensor:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         vae = self._vae
-        frames = vae.module.decoder(
-            vae.module.post_quant_conv(latents),
-            feat_cache=self._features,
-            feat_idx=[0],
-            first_chunk=self.num_latent_frames == 0,
-        )
-        self.num_latent_frames += latents.shape[2]
+        inner = vae.module.post_quant_conv(latents)
+        frames = vae.module.decoder(inner, feat_cache=features, feat_idx=[0], first_chunk=first)
         return unpatchify(frames, vae.patch_size)
 
     def copy(self) -> DecoderSession:
         """Another session at the same place; what one decodes does not touch the other."""
-        other = copy.copy(self)
-        other._features = list(self._features)  # the network puts new tensors into the list and never writes into one
-        return other
+        return copy.copy(self)  # `decode` puts others in the place of what it has and changes nothing of it
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Where the session stands: tensors by number of their slot, and plain values; `restore` takes both."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import Guidance, commit_block
+from longtake.rollout.chunk import commit_block
 from longtake.rollout.self_forcing import RollOutRules
 from longtake.structs import BlockPlan, Condition
 
@@ -39,14 +39,13 @@ class KeptLatents:
 
     def append(self, latents: Tensor) -> None:
         """Adds finished blocks [B, f, C, H, W] that begin at `position`; what no rebuild needs any more is dropped."""
-        taken = 0
-        for start, end in self.plan.blocks(self.position, self.position + latents.shape[1]):
-            self._blocks[start] = latents[:, taken : taken + end - start].detach()
-            taken += end - start
-        self.position += taken
+        position, blocks = self.position + latents.shape[1], dict(self._blocks)
+        for start, end in self.plan.blocks(self.position, position):
+            blocks[start] = latents[:, start - self.position : end - self.position].detach()
         if self.window_frames is not None:
-            oldest = self.position - (self.window_frames - self.sink_frames)
-            self._blocks = {s: block for s, block in self._blocks.items() if s < self.sink_frames or s >= oldest}
+            oldest = position - (self.window_frames - self.sink_frames)
+            blocks = {s: block for s, block in blocks.items() if s < self.sink_frames or s >= oldest}
+        self._blocks, self.position = blocks, position
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields (first frame, latents) of the kept blocks, in causal order."""
@@ -61,31 +60,22 @@ class KeptLatents:
 
 @torch.no_grad()
 def rebuild_cache(
-    model: VideoDiT,
-    cache: KVCache,
-    condition: Condition,
-    kept: KeptLatents,
-    *,
-    keep_sink: bool = False,
-    guidance: Guidance | None = None,
+    model: VideoDiT, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
 ) -> None:
     """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
 
-    Args: `keep_sink` leaves the keys and values of the sink as the old condition made them; `guidance`, its cache is
-    rebuilt as well. Raises: CacheError while a pending backward still reads the cache.
+    Args: `keep_sink` leaves the keys and values of the sink, up to `cache.position`, as the old condition made them.
+    Where it fails it can be called again, with the cache at the same position.
+    Raises: CacheError while a pending backward still reads the cache.
     """
-    caches = [cache] if guidance is None else [cache, guidance.cache]
-    stays = min(cache.sink_frames, cache.position) if keep_sink else 0
-    for one in caches:
-        if keep_sink:
-            one.position = stays
-        else:
-            one.clear()
+    stays = min(cache.sink_frames, cache.position)
+    if keep_sink and cache.holds(0, stays):
+        cache.position = stays
+    else:
+        stays = 0
+        cache.clear()
     for start, latents in kept.blocks():
-        if start < stays:
-            continue
-        for one in caches:
-            one.position = start
-        commit_block(model, cache, condition, latents, guidance=guidance)
-    for one in caches:
-        one.position = kept.position
+        if start >= stays:
+            cache.skip_to(start)
+            commit_block(model, cache, condition, latents)
+    cache.skip_to(kept.position)

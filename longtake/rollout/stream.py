@@ -18,13 +18,17 @@ from longtake.rollout.self_forcing import RollOutNoise, RollOutRules, block_nois
 from longtake.structs import Condition
 
 
-class LatentStream:
+class LatentStream(Iterator[Tensor]):
     """The latents of one scene: first the given picture, where there is one, then a block at each call, for ever.
 
     The context pass of a block runs only when the next block is asked for (nobody reads that of the last one); until
     then the block is `pending`. `kept` holds what a rebuild under another condition needs, the pending block included.
     The caller makes the cache (`model.new_cache`; with `guidance` a second one like it), and the stream begins at
     `cache.position`.
+
+    What raises, Ctrl-C included, changes nothing, and the same call made again gives what it would have given: the
+    stream moves on when all is done. What a failed call has left in a cache is what the next one would write there, or
+    it shows (`KVCache.content`, `holds`) and is made anew.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class LatentStream:
         self.kept.position = cache.position
         self.pending: Tensor | None = None
         self._first = first_latent
+        self._content = object()  # marks caches that hold this stream's past under its present condition
+        for one in self.caches:
+            one.content = self._content
 
     @property
     def position(self) -> int:
@@ -53,29 +60,58 @@ class LatentStream:
     @property
     def caches(self) -> list[KVCache]:
         """The cache, and that of guidance."""
-        return [self.cache] if self.guidance is None else [self.cache, self.guidance.cache]
+        return [cache for _, cache in self._sides]
 
-    @torch.no_grad()
+    @property
+    def _sides(self) -> list[tuple[Condition, KVCache]]:
+        guided = [] if self.guidance is None else [(self.guidance.condition, self.guidance.cache)]
+        return [(self.condition, self.cache), *guided]
+
+    @property
+    def _committed(self) -> int:
+        """The end of what has had its context pass."""
+        return self.position - (0 if self.pending is None else self.pending.shape[1])
+
+    def __next__(self) -> Tensor:
+        return self.next()
+
     def next(self) -> Tensor:
         """The next clean latents, float32 [B, f, C, H, W]."""
-        if self._first is not None:
-            made, self._first = self._first.float(), None
-        else:
-            self.commit()
-            start, end = next(self.rules.plan.blocks(self.position))
-            block_noise = block_noise_at(self.noise, start, end)
-            made = denoise_block(
-                self.model, self.cache, self.condition, block_noise, self.rules.sigmas, guidance=self.guidance
-            )
-        self.pending = made
-        self.kept.append(made)
+        made, kept = self._made(), self.kept.copy()
+        kept.append(made)
+        self.pending, self.kept, self._first = made, kept, None
         return made
 
+    @torch.no_grad()
+    def _made(self) -> Tensor:
+        if self._first is not None:
+            return self._first.float()
+        self.commit()
+        start, end = next(self.rules.plan.blocks(self.position))
+        block_noise = block_noise_at(self.noise, start, end)
+        return denoise_block(
+            self.model, self.cache, self.condition, block_noise, self.rules.sigmas, guidance=self.guidance
+        )
+
     def commit(self) -> None:
-        """Runs the context pass of the pending block now, under the present condition."""
-        if (pending := self.pending) is not None:
-            self.pending = None
-            commit_block(self.model, self.cache, self.condition, pending, guidance=self.guidance)
+        """Brings the caches to where the next block begins: the context pass of the pending block runs now, and after
+        a change of condition those of all that is kept.
+        """
+        for condition, cache in self._sides:
+            self._make_own(condition, cache)
+            if self.pending is not None and not cache.holds(self._committed, self.position):
+                cache.position = self._committed
+                commit_block(self.model, cache, condition, self.pending)
+            cache.position = self.position
+        self.pending = None
+
+    def _make_own(self, condition: Condition, cache: KVCache) -> None:
+        """Makes the cache anew where it does not hold the past of this stream, or holds it under another condition."""
+        if cache.content is not self._content:
+            cache.content = None
+            cache.position = self._committed
+            rebuild_cache(self.model, cache, condition, self.kept, keep_sink=self.rules.keep_sink)
+            cache.content = self._content
 
     def change(
         self,
@@ -84,45 +120,47 @@ class LatentStream:
         *,
         in_place: bool = True,
     ) -> None:
-        """Goes on under another condition: the cache is made anew from the kept latents, the pending block included.
+        """Goes on under another condition: with the next block, or `commit`, the cache is made anew from the kept
+        latents, the pending block included.
 
         Args: `unconditional`, that of guidance, where the stream has it; `in_place` False leaves the cache that there
         was untouched and goes on with another one.
         """
-        if not in_place:
-            self._replace_caches(KVCache.copy)
-        self.condition = condition
-        if self.guidance is not None:
+        cache, guidance = self.cache, self.guidance
+        if guidance is not None:
             assert unconditional is not None
-            self.guidance = replace(self.guidance, condition=unconditional)
-        keep = self.rules.keep_sink
-        rebuild_cache(self.model, self.cache, condition, self.kept, keep_sink=keep, guidance=self.guidance)
-        self.pending = None
+            guidance = replace(guidance, condition=unconditional)
+        if not in_place:
+            cache, guidance = _with_caches(KVCache.copy, cache, guidance)
+        self.condition, self.cache, self.guidance, self._content = condition, cache, guidance, object()
 
     def copy(self, cache_of: Callable[[KVCache], KVCache] | None = None) -> LatentStream:
         """Another stream at the same place.
 
         Args: `cache_of` gives the cache that takes the place of each; None: both share them, and of all that do so only
-        one goes on at a time, after `return_to_cache`.
+        one goes on at a time, by the same noise. What the one writes must not have taken the place of what another
+        still reads: the cache's spare frames.
         """
         other = copy.copy(self)
         other.kept = self.kept.copy()
         if cache_of is not None:
-            other._replace_caches(cache_of)
+            other.cache, other.guidance = _with_caches(cache_of, self.cache, self.guidance)
         return other
 
     def return_to_cache(self) -> None:
-        """Brings caches that another copy has used since back to where this stream stands.
-
-        What that copy wrote must not have taken the place of what this stream still reads: the cache's spare frames.
+        """Brings the caches, which a copy or a call that failed may have used since, back to where this stream stands:
+        before the pending block.
         """
-        for cache in self.caches:
-            cache.position = self.position - (0 if self.pending is None else self.pending.shape[1])
+        for condition, cache in self._sides:
+            self._make_own(condition, cache)
+            cache.position = self._committed
 
-    def _replace_caches(self, cache_of: Callable[[KVCache], KVCache]) -> None:
-        self.cache = cache_of(self.cache)
-        if self.guidance is not None:
-            self.guidance = replace(self.guidance, cache=cache_of(self.guidance.cache))
+
+def _with_caches(
+    cache_of: Callable[[KVCache], KVCache], cache: KVCache, guidance: Guidance | None
+) -> tuple[KVCache, Guidance | None]:
+    other = cache_of(cache)
+    return other, None if guidance is None else replace(guidance, cache=cache_of(guidance.cache))
 
 
 def stream_latents(
@@ -136,12 +174,9 @@ def stream_latents(
     guidance: Guidance | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents of a `LatentStream`, for ever; the caller stops when it has enough."""
-    stream = LatentStream(model, cache, condition, first_latent, noise, rules, guidance=guidance)
-    while True:
-        yield stream.next()
+    return LatentStream(model, cache, condition, first_latent, noise, rules, guidance=guidance)
 
 
-@torch.no_grad()
 def stream_switched(
     model: VideoDiT,
     cache: KVCache,
@@ -166,16 +201,25 @@ def stream_switched(
             "condition more, and between two switches, and before the first, at least one block"
         )
     stream = LatentStream(model, cache, conditions[0], first_latent, noise, rules)
-    for end, condition in zip(ends, conditions[1:]):
-        while stream.position < end:
-            yield stream.next()
-        if rebuild:
-            stream.change(condition)
-        else:
-            stream.commit()
-            stream.condition = condition
-    while True:
-        yield stream.next()
+    return _Switched(stream, list(zip(ends, conditions[1:])), rebuild=rebuild)
+
+
+class _Switched(Iterator[Tensor]):
+    """A stream whose condition changes at frames (ascending); as its `next`, a call that failed can be made again."""
+
+    def __init__(self, stream: LatentStream, changes: list[tuple[int, Condition]], *, rebuild: bool) -> None:
+        self.stream, self.changes, self.rebuild = stream, changes, rebuild
+
+    def __next__(self) -> Tensor:
+        if self.changes and self.stream.position >= self.changes[0][0]:
+            condition = self.changes[0][1]
+            if self.rebuild:
+                self.stream.change(condition)
+            else:
+                self.stream.commit()
+                self.stream.condition = condition
+            self.changes = self.changes[1:]
+        return self.stream.next()
 
 
 def _boundary(rules: RollOutRules, frame: int) -> int:

@@ -1,12 +1,19 @@
 """A stream of latents far from its beginning: nothing ends, and positions mean what they meant."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from longtake.rollout.chunk import commit_block
+from longtake.errors import CacheError
+from longtake.models.cache import KVCache
+from longtake.models.pass_graph import PassGraphs
+from longtake.rollout.chunk import Guidance, commit_block
 from longtake.rollout.self_forcing import RollOutRules
-from longtake.rollout.stream import LatentStream
+from longtake.rollout.stream import LatentStream, stream_switched
 from longtake.structs import BlockPlan
 
 PLAN = BlockPlan(2, 1)
@@ -52,6 +59,131 @@ def test_absolute_positions_with_a_sink_stay_finite_for_ever():
     stream = stream_from(model, condition, 10**6 + 1, rules, sink=1)
     assert all(torch.isfinite(stream.next()).all() for _ in range(3))
     assert stream.cache.held_frames[0] == 0
+
+
+@contextmanager
+def raising_at(number):
+    """Raises Ctrl-C at call `number` of any module and of the cache, and counts them."""
+    calls = [0]
+
+    def count(*_):
+        calls[0] += 1
+        if calls[0] == number:
+            raise KeyboardInterrupt
+
+    def counted(function):
+        return lambda *args, **given: (count(), function(*args, **given))[1]
+
+    hook = register_module_forward_pre_hook(count)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("begin_commit", "write", "end_commit", "set_cross", "cross_is_for", "clear", "skip_to", "copy"):
+            patch.setattr(KVCache, name, counted(getattr(KVCache, name)))
+        try:
+            yield calls
+        finally:
+            hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("guided", "in_place", "keep_sink", "recorded"),
+    [(False, True, False, False), (True, True, True, False), (True, False, True, False), (False, True, True, True)],
+)
+def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded):
+    """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild."""
+    model = make_tiny_model(i2v=True)
+    one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
+    rules = RollOutRules(PLAN, [1.0, 0.5], 7, 3, "relative", keep_sink=keep_sink)
+
+    def noise(start, end, step):
+        return make_tiny_latents(end - start, seed=start + 50 * step)
+
+    def begun():
+        caches = [model.new_cache(2, 4, 6, 7, 3) for _ in range(2)]
+        guidance = Guidance(2.0, empty, caches[1]) if guided else None
+        stream = LatentStream(model, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
+        for _ in range(2 if recorded else 4):
+            stream.next()
+        return stream
+
+    calls = [
+        lambda stream: stream.next(),
+        lambda stream: stream.change(other, none if guided else None, in_place=in_place),
+        lambda stream: stream.next(),
+        lambda stream: stream.commit(),
+        lambda stream: stream.next(),
+    ]
+    stream = begun()
+    expected = [call(stream) for call in calls]
+    with raising_at(0) as counted:
+        stream = begun()
+        before, ends = counted[0], []
+        for call in calls:
+            call(stream)
+            ends.append(counted[0] - before)
+    if recorded:
+        model.graphs = PassGraphs(Tape())
+    for number in [*range(1, ends[-1], max(1, ends[-1] // 16)), *ends]:
+        stream = begun()
+        with raising_at(number) as counted:
+            for call, result in zip(calls, expected, strict=True):
+                try:
+                    made = call(stream)
+                except KeyboardInterrupt:
+                    made = call(stream)
+                assert result is None or torch.equal(made, result), number
+        assert counted[0] >= number
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
+    model = make_tiny_model(i2v=True)
+    conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 2, 3)]
+    rules = RollOutRules(PLAN, [1.0, 0.5], 5, 1, "relative")
+
+    def made(number):
+        cache, latents = model.new_cache(2, 4, 6, 5, 1), []
+        stream = stream_switched(
+            model,
+            cache,
+            conditions,
+            [3, 6],
+            make_tiny_latents(1),
+            lambda s, e, k: make_tiny_latents(e - s, seed=s + 50 * k),
+            rules,
+            rebuild=rebuild,
+        )
+        with raising_at(number) as counted:
+            while len(latents) < 5:
+                try:
+                    latents.append(next(stream))
+                except KeyboardInterrupt:
+                    latents.append(next(stream))
+        return torch.cat(latents, 1), counted[0]
+
+    expected, count = made(0)
+    assert all(torch.equal(made(number)[0], expected) for number in range(1, count + 1, count // 10))
+
+
+@pytest.mark.parametrize("window", [7, None])
+def test_a_hole_in_the_cache_is_an_error(window):
+    """Whoever moves a cache past frames that it does not hold, or back to where some were overwritten, is told."""
+    model = make_tiny_model(i2v=True)
+    condition, sink = make_tiny_condition(model), 1 if window else 0
+    cache = model.new_cache(2, 4, 6, window, sink, max_frames=None if window else 32)
+    latents = make_tiny_latents(13)
+    for start, end in PLAN.blocks(0, 13):
+        commit_block(model, cache, condition, latents[:, start:end])
+    cache.position = 15
+    with pytest.raises(CacheError, match=r"attends to frames \[13, 14\], which this cache does not hold"):
+        commit_block(model, cache, condition, latents[:, 1:3])
+    cache.position = 13
+    commit_block(model, cache, condition, latents[:, 1:3])
+    cache.position = 9
+    if window:
+        with pytest.raises(CacheError, match=r"attends to frames \[5, 6, 7, 8\]"):
+            commit_block(model, cache, condition, latents[:, 9:11])
+    else:
+        commit_block(model, cache, condition, latents[:, 9:11])
 
 
 def test_a_block_that_fails_can_be_asked_for_again():

@@ -1,0 +1,176 @@
+"""Whatever raises, wherever: the call made again gives what it would have given; every equality is of bits."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tiny_sessions import KINDS, OTHER, PICTURE, A, B, make_generator, open_session, take
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from longtake.inference import session as session_module
+from longtake.inference.script import Cue, Story
+from longtake.models.cache import KVCache
+
+CACHE_CALLS = ("begin_commit", "write", "end_commit", "set_cross", "clear", "skip_to", "copy")
+
+
+@contextmanager
+def raising_at(number, error=KeyboardInterrupt):
+    """Raises at call `number` of any module, of the cache and of what makes bytes of frames; counts the calls."""
+    calls = [0]
+
+    def count(*_):
+        calls[0] += 1
+        if calls[0] == number:
+            raise error
+
+    def counted(function):
+        def call(*args, **given):
+            count()
+            return function(*args, **given)
+
+        return call
+
+    hook = register_module_forward_pre_hook(count)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CACHE_CALLS:
+            patch.setattr(KVCache, name, counted(getattr(KVCache, name)))
+        patch.setattr(session_module, "to_bytes", counted(session_module.to_bytes))
+        try:
+            yield calls
+        finally:
+            hook.remove()
+
+
+def places(make, most, seed=0):
+    """Up to `most` numbers of the calls that `make` makes, the last one among them."""
+    with raising_at(0) as calls:
+        make()
+    order = torch.randperm(calls[0] - 1, generator=torch.Generator().manual_seed(seed)) + 1
+    return [*order[: most - 1].tolist(), calls[0]]
+
+
+def interrupt(make, number, error=KeyboardInterrupt):
+    with raising_at(number, error), pytest.raises(error):
+        make()
+
+
+CHANGES = {
+    "block": lambda session: None,
+    "prompt": lambda session: setattr(session, "prompt", B),
+    "target": lambda session: setattr(session, "image_target", OTHER),
+    "cut": lambda session: setattr(session, "image", OTHER),
+    "cut with a target": lambda session: (setattr(session, "image", OTHER), setattr(session, "image_target", PICTURE)),
+}
+
+
+def interrupted_everywhere(generator, change, before, history_blocks, most):
+    session = open_session(generator, history_blocks=history_blocks)
+    for _ in range(before):
+        session.next()
+    CHANGES[change](session)
+    expected = take(session.fork(), 3)
+    for index, number in enumerate(places(session.fork().next, most)):
+        tried, error = session.fork(), (KeyboardInterrupt, MemoryError)[index % 2]
+        interrupt(tried.next, number, error)
+        assert (tried.num_frames, tried.rewindable) == (session.num_frames, session.rewindable), number
+        if index % 3 == 2:
+            interrupt(tried.next, 1 + number // 2)
+        assert np.array_equal(take(tried, 3), expected), number
+
+
+@pytest.mark.parametrize("history_blocks", [0, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_failed_gives_the_same_frames(change, history_blocks):
+    interrupted_everywhere(make_generator(), change, 3, history_blocks, most=4)
+
+
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
+@pytest.mark.parametrize("change", ["block", "prompt"])
+def test_so_does_every_kind_of_stream(kind, change):
+    interrupted_everywhere(make_generator(**KINDS[kind]), change, 2 + len(kind) % 2, 0, most=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("history_blocks", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_wherever_it_failed(change, kind, before, history_blocks):
+    generator = make_generator(**KINDS[kind])
+    if "target" in change and generator.model.config.image_dim is None:
+        pytest.skip("these weights take no target")
+    interrupted_everywhere(generator, change, before, history_blocks, most=12)
+
+
+@pytest.mark.parametrize("history_blocks", [1, 3])
+@pytest.mark.parametrize("change", ["block", "prompt"])
+def test_a_failed_call_leaves_the_way_back_as_it_was(change, history_blocks, tmp_path):
+    generator = make_generator()
+    straight = take(open_session(generator), 7)
+    session = open_session(generator, history_blocks=history_blocks)
+    take(session, 6)
+    CHANGES[change](session)
+    for number in places(session.fork().next, 6):
+        back, saved = session.fork(), session.fork()
+        interrupt(back.next, number)
+        back.rewind(history_blocks)
+        assert np.array_equal(take(back, history_blocks + 1), straight[-8 * (history_blocks + 1) :]), number
+        interrupt(saved.next, number)
+        saved.save(tmp_path / "s.safetensors")
+        resumed = generator.resume(tmp_path / "s.safetensors")
+        assert np.array_equal(take(resumed, 2), take(session.fork(), 2)), number
+
+
+@pytest.mark.parametrize("kind", ["plain", "kept sink"])
+def test_a_change_that_failed_in_place_can_be_taken_back(kind):
+    """Without a history its cache is gone: it is made anew under the prompt that there was, never used half made."""
+    generator = make_generator(**KINDS[kind])
+    session = open_session(generator, history_blocks=0)
+    take(session, 4)
+    untouched, anew = take(session.fork(), 2), session.fork()
+    stream = anew.standing.stream
+    stream.change(stream.condition)
+    again, seen = take(anew, 2), set()
+    session.prompt = B
+    for number in places(session.fork().next, 16, seed=1):
+        tried = session.fork()
+        interrupt(tried.next, number)
+        tried.prompt = A
+        made = take(tried, 2)
+        seen.add("untouched" if np.array_equal(made, untouched) else "anew")
+        assert np.array_equal(made, untouched) or np.array_equal(made, again), number
+    assert seen == {"untouched", "anew"}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stream_and_a_story_go_on_after_an_interruption(ahead):
+    generator = make_generator()
+    story = Story(PICTURE, A, 45, 0, None, (Cue(10, B, None, None), Cue(20, None, OTHER, None)))
+
+    def ways():
+        return (
+            generator.stream(PICTURE, A, num_frames=33, ahead=ahead),
+            story.play(story.open(generator, history_blocks=0), ahead=ahead),
+        )
+
+    expected = [np.concatenate(list(frames)) for frames in ways()]
+    with raising_at(0) as calls:
+        next(ways()[0])
+    for number in (3, calls[0]):
+        for frames, whole in zip(ways(), expected, strict=True):
+            made = []
+            for _ in range(8):
+                with raising_at(number):
+                    try:
+                        made.append(next(frames))
+                        continue
+                    except StopIteration:
+                        break
+                    except KeyboardInterrupt:
+                        pass
+                made.append(next(frames))
+            assert np.array_equal(np.concatenate(made), whole)
