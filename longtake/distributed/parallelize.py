@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from longtake.distributed.mesh import Mesh
+from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
 from longtake.models.recompute import keep_attention
 
 logger = logging.getLogger(__name__)
-
-# Variants of a block that one process may need: with and without cache, mask, gradient, commit, updates, first block
-_VARIANTS = 64
 
 _BUCKET_BYTES = 2**28
 
@@ -61,9 +59,10 @@ def parallelize(
         if recompute == "selective":
             model.checkpoint_contexts.append(keep_attention)  # type: ignore[union-attr,operator]
     if compiled and _has_compiler(mesh.device.type):
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-        for block in getattr(model, "blocks", []):
+        blocks = list(getattr(model, "blocks", []))
+        for block in blocks:
             block.compile()
+            block._compiled_call_impl = limited(block._compiled_call_impl, VARIANTS * len(blocks), "blocks")
     if isinstance(model, VideoDiT):
         model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
         model.set_token_split(mesh.sequence)

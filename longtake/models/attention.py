@@ -8,7 +8,9 @@ it must not know the model, the cache or block boundaries.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -18,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longtake.errors import ConfigError
+
 logger = logging.getLogger(__name__)
+
+# Which kernels `scaled_dot_product_attention` may choose is a setting of the process, not of the thread. Who sets it
+# (`sdpa_kernel`), or runs a network that follows it, holds this meanwhile; so does what else is for one thread at a
+# time: recording a pass, a tokenizer.
+ONE_THREAD = threading.RLock()
+
+# Shapes of masked attention that one process compiles, and variants of a compiled block, for each of its layers: with
+# and without cache, mask, gradient, commit, updates, first block.
+SHAPES = VARIANTS = 64
 
 
 class Attention(Protocol):
@@ -69,7 +82,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) ->
     if mask is not None:
         out = _flex(q.is_cuda)(q, k, v, block_mask=mask.flex)
     elif q.is_cuda:
-        with sdpa_kernel(list(backends(q.device.index or 0, q.dtype, q.shape[-1])), set_priority=True):
+        alone = nullcontext() if torch.compiler.is_compiling() else ONE_THREAD  # compiled code has its kernel chosen
+        with alone, sdpa_kernel(list(backends(q.device.index or 0, q.dtype, q.shape[-1])), set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -146,7 +160,37 @@ def _flex(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Uncompiled flex attention materialises the scores: only for tests on a CPU.
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return (
+        limited(torch.compile(flex_attention, dynamic=False), SHAPES, "masked attentions")
+        if compiled
+        else flex_attention
+    )
+
+
+def limited(compiled: Callable[..., Any], variants: int, name: str) -> Callable[..., Any]:
+    """A compiled function of which `variants` are compiled, and one more is an error.
+
+    Beyond its limit (8) torch runs them uncompiled instead, for masked attention with all scores in memory.
+    Raises: ConfigError.
+    """
+    import torch._dynamo
+
+    # The second limit counts variants of one code, for all objects that it belongs to.
+    limits = {"recompile_limit": variants, "accumulated_recompile_limit": variants, "fail_on_recompile_limit_hit": True}
+
+    def call(*args: Any, **given: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled(*args, **given)
+        try:
+            with torch._dynamo.config.patch(limits):
+                return compiled(*args, **given)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            raise ConfigError(
+                f"{name} of {variants} different kinds and sizes are compiled in this process, and one more would run "
+                "uncompiled, which takes far more memory: use fewer sizes of video in one run"
+            ) from None
+
+    return call
 
 
 @cache

@@ -328,11 +328,12 @@ class VideoDiT(nn.Module):
 
         inputs = (x, sigma, condition.frames, *texts)
         form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in texts))
-        if self.graphs is not None and (kept or cache.has_space_for_cross(form)):
+        if self.graphs is not None:
             addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
             kind = (reading.num_past, entries, commit, trace is not None, kept)
             agree = bool if self.token_split is None else self.token_split.agree
-            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree)
+            again = kept or cache.has_space_for_cross(form)
+            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree, again=again)
         else:
             velocity, *states = work(*inputs)
         if trace is not None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.errors import ConfigError, ShapeError
+from longtake.models.attention import ONE_THREAD
 from longtake.models.original_encoders import load_image_model
 from longtake.models.pretrained import check_folder, load_strictly
 
@@ -107,6 +108,6 @@ class ImageEncoder:
             raise ShapeError(
                 f"an image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
             pixels = self.preprocess(image.to(self.device)).to(self.dtype)
             return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float()

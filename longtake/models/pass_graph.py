@@ -5,13 +5,17 @@ A pass of four frames at 480x832 starts some two thousand kernels; where several
 process starts them last. What a replay reads must be where it was when the pass was recorded: the cache holds to that
 (`KVCache`), inputs are copied to places of their own, and the addresses of weights and of the condition's keys and
 values are compared each time. This file must not know the transformer.
+
+Any number of threads may run passes of one network, each against a cache of its own and, if it likes, on a CUDA stream
+of its own. Recorded passes share their memory: copying the inputs, replaying and copying the results away is done by
+one thread at a time, and on the GPU behind the one before. While one records, the others start no pass.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -19,6 +23,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from longtake.models.attention import ONE_THREAD
 from longtake.models.cache import KVCache, Passes
 
 logger = logging.getLogger(__name__)
@@ -42,14 +47,15 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share their memory: they are replayed one after the other, on one stream."""
+    """Records CUDA graphs that share their memory: they are replayed one after the other."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # that use it: with the last of them it is gone
 
     def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
-        if not self._graphs:
+        others = list(self._graphs)  # kept while this one records: another thread may drop its cache
+        if not others:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Recording gives free memory back, that of other devices too, where it may still be in use: with growing
@@ -78,7 +84,9 @@ class PassGraphs:
         self._record = record or CudaRecorder()
         self._broken = False
         self._known: WeakSet[KVCache] = WeakSet()
-        _all.add(self)
+        self._copied: torch.cuda.Event | None = None  # on a GPU: what the latest replay gave is copied away
+        with ONE_THREAD:
+            _all.add(self)
 
     def run(
         self,
@@ -88,14 +96,29 @@ class PassGraphs:
         cache: KVCache,
         addresses: tuple[int, ...],
         agree: Callable[[bool], bool] = bool,
+        *,
+        again: bool = True,
     ) -> Made:
         """`work(*inputs)`, no gradient; `kind` says what else tells passes against `cache` apart.
 
         Args: `inputs`, latents first; `addresses` of what `work` reads besides;
-        `agree(fine)`, whether all processes that share the pass are fine: what one cannot record, none replays.
+        `agree(fine)`, whether all processes that share the pass are fine: what one cannot record, none replays;
+        `again`, whether it has the shapes and addresses of other passes at all.
         """
-        if self._broken:
-            return work(*inputs)
+        with ONE_THREAD:
+            if self._broken or not again:
+                return work(*inputs)
+            return self._run(work, kind, inputs, cache, addresses, agree)
+
+    def _run(
+        self,
+        work: Work,
+        kind: tuple,
+        inputs: Inputs,
+        cache: KVCache,
+        addresses: tuple[int, ...],
+        agree: Callable[[bool], bool],
+    ) -> Made:
         passes: Passes = cache.passes
         if passes.addresses != addresses:
             passes.forget()
@@ -115,16 +138,34 @@ class PassGraphs:
                 return work(*inputs)
             found = passes.recorded[key] = recorded
             self._known.add(cache)
-        for held, given in zip(found.inputs, inputs, strict=True):
-            if held is not None and given is not None:
-                held.copy_(given)
-        found.replay()
-        return tuple(made.clone() for made in found.outputs)
+        with self._behind_the_one_before(inputs[0].device):
+            for held, given in zip(found.inputs, inputs, strict=True):
+                if held is not None and given is not None:
+                    held.copy_(given)
+            found.replay()
+            return tuple(made.clone() for made in found.outputs)
+
+    @contextmanager
+    def _behind_the_one_before(self, device: torch.device) -> Iterator[None]:
+        """What is started on this thread's stream begins when the replay before it, on any stream, is copied away."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._copied is None:
+            self._copied = torch.cuda.Event()
+        else:
+            stream.wait_event(self._copied)
+        try:
+            yield
+        finally:
+            self._copied.record(stream)
 
     def forget(self) -> None:
         """Drops all that is recorded: before the process group that a pass uses is gone, say."""
-        for cache in list(self._known):
-            cache.passes.forget()
+        with ONE_THREAD:
+            for cache in list(self._known):
+                cache.passes.forget()
 
     def _recorded(self, work: Work, inputs: Inputs, passes: Passes, agree: Callable[[bool], bool]) -> _Recorded | None:
         """The pass, recorded; None where that failed, after which nothing is recorded any more."""
@@ -152,8 +193,9 @@ _all: WeakSet[PassGraphs] = WeakSet()
 
 def forget_all() -> None:
     """Drops every recorded pass of this process."""
-    for graphs in list(_all):
-        graphs.forget()
+    with ONE_THREAD:
+        for graphs in list(_all):
+            graphs.forget()
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ConfigError, DataError
+from longtake.models.attention import ONE_THREAD
 from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
 from longtake.models.pretrained import check_folder, load_strictly
@@ -115,19 +116,20 @@ class TextEncoder:
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise DataError(f"prompts must be a non-empty list of strings; got {type(prompts).__name__} {prompts!r}")
         # Always padded to the full length, so that a prompt's rows do not depend on the others of its batch.
-        tokens = self.tokenizer(
-            [clean_prompt(p) for p in prompts],
-            padding="max_length",
-            max_length=self.text_len,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
+        with ONE_THREAD:
+            tokens = self.tokenizer(
+                [clean_prompt(p) for p in prompts],
+                padding="max_length",
+                max_length=self.text_len,
+                truncation=True,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            ).to(self.device)
         mask = tokens.attention_mask
         if bool(mask[:, -1].any()):
             log.warning("a prompt fills all %d tokens of the text encoder and may have been cut", self.text_len)
-        with torch.autocast(self.device.type, enabled=False):
+        with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
             hidden = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
         # Not a product with the mask: it would keep NaN and give -0.
         return hidden.float().masked_fill(~mask.bool()[..., None], 0.0)

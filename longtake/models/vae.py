@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError, ShapeError
+from longtake.models.attention import ONE_THREAD
 from longtake.models.original_encoders import load_vae_module
 from longtake.models.pretrained import check_folder, load_strictly
 from longtake.structs import pixel_frames
@@ -145,6 +147,10 @@ class VideoVAE:
         """The inverse of `normalise`."""
         return latents.float() * self._std + self._mean
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """Around what the network does: on a GPU it follows which kernels the process chooses for attention."""
+        return ONE_THREAD if self.device.type == "cuda" else nullcontext()
+
     def new_features(self, network: Any) -> list[Any]:
         """An empty feature list: one slot for each causal convolution of `network`."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -189,7 +195,10 @@ class EncoderSession:
                 )
             frames = torch.cat([self._pending, frames], dim=2)
         latents, used, features = [], 0, list(self._features)
-        with torch.autocast(vae.device.type, enabled=False):  # a trainer's autocast must not reach the encoder
+        with (
+            vae.alone(),
+            torch.autocast(vae.device.type, enabled=False),
+        ):  # a trainer's autocast must not reach the encoder
             for size in self._chunks(frames.shape[2]):
                 latents.append(self._encode_chunk(frames[:, :, used : used + size], features))
                 used += size
@@ -248,7 +257,7 @@ class DecoderSession:
         x = vae.denormalise(latents.to(vae.device)).to(vae.dtype).transpose(1, 2)
         # The network puts new tensors into the list and never writes into one.
         frames, start, features = [], 0, list(self._features)
-        with torch.autocast(vae.device.type, enabled=False):
+        with vae.alone(), torch.autocast(vae.device.type, enabled=False):
             while start < x.shape[2]:
                 first = self.num_latent_frames + start == 0
                 size = 1 if first else vae.latents_per_call

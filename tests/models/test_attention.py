@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
 from longtake.structs import BlockPlan, MaskLayout
@@ -83,6 +84,41 @@ def test_cpu_goes_part_by_part_and_the_fallback_names_itself_once(monkeypatch, c
         attention._has_triton.cache_clear()
     messages = [record.getMessage() for record in caplog.records if "triton" in record.getMessage()]
     assert len(messages) == 1 and "block by block" in messages[0]
+
+
+def test_more_shapes_than_torch_keeps_are_compiled_and_none_runs_eager(monkeypatch, rel) -> None:
+    """torch compiles 8 of one function and then runs it as it is, which holds all scores of masked attention."""
+    compile, compiled = torch.compile, []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compile(function, backend=backend, **given))
+    monkeypatch.setattr(attention, "SHAPES", 12)
+    torch._dynamo.reset()
+    attention._flex.cache_clear()
+    try:
+        flex, tokens = attention._flex(True), 5
+        for again in (False, True):
+            for frames in range(2, 14):
+                layout = PLAN.causal_layout(2 * frames + 1)
+                q, k, v = _tensors(layout, tokens)
+                mask = make_mask(layout.allowed, tokens, torch.device("cpu"), flex=True)
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                with torch.no_grad():
+                    out = flex(q, k, v, block_mask=mask.flex).transpose(1, 2)
+                assert len(compiled) == (12 if again else frames - 1)
+        parts = make_mask(layout.allowed, tokens, torch.device("cpu"), flex=False)
+        assert rel(out, attend(*_tensors(layout, tokens), mask=parts)) < 1e-6
+        with pytest.raises(ConfigError, match="masked attentions of 12 different kinds and sizes"), torch.no_grad():
+            flex(q[:1], k[:1], v[:1], block_mask=mask.flex)
+        with torch.no_grad():
+            flex(q, k, v, block_mask=mask.flex)
+        assert len(compiled) == 12 and torch._dynamo.config.recompile_limit < 12  # nobody else's limit
+    finally:
+        attention._flex.cache_clear()
+        torch._dynamo.reset()
 
 
 def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_latents) -> None:

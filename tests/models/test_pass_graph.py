@@ -6,6 +6,10 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -156,6 +160,66 @@ def test_copies_of_a_cache_and_forgotten_passes_are_recorded_anew():
     assert not running.cache.passes.recorded and not running.cache.passes.uses
 
 
+class SharedTape(Tape):
+    """As CUDA's recorder: results lie in memory that all recorded passes share, and who records must be alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.running, self.wrong = {}, 0, 0
+
+    @contextmanager
+    def alone(self):
+        self.running += 1
+        try:
+            time.sleep(0.002)  # another thread would come now
+            if self.running > 1:
+                self.wrong += 1
+                raise RuntimeError("operation not permitted when stream is capturing")
+            yield
+        finally:
+            self.running -= 1
+
+    def __call__(self, work):
+        with self.alone():
+            self.recorded += 1
+            outputs = tuple(self.memory.setdefault(made.shape, torch.empty_like(made)) for made in work())
+
+        def replay():
+            self.replayed += 1
+            self.running += 1
+            made = work()
+            self.running -= 1
+            with torch.no_grad():
+                for output, one in zip(outputs, made, strict=True):
+                    output.copy_(one)
+            time.sleep(0.002)
+
+        return replay, outputs
+
+
+def together(works):
+    """What several functions give, each in a thread of its own; they begin at once."""
+    begin = threading.Barrier(len(works))
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [done.result() for done in [pool.submit(lambda w=work: (begin.wait(), w())[1]) for work in works]]
+
+
+def test_streams_of_several_threads_do_not_mix():
+    """Each with a condition of its own: eager passes, recording and replays of the three run into each other."""
+    model = make_tiny_model(i2v=True)
+    conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 8, 9)]
+
+    def works():
+        return [lambda c=condition, k=k: unrolled(model, c, blocks=7 + k) for k, condition in enumerate(conditions)]
+
+    expected = [work() for work in works()]
+    tape = SharedTape()
+    model.graphs = PassGraphs(tape)
+    for made, wanted in zip(together(works()), expected, strict=True):
+        assert torch.equal(made, wanted)
+    assert not tape.wrong and not model.graphs._broken and tape.recorded >= 3 and tape.replayed > 9
+
+
 OTHER_DEVICE = """
 import torch
 from longtake.models.pass_graph import CudaRecorder
@@ -216,6 +280,37 @@ def test_cuda_graphs_give_the_same_latents(bf16):
         roll_out(model, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6)).latents for _ in range(6)
     ]
     assert all(torch.equal(one, rolled[0]) for one in rolled)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("own_streams", [False, True])
+def test_three_threads_of_streams_equal_one_after_the_other(own_streams):
+    """LONGTAKE_TRIALS (3) times three threads of 60 blocks each (bfloat16), recorded; needs torch alone."""
+    sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 4, "num_layers": 6}
+    model = make_tiny_model(i2v=True, **sizes).cuda().cast(torch.bfloat16).requires_grad_(False)
+    conditions = [make_tiny_condition(model, seed=seed).to("cuda") for seed in (1, 8, 9)]
+    noises = {(s, k): noise(s, s + 2, k).cuda() for s in range(1, 121, 2) for k in range(3)}
+
+    def run(number):
+        stream = torch.cuda.Stream() if own_streams else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            cache, first = model.new_cache(2, 4, 6, 5, 1, "relative"), make_tiny_latents(1, seed=number).cuda()
+            running = LatentStream(model, cache, conditions[number], first, lambda s, e, k: noises[s, k], RULES)
+            made = []
+            for block in range(60):
+                if block in (25, 45):
+                    running.change(conditions[(number + block) % 3])
+                made.append(running.next().cpu())
+        return torch.cat(made, 1), len(cache.passes.recorded)
+
+    expected = [run(number)[0] for number in range(3)]
+    for trial in range(int(os.environ.get("LONGTAKE_TRIALS", "3"))):
+        model.graphs = PassGraphs()
+        for number, (made, recorded) in enumerate(together([lambda n=n: run(n) for n in range(3)])):
+            assert recorded and not model.graphs._broken, trial
+            assert torch.equal(made, expected[number]), (trial, number)
 
 
 @pytest.mark.gpu
