@@ -31,11 +31,12 @@ from longtake.models.pass_graph import PassGraphs
 from longtake.models.recompute import keep_attention
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout import chunk
 from longtake.rollout.replay import packed_replay
-from longtake.rollout.self_forcing import RollOut, RollOutRules
-from longtake.structs import BlockPlan, Condition
+from longtake.rollout.self_forcing import RollOut
+from longtake.structs import Condition
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 WAYS = ("blockwise", "joined", "cache", "cache, keep", "packed", "packed, keep")
@@ -59,12 +60,10 @@ class Packed(Dmd):
         noisy = torch.cat([made.latents[:, :1], *(x for x, sigma in exits if sigma == level)], 1)
         sigma = torch.full(noisy.shape[:2], level, device=noisy.device)
         sigma[:, 0] = 0
-        rules, frames = self.rules, self.num_frames
+        plan, frames = self.plan, self.num_frames
         layout = self.__dict__.setdefault(
             "layout",
-            rules.plan.teacher_forcing_layout(
-                frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
-            ),
+            plan.teacher_forcing_layout(frames),
         )
         replayed = packed_replay(self.generator, batch.condition, made.latents, noisy, sigma, layout)
         return RollOut(torch.cat([made.latents[:, :1], replayed[:, 1:]], 1), made.generated)
@@ -136,7 +135,7 @@ def main() -> None:
         size,
         first_latent=torch.randn(1, 1, config.out_channels, *size, device=device),
     )
-    rules = RollOutRules(BlockPlan(4), SIGMAS, 13, 5, "relative")
+    plan = StreamPlan(4, 1, 13, 5, sigmas=SIGMAS)
     seeds = {}
     for wanted in map(int, given.exits.split(",")):
         draws = next(seed for seed in range(99) if Draws(seed).integer(0, "exit_step", 0, 4) == wanted)
@@ -146,7 +145,7 @@ def main() -> None:
     for name in given.ways.split(";"):
         for exit_step, seed in seeds.items():
             kind = Packed if name.startswith("packed") else Dmd
-            objective = kind(student, critic, teacher, Draws(seed), rules, frames, DmdSettings(5.0, 3.0))
+            objective = kind(student, critic, teacher, Draws(seed), plan, frames, DmdSettings(5.0, 3.0))
             with way(name, student):
                 times = []
                 for repeat in range(given.repeats + 2):

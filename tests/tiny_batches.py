@@ -9,10 +9,10 @@ from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH
 
 from longtake.models.dit import VideoDiT
 from longtake.objectives.encoded import EncodedBatch
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.structs import Condition
 
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.9, 0.75, 0.5), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9, 0.75, 0.5))
 
 
 def make_batch(model: VideoDiT, indices: list[int], num_frames: int = 7, *, videos: bool = True) -> EncodedBatch:

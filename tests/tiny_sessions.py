@@ -50,7 +50,7 @@ def make_generator(seed: int = 5, encoders_seed: int = 0, **changes: Any) -> Gen
 
 
 def open_session(generator: Generator, prompt: str = A, **given: Any) -> Any:
-    if generator.rules.window_frames is None:
+    if generator.plan.window_frames is None:
         given.setdefault("max_frames", 121)
     return generator.open(PICTURE, prompt, **given)
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longtake.config import LoraConfig
     from longtake.models.dit import DiTConfig
-    from longtake.structs import BlockPlan
+    from longtake.plan import StreamPlan
 
 _FLOAT, _BF16 = 4, 2
 _INT8_BLOCK, _INT8_FROM = 256, 4096  # numbers with one scale; the smallest tensor that has any (train/moments.py)
@@ -239,10 +239,8 @@ def pass_bytes(config: DiTConfig, clip: Clip, *, precision: str, checkpointing: 
 def roll_out_bytes(
     config: DiTConfig,
     clip: Clip,
-    plan: BlockPlan,
+    plan: StreamPlan,
     *,
-    window_frames: int | None,
-    sink_frames: int,
     given_frames: int,
     precision: str,
     checkpointing: bool,
@@ -257,7 +255,7 @@ def roll_out_bytes(
     total = largest = inputs = all_inputs = all_layers = 0
     for start, end in plan.blocks(given_frames, clip.frames):
         one = Clip(clip.batch, end - start, clip.tokens, clip.text_tokens, clip.image_tokens)
-        past = len(plan.attended(start, end, window_frames, sink_frames))
+        past = len(plan.attended(start, end))
         keys = clip.batch * past * clip.tokens * 2 * config.dim * size
         tokens = one.batch * one.frames * one.tokens
         layer = tokens * block_bytes_per_token(config, precision) + keys + _context_bytes(config, one, precision)
@@ -271,7 +269,7 @@ def roll_out_bytes(
     return Activations(total, inputs, largest if checkpointing else 0)
 
 
-def left_bytes(config: DiTConfig, clip: Clip, plan: BlockPlan, given_frames: int) -> int:
+def left_bytes(config: DiTConfig, clip: Clip, plan: StreamPlan, given_frames: int) -> int:
     """Where recorded exit steps leave what each layer makes, in float32: once for each length of a block."""
     lengths = {end - start for start, end in plan.blocks(given_frames, clip.frames)}
     return _FLOAT * config.num_layers * config.dim * clip.batch * clip.tokens * sum(lengths)

@@ -248,13 +248,11 @@ class _Moments:
             kept = pass_bytes(generator, passed, **options)
             yield _Update(generator, False, kept, 1, 0, working_bytes(generator, passed, precision))
             return
-        plan, given = config.plan, 1 if config.model.image_condition == "i2v" else 0
+        plan, given = config.stream_plan, 1 if config.model.image_condition == "i2v" else 0
         kept = roll_out_bytes(
             generator,
             clip,
-            plan.blocks,
-            window_frames=plan.window_frames,
-            sink_frames=plan.sink_frames,
+            plan,
             given_frames=given,
             together=self.together,
             **options,
@@ -263,9 +261,9 @@ class _Moments:
             forced = replace(clip, frames=2 * config.clip_shape.num_latent_frames)
             kept = kept.beside(pass_bytes(generator, forced, **options))
         cache = self._cache(generator)
-        calls = len(list(plan.blocks.blocks(given, clip.frames))) + bool(config.real_videos.weight)
+        calls = len(list(plan.blocks(given, clip.frames))) + bool(config.real_videos.weight)
         scores = max(working_bytes(network, clip, precision) for network in (critic, networks.teacher or critic))
-        block = working_bytes(generator, replace(clip, frames=plan.blocks.block_frames), precision)
+        block = working_bytes(generator, replace(clip, frames=plan.block_frames), precision)
         yield _Update(generator, False, kept, calls, cache, scores, block)
         running = cache if self._records or config.stage == "long" else 0
         kept, passing = pass_bytes(critic, clip, **options), working_bytes(critic, clip, precision)
@@ -279,7 +277,7 @@ class _Moments:
         precision, given = self.config.precision, 1 if self.config.model.image_condition == "i2v" else 0
         size = cache_bytes(generator, self.clip, window_frames=window, spare_frames=spare, precision=precision)
         if self._records and self.together:
-            size += left_bytes(generator, self.clip, self.config.plan.blocks, given)
+            size += left_bytes(generator, self.clip, self.config.stream_plan, given)
         # Long tuning has running videos, each with its cache, for each micro-batch.
         return size * (self.ranks.accumulation if self.config.stage == "long" else 1)
 

@@ -1,4 +1,4 @@
-"""Noise levels: the shift warp, the student's steps, and the law that training draws from. Pure math.
+"""Noise levels: the shift warp, the student's steps, and the law that training draws from. Pure math, without torch.
 
 sigma is the noise level in [0, 1]; u is the un-warped fraction. The shift changes where the levels lie, never what
 they mean: sigma = timestep / 1000 always, and sigma(0) = 0 exactly.
@@ -7,14 +7,14 @@ they mean: sigma = timestep / 1000 always, and sigma(0) = 0 exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from longtake.errors import ConfigError
 
-FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 
 
 def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
@@ -41,4 +41,4 @@ def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
 
 def training_sigma(u: Tensor, shift: float, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Levels for training from uniform `u`: warped, then clamped to [low, high] (DMD: 0.02 .. 0.98)."""
-    return warp(u.double(), shift).clamp(low, high).to(torch.float32)
+    return warp(u.double(), shift).clamp(low, high).float()

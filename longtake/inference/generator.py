@@ -17,7 +17,6 @@ from torch import Tensor
 from longtake.config import StageConfig
 from longtake.config_generation import GenerationConfig
 from longtake.errors import ConfigError
-from longtake.flow.schedule import student_sigmas
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.source import Source
 from longtake.models.conditioning import encode_condition, prepare_image
@@ -27,7 +26,7 @@ from longtake.models.pass_graph import PassGraphs
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.plan import StreamPlan
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
@@ -37,20 +36,6 @@ if TYPE_CHECKING:
     from longtake.inference.session import Session
 
 logger = logging.getLogger(__name__)
-
-
-def rules_of(config: StageConfig | GenerationConfig) -> RollOutRules:
-    """How the student of a stage, or of weights with their own rules, unrolls: in training and at inference alike."""
-    flow = config.flow if isinstance(config, StageConfig) else config
-    plan = config.plan
-    return RollOutRules(
-        plan=plan.blocks,
-        sigmas=student_sigmas(flow.steps, flow.shift),
-        window_frames=plan.window_frames,
-        sink_frames=plan.sink_frames,
-        keep_sink=plan.keep_sink,
-        rope=config.rope,
-    )
 
 
 def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
@@ -216,9 +201,9 @@ class Generator:
         return self.settings.fps
 
     @property
-    def rules(self) -> RollOutRules:
-        """Block plan, noise levels, window and positions."""
-        return rules_of(self.settings)
+    def plan(self) -> StreamPlan:
+        """Blocks, noise levels, window and positions."""
+        return self.settings.stream_plan
 
     def stream(
         self,
@@ -246,7 +231,7 @@ class Generator:
             raise ConfigError(f"num_frames={num_frames} must be at least 1")
         if num_frames is None and self.settings.sampler == "whole":
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
-        if num_frames is None and self.rules.window_frames is None:
+        if num_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         if num_frames is not None and self.settings.sampler == "whole":
             check_negative(negative, self.settings)
@@ -278,13 +263,13 @@ class Generator:
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
         check_negative(negative, self.settings)
-        if max_frames is None and self.rules.window_frames is None:
+        if max_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
         picture = self.prepare(image)
         most = None
         if max_frames is not None:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
-            most = self.rules.plan.block_of(latent - 1)[1]
+            most = self.plan.block_of(latent - 1)[1]
         return Session(
             self,
             Look(check_prompt(prompt), picture),

@@ -146,7 +146,7 @@ def play(
     from rich.console import Console
     from rich.live import Live
 
-    most = num_frames if generator.rules.window_frames is None else None
+    most = num_frames if generator.plan.window_frames is None else None
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
     settings, started, first = generator.settings, perf_counter(), 0.0
     with Keyboard.reading(sys.stdin) if lines is None else _given(lines) as source:

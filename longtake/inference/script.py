@@ -97,7 +97,7 @@ class Story:
             seed=self.seed,
             negative=self.negative,
             history_blocks=history_blocks,
-            max_frames=None if generator.rules.window_frames is not None else self.num_frames,
+            max_frames=None if generator.plan.window_frames is not None else self.num_frames,
         )
         if any(cue.target is not None for cue in self.cues):
             session.image_target = self.image  # refused where no target can be

@@ -237,16 +237,13 @@ class Session:
 
     def new_caches(self) -> list[KVCache]:
         """Empty caches: one, and one more with guidance."""
-        rules = self.generator.rules
+        plan = self.generator.plan
         # What is overwritten by the last block of the history is attended to by no block before it.
-        spare = max(0, self.history_blocks - 1) * rules.plan.block_frames
-        most = self.max_latent_frames if rules.window_frames is None else None
-        new, shape = (
-            self.generator.model.new_cache,
-            (1, *self._latent_size, rules.window_frames, rules.sink_frames, rules.rope),
-        )
+        spare = max(0, self.history_blocks - 1) * plan.block_frames
+        most = self.max_latent_frames if plan.window_frames is None else None
+        new = self.generator.model.new_cache
         count = 1 if self.generator.settings.guidance == 1 else 2
-        return [new(*shape, max_frames=most, spare_frames=spare) for _ in range(count)]
+        return [new(plan, 1, self._latent_size, max_frames=most, spare_frames=spare) for _ in range(count)]
 
     def new_stream(
         self,
@@ -257,12 +254,12 @@ class Session:
         first_latent: Tensor | None,
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
-        model, rules = self.generator.model, self.generator.rules
+        model, plan = self.generator.model, self.generator.plan
         noise = stream_noise(self.seed, [scene], model.config.out_channels, self._latent_size, self.generator.device)
         guidance = None
         if unconditional is not None:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
-        return LatentStream(model, caches[0], condition, first_latent, noise, rules, guidance=guidance)
+        return LatentStream(model, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
     def _change(self, standing: Standing) -> None:
         """Another prompt or target within the scene."""

@@ -162,8 +162,6 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        if rope not in ("absolute", "relative"):
-            raise ConfigError(f"rope={rope!r} is not known; use 'absolute' or 'relative'")
         if window_frames is None and max_frames is None:
             raise ConfigError("window_frames=None keeps every frame and needs max_frames; give one of them")
         if sink_frames < 0 or spare_frames < 0:

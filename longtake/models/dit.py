@@ -30,6 +30,7 @@ from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_
 from longtake.models.pass_graph import Made, PassGraphs
 from longtake.models.recompute import made_before, together
 from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
+from longtake.plan import StreamPlan
 from longtake.structs import Condition, MaskLayout
 
 # Contexts of one block's forward and of its recomputation in backward, as `torch.utils.checkpoint` asks for them
@@ -190,20 +191,16 @@ class VideoDiT(nn.Module):
 
     def new_cache(
         self,
+        plan: StreamPlan,
         batch_size: int,
-        height: int,
-        width: int,
-        window_frames: int | None,
-        sink_frames: int,
-        rope: str = "relative",
+        size: tuple[int, int],
         max_frames: int | None = None,
         spare_frames: int = 0,
     ) -> KVCache:
-        """An empty cache for videos of `height` x `width` latents.
+        """An empty cache for videos of latents of `size` (H, W) that stream by `plan`.
 
-        Args: `window_frames` latent frames attended to, counting sink and current block; None keeps everything and
-        needs `max_frames`. `sink_frames` first frames are never evicted. `rope` is the rule of temporal positions.
-        `spare_frames` more frames are kept for recomputation in backward.
+        Args: `max_frames` latent frames of a video, for a plan without a window. `spare_frames` more frames are kept
+        for recomputation in backward.
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
         weight = cast(Block, self.blocks[0]).self_attn.q.weight
@@ -212,12 +209,12 @@ class VideoDiT(nn.Module):
         return KVCache(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
-            tokens_per_frame=self.tokens_per_frame(height, width),
+            tokens_per_frame=self.tokens_per_frame(*size),
             num_heads=self.config.num_heads // (1 if self.token_split is None else self.token_split.size),
             head_width=self.config.head_width,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            rope=rope,
+            window_frames=plan.window_frames,
+            sink_frames=plan.sink_frames,
+            rope=plan.rope,
             max_frames=max_frames,
             spare_frames=spare_frames,
             device=device,
@@ -255,7 +252,7 @@ class VideoDiT(nn.Module):
 
         Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
         noise level in [0, 1]. With neither `mask` nor `cache` every frame sees every frame; a `mask` (made by
-        `BlockPlan`) says who sees whom; with a `cache`, the frames are the block at `cache.position` and see the sink,
+        `StreamPlan`) says who sees whom; with a `cache`, the frames are the block at `cache.position` and see the sink,
         the latest committed frames that fit the window, and themselves. `commit=True` stores their keys and values at
         the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`. `trace`, the block's own place
         (`KVCache.place`), gets what each layer made of it, without gradient too. With such `places` of several blocks x

@@ -19,8 +19,9 @@ from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
 from longtake.structs import Condition
 
 
@@ -85,7 +86,7 @@ class Dmd:
         critic: VideoDiT,
         real: VideoDiT,
         draws: Draws,
-        rules: RollOutRules,
+        plan: StreamPlan,
         num_frames: int,
         settings: DmdSettings,
         *,
@@ -95,7 +96,7 @@ class Dmd:
         self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
         self.generator, self.critic = generator, critic
         self.real = real.eval().requires_grad_(False)
-        self.draws, self.rules, self.num_frames, self.settings = draws, rules, num_frames, settings
+        self.draws, self.plan, self.num_frames, self.settings = draws, plan, num_frames, settings
         self.real_videos, self.phase = real_videos, phase
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
@@ -119,7 +120,7 @@ class Dmd:
 
     def exit_step(self, step: int) -> int:
         """Denoising step at which every block of this iteration stops."""
-        return self.draws.integer(step, "exit_step", 0, len(self.rules.sigmas))
+        return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -165,7 +166,7 @@ class Dmd:
                 batch.condition,
                 batch.first_latent,
                 self._roll_out_noise(batch, step),
-                self.rules,
+                self.plan,
                 self.num_frames,
                 batch.latent_size,
                 exit_step=self.exit_step(step),
@@ -178,7 +179,7 @@ class Dmd:
 
         def noise(start: int, end: int, denoising_step: int) -> Tensor:
             shape = (end - start, channels, *batch.latent_size)
-            part = start * len(self.rules.sigmas) + denoising_step
+            part = start * len(self.plan.sigmas) + denoising_step
             return self.draws.noise(step, "roll_out", batch.indices, shape, device, part=part)
 
         return noise

@@ -16,9 +16,10 @@ from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
-from longtake.rollout.self_forcing import RollOut, RollOutRules
+from longtake.rollout.self_forcing import RollOut
 from longtake.structs import Condition
 
 
@@ -94,7 +95,7 @@ class LongTuning(Dmd):
         critic: VideoDiT,
         real: VideoDiT,
         draws: Draws,
-        rules: RollOutRules,
+        plan: StreamPlan,
         settings: DmdSettings,
         schedule: LongSchedule,
         codec: PictureCodec,
@@ -103,7 +104,7 @@ class LongTuning(Dmd):
         phase: Phase = nullcontext,
     ) -> None:
         super().__init__(
-            generator, critic, real, draws, rules, schedule.horizon, settings, real_videos=real_videos, phase=phase
+            generator, critic, real, draws, plan, schedule.horizon, settings, real_videos=real_videos, phase=phase
         )
         self.schedule, self.codec = schedule, codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
@@ -159,7 +160,7 @@ class LongTuning(Dmd):
             self.generator,
             batch.condition,
             batch.first_latent,
-            self.rules,
+            self.plan,
             batch.latent_size,
             self.codec,
             horizon=self.schedule.horizon,

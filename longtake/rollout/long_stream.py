@@ -16,9 +16,10 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
 from longtake.structs import Condition
 
 
@@ -76,7 +77,7 @@ class LongStream:
         model: VideoDiT,
         condition: Condition,
         first_latent: Tensor | None,
-        rules: RollOutRules,
+        plan: StreamPlan,
         latent_size: tuple[int, int],
         codec: PictureCodec,
         *,
@@ -85,19 +86,13 @@ class LongStream:
         spare_frames: int = 0,
         switch: Switch | None = None,
     ) -> None:
-        if switch is not None and not rules.plan.is_boundary(switch.frame):
+        if switch is not None and not plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
-        self.model, self.condition, self.rules, self.codec = model, condition, rules, codec
+        self.model, self.condition, self.plan, self.codec = model, condition, plan, codec
         self.horizon, self.switch = horizon, switch
-        self.kept = KeptLatents.of_rules(rules)
+        self.kept = KeptLatents(plan)
         self._cache = model.new_cache(
-            condition.batch_size,
-            *latent_size,
-            rules.window_frames,
-            rules.sink_frames,
-            rules.rope,
-            max_frames=max_frames,
-            spare_frames=spare_frames,
+            plan, condition.batch_size, latent_size, max_frames=max_frames, spare_frames=spare_frames
         )
         self._decoder = codec.decoder()
         self._started = False
@@ -133,7 +128,7 @@ class LongStream:
         new: list[Tensor] = []
         exits: list[ExitStep] = []
         with self.model.gathered():
-            for begin, stop in self.rules.plan.blocks(start, end):
+            for begin, stop in self.plan.blocks(start, end):
                 self._settle(begin)
                 wanted = graded and begin >= learns_from
                 block = denoise_block(
@@ -141,7 +136,7 @@ class LongStream:
                     self._cache,
                     self.condition,
                     block_noise_at(noise, begin, stop),
-                    self.rules.sigmas,
+                    self.plan.sigmas,
                     exit_step=exit_step,
                     graded=wanted,
                     exits=exits if wanted and self.model.exits_together else None,
@@ -160,7 +155,7 @@ class LongStream:
             self.kept.append(pending)
         if self.switch is not None and frame >= self.switch.frame:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
-            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.rules.keep_sink)
+            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.plan.keep_sink)
         elif pending is not None:
             commit_block(self.model, self._cache, self.condition, pending)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from longtake.flow.path import add_noise
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
-from longtake.structs import BlockPlan, Condition
+from longtake.structs import Condition
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]
 RollOutNoise = Callable[[int, int, int], Tensor]
@@ -29,27 +30,12 @@ class RollOut:
     generated: Tensor
 
 
-@dataclass(frozen=True)
-class RollOutRules:
-    """How the student unrolls: block boundaries, window, positions and noise levels; the same at inference.
-
-    `keep_sink`: where the condition changes in mid-stream, the sink stays as the old one made it.
-    """
-
-    plan: BlockPlan
-    sigmas: Sequence[float]
-    window_frames: int | None
-    sink_frames: int
-    rope: str
-    keep_sink: bool = False
-
-
 def roll_out(
     model: VideoDiT,
     condition: Condition,
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     num_frames: int,
     latent_size: tuple[int, int],
     *,
@@ -62,33 +48,25 @@ def roll_out(
     frames and denoising step; `exit_step` one step for every block; `graded` keeps the graph of the exit steps.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
-    rules.plan.check(num_frames)
+    plan.check(num_frames)
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
-    evicted = 0 if rules.window_frames is None else max(0, num_frames - rules.window_frames)
+    evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
     recomputed = model.activation_checkpointing or model.exits_together
     recomputed = recomputed and (graded or model.graphs is not None)  # one cache for both
-    cache = model.lend_cache(
-        condition.batch_size,
-        *latent_size,
-        rules.window_frames,
-        rules.sink_frames,
-        rules.rope,
-        num_frames,
-        evicted if recomputed else 0,
-    )
+    cache = model.lend_cache(plan, condition.batch_size, latent_size, num_frames, evicted if recomputed else 0)
     blocks: list[Tensor] = []
     exits: list[ExitStep] | None = [] if graded and model.exits_together else None
     with model.gathered():
         if first_latent is not None:
             commit_block(model, cache, condition, first_latent)
             blocks.append(first_latent.float())
-        for start, end in rules.plan.blocks(cache.position, num_frames):
+        for start, end in plan.blocks(cache.position, num_frames):
             clean = denoise_block(
                 model,
                 cache,
                 condition,
                 block_noise_at(noise, start, end),
-                rules.sigmas,
+                plan.sigmas,
                 exit_step=exit_step,
                 graded=graded,
                 exits=exits,
@@ -109,7 +87,7 @@ def remake(
     condition: Condition,
     clean: Tensor,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     starts: Sequence[int],
     *,
     with_picture: bool,
@@ -123,13 +101,13 @@ def remake(
     """
     made = clean.float().clone()
     batch, frames, _, height, width = made.shape
-    cache = model.lend_cache(batch, height, width, rules.window_frames, rules.sink_frames, rules.rope, frames, 0)
+    cache = model.lend_cache(plan, batch, (height, width), frames, 0)
     with model.gathered():
-        for part, (start, end) in enumerate(rules.plan.blocks(0, frames)):
+        for part, (start, end) in enumerate(plan.blocks(0, frames)):
             if end == frames:
                 break
             if not (with_picture and start == 0):
-                first, sigmas = starts[part], rules.sigmas[starts[part] :]
+                first, sigmas = starts[part], plan.sigmas[starts[part] :]
                 level = torch.full((batch,), sigmas[0], device=made.device)
                 drawn = block_noise_at(noise, start, end)
                 noisy = add_noise(made[:, start:end], drawn(first), level)

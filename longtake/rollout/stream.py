@@ -12,9 +12,10 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import Guidance, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutNoise, RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 from longtake.structs import Condition
 
 
@@ -38,13 +39,13 @@ class LatentStream(Iterator[Tensor]):
         condition: Condition,
         first_latent: Tensor | None,
         noise: RollOutNoise,
-        rules: RollOutRules,
+        plan: StreamPlan,
         *,
         guidance: Guidance | None = None,
     ) -> None:
         self.model, self.cache, self.condition, self.guidance = model, cache, condition, guidance
-        self.noise, self.rules = noise, rules
-        self.kept = KeptLatents.of_rules(rules)
+        self.noise, self.plan = noise, plan
+        self.kept = KeptLatents(plan)
         self.kept.position = cache.position
         self.pending: Tensor | None = None
         self._first = first_latent
@@ -87,10 +88,10 @@ class LatentStream(Iterator[Tensor]):
         if self._first is not None:
             return self._first.float()
         self.commit()
-        start, end = next(self.rules.plan.blocks(self.position))
+        start, end = next(self.plan.blocks(self.position))
         block_noise = block_noise_at(self.noise, start, end)
         return denoise_block(
-            self.model, self.cache, self.condition, block_noise, self.rules.sigmas, guidance=self.guidance
+            self.model, self.cache, self.condition, block_noise, self.plan.sigmas, guidance=self.guidance
         )
 
     def commit(self) -> None:
@@ -110,7 +111,7 @@ class LatentStream(Iterator[Tensor]):
         if cache.content is not self._content:
             cache.content = None
             cache.position = self._committed
-            rebuild_cache(self.model, cache, condition, self.kept, keep_sink=self.rules.keep_sink)
+            rebuild_cache(self.model, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
             cache.content = self._content
 
     def change(
@@ -169,12 +170,12 @@ def stream_latents(
     condition: Condition,
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     *,
     guidance: Guidance | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents of a `LatentStream`, for ever; the caller stops when it has enough."""
-    return LatentStream(model, cache, condition, first_latent, noise, rules, guidance=guidance)
+    return LatentStream(model, cache, condition, first_latent, noise, plan, guidance=guidance)
 
 
 def stream_switched(
@@ -184,23 +185,23 @@ def stream_switched(
     switch_frames: Sequence[int],
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     *,
     rebuild: bool = True,
 ) -> Iterator[Tensor]:
     """As `stream_latents`, under another condition from the first block that begins at or after each switch frame.
 
     Args: `cache`, an empty one; `conditions`, one more than `switch_frames` (latent frames, ascending). At a switch the
-    cache is rebuilt under the new condition (`rules.keep_sink`: but for the sink); without `rebuild` it stays as the
+    cache is rebuilt under the new condition (`plan.keep_sink`: but for the sink); without `rebuild` it stays as the
     old one made it, for comparison. Raises: ConfigError when conditions and switch frames do not fit.
     """
-    ends = [_boundary(rules, frame) for frame in switch_frames]
+    ends = [_boundary(plan, frame) for frame in switch_frames]
     if len(conditions) != len(ends) + 1 or any(end <= start for start, end in zip([0, *ends], ends)):
         raise ConfigError(
             f"{len(conditions)} conditions and switch frames {list(switch_frames)} do not fit: there must be one "
             "condition more, and between two switches, and before the first, at least one block"
         )
-    stream = LatentStream(model, cache, conditions[0], first_latent, noise, rules)
+    stream = LatentStream(model, cache, conditions[0], first_latent, noise, plan)
     return _Switched(stream, list(zip(ends, conditions[1:])), rebuild=rebuild)
 
 
@@ -222,6 +223,6 @@ class _Switched(Iterator[Tensor]):
         return self.stream.next()
 
 
-def _boundary(rules: RollOutRules, frame: int) -> int:
+def _boundary(plan: StreamPlan, frame: int) -> int:
     """The first frame of the first block that begins at or after `frame`."""
-    return frame if rules.plan.is_boundary(frame) else rules.plan.block_of(frame)[1]
+    return frame if plan.is_boundary(frame) else plan.block_of(frame)[1]

@@ -15,7 +15,7 @@ from longtake.config_groups import CriticConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.generator import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import image_token_count
@@ -239,7 +239,7 @@ def _objective(
         return TeacherForcing(
             networks["generator"],
             draws,
-            rules_of(config),
+            config.stream_plan,
             shift=flow.shift,
             caption_dropout=config.caption_dropout,
             own_history=OwnHistory(config.own_history.share, config.own_history.from_step),
@@ -255,15 +255,15 @@ def _objective(
         head_start=config.critic.head_start,
         first_frame_clean=clean,
     )
-    generator, rules, real_videos = networks["generator"], rules_of(config), None
+    generator, plan, real_videos = networks["generator"], config.stream_plan, None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(generator, draws, rules, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(generator, draws, plan, shift=flow.shift), weight)
     return Dmd(
         generator,
         networks["critic"],
         real,
         draws,
-        rules,
+        plan,
         config.video.num_latent_frames,
         settings,
         real_videos=real_videos,
@@ -284,7 +284,7 @@ def for_long_videos(
         dmd.critic,
         dmd.real,
         dmd.draws,
-        dmd.rules,
+        dmd.plan,
         dmd.settings,
         schedule,
         codec,

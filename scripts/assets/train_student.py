@@ -22,7 +22,6 @@ from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.config import StageConfig, load_config
-from longtake.inference.generator import rules_of
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
 from longtake.models.contexts import MaskedContext
@@ -134,14 +133,14 @@ def load_networks(
     args: argparse.Namespace, config: StageConfig, device: torch.device
 ) -> tuple[Objective, list[Trained]]:
     """The objective of the stage, and what it trains; the student first."""
-    draws, rules, flow = DeviceDraws(args.seed, device), rules_of(config), config.flow
+    draws, plan, flow = DeviceDraws(args.seed, device), config.stream_plan, config.flow
     student = load_dit(args.init, device)
     if device.type == "cuda" and args.graphs:
         student.graphs = PassGraphs()
     if config.stage == "causal":
         own = config.own_history
         causal = TeacherForcing(
-            student, draws, rules, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
+            student, draws, plan, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
         )
         if args.compile:
             shape = config.video.shape
@@ -160,9 +159,9 @@ def load_networks(
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
     real_videos = None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(student, draws, rules, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
     frames = config.video.num_latent_frames
-    dmd = Dmd(student, critic, real, draws, rules, frames, settings, real_videos=real_videos)
+    dmd = Dmd(student, critic, real, draws, plan, frames, settings, real_videos=real_videos)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained

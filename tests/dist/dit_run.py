@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longtake.plan import StreamPlan
 import json
 import sys
 from collections import Counter
@@ -30,15 +31,14 @@ from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import roll_out
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 
 FRAMES, BATCH, MICRO, ROWS = 7, 4, 2, 5
 # Window 5 of 7 frames: the last block evicts frames 1 and 2, and recomputation in backward still reads them.
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.9375, 0.8333333, 0.625), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9375, 0.8333333, 0.625))
 SIGMAS = [0.9375, 0.8333333, 0.0173, 0.9999]  # none of 1000 sigma survives bfloat16
 Seen = list[dict[str, Any]]
 

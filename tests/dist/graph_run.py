@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longtake.plan import StreamPlan
 import json
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def main() -> None:
         caches = []
 
         def streamed() -> torch.Tensor:
-            caches.append(model.new_cache(2, 6, 6, 5, 1, "relative"))
+            caches.append(model.new_cache(StreamPlan(2, 1, 5, 1), 2, (6, 6)))
             out = []
             with torch.no_grad(), torch.autocast(mesh.device.type, torch.bfloat16):
                 for block in range(16):

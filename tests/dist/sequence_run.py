@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from longtake.plan import StreamPlan
+from dataclasses import replace
 import json
 import sys
 from collections.abc import Callable
@@ -22,8 +24,7 @@ from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.pass_graph import PassGraphs
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import roll_out
 
 HEADS = 4
 SIZES = {"even": (4, 8), "uneven": (6, 6)}  # 8 and 9 tokens a frame
@@ -97,9 +98,9 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
     model.set_token_split(ranks)
     condition = make_tiny_condition(model, num_frames=FRAMES, size=size)
     x, sigma = numbers(1, 2, FRAMES, 4, *size), torch.rand(2, FRAMES, generator=torch.Generator().manual_seed(2))
-    plan = BlockPlan(2, 1)
+    plan = StreamPlan(2, 1)
     layouts = {
-        rope: plan.teacher_forcing_layout(FRAMES, window_frames=3, sink_frames=1, rope=rope)
+        rope: replace(plan, window_frames=3, sink_frames=1, rope=rope).teacher_forcing_layout(FRAMES)
         for rope in ("relative", "absolute")
     }
     both, levels = torch.cat([x, x.flip(1)], 1), torch.cat([torch.zeros_like(sigma), sigma], 1)
@@ -109,7 +110,7 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
 
     def cached(m: VideoDiT, rope: str, checkpointing: bool) -> torch.Tensor:
         m.activation_checkpointing = checkpointing
-        cache = m.new_cache(2, *size, 3, 1, rope, spare_frames=2)
+        cache = m.new_cache(StreamPlan(2, 1, 3, 1, rope), 2, size, spare_frames=2)
         out = []
         for start, end in plan.blocks(0, FRAMES):
             out.append(m(x[:, start:end], sigma[:, start:end], condition, cache=cache))
@@ -126,7 +127,7 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
     def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
         m.activation_checkpointing, m.exits_together = rope == "relative", m is model
-        rules = RollOutRules(plan, (1.0, 0.5), 3, 1, rope)
+        rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5))
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
@@ -151,7 +152,7 @@ def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
     model.set_token_split(ranks)
     size = SIZES["even"]
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
-    caches = [m.new_cache(2, *size, 3, 1, "absolute") for m in (model, plain)]
+    caches = [m.new_cache(StreamPlan(2, 1, 3, 1, "absolute"), 2, size) for m in (model, plain)]
     with torch.no_grad():
         for m, cache in zip((model, plain), caches):
             m(x, torch.zeros(2), condition, cache=cache, commit=True)
@@ -184,7 +185,7 @@ def recorded(ranks: SequenceParallel) -> dict[str, object]:
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
 
     def streamed() -> torch.Tensor:
-        cache = model.new_cache(2, *size, 5, 1, "relative")
+        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, size)
         out = []
         with torch.no_grad():
             for block in range(14):

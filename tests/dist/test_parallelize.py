@@ -1,5 +1,6 @@
 """Compiled blocks compute what uncompiled ones do, and are left out by name where there is no compiler."""
 
+from longtake.plan import StreamPlan
 import logging
 
 import pytest
@@ -8,8 +9,7 @@ import torch
 from longtake.distributed import parallelize as module
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import roll_out
 
 
 def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplog):
@@ -27,7 +27,7 @@ def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplo
 @pytest.mark.skipif(not module._has_compiler("cpu"), reason="needs a C++ compiler")
 def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_latents):
     """Bidirectional, masked and cached calls with recomputation: outputs and gradients, to 1e-5."""
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, "relative")
+    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
@@ -35,7 +35,7 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
     def results(compiled):
         model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
         x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
-        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1)
+        layout = StreamPlan(2, 1, 5, 1).causal_layout(5)
         found = []
         for call in (
             lambda: model(x, sigma, condition),
@@ -58,7 +58,7 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
 def test_compiled_blocks_whose_exit_steps_are_joined(tiny_model, tiny_condition):
     """Backward runs the compiled blocks, of two blocks of a video at once."""
     torch._dynamo.reset()
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, "relative")
+    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))

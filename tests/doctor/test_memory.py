@@ -17,9 +17,10 @@ from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan, Condition
+from longtake.rollout.self_forcing import roll_out
+from longtake.structs import Condition
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
@@ -38,7 +39,7 @@ SMALL = DiTConfig(
     dim=120, ffn_dim=320, num_heads=3, num_layers=3, in_channels=36, text_dim=16, text_len=8, freq_dim=32, image_dim=20
 )
 CLIP = Clip(batch=2, frames=5, tokens=24, text_tokens=8, image_tokens=5)
-RULES = RollOutRules(BlockPlan(2), [1.0, 0.5], window_frames=4, sink_frames=0, rope="relative")
+RULES = StreamPlan(2, 1, 4, 0, sigmas=[1.0, 0.5])
 
 
 def nbytes(tensors):
@@ -176,7 +177,7 @@ def test_long_tuning_holds_its_cache_and_the_vae(workshop, tmp_path):
     assert wide["VAE"] == (9458 + 18_000) * pixels and narrow["VAE"] < wide["VAE"] / 2.9
     # Chunks run on: what leaves the window is read again by the recomputation of a whole chunk.
     cache = memory.cache_bytes(TEACHER, clip, window_frames=3, spare_frames=5, precision="bf16")
-    left = memory.left_bytes(TEACHER, clip, long.plan.blocks, 1)
+    left = memory.left_bytes(TEACHER, clip, long.stream_plan, 1)
     assert left == 4 * clip.batch * 2 * 16 * TEACHER.dim * TEACHER.num_layers  # of a block of two frames
     assert wide["cache"] == narrow["cache"] == (cache + left) * 2  # of the running videos of two micro-batches
     assert long.accumulation(1) == 2
@@ -196,7 +197,7 @@ def test_cache(window, spare, precision):
     model = VideoDiT(SMALL).requires_grad_(False)
     if precision == "bf16":
         model.cast(torch.bfloat16)
-    cache = model.new_cache(2, 8, 12, window, 0, max_frames=5, spare_frames=spare)
+    cache = model.new_cache(StreamPlan(2, 1, window, 0), 2, (8, 12), max_frames=5, spare_frames=spare)
     with torch.no_grad():
         model(torch.randn(2, 1, 16, 8, 12), torch.ones(2), condition_of(SMALL), cache=cache, commit=True)
     cross = [tensor for layer in cache._cross.values() for tensor in layer]
@@ -259,9 +260,7 @@ def test_activations_of_a_roll_out(precision):
     estimate = memory.roll_out_bytes(
         SMALL,
         clip,
-        RULES.plan,
-        window_frames=4,
-        sink_frames=0,
+        RULES,
         given_frames=1,
         precision=precision,
         checkpointing=False,

@@ -18,6 +18,7 @@ from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.work import clip_call, loras, model_work
 from longtake.structs import Condition
@@ -38,7 +39,7 @@ def moved(precision, *, dim, ffn, side=8, layers=2, past=0, rope="relative", gra
     bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
     with bf16:
         if past:
-            options["cache"] = model.new_cache(1, side, side, None, 0, rope, max_frames=past + 2)
+            options["cache"] = model.new_cache(StreamPlan(2, 1, None, 0, rope), 1, (side, side), max_frames=past + 2)
             with torch.no_grad():
                 for _ in range(past // 2):
                     model(x, torch.zeros(1), condition, commit=True, **options)

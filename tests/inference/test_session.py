@@ -63,7 +63,7 @@ class ByHand:
     """Streams block by block with nothing but the steps of `rollout/chunk.py`; both sides of guidance have a cache."""
 
     def __init__(self, generator):
-        self.generator, self.rules = generator, generator.rules
+        self.generator, self.rules = generator, generator.plan
         self.noise = stream_noise(0, [0], 4, (4, 4), "cpu")
         self.latents, self.starts = [generator.encoders.vae.encode(prepared(PICTURE)[:, None])], [0]
         self.follow(A)
@@ -80,8 +80,7 @@ class ByHand:
             self.condition = encode_condition(encoders, prepared(PICTURE), [prompt])
         else:
             self.condition = Condition(text)
-        sizes = (1, 4, 4, rules.window_frames, rules.sink_frames, rules.rope)
-        self.caches = [model.new_cache(*sizes, max_frames=64) for _ in range(2)]
+        self.caches = [model.new_cache(rules, 1, (4, 4), max_frames=64) for _ in range(2)]
         weight = self.generator.settings.guidance
         self.guidance = None if weight == 1 else Guidance(weight, self.condition.with_text(empty), self.caches[1])
 
@@ -108,7 +107,7 @@ class ByHand:
 @torch.no_grad()
 def switched_oracle(generator, num_before, num_after):
     """Latents under A and then under B, from a cache that saw sink and window only, and only under B."""
-    stream, rules = ByHand(generator), generator.rules
+    stream, rules = ByHand(generator), generator.plan
     for _ in range(num_before - 1):
         stream.commit(-1)
         stream.make()
@@ -200,7 +199,7 @@ def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(any_generator):
             any_generator.model,
             condition,
             condition.frames[:, :1, -4:],
-            any_generator.rules,
+            any_generator.plan,
             5,
             (4, 4),
             seed=4,
@@ -231,10 +230,10 @@ def test_a_target_changes_clip_tokens_and_the_tail_of_y(generator):
     after = take(session, 1)
     own, other = (encode_condition(generator.encoders, prepared(image), [A]) for image in (PICTURE, OTHER))
     mixed = Condition(own.text, other.image, torch.cat([own.frames[:, :1], other.frames[:, 1:]], 1))
-    rules, noise = generator.rules, stream_noise(0, [0], 4, (4, 4), "cpu")
+    rules, noise = generator.plan, stream_noise(0, [0], 4, (4, 4), "cpu")
     latents = student_latents(generator.model, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
-    cache = generator.model.new_cache(1, 4, 4, 5, 1, rules.rope)
-    for start, end in rules.plan.blocks(0, 5):
+    cache = generator.model.new_cache(rules, 1, (4, 4))
+    for start, end in rules.blocks(0, 5):
         commit_block(generator.model, cache, mixed, latents[:, start:end])
     with torch.no_grad():
         block = denoise_block(generator.model, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
-from longtake.structs import BlockPlan, MaskLayout
+from longtake.plan import StreamPlan
+from longtake.structs import MaskLayout
 
-PLAN = BlockPlan(2, 1)
+PLAN = StreamPlan(2, 1)
 LAYOUTS = {
     "causal": PLAN.causal_layout(7),
-    "window": PLAN.causal_layout(7, window_frames=5, sink_frames=1),
-    "copied sink": PLAN.causal_layout(7, window_frames=3, sink_frames=1, rope="relative"),
-    "teacher forcing": PLAN.teacher_forcing_layout(5, window_frames=3, sink_frames=1, rope="relative"),
+    "window": replace(PLAN, window_frames=5, sink_frames=1).causal_layout(7),
+    "copied sink": replace(PLAN, window_frames=3, sink_frames=1).causal_layout(7),
+    "teacher forcing": replace(PLAN, window_frames=3, sink_frames=1).teacher_forcing_layout(5),
 }
 
 
@@ -135,7 +137,7 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
         model.set_attention(counting)
         assert torch.equal(model(x, sigma, condition), before)
         model(x, sigma, condition, mask=PLAN.causal_layout(3))
-        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 3, 0))
+        model(x, sigma, condition, cache=model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
     assert calls == [(2, 18, 2, 16)] * 3 * model.config.num_layers
 
 
@@ -185,7 +187,7 @@ class TestCuda:
     def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):
         model = tiny_model(True).cuda()
         condition, x = tiny_condition(model).to("cuda"), tiny_latents(2).cuda()
-        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(2, 4, 6, 6, 2, rope)
+        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(StreamPlan(2, 1, 6, 2, rope), 2, (4, 6))
         for step in range(5):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
             try:
@@ -198,7 +200,7 @@ class TestCuda:
     def test_masked_forward_equals_the_cpu(self, tiny_model, tiny_condition, tiny_latents, rel) -> None:
         model = tiny_model(True)
         condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
-        layout = PLAN.causal_layout(5, window_frames=3, sink_frames=1, rope="relative")
+        layout = replace(PLAN, window_frames=3, sink_frames=1).causal_layout(5)
         with torch.no_grad():
             truth = model(x, zero, condition, mask=layout)
             out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), mask=layout).cpu()

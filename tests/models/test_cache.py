@@ -17,6 +17,7 @@ from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
 from longtake.models.cache import KVCache, Reading
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 from longtake.structs import Condition
 
 ROPES = ("absolute", "relative")
@@ -63,7 +64,7 @@ class _Watch(TorchDispatchMode):
 def test_graded_commit_is_refused_and_graded_calls_never_write() -> None:
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(1)
-    cache = model.new_cache(2, 4, 6, 3, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     _commit(model, cache, condition, x)
     before = [t.clone() for t in (cache.keys, cache.values)]
     with pytest.raises(CacheError, match="gradients enabled"):
@@ -83,7 +84,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
     # N.12: everything that was not committed is poisoned; any read of it would surface as nan.
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, window, sink, rope, spare_frames=2)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), spare_frames=2)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
     counts: list[int] = []
@@ -109,7 +110,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
 def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 7, 1, rope, spare_frames=1)
+    cache = model.new_cache(StreamPlan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
     readings: list[tuple[tuple[int, ...], list[int]]] = []
     spaces: list[tuple] = []
     read, gather = KVCache.read, KVCache.gather
@@ -141,7 +142,7 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
 def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 17, 1, rope, spare_frames=40)
+    cache = model.new_cache(StreamPlan(2, 1, 17, 1, rope), 2, (4, 6), spare_frames=40)
     blocks = _passes(model, cache, condition, [1] + [4] * 6)
     for _ in range(5):
         next(blocks)
@@ -178,7 +179,7 @@ def test_position_set_forward_for_a_recache(rope: str, rel) -> None:
     condition = make_tiny_condition(model, num_frames=9)
     assert condition.frames is not None
     shifted = Condition(condition.text, condition.image, condition.frames[:, 3:])
-    late, early = model.new_cache(2, 4, 6, 7, 0, rope), model.new_cache(2, 4, 6, 7, 0, rope)
+    late, early = (model.new_cache(StreamPlan(2, 1, 7, 0, rope), 2, (4, 6)) for _ in range(2))
     _commit(model, late, condition, make_tiny_latents(3, seed=77))
     late.clear()
     late.position = 3
@@ -196,7 +197,7 @@ def test_recache_of_the_window_with_the_sink_kept(rope: str, rel) -> None:
     # Going back to the oldest frame of the window and committing the same frames restores the same cache.
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(13)
-    cache = model.new_cache(2, 4, 6, 9, 1, rope, spare_frames=4)
+    cache = model.new_cache(StreamPlan(2, 1, 9, 1, rope), 2, (4, 6), spare_frames=4)
     for start, end in ((0, 1), (1, 5), (5, 9), (9, 13)):
         _commit(model, cache, condition, x[:, start:end])
     probe = make_tiny_latents(4, seed=50)
@@ -222,7 +223,7 @@ def test_condition_frames_stand_still_after_their_last(rel) -> None:
     assert short.frames is not None
     tail = short.frames[:, -1:].expand(-1, 6, -1, -1, -1)
     long = Condition(short.text, short.image, torch.cat([short.frames, tail], 1))
-    caches = [model.new_cache(2, 4, 6, 5, 1) for _ in range(2)]
+    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)) for _ in range(2)]
     for frames in (1, 2, 2, 2, 2):
         x = make_tiny_latents(frames)
         a, b = (_commit(model, cache, c, x) for cache, c in zip(caches, (short, long)))
@@ -240,7 +241,7 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
         return project(self, text, image)
 
     monkeypatch.setattr(CrossAttention, "project", spy)
-    cache, sigma, layers = model.new_cache(2, 4, 6, 3, 0), torch.ones(2), model.config.num_layers
+    cache, sigma, layers = model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)), torch.ones(2), model.config.num_layers
 
     def count(condition: Condition) -> tuple[int, Tensor]:
         calls.clear()
@@ -279,25 +280,24 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
 def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
-    for message, arguments in (
-        ("needs max_frames", (2, 4, 6, None, 0)),
-        ("must be larger than sink_frames", (2, 4, 6, 3, 3)),
-        ("must not be negative", (2, 4, 6, 3, -1)),
-        ("'absolute' or 'relative'", (2, 4, 6, 3, 0, "infinite")),
+    for message, plan in (
+        ("needs max_frames", StreamPlan(2)),
+        ("must be larger than sink_frames", StreamPlan(2, 1, 3, 3)),
+        ("must not be negative", StreamPlan(2, 1, 3, -1)),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.new_cache(*arguments)  # type: ignore[arg-type]
+            model.new_cache(plan, 2, (4, 6))
     with pytest.raises(ShapeError, match="multiple of the patch"):
-        model.new_cache(2, 5, 6, 3, 0)
+        model.new_cache(StreamPlan(2, 1, 3, 0), 2, (5, 6))
 
-    whole = model.new_cache(2, 4, 6, None, 0, max_frames=6)
+    whole = model.new_cache(StreamPlan(2, 1, None, 0), 2, (4, 6), max_frames=6)
     _commit(model, whole, condition, x)
     with pytest.raises(ShapeError, match=r"frames \[4, 8\) do not fit max_frames=6"):
         _commit(model, whole, condition, x)
     _commit(model, whole, condition, x[:, :2])
     assert whole.position == 6 and whole.held_frames == [0, 1, 2, 3, 4, 5]
 
-    small = model.new_cache(2, 4, 6, 4, 1)
+    small = model.new_cache(StreamPlan(2, 1, 4, 1), 2, (4, 6))
     with pytest.raises(ShapeError, match="set window_frames to 6 or more"):
         _commit(model, small, condition, make_tiny_latents(5))
     _commit(model, small, condition, x)  # nothing lies before it: four frames fit
@@ -308,7 +308,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
 
 def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
     model, x = make_tiny_model(), make_tiny_latents(2)
-    condition, cache = make_tiny_condition(model), model.new_cache(2, 4, 6, 4, 0)
+    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 4, 0), 2, (4, 6))
     _commit(model, cache, condition, x)
     _commit(model, cache, condition, x)
 
@@ -324,9 +324,9 @@ def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
 def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(1)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    plain = model.new_cache(2, 4, 6, 3, 1)
+    plain = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     with torch.inference_mode():
-        cache = model.new_cache(2, 4, 6, 3, 1)
+        cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     for step in range(6):
         with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
             if step in (3, 4):
@@ -339,8 +339,8 @@ def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> N
 def test_cache_keeps_the_type_of_the_matrix_products() -> None:
     model = make_tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.new_cache(2, 4, 6, 3, 0).keys.dtype == torch.bfloat16
-    cache = model.cast(torch.bfloat16).new_cache(2, 4, 6, 3, 0, spare_frames=2)
+        assert model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)).keys.dtype == torch.bfloat16
+    cache = model.cast(torch.bfloat16).new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6), spare_frames=2)
     assert cache.keys.dtype == torch.bfloat16 and cache.device == torch.device("cpu")
     assert cache.keys.shape == (2, 2, 5, 6, 2, 16) and cache.size_bytes == 2 * 2 * cache.keys.numel()
     assert _commit(model, cache, make_tiny_condition(model), make_tiny_latents(2)).dtype == torch.float32

@@ -12,7 +12,8 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.structs import Condition
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -167,9 +168,9 @@ def test_bidirectional_equals_oracle_and_one_block_without_window(i2v: bool, rel
     )
     with torch.no_grad():
         assert rel(model(x, sigma, condition), truth.velocity) < 1e-5
-        assert rel(model(x, sigma, condition, mask=BlockPlan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
+        assert rel(model(x, sigma, condition, mask=StreamPlan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
         for rope in ("absolute", "relative"):
-            cache = model.new_cache(2, 4, 6, None, 0, rope, max_frames=5)
+            cache = model.new_cache(StreamPlan(2, 1, None, 0, rope), 2, (4, 6), max_frames=5)
             assert rel(model(x, sigma, condition, cache=cache, commit=True), truth.velocity) < 1e-5
         one_value = torch.tensor([0.25, 0.75])
         assert torch.equal(
@@ -182,7 +183,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3, batch=3)
     condition, sigma = make_tiny_condition(model, batch=3), torch.tensor([0.2, 0.5, 0.8])
     assert condition.image is not None and condition.frames is not None
-    plan = BlockPlan(2, 1)
+    plan = StreamPlan(2, 1)
     truth = oracle.run(
         model.state_dict(),
         x,
@@ -203,7 +204,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
             own = Condition(condition.text[row], condition.image[row], condition.frames[row])
             one = model(x[row], sigma[row], own, mask=layout)
             assert one.shape == (1, *x.shape[1:]) and rel(one, truth.velocity[row]) < 1e-5
-            cache = model.new_cache(1, 4, 6, None, 0, "relative", max_frames=3)
+            cache = model.new_cache(StreamPlan(2, 1, None, 0), 1, (4, 6), max_frames=3)
             streamed = [model(x[row, s:e], sigma[row], own, cache=cache, commit=True) for s, e in plan.blocks(0, 3)]
             assert rel(torch.cat(streamed, 1), truth.velocity[row]) < 1e-5
     with pytest.raises(ShapeError, match="batch first"):
@@ -267,12 +268,12 @@ def test_initialisation_is_wans() -> None:
 def test_places_that_do_not_fit_are_refused() -> None:
     model = make_tiny_model(i2v=True)
     condition, sigma, x = make_tiny_condition(model), torch.ones(2), make_tiny_latents(2)
-    cache = model.new_cache(2, 4, 6, 5, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
     place = cache.place(2)
     with pytest.raises(ShapeError, match="a place needs its own cache"):
         model(x, sigma, condition, places=[place])
     with pytest.raises(ShapeError, match="a place needs its own cache"):
-        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 5, 1), places=[place])
+        model(x, sigma, condition, cache=model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), places=[place])
     with pytest.raises(ShapeError, match="2 frames and the blocks at 2 places 4"):
         model(x, sigma, condition, cache=cache, places=[place, place])
     with torch.no_grad(), pytest.raises(ShapeError, match="1 frames and the blocks at 1 places 2"):
@@ -295,7 +296,7 @@ def test_places_that_do_not_fit_are_refused() -> None:
 def test_calls_that_do_not_fit_are_refused() -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    layout, cache = BlockPlan(2).causal_layout(3), model.new_cache(2, 4, 6, 3, 0)
+    layout, cache = StreamPlan(2).causal_layout(3), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
     text, image, frames = condition.text, condition.image, condition.frames
     assert image is not None and frames is not None
     calls = [

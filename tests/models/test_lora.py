@@ -18,8 +18,8 @@ from longtake.models.lora_files import BASE, CONFIG, WEIGHTS, Base, read_lora, w
 from longtake.models.presets import PRESETS
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.structs import BlockPlan
 
 ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} | {"ffn.0", "ffn.2"}
 IMAGE = {"cross_attn.k_img", "cross_attn.v_img"}
@@ -108,17 +108,17 @@ def test_merged_equals_unmerged_in_every_use(tiny_model, tiny_condition, tiny_la
     save_dit(base.config, base.state_dict(), tmp_path / "base")
     model = stir(adapted(tiny_model(True)))
     merged = load_dit(tmp_path / "base", lora=written(model, tmp_path / "lora", Base("toy", "0")))
-    condition, layout = tiny_condition(base), BlockPlan(2, 1).causal_layout(3)
+    condition, layout = tiny_condition(base), StreamPlan(2, 1).causal_layout(3)
     assert rel(velocity(base, condition), velocity(merged, condition)) > 0.1
     assert rel(velocity(model, condition), velocity(merged, condition)) < 1e-6
     dense = [velocity(network, condition, mask=layout) for network in (model, merged)]
     monkeypatch.setattr(attention, "make_mask", partial(attention.make_mask, flex=True))
-    layout = BlockPlan(2, 1).causal_layout(3)
+    layout = StreamPlan(2, 1).causal_layout(3)
     flex = [velocity(network, condition, mask=layout) for network in (model, merged)]
     assert rel(*dense) < 1e-6 and rel(*flex) < 1e-6 and rel(dense[0], flex[0]) < 1e-5
     streams = []
     for network in (model, merged):
-        cache = network.new_cache(2, 4, 6, window_frames=3, sink_frames=1)
+        cache = network.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
         x = tiny_latents(7)
         parts = [network(x[:, :1], torch.zeros(2), condition, cache=cache, commit=True)]
         for start in (1, 3, 5):

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
 from longtake.models.pass_graph import PassGraphs, forget_all
-from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.plan import StreamPlan
+from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import LatentStream
-from longtake.structs import BlockPlan
 
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.8, 0.5))
 
 
 def noise(start, end, step, batch=2):
@@ -30,7 +31,7 @@ def noise(start, end, step, batch=2):
 
 
 def stream(model, condition, blocks, rules=RULES):
-    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
+    cache = model.new_cache(rules, 2, (4, 6))
     return LatentStream(model, cache, condition, make_tiny_latents(1), noise, rules), blocks
 
 
@@ -49,7 +50,7 @@ def unrolled(model, condition, blocks=8, rules=RULES, change=None):
 def test_a_replayed_stream_equals_the_one_that_python_runs(i2v, rope):
     model = make_tiny_model(i2v)
     condition, other = make_tiny_condition(model), make_tiny_condition(model, seed=8)
-    rules = RollOutRules(RULES.plan, RULES.sigmas, 5, 1, rope)
+    rules = replace(RULES, window_frames=5, sink_frames=1, rope=rope, sigmas=RULES.sigmas)
     expected = unrolled(model, condition, rules=rules, change=other)
     tape = Tape()
     model.graphs = PassGraphs(tape)
@@ -94,8 +95,8 @@ def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
     model, tape = make_tiny_model(i2v=i2v), Tape()
     condition = make_tiny_condition(model)
     model.graphs, model.exits_together = PassGraphs(tape), together
-    plan = BlockPlan(2, 1 if i2v else 2)
-    rules = RollOutRules(plan, RULES.sigmas, 6, 2, "relative")
+    plan = StreamPlan(2, 1 if i2v else 2)
+    rules = replace(plan, window_frames=6, sink_frames=2, sigmas=RULES.sigmas)
 
     def passes(condition):
         before = tape.replayed
@@ -262,7 +263,7 @@ def test_cuda_graphs_give_the_same_latents(bf16):
 
     def run():
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            cache = model.new_cache(2, 4, 6, 5, 1, "relative")
+            cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
             running = LatentStream(model, cache, condition, make_tiny_latents(1).cuda(), on_gpu, RULES)
             made = torch.cat([running.next() for _ in range(9)], 1)
         return made, cache
@@ -296,7 +297,7 @@ def test_three_threads_of_streams_equal_one_after_the_other(own_streams):
         stream = torch.cuda.Stream() if own_streams else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(stream):
-            cache, first = model.new_cache(2, 4, 6, 5, 1, "relative"), make_tiny_latents(1, seed=number).cuda()
+            cache, first = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), make_tiny_latents(1, seed=number).cuda()
             running = LatentStream(model, cache, conditions[number], first, lambda s, e, k: noises[s, k], RULES)
             made = []
             for block in range(60):

@@ -8,8 +8,8 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CacheError
 from longtake.models.recompute import made_before
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.plan import StreamPlan
+from longtake.rollout.self_forcing import roll_out
 
 MODES = [False, True, "selective"]
 
@@ -40,7 +40,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
     for mode in MODES:
         model = tiny_model(True)
         parallelize(model, Mesh(), recompute=mode)
-        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1) if mask else None
+        layout = StreamPlan(2, 1, 5, 1).causal_layout(5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), mask=layout).square().mean()
         counted = Counted()
@@ -60,7 +60,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
     """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, rope)
+    rules = StreamPlan(2, 1, 5, 1, rope, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         generator = torch.Generator().manual_seed(100 * start + step)
@@ -107,7 +107,7 @@ def test_selective_still_leases_what_it_read(tiny_model, tiny_condition, tiny_la
     """Attention is kept, its inputs are not: an overwrite before backward is refused."""
     model = parallelize(tiny_model(True), Mesh(), recompute="selective")
     condition, sigma = tiny_condition(model), torch.zeros(2)
-    cache = model.new_cache(2, 4, 6, 3, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     for frames in (1, 2):
         with torch.no_grad():
             model(tiny_latents(frames), sigma, condition, cache=cache, commit=True)

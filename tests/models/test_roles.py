@@ -8,6 +8,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import add_lora, first_factors, inject_lora
 from longtake.models.roles import Role, SharedBase
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 
 NAMES = ("generator", "critic")
@@ -102,8 +103,8 @@ def test_kept_cross_attention_belongs_to_a_role(tiny_model, tiny_condition, tiny
     roles, own = make(tiny_model)
     condition, x = tiny_condition(own["teacher"]), tiny_latents(2)
     sigma = torch.tensor([0.9, 0.3])
-    cache = roles["generator"].new_cache(2, 4, 6, 5, 1)
+    cache = roles["generator"].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
     with torch.no_grad():
         for name in ("generator", "critic", "teacher", "generator"):
-            wanted = own[name](x, sigma, condition, cache=own[name].new_cache(2, 4, 6, 5, 1))
+            wanted = own[name](x, sigma, condition, cache=own[name].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)))
             assert torch.equal(roles[name](x, sigma, condition, cache=cache), wanted)

@@ -13,9 +13,8 @@ from longtake.errors import TrainingError
 from longtake.flow.schedule import warp
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import BlockPlan
 from longtake.train.loop import nonfinite
 
 FRAMES = 7
@@ -45,7 +44,7 @@ def watched(dmd, monkeypatch):
 @pytest.mark.parametrize("i2v", [True, False])
 def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     """N.11, recomputed in float64 from what the networks were given and gave; frame 0 of I2V has no gradient."""
-    rules = RULES if i2v else RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 2, "relative")
+    rules = RULES if i2v else StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     dmd = make_dmd(i2v, rules)
     calls, made = watched(dmd, monkeypatch)
     batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)

@@ -13,6 +13,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.models.encoders import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.structs import Condition
 
@@ -147,9 +148,9 @@ def test_breaking_each_condition_changes_the_velocity(way):
         if way == "bidirectional":
             return model(x, sigma, condition)
         if way == "masked":
-            layout = RULES.plan.causal_layout(5)
+            layout = RULES.causal_layout(5)
             return model(torch.cat([picture, x], 1), sigma, condition, mask=layout)[:, 1:]
-        cache = model.new_cache(2, 4, 6, 5, 1)
+        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
         with torch.no_grad():
             model(picture, torch.zeros(2), condition, cache=cache, commit=True)
         with torch.set_grad_enabled(way == "graded"):

@@ -8,10 +8,10 @@ from tiny_models import make_tiny_model
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.chunk import commit_block
-from longtake.rollout.self_forcing import RollOutRules, remake, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import remake, roll_out
 
 
 def objective(model, rules=RULES, **options):
@@ -43,7 +43,7 @@ def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypa
 
 def test_text_to_video_scores_every_frame(monkeypatch):
     model = make_tiny_model()
-    rules = RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 2, "relative")
+    rules = StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
     noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     assert (call["sigma"][:, 6:] > 0).all()
@@ -66,13 +66,13 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     """N.4, for [1, n, n, ...] with 36-channel conditions and for [n, n, ...], with and without eviction."""
     model = make_tiny_model(i2v=i2v)
     first = 1 if i2v else 2
-    rules = RollOutRules(BlockPlan(2, first), RULES.sigmas, window, 0 if not i2v else sink, rope)
+    rules = StreamPlan(2, first, window, 0 if not i2v else sink, rope, sigmas=RULES.sigmas)
     frames = 9 if i2v else 8
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=frames)
     noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
-    cache = model.new_cache(2, 4, 6, window, rules.sink_frames, rope, max_frames=frames)
+    cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
     errors = []
-    for start, end in rules.plan.blocks(0, frames):
+    for start, end in rules.blocks(0, frames):
         at = slice(frames + start, frames + end)
         with torch.no_grad():
             out = model(call["x"][:, at], call["sigma"][:, at], batch.condition, cache=cache)
@@ -133,7 +133,7 @@ def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
 def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(window):
     """By hand, without the code of roll-outs: one block from step 1 and one from step 2, each after the ones before."""
     model = make_tiny_model(i2v=True)
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), window, 0 if window is None else 1, "relative")
+    rules = StreamPlan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5))
     batch = make_batch(model, [4, 9], 7)
     clean, condition = batch.latents, batch.condition
 
@@ -143,7 +143,7 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
 
     made = remake(model, condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
     with torch.no_grad():
-        cache = model.new_cache(2, 4, 6, window, rules.sink_frames, "relative", max_frames=7)
+        cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
         commit_block(model, cache, condition, clean[:, :1])
         for (start, end), first in (((1, 3), 1), ((3, 5), 2)):
             x = clean[:, start:end]

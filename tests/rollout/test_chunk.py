@@ -7,6 +7,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError
 from longtake.flow.path import add_noise
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
@@ -20,7 +21,7 @@ def noise_of(frames, batch=2):
 def scene():
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 5, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
     commit_block(model, cache, condition, make_tiny_latents(1))
     return model, cache, condition
 

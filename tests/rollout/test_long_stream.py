@@ -1,5 +1,6 @@
 """Videos that go on over many steps: the same stream as at inference, and the right window for teacher and critic."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,16 +10,16 @@ from tiny_codec import STRIDE, TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
 from longtake.errors import ConfigError
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.chunk import commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents
-from longtake.structs import BlockPlan
 
 HORIZON = 7
-T2V = RollOutRules(BlockPlan(2, 2), RULES.sigmas, 6, 2, "relative")
+T2V = StreamPlan(2, 2, 6, 2, sigmas=RULES.sigmas)
 
 
 def noise(start, end, step):
@@ -46,13 +47,13 @@ def latents_of(windows, ends, horizon):
 @pytest.mark.parametrize("i2v", [True, False])
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_it_is_the_stream_of_inference(i2v, rope):
-    rules = RollOutRules(**{**vars(RULES if i2v else T2V), "rope": rope})
+    rules = replace(RULES if i2v else T2V, rope=rope)
     stream, model, condition, first, _ = make(i2v, rules=rules)
     ends = [7, 13, 17, 23] if i2v else [6, 10, 12, 16]
     windows = [stream.advance(end, noise) for end in ends]
-    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rope)
+    cache = model.new_cache(rules, 2, (4, 6))
     blocks = stream_latents(model, cache, condition, first, noise, rules)
-    expected = torch.cat(list(islice(blocks, rules.plan.num_blocks(ends[-1]))), 1)
+    expected = torch.cat(list(islice(blocks, rules.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
     assert stream.position == ends[-1]
 
@@ -87,9 +88,9 @@ def test_late_windows_begin_with_the_picture_before_their_other_latents(i2v):
 
 def oracle_with_switch(model, condition, first, later, switch, end):
     """The definition: blocks under the old prompt, a rebuilt cache at the switch, blocks under the new one."""
-    cache = model.new_cache(2, 4, 6, RULES.window_frames, RULES.sink_frames, RULES.rope)
-    kept, blocks, pending = KeptLatents.of_rules(RULES), [first], first
-    for begin, stop in RULES.plan.blocks(1, end):
+    cache = model.new_cache(RULES, 2, (4, 6))
+    kept, blocks, pending = KeptLatents(RULES), [first], first
+    for begin, stop in RULES.blocks(1, end):
         kept.append(pending)
         if begin == switch:
             condition = condition.with_text(later)

@@ -1,20 +1,22 @@
 """The cache after a change of condition: as if the kept frames had been streamed under the new one (N.12, M-04, M-05)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.structs import BlockPlan
 
-PLAN = BlockPlan(2, 1)
+PLAN = StreamPlan(2, 1)
 
 
 def streamed(model, condition, latents, window, sink, rope="relative"):
     """A cache that saw `latents` block by block."""
-    cache = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, latents.shape[1]):
         commit_block(model, cache, condition, latents[:, start:end])
     return cache
@@ -22,7 +24,10 @@ def streamed(model, condition, latents, window, sink, rope="relative"):
 
 def kept_of(latents, window, sink, together=1):
     """Kept latents, given `together` blocks at a time."""
-    kept, blocks = KeptLatents(PLAN, window, sink), list(PLAN.blocks(0, latents.shape[1]))
+    kept, blocks = (
+        KeptLatents(replace(PLAN, window_frames=window, sink_frames=sink)),
+        list(PLAN.blocks(0, latents.shape[1])),
+    )
     for k in range(0, len(blocks), together):
         kept.append(latents[:, blocks[k][0] : blocks[min(k + together, len(blocks)) - 1][1]])
     return kept
@@ -59,7 +64,7 @@ def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, s
     assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
     rebuild_cache(model, cache, new, kept)
     # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
-    fresh = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    fresh = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, total):
         if start in expected:
             fresh.position = start
@@ -120,7 +125,7 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     model = make_tiny_model(i2v=True)
     old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
     latents = make_tiny_latents(5)
-    cache = model.new_cache(2, 4, 6, 7, 3)
+    cache = model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6))
     for start, end in PLAN.blocks(0, committed):
         commit_block(model, cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}

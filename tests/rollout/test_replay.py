@@ -7,25 +7,23 @@ from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.flow.path import clean_from_velocity
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.replay import packed_replay
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import roll_out
 
 SIGMAS, SIZE = (1.0, 0.9, 0.75, 0.5), (4, 6)
 
 
 def layout_of(rules, frames):
-    return rules.plan.teacher_forcing_layout(
-        frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
-    )
+    return rules.teacher_forcing_layout(frames)
 
 
 def problem(i2v, rope, frames):
     """A tiny model, its condition, and latents as a roll-out would leave them."""
     model = make_tiny_model(i2v=i2v)
     condition = make_tiny_condition(model, num_frames=frames)
-    rules = RollOutRules(BlockPlan(2, 1 if i2v else 2), SIGMAS, 5 if i2v else 6, 1 if i2v else 2, rope)
+    rules = StreamPlan(2, 1 if i2v else 2, 5 if i2v else 6, 1 if i2v else 2, rope, sigmas=SIGMAS)
     sigma = torch.full((2, frames), 0.75)
     sigma[:, : int(i2v)] = 0.0
     clean, noisy = make_tiny_latents(frames, seed=3), make_tiny_latents(frames, seed=4)
@@ -55,7 +53,7 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
         condition.frames,
         num_heads=model.config.num_heads,
         text_len=model.config.text_len,
-        blocks=list(rules.plan.blocks(0, frames)),
+        blocks=list(rules.blocks(0, frames)),
         window=rules.window_frames,
         sink=rules.sink_frames,
         rope=rope,

@@ -8,18 +8,19 @@ from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.chunk import denoise_block, graded_exits
-from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import stream_latents
-from longtake.structs import BlockPlan, pixel_frames
+from longtake.structs import pixel_frames
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 SIZE = (4, 6)
 
 
 def rules(first=1, window=5, sink=1, rope="relative", sigmas=SIGMAS):
-    return RollOutRules(BlockPlan(2, first), sigmas, window, sink, rope)
+    return StreamPlan(2, first, window, sink, rope, sigmas=sigmas)
 
 
 def noise_at(start, end, step):
@@ -145,7 +146,7 @@ def test_what_blocks_read_together_is_kept_until_backward():
     """A cache that would lose it refuses; afterwards it may be lost, and is when the roll-out is dropped."""
     model, condition, picture = scene()
     model.activation_checkpointing = model.exits_together = True
-    cache = model.new_cache(2, *SIZE, 5, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
     sigma, block = torch.full((2,), 0.5), make_tiny_latents(2)
 
     def commit():
@@ -196,7 +197,7 @@ def test_a_length_off_the_block_plan_is_refused(frames):
 
 
 def stream(model, condition, picture, number, rules, noise=noise_at):
-    cache = model.new_cache(2, *SIZE, rules.window_frames, rules.sink_frames, rules.rope, max_frames=99)
+    cache = model.new_cache(rules, 2, SIZE, max_frames=99)
     return torch.cat(list(islice(stream_latents(model, cache, condition, picture, noise, rules), number)), 1)
 
 
@@ -219,7 +220,7 @@ def test_streaming_text_to_video_equals_its_roll_out():
 def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypatch):
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
-    cache = model.new_cache(2, *SIZE, 5, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
     blocks = stream_latents(model, cache, condition, picture, noise_at, rules())
     assert torch.equal(next(blocks), picture) and calls == []
     next(blocks)
@@ -233,7 +234,7 @@ def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypa
 def test_a_hundred_blocks(rope):  # spec N.13
     model, condition, picture = scene(num_layers=1)
     chosen = rules(rope=rope, sigmas=(1.0, 0.5))
-    cache = model.new_cache(2, *SIZE, chosen.window_frames, chosen.sink_frames, rope)
+    cache = model.new_cache(chosen, 2, SIZE)
     size = cache.size_bytes
     frames = 0
     for number, block in enumerate(islice(stream_latents(model, cache, condition, picture, noise_at, chosen), 101)):

@@ -8,14 +8,14 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import ConfigError
+from longtake.plan import StreamPlan
 from longtake.rollout.chunk import commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents, stream_switched
-from longtake.structs import BlockPlan
 
-PLAN = BlockPlan(2, 1)
-RULES = RollOutRules(PLAN, [1.0, 0.5], 7, 3, "relative")
+PLAN = StreamPlan(2, 1)
+RULES = replace(PLAN, window_frames=7, sink_frames=3, sigmas=[1.0, 0.5])
 BLOCKS = 7
 
 
@@ -34,7 +34,7 @@ def conditions(model):
 
 
 def new_cache(model, rules=RULES):
-    return model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
+    return model.new_cache(rules, 2, (4, 6))
 
 
 def switched(model, conditions, switch_frames, *, rebuild=True, keep_sink=False):
@@ -51,7 +51,7 @@ def plain(model, condition):
 
 def by_hand(model, conditions, switch, policy):
     """Block by block, with the cache rebuilt, kept or rebuilt but for the sink at frame `switch`."""
-    cache, kept, made = new_cache(model), KeptLatents.of_rules(RULES), []
+    cache, kept, made = new_cache(model), KeptLatents(RULES), []
     for start, end in list(PLAN.blocks(0, 2 * BLOCKS - 1)):
         condition = conditions[start >= switch]
         if start == switch and policy != "none":

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from longtake.config import StageConfig
-from longtake.inference.generator import rules_of
 from longtake.models.flops import forward, recomputed
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
@@ -65,7 +64,7 @@ def dmd_of(config, i2v):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
     flow = config.flow
     settings = DmdSettings(flow.shift, flow.guidance, updates_per_generator=config.critic.updates_per_generator)
-    return Dmd(*networks, Draws(SEED), rules_of(config), config.video.num_latent_frames, settings)
+    return Dmd(*networks, Draws(SEED), config.stream_plan, config.video.num_latent_frames, settings)
 
 
 def total(found, networks, config, *phases):
@@ -116,7 +115,7 @@ def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_stude
         "distill", data={"path": "x", "kind": "clips"}, real_videos={"weight": 1, "num_latent_frames": 9}
     )
     dmd = dmd_of(config, True)
-    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.rules, shift=5.0), 1.0)
+    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.plan, shift=5.0), 1.0)
     networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
     batch = make_batch(dmd.generator, [4, 9], 9)
     ran, result = counted(lambda: dmd.loss("generator", batch, 0))
@@ -149,7 +148,7 @@ def test_teacher_and_causal():
     ran, result = counted(lambda: objective.loss("generator", batch, 0))
     assert found.graded and ran == forward(model.config, found.call).total
     config = config_of("causal")
-    causal = TeacherForcing(model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0)
+    causal = TeacherForcing(model, Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal.loss("generator", batch, 0))
     assert ran == forward(model.config, found.call).total
@@ -160,7 +159,7 @@ def test_own_history_costs_its_share_of_a_roll_out():
     config = config_of("causal", own_history={"share": 1.0, "from_step": 2})
     batch = make_batch(model, [4, 9], 7)
     causal = TeacherForcing(
-        model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
+        model, Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
     )
     *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))
