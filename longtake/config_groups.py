@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 
 from longtake.config_base import Settings
 from longtake.errors import ConfigError
-from longtake.flow.schedule import student_sigmas
-from longtake.plan import StreamPlan
+from longtake.plan import StreamPlan, student_sigmas
 from longtake.structs import VideoShape
 
 WorldFormat = Literal["images", "clips", "lmdb"]

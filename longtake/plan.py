@@ -6,14 +6,18 @@ know no model, no tensor (but for the masks that it lays out) and no file format
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from longtake.structs import MaskLayout
+
+FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 
 # What published students differ in besides, each with the one value that this version can play. Anything else is
 # refused: a student that is played by another law than its own would look worse, and nobody would know why.
@@ -181,3 +185,20 @@ class StreamPlan:
         for first, last, slots in pairs:
             allowed[first:last, torch.tensor(slots)] = True
         return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed)
+
+
+def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
+    """sigma = shift u / (1 + (shift - 1) u). Source: Wan2.1's flow schedulers; Esser et al. 2024, eq. 23."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def student_sigmas(steps: Sequence[float], shift: float) -> list[float]:
+    """Noise levels at which the student is called, from un-warped `steps`.
+
+    Raises: ConfigError unless `steps` starts at 1 and falls strictly, above 0.
+    """
+    if not steps or steps[0] != 1 or any(b >= a for a, b in zip(steps, steps[1:])) or steps[-1] <= 0:
+        raise ConfigError(
+            f"flow.steps={list(steps)} must start at 1, fall strictly and stay above 0: [1, 0.75, 0.5, 0.25]"
+        )
+    return [warp(float(u), shift) for u in steps]

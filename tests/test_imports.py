@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     "errors",
+    "plan",
     "structs",
     "config",
     "config_base",

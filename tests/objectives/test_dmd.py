@@ -10,10 +10,9 @@ from tiny_models import make_tiny_model
 
 from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
-from longtake.flow.schedule import warp
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
-from longtake.plan import StreamPlan
+from longtake.plan import StreamPlan, warp
 from longtake.randomness import Draws
 from longtake.train.loop import nonfinite
 
