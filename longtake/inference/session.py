@@ -20,7 +20,7 @@ from longtake.inference.generator import Generator, check_prompt, to_bytes, to_f
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
-from longtake.rollout.chunk import Guidance
+from longtake.rollout.denoise import Guidance
 from longtake.rollout.stream import LatentStream
 from longtake.structs import Condition
 

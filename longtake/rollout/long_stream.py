@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
+from longtake.rollout.denoise import ExitStep, commit_block, denoise_block, graded_exits
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
 from longtake.structs import Condition

@@ -16,7 +16,7 @@ from torch import Tensor
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import commit_block
+from longtake.rollout.denoise import commit_block
 from longtake.structs import Condition
 
 

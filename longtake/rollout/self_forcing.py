@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.flow.path import add_noise
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
+from longtake.rollout.denoise import ExitStep, commit_block, denoise_block, graded_exits
 from longtake.structs import Condition
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]

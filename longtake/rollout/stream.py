@@ -13,7 +13,7 @@ from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import Guidance, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 from longtake.structs import Condition

@@ -12,7 +12,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import to_frames
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.models.conditioning import encode_condition, prepare_image
-from longtake.rollout.chunk import Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import Guidance, commit_block, denoise_block
 from longtake.structs import Condition
 
 
@@ -60,7 +60,7 @@ def test_two_sessions_do_not_touch_each_other(any_generator):
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 class ByHand:
-    """Streams block by block with nothing but the steps of `rollout/chunk.py`; both sides of guidance have a cache."""
+    """Streams block by block with nothing but the steps of `rollout/denoise.py`; both sides of guidance have a cache."""
 
     def __init__(self, generator):
         self.generator, self.rules = generator, generator.plan

@@ -16,7 +16,7 @@ from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.denoise import commit_block, denoise_block
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 FRAMES, BATCH = 7, 2

@@ -12,7 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.denoise import commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import block_noise_at

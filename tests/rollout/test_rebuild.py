@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.denoise import commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 
 PLAN = StreamPlan(2, 1)

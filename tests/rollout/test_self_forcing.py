@@ -10,7 +10,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from longtake.errors import CacheError, ConfigError
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import denoise_block, graded_exits
+from longtake.rollout.denoise import denoise_block, graded_exits
 from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import stream_latents
 from longtake.structs import pixel_frames

@@ -13,7 +13,7 @@ from longtake.errors import CacheError
 from longtake.models.cache import KVCache
 from longtake.models.pass_graph import PassGraphs
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import Guidance, commit_block
+from longtake.rollout.denoise import Guidance, commit_block
 from longtake.rollout.stream import LatentStream, stream_switched
 
 PLAN = StreamPlan(2, 1)

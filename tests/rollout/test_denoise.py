@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from longtake.errors import CacheError
 from longtake.flow.path import add_noise
 from longtake.plan import StreamPlan
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.denoise import commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 
