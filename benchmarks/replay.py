@@ -27,13 +27,13 @@ import torch
 from benchmarks.random_files import FULL, TINY
 from longtake.models import call_checks
 from longtake.models.dit import VideoDiT
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.recompute import keep_attention
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout import chunk
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.replay import packed_replay
 from longtake.rollout.self_forcing import RollOut
 from longtake.structs import Condition
@@ -121,7 +121,7 @@ def main() -> None:
     teacher.cast(torch.bfloat16)
     frames, size = sizes.num_latent_frames, (sizes.height // 8, sizes.width // 8)
     if is_cuda:
-        student.graphs = PassGraphs()
+        student.graphs = CUDAGraphRunner()
     config = sizes.dit
     condition = Condition(
         torch.randn(1, 20, config.text_dim, device=device),

@@ -30,7 +30,7 @@ ALLOWED = {
     "flow": BASE,
     "data": BASE,
     "models": BELOW_ROLLOUT,
-    "distributed": BASE | {"models"},
+    "distributed": BASE | {"models", "rollout"},  # whose captured graphs hold the group that is left
     "rollout": BELOW_ROLLOUT,
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longtake.config_groups import ParallelConfig
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
-from longtake.models.pass_graph import forget_all
+from longtake.rollout.cuda_graphs import forget_all
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,8 +35,6 @@ def parallelize(
     param_dtype: torch.dtype | None = None,
     recompute: bool | str | None = None,
     compiled: bool = False,
-    gather_once: bool = True,
-    join_exits: bool = False,
 ) -> nn.Module:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.
 
@@ -50,9 +48,6 @@ def parallelize(
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
     model as it is. `compiled` blocks, where there is a compiler.
-    `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
-    gathers again what its forward found gathered, and torch refuses operators that the forward had not. `join_exits`, a
-    roll-out's exit steps are recomputed and get their gradient together: for whole weights, not for "selective".
     """
     if recompute is not None:
         model.activation_checkpointing = bool(recompute)  # type: ignore[assignment]
@@ -64,7 +59,6 @@ def parallelize(
             block.compile()
             block._compiled_call_impl = limited(block._compiled_call_impl, VARIANTS * len(blocks), "blocks")
     if isinstance(model, VideoDiT):
-        model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
         model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model
@@ -79,8 +73,6 @@ def parallelize(
             fully_shard([block.self_attn, block.cross_attn, block.ffn], mp_policy=gathered_as, **options)
         fully_shard(block, mp_policy=as_they_are, **options)
     fully_shard(model, mp_policy=as_they_are if len(blocks) else gathered_as, **options)
-    if gather_once and isinstance(model, VideoDiT):
-        model.gathering = partial(_gathered, model)
     return model
 
 
@@ -89,8 +81,11 @@ def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
 
 
 @contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, each unit is gathered by its first forward and stays so."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each unit of a sharded model is gathered by its first forward and stays so: for several calls between
+    which no weight changes. Not under "selective" recomputation: it gathers again what its forward found gathered, and
+    torch refuses operators that the forward had not.
+    """
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(False)
     try:

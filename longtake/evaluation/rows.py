@@ -30,6 +30,7 @@ from longtake.models.conditioning import encode_condition
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition, pixel_frames
 
 _FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
@@ -182,13 +183,13 @@ def teacher_row(
     return make
 
 
-def student_row(model: VideoDiT, plan: StreamPlan, *, seed: int, rebuild: bool = True) -> Row:
+def student_row(denoiser: Denoiser, plan: StreamPlan, *, seed: int, rebuild: bool = True) -> Row:
     """Weights streamed causally in a few steps; `rebuild` says if the cache is rebuilt where the captions change."""
 
     def make(batch: WorldBatch) -> Videos:
         return batch.decode(
             student_latents(
-                model,
+                denoiser,
                 batch.condition,
                 batch.picture_latent,
                 plan,

@@ -35,6 +35,7 @@ from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import summarise
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import pixel_frames
 
 # Shown on the contact sheet, before the students: the story of a run.
@@ -217,13 +218,13 @@ def _rows(subject: Subject, settings: EvaluationConfig, frames: int, mesh: Mesh)
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
         if result.plan is not None:
-            rows["teacher, causal"] = student_row(teacher, result.plan, seed=seed)
+            rows["teacher, causal"] = student_row(Denoiser(teacher), result.plan, seed=seed)
     for student in subject.students:
         model = load_frozen(student.weights, mesh.device)
         plan = student.plan
-        rows[student.name] = bidirectional(model) if plan is None else student_row(model, plan, seed=seed)
+        rows[student.name] = bidirectional(model) if plan is None else student_row(Denoiser(model), plan, seed=seed)
         if switched and plan is not None:
-            rows[f"{student.name}{_NO_REBUILD}"] = student_row(model, plan, seed=seed, rebuild=False)
+            rows[f"{student.name}{_NO_REBUILD}"] = student_row(Denoiser(model), plan, seed=seed, rebuild=False)
     if settings.ablations and result.plan is not None and not switched:
         present = {"y": subject.with_y, "clip": subject.with_tokens, "text": True}
         for broken, label in _BROKEN.items():

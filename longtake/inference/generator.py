@@ -22,11 +22,12 @@ from longtake.inference.source import Source
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
 from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
@@ -114,12 +115,17 @@ class _Fetch:
 class Generator:
     """Weights, encoders and the rules to stream by. Make it with `from_run`, `from_model` or `build`."""
 
-    model: VideoDiT
+    denoiser: Denoiser
     encoders: Encoders
     settings: GenerationConfig
     device: torch.device
     config: StageConfig | None = None
     decoding_vae: VideoVAE | None = None
+
+    @property
+    def model(self) -> VideoDiT:
+        """The transformer."""
+        return self.denoiser.model
 
     @classmethod
     def from_run(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
@@ -157,7 +163,7 @@ class Generator:
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
         then make the same calls of this generator and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
-        has passes recorded on a GPU and replayed (`models/pass_graph.py`), with the same frames.
+        has passes recorded on a GPU and replayed (`rollout/cuda_graphs.py`), with the same frames.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
         what Wan computes in float32 stay float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
@@ -172,8 +178,7 @@ class Generator:
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False)
         model.set_token_split(split)
-        if graphs and device.type == "cuda":
-            model.graphs = PassGraphs()
+        denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         encoders = Encoders.load(
             source.encoders,
             device,
@@ -184,7 +189,7 @@ class Generator:
         )
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
-        return cls(model, encoders, settings, device, source.config, vae)
+        return cls(denoiser, encoders, settings, device, source.config, vae)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""

@@ -17,6 +17,7 @@ from longtake.flow.schedule import sampling_sigmas
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import RollOutNoise
 from longtake.rollout.stream import stream_switched
 from longtake.structs import Condition
@@ -36,7 +37,7 @@ def stream_noise(
 
 @torch.no_grad()
 def student_latents(
-    model: VideoDiT,
+    denoiser: Denoiser,
     condition: Condition,
     first_latent: Tensor | None,
     plan: StreamPlan,
@@ -53,6 +54,7 @@ def student_latents(
 
     Args: `later`, the conditions from each of `switch_frames` (latent frames) on; `rebuild` as in `stream_switched`.
     """
+    model = denoiser.model
     cache = model.new_cache(
         plan,
         condition.batch_size,
@@ -63,7 +65,7 @@ def student_latents(
     noise = stream_noise(seed, videos, model.config.out_channels, size, device)
     blocks = list(plan.blocks(0, plan.block_of(num_frames - 1)[1]))
     conditions = [condition, *later]
-    stream = stream_switched(model, cache, conditions, switch_frames, first_latent, noise, plan, rebuild=rebuild)
+    stream = stream_switched(denoiser, cache, conditions, switch_frames, first_latent, noise, plan, rebuild=rebuild)
     return torch.cat(list(islice(stream, len(blocks))), 1)[:, :num_frames]
 
 

@@ -254,12 +254,14 @@ class Session:
         first_latent: Tensor | None,
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
-        model, plan = self.generator.model, self.generator.plan
-        noise = stream_noise(self.seed, [scene], model.config.out_channels, self._latent_size, self.generator.device)
+        denoiser, plan = self.generator.denoiser, self.generator.plan
+        noise = stream_noise(
+            self.seed, [scene], denoiser.model.config.out_channels, self._latent_size, self.generator.device
+        )
         guidance = None
         if unconditional is not None:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
-        return LatentStream(model, caches[0], condition, first_latent, noise, plan, guidance=guidance)
+        return LatentStream(denoiser, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
     def _change(self, standing: Standing) -> None:
         """Another prompt or target within the scene."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -34,7 +33,6 @@ class SharedBase:
     def __init__(self, model: VideoDiT) -> None:
         self.model = model
         self.active: str | None = None
-        self._caches: WeakKeyDictionary[KVCache, str | None] = WeakKeyDictionary()
         for module in model.modules():
             if hasattr(module, "lora_A"):
                 module.register_forward_pre_hook(self._select)
@@ -43,12 +41,6 @@ class SharedBase:
     def on(self, role: str | None) -> AbstractContextManager:
         """A context in which the updates of `role` are on; None: none."""
         return _On(self, role)
-
-    def lend(self, cache: KVCache, role: str | None) -> None:
-        """Says that `role` uses a cache now; cross-attention keys and values of another role are forgotten."""
-        if self._caches.get(cache, role) != role:
-            cache.clear_condition()
-        self._caches[cache] = role
 
     def _select(self, layer: Any, _: Any) -> None:
         # PEFT's own `set_adapter` also decides what is trained, which must not change between forward and backward.
@@ -85,22 +77,12 @@ class Role(VideoDiT):
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         """As `VideoDiT.forward`, with the updates of this role."""
-        if (cache := options.get("cache")) is not None:
-            self.base.lend(cache, self.name)
         with self.base.on(self.name):
             return self.base.model(*arguments, **options)
 
     def new_cache(self, *arguments: Any, **options: Any) -> KVCache:
         """As `VideoDiT.new_cache`."""
         return self.base.model.new_cache(*arguments, **options)
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """As `VideoDiT.tokens_per_frame`."""
-        return self.base.model.tokens_per_frame(height, width)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """As `VideoDiT.gathered`, for all roles."""
-        return self.base.model.gathered()
 
     def set_attention(self, attend: Attention) -> None:
         """Replaces the attention of all roles."""
@@ -114,15 +96,6 @@ class Role(VideoDiT):
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool) -> None:
         self.base.model.activation_checkpointing = value
-
-    @property
-    def exits_together(self) -> bool:  # type: ignore[override]
-        """That of the base."""
-        return self.base.model.exits_together
-
-    @exits_together.setter
-    def exits_together(self, value: bool) -> None:
-        self.base.model.exits_together = value
 
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

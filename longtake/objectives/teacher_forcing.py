@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import remake
 from longtake.structs import Condition, MaskLayout
 
@@ -48,7 +48,7 @@ class TeacherForcing:
 
     def __init__(
         self,
-        model: VideoDiT,
+        denoiser: Denoiser,
         draws: Draws,
         plan: StreamPlan,
         *,
@@ -57,8 +57,9 @@ class TeacherForcing:
         own_history: OwnHistory = OwnHistory(),
         phase: Phase = nullcontext,
     ) -> None:
-        self.networks: dict[str, nn.Module] = {"generator": model}
-        self.model, self.draws, self.plan = model, draws, plan
+        self.denoiser, self.model = denoiser, denoiser.model
+        self.networks: dict[str, nn.Module] = {"generator": self.model}
+        self.draws, self.plan = draws, plan
         self.shift, self.caption_dropout = shift, caption_dropout
         self.own_history, self.phase = own_history, phase
         self._layouts: dict[int, MaskLayout] = {}
@@ -80,7 +81,7 @@ class TeacherForcing:
         condition = drop_captions(batch, self.draws, step, self.caption_dropout)
         both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
         levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
-        predicted = self.model(both, levels, condition, mask=self._layout(frames))[:, frames:]
+        predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -114,7 +115,7 @@ class TeacherForcing:
 
         with self.phase("rollout"):
             starts = self.starts(step, len(blocks), 1 if given else 0)
-            return remake(self.model, condition, clean, noise, self.plan, starts, with_picture=given)
+            return remake(self.denoiser, condition, clean, noise, self.plan, starts, with_picture=given)
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from longtake.models.cache import KVCache
-from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import commit_block
+from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.structs import Condition
 
 
@@ -55,7 +54,7 @@ class KeptLatents:
 
 @torch.no_grad()
 def rebuild_cache(
-    model: VideoDiT, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
+    denoiser: Denoiser, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
 ) -> None:
     """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
 
@@ -72,5 +71,5 @@ def rebuild_cache(
     for start, latents in kept.blocks():
         if start >= stays:
             cache.skip_to(start)
-            commit_block(model, cache, condition, latents)
+            commit_block(denoiser, cache, condition, latents)
     cache.skip_to(kept.position)

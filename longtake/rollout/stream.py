@@ -11,9 +11,8 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
-from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 from longtake.structs import Condition
@@ -24,7 +23,7 @@ class LatentStream(Iterator[Tensor]):
 
     The context pass of a block runs only when the next block is asked for (nobody reads that of the last one); until
     then the block is `pending`. `kept` holds what a rebuild under another condition needs, the pending block included.
-    The caller makes the cache (`model.new_cache`; with `guidance` a second one like it), and the stream begins at
+    The caller makes the cache (`VideoDiT.new_cache`; with `guidance` a second one like it), and the stream begins at
     `cache.position`.
 
     What raises, Ctrl-C included, changes nothing, and the same call made again gives what it would have given: the
@@ -34,7 +33,7 @@ class LatentStream(Iterator[Tensor]):
 
     def __init__(
         self,
-        model: VideoDiT,
+        denoiser: Denoiser,
         cache: KVCache,
         condition: Condition,
         first_latent: Tensor | None,
@@ -43,7 +42,7 @@ class LatentStream(Iterator[Tensor]):
         *,
         guidance: Guidance | None = None,
     ) -> None:
-        self.model, self.cache, self.condition, self.guidance = model, cache, condition, guidance
+        self.denoiser, self.cache, self.condition, self.guidance = denoiser, cache, condition, guidance
         self.noise, self.plan = noise, plan
         self.kept = KeptLatents(plan)
         self.kept.position = cache.position
@@ -91,7 +90,7 @@ class LatentStream(Iterator[Tensor]):
         start, end = next(self.plan.blocks(self.position))
         block_noise = block_noise_at(self.noise, start, end)
         return denoise_block(
-            self.model, self.cache, self.condition, block_noise, self.plan.sigmas, guidance=self.guidance
+            self.denoiser, self.cache, self.condition, block_noise, self.plan.sigmas, guidance=self.guidance
         )
 
     def commit(self) -> None:
@@ -102,7 +101,7 @@ class LatentStream(Iterator[Tensor]):
             self._make_own(condition, cache)
             if self.pending is not None and not cache.holds(self._committed, self.position):
                 cache.position = self._committed
-                commit_block(self.model, cache, condition, self.pending)
+                commit_block(self.denoiser, cache, condition, self.pending)
             cache.position = self.position
         self.pending = None
 
@@ -111,7 +110,7 @@ class LatentStream(Iterator[Tensor]):
         if cache.content is not self._content:
             cache.content = None
             cache.position = self._committed
-            rebuild_cache(self.model, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
+            rebuild_cache(self.denoiser, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
             cache.content = self._content
 
     def change(
@@ -165,7 +164,7 @@ def _with_caches(
 
 
 def stream_latents(
-    model: VideoDiT,
+    denoiser: Denoiser,
     cache: KVCache,
     condition: Condition,
     first_latent: Tensor | None,
@@ -175,11 +174,11 @@ def stream_latents(
     guidance: Guidance | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents of a `LatentStream`, for ever; the caller stops when it has enough."""
-    return LatentStream(model, cache, condition, first_latent, noise, plan, guidance=guidance)
+    return LatentStream(denoiser, cache, condition, first_latent, noise, plan, guidance=guidance)
 
 
 def stream_switched(
-    model: VideoDiT,
+    denoiser: Denoiser,
     cache: KVCache,
     conditions: Sequence[Condition],
     switch_frames: Sequence[int],
@@ -201,7 +200,7 @@ def stream_switched(
             f"{len(conditions)} conditions and switch frames {list(switch_frames)} do not fit: there must be one "
             "condition more, and between two switches, and before the first, at least one block"
         )
-    stream = LatentStream(model, cache, conditions[0], first_latent, noise, plan)
+    stream = LatentStream(denoiser, cache, conditions[0], first_latent, noise, plan)
     return _Switched(stream, list(zip(ends, conditions[1:])), rebuild=rebuild)
 
 

@@ -54,7 +54,7 @@ def passes(
 
     Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
     iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning;
-    `together`, where the exit steps of a roll-out have one backward (`VideoDiT.exits_together`).
+    `together`, where the exit steps of a roll-out have one backward (`Denoiser.batched_exits`).
     """
     clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
     if config.stage == "teacher":

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +21,18 @@ from longtake.config import StageConfig
 from longtake.config_groups import LoraConfig, ModelConfig
 from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.distributed.parallelize import gathered, parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.presets import model_config
 from longtake.models.roles import Role, SharedBase
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.runs import read_manifest
 from longtake.train.facts import facts
 from longtake.train.lora import adapt, earlier_values, first_values
@@ -36,8 +40,19 @@ from longtake.train.lora import adapt, earlier_values, first_values
 logger = logging.getLogger(__name__)
 
 
-def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
-    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else.
+class Networks(NamedTuple):
+    """The trained networks by name, the frozen real score, the low-rank updates of those that train nothing else, and
+    the generator as it streams.
+    """
+
+    trained: dict[str, VideoDiT]
+    real: VideoDiT | None
+    adapters: dict[str, Adapter]
+    student: Denoiser
+
+
+def build_networks(config: StageConfig, mesh: Mesh) -> Networks:
+    """The networks of a stage.
 
     Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
     """
@@ -45,14 +60,15 @@ def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT]
     if config.init_from is not None:
         _open(builder.weights("generator"), config)  # heads of files only
         _check_same_rules(config.source(config.init_from), config)
-    if not config.distils:
-        return {"generator": builder.trained("generator")}, None, builder.adapters
+    real = None
     if config.roles == "shared":
-        return builder.shared()
-    networks = {"generator": builder.trained("generator")}
-    real = builder.frozen()
-    networks["critic"] = builder.trained("critic")
-    return networks, real, builder.adapters
+        networks, real = builder.shared()
+    else:
+        networks = {"generator": builder.trained("generator")}
+        if config.distils:
+            real = builder.frozen()
+            networks["critic"] = builder.trained("critic")
+    return Networks(networks, real, builder.adapters, builder.student(networks["generator"]))
 
 
 def weights_folder(source: Path, config: StageConfig) -> Path:
@@ -85,8 +101,6 @@ class _Builder:
         weights = self.weights(name)
         opened = _open(weights, config)
         if lora is None:
-            if name == "generator" and self._records:
-                opened.model.graphs = PassGraphs()
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
@@ -99,7 +113,7 @@ class _Builder:
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
-    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
+    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT]:
         """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
         config, mesh = self.config, self.mesh
         base = self.weights("teacher")
@@ -124,7 +138,20 @@ class _Builder:
             networks[name] = Role(shared, name) if name in names else self.trained(name)
         if mesh.is_main:
             logger.info("one frozen network is shared by the teacher and %s", " and ".join(names))
-        return networks, Role(shared, None), self.adapters
+        return networks, Role(shared, None)
+
+    def student(self, generator: VideoDiT) -> Denoiser:
+        """The generator as it streams."""
+        config, mesh = self.config, self.mesh
+        sharded = generator.base.model if isinstance(generator, Role) else generator
+        once = mesh.fsdp_mesh is not None and config.gathers_once
+        sequence = 1 if mesh.sequence is None else mesh.sequence.size
+        return Denoiser(
+            generator,
+            graphs=CUDAGraphRunner() if self._captures else None,
+            batched_exits=config.joins_exits(whole=mesh.fsdp_mesh is None, sequence=sequence),
+            gathering=partial(gathered, sharded) if once else nullcontext,
+        )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _check_base(self, name: str, own: Path, base: Path, identity: str) -> None:
@@ -163,11 +190,11 @@ class _Builder:
         model.requires_grad_(False)
 
     @property
-    def _records(self) -> bool:
-        """Whether the student's passes are recorded: where its weights never move, and Python makes the calls."""
-        parallel, mesh = self.config.parallel, self.mesh
-        whole = mesh.fsdp_mesh is None and not parallel.compile
-        return parallel.graphs and whole and mesh.device.type == "cuda" and self.config.stage != "teacher"
+    def _captures(self) -> bool:
+        """Whether the student's passes are captured: where its weights never move, and Python makes the calls."""
+        config, mesh = self.config, self.mesh
+        whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
+        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.stage != "teacher"
 
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
@@ -184,15 +211,12 @@ class _Builder:
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
         config = self.config
-        sequence = 1 if self.mesh.sequence is None else self.mesh.sequence.size
         parallelize(
             model,
             self.mesh,
             recompute=config.activation_checkpointing if recompute else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
-            gather_once=config.gathers_once,
-            join_exits=recompute and config.joins_exits(whole=self.mesh.fsdp_mesh is None, sequence=sequence),
         )
 
 

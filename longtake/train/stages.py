@@ -29,6 +29,7 @@ from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import PictureCodec
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
@@ -98,7 +99,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
-    networks, real, adapters = _networks(config, mesh)
+    networks, real, adapters, student = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
     encoder: RowEncoder
@@ -122,7 +123,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             **parts,
         )
     phases = Phases(mesh.device)
-    inner = _objective(config, networks, real, Draws(config.seed), phases)
+    inner = _objective(config, student, networks, real, Draws(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
     if config.stage == "long":
@@ -223,13 +224,18 @@ def _validation(
 
 
 def _objective(
-    config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws, phases: Phases
+    config: StageConfig,
+    student: Denoiser,
+    networks: dict[str, VideoDiT],
+    real: VideoDiT | None,
+    draws: Draws,
+    phases: Phases,
 ) -> Objective:
     clean = config.model.image_condition == "i2v" and config.model.first_frame_sigma == "zero"
     flow = config.flow
     if config.stage == "teacher":
         return FlowMatching(
-            networks["generator"],
+            student.model,
             draws,
             shift=flow.shift,
             caption_dropout=config.caption_dropout,
@@ -237,7 +243,7 @@ def _objective(
         )
     if config.stage == "causal":
         return TeacherForcing(
-            networks["generator"],
+            student,
             draws,
             config.stream_plan,
             shift=flow.shift,
@@ -255,11 +261,11 @@ def _objective(
         head_start=config.critic.head_start,
         first_frame_clean=clean,
     )
-    generator, plan, real_videos = networks["generator"], config.stream_plan, None
+    plan, real_videos = config.stream_plan, None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(generator, draws, plan, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
     return Dmd(
-        generator,
+        student,
         networks["critic"],
         real,
         draws,

@@ -28,13 +28,14 @@ from longtake.models.contexts import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.layers import Rotation
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.weights import load_dit
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 
 
@@ -135,12 +136,12 @@ def load_networks(
     """The objective of the stage, and what it trains; the student first."""
     draws, plan, flow = DeviceDraws(args.seed, device), config.stream_plan, config.flow
     student = load_dit(args.init, device)
-    if device.type == "cuda" and args.graphs:
-        student.graphs = PassGraphs()
+    graphs = CUDAGraphRunner() if device.type == "cuda" and args.graphs else None
+    denoiser = Denoiser(student, graphs=graphs)
     if config.stage == "causal":
         own = config.own_history
         causal = TeacherForcing(
-            student, draws, plan, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
+            denoiser, draws, plan, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
         )
         if args.compile:
             shape = config.video.shape
@@ -159,9 +160,9 @@ def load_networks(
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
     real_videos = None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(denoiser, draws, plan, shift=flow.shift), weight)
     frames = config.video.num_latent_frames
-    dmd = Dmd(student, critic, real, draws, plan, frames, settings, real_videos=real_videos)
+    dmd = Dmd(denoiser, critic, real, draws, plan, frames, settings, real_videos=real_videos)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained

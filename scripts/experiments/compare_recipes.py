@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longtake.rollout.denoise import Denoiser
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA_SEED, WORLD_SEED, OPEN_SEED = 0, 1_000_003, 1_000_037
 CORES = os.cpu_count() or 1
@@ -215,7 +217,7 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
         result: dict[str, Any] = {"step": manifest["step"], "config": manifest["config"]}
         for kind in kinds:
             model = load_dit(exported_weights(checkpoint, prefer_ema=kind == "ema"), mesh.device).eval()
-            row = student_row(model, config.stream_plan, seed=WORLD_SEED)
+            row = student_row(Denoiser(model), config.stream_plan, seed=WORLD_SEED)
             scores = {prefix: summarise(score_row(row, part, mesh)[0]) for prefix, part in batches.items()}
             flat = {prefix + key: value for prefix, summary in scores.items() for key, value in summary.items()}
             flat["open_bits"] = flat["open_open_entropy_bits"]

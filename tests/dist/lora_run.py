@@ -18,6 +18,7 @@ from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import factors
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
@@ -37,7 +38,15 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
         parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
-    objective = Dmd(*networks.values(), real, Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
+    objective = Dmd(
+        Denoiser(networks["generator"]),
+        networks["critic"],
+        real,
+        Draws(3),
+        RULES,
+        FRAMES,
+        DmdSettings(shift=5.0, guidance=4.0),
+    )
     adapters = {name: adapter_of(network) for name, network in networks.items()}
     settings = dict.fromkeys(networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
     state = TrainState.build(networks, settings, {"generator": EMASettings(0.5)}, adapters=adapters)
@@ -48,9 +57,7 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         state,
         InPrecision(objective, mesh, bf16=bf16),
         Batches(mesh),
-        LoopSettings(
-            steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))
-        ),
+        LoopSettings(steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))),
         folder=folder,
         mesh=mesh,
         info=RunInfo(progress=False),

@@ -1,6 +1,5 @@
 """Compiled blocks compute what uncompiled ones do, and are left out by name where there is no compiler."""
 
-from longtake.plan import StreamPlan
 import logging
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 from longtake.distributed import parallelize as module
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 
 
@@ -39,8 +40,10 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
         found = []
         for call in (
             lambda: model(x, sigma, condition),
-            lambda: model(x, sigma, condition, mask=layout),
-            lambda: roll_out(model, condition, noise(0, 1, 9), noise, rules, 3, (4, 6), graded=True).latents,
+            lambda: model(x, sigma, condition, layout),
+            lambda: (
+                roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 3, (4, 6), with_grad=True).latents
+            ),
         ):
             model.zero_grad()
             out = call()
@@ -50,7 +53,6 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
 
     for mine, theirs in zip(results(True), results(False), strict=True):
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()
-
 
 
 @pytest.mark.slow
@@ -65,9 +67,10 @@ def test_compiled_blocks_whose_exit_steps_are_joined(tiny_model, tiny_condition)
 
     found = []
     for compiled in (True, False):
-        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled, join_exits=compiled)
+        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
+        student = Denoiser(model, batched_exits=compiled)
         condition = tiny_condition(model)
-        out = roll_out(model, condition, noise(0, 1, 9), noise, rules, 5, (4, 6), graded=True).latents
+        out = roll_out(student, condition, noise(0, 1, 9), noise, rules, 5, (4, 6), with_grad=True).latents
         out.square().mean().backward()
         found.append([out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])])
     for mine, theirs in zip(*found, strict=True):

@@ -19,6 +19,7 @@ from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 from longtake.structs import Condition
 from longtake.train.ema import EMA, EMASettings
@@ -199,7 +200,7 @@ def test_cache(window, spare, precision):
         model.cast(torch.bfloat16)
     cache = model.new_cache(StreamPlan(2, 1, window, 0), 2, (8, 12), max_frames=5, spare_frames=spare)
     with torch.no_grad():
-        model(torch.randn(2, 1, 16, 8, 12), torch.ones(2), condition_of(SMALL), cache=cache, commit=True)
+        Denoiser(model)(torch.randn(2, 1, 16, 8, 12), torch.ones(2), condition_of(SMALL), cache, commit=True)
     cross = [tensor for layer in cache._cross.values() for tensor in layer]
     held = nbytes([cache.keys, cache.values, cache._key_space, cache._value_space, *cross])
     assert memory.cache_bytes(SMALL, CLIP, window_frames=window, spare_frames=spare, precision=precision) == held
@@ -255,7 +256,9 @@ def test_activations_of_a_roll_out(precision):
 
     clip = dataclasses.replace(CLIP, frames=9)
     measured = saved_bytes(
-        model, lambda: roll_out(model, condition, first, noise, RULES, 9, (8, 12), exit_step=0, graded=True), precision
+        model,
+        lambda: roll_out(Denoiser(model), condition, first, noise, RULES, 9, (8, 12), exit_step=0, with_grad=True),
+        precision,
     )
     estimate = memory.roll_out_bytes(
         SMALL,

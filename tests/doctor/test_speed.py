@@ -20,6 +20,7 @@ from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.work import clip_call, loras, model_work
 from longtake.structs import Condition
 
@@ -35,16 +36,16 @@ def moved(precision, *, dim, ffn, side=8, layers=2, past=0, rope="relative", gra
     if rank:
         pattern = Adapter(rank, float(rank), targets_of(model, None), Base("toy", "0")).pattern
         add_lora(model.cast(torch.bfloat16), pattern, rank, float(rank), Draws(0), "x")
-    x, level, options = torch.randn(1, 2, 16, side, side), torch.full((1,), 0.5), {}
+    x, level = torch.randn(1, 2, 16, side, side), torch.full((1,), 0.5)
     bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
     with bf16:
         if past:
-            options["cache"] = model.new_cache(StreamPlan(2, 1, None, 0, rope), 1, (side, side), max_frames=past + 2)
+            cache = model.new_cache(StreamPlan(2, 1, None, 0, rope), 1, (side, side), max_frames=past + 2)
             with torch.no_grad():
                 for _ in range(past // 2):
-                    model(x, torch.zeros(1), condition, commit=True, **options)
+                    Denoiser(model)(x, torch.zeros(1), condition, cache, commit=True)
         with torch.set_grad_enabled(graded), ByteCounter() as ahead:
-            velocity = model(x, level, condition, **options)
+            velocity = Denoiser(model)(x, level, condition, cache) if past else model(x, level, condition)
     back = ByteCounter()
     if graded:
         with back:

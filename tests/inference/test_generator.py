@@ -215,7 +215,14 @@ def latents_of(generator, seeds_of_videos, num_frames=5):
     condition = encode_condition(generator.encoders, images, [WORLD.caption] * len(seeds_of_videos))
     picture = condition.frames[:, :1, -generator.encoders.vae.latent_channels :]
     return student_latents(
-        generator.model, condition, picture, generator.plan, num_frames, (8, 8), seed=0, videos=seeds_of_videos
+        generator.denoiser,
+        condition,
+        picture,
+        generator.plan,
+        num_frames,
+        (8, 8),
+        seed=0,
+        videos=seeds_of_videos,
     )
 
 

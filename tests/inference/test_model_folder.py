@@ -155,7 +155,7 @@ def guided_oracle(generator, weight, num_blocks):
         for step, sigma in enumerate(rules.sigmas):
             levels = torch.zeros(1, end)
             levels[:, start:] = sigma
-            both = [model(torch.cat([latents, x], 1), levels, side, mask=layout)[:, start:] for side in sides]
+            both = [model(torch.cat([latents, x], 1), levels, side, layout)[:, start:] for side in sides]
             clean = x - sigma * (both[1] + weight * (both[0] - both[1]))
             if step + 1 < len(rules.sigmas):
                 following = rules.sigmas[step + 1]

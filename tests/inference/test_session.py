@@ -88,12 +88,12 @@ class ByHand:
         for cache in self.caches:
             cache.position = self.starts[block]
         latents = self.latents[block]
-        commit_block(self.generator.model, self.caches[0], self.condition, latents, guidance=self.guidance)
+        commit_block(self.generator.denoiser, self.caches[0], self.condition, latents, guidance=self.guidance)
 
     def make(self):
         start = self.position
         made = denoise_block(
-            self.generator.model,
+            self.generator.denoiser,
             self.caches[0],
             self.condition,
             lambda step: self.noise(start, start + 2, step),
@@ -196,7 +196,7 @@ def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(any_generator):
         # Nothing of the past is left: a stream of its own, whose noise is that of video 1 of the seed.
         condition = encode_condition(any_generator.encoders, prepared(OTHER), [B])
         latents = student_latents(
-            any_generator.model,
+            any_generator.denoiser,
             condition,
             condition.frames[:, :1, -4:],
             any_generator.plan,
@@ -231,12 +231,12 @@ def test_a_target_changes_clip_tokens_and_the_tail_of_y(generator):
     own, other = (encode_condition(generator.encoders, prepared(image), [A]) for image in (PICTURE, OTHER))
     mixed = Condition(own.text, other.image, torch.cat([own.frames[:, :1], other.frames[:, 1:]], 1))
     rules, noise = generator.plan, stream_noise(0, [0], 4, (4, 4), "cpu")
-    latents = student_latents(generator.model, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
+    latents = student_latents(generator.denoiser, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
     cache = generator.model.new_cache(rules, 1, (4, 4))
     for start, end in rules.blocks(0, 5):
-        commit_block(generator.model, cache, mixed, latents[:, start:end])
+        commit_block(generator.denoiser, cache, mixed, latents[:, start:end])
     with torch.no_grad():
-        block = denoise_block(generator.model, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)
+        block = denoise_block(generator.denoiser, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)
     expected = to_frames(generator.encoders.vae.decode(torch.cat([latents, block], 1))[0])
     assert np.array_equal(np.concatenate([before, after]), expected)
     assert session.num_frames == 25 and session.scene == 0  # no cut
@@ -277,7 +277,7 @@ def memory_of(session):
     stream = session.standing.stream
     tensors = [t for cache in stream.caches for t in (cache.keys, cache.values, cache._key_space, cache._value_space)]
     tensors += [t for cache in stream.caches for kept in cache._cross.values() for t in kept]
-    tensors += [r.slots for cache in stream.caches for r in cache._readings.values()]
+    tensors += [held["slots"] for cache in stream.caches for held in cache._indices.values()]
     return {t.data_ptr() for t in tensors}
 
 

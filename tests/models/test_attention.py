@@ -14,6 +14,7 @@ from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
 from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import MaskLayout
 
 PLAN = StreamPlan(2, 1)
@@ -136,8 +137,8 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
         before = model(x, sigma, condition)
         model.set_attention(counting)
         assert torch.equal(model(x, sigma, condition), before)
-        model(x, sigma, condition, mask=PLAN.causal_layout(3))
-        model(x, sigma, condition, cache=model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
+        model(x, sigma, condition, PLAN.causal_layout(3))
+        Denoiser(model)(x, sigma, condition, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
     assert calls == [(2, 18, 2, 16)] * 3 * model.config.num_layers
 
 
@@ -146,9 +147,9 @@ def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         for _ in range(2):
-            model(x, sigma, condition, mask=layout)
+            model(x, sigma, condition, layout)
         assert len(model._masks) == 1 and len(model._masks[layout]) == 1
-        model(x[..., :4], sigma, condition, mask=layout)  # another size of the picture: another mask
+        model(x[..., :4], sigma, condition, layout)  # another size of the picture: another mask
         assert len(model._masks[layout]) == 2
     del layout
     assert len(model._masks) == 0
@@ -192,8 +193,8 @@ class TestCuda:
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
             try:
                 with torch.no_grad():
-                    model(x, zero, condition, cache=cache)
-                    model(x, zero, condition, cache=cache, commit=True)
+                    Denoiser(model)(x, zero, condition, cache)
+                    Denoiser(model)(x, zero, condition, cache, commit=True)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
@@ -202,6 +203,6 @@ class TestCuda:
         condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
         layout = replace(PLAN, window_frames=3, sink_frames=1).causal_layout(5)
         with torch.no_grad():
-            truth = model(x, zero, condition, mask=layout)
-            out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), mask=layout).cpu()
+            truth = model(x, zero, condition, layout)
+            out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), layout).cpu()
         assert rel(out, truth) < 5e-3

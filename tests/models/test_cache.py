@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
-from longtake.models.cache import KVCache, Reading
+from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 
 ROPES = ("absolute", "relative")
@@ -25,7 +26,7 @@ ROPES = ("absolute", "relative")
 
 def _commit(model: VideoDiT, cache: KVCache, condition: Condition, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x, torch.zeros(x.shape[0]), condition, cache=cache, commit=True)
+        return Denoiser(model)(x, torch.zeros(x.shape[0]), condition, cache, commit=True)
 
 
 def _passes(model: VideoDiT, cache: KVCache, condition: Condition, blocks: list[int]) -> Iterator[int]:
@@ -33,7 +34,7 @@ def _passes(model: VideoDiT, cache: KVCache, condition: Condition, blocks: list[
     for i, frames in enumerate(blocks):
         x = make_tiny_latents(frames, cache.batch_size, seed=30 + i)
         with torch.no_grad():
-            model(x, torch.ones(cache.batch_size), condition, cache=cache)
+            Denoiser(model)(x, torch.ones(cache.batch_size), condition, cache)
         _commit(model, cache, condition, x)
         yield i
 
@@ -68,12 +69,12 @@ def test_graded_commit_is_refused_and_graded_calls_never_write() -> None:
     _commit(model, cache, condition, x)
     before = [t.clone() for t in (cache.keys, cache.values)]
     with pytest.raises(CacheError, match="gradients enabled"):
-        model(x, torch.zeros(2), condition, cache=cache, commit=True)
-    model(x, torch.full((2,), 0.5), condition, cache=cache).sum().backward()
+        Denoiser(model)(x, torch.zeros(2), condition, cache, commit=True)
+    Denoiser(model)(x, torch.full((2,), 0.5), condition, cache).sum().backward()
     assert cache.position == 1 and cache.held_frames == [0]
     assert torch.equal(before[0], cache.keys) and torch.equal(before[1], cache.values)
     with torch.no_grad():  # an ungraded pass without commit leaves no trace either
-        model(x, torch.ones(2), condition, cache=cache)
+        Denoiser(model)(x, torch.ones(2), condition, cache)
     assert cache.position == 1 and torch.equal(before[0], cache.keys) and torch.equal(before[1], cache.values)
 
 
@@ -100,7 +101,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
         x = make_tiny_latents(frames, seed=done)
         counts.clear()
         with torch.set_grad_enabled(graded):
-            assert bool(model(x, torch.ones(2), condition, cache=cache).isfinite().all())
+            assert bool(Denoiser(model)(x, torch.ones(2), condition, cache).isfinite().all())
         assert counts == [min(done + frames, window)] * model.config.num_layers
         assert bool(_commit(model, cache, condition, x).isfinite().all())
         done += frames
@@ -113,20 +114,20 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
     cache = model.new_cache(StreamPlan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
     readings: list[tuple[tuple[int, ...], list[int]]] = []
     spaces: list[tuple] = []
-    read, gather = KVCache.read, KVCache.gather
+    view_of, gather = KVCache.view, KVCache.gather
 
-    def spy_read(self: KVCache, block_frames: int, *, graded: bool) -> Reading:
-        out = read(self, block_frames, graded=graded)
+    def spy_view(self: KVCache, block_frames: int, **options: bool) -> CacheView:
+        out = view_of(self, block_frames, **options)
         tensors = [t for t in vars(out).values() if isinstance(t, Tensor)]
         readings.append((tuple(t.data_ptr() for t in tensors), out.frame_index.tolist()))
         return out
 
-    def spy_gather(self: KVCache, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple:
-        keys, values = gather(self, layer, reading, k, v, graded=graded)
+    def spy_gather(self: KVCache, layer: int, view: CacheView, k: Tensor, v: Tensor) -> tuple:
+        keys, values = gather(self, layer, view, k, v)
         spaces.append((keys.shape, keys.data_ptr(), values.shape, values.data_ptr()))
         return keys, values
 
-    monkeypatch.setattr(KVCache, "read", spy_read)
+    monkeypatch.setattr(KVCache, "view", spy_view)
     monkeypatch.setattr(KVCache, "gather", spy_gather)
     for block in _passes(model, cache, condition, [1] + [3] * 7):
         if block == 1:  # seven frames seen: the window is full from now on
@@ -158,7 +159,7 @@ def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
     assert again.calls == steady.calls  # the same operators, whatever the position
     x, sigma = make_tiny_latents(4), torch.ones(2)
     with _Watch() as graded:
-        model(x, sigma, condition, cache=cache).sum().backward()
+        Denoiser(model)(x, sigma, condition, cache).sum().backward()
     assert graded.waits == [] and graded.largest < cache.size_bytes
 
 
@@ -202,17 +203,17 @@ def test_recache_of_the_window_with_the_sink_kept(rope: str, rel) -> None:
         _commit(model, cache, condition, x[:, start:end])
     probe = make_tiny_latents(4, seed=50)
     with torch.no_grad():
-        before = model(probe, torch.ones(2), condition, cache=cache)
+        before = Denoiser(model)(probe, torch.ones(2), condition, cache)
     cache.position = 9
     assert cache.held_frames == [0, 1, 2, 3, 4, 5, 6, 7, 8]  # frames 9 to 12 are no context any more
     _commit(model, cache, condition, x[:, 9:13])
     with torch.no_grad():
-        after = model(probe, torch.ones(2), condition, cache=cache)
+        after = Denoiser(model)(probe, torch.ones(2), condition, cache)
         assert rel(after, before) < 1e-6
         other = make_tiny_condition(model, seed=99)
         cache.position = 9
         _commit(model, cache, other, x[:, 9:13])
-        assert rel(model(probe, torch.ones(2), condition, cache=cache), before) > 1e-3
+        assert rel(Denoiser(model)(probe, torch.ones(2), condition, cache), before) > 1e-3
     with pytest.raises(CacheError, match="must not be negative"):
         cache.position = -1
 
@@ -246,7 +247,7 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     def count(condition: Condition) -> tuple[int, Tensor]:
         calls.clear()
         with torch.no_grad():
-            out = model(x, sigma, condition, cache=cache)
+            out = Denoiser(model)(x, sigma, condition, cache)
         return len(calls), out
 
     first, out = count(condition)
@@ -270,10 +271,10 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     # Graded calls neither use nor replace what is kept.
     kept = [t.clone() for t in cache.cross(0)]
     calls.clear()
-    model(x, sigma, equal, cache=cache).sum().backward()
+    Denoiser(model)(x, sigma, equal, cache).sum().backward()
     assert len(calls) == layers and all(text.requires_grad for text in calls)
-    model(x, sigma, condition, cache=cache)
-    assert cache.has_cross(equal) and all(torch.equal(a, b) for a, b in zip(kept, cache.cross(0)))
+    Denoiser(model)(x, sigma, condition, cache)
+    assert cache.has_cross(model, equal) and all(torch.equal(a, b) for a, b in zip(kept, cache.cross(0)))
     assert count(equal)[0] == 0
 
 
@@ -331,9 +332,9 @@ def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> N
         with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
             if step in (3, 4):
                 cache.clear_condition()  # made in one mode, rebuilt in the other
-            mixed = model(x, sigma, condition, cache=cache, commit=True)
+            mixed = Denoiser(model)(x, sigma, condition, cache, commit=True)
         assert torch.equal(mixed, _commit(model, plain, condition, x))
-    model(x, sigma, condition, cache=cache).sum().backward()
+    Denoiser(model)(x, sigma, condition, cache).sum().backward()
 
 
 def test_cache_keeps_the_type_of_the_matrix_products() -> None:

@@ -16,7 +16,7 @@ from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.denoise import commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 FRAMES, BATCH = 7, 2
@@ -63,7 +63,7 @@ def test_masked_pass(model, rope):
     call = call_of(model).masked(layout)
     assert call.entries == 2 * FRAMES and call.pairs < (call.entries * TOKENS) ** 2
     x, sigma = torch.cat([make_tiny_latents(FRAMES)] * 2, 1), torch.full((BATCH, 2 * FRAMES), 0.5)
-    ran, _ = counted(lambda: model(x, sigma, make_tiny_condition(model), mask=layout))
+    ran, _ = counted(lambda: model(x, sigma, make_tiny_condition(model), layout))
     assert ran == flops.forward(model.config, call).total
     pairs = 0
     for start, end in PLAN.blocks(0, FRAMES):
@@ -78,16 +78,18 @@ def test_a_cached_block_with_a_window(model, graded):
     condition = make_tiny_condition(model)
     cache = model.new_cache(StreamPlan(2, 1, 5, 1), BATCH, (HEIGHT, WIDTH))
     first = call_of(model, 1)
-    ran, _ = counted(lambda: commit_block(model, cache, condition, make_tiny_latents(1)))
+    ran, _ = counted(lambda: commit_block(Denoiser(model), cache, condition, make_tiny_latents(1)))
     assert ran == flops.forward(model.config, first.cached(1, 0, with_context=True)).total
-    commit_block(model, cache, condition, make_tiny_latents(2))
-    commit_block(model, cache, condition, make_tiny_latents(2))
+    commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
+    commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
     past = len(replace(PLAN, window_frames=5, sink_frames=1).attended(5, 7))
     assert past == 3  # the sink, and two frames before
     call = first.cached(2, past, with_context=graded)
     noise = make_tiny_latents(2)
     ran, out = counted(
-        lambda: denoise_block(model, cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, graded=graded)
+        lambda: denoise_block(
+            Denoiser(model), cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, with_grad=graded
+        )
     )
     passes = [first.cached(2, past, with_context=False), call]
     assert ran == sum(flops.forward(model.config, each).total for each in passes)

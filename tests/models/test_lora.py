@@ -20,6 +20,7 @@ from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 
 ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} | {"ffn.0", "ffn.2"}
 IMAGE = {"cross_attn.k_img", "cross_attn.v_img"}
@@ -111,20 +112,20 @@ def test_merged_equals_unmerged_in_every_use(tiny_model, tiny_condition, tiny_la
     condition, layout = tiny_condition(base), StreamPlan(2, 1).causal_layout(3)
     assert rel(velocity(base, condition), velocity(merged, condition)) > 0.1
     assert rel(velocity(model, condition), velocity(merged, condition)) < 1e-6
-    dense = [velocity(network, condition, mask=layout) for network in (model, merged)]
+    dense = [velocity(network, condition, layout) for network in (model, merged)]
     monkeypatch.setattr(attention, "make_mask", partial(attention.make_mask, flex=True))
     layout = StreamPlan(2, 1).causal_layout(3)
-    flex = [velocity(network, condition, mask=layout) for network in (model, merged)]
+    flex = [velocity(network, condition, layout) for network in (model, merged)]
     assert rel(*dense) < 1e-6 and rel(*flex) < 1e-6 and rel(dense[0], flex[0]) < 1e-5
     streams = []
     for network in (model, merged):
         cache = network.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
         x = tiny_latents(7)
-        parts = [network(x[:, :1], torch.zeros(2), condition, cache=cache, commit=True)]
+        parts = [Denoiser(network)(x[:, :1], torch.zeros(2), condition, cache, commit=True)]
         for start in (1, 3, 5):
             block = x[:, start : start + 2]
-            parts.append(network(block, torch.full((2,), 0.6), condition, cache=cache))
-            network(block, torch.zeros(2), condition, cache=cache, commit=True)
+            parts.append(Denoiser(network)(block, torch.full((2,), 0.6), condition, cache))
+            Denoiser(network)(block, torch.zeros(2), condition, cache, commit=True)
         streams.append(torch.cat(parts, 1))
     assert rel(*streams) < 1e-6
 

@@ -10,6 +10,7 @@ from longtake.models.lora import add_lora, first_factors, inject_lora
 from longtake.models.roles import Role, SharedBase
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 
 NAMES = ("generator", "critic")
 
@@ -106,5 +107,5 @@ def test_kept_cross_attention_belongs_to_a_role(tiny_model, tiny_condition, tiny
     cache = roles["generator"].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
     with torch.no_grad():
         for name in ("generator", "critic", "teacher", "generator"):
-            wanted = own[name](x, sigma, condition, cache=own[name].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)))
-            assert torch.equal(roles[name](x, sigma, condition, cache=cache), wanted)
+            wanted = Denoiser(own[name])(x, sigma, condition, own[name].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)))
+            assert torch.equal(Denoiser(roles[name])(x, sigma, condition, cache), wanted)

@@ -15,6 +15,7 @@ from longtake.errors import CacheError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 
 # (first, block, frames), window, sink: with and without eviction, sinks inside, at and across block boundaries
@@ -45,9 +46,9 @@ def _stream(
     clean_out, noisy_out = [], []
     for start, end in plan.blocks(0, clean.shape[1]):
         block = slice(start, end)
-        noisy_out.append(model(noisy[:, block], sigma[:, block], condition, cache=cache))
+        noisy_out.append(Denoiser(model)(noisy[:, block], sigma[:, block], condition, cache))
         zero = torch.zeros_like(sigma[:, block])
-        clean_out.append(model(clean[:, block], zero, condition, cache=cache, commit=True))
+        clean_out.append(Denoiser(model)(clean[:, block], zero, condition, cache, commit=True))
     return torch.cat(clean_out, 1), torch.cat(noisy_out, 1)
 
 
@@ -76,9 +77,9 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
     rules = {"rope": rope, "window_frames": window, "sink_frames": sink}
     with torch.no_grad():
-        full = model(clean, zero, condition, mask=replace(plan, **rules).causal_layout(frames))
+        full = model(clean, zero, condition, replace(plan, **rules).causal_layout(frames))
         both = torch.cat([clean, noisy], 1), torch.cat([zero, sigma], 1)
-        forced = model(*both, condition, mask=replace(plan, **rules).teacher_forcing_layout(frames))
+        forced = model(*both, condition, replace(plan, **rules).teacher_forcing_layout(frames))
     assert rel(full, truth.velocity) < 1e-5
     assert rel(forced, torch.cat([truth.velocity, truth.noisy], 1)) < 1e-5
     assert rel(clean_out, full) < 1e-5 and rel(noisy_out, forced[:, frames:]) < 1e-5
@@ -121,7 +122,7 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
 
     model.set_attention(spy)
     with torch.no_grad():
-        model(x, zero, condition, mask=plan.causal_layout(9))
+        model(x, zero, condition, plan.causal_layout(9))
     assert len(handed) == model.config.num_layers
     for layer, (k, v) in enumerate(handed):
         assert rel(cache.keys[layer].flatten(1, 2), k) < 1e-5 and rel(cache.values[layer].flatten(1, 2), v) < 1e-5
@@ -143,8 +144,8 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
     with torch.no_grad():
         for start, end in plan.blocks(0, 5):
             for sigma in (1.0, 0.75, 0.5):
-                model(torch.randn(2, end - start, 4, 4, 6), torch.full((2,), sigma), condition, cache=cache)
-            model(x[:, start:end], torch.zeros(2), condition, cache=cache, commit=True)
+                Denoiser(model)(torch.randn(2, end - start, 4, 4, 6), torch.full((2,), sigma), condition, cache)
+            Denoiser(model)(x[:, start:end], torch.zeros(2), condition, cache, commit=True)
     assert counts == [1] * 4 * model.config.num_layers + [5] * 4 * model.config.num_layers
     truth = _oracle(model, x[:, :5], torch.zeros(2, 5), condition, plan, rope=rope, window=7, sink=3)
     for layer in range(model.config.num_layers):
@@ -159,7 +160,7 @@ def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
     assert condition.image is not None
     cache, sigma = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), _sigmas(2, 5)
     clean_out, noisy_out = _stream(model, cache, plan, condition, x, noisy, sigma)
-    assert cache.has_cross(condition)
+    assert cache.has_cross(model, condition)
     for layer in range(model.config.num_layers):
         lengths = [t.shape for t in cache.cross(layer)]
         assert lengths == [(2, 8, 2, 16), (2, 8, 2, 16), (2, 5, 2, 16), (2, 5, 2, 16)]
@@ -188,11 +189,11 @@ def _roll_out(
     for (start, end), x in zip(plan.blocks(), noise):
         assert cache.position == start and x.shape[1] == end - start
         with torch.no_grad():
-            model(x, half + 0.5, condition, cache=cache)
-        clean = x - 0.5 * model(x, half, condition, cache=cache)
+            Denoiser(model)(x, half + 0.5, condition, cache)
+        clean = x - 0.5 * Denoiser(model)(x, half, condition, cache)
         with torch.no_grad():
             # Handed over with its graph on purpose: a commit detaches.
-            model(clean, half - 0.5, condition, cache=cache, commit=True)
+            Denoiser(model)(clean, half - 0.5, condition, cache, commit=True)
         yield clean
 
 
@@ -264,8 +265,8 @@ def _pending(model: VideoDiT) -> tuple[KVCache, Condition, Tensor]:
     zero, x = torch.zeros(2), make_tiny_latents(1)
     with torch.no_grad():
         for _ in range(3):
-            model(x, zero, condition, cache=cache, commit=True)
-    output = model(x, zero, condition, cache=cache)
+            Denoiser(model)(x, zero, condition, cache, commit=True)
+    output = Denoiser(model)(x, zero, condition, cache)
     return cache, condition, output
 
 
@@ -277,7 +278,7 @@ def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
     @torch.no_grad()
     def commit_two(cache: KVCache, condition: Condition) -> None:
         for _ in range(2):
-            model(x, zero, condition, cache=cache, commit=True)
+            Denoiser(model)(x, zero, condition, cache, commit=True)
 
     cache, condition, output = _pending(model)
     before = [cache.keys.clone(), cache.values.clone()]

@@ -25,7 +25,7 @@ def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
 
 
 def batch_of(long, indices=(4, 9), later=False):
-    batch = make_batch(long.generator, list(indices), HORIZON)
+    batch = make_batch(long.generator.model, list(indices), HORIZON)
     if later:
         batch = type(batch)(**{**vars(batch), "later_text": batch.condition.text.flip(-1)})
     return batch
@@ -98,7 +98,7 @@ def test_the_scores_see_the_window_under_its_own_picture(monkeypatch):
             assert call["x"].shape[1] == HORIZON
             assert torch.equal(condition.frames, batch.condition.frames) == (step == 0)
             if step:
-                picture = TinyCodec(long.generator.config).encode(shown)
+                picture = TinyCodec(long.generator.model.config).encode(shown)
                 assert torch.equal(condition.frames, picture.frames)
                 assert torch.equal(condition.image, picture.tokens)
         if calls["real"]:
@@ -137,7 +137,7 @@ def test_the_first_chunk_is_plain_distillation():
 def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
     long = make_long()
     batch = batch_of(long)
-    calls = record(long.generator, monkeypatch)
+    calls = record(long.generator.model, monkeypatch)
     train(long, batch, [0])
     assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3]  # one roll-out of [1, 2, 2, 2]
 

@@ -10,12 +10,12 @@ from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.denoise import commit_block
+from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.rollout.self_forcing import remake, roll_out
 
 
 def objective(model, rules=RULES, **options):
-    return TeacherForcing(model, Draws(3), rules, **{"shift": 3.0} | options)
+    return TeacherForcing(Denoiser(model), Draws(3), rules, **{"shift": 3.0} | options)
 
 
 def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=5, **options):
@@ -75,10 +75,10 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     for start, end in rules.blocks(0, frames):
         at = slice(frames + start, frames + end)
         with torch.no_grad():
-            out = model(call["x"][:, at], call["sigma"][:, at], batch.condition, cache=cache)
+            out = Denoiser(model)(call["x"][:, at], call["sigma"][:, at], batch.condition, cache)
         torch.testing.assert_close(out, call["out"][:, at].detach(), rtol=0, atol=2e-5)
         errors.append((out - (noise - batch.latents)[:, start:end]).square().mean((2, 3, 4)))
-        commit_block(model, cache, batch.condition, batch.latents[:, start:end])
+        commit_block(Denoiser(model), cache, batch.condition, batch.latents[:, start:end])
     expected = torch.cat(errors, 1)[:, 1 if i2v else 0 :].mean()
     torch.testing.assert_close(result.loss.detach(), expected, rtol=1e-5, atol=1e-6)
 
@@ -141,18 +141,18 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *clean.shape[2:], generator=generator)
 
-    made = remake(model, condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
+    made = remake(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
     with torch.no_grad():
         cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
-        commit_block(model, cache, condition, clean[:, :1])
+        commit_block(Denoiser(model), cache, condition, clean[:, :1])
         for (start, end), first in (((1, 3), 1), ((3, 5), 2)):
             x = clean[:, start:end]
             for step in range(first, 3):
                 level = torch.full((2,), rules.sigmas[step])
                 x = add_noise(x, noise(start, end, step), level)
-                x = clean_from_velocity(x, model(x, level, condition, cache=cache), level)
+                x = clean_from_velocity(x, Denoiser(model)(x, level, condition, cache), level)
             torch.testing.assert_close(made[:, start:end], x)
-            commit_block(model, cache, condition, x)
+            commit_block(Denoiser(model), cache, condition, x)
     assert torch.equal(made[:, 5:], clean[:, 5:])
 
 
@@ -164,8 +164,8 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
 
-    made = remake(model, batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
-    rolled = roll_out(model, batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
+    made = remake(Denoiser(model), batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
+    rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
     torch.testing.assert_close(made[:, :5], rolled[:, :5])
 
 

@@ -12,7 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.denoise import commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 from longtake.rollout.self_forcing import block_noise_at
@@ -26,14 +26,23 @@ def noise(start, end, step):
     return Draws(0).noise(step, "x", [0, 1], (end - start, 4, 4, 6), part=start)
 
 
-def make(i2v=True, switch=None, rules=RULES, **options):
+def make(i2v=True, switch=None, rules=RULES, batched=False, **options):
     model = make_tiny_model(i2v=i2v)
     condition = make_tiny_condition(model)
     first = make_tiny_latents(1) if i2v else None
     codec = TinyCodec(model.config)
     horizon = HORIZON if i2v else 6
     stream = LongStream(
-        model, condition, first, rules, (4, 6), codec, horizon=horizon, max_frames=40, switch=switch, **options
+        Denoiser(model, batched_exits=batched),
+        condition,
+        first,
+        rules,
+        (4, 6),
+        codec,
+        horizon=horizon,
+        max_frames=40,
+        switch=switch,
+        **options,
     )
     return stream, model, condition, first, codec
 
@@ -52,7 +61,7 @@ def test_it_is_the_stream_of_inference(i2v, rope):
     ends = [7, 13, 17, 23] if i2v else [6, 10, 12, 16]
     windows = [stream.advance(end, noise) for end in ends]
     cache = model.new_cache(rules, 2, (4, 6))
-    blocks = stream_latents(model, cache, condition, first, noise, rules)
+    blocks = stream_latents(Denoiser(model), cache, condition, first, noise, rules)
     expected = torch.cat(list(islice(blocks, rules.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
     assert stream.position == ends[-1]
@@ -94,10 +103,10 @@ def oracle_with_switch(model, condition, first, later, switch, end):
         kept.append(pending)
         if begin == switch:
             condition = condition.with_text(later)
-            rebuild_cache(model, cache, condition, kept)
+            rebuild_cache(Denoiser(model), cache, condition, kept)
         else:
-            commit_block(model, cache, condition, pending)
-        pending = denoise_block(model, cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+            commit_block(Denoiser(model), cache, condition, pending)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
         blocks.append(pending)
     return torch.cat(blocks, 1)
 
@@ -107,7 +116,7 @@ def test_the_prompt_switches_at_its_frame_and_only_what_follows_is_learnt_from(s
     later = make_tiny_condition(make_tiny_model(i2v=True), seed=8).text
     stream, model, condition, first, _ = make(switch=Switch(switch, later))
     ends = [7, 13, 19]
-    windows = [stream.advance(end, noise, graded=True) for end in ends]
+    windows = [stream.advance(end, noise, with_grad=True) for end in ends]
     whole = latents_of(windows, ends, HORIZON).detach()
     assert torch.equal(whole, oracle_with_switch(model, condition, first, later, switch, 19))
     for window, start, end in zip(windows, [1, *ends], ends):
@@ -141,11 +150,13 @@ def test_checkpointing_and_eviction_inside_the_chunk_change_no_gradient(switch):
     text = make_tiny_condition(make_tiny_model(i2v=True), seed=8).text
     for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         turn = None if switch is None else Switch(switch, text)
-        stream, model, *_ = make(spare_frames=HORIZON if checkpointing or together else 0, switch=turn)
-        model.activation_checkpointing, model.exits_together = checkpointing, together
+        stream, model, *_ = make(
+            spare_frames=HORIZON if checkpointing or together else 0, switch=turn, batched=together
+        )
+        model.activation_checkpointing = checkpointing
         for end in (7, 13, 19):
             model.zero_grad()
-            window = stream.advance(end, noise, graded=True, exit_step=1)
+            window = stream.advance(end, noise, with_grad=True, exit_step=1)
             (window.latents * window.generated[None, :, None, None, None]).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for other in gradients[1:]:

@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
 
 PLAN = StreamPlan(2, 1)
@@ -18,7 +18,7 @@ def streamed(model, condition, latents, window, sink, rope="relative"):
     """A cache that saw `latents` block by block."""
     cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, latents.shape[1]):
-        commit_block(model, cache, condition, latents[:, start:end])
+        commit_block(Denoiser(model), cache, condition, latents[:, start:end])
     return cache
 
 
@@ -34,7 +34,9 @@ def kept_of(latents, window, sink, together=1):
 
 
 def next_block(model, cache, condition):
-    return denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5])
+    return denoise_block(
+        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5]
+    )
 
 
 def frames(cache):
@@ -62,13 +64,13 @@ def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, s
     cache = streamed(model, old, latents, window, sink, rope)
     kept = kept_of(latents, window, sink, together=2)
     assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
-    rebuild_cache(model, cache, new, kept)
+    rebuild_cache(Denoiser(model), cache, new, kept)
     # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
     fresh = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, total):
         if start in expected:
             fresh.position = start
-            commit_block(model, fresh, new, latents[:, start:end])
+            commit_block(Denoiser(model), fresh, new, latents[:, start:end])
     assert cache.position == fresh.position == total
     assert cache.held_frames == fresh.held_frames == expected
     for frame, pair in frames(fresh).items():
@@ -83,7 +85,7 @@ def test_without_eviction_it_equals_the_whole_stream_under_the_new_prompt():
     latents = make_tiny_latents(5)
     cache = streamed(model, old, latents, 7, 1)
     stale = next_block(model, cache, new)
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 1))
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 1))
     rebuilt = next_block(model, cache, new)
     assert torch.equal(rebuilt, next_block(model, streamed(model, new, latents, 7, 1), new))
     assert (rebuilt - stale).abs().max() > 1e-2, "without a rebuild the past still follows the old prompt"
@@ -98,7 +100,7 @@ def test_it_is_causal():
     caches = []
     for latents in (one, other):
         cache = streamed(model, condition, latents, 7, 1)
-        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
         caches.append(frames(cache))
     for frame in (0, 5, 6, 7, 8):
         assert torch.equal(caches[0][frame][0], caches[1][frame][0])
@@ -111,7 +113,7 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     latents = make_tiny_latents(11)
     cache = streamed(model, old, latents, 7, 3)
     before = {f: tuple(t.clone() for t in pair) for f, pair in frames(cache).items()}
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 7, 8, 9, 10] and cache.position == 11
     assert all(torch.equal(after[f][0], before[f][0]) for f in (0, 1, 2))
@@ -127,9 +129,9 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     latents = make_tiny_latents(5)
     cache = model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6))
     for start, end in PLAN.blocks(0, committed):
-        commit_block(model, cache, old, latents[:, start:end])
+        commit_block(Denoiser(model), cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 3, 4]
     assert [f for f in after if f in before and torch.equal(after[f][0], before[f])] == list(range(min(3, committed)))
@@ -151,8 +153,10 @@ def test_a_pending_backward_is_not_robbed_of_its_context():
     condition = make_tiny_condition(model)
     latents = make_tiny_latents(5)
     cache = streamed(model, condition, latents, 7, 1)
-    clean = denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], graded=True)
+    clean = denoise_block(
+        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], with_grad=True
+    )
     with pytest.raises(CacheError, match="pending backward"):
-        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
     clean.sum().backward()
-    rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+    rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))

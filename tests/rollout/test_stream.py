@@ -11,9 +11,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
-from longtake.models.pass_graph import PassGraphs
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import Guidance, commit_block
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block
 from longtake.rollout.stream import LatentStream, stream_switched
 
 PLAN = StreamPlan(2, 1)
@@ -24,12 +24,17 @@ def stream_from(model, condition, frame, rules, sink):
     cache = model.new_cache(rules, 2, (4, 6))
     past = make_tiny_latents(5)
     if sink:
-        commit_block(model, cache, condition, past[:, :1])
+        commit_block(Denoiser(model), cache, condition, past[:, :1])
     for start in (frame - 4, frame - 2):
         cache.position = start
-        commit_block(model, cache, condition, past[:, 1:3] if start == frame - 4 else past[:, 3:])
+        commit_block(Denoiser(model), cache, condition, past[:, 1:3] if start == frame - 4 else past[:, 3:])
     return LatentStream(
-        model, cache, condition, None, lambda s, e, k: make_tiny_latents(2, seed=s - frame + 50 * k + 100), rules
+        Denoiser(model),
+        cache,
+        condition,
+        None,
+        lambda s, e, k: make_tiny_latents(2, seed=s - frame + 50 * k + 100),
+        rules,
     )
 
 
@@ -90,7 +95,8 @@ def raising_at(number):
 )
 def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded):
     """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild."""
-    model = make_tiny_model(i2v=True)
+    denoiser = Denoiser(make_tiny_model(i2v=True))
+    model = denoiser.model
     one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
     rules = replace(PLAN, window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5])
 
@@ -100,7 +106,7 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
     def begun():
         caches = [model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6)) for _ in range(2)]
         guidance = Guidance(2.0, empty, caches[1]) if guided else None
-        stream = LatentStream(model, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
+        stream = LatentStream(denoiser, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
         for _ in range(2 if recorded else 4):
             stream.next()
         return stream
@@ -121,7 +127,7 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
             call(stream)
             ends.append(counted[0] - before)
     if recorded:
-        model.graphs = PassGraphs(Tape())
+        denoiser.graphs = CUDAGraphRunner(Tape())
     for number in [*range(1, ends[-1], max(1, ends[-1] // 16)), *ends]:
         stream = begun()
         with raising_at(number) as counted:
@@ -143,7 +149,7 @@ def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
     def made(number):
         cache, latents = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), []
         stream = stream_switched(
-            model,
+            Denoiser(model),
             cache,
             conditions,
             [3, 6],
@@ -172,18 +178,18 @@ def test_a_hole_in_the_cache_is_an_error(window):
     cache = model.new_cache(StreamPlan(2, 1, window, sink), 2, (4, 6), max_frames=None if window else 32)
     latents = make_tiny_latents(13)
     for start, end in PLAN.blocks(0, 13):
-        commit_block(model, cache, condition, latents[:, start:end])
+        commit_block(Denoiser(model), cache, condition, latents[:, start:end])
     cache.position = 15
     with pytest.raises(CacheError, match=r"attends to frames \[13, 14\], which this cache does not hold"):
-        commit_block(model, cache, condition, latents[:, 1:3])
+        commit_block(Denoiser(model), cache, condition, latents[:, 1:3])
     cache.position = 13
-    commit_block(model, cache, condition, latents[:, 1:3])
+    commit_block(Denoiser(model), cache, condition, latents[:, 1:3])
     cache.position = 9
     if window:
         with pytest.raises(CacheError, match=r"attends to frames \[5, 6, 7, 8\]"):
-            commit_block(model, cache, condition, latents[:, 9:11])
+            commit_block(Denoiser(model), cache, condition, latents[:, 9:11])
     else:
-        commit_block(model, cache, condition, latents[:, 9:11])
+        commit_block(Denoiser(model), cache, condition, latents[:, 9:11])
 
 
 def test_a_block_that_fails_can_be_asked_for_again():
@@ -201,7 +207,12 @@ def test_a_block_that_fails_can_be_asked_for_again():
 
     streams = [
         LatentStream(
-            model, model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), condition, make_tiny_latents(1), noise, rules
+            Denoiser(model),
+            model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)),
+            condition,
+            make_tiny_latents(1),
+            noise,
+            rules,
         )
         for _ in range(2)
     ]
