@@ -14,6 +14,7 @@ _HOMES = {
     "DataError": "longtake.errors",
     "Generator": "longtake.inference.generator",
     "LongtakeError": "longtake.errors",
+    "OutputError": "longtake.errors",
     "ShapeError": "longtake.errors",
     "TrainingError": "longtake.errors",
     "StreamPlan": "longtake.plan",

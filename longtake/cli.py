@@ -6,8 +6,8 @@ configuration file. Nothing heavy is imported before a command needs it: `longta
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -19,11 +19,12 @@ from typing import Annotated, Any
 
 import typer
 
+from longtake.cli_errors import EXIT_ERROR, clean_errors
 from longtake.cli_play import play
 from longtake.cli_world import evaluate, world
-from longtake.errors import ConfigError, LongtakeError
+from longtake.errors import ConfigError
+from longtake.outputs import check_output_file
 
-EXIT_ERROR, EXIT_CONFIG = 1, 2
 WAIT_MINUTES = 7 * 24 * 60.0
 
 app = typer.Typer(
@@ -53,11 +54,14 @@ def common(
 ) -> None:
     """Options of every command."""
     context.obj = debug
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may be no text
     # numpy's products are small here; its threads would cost five times the time beside torch's and scoring processes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 Logdir = Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
 
 
@@ -100,6 +104,7 @@ def encode(
         str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
     ] = None,
     rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Encode the data of a stage once, so that training from it loads no encoder."""
     with clean_errors(context):
@@ -110,7 +115,8 @@ def encode(
             raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
         from longtake.train.encode_set import encode as run
 
-        report = run(resolved, output, **given_options(dtype=dtype, rows_per_shard=rows_per_shard))
+        given = given_options(dtype=dtype, rows_per_shard=rows_per_shard, overwrite=overwrite or None)
+        report = run(resolved, output, **given)
         if report is not None:
             typer.echo(str(report))
 
@@ -170,6 +176,7 @@ def generate(
         str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")
     ] = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
@@ -182,10 +189,11 @@ def generate(
         changes = changes_of(**rules)
         length = given_options(num_frames=frames, seconds=seconds)
         given = given_options(seed=seed, negative=negative)
-        alone = given_options(decode_device=decode_device)
+        alone = given_options(decode_device=decode_device, overwrite=overwrite or None)
         if script is not None:
             if inputs is not None or samples is not None:
                 raise ConfigError("--script makes one video; leave out --inputs and --samples")
+            check_output_file(output, suffixes=(".mp4",), inputs=[script, config], overwrite=overwrite)
             from longtake.inference.script import generate_story
 
             with _one_video(device, sequence_parallel) as ranks:
@@ -194,6 +202,7 @@ def generate(
                 ranks.report(generate_story(source, script, output, **wanted))
             return
         if inputs is None and image is not None and prompt is not None and samples is None:
+            check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=overwrite)
             from longtake.inference.generator import generate_file
 
             with _one_video(device, sequence_parallel) as ranks:
@@ -204,12 +213,13 @@ def generate(
         if decode_device is not None:
             raise ConfigError("--decode-device is for one video; leave it out, or --inputs and --samples")
         from longtake.distributed.mesh import init_mesh
-        from longtake.inference.batch import Length, Pair, generate_many, read_pairs
+        from longtake.inference.batch import Length, Pair, check_apart, generate_many, read_pairs
 
         if inputs is None:
             assert image is not None and prompt is not None
             pairs = [Pair(image.stem, str(image), image, prompt)]
         else:
+            check_apart(inputs, output)
             pairs = read_pairs(inputs)
         source = _source(run, model, encoders, config, changes)
         # The ranks meet at the end alone: the one with the shortest share waits for the longest.
@@ -222,7 +232,7 @@ def generate(
                 length=Length(**length),
                 report=typer.echo,
                 **given,
-                **given_options(samples=samples),
+                **given_options(samples=samples, overwrite=overwrite or None),
             )
 
 
@@ -241,7 +251,9 @@ class _Ranks:
 @contextmanager
 def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_Ranks]:
     """The processes of torchrun, all of which make one video, or this process alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    from longtake.distributed.mesh import init_mesh, launched
+
+    _, world_size, _ = launched()
     if world_size == 1 and sequence_parallel in (None, 1):
         yield _Ranks(given_options(device=device))
         return
@@ -255,8 +267,6 @@ def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_R
             f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
             "together, or --inputs or --samples, or leave torchrun"
         )
-    from longtake.distributed.mesh import init_mesh
-
     with init_mesh(device) as mesh:
         split = mesh.arranged(_parallel(sequence_parallel)).sequence
         yield _Ranks({"device": mesh.device, "split": split}, mesh.is_main)
@@ -288,10 +298,9 @@ def _check_generate(
         raise ConfigError(
             "give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs), or --script"
         )
-    if seconds is not None and frames is not None:
-        raise ConfigError(f"--seconds {seconds:g} and --frames {frames} were given; give one of them")
-    if (length := seconds if seconds is not None else frames) is not None and length <= 0:
-        raise ConfigError(f"a length of {length:g} was given; it must be above 0")
+    from longtake.config_generation import frames_of
+
+    frames_of(frames, seconds, 1)
 
 
 def _source(
@@ -356,23 +365,25 @@ class Layout(StrEnum):
 def convert(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder or file of weights, or OWNER/NAME on the Hugging Face hub.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[Layout, typer.Option(help="Names and config.json of Wan's code, of diffusers, or of Longtake.")],
     network: Annotated[
         str | None, typer.Option(help="Which one of a .pt file: generator, generator_ema, critic, ...")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="File or folder of low-rank updates to merge.")] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="alpha / rank, where no adapter_config.json says it; else 1.")
+        float | None, typer.Option(help="alpha / rank of all layers; else what the updates say, or 1.")
     ] = None,
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the updates out instead of merging them.")] = False,
     shard_bytes: Annotated[int | None, typer.Option(help="Most bytes of a weight file.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Rewrite the weights of a transformer in another layout, bit for bit."""
     with clean_errors(context):
         from longtake.models.convert import convert as rewrite
 
         given = given_options(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
+        given |= given_options(overwrite=overwrite or None)
         for file in rewrite(source, target, to.value, unmerge=unmerge, **given):
             typer.echo(str(file))
 
@@ -381,45 +392,34 @@ def convert(
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Log folder, stage folder or checkpoint of a training run.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the student of a run with its rules: a folder for `longtake generate --model`."""
     with clean_errors(context):
         from longtake.inference.export import export as write
 
-        typer.echo(str(write(run, target, **given_options(dtype=dtype))))
+        typer.echo(str(write(run, target, **given_options(dtype=dtype, overwrite=overwrite or None))))
 
 
 @app.command("config")
 def show_config(
+    context: typer.Context,
     kind: Annotated[ConfigKind, typer.Argument(help="stage or job.")] = ConfigKind.stage,
 ) -> None:
     """List every key of a configuration file with its type, default and meaning."""
-    from longtake.config import JobConfig, StageConfig
-    from longtake.config_base import describe
+    with clean_errors(context):
+        from longtake.config import JobConfig, StageConfig
+        from longtake.config_base import describe
 
-    for key, annotation, default, description in describe(StageConfig if kind is ConfigKind.stage else JobConfig):
-        value = "required" if default is ... else json.dumps(default)
-        typer.echo(f"{key}  ({annotation}; {value})\n    {description}")
-
-
-@contextmanager
-def clean_errors(context: typer.Context) -> Iterator[None]:
-    """Turns our own errors into one message on stderr and an exit code; all others keep their traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        yield
-    except LongtakeError as error:
-        if context.obj:
-            raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR) from None
+        for key, annotation, default, description in describe(StageConfig if kind is ConfigKind.stage else JobConfig):
+            value = "required" if default is ... else json.dumps(default)
+            typer.echo(f"{key}  ({annotation}; {value})\n    {description}")
 
 
 def _override(key: str, value: str | None) -> list[str]:
-    # JSON is YAML: a folder called 2024 stays text.
-    return [] if value is None else [f"{key}={json.dumps(value)}"]
+    return [] if value is None else [f"{key}={value}"]
 
 
 def given_options(**options: Any) -> dict[str, Any]:
@@ -429,4 +429,8 @@ def given_options(**options: Any) -> dict[str, Any]:
 
 def main() -> None:
     """The console script."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed standard stream is an empty one: else a file gets its number, and with it what is said
+    os.close(handle)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     app()

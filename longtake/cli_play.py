@@ -29,22 +29,27 @@ def play(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file of the output's name; without it, the name is numbered.")
+    ] = False,
 ) -> None:
     """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
     from longtake import cli
-    from longtake.config_generation import changes_of
+    from longtake.config_generation import changes_of, frames_of
     from longtake.errors import ConfigError
+    from longtake.outputs import check_output_file, free_name
 
     with cli.clean_errors(context):
         if (run is None) == (model is None) or (run is not None and (encoders or config) is not None):
             raise ConfigError("give either --run, or --model with --encoders and --config where they are needed")
-        if seconds is not None and seconds <= 0:
-            raise ConfigError(f"--seconds {seconds:g} must be above 0")
+        frames_of(None, seconds, 1)
+        check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=True)
+        output = output if overwrite else free_name(output)
         source = cli._source(run, model, encoders, config, changes_of(dtype=dtype))
         from longtake.inference.generator import Generator
         from longtake.inference.play import play as start
 
         generator = Generator.build(source, device)
-        most = None if seconds is None else max(1, round(seconds * generator.fps))
+        most = frames_of(None, seconds, generator.fps)
         report = start(generator, image, prompt, output, num_frames=most, **cli.given_options(seed=seed))
         typer.echo(str(report))

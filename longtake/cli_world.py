@@ -38,6 +38,7 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report that is in the folder.")] = False,
 ) -> None:
     """Measure a run, or exported students, in held-out toy worlds: table, JSON and plots."""
     from longtake import cli
@@ -59,6 +60,9 @@ def evaluate(
             ablations=ablations,
             switch_frames=switch or None,
         )
+        folder = output if output is not None else run
+        if folder is not None and (there := folder / "evaluation.json").exists() and not overwrite:
+            raise ConfigError(f"{there} exists already; name another folder with -o, or give --overwrite to replace it")
         given = cli.given_options(output=output, device=device)
         if run is not None:
             from longtake.evaluation.run import evaluate as measure
@@ -86,6 +90,7 @@ def world(
     stops: Annotated[
         bool | None, typer.Option(help="Sprites may stop; the shipped weights were not trained on it.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another world in the folder.")] = False,
 ) -> None:
     """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
     from longtake import cli
@@ -111,5 +116,6 @@ def world(
             formats=settings.formats,
             switch_frames=settings.switch_frames,
             stops=settings.stops,
+            **cli.given_options(overwrite=overwrite or None),
         )
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings, read_yaml, set_path, split_override
+from longtake.config_base import PathText, Settings, read_yaml, set_path, split_override
 from longtake.config_groups import (
     CriticConfig,
     DataConfig,
@@ -58,17 +58,17 @@ class StageConfig(Settings):
 
     stage: Literal["teacher", "causal", "distill", "long"] = Field(description="what is trained: the kind of stage")
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
-    logdir: str = Field(min_length=1, description="log folder, shared by all stages of a run")
+    logdir: PathText = Field(min_length=1, description="log folder, shared by all stages of a run")
     seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None,
         description="weights to start from: name of a stage of the log folder, a path (with a slash), OWNER/NAME on "
         "the Hugging Face hub, or `toy`; null = random weights (teacher only)",
     )
-    teacher: str | None = Field(
+    teacher: PathText | None = Field(
         default=None, description="weights of the real score, as `init_from` (distill and long, required)"
     )
-    encoders: str = Field(
+    encoders: PathText = Field(
         default="toy",
         description="folder with VAE, text and image encoder (a Wan model, original or diffusers), or `toy`",
     )
@@ -210,15 +210,16 @@ class StageConfig(Settings):
             )
         if self.flow.negative_prompt and (not self.distils or self.flow.guidance == 1):
             raise ConfigError(
-                f"flow.negative_prompt={self.flow.negative_prompt} is read by stages distill and long with "
-                f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it"
+                f"flow.negative_prompt={self.flow.negative_prompt!r} is read by stages distill and long with "
+                f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it, or "
+                "give empty quotes ''"
             )
         if self.stage != "causal" and self.own_history.share:
             raise ConfigError(
                 f"own_history.share={self.own_history.share} belongs to stage causal, this is stage {self.stage}; set "
                 "it to 0"
             )
-        if self.own_history.from_step >= len(self.flow.steps):
+        if self.own_history.share and self.own_history.from_step >= len(self.flow.steps):
             raise ConfigError(
                 f"own_history.from_step={self.own_history.from_step} must be below the {len(self.flow.steps)} "
                 f"flow.steps; set it to {len(self.flow.steps) - 1} or less"
@@ -358,7 +359,7 @@ class StageConfig(Settings):
 class JobConfig(Settings):
     """A whole run: write the toy world, train the stages in order, evaluate in toy worlds."""
 
-    logdir: str = Field(min_length=1, description="log folder: data and a folder a stage")
+    logdir: PathText = Field(min_length=1, description="log folder: data and a folder a stage")
     data: WorldConfig | None = Field(
         default=WorldConfig(), description=f"{WorldConfig.__doc__} null = none, the stages name data of their own."
     )
@@ -466,8 +467,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig 
     if "stage" not in tree:
         raise ConfigError(f"config {path} has neither `stage:` (one stage) nor `stages:` (a job); add one of them")
     for override in overrides:
-        keys, value = split_override(override)
-        set_path(tree, keys, value)
+        set_path(tree, *split_override(override), StageConfig)
     return StageConfig.from_tree(tree)
 
 
@@ -484,8 +484,8 @@ def _load_job(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> Job
         stages[name] = {k: v for k, v in stage.items() if k != "logdir"} if isinstance(stage, dict) else stage
     tree["stages"] = stages
     for override in overrides:
-        keys, value = split_override(override)
-        set_path(tree, ["stages", *keys] if keys[0] in stages else keys, value)
+        keys, text = split_override(override)
+        set_path(tree, ["stages", *keys] if keys[0] in stages else keys, text, JobConfig)
     for stage in stages.values():
         if isinstance(stage, dict) and "logdir" in tree:
             stage.setdefault("logdir", tree["logdir"])

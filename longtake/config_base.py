@@ -6,29 +6,54 @@ It must know no field of any configuration; those are in `longtake/config.py`.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, Self, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from longtake.errors import ConfigError
 
 
-class Settings(BaseModel):
-    """Base of every configuration model: frozen, strict types, unknown keys refused, errors as ConfigError."""
+def _in_full(path: str) -> str:
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise ValueError(f"{path!r} names no home folder; write the path in full, or ./~... for a name with ~")
+    if "\0" in full or max(len(part.encode(errors="replace")) for part in full.split("/")) > 255:
+        raise ValueError(f"{path[:80]!r}... is no path: names have at most 255 bytes, none of them 0")
+    return full
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+
+# Text that names a file or folder, or may do so: `~` at its begin is the home folder.
+PathText = Annotated[str, AfterValidator(_in_full)]
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: frozen, strict types, finite numbers, unknown keys refused, errors as
+    ConfigError.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise explain(error, type(self)) from None
+
+    @field_validator("*")
+    @classmethod
+    def _is_utf8(cls, value: Any) -> Any:
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise ValueError(f"{value!r} is not UTF-8 text; write it with whole characters")
+        return value
 
     # Without this mark pydantic would call __init__ for nested models too, and an error would lose its dotted path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -48,31 +73,47 @@ class Settings(BaseModel):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number (YAML 1.1 makes it text) and refuses a key written twice."""
+    """SafeLoader that refuses a key written twice, and whose numbers are what people mean: `1e-4` is one (text in YAML
+    1.1), and `010`, `1:30` and dates are text (8, 90 and objects).
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                problem = f"key {key.value!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _TextLoader(yaml.BaseLoader):
+    """Reads every value as text, whatever it looks like."""
 
 
-def parse_yaml(text: str, where: str) -> Any:
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]{1,16})$",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_YAML = "tag:yaml.org,2002:"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.removeprefix(_YAML) not in (*_NUMBERS, "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _rule in _NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(_YAML + _name, re.compile(_rule), list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str, loader: type = _StrictLoader) -> Any:
     """The value of a YAML text. Raises: ConfigError naming `where` and the line."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, Loader=loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number too long, of brackets too deep
+        raise ConfigError(
+            f"{where} is not valid YAML: {' '.join(str(error).split())[:400]}; text with signs of YAML "
+            "({ [ # : * & ! % @) goes in quotes"
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,35 +124,81 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"config {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read ({error.strerror}); check its permissions") from None
     tree = parse_yaml(text, f"config {path}")
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"config {path} must be a mapping of keys to values")
     return tree
 
 
-def split_override(override: str) -> tuple[list[str], Any]:
-    """Key path and value of one `a.b=c`; the value is read as YAML. Raises: ConfigError when it has another form."""
+def split_override(override: str) -> tuple[list[str], str]:
+    """Key path and text of one `a.b=c`. Raises: ConfigError when it has another form."""
     key, sign, text = override.partition("=")
     path = key.strip().split(".")
     if not sign or not all(path):
         raise ConfigError(f"override {override!r} must have the form key=value with a dotted key, e.g. optim.lr=1e-4")
-    return path, parse_yaml(text, f"the value of override {override!r}")
+    return path, text.lstrip() if key != key.rstrip() else text  # `a = b`
 
 
-def set_path(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Writes `value` at a dotted path of a nested dict, making the mappings on the way.
+def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[Settings]) -> None:
+    """Writes what `text` means for the value of `model` at a dotted path into a nested dict, making the mappings on the
+    way.
 
-    Raises: ConfigError when the path goes through a plain value.
+    Raises: ConfigError when the path goes through a plain value, or the text is no such value.
     """
-    for depth, key in enumerate(path[:-1]):
-        if tree.get(key) is None:
-            tree[key] = {}
-        if not isinstance(tree[key], dict):
-            raise ConfigError(
-                f"override {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a plain value and has no keys"
-            )
-        tree = tree[key]
+    key = ".".join(path)
+    value = _typed(text, _alternatives(_annotation(model, path)), f"the value of override '{key}={text}'")
+    for depth, name in enumerate(path[:-1]):
+        if tree.get(name) is None:
+            tree[name] = {}
+        if not isinstance(tree[name], dict):
+            raise ConfigError(f"override {key}: {'.'.join(path[: depth + 1])} is a plain value and has no keys")
+        tree = tree[name]
     tree[path[-1]] = value
+
+
+def _typed(text: str, kinds: Sequence[Any], where: str) -> Any:
+    """The value of a text where one of `kinds` is wanted: text as it is typed (or in quotes), all else as YAML."""
+    wanted = [kind for kind in kinds if kind is not NoneType]
+    if len(wanted) < len(kinds) and text in ("", "~", "null"):
+        return None
+    if wanted and all(map(_is_text, wanted)):
+        if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
+            return text
+        try:
+            quoted = parse_yaml(text, where, _TextLoader)
+        except ConfigError:  # it begins and ends with words in quotes
+            return text
+        return quoted if isinstance(quoted, str) else text
+    of_text = wanted and all(get_origin(kind) is list and _is_text(get_args(kind)[0]) for kind in wanted)
+    return parse_yaml(text, where, _TextLoader if of_text else _StrictLoader)
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that `A | B` allows, without their rules."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _alternatives(part)]
+    return [annotation]
+
+
+def _annotation(annotation: Any, path: Sequence[str]) -> Any:
+    """The annotation of the value at a dotted path of a model; None where there is no such key."""
+    if not path:
+        return annotation
+    model = nested_model(annotation)
+    if model is None:
+        return None
+    if get_origin(annotation) is dict:
+        return _annotation(model, path[1:])
+    field = model.model_fields.get(path[0])
+    return None if field is None else _annotation(field.annotation, path[1:])
 
 
 def nested_model(annotation: Any) -> type[Settings] | None:
@@ -133,9 +220,12 @@ def describe(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, str
             yield from describe(inner, f"{prefix}{name}{each}.")
             continue
         default = ... if field.is_required() else field.get_default(call_default_factory=True)
-        annotation = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
-        kind = annotation or str(field.annotation).replace("typing.", "")
-        yield prefix + name, kind, default, field.description or ""
+        kinds = ["None" if kind is NoneType else _kind_name(kind) for kind in _alternatives(field.annotation)]
+        yield prefix + name, " | ".join(kinds), default, field.description or ""
+
+
+def _kind_name(kind: Any) -> str:
+    return str(kind).replace("typing.", "") if get_args(kind) else kind.__name__
 
 
 def explain(error: ValidationError, model: type[Settings]) -> ConfigError:
@@ -152,15 +242,14 @@ def _line(detail: ErrorDetails, model: type[Settings]) -> str:
     if detail["type"] == "value_error":
         return f"{path}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
     rule = detail["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    if detail["type"] == "string_type":
+        rule += f"; text that YAML takes for something else goes in quotes, e.g. {path.rpartition('.')[2]}: '2024'"
     return f"{path}: got {detail['input']!r}; {rule}"
 
 
 def _suggestion(loc: tuple[int | str, ...], root: type[Settings]) -> str:
     owner, prefix = root, ""
-    base, base_prefix = (
-        root,
-        "",
-    )  # the model whose values the user is writing: the root, or one model of a dict of models
+    base, base_prefix = root, ""  # the model whose values the user is writing: the root, or one of a dict of models
     for part in loc[:-1]:
         prefix += f"{part}."
         field = owner.model_fields.get(str(part))

@@ -22,6 +22,8 @@ from longtake.plan import StreamPlan
 # Beside the weights of a student: the rules it streams by
 RULES_FILE = "generation.yaml"
 
+MAX_FRAMES = 10_000_000  # a week at 16 frames a second
+MAX_STEPS = 1000  # Wan's clock has no more
 _TOY_HISTORY_BLOCKS = 8  # 2.6 MB a block: 0.4 MB of cache, 2.2 MB of the decoder
 # What the command line calls values of the group `plan`
 _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
@@ -30,10 +32,10 @@ _PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frame
 class GenerationConfig(Settings):
     """How a student streams. The defaults are those of the image-to-video recipe at full size."""
 
-    height: int = Field(default=480, gt=0, description="height in pixels")
-    width: int = Field(default=832, gt=0, description="width in pixels")
-    fps: int = Field(default=16, gt=0, description="frames a second of the written video")
-    num_latent_frames: int = Field(default=21, gt=0, description="length where none is asked for")
+    height: int = Field(default=480, gt=0, le=8192, description="height in pixels")
+    width: int = Field(default=832, gt=0, le=8192, description="width in pixels")
+    fps: int = Field(default=16, gt=0, le=1000, description="frames a second of the written video")
+    num_latent_frames: int = Field(default=21, gt=0, le=MAX_FRAMES, description="length where none is asked for")
     plan: PlanConfig = Field(
         default=PlanConfig(block_frames=4, window_frames=13, sink_frames=5), description=PlanConfig.__doc__
     )
@@ -43,8 +45,10 @@ class GenerationConfig(Settings):
         description="`stream` = block by block, as students do; `whole` = all frames at once in Euler steps, as "
         "teachers do, which are not causal",
     )
-    steps: list[float] = Field(default=[1.0, 0.75, 0.5, 0.25], description="noise levels before the warp")
-    shift: float = Field(default=5.0, gt=0, description="warp of noise levels")
+    steps: list[float] = Field(
+        default=[1.0, 0.75, 0.5, 0.25], max_length=MAX_STEPS, description="noise levels before the warp"
+    )
+    shift: float = Field(default=5.0, ge=0.01, le=1000, description="warp of noise levels")
     guidance: float = Field(
         default=1.0, ge=0, description="classifier-free guidance w of the student; 1 = off, else twice the work"
     )
@@ -59,6 +63,7 @@ class GenerationConfig(Settings):
     history_blocks: int = Field(
         default=0,
         ge=0,
+        le=MAX_FRAMES,
         description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
         "the decoder's features",
     )
@@ -150,12 +155,27 @@ def changes_of(**options: Any) -> dict[str, Any]:
     return given | ({"plan": plan} if plan else {})
 
 
+def frames_of(num_frames: int | None, seconds: float | None, fps: int) -> int | None:
+    """A length in pixel frames, given so or in seconds; None where neither is given. Raises: ConfigError."""
+    if num_frames is not None and seconds is not None:
+        raise ConfigError(f"seconds={seconds:g} and num_frames={num_frames} were given; give one of them")
+    if seconds is not None:
+        if not 0 < seconds * fps <= MAX_FRAMES:  # not a number is neither
+            raise ConfigError(f"seconds={seconds:g} must be above 0 and at most {MAX_FRAMES // fps}")
+        return max(1, round(seconds * fps))
+    if num_frames is not None and not 1 <= num_frames <= MAX_FRAMES:
+        raise ConfigError(f"num_frames={num_frames} must be at least 1 and at most {MAX_FRAMES}")
+    return num_frames
+
+
 def _steps(text: str) -> list[float]:
     try:
         levels = [float(part) for part in text.split(",")]
     except ValueError:
         levels = []
     if len(levels) == 1 and levels[0] >= 1 and levels[0].is_integer():
+        if levels[0] > MAX_STEPS:
+            raise ConfigError(f"--steps {text} must be at most {MAX_STEPS}")
         count = int(levels[0])
         return [1 - k / count for k in range(count)]
     if not levels:
@@ -166,6 +186,6 @@ def _steps(text: str) -> list[float]:
 def _window(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal():
+    if not (text.isdecimal() and len(text) < 10):
         raise ConfigError(f"--window {text} must be a number of latent frames, or all")
     return int(text)

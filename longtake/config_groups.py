@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings
+from longtake.config_base import PathText, Settings
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan, student_sigmas
 from longtake.structs import VideoShape
@@ -18,7 +18,7 @@ WorldFormat = Literal["images", "clips", "lmdb"]
 class ModelConfig(Settings):
     """The transformer and how it is told about the given picture."""
 
-    preset: str = Field(
+    preset: PathText = Field(
         default="toy",
         description="architecture: a name (`toy`, `wan2.1-fun-1.3b-inp`; docs/formats.md lists all), or the folder of "
         "a model whose config.json is used",
@@ -129,7 +129,7 @@ class FlowConfig(Settings):
         min_length=1,
         description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
     )
-    shift: float = Field(default=5.0, gt=0, description="warp of noise levels: sigma = s u / (1 + (s - 1) u)")
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
     guidance: float = Field(
         default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
     )
@@ -155,7 +155,7 @@ class FlowConfig(Settings):
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
-    path: str = Field(description="folder (or text or tar file) of the data set; `{logdir}` stands for the log folder")
+    path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
     kind: Literal["auto", "images", "clips", "texts", "webdataset", "lmdb", "encoded"] = Field(
         default="auto", description="format; `auto` looks into the folder"
     )
@@ -205,10 +205,10 @@ class OptimConfig(Settings):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=10.0, gt=0, description="norm to which gradients are clipped")
     warmup_steps: int = Field(
-        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly"
+        default=0, ge=0, description="this optimizer's own first steps, over which the learning rate rises linearly"
     )
     decay_steps: int = Field(
-        default=0, ge=0, description="last steps of `max_steps` over which the learning rate falls linearly to zero"
+        default=0, ge=0, description="last iterations of `max_steps`, over which the learning rate falls linearly to 0"
     )
 
 
@@ -292,7 +292,7 @@ class CriticConfig(OptimConfig):
         ge=0,
         description="first iterations, in which the critic alone is trained, on the student as it begins",
     )
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
     )
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
@@ -427,13 +427,13 @@ class ProfileConfig(Settings):
 class WorldConfig(Settings):
     """The toy world that is written to `{logdir}/data` as training data."""
 
-    num_worlds: int = Field(default=512, gt=0, description="worlds, one sample each")
-    num_frames: int = Field(default=33, gt=1, description="pixel frames of each clip")
-    seed: int = Field(default=0, ge=0, description="seed of the worlds")
+    num_worlds: int = Field(default=512, gt=0, le=1_000_000, description="worlds, one sample each")
+    num_frames: int = Field(default=33, gt=1, le=100_000, description="pixel frames of each clip")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the worlds")
     formats: list[WorldFormat] = Field(
         default=["images", "clips", "lmdb"], min_length=1, description="formats to write"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="pixel frames at which the caption of each world changes; each row has a prompt for each",
     )
@@ -446,23 +446,26 @@ class WorldConfig(Settings):
 class EvaluationConfig(Settings):
     """The table at the end, over held-out toy worlds."""
 
-    num_worlds: int = Field(default=32, gt=0, description="worlds that every row of the table generates")
-    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
-    seed: int = Field(
-        default=1_000_003, ge=0, description="seed of the worlds and the noise; must differ from data.seed"
+    num_worlds: int = Field(default=32, gt=0, le=1_000_000, description="worlds that every row of the table generates")
+    num_latent_frames: int | None = Field(
+        default=None, gt=0, le=100_000, description="length; null = that of the training clips"
     )
-    batch_size: int = Field(default=8, gt=0, description="worlds generated at once")
-    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher's row")
+    seed: int = Field(
+        default=1_000_003, ge=0, lt=2**63, description="seed of the worlds and the noise; must differ from data.seed"
+    )
+    batch_size: int = Field(default=8, gt=0, le=10_000, description="worlds generated at once")
+    teacher_steps: int = Field(default=20, gt=0, le=1000, description="sampling steps of the teacher's row")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
     open_worlds: int = Field(
         default=0,
         ge=0,
+        le=1_000_000,
         description="further worlds whose captions leave a motion open; a table says how varied the choices are",
     )
     ablations: bool = Field(
         default=True, description="also rows with zeroed y, zeroed CLIP tokens and shuffled captions"
     )
-    switch_frames: list[int] = Field(
+    switch_frames: list[Annotated[int, Field(le=1_000_000)]] = Field(
         default=[],
         description="latent frames at which the captions change in mid-stream, on block boundaries; each student then "
         "has a row with the cache rebuilt and one without, and none with a condition taken away",

@@ -1,12 +1,20 @@
 """What accelerators can do: the one table of peak rates, memory and links, with where each number is from.
 
 All rates here are data-sheet peaks of dense work; what kernels and links reach in practice is in
-`longtake/doctor/rates.py`. This file must know no model.
+`longtake/doctor/rates.py`. Also which device a name means. This file must know no model.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longtake.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -45,3 +53,32 @@ def find_device(name: str) -> Device | None:
         if name.upper() == device.name or all(mark.lower() in name.lower() for mark in device.marks):
             return device
     return None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a GPU, or of this machine."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_device(name: str | torch.device | None, option: str = "device") -> torch.device:
+    """The device of a name such as cpu, cuda or cuda:1; None: a GPU if there is one.
+
+    Raises: ConfigError naming `option` when there is none such.
+    """
+    import torch
+
+    name = str(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if re.fullmatch(r"cpu(:0)?|cuda(:\d{1,4})?", name) is None:
+            raise RuntimeError("no name of a device")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"{option}={name} cannot be used ({str(error).splitlines()[0]}); name one that is there, such as cpu, cuda "
+            "or cuda:1, or leave it out"
+        ) from None
+    return torch.device(name)

@@ -4,6 +4,14 @@
 class LongtakeError(Exception):
     """Base class of every error that Longtake raises on purpose."""
 
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(printable(word) if isinstance(word, str) else word for word in words))
+
+
+def printable(text: str) -> str:
+    """The text as it can be written anywhere: what no UTF-8 is, as in some names of files, becomes `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 class ConfigError(LongtakeError):
     """A configuration value, or a combination of values, breaks a rule."""
@@ -11,6 +19,10 @@ class ConfigError(LongtakeError):
 
 class DataError(LongtakeError):
     """A data row, an image, a video or a dataset folder cannot be used."""
+
+
+class OutputError(DataError):
+    """A file or folder cannot be written where it was asked for."""
 
 
 class ShapeError(LongtakeError):

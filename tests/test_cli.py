@@ -21,7 +21,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge"}
+FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge", "overwrite"}
 
 
 @pytest.fixture

@@ -203,7 +203,8 @@ def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
     with pytest.raises(
         ConfigError, match="own_history.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
     ):
-        stage(tmp_path, "own_history.from_step=4", base=DISTILL)
+        stage(tmp_path, "own_history.share=0.5", "own_history.from_step=4")
+    assert stage(tmp_path, "flow.steps=[1.0]", base=DISTILL).flow.steps == [1.0]
 
 
 def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):

@@ -21,6 +21,7 @@ BASE = {
     "randomness",
     "runs",
     "devices",
+    "outputs",
 }
 BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
@@ -39,7 +40,14 @@ ALLOWED = {
     "doctor": INFERENCE,
     "train": INFERENCE | {"objectives", "distributed", "evaluation"},
 }
-ENTRANCES = {"__init__", "__main__", "cli", "cli_play", "cli_world"}  # they import what they start, each lazily
+ENTRANCES = {
+    "__init__",
+    "__main__",
+    "cli",
+    "cli_errors",
+    "cli_play",
+    "cli_world",
+}  # they import what they start, each lazily
 
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
 TORCH_FREE = BASE - {"randomness"} | ENTRANCES

@@ -2,16 +2,18 @@
 
 A folder with `index.json`, `empty_text.safetensors` and `shard_00000.safetensors`, ...; `docs/formats.md` lists keys
 and shapes. A shard holds a fixed number of rows of the data set, less the bad ones, and appears whole or not at all;
-the index says at the end that the set is complete. Its `key` says what the numbers depend on. This file must know no
-encoder and no configuration.
+the index says at the end that the set is complete. Its `key` says what the numbers depend on. Each row, the text and
+the index have a checksum that is compared when they are read. This file must know no encoder and no configuration.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +29,7 @@ from longtake.errors import DataError
 
 FORMAT, VERSION = "longtake_encoded", 1
 INDEX, EMPTY_TEXT = "index.json", "empty_text.safetensors"
+_CHECKSUM = "checksum"  # not in sets of earlier versions
 _ROWS = "rows"  # the one entry of a shard's metadata: safetensors orders several at random
 
 
@@ -48,39 +51,47 @@ class EncodedSample:
     bucket: int = 0
 
 
+def checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A CRC-32 of CPU tensors with their names, types and shapes, and of values of JSON; about 1 GB a second."""
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)  # type: ignore[arg-type]
+    return f"{crc:08x}"
+
+
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard_{number:05d}.safetensors"
 
 
 def is_encoded(path: Path) -> bool:
-    """Whether a folder is an encoded set, complete or not."""
-    try:
-        return read_index(path).get("format") == FORMAT
-    except DataError:
-        return False
+    """Whether a folder is an encoded set, complete or not, damaged or not."""
+    return (path / INDEX).is_file() and ((path / EMPTY_TEXT).is_file() or any(path.glob("shard_*.safetensors")))
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of an encoded set. Raises: DataError when it is missing or no JSON object."""
+    """The index of an encoded set. Raises: DataError when it is missing, no JSON object, or not as it was written."""
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path / INDEX} cannot be read ({error}); write the set with `longtake encode`") from error
     if not isinstance(index, dict):
         raise DataError(f"{path / INDEX} is no JSON object; write the set again with `longtake encode`")
+    if index.pop(_CHECKSUM, None) not in (None, checksum(index, {})) and index.get("version") == VERSION:
+        raise _damaged(path / INDEX, "")
     return index
 
 
 def write_index(path: Path, index: Mapping[str, Any]) -> None:
     """Replaces the index in one step."""
-    text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps({**index, _CHECKSUM: checksum(index, {})}, indent=1, ensure_ascii=False) + "\n"
     _publish(path / INDEX, text.encode())
 
 
 def write_empty_text(path: Path, text: Tensor) -> None:
     """Writes the embedding [m, D] of the empty prompt."""
-    _publish(path / EMPTY_TEXT, _bytes({"text": text}, {}))
+    _publish(path / EMPTY_TEXT, _bytes({"text": text}, {_CHECKSUM: checksum({}, {"text": text.cpu()})}))
 
 
 def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapping[str, Any]]) -> None:
@@ -88,19 +99,21 @@ def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapp
 
     Args: `bad` holds `row` and `problem` of each row that the shard leaves out.
     """
-    tensors, rows = {}, []
+    tensors: dict[str, Tensor] = {}
+    rows = []
     for place, sample in enumerate(samples):
-        for k, text in enumerate(sample.texts):
-            tensors[f"{place:06d}.{_text_key(k)}"] = text
-        tensors |= {f"{place:06d}.{name}": array for name, array in sample.arrays.items()}
-        rows.append({"row": sample.row, "name": sample.name, "prompts": list(sample.prompts), "bucket": sample.bucket})
+        own = {_text_key(k): text.cpu() for k, text in enumerate(sample.texts)}
+        own |= {name: array.cpu() for name, array in sample.arrays.items()}
+        tensors |= {f"{place:06d}.{name}": tensor for name, tensor in own.items()}
+        about = {"row": sample.row, "name": sample.name, "prompts": list(sample.prompts), "bucket": sample.bucket}
+        rows.append(about | {_CHECKSUM: checksum(about, own)})
     _publish(file, _bytes(tensors, {_ROWS: json.dumps({"rows": rows, "bad": list(bad)}, ensure_ascii=False)}))
 
 
 def read_shard_rows(file: Path) -> dict[str, Any]:
     """`rows` and `bad` of a shard, from its head. Raises: DataError when it is no whole shard."""
-    with _open(file) as shard:
-        return json.loads((shard.metadata() or {})[_ROWS])
+    with _opened(file) as shard:
+        return json.loads(shard.metadata()[_ROWS])
 
 
 class EncodedRows:
@@ -119,10 +132,14 @@ class EncodedRows:
                 f"{path / INDEX} has format {index.get('format')!r} version {index.get('version')!r}; this version of "
                 f"Longtake reads {FORMAT!r} version {VERSION}: write the set again with `longtake encode`"
             )
-        if not index["complete"]:
+        if not index.get("complete"):
             raise DataError(f"{path} is not complete; the same `longtake encode` command goes on with it")
+        if missing := [name for name in ("key", "files", "shards") if name not in index]:
+            raise _damaged(path / INDEX, "", f" (it has no {missing[0]})")
         self.key: dict[str, Any] = index["key"]
         self.files: dict[str, Any] = index["files"]
+        made_from = index.get("request", {}).get("rows")
+        self.made_from: str | None = None if index.get("bad_rows") else made_from
         self._shards = index["shards"]
         for shard in self._shards:
             file = path / shard["file"]
@@ -141,17 +158,22 @@ class EncodedRows:
     @property
     def empty_text(self) -> NDArray[np.float32]:
         """The embedding of the empty prompt, [text_len, D]."""
-        with _open(self.path / EMPTY_TEXT) as file:
-            return self._padded(file.get_tensor("text"))
+        with _opened(self.path / EMPTY_TEXT) as file:
+            text = file.get_tensor("text")
+            if (file.metadata() or {}).get(_CHECKSUM) not in (None, checksum({}, {"text": text})):
+                raise _damaged(self.path / EMPTY_TEXT, "")
+            return self._padded(text)
 
     def __getitem__(self, row: int) -> Sample:
         shard, local = self._place(row)
         file = self.path / shard["file"]
         prefix = f"{local:06d}."
-        with _open(file) as stored:
+        with _opened(file) as stored:
             about = json.loads(stored.metadata()[_ROWS])["rows"][local]
             names = [_text_key(k) for k in range(len(about["prompts"]))] + self.key["contents"]
             tensors = {name: stored.get_tensor(prefix + name) for name in names}
+            if about.pop(_CHECKSUM, None) not in (None, checksum(about, tensors)):
+                raise _damaged(file, f"row {local} of ")
         extras = {
             name: self._padded(tensor) if name.startswith("text") else tensor.float().numpy()
             for name, tensor in tensors.items()
@@ -166,6 +188,12 @@ class EncodedRows:
         shard, local = self._place(row)
         height, width = self.key["sizes"][shard["buckets"][local]]
         return height, width
+
+    def identities(self) -> Iterable[str]:
+        """Name and prompts of each row. Raises: DataError when a shard cannot be read."""
+        for shard in self._shards:
+            for row in read_shard_rows(self.path / shard["file"])["rows"]:
+                yield json.dumps([row["name"], row["prompts"]])
 
     def _place(self, row: int) -> tuple[dict[str, Any], int]:
         if not 0 <= row < len(self):
@@ -194,14 +222,27 @@ def _text_key(number: int) -> str:
     return f"text_{number}" if number else "text"
 
 
-def _open(file: Path) -> Any:
-    """A safetensors file, opened anew for each read: nothing is shared by threads or forked workers."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened anew for each read: nothing is shared by threads or forked workers.
+
+    Raises: DataError when it, or what the inside reads of it, is not what was written.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, "pt")
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file} cannot be read ({error}); write it again with `longtake encode`") from error
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(file, "", f" ({type(error).__name__}: {error})") from error
+
+
+def _damaged(file: Path, part: str, why: str = " (another checksum)") -> DataError:
+    remove = "the whole set" if file.name in (INDEX, EMPTY_TEXT) else "the file"
+    return DataError(
+        f"{part}{file} is damaged{why}; remove {remove} and run the same `longtake encode` command, which writes it "
+        "again"
+    )
 
 
 def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

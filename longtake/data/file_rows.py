@@ -1,6 +1,7 @@
 """Rows that are files with captions, in the three ways in which folders hold them, and the rows of text files.
 
-- `metadata.jsonl` beside the files: `{"file_name": "a.png", "text": "..."}` or `"prompts": ["...", "..."]`;
+- a table, `metadata.jsonl` or `metadata.csv` beside the files: `{"file_name": "a.png", "text": "..."}` or `"prompts":
+  ["...", "..."]`; the names of musubi-tuner (`image_path`, `video_path`, `caption`) and some others are known too;
 - pairs of one name: `cat.png` and `cat.txt`, in sub-folders too;
 - two sub-folders, e.g. `image/` and `prompt/`, whose files pair by name.
 
@@ -10,7 +11,12 @@ a row that raises when it is read. This file must know no picture and no video.
 
 from __future__ import annotations
 
+import csv
 import json
+import logging
+import os
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +26,12 @@ from typing import Any
 from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from longtake.errors import DataError
 
-METADATA = "metadata.jsonl"
+logger = logging.getLogger(__name__)
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+TABLE_SUFFIXES = (".jsonl", ".csv")
+FILE_KEYS = ("file_name", "image_path", "video_path", "image", "video")
+PROMPT_KEYS = ("prompts", "text", "prompt", "caption")
 CAPTION_SUFFIX = ".txt"
 CAPTION_FOLDERS = ("prompt", "prompts", "caption", "captions")
 FILE_FOLDERS = {
@@ -28,6 +39,13 @@ FILE_FOLDERS = {
     "clips": ("video", "videos", "clip", "clips"),
 }
 SUFFIXES = {"images": IMAGE_SUFFIXES, "clips": CLIP_SUFFIXES}
+# What stands where a picture or video should, by its first bytes.
+_NOT_THE_FILE = {
+    b"version https://git-lfs": "it is a Git LFS pointer; get the file itself with `git lfs pull`",
+    b"\x00\x05\x16\x07": "it is the AppleDouble companion that macOS puts beside a file; remove it",
+    b"<!DOCTYPE": "it is a web page",
+    b"<html": "it is a web page",
+}
 
 
 @dataclass(frozen=True)
@@ -47,33 +65,44 @@ class FileRow:
         """File and prompts. Raises: DataError when the row cannot be used."""
         if self.problem is not None or self.file is None:
             raise DataError(f"{self.where}: {self.problem}")
-        return self.file, self.prompts or read_caption(self.caption, self.where)
+        return _as_it_lies(self.file), self.prompts or read_caption(self.caption, self.where)
 
 
-def list_files(folder: Path, kind: str) -> list[FileRow]:
-    """The rows of a folder of `kind` images or clips, unusable ones included.
+def list_files(path: Path, kind: str) -> list[FileRow]:
+    """The rows of a folder of `kind` images or clips, or of a table of such files, unusable ones included.
 
     Raises: DataError when the folder holds none of the three ways, or no row.
     """
-    if (folder / METADATA).is_file():
-        rows = list(read_metadata(folder))
+    if (table := table_of(path)) is not None:
+        rows = list(read_table(path))
         if not rows:
-            raise DataError(
-                f'{folder / METADATA} is empty; it needs one line a file: {{"file_name": "a.png", "text": "a prompt"}}'
-            )
-    elif (parts := caption_folders(folder, kind)) is not None:
-        rows = _pair(
-            files_below(parts[0], SUFFIXES[kind]), parts[0], files_below(parts[1], (CAPTION_SUFFIX,)), parts[1]
-        )
-    else:
-        rows = _pair(files_below(folder, SUFFIXES[kind]), folder, files_below(folder, (CAPTION_SUFFIX,)), folder)
+            raise DataError(f'{table} is empty; it needs one line a file: {{"file_name": "a.png", "text": "a prompt"}}')
+        return rows
+    rows = _pair(*(caption_folders(path, kind) or (path, path)), kind)
     if not rows:
         raise DataError(
-            f"{folder} has no rows of kind {kind}: it needs {METADATA} with a line a file, pairs such as "
+            f"{path} has no rows of kind {kind}: it needs {TABLES[0]} with a line a file, pairs such as "
             f"cat{SUFFIXES[kind][0]} and cat{CAPTION_SUFFIX}, or sub-folders such as {FILE_FOLDERS[kind][0]}/ and "
             f"{CAPTION_FOLDERS[0]}/"
         )
     return rows
+
+
+def table_of(path: Path) -> Path | None:
+    """The table of files that a path is or holds, if any. Raises: DataError when there are two."""
+    if path.is_file():
+        return path
+    found = [path / name for name in TABLES if (path / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{path} holds {' and '.join(TABLES)}; keep one of them")
+    return found[0] if found else None
+
+
+def identities(rows: Iterable[FileRow], folder: Path) -> Iterator[str]:
+    """Yields the name of each row's file in `folder`, and the prompts that are known without reading a caption."""
+    for row in rows:
+        file = row.file or row.caption
+        yield json.dumps([file and os.path.relpath(file, folder), row.prompts])
 
 
 def caption_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
@@ -83,30 +112,79 @@ def caption_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     return (files[0], captions[0]) if files and captions else None
 
 
-def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """All files with one of `suffixes` in a folder and below it, hidden ones left out, sorted by relative path."""
+def files_below(folder: Path, suffixes: Iterable[str] = ()) -> list[Path]:
+    """All files (with one of `suffixes`) in a folder and below it, sorted by relative path.
+
+    Links are followed, also to folders; hidden files, such as the `._` files of macOS, are left out.
+    Raises: DataError when a folder cannot be read.
+    """
     wanted = tuple(suffixes)
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file())
-    visible = (path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+    found = (path for path in _walk(folder, ()) if not wanted or path.suffix.lower() in wanted)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _pair(files: list[Path], file_root: Path, captions: list[Path], caption_root: Path) -> list[FileRow]:
+def visible_files(folder: Path, suffix: str) -> list[Path]:
+    """The files with a suffix in a folder itself, sorted by name, hidden ones left out."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == suffix and path.name[0] != ".")
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    try:
+        about = folder.stat()
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({error.strerror})") from error
+    here = (about.st_dev, about.st_ino)
+    if here in above:  # a link back to a folder that it lies in
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, (*above, here))
+        elif entry.is_file() or entry.is_symlink():  # a link to nothing is a row that cannot be read
+            yield folder / entry.name
+
+
+def same_name(name: str) -> str:
+    """A name in one Unicode form: macOS writes accents apart from their letters, others join them."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _as_it_lies(file: Path) -> Path:
+    """The path under which a file of a table exists; as it is written where there is none."""
+    if not os.path.exists(file):  # not `file.exists()`, which raises for names that are too long
+        file = Path(str(file).replace("\\", "/"))  # written on Windows
+        if not os.path.exists(file) and os.path.isdir(file.parent):
+            name = same_name(file.name)
+            file = next((path for path in file.parent.iterdir() if same_name(path.name) == name), file)
+    return file
+
+
+def _pair(file_root: Path, caption_root: Path, kind: str) -> list[FileRow]:
     """One row a name that has a file or a caption, in the order of names."""
-    by_name: dict[str, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
-    for place, (root, paths) in enumerate(((file_root, files), (caption_root, captions))):
+    by_name: dict[str, tuple[list[Path], list[Path], list[Path]]] = defaultdict(lambda: ([], [], []))
+    present = files_below(file_root)
+    captions = files_below(caption_root, (CAPTION_SUFFIX,))
+    named_files = [path for path in present if path.suffix.lower() in SUFFIXES[kind]]
+    others = [path for path in present if path.suffix.lower() not in (*SUFFIXES[kind], CAPTION_SUFFIX)]
+    parts = ((file_root, named_files), (caption_root, captions), (file_root, others))
+    for place, (root, paths) in enumerate(parts):
         for path in paths:
-            by_name[path.relative_to(root).with_suffix("").as_posix()][place].append(path)
+            by_name[same_name(path.relative_to(root).with_suffix("").as_posix())][place].append(path)
     rows = []
-    for number, (name, (named, texts)) in enumerate(sorted(by_name.items())):
+    wanted = ((name, found) for name, found in sorted(by_name.items()) if found[0] or found[1])
+    for number, (name, (named, texts, rest)) in enumerate(wanted):
         where = f"{file_root} row {number} ({(named or texts)[0].name})"
         problem = None
-        if len(named) != 1:
-            problem = (
-                f"the files {', '.join(path.name for path in named)} share one name; keep one"
-                if named
-                else f"caption {texts[0]} has no file of its name; add the file or remove the caption"
-            )
+        if len(named) > 1 or len(texts) > 1:
+            names = ", ".join(path.name for path in (named if len(named) > 1 else texts))
+            problem = f"the files {names} share one name; keep one"
+        elif not named:
+            problem = f"caption {texts[0]} has no file of its name; add the file or remove the caption"
+            if rest:
+                problem = (
+                    f"{rest[0].name} beside caption {texts[0]} is of no kind that {kind} are read from "
+                    f"({', '.join(SUFFIXES[kind])}); convert it"
+                )
         elif not texts:
             problem = f"caption {caption_root / (name + CAPTION_SUFFIX)} is missing; every file needs one"
         rows.append(FileRow(where, named[0] if named else None, caption=texts[0] if texts else None, problem=problem))
@@ -128,28 +206,73 @@ def split_caption(data: bytes, where: str) -> tuple[str, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text ({error})") from error
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    prompts = prompt_lines(text)
     if not prompts:
         raise DataError(f"{where} is empty; every row needs a prompt")
     return prompts
 
 
-def read_metadata(folder: Path) -> Iterator[FileRow]:
-    """Yields the rows of a folder's `metadata.jsonl`; unusable lines are rows with a problem, empty ones none."""
-    for where, entry, problem in read_jsonl(folder / METADATA):
+def prompt_lines(text: str) -> tuple[str, ...]:
+    """The lines of a text that hold something. `splitlines` would also cut at characters that nobody sees as an end."""
+    return tuple(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip())
+
+
+def what_it_is(source: Path | bytes) -> str | None:
+    """What bytes that are no picture or video are instead, in words, if their beginning tells."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            source = file.read(64)
+    return next((words for head, words in _NOT_THE_FILE.items() if source.startswith(head)), None)
+
+
+def read_table(path: Path) -> Iterator[FileRow]:
+    """Yields the rows of a table of files, or of that of a folder; unusable lines are rows with a problem.
+
+    `metadata.*` of a folder is Hugging Face's layout (`file_name`); a table that is named itself may have other keys.
+    """
+    file = table_of(path)
+    assert file is not None
+    known = FILE_KEYS if file == path else FILE_KEYS[:1]
+    read = read_csv if file.suffix == ".csv" else read_jsonl
+    for where, entry, problem in read(file, (*known, "switch_frames")):
         if entry is None:
             yield FileRow(where, problem=problem)
             continue
-        name = entry.get("file_name")
-        if not isinstance(name, str) or not name:
-            yield FileRow(where, problem="file_name is missing or no text")
+        keys = [key for key in known if key in entry]
+        name = entry[keys[0]] if keys else None
+        if len(keys) != 1 or not isinstance(name, str) or not name:
+            yield FileRow(where, problem=_key_problem(keys, [key for key in FILE_KEYS if key in entry], file))
             continue
         prompts, fault = prompts_of(entry)
-        yield FileRow(where, folder / name, prompts, problem=fault)
+        named = file.parent / name
+        if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
+            named = Path(name)  # musubi-tuner takes them from where it is started
+        yield FileRow(where, named, prompts, problem=fault)
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-    """Yields (where, object, problem) of each line that is not empty; a line that is no object has a problem."""
+def _key_problem(keys: list[str], present: list[str], file: Path) -> str:
+    if len(keys) > 1:
+        return f"{' and '.join(keys)} both name a file; keep one"
+    if present and not keys:
+        return f"file_name is missing; to read {' or '.join(present)} instead, name the table itself: data.path={file}"
+    return f"{(*keys, 'file_name')[0]} is missing or no text; it names the row's file"
+
+
+def names_files(file: Path) -> bool:
+    """Whether this is a `.jsonl` or `.csv` file whose rows are files with captions, by its first object."""
+    if file.suffix not in TABLE_SUFFIXES:
+        return False
+    rows = read_csv(file) if file.suffix == ".csv" else read_jsonl(file)
+    entry = next((entry for _, entry, _ in rows if entry is not None), {})
+    return any(key in entry for key in FILE_KEYS)
+
+
+def read_jsonl(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+    """Yields (where, object, problem) of each line that is not empty; a line that is no object has a problem.
+
+    Args: `known`, the keys that the caller reads beside the prompts'; others are named in one warning.
+    """
+    unread: set[str] = set()
     row = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -161,16 +284,53 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
                 yield where, None, f"is not valid JSON ({error})"
                 continue
-            is_object = isinstance(entry, dict)
-            yield where, entry if is_object else None, "" if is_object else "must be a JSON object"
+            if not isinstance(entry, dict):
+                yield where, None, "must be a JSON object"
+                continue
+            unread |= _unread(entry, known)
+            yield where, entry, ""
+    _say_unread(file, unread)
+
+
+def read_csv(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+    """The same of a CSV file with a line of column names; empty values are none. Raises: DataError: it is no text."""
+    unread: set[str] = set()
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row, values in enumerate(reader):
+                where = f"{file} row {row} (line {reader.line_num})"
+                if None in values:
+                    yield where, None, "has more values than there are columns; quote those that hold commas"
+                    continue
+                entry = {key: value for key, value in values.items() if value}
+                unread |= _unread(entry, known)
+                yield where, entry, ""
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is no CSV file in UTF-8 ({error})") from error
+    _say_unread(file, unread)
+
+
+def _unread(entry: dict[str, Any], known: Iterable[str] | None) -> set[str]:
+    if known is None:
+        return set()
+    prompt_keys = [key for key in PROMPT_KEYS if key in entry]
+    return entry.keys() - set(known) - set(prompt_keys[:1])
+
+
+def _say_unread(file: Path, keys: set[str]) -> None:
+    if keys:
+        logger.warning("%s: the values of %s are not read", file, ", ".join(sorted(keys)))
 
 
 def prompts_of(entry: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
     """The prompts of a JSON object (`prompts`, a list, or `text`, `prompt`, `caption`), or the problem with them."""
-    key = next((key for key in ("prompts", "text", "prompt", "caption") if key in entry), "text")
+    key = next((key for key in PROMPT_KEYS if key in entry), "text")
     value = entry.get(key)
     values = value if key == "prompts" and isinstance(value, list) else [value]
     prompts = tuple(text.strip() for text in values if isinstance(text, str))
     if not prompts or len(prompts) < len(values) or not all(prompts):
         return (), f"{key} is missing or empty; every row needs a prompt"
+    if any("\ud800" <= character <= "\udfff" for text in prompts for character in text):
+        return (), f"{key} holds half a character (a lone surrogate, such as half an emoji); write the text again"
     return prompts, None

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from longtake.data.file_rows import (
     CAPTION_SUFFIX,
-    METADATA,
     SUFFIXES,
+    TABLES,
     caption_folders,
     files_below,
-    read_metadata,
+    names_files,
+    read_table,
+    table_of,
+    visible_files,
 )
 from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, FileSize, Sizes
 from longtake.errors import ConfigError, DataError
 
 LAYOUTS = f"""\
-  images      {METADATA} beside pictures ({", ".join(IMAGE_SUFFIXES)}); or pairs cat.png + cat.txt; or image/ + prompt/
+  images      {" or ".join(TABLES)} beside pictures ({", ".join(IMAGE_SUFFIXES)});
+              or pairs cat.png + cat.txt; or image/ + prompt/
   clips       the same with videos ({", ".join(CLIP_SUFFIXES)}); or video/ + prompt/
   texts       a file prompts.txt or rows.jsonl, or a folder of .txt files
   webdataset  *.tar, or one .tar file
@@ -60,7 +64,7 @@ def open_dataset(
     }
     if kind not in openers:
         raise ConfigError(f"data.kind={kind} must be auto or one of {', '.join(openers)}")
-    if path.is_file() and kind not in ("texts", "webdataset"):
+    if path.is_file() and kind not in ("texts", "webdataset") and not (kind in SUFFIXES and names_files(path)):
         raise DataError(f"data.path={path} is a file, and data.kind={kind} needs a folder")
     return openers[kind]()
 
@@ -69,6 +73,8 @@ def detect_kind(path: Path) -> str:
     """The format at a path. Raises: DataError that lists what was found and the known layouts."""
     if path.is_file():
         kinds = {".tar": "webdataset", CAPTION_SUFFIX: "texts", ".jsonl": "texts"}
+        if names_files(path):
+            return _table_kind(path)
         if path.suffix not in kinds:
             raise DataError(f"{path} is a file of no known data format; known are\n{LAYOUTS}")
         return kinds[path.suffix]
@@ -78,28 +84,34 @@ def detect_kind(path: Path) -> str:
         return "encoded"
     if (path / "data.mdb").is_file() or any(path.glob("shard*/data.mdb")):
         return "lmdb"
-    if any(path.glob("*.tar")):
+    if visible_files(path, ".tar"):
         return "webdataset"
     kinds_found = _file_kinds(path)
     if len(kinds_found) > 1:
         raise DataError(f"{path} holds both pictures and clips ({_contents(path)}); set data.kind to one of them")
     if kinds_found:
         return kinds_found[0]
-    if any(path.glob(f"*{CAPTION_SUFFIX}")):
+    if visible_files(path, CAPTION_SUFFIX):
         return "texts"
     raise DataError(f"{path} is no data set; it holds {_contents(path)}. Known layouts are\n{LAYOUTS}")
 
 
 def _file_kinds(path: Path) -> list[str]:
     """Which of images and clips a folder holds with captions."""
-    if (path / METADATA).is_file():
-        for row in read_metadata(path):
-            for kind, suffixes in SUFFIXES.items():
-                if row.file is not None and row.file.suffix.lower() in suffixes:
-                    return [kind]
-        return []
+    if table_of(path) is not None:
+        return [_table_kind(path)]
     split = [kind for kind in SUFFIXES if caption_folders(path, kind) is not None]
     return split or [kind for kind, suffixes in SUFFIXES.items() if files_below(path, suffixes)]
+
+
+def _table_kind(table: Path) -> str:
+    suffixes = (row.file.suffix.lower() for row in read_table(table) if row.file is not None)
+    found = (kind for suffix in suffixes for kind, known in SUFFIXES.items() if suffix in known)
+    if (kind := next(found, None)) is None:
+        problem = next((f"; {row.where}: {row.problem}" for row in read_table(table) if row.problem), "")
+        known = ", ".join((*SUFFIXES["images"], *SUFFIXES["clips"]))
+        raise DataError(f"{table} names no picture and no video ({known}){problem}")
+    return kind
 
 
 def _contents(path: Path) -> str:

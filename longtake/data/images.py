@@ -1,22 +1,25 @@
-"""Pictures: decoding, fitting to a size, and folders of PNG, JPEG or WebP files with captions."""
+"""Pictures: decoding as viewers show them, fitting to a size, and folders of picture files with captions."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from longtake.data.file_rows import list_files
+from longtake.data.file_rows import identities, list_files, what_it_is
 from longtake.data.samples import Sample, Sizes, nearest_size
 from longtake.errors import DataError
 
 # What Pillow raises for bytes that are no whole picture; it has no common base class for them.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_MOVING = ("GIF", "PNG", "WEBP", "AVIF")  # of several pictures in these files viewers show all, one after the other
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
@@ -38,11 +41,11 @@ def fit_pixels(pixels: NDArray[np.uint8], sizes: Sizes) -> NDArray[np.uint8]:
 
 
 def decode_image(data: bytes, where: str, sizes: Sizes = ()) -> NDArray[np.uint8]:
-    """Pixels uint8 [h, w, 3] of a PNG, JPEG or WebP file, upright as its EXIF says, fitted to the nearest of `sizes`.
+    """Pixels uint8 [h, w, 3] of a picture file as viewers show it (`upright_rgb`), fitted to the nearest of `sizes`.
 
     Raises: DataError naming `where` when the bytes are no whole picture.
     """
-    return fit_pixels(np.array(upright_rgb(_open(data, where), where), dtype=np.uint8), sizes)
+    return fit_pixels(np.array(upright_rgb(open_image(data, where), where), dtype=np.uint8), sizes)
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
@@ -50,7 +53,7 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
 
     Raises: DataError naming `where`.
     """
-    opened = _open(data, where)
+    opened = open_image(data, where)
     try:
         lies = opened.getexif().get(0x0112, 1) >= 5  # orientations that exchange height and width
     except _DECODE_ERRORS as error:
@@ -58,31 +61,76 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     return (opened.width, opened.height) if lies else (opened.height, opened.width)
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def open_image(data: bytes, where: str) -> Image.Image:
+    """The picture in the bytes of a file, not decoded yet. Raises: DataError naming `where`."""
     try:
-        return Image.open(io.BytesIO(data))
+        try:
+            return Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+                raise
+            _read_heic(where)
+            return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        why = what_it_is(data) or "no format that Pillow knows"
+        raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({why})") from error
     except _DECODE_ERRORS as error:
         raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({error})") from error
 
 
-def upright_rgb(image: Image.Image, where: str) -> Image.Image:
-    """The decoded picture as RGB: upright as its EXIF says, transparent parts on white.
+def _read_heic(where: str) -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise DataError(f"{where} is HEIC; install pillow-heif to read it, or convert it to JPEG") from error
+    register_heif_opener()
 
-    Raises: DataError naming `where` when the file is damaged or has more than 8 bits a channel.
+
+def upright_rgb(image: Image.Image, where: str) -> Image.Image:
+    """The picture as viewers show it: upright as its EXIF says, in sRGB by its profile, transparent parts on white.
+
+    Raises: DataError naming `where` when the file is damaged, moves, or has more than 8 bits a channel.
     """
     try:
         image.load()  # a truncated file is found here
+        number = getattr(image, "n_frames", 1) if image.format in _MOVING else 1
+        profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
     except _DECODE_ERRORS as error:
         raise DataError(
             f"{where} cannot be decoded as a picture ({error}); give a whole PNG, JPEG or WebP file"
         ) from error
+    if number > 1:
+        raise DataError(f"{where} moves: it holds {number} pictures; give a still one, or a video file")
     if image.mode[0] in "IF":  # 16 and 32 bits a channel: PIL would clip, not scale
         raise DataError(f"{where} has {image.mode} pixels; only 8 bits a channel are read: convert it to 8-bit RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    try:
+        image = _in_srgb(image, profile) if profile else image.convert("RGB")
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{where}: its {image.mode} colours cannot be shown ({error}); convert it to sRGB") from error
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The picture in sRGB. Raises: ValueError or OSError when its ICC profile is damaged or not for its pixels."""
+    from PIL import ImageCms
+
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    kinds = {"RGB": ("1", "L", "LA", "P", "PA", "RGB", "RGBA"), "GRAY": ("1", "L", "LA"), "CMYK": ("CMYK",)}
+    if image.mode not in kinds.get(space, ()):
+        raise ValueError(f"its colour profile is for {space}")
+    image = image.convert("L" if space == "GRAY" else space)
+    try:
+        shown = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        raise ValueError(f"its colour profile is damaged: {error}") from error
+    assert shown is not None
+    return shown
 
 
 class ImageFolder:
@@ -92,6 +140,10 @@ class ImageFolder:
         self.path = path
         self.sizes = sizes
         self._rows = list_files(path, "images")
+
+    def identities(self) -> Iterable[str]:
+        """Names of the files, and prompts that are known without reading a caption."""
+        return identities(self._rows, self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,5 +162,6 @@ class ImageFolder:
     def _bytes(self, row: int, file: Path) -> bytes:
         try:
             return file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({why})") from error

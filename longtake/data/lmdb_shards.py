@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 import threading
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.data.file_rows import prompt_lines
 from longtake.data.images import decode_image, fit_pixels, image_size
 from longtake.data.samples import Sample, Sizes
 from longtake.errors import DataError
@@ -105,6 +108,12 @@ class LmdbShards:
         key = f"img_{local}_data"
         return image_size(_needed(_read(shard.path, [key]), key, where), f"{where}: {key}")
 
+    def identities(self) -> Iterable[str]:
+        """The prompts of each row as they are stored. Raises: DataError when a shard cannot be read."""
+        for shard in self._shards:
+            keys = [f"prompts_{row}_data" for row in range(shard.num_rows)]
+            yield from map(repr, _read(shard.path, keys).values())
+
     def _place(self, row: int) -> tuple[_Shard, int, str]:
         """The shard of a row, the row's number in it, and both in words."""
         if not 0 <= row < len(self):
@@ -129,20 +138,35 @@ def _row_keys(row: int) -> list[str]:
     return keys + [f"{name}_{row}_{part}" for name in ENCODINGS for part in ("data", "shape", "dtype")]
 
 
-def _open(folder: Path) -> lmdb.Environment:
+@contextmanager
+def _opened(folder: Path) -> Iterator[lmdb.Transaction]:
+    """A transaction on the database of a folder.
+
+    LMDB maps the file into memory: to touch a page that a cut file no longer has would end the process (SIGBUS).
+    Raises: DataError when the database is damaged or cut off.
+    """
     import lmdb
 
-    return lmdb.open(str(folder), readonly=True, lock=False, create=False)
+    file = folder / "data.mdb"
+    try:
+        with _ONE_AT_A_TIME, lmdb.open(str(folder), readonly=True, lock=False, create=False) as database:
+            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+            if (size := file.stat().st_size) < needed:
+                raise DataError(
+                    f"{file} is cut off: it has {size} of at least {needed} bytes; copy it again (a database that was "
+                    "always like this: rewrite it with `mdb_copy -c`)"
+                )
+            with database.begin() as transaction:
+                yield transaction
+    except (lmdb.Error, OSError) as error:
+        found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        raise DataError(f"LMDB {folder} cannot be read ({error}; data.mdb: {found})") from error
 
 
 def _read(folder: Path, keys: list[str]) -> dict[str, bytes | None]:
-    import lmdb
-
-    try:
-        with _ONE_AT_A_TIME, _open(folder) as database, database.begin() as transaction:
-            return {key: transaction.get(key.encode()) for key in keys}
-    except lmdb.Error as error:
-        raise DataError(f"LMDB {folder} cannot be read ({error})") from error
+    with _opened(folder) as transaction:
+        found = {key: transaction.get(key.encode()) for key in keys}
+        return {key: None if value is None else bytes(value) for key, value in found.items()}
 
 
 def _inspect(folder: Path) -> _Shard:
@@ -170,9 +194,9 @@ def _last_row(folder: Path, prefix: str) -> int:
     """The largest i of all keys `{prefix}{i}_data`; -1 when there is none."""
     pattern = re.compile(rf"{prefix}(\d+)_data".encode())
     last = -1
-    with _ONE_AT_A_TIME, _open(folder) as database, database.begin() as transaction, transaction.cursor() as cursor:
+    with _opened(folder) as transaction, transaction.cursor() as cursor:
         found = cursor.set_range(prefix.encode())
-        while found and cursor.key().startswith(prefix.encode()):
+        while found and bytes(cursor.key()).startswith(prefix.encode()):
             if match := pattern.fullmatch(cursor.key()):
                 last = max(last, int(match[1]))
             found = cursor.next()
@@ -194,7 +218,7 @@ def _prompts(raw: dict[str, bytes | None], key: str, where: str, *, lines: bool)
         raise DataError(f"{where}: {key} is not UTF-8 text ({error})") from error
     if not text:
         raise DataError(f"{where}: {key} is empty; every row needs a prompt")
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) if lines else (text,)
+    return prompt_lines(text) if lines else (text,)
 
 
 def _encoding(raw: dict[str, bytes | None], name: str, row: int, shard: _Shard, where: str) -> NDArray:

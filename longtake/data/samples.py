@@ -7,13 +7,16 @@ This file must know no tensor, no batch, no file format and no training stage.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from longtake.errors import printable
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".gif")
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
 
@@ -37,6 +40,8 @@ class Sample:
     def __post_init__(self) -> None:
         if not self.prompts:
             object.__setattr__(self, "prompts", (self.prompt,))
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "where", printable(self.where))
 
 
 class Dataset(Protocol):
@@ -53,6 +58,10 @@ class Dataset(Protocol):
 
         Raises: DataError as `__getitem__`, where the size cannot be read.
         """
+        ...
+
+    def identities(self) -> Iterable[str]:
+        """What tells the rows apart, in their order, without a look at pictures: names of files, prompts, sizes."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose neighbouring members of one name are a row.
+"""WebDataset shards: tar files whose members of one name are a row, in whatever order they lie.
 
 The shards are indexed first, from the headers alone, so that every row has a number and can be read by itself: order
 and position are as exact as with any other format.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from longtake.data.clips import clip_size, read_clip
-from longtake.data.file_rows import prompts_of, split_caption
+from longtake.data.file_rows import prompts_of, same_name, split_caption, visible_files
 from longtake.data.images import decode_image, image_size
 from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES, Sample, Sizes
 from longtake.errors import ConfigError, DataError
@@ -34,10 +35,11 @@ class _TarRow:
     shard: Path
     name: str
     fields: dict[str, tuple[int, int]] = field(default_factory=dict)  # field -> (offset, size)
+    twice: set[str] = field(default_factory=set)  # fields of which the shard has several
 
 
 class TarShards:
-    """The rows of one tar file or of all `*.tar` in a folder, in the order of names and of members.
+    """The rows of one tar file or of all `*.tar` in a folder, in the order of names and of their first members.
 
     A row holds one picture or one video (by its suffix) and `txt` (one prompt a line) or `json` (`prompts`, `text`,
     `prompt` or `caption`). Other fields are left alone.
@@ -47,7 +49,7 @@ class TarShards:
 
     def __init__(self, path: Path, num_frames: int | None = None, sizes: Sizes = (), fps: float | None = None) -> None:
         self.path, self.num_frames, self.sizes, self.fps = path, num_frames, sizes, fps
-        shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        shards = [path] if path.is_file() else visible_files(path, ".tar")
         with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
             self._rows = [row for rows in pool.map(_index, shards) for row in rows]
         if not self._rows:
@@ -58,6 +60,8 @@ class TarShards:
 
     def __getitem__(self, row: int) -> Sample:
         found, where = self._rows[row], self._where(row)
+        if found.twice:
+            raise DataError(f"{where}: has {', '.join(sorted(found.twice))} twice; give each row a name of its own")
         prompts = self._prompts(found, where)
         kind, name = self._picture(found, where)
         data = self._bytes(found, name, where)
@@ -76,6 +80,11 @@ class TarShards:
         kind, name = self._picture(found, where)
         data, label = self._bytes(found, name, where), f"{where}: {name}"
         return image_size(data, label) if kind == "image" else clip_size(data, label)
+
+    def identities(self) -> Iterable[str]:
+        """Shard and name of each row, and its fields with their sizes."""
+        for row in self._rows:
+            yield f"{row.shard.name} {row.name} {[(name, size) for name, (_, size) in row.fields.items()]}"
 
     def _where(self, row: int) -> str:
         return f"{self._rows[row].shard} row {row} ({self._rows[row].name})"
@@ -126,19 +135,20 @@ def _suffix(name: str) -> str:
 
 
 def _index(shard: Path) -> list[_TarRow]:
-    rows: list[_TarRow] = []
+    rows: dict[str, _TarRow] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 match = _NAME.fullmatch(member.name) if member.isreg() else None
                 if match is None:
-                    continue  # folders, links, and names without a suffix hold no field
-                name, suffix = match.groups()
-                if not rows or rows[-1].name != name or suffix in rows[-1].fields:
-                    rows.append(_TarRow(shard, name))
-                rows[-1].fields[suffix] = (member.offset_data, member.size)
+                    continue  # folders, links, hidden files, and names without a suffix hold no field
+                name, suffix = match[1], match[2].lower()
+                row = rows.setdefault(same_name(name), _TarRow(shard, name))
+                if suffix in row.fields:
+                    row.twice.add(suffix)
+                row.fields[suffix] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{shard} cannot be read as an uncompressed tar file ({error}); unpack or write it again"
         ) from error
-    return rows
+    return list(rows.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from longtake.data.file_rows import CAPTION_SUFFIX, files_below, prompts_of, read_caption, read_jsonl
@@ -27,7 +28,7 @@ class TextRows:
             files = files_below(path, (CAPTION_SUFFIX,))
             self._rows = [(f"{path} row {k} ({file.name})", file) for k, file in enumerate(files)]
         elif path.suffix == ".jsonl":
-            for where, entry, problem in read_jsonl(path):
+            for where, entry, problem in read_jsonl(path, ()):
                 prompts, fault = ((), problem) if entry is None else prompts_of(entry)
                 self._rows.append((where, prompts or fault or ""))
         else:
@@ -37,11 +38,11 @@ class TextRows:
 
     def _lines(self) -> list[tuple[str, tuple[str, ...] | str | Path]]:
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+            text = self.path.read_text(encoding="utf-8-sig")  # line ends of all systems become \n
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error})") from error
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-        return [(f"{self.path} row {k} (line {number})", (line,)) for k, (number, line) in enumerate(numbered)]
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [(f"{self.path} row {k} (line {number})", (line.strip(),)) for k, (number, line) in enumerate(numbered)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,3 +58,7 @@ class TextRows:
     def pixel_size(self, row: int) -> None:
         """None: a prompt has no picture."""
         return None
+
+    def identities(self) -> Iterable[str]:
+        """The prompts, or the names of their files."""
+        return (found.name if isinstance(found, Path) else repr(found) for _, found in self._rows)

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.data.h264 import add_h264, encode
 from longtake.data.story import sample_story
 from longtake.data.world import FPS, SIZE, World
 from longtake.errors import ConfigError, DataError
+from longtake.outputs import check_output_folder, check_own, publish_folder, writing
 
 FORMATS = ("images", "clips", "lmdb")
 STAMP = "world.json"
@@ -31,8 +33,6 @@ LMDB_ARRAYS = ("latents", "y", "clip", "text")  # optional columns of a shard
 _ROWS_A_SHARD = 256
 _CRF = "10"
 _STAMP_VERSION = 1
-# x264's macroblock tree gives other bytes for the same frames from run to run, even on one thread.
-_X264 = {"crf": _CRF, "preset": "veryfast", "x264-params": "mbtree=0"}
 _CLIPS_A_PROCESS = 500  # fewer are written faster than a process starts
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
@@ -46,6 +46,7 @@ def write_world(
     formats: Sequence[str] = FORMATS,
     switch_frames: Sequence[int] = (),
     stops: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """The folder, holding worlds 0..num_worlds-1 of `seed` in each of `formats`; nothing is done if it holds them.
 
@@ -54,12 +55,15 @@ def write_world(
     Layout: `images/NNNNNN.png` (the first frame) and `clips/NNNNNN.mp4` (`num_frames` frames), each with
     `metadata.jsonl` (file_name, and text or prompts and switch_frames); `lmdb/shard_NN` (see `write_lmdb_shard`);
     `worlds.jsonl` (see `read_worlds`); `world.json` with the request.
-    Raises: ConfigError on a request without sense; DataError when the folder holds something else.
+    With `overwrite` the world of another request makes way.
+    Raises: ConfigError on a request without sense; DataError when the folder holds something else; OutputError when it
+    cannot be written.
     """
     folder = Path(folder)
     request = _request(num_worlds, seed, num_frames, formats, list(switch_frames), stops)
-    if _already_written(folder, request):
+    if _already_written(folder, request, overwrite):
         return folder
+    check_output_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     partial = folder.parent / f"{_partial_prefix(folder)}{os.getpid()}"
@@ -77,7 +81,7 @@ def write_world(
         rows = ({"seed": w.seed, "index": w.index, "caption": w.caption, **_script(w)} for w in worlds)
         _write_jsonl(partial / "worlds.jsonl", rows)
         (partial / STAMP).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        _publish(partial, folder, request)
+        _publish(partial, folder, request, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -126,12 +130,12 @@ def write_lmdb_shard(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int
     partial.mkdir(parents=True)
     try:
         count = 0
-        with lmdb.open(str(partial), map_size=1 << 26, lock=False, sync=False) as env:
+        with writing(path), lmdb.open(str(partial), map_size=1 << 26, lock=False, sync=False) as env:
             for count, row in enumerate(rows, start=1):
                 _put(env, _row_entries(count - 1, row, path))
             _put(env, {"longtake_format": LMDB_FORMAT.encode(), "num_rows": str(count).encode()})
             env.sync(True)
-        os.rename(partial, path)
+        publish_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return count
@@ -191,8 +195,11 @@ def _captions(world: World) -> dict[str, Any]:
     return _script(world) or {"text": world.caption}
 
 
-def _already_written(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether `folder` holds this request; False when there is nothing in it. Raises: DataError otherwise."""
+def _already_written(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `folder` holds this request; False when there is nothing in it, or what `overwrite` lets make way.
+
+    Raises: DataError otherwise.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     stamp = folder / STAMP
@@ -203,17 +210,19 @@ def _already_written(folder: Path, request: dict[str, Any]) -> bool:
     except ValueError as error:
         raise DataError(f"{stamp} is not readable ({error}); delete {folder} or name another folder") from error
     if present != request:
-        raise DataError(f"{folder} holds {present}, asked for was {request}; delete it or name another folder")
+        if overwrite:
+            check_own(folder, (*FORMATS, STAMP, "worlds.jsonl"))
+            return False
+        raise DataError(
+            f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"
+        )
     return True
 
 
-def _publish(partial: Path, folder: Path, request: dict[str, Any]) -> None:
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        # Another process was faster; its folder is as good if it holds the same request.
-        if not _already_written(folder, request):
-            raise
+def _publish(partial: Path, folder: Path, request: dict[str, Any], overwrite: bool) -> None:
+    # Another process may have been faster; its folder is as good if it holds the same request.
+    if not _already_written(folder, request, overwrite):
+        publish_folder(partial, folder, overwrite=overwrite)
 
 
 def _partial_prefix(folder: Path) -> str:
@@ -270,15 +279,12 @@ def _write_clip(path: Path, world: World, num_frames: int) -> None:
     """H.264 with full colour resolution: sprites are a few pixels wide, and 4:2:0 would smear their colours."""
     import av
 
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=_X264)
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv444p"
-        stream.codec_context.thread_count = 1  # pictures are tiny; threads cost more than they give
+    with writing(path), av.open(str(path), "w") as container:
+        # Pictures are tiny; threads cost more than they give.
+        stream = add_h264(container, FPS, SIZE, SIZE, pixels="yuv444p", threads=1, crf=_CRF, preset="veryfast")
         for picture in world.render(num_frames):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            container.mux(encode(stream, picture))
+        container.mux(stream.encode())
 
 
 def _write_shards(folder: Path, worlds: list[World]) -> None:

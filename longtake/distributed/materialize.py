@@ -14,20 +14,27 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longtake.models.lora import base_name
+from longtake.models.tensor_files import is_finite
 
 
-def materialize(model: nn.Module, device: torch.device | str, values: Iterable[tuple[str, Tensor]]) -> None:
+def materialize(model: nn.Module, device: torch.device | str, values: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Puts `model`, sharded or not, on `device` with the given values, converted to the types of its parameters.
 
     Args: `values`, (name of the parameter, whole tensor), each parameter once, equal on every rank; weights that have
     low-rank updates go by their name without them.
+    Returns: names of the parameters whose part here is not finite, which no other rank may know.
     """
+    wrong = []
     model.to_empty(device=device)
     waiting = {base_name(name): parameter for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for name, value in values:
-            copy_part(waiting.pop(name), value)
+            target = waiting.pop(name)
+            copy_part(target, value)
+            if not is_finite(target.to_local() if isinstance(target, DTensor) else target):
+                wrong.append(name)
     assert not waiting, f"no values for {sorted(waiting)}"
+    return wrong
 
 
 def copy_part(target: Tensor, whole: Tensor) -> None:

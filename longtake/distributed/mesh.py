@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longtake.config_groups import ParallelConfig
+from longtake.devices import usable_device
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
 from longtake.rollout.cuda_graphs import forget_all
@@ -191,11 +192,17 @@ class Mesh:
 def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Mesh:
     """The mesh of this process, from torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them.
 
-    Args: `device` "cpu" or "cuda" (default: CUDA where present); a collective fails after `timeout_minutes`.
+    Args: `device` "cpu" or "cuda" (default: CUDA where present), for one process also "cuda:1"; a collective fails
+    after `timeout_minutes`.
     Raises: ConfigError when CUDA is asked for and missing, or has fewer devices than local ranks.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = launched()
+    if world_size == 1:
+        chosen = usable_device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", chosen.index or 0)
+            torch.cuda.set_device(chosen)
+        return Mesh(device=chosen)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -208,9 +215,9 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
     elif kind == "cpu":
         chosen = torch.device("cpu")
     else:
-        raise ConfigError(f"device={kind!r} must be cpu or cuda")
-    if world_size == 1:
-        return Mesh(device=chosen)
+        raise ConfigError(
+            f"device={kind!r} must be cpu or cuda where there are several ranks, of which each has its own"
+        )
     _die_with_launcher()
     # Recorded exchanges hang where NCCL registers their buffers at that time and the allocator's segments can grow
     # (pytorch/pytorch 158029, pytorch/torchtitan 3306; seen on two H200).
@@ -226,6 +233,30 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
         **given,
     )
     return Mesh(rank, world_size, chosen, init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",)))
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, world size and local rank of this process, as torchrun says them (0, 1, 0). Raises: ConfigError."""
+    found = {}
+    for name, least, default in (("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_RANK", 0, 0)):
+        text = os.environ.get(name, str(default))
+        if not (text.isdecimal() and len(text) < 7 and int(text) >= least):
+            raise ConfigError(
+                f"{name}={text!r} in the environment must be a whole number, {least} or more; unset it, or start with "
+                "torchrun, which sets it"
+            )
+        found[name] = int(text)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise ConfigError(f"RANK={found['RANK']} must be below WORLD_SIZE={found['WORLD_SIZE']}; start with torchrun")
+    if found["WORLD_SIZE"] > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ConfigError(
+                    f"WORLD_SIZE={found['WORLD_SIZE']} needs {name}; start with torchrun, which sets both, or unset it"
+                )
+        if not os.environ["MASTER_PORT"].isdecimal():
+            raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']!r} must be a number; start with torchrun")
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
 
 
 def _store_of_this_start() -> dist.Store:

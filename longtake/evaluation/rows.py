@@ -24,7 +24,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import WorldScores, measure
-from longtake.inference.generator import to_frames
+from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.conditioning import encode_condition
 from longtake.models.dit import VideoDiT

@@ -35,6 +35,7 @@ from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import summarise
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.outputs import check_output_folder
 from longtake.rollout.denoise import Denoiser
 from longtake.structs import pixel_frames
 
@@ -110,6 +111,7 @@ def evaluate_models(
 
 def measure_subject(subject: Subject, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
     """Makes and scores the videos of every row, and writes the report to `folder`."""
+    mesh.on_main(lambda: check_output_folder(folder))
     frames = settings.num_latent_frames or subject.num_latent_frames
     _check_switches(settings.switch_frames, frames, subject.students)
     encoders = subject.encoders(mesh.device)

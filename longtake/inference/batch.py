@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longtake.config_generation import frames_of
 from longtake.data.file_rows import FileRow, list_files, prompts_of, read_jsonl
 from longtake.errors import ConfigError, DataError
-from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, num_pixel_frames
+from longtake.inference.generator import (
+    GenerationReport,
+    Generator,
+    Source,
+    check_negative,
+    check_seed,
+    num_pixel_frames,
+)
 from longtake.inference.generator import write_video as write_one
+from longtake.inference.video_io import VIDEO_SUFFIXES
+from longtake.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from longtake.distributed.mesh import Mesh
+
+MAX_VIDEOS = 1_000_000  # of one start
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +67,15 @@ class _Task:
     output: Path
 
 
+def check_apart(inputs: str | Path, folder: str | Path) -> None:
+    """Raises ConfigError when `folder` lies in that of the inputs: its captions would be read as inputs next time."""
+    if os.path.isdir(inputs) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(inputs)):
+        raise ConfigError(
+            f"{folder} lies in the folder of the inputs, {inputs}, and the captions of its videos would be read as "
+            "inputs; name a folder elsewhere"
+        )
+
+
 def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs in `path`, unusable ones included (they carry their problem).
 
@@ -75,7 +97,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 def _read_lines(file: Path) -> list[Pair]:
     pairs = []
-    for row, (where, entry, problem) in enumerate(read_jsonl(file)):
+    for row, (where, entry, problem) in enumerate(read_jsonl(file, ("image",))):
         name = f"{row:05d}"
         if entry is None:
             pairs.append(Pair(name, where, problem=problem))
@@ -98,6 +120,8 @@ def _pair(name: str, row: FileRow) -> Pair:
         image, prompts = row.check()
     except DataError as error:
         return Pair(name, row.where, problem=str(error).removeprefix(f"{row.where}: "))
+    if len(prompts) > 1:
+        logger.warning("%s has %d prompts (lines of its caption); the first is taken", row.where, len(prompts))
     return Pair(name, row.where, image, prompts[0])
 
 
@@ -111,19 +135,26 @@ def generate_many(
     seed: int = 0,
     length: Length = Length(),
     negative: str | None = None,
+    overwrite: bool = False,
     report: Callable[[str], None] = logger.info,
 ) -> list[GenerationReport]:
     """Writes `folder/NAME-seedS.mp4` for every pair and each of the seeds `seed` .. `seed + samples - 1`.
 
     Of the videos that are not there yet, each rank (with `mesh.sequence` each group of ranks together) makes its share.
-    All ranks call it. `report` gets a line after each video.
-    Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work; at once
-    what keeps a file from being written.
+    All ranks call it. `report` gets a line after each video. `overwrite` makes videos again that are there already and
+    were asked for otherwise.
+    Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work; OutputError
+    at once when a file cannot be written.
     """
-    if samples < 1:
-        raise ConfigError(f"samples={samples} must be at least 1")
+    if not 1 <= samples <= MAX_VIDEOS // max(1, len(pairs)):
+        raise ConfigError(f"samples={samples} must be at least 1, and with all pictures {MAX_VIDEOS} videos at most")
     check_negative(negative, source.settings)
+    check_seed(seed)
+    check_seed(seed + samples)
+    frames_of(length.num_frames, length.seconds, source.settings.fps)
     folder = Path(folder)
+    if folder.suffix.lower() in VIDEO_SUFFIXES and not folder.is_dir():
+        raise ConfigError(f"{folder} must be a folder, for there are several videos; leave {folder.suffix} out")
     good = [pair for pair in pairs if pair.problem is None]
     tasks = [_Task(p, s, folder / f"{p.name}-seed{s}.mp4") for p in good for s in range(seed, seed + samples)]
 
@@ -139,8 +170,11 @@ def generate_many(
         }
 
     def unfinished() -> list[int]:
+        check_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        return [number for number, task in enumerate(tasks) if not _is_finished(task.output, request(task))]
+        if tasks:  # the longest name stands for all
+            check_output_file(max((task.output for task in tasks), key=lambda path: len(bytes(path))), overwrite=True)
+        return [n for n, task in enumerate(tasks) if not _is_finished(task.output, request(task), overwrite=overwrite)]
 
     waiting = mesh.on_main(unfinished)
     if mesh.is_main and len(waiting) < len(tasks):
@@ -170,6 +204,7 @@ def generate_many(
             num_frames=num_pixel_frames(generator, length.num_frames, length.seconds),
             seed=task.seed,
             negative=negative,
+            keep=False,
         )
         if mesh.leads_sequence:
             reports.append(made)
@@ -191,23 +226,29 @@ def caption(output: Path) -> Path:
     return output.with_suffix(".txt")
 
 
-def _is_finished(output: Path, request: dict[str, Any]) -> bool:
+def _is_finished(output: Path, request: dict[str, Any], *, overwrite: bool) -> bool:
     """True when the video is there; it appears under its name only when complete.
 
-    Raises: DataError when the video there was made from another request, or by something else.
+    Raises: DataError when what is there was made from another request, or by something else; with `overwrite` no other
+    request is.
     """
-    if not output.exists():
-        return False
     file = sidecar(output)
+    there = [path for path in (output, file, caption(output)) if os.path.lexists(path)]
+    if not there:
+        return False
     try:
-        before = json.loads(file.read_text())
+        before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{output} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"
+            f"{there[0]} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"
         ) from error
     now = json.loads(json.dumps(request))
-    if changed := sorted(key for key in now if not isinstance(before, dict) or before.get(key) != now[key]):
+    if not isinstance(before, dict) or not before.keys() >= now.keys():
+        raise DataError(f"{file} exists and is nothing that was made here; move it, or give another folder")
+    changed = sorted(key for key in now if before[key] != now[key])
+    if output in there and changed and not overwrite:
         raise DataError(
-            f"{output} was made with other values of {', '.join(changed)}; give another folder, or remove it"
+            f"{output} was made with other values of {', '.join(changed)}; give another folder, remove it, or give "
+            "--overwrite to make it again"
         )
-    return True
+    return output in there and not changed

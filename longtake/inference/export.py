@@ -11,30 +11,33 @@ import torch
 from longtake.config_generation import write_rules
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
+from longtake.models.convert import WEIGHT_FILES
 from longtake.models.weights import load_dit, save_dit
+from longtake.outputs import check_new_folder, publish_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def export(run: str | Path, target: str | Path, *, dtype: str = "bfloat16") -> Path:
+def export(run: str | Path, target: str | Path, *, dtype: str = "bfloat16", overwrite: bool = False) -> Path:
     """Writes the student of a run (a log, stage or checkpoint folder) to the folder `target`, whole or not at all.
 
     Everything that `longtake generate --model` needs but the encoders: averaged weights, `config.json`,
-    `generation.yaml`. Args: `dtype` float16, bfloat16 or float32.
-    Raises: ConfigError when `target` exists; CheckpointError when there is no student.
+    `generation.yaml`. Args: `dtype` float16, bfloat16 or float32; `overwrite` lets it replace a folder of weights.
+    Raises: ConfigError when `target` exists, OutputError when it cannot be written; CheckpointError when there is no
+    student.
     """
     target = Path(target)
-    if target.exists():
-        raise ConfigError(f"{target} exists already; give the name of a folder that does not")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
     source = Source.of_run(run)
+    check_new_folder(target, own=WEIGHT_FILES, inputs=[run, source.weights], overwrite=overwrite)
     model = load_dit(source.weights)
     partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_dit(model.config, model.state_dict(), partial, DTYPES[dtype])
         write_rules(partial, source.settings)
-        os.rename(partial, target)
+        publish_folder(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

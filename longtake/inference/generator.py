@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,28 +14,31 @@ import torch
 from torch import Tensor
 
 from longtake.config import StageConfig
-from longtake.config_generation import GenerationConfig
+from longtake.config_generation import GenerationConfig, frames_of
+from longtake.devices import usable_device
 from longtake.errors import ConfigError
+from longtake.inference.fit import check_fit, check_memory
+from longtake.inference.frames import Frames, fetched, to_frames
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.source import Source
+from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
+from longtake.outputs import check_output_file
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition, VideoShape, latent_frames, pixel_frames
+from longtake.structs import Condition, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
     from longtake.inference.session import Session
-
-logger = logging.getLogger(__name__)
 
 
 def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
@@ -48,67 +50,6 @@ def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool
         clip_preprocess=config.model.clip_preprocess,
         text_dtype=torch.bfloat16 if config.model.text_precision == "bf16" else torch.float32,
     )
-
-
-def to_bytes(video: Tensor) -> Tensor:
-    """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3], where it is."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-def to_frames(video: Tensor) -> NDArray[np.uint8]:
-    """Decoder output [T, 3, h, w] in [-1, 1] as uint8 [T, h, w, 3]."""
-    return to_bytes(video).cpu().numpy()
-
-
-def fetched(blocks: Iterable[Tensor], *, ahead: bool) -> Iterator[NDArray[np.uint8]]:
-    """The frames of each block, uint8 [T, h, w, 3]; `ahead`: when the one after it has been begun.
-
-    Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
-    A call that raises loses nothing where `blocks` loses nothing: the next one goes on with the same frames.
-    """
-    return _Fetched(blocks, ahead=ahead)
-
-
-class _Fetched(Iterator["NDArray[np.uint8]"]):
-    def __init__(self, blocks: Iterable[Tensor], *, ahead: bool) -> None:
-        self._blocks, self._ahead = iter(blocks), ahead
-        self._begun: Tensor | None = None
-        self._waiting: list[_Fetch] = []
-
-    def __next__(self) -> NDArray[np.uint8]:
-        while len(self._waiting) <= self._ahead:
-            if self._begun is None:
-                self._begun = next(self._blocks, None)
-            if self._begun is None:
-                break
-            self._waiting, self._begun = [*self._waiting, _Fetch(self._begun)], None
-        if not self._waiting:
-            raise StopIteration
-        frames = self._waiting[0].array()
-        self._waiting = self._waiting[1:]
-        return frames
-
-
-class _Fetch:
-    """A tensor on its way to this process's memory. From a GPU it is sent at once: behind the next block's work, which
-    is queued before anybody waits for this one, it would come with that block.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._here, self._done = tensor, None
-        if tensor.is_cuda:
-            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            with torch.cuda.device(tensor.device):
-                self._here.copy_(tensor, non_blocking=True)
-                self._done = torch.cuda.Event()
-                self._done.record()
-
-    def array(self) -> NDArray[np.uint8]:
-        """The values, when they are here."""
-        if self._done is None:
-            return self._here.cpu().numpy()
-        self._done.synchronize()
-        return self._here.clone().numpy()  # pinned memory is little, and reused
 
 
 @dataclass
@@ -170,7 +111,7 @@ class Generator:
         no such device.
         """
         decoding = None if decode_device is None else _second_device(decode_device, split)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device)
         settings = source.settings
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         cast = dtype if dtype != torch.float32 else None
@@ -187,8 +128,10 @@ class Generator:
             clip_preprocess=settings.clip_preprocess,
             text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else dtype,
         )
-        _check_fit(model, encoders, source)
+        check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # from here on streams of other threads may read it
         return cls(denoiser, encoders, settings, device, source.config, vae)
 
     def new_decoder(self) -> DecoderSession:
@@ -232,15 +175,16 @@ class Generator:
         Raises: DataError for an unreadable picture, ConfigError for a bad number of frames, an empty prompt or a
         negative prompt without guidance; all before any work.
         """
-        if num_frames is not None and num_frames < 1:
-            raise ConfigError(f"num_frames={num_frames} must be at least 1")
+        frames_of(num_frames, None, self.fps)
         if num_frames is None and self.settings.sampler == "whole":
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
         if num_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         if num_frames is not None and self.settings.sampler == "whole":
             check_negative(negative, self.settings)
-            return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, seed)
+            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
+            check_memory(self.model, self.encoders, self.settings, latent, 1, latent)
+            return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, check_seed(seed))
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
         return fetched(_Blocks(session, num_frames), ahead=ahead)
 
@@ -270,15 +214,16 @@ class Generator:
         check_negative(negative, self.settings)
         if max_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
-        picture = self.prepare(image)
         most = None
         if max_frames is not None:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = self.plan.block_of(latent - 1)[1]
+        kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
+        check_memory(self.model, self.encoders, self.settings, kept, layers, self.plan.block_frames)
         return Session(
             self,
-            Look(check_prompt(prompt), picture),
-            seed=seed,
+            Look(check_prompt(prompt), self.prepare(image)),
+            seed=check_seed(seed),
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             max_latent_frames=most,
@@ -334,19 +279,19 @@ class Generator:
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
 
 
-class _Blocks(Iterator[Tensor]):
+class _Blocks(Iterator[Frames]):
     """The frames of a session, `num_frames` in all, as they are begun."""
 
     def __init__(self, session: Session, num_frames: int | None) -> None:
         self._session, self._num_frames = session, num_frames
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Frames:
         before = self._session.num_frames
         if self._num_frames is None:
             return self._session.begin()
         if before >= self._num_frames:
             raise StopIteration
-        return self._session.begin()[: self._num_frames - before]
+        return self._session.begin().cut(self._num_frames - before)
 
 
 def _second_device(name: str | torch.device, split: TokenSplit | None) -> torch.device:
@@ -356,22 +301,23 @@ def _second_device(name: str | torch.device, split: TokenSplit | None) -> torch.
             f"decode_device={name} is for one process; processes that share the transformer's calls decode where they "
             "are: leave out one of both"
         )
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"decode_device={name} cannot be used ({str(error).splitlines()[0]}); name one that is there, such as "
-            "cuda:1, or leave it out"
-        ) from None
-    return device
+    return usable_device(name, "decode_device")
 
 
 def check_prompt(text: str) -> str:
-    """The prompt. Raises: ConfigError when it is empty."""
+    """The prompt. Raises: ConfigError when it is empty or no text."""
     if not text.strip():
         raise ConfigError("the prompt is empty; say what should move and how")
+    if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+        raise ConfigError(f"the prompt holds {half!r}, half a character; give it as UTF-8")
     return text
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises: ConfigError when it is negative or needs more than 63 bits."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
+    return seed
 
 
 def check_negative(negative: str | None, settings: GenerationConfig) -> None:
@@ -380,29 +326,6 @@ def check_negative(negative: str | None, settings: GenerationConfig) -> None:
         raise ConfigError(
             f"a negative prompt ({negative!r}) has no effect with guidance=1; set guidance above 1 (it doubles the "
             "work and the cache) or leave it out"
-        )
-
-
-def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
-    vae, config, settings = encoders.vae, model.config, source.settings
-    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
-    if config.out_channels != vae.latent_channels:
-        raise ConfigError(
-            f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "
-            f"{source.encoders} {vae.latent_channels}; take both from the same release"
-        )
-    wanted = vae.temporal_stride + vae.latent_channels
-    if config.condition_channels not in (0, wanted):
-        raise ConfigError(
-            f"the weights at {source.weights} have in_channels={config.in_channels}; with this VAE an image-to-video "
-            f"model has {config.out_channels + wanted}, or {config.out_channels} where the picture is only frame 0"
-        )
-    if config.condition_channels == 0:
-        logger.info("%s takes no y: the picture enters as the clean first frame alone", source.weights)
-    if encoders.text.width != config.text_dim:
-        raise ConfigError(
-            f"the weights at {source.weights} read text of width {config.text_dim} and the text encoder in "
-            f"{source.encoders} writes {encoders.text.width}; take both from the same release"
         )
 
 
@@ -440,27 +363,32 @@ def generate_file(
     device: str | None = None,
     split: TokenSplit | None = None,
     decode_device: str | None = None,
+    overwrite: bool = False,
 ) -> GenerationReport:
     """Writes an mp4 while it is generated, with the student in `run` or of a source; `split` and `decode_device` as in
     `Generator.build`.
 
-    Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips.
-    Raises: LongtakeError before any work for a bad run, picture or length.
+    Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips. `overwrite` lets `output`
+    replace another file.
+    Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
+    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_negative(negative, source.settings)
+    check_prompt(prompt)
+    check_seed(seed)
+    frames_of(num_frames, seconds, source.settings.fps)
+    prepare_image(image, source.settings.height, source.settings.width)
     generator = Generator.build(source, device, split=split, decode_device=decode_device)
     length = num_pixel_frames(generator, num_frames, seconds)
     return write_video(generator, image, prompt, output, num_frames=length, seed=seed, negative=negative)
 
 
 def num_pixel_frames(generator: Generator, num_frames: int | None, seconds: float | None) -> int:
-    """The length in pixel frames that was asked for; by default that of the training clips."""
-    if num_frames is not None:
-        return num_frames
-    if seconds is not None:
-        return max(1, round(seconds * generator.fps))
-    return pixel_frames(generator.settings.num_latent_frames, generator.encoders.vae.temporal_stride)
+    """The length in pixel frames that was asked for; by default that of the training clips. Raises: ConfigError."""
+    given = frames_of(num_frames, seconds, generator.fps)
+    settings, stride = generator.settings, generator.encoders.vae.temporal_stride
+    return pixel_frames(settings.num_latent_frames, stride) if given is None else given
 
 
 def write_video(
@@ -472,26 +400,28 @@ def write_video(
     num_frames: int,
     seed: int = 0,
     negative: str | None = None,
+    keep: bool = True,
 ) -> GenerationReport:
-    """Writes one mp4, a block at a time; the file appears when it is complete. Raises: LongtakeError."""
+    """Writes one mp4, a block at a time, as `write_chunks` does. Raises: LongtakeError."""
     chunks = generator.stream(
         image, prompt, num_frames=num_frames, seed=seed, negative=negative, ahead=generator.is_ahead
     )
-    return write_chunks(generator, chunks, output)
+    return write_chunks(generator, chunks, output, keep=keep)
 
 
-def write_chunks(generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path) -> GenerationReport:
+def write_chunks(
+    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, *, keep: bool = True
+) -> GenerationReport:
     """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
 
-    Of the processes that compute a generator's calls together, one writes.
+    `keep` as in `VideoWriter`. Of the processes that compute a generator's calls together, one writes.
     """
-    from longtake.inference.video_io import VideoWriter
-
     settings, split = generator.settings, generator.model.token_split
     started = perf_counter()
     first, made = 0.0, 0
     leads = split is None or split.leads
-    with VideoWriter(output, settings.fps, settings.height, settings.width) if leads else nullcontext() as writer:
+    size = settings.height, settings.width
+    with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
         for index, chunk in enumerate(chunks):
             if writer is not None:
                 writer.write(chunk)

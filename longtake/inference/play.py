@@ -5,6 +5,7 @@ reads the keyboard; frames are made in the thread that calls `play`.
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import queue
 import re
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.generator import GenerationReport, Generator
 from longtake.inference.video_io import VideoWriter
+from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +49,7 @@ class Lines(Protocol):
 
 @dataclass
 class Player:
-    """A session, the lines that steer it, and what the view shows."""
+    """A session, the lines that steer it, and what the view shows; `output`, the file that the frames go to."""
 
     session: Session
     lines: Lines
@@ -55,6 +57,8 @@ class Player:
     message: str = HELP
     quitting: bool = False
     written: int = 0
+    output: Path | None = None
+    _saved: set[Path] = field(default_factory=set)
     _times: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_CHUNKS))
 
     def frames(self) -> Iterator[Any]:
@@ -90,8 +94,11 @@ class Player:
                 self.session.image_target = rest.strip()
                 self.message = f"moving towards {rest.strip()}"
             elif command == "/save":
-                self.session.save(rest.strip())
-                self.message = f"saved as {rest.strip()}"
+                path = Path(rest.strip())
+                check_output_file(path, inputs=[self.output], overwrite=path in self._saved)
+                self.session.save(path)
+                self._saved.add(path)
+                self.message = f"saved as {path}"
             elif line.startswith("/"):
                 raise ConfigError(f"{command} is no command; type {HELP}")
             elif line:
@@ -149,8 +156,9 @@ def play(
     most = num_frames if generator.plan.window_frames is None else None
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
     settings, started, first = generator.settings, perf_counter(), 0.0
-    with Keyboard.reading(sys.stdin) if lines is None else _given(lines) as source:
-        player = Player(session, source, num_frames)
+    typed = sys.stdin if sys.stdin is not None and not sys.stdin.closed else io.StringIO()
+    with Keyboard.reading(typed) if lines is None else _given(lines) as source:
+        player = Player(session, source, num_frames, output=Path(output))
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
         file = VideoWriter(output, settings.fps, settings.height, settings.width)
         with _finished(file) as writer, view, _on_interrupt(player.quit):
@@ -244,9 +252,12 @@ class Keyboard:
         # Not the buffered stream: its lock, held while waiting for a key, would hang the end of the program.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         while not self._stop.is_set() and not self.ended:
-            if not select.select([handle], [], [], 0.1)[0]:
-                continue
-            data = os.read(handle, 1024)
+            try:
+                if not select.select([handle], [], [], 0.1)[0]:
+                    continue
+                data = os.read(handle, 1024)
+            except OSError:  # closed, a folder, a terminal that went away: an input that has ended
+                return
             if not data:
                 return
             for key in _ESCAPES.sub("", decoder.decode(data)):

@@ -9,19 +9,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from longtake.config_base import Settings, read_yaml
-from longtake.config_generation import GenerationConfig
+from longtake.config_generation import GenerationConfig, frames_of
 from longtake.errors import ConfigError
-from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, fetched, write_chunks
+from longtake.inference.frames import Frames, fetched
+from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, check_prompt, write_chunks
+from longtake.inference.video_io import VIDEO_SUFFIXES
 from longtake.models.conditioning import prepare_image
+from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longtake.inference.session import Session
     from longtake.models.token_split import TokenSplit
+
+
+def _check_prompt(text: str) -> None:
+    try:
+        check_prompt(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 class Event(Settings):
@@ -43,8 +52,8 @@ class Event(Settings):
             )
         if self.image is not None and self.target is not None:
             raise ValueError("an event with image and target would cut and move at once; make two events of it")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError("the prompt is empty; say what should move and how")
+        if self.prompt is not None:
+            _check_prompt(self.prompt)
         return self
 
 
@@ -55,7 +64,7 @@ class Script(Settings):
     prompt: str = Field(description="what happens until an event says otherwise")
     seconds: float | None = Field(default=None, gt=0, description="length, or")
     frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
-    seed: int = Field(default=0, description="seed of the noise")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise")
     negative: str | None = Field(default=None, description="what should not happen; needs guidance")
     events: list[Event] = Field(default=[], description="changes, in the order of their times")
 
@@ -63,8 +72,7 @@ class Script(Settings):
     def _check(self) -> Self:
         if self.seconds is not None and self.frames is not None:
             raise ValueError("seconds and frames are both given; give one of them")
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty; say what should move and how")
+        _check_prompt(self.prompt)
         return self
 
 
@@ -77,10 +85,16 @@ class Cue:
     image: NDArray[np.uint8] | None
     target: NDArray[np.uint8] | None
 
+    def undoes(self, before: Cue) -> bool:
+        """Whether nothing of a part of `before` is left after this one."""
+        scene = self.image is not None and (before.image is not None or before.target is not None)
+        target = self.target is not None and before.target is not None
+        return scene or target or (self.prompt is not None and before.prompt is not None)
+
 
 @dataclass(frozen=True)
 class Story:
-    """A script that was checked and whose pictures were read."""
+    """A script that was checked and whose pictures, `files`, were read."""
 
     image: NDArray[np.uint8]
     prompt: str
@@ -88,9 +102,14 @@ class Story:
     seed: int
     negative: str | None
     cues: tuple[Cue, ...]
+    files: tuple[Path, ...] = ()
 
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
-        """A session at the beginning. Raises: ConfigError for a target that the weights cannot be told of."""
+        """A session at the beginning.
+
+        Raises: ConfigError for a target that the weights cannot be told of, and for an event that no block follows.
+        """
+        self._check_cues(generator.plan.block_frames * generator.encoders.vae.temporal_stride, generator.fps)
         session = generator.open(
             self.image,
             self.prompt,
@@ -114,15 +133,40 @@ class Story:
         """
         return fetched(_Blocks(self, session), ahead=ahead)
 
+    def _check_cues(self, block: int, fps: int) -> None:
+        """Raises ConfigError for a cue after which no block begins, or whose change another one undoes before it."""
 
-class _Blocks(Iterator[Tensor]):
+        def where(number: int) -> str:
+            return f"event {number + 1} at frame {self.cues[number].frame} ({self.cues[number].frame / fps:g} s)"
+
+        made, cut, next_cue = 0, True, 0
+        while next_cue < len(self.cues):
+            begin, made, cut, due = made, made + (1 if cut else block), False, next_cue
+            while due < len(self.cues) and self.cues[due].frame <= made:
+                due += 1
+            if due > next_cue and made >= self.num_frames:
+                raise ConfigError(
+                    f"{where(next_cue)} never shows: it takes effect where a block begins, and the last does at frame "
+                    f"{begin} of {self.num_frames}; make the video longer, or the event earlier"
+                )
+            for number in range(next_cue, due):
+                cut |= self.cues[number].image is not None
+                if number > next_cue and self.cues[number].undoes(self.cues[number - 1]):
+                    raise ConfigError(
+                        f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
+                        f"{block} frames apart, or one event"
+                    )
+            next_cue = due
+
+
+class _Blocks(Iterator[Frames]):
     """The blocks of a story as they are begun; a call that raised can be made again."""
 
     def __init__(self, story: Story, session: Session) -> None:
         self._story, self._session = story, session
-        self._begun: tuple[int, Tensor] | None = None  # pixel frames before a block, and the block
+        self._begun: tuple[int, Frames] | None = None  # pixel frames before a block, and the block
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Frames:
         length, session = self._story.num_frames, self._session
         if self._begun is None:
             if session.num_frames >= length:
@@ -133,7 +177,7 @@ class _Blocks(Iterator[Tensor]):
             if before < cue.frame <= session.num_frames:
                 _apply(cue, session)
         self._begun = None
-        return frames[: length - before]
+        return frames.cut(length - before)
 
 
 def _apply(cue: Cue, session: Session) -> None:
@@ -158,10 +202,13 @@ def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> St
     check_negative(script.negative, settings)
     if script.seconds is None and script.frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
-    length = script.frames or max(1, round((script.seconds or 0) * settings.fps))
+    length = frames_of(script.frames, script.seconds, settings.fps)
+    assert length is not None
+    files = []
 
     def picture(name: str) -> NDArray[np.uint8]:
-        pixels = prepare_image(path.parent / name, settings.height, settings.width)
+        files.append(path.parent / name)
+        pixels = prepare_image(files[-1], settings.height, settings.width)
         return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
 
     cues: list[Cue] = []
@@ -174,7 +221,8 @@ def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> St
             raise ConfigError(f"{where} is after the end, frame {length}; make the video longer, or leave it out")
         image = None if event.image is None else picture(event.image)
         cues.append(Cue(frame, event.prompt, image, None if event.target is None else picture(event.target)))
-    return Story(picture(script.image), script.prompt, length, script.seed, script.negative, tuple(cues))
+    image = picture(script.image)
+    return Story(image, script.prompt, length, script.seed, script.negative, tuple(cues), tuple(files))
 
 
 def generate_story(
@@ -185,14 +233,16 @@ def generate_story(
     device: str | None = None,
     split: TokenSplit | None = None,
     decode_device: str | None = None,
+    overwrite: bool = False,
     **given: Any,
 ) -> GenerationReport:
     """Writes the mp4 of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
-    `given` as in `read_story`.
+    `overwrite` as in `generate_file`, `given` as in `read_story`.
 
-    Raises: LongtakeError before any frame for a bad script, picture or source.
+    Raises: LongtakeError before any frame for a bad script, picture, source or output.
     """
     story = read_story(script, source.settings, **given)
+    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[script, *story.files], overwrite=overwrite)
     generator = Generator.build(source, device, split=split, decode_device=decode_device)
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
     return write_chunks(generator, frames, output)

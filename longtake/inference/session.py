@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.inference.generator import Generator, check_prompt, to_bytes, to_frames
+from longtake.inference.frames import Frames, to_frames
+from longtake.inference.generator import Generator, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
@@ -172,15 +173,16 @@ class Session:
         The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
         frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
         What raises, Ctrl-C and a full memory included, changes nothing: the same call can be made again.
-        Raises: ConfigError when a student that keeps every frame has reached `max_frames`.
+        Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
+        are not finite.
         """
         frames, standing = self._made()
-        array = frames.cpu().numpy()
+        array = frames.array()
         self._advance(standing)
         return array
 
-    def begin(self) -> Tensor:
-        """The next frames as `next` gives them, but as a tensor on the device that decodes, whose work may still run.
+    def begin(self) -> Frames:
+        """The next frames as `next` gives them, but on their way here: work may still run.
 
         Raises: as `next`.
         """
@@ -194,7 +196,7 @@ class Session:
         self.standing, self._history, self.cut = standing, history, False  # at once, whatever interrupts
 
     @torch.no_grad()
-    def _made(self) -> tuple[Tensor, Standing]:
+    def _made(self) -> tuple[Frames, Standing]:
         """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
         if self.cut:
@@ -204,7 +206,7 @@ class Session:
             if self.wanted.prompt != standing.look.prompt or not self.wanted.same_pictures(standing.look):
                 self._change(standing)
         assert standing.stream is not None and standing.decoder is not None
-        frames = to_bytes(standing.decoder.decode(standing.stream.next())[0])
+        frames = Frames(standing.decoder.decode(standing.stream.next())[0], standing.num_frames)
         standing.num_frames += len(frames)
         return frames, standing
 

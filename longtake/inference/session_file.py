@@ -2,7 +2,8 @@
 
 What the file holds is what the next frames depend on: keys and values that will be read, kept latents, conditions, the
 decoder's features, pictures, prompts, seed and position; and what they were made with (a key of each network's weights,
-the rules), which must be the same where the session goes on. docs/formats.md lists the names.
+the rules), which must be the same where the session goes on; and a checksum of all of it, which is compared when it is
+read. docs/formats.md lists the names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.data.encoded import checksum
 from longtake.errors import CheckpointError, DataError
 from longtake.inference.generator import Generator
 from longtake.inference.session import Look, Session, Standing
@@ -64,6 +66,7 @@ def save_session(session: Session, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        values["checksum"] = checksum(json.loads(json.dumps(values)), stored)
         save_tensors(stored, partial, {METADATA: json.dumps(values)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -126,17 +129,20 @@ def _written(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_session(generator: Generator, path: Path, history_blocks: int) -> Session:
     """The session in `path`. Raises: CheckpointError when it is none, or was made with other networks or rules."""
-    values, tensors = _read(path, generator.device)
+    values, tensors = _read(path)
     try:
         if values["version"] != VERSION:
             raise CheckpointError(f"{path} is a session of version {values['version']}; this version reads {VERSION}")
+        if values.pop("checksum", None) not in (None, checksum(values, tensors)):  # files of earlier versions have none
+            raise CheckpointError(f"{path} is damaged (another checksum); save the session again, or use another one")
         _compare(path, values, made_with(generator))
+        tensors = {name: tensor.to(generator.device) for name, tensor in tensors.items()}
         return _restored(generator, values, tensors, history_blocks)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another one") from error
 
 
-def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -144,7 +150,7 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
             text = (file.metadata() or {}).get(METADATA)
             if text is None:
                 raise CheckpointError(f"{path} holds no session; give a file that Session.save wrote")
-            return json.loads(text), {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            return json.loads(text), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a session ({error}); use another file") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def backends(device_index: int, dtype: torch.dtype, head_width: int) -> tuple[SD
     good = []
     for backend in order:
         try:
-            with sdpa_kernel(backend):
+            # Why a kernel is none for this problem is said below, in one line.
+            with sdpa_kernel(backend), warnings.catch_warnings(action="ignore", category=UserWarning):
                 out = F.scaled_dot_product_attention(q, k, v).double()
         except RuntimeError as error:  # the kernel does not support this type or device
             logger.debug("attention kernel %s is not available: %s", backend.name, error)

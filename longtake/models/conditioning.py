@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.data.images import fit_image, upright_rgb
+from longtake.data.images import fit_image, open_image, upright_rgb
 from longtake.errors import DataError, ShapeError
 from longtake.models.encoders import Encoders, VideoVAE
 from longtake.structs import Condition
@@ -69,7 +69,7 @@ def prepare_image(image: str | Path | Image.Image | NDArray[np.uint8], height: i
     """A picture at the size of the video, float32 [3, h, w] in [-1, 1].
 
     Cut around the centre to the aspect of the video, then resized (bicubic, antialiased); never stretched. Orientation
-    tags are obeyed, greyscale and palettes become RGB, transparent parts lie on white.
+    tags and colour profiles are obeyed, greyscale and palettes become RGB, transparent parts lie on white.
 
     Args: `image`, a path, a PIL image, or uint8 [h, w], [h, w, 3] or [h, w, 4].
     Raises: DataError, naming the file, when the picture cannot be read.
@@ -81,7 +81,7 @@ def prepare_image(image: str | Path | Image.Image | NDArray[np.uint8], height: i
 
 
 def _open(image: str | Path | Image.Image | NDArray[np.uint8]) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(image, np.ndarray):
         name = f"an array of {image.dtype} {image.shape}"
@@ -93,9 +93,9 @@ def _open(image: str | Path | Image.Image | NDArray[np.uint8]) -> Image.Image:
     if not isinstance(image, str | Path):
         raise DataError(f"a picture must be a path, a PIL image or a uint8 array; got {type(image).__name__}")
     try:
-        picture = Image.open(image)
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        data = Path(image).read_bytes()
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"image {image} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file"
+            f"image {image} cannot be read as a picture ({error}); name a PNG, JPEG or WebP file"
         ) from error
-    return upright_rgb(picture, f"image {image}")
+    return upright_rgb(open_image(data, f"image {image}"), f"image {image}")

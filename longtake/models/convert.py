@@ -12,17 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig
-from longtake.models.lora_files import LowRank, read_lora
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key
 from longtake.models.published import INDEX, Published
-from longtake.models.tensor_files import save_tensors
-from longtake.models.weights import open_dit
+from longtake.models.tensor_files import check_finite, save_tensors
+from longtake.models.weights import open_with_updates
+from longtake.outputs import check_new_folder, publish_folder
 
 Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation.yaml")  # that are written here
 _STEM = "diffusion_pytorch_model"
 _CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
     "original": config_to_original,
@@ -41,6 +42,7 @@ def convert(
     lora_scale: float | None = None,
     unmerge: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
 
@@ -48,39 +50,32 @@ def convert(
     appears whole or not at all.
     Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `unmerge` takes the update out of weights that it was
     merged into (equal to what they were up to rounding); `shard_bytes`, most bytes of tensors in a file (a
-    larger single tensor has a file of its own).
-    Raises: ConfigError when `target` exists; CheckpointError when `source` is not whole or `to` cannot say its sizes.
+    larger single tensor has a file of its own); `overwrite` lets `target` replace a folder of weights.
+    Raises: ConfigError when `target` exists, OutputError when it cannot be written; CheckpointError when `source` is
+    not whole or `to` cannot say its sizes.
     """
-    target = Path(target)
-    if target.exists():
-        raise ConfigError(f"{target} exists already; give the name of a folder that does not")
+    target = check_new_folder(target, own=WEIGHT_FILES, inputs=[source, lora], overwrite=overwrite)
     if shard_bytes < 1:
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
-    published, model = open_dit(source, network)
+    published, model = open_with_updates(source, network, lora, lora_scale, unmerge=unmerge)
     fields = _CONFIGS[to](model.config)
-    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, 0.0)
-    updates = LowRank(updates.factors, -updates.scale if unmerge else updates.scale)
     partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
-        written = _write(published, names, updates, partial, shard_bytes)
+        written = _write(published, names, partial, shard_bytes)
         write_config(partial, fields)
         _sync(partial)
-        os.rename(partial, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
+        publish_folder(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [target / name for name in written]
 
 
-def _write(
-    published: Published, names: Mapping[str, str], updates: LowRank, folder: Path, shard_bytes: int
-) -> list[str]:
+def _write(published: Published, names: Mapping[str, str], folder: Path, shard_bytes: int) -> list[str]:
     """Writes the shards, and their index when there are several; returns the file names."""
     shards = list(_plan(published, shard_bytes))
     files = [f"{_STEM}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -89,9 +84,11 @@ def _write(
     for file, shard in zip(files, shards):
         tensors: dict[str, Tensor] = {}
         for name, tensor in published.read(shard):
-            merged = updates.merge(name, tensor).to(published.tensors[name].dtype)
+            rounded = tensor.to(published.tensors[name].dtype)
+            if published.updates:
+                check_finite(rounded, f"{name} with its update, as {rounded.dtype},")
             # Tensors of one torch.save file may lie in one storage, which safetensors refuses.
-            tensors[names[name]] = merged.clone(memory_format=torch.contiguous_format)
+            tensors[names[name]] = rounded.clone(memory_format=torch.contiguous_format)
         save_tensors(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         places = {names[name]: file for file, shard in zip(files, shards) for name in shard}

@@ -25,7 +25,8 @@ def encoder_files(folder: Path) -> dict[str, list[Path]]:
         paths: set[Path] = set()
         for place in (folder / name for name in (part.folder, *part.originals, *_MORE.get(part.key, ()))):
             paths |= {place} if place.is_file() else set(place.glob("*"))
-        files = sorted(path.relative_to(folder) for path in paths if path.is_file() and path.suffix in _SUFFIXES)
+        own = (path for path in paths if path.is_file() and path.suffix in _SUFFIXES and not path.name.startswith("."))
+        files = sorted(path.relative_to(folder) for path in own)
         if files:
             found[part.key] = files
     return found

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.errors import CheckpointError
+from longtake.models.file_kind import is_pickled
 from longtake.runs import MANIFEST, exported_weights, find_checkpoint
 
-PICKLED = (".pt", ".pth")
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
+SAFETENSORS = (".safetensors",)
+INDEX = ".index.json"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encoder
 # Two transformers of one model, under original and under diffusers' names
 _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
@@ -59,6 +62,18 @@ def is_hub_name(source: str | Path) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
 
 
+def files_in(folder: Path, suffixes: tuple[str, ...] = SAFETENSORS) -> list[Path]:
+    """The files of a folder with these suffixes in any case, sorted, without hidden ones as macOS adds (`._`)."""
+    found = (path for path in folder.glob("*") if path.name.lower().endswith(suffixes) and path.is_file())
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """The torch.save files of a folder that may hold a transformer: those that are no encoder's by their names."""
+    encoders = {name for part in ENCODER_PARTS for name in part.originals}
+    return [file for file in files_in(folder, PICKLED) if file.name not in encoders]
+
+
 # ---- weights of a transformer ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class WeightSource:
@@ -80,10 +95,8 @@ def find_weights(source: str | Path, logdir: str | Path | None = None) -> Weight
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in (".safetensors", *PICKLED):
-            raise CheckpointError(
-                f"{path} is no file of weights; give .safetensors, {' or '.join(PICKLED)}, or a folder"
-            )
+        if path.suffix.lower() not in (*SAFETENSORS, *PICKLED):
+            is_pickled(path)  # says what it is, unless it holds weights under another name
         return WeightSource(path, _checkpoint_of(path.parent))
     if path.is_dir():
         return _in_folder(path)
@@ -100,11 +113,13 @@ def _in_folder(folder: Path) -> WeightSource:
         return WeightSource(exported_weights(folder), folder)
     place = locate(folder)
     for found in (place, *(folder / name for name in _NETWORKS)):
-        if any(found.glob("*.safetensors")):
+        if files_in(found, (*SAFETENSORS, f".safetensors{INDEX}")):
             return WeightSource(found, _checkpoint_of(found))
     try:
         checkpoint = find_checkpoint(folder)
     except CheckpointError as error:
+        if files_in(place, (*PICKLED, ".gguf", f".bin{INDEX}")):
+            return WeightSource(place)  # reading says what they hold
         raise CheckpointError(
             f"{folder} holds no *.safetensors, nor do transformer, {', '.join(_NETWORKS)} in it, and as a training "
             f"run: {error}"
@@ -121,7 +136,7 @@ def locate(path: Path) -> Path:
     """The file or the folder in which the transformer of a local path lies. Raises: CheckpointError."""
     if not path.is_dir():
         return path
-    if not any(path.glob("*.safetensors")):
+    if not files_in(path, (*SAFETENSORS, INDEX)):
         for first, second in _EXPERTS:
             if (path / first).is_dir() and (path / second).is_dir():
                 raise CheckpointError(f"{path} holds two transformers; give {path / first} or {path / second}")
@@ -147,7 +162,7 @@ class EncoderPart:
 
     def places(self, root: Path) -> list[Path]:
         """Where it lies: a folder in the library's layout, original files."""
-        folder = [root / self.folder] if any((root / self.folder).glob("*.safetensors")) else []
+        folder = [root / self.folder] if files_in(root / self.folder) else []
         return folder + [root / file for file in self.originals if (root / file).is_file()]
 
     def wanted(self, root: Path) -> str:
@@ -244,7 +259,7 @@ def tokenizer_places(text_encoder: Path) -> tuple[Path, Path]:
 def encoder_files(folder: Path, part: EncoderPart) -> list[Path]:
     """The weight files of one encoder in `folder`, in either layout; empty when there is none."""
     places = part.places(folder)[:1]
-    return [file for place in places for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])]
+    return [file for place in places for file in (files_in(place) if place.is_dir() else [place])]
 
 
 def image_token_count(folder: Path) -> int:

@@ -10,7 +10,8 @@ import logging
 from pathlib import Path
 
 from longtake.errors import CheckpointError
-from longtake.models.folders import PICKLED, is_hub_name, locate
+from longtake.models.file_kind import GGUF
+from longtake.models.folders import PICKLED, SAFETENSORS, is_hub_name, locate
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def local_path(source: str | Path) -> Path:
             "Face hub"
         )
     owner, name, *rest = path.as_posix().split("/")
+    if rest and rest[-1].lower().endswith(".gguf"):
+        raise CheckpointError(f"{source} {GGUF}")
     logger.info("%s is no local path; asking the Hugging Face hub for %s/%s", source, owner, name)
     root = _download(f"{owner}/{name}", _patterns("/".join(rest)))
     if not rest:
@@ -48,7 +51,7 @@ def local_path(source: str | Path) -> Path:
 
 def _patterns(part: str) -> tuple[str, ...]:
     """The files to ask for first: those of the part that was named, or the configurations of all transformers."""
-    if part.endswith((".safetensors", *PICKLED)):
+    if part.lower().endswith((*SAFETENSORS, *PICKLED)):
         folder = part.rpartition("/")[0]
         return (part, f"{folder}/config.json" if folder else "config.json")
     if part:

@@ -1,51 +1,74 @@
-"""Low-rank updates on disk: read from PEFT's names, checked against the base, merged tensor by tensor, written.
+"""Low-rank updates on disk: read under every published name, checked against the base, merged, written.
 
 A folder of updates holds `adapter_model.safetensors` and `adapter_config.json` as PEFT writes and reads them, and
 `base.json`: which weights they belong to. Source of the names: PEFT `get_peft_model_state_dict`, which LongLive calls
 (NVlabs/LongLive utils/lora_utils.py); specification H.7, K.2; of the folder: PEFT `utils/constants.py` and
-`tuners/lora/config.py`. Must know no model.
+`tuners/lora/config.py`; other names: `lora_names`, their scale: `lora_scale`. Must know no model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from longtake.config import TOY, resolve_source
-from longtake.errors import CheckpointError
-from longtake.models.folders import PICKLED
+from longtake.errors import CheckpointError, ConfigError
+from longtake.models.file_kind import is_pickled
+from longtake.models.folders import PICKLED, SAFETENSORS, files_in
+from longtake.models.lora_names import Update, assign
+from longtake.models.lora_scale import ABSENT, CONFIG, Settings, settings_from_json, settings_from_metadata
 from longtake.models.model_json import read_json
-from longtake.models.names import clean_key
 from longtake.models.published import pick, read_pickled
-from longtake.models.tensor_files import save_tensors
+from longtake.models.tensor_files import check_finite, save_tensors
 
-WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+WEIGHTS, BASE = "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_FILES = (WEIGHTS, "adapter_model.bin", "pytorch_lora_weights.safetensors")  # PEFT now and once, diffusers
 _NETWORKS = ("generator_lora",)
-# Fields of adapter_config.json that change what an update is; W + scale B A is all there is here
-_OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Updates of linear weights: name of the weight -> (A [rank, in], B [out, rank]); W becomes W + scale B A."""
+    """Updates of weights: W becomes W + sign (scale B A + difference), for each name what there is of both.
+
+    Fields: `factors`, name of the weight -> (A [rank, in], B [out, rank]) with its scale in `scales`; `differences`,
+    name of a parameter -> a tensor of its shape; `source`, their file; `sign`, -1 to take them out again.
+    """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    scale: float
+    scales: Mapping[str, float]
+    differences: Mapping[str, Tensor]
+    source: Path
+    sign: int = 1
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of all factors; None where they have several."""
+        return next(iter(self.scales.values())) if len(set(self.scales.values())) == 1 else None
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """`weight` with its update, float32; a tensor without an update comes back as it is."""
-        if name not in self.factors:
+        """`weight` with its update, float32; a tensor without an update comes back as it is.
+
+        Raises: CheckpointError when the result is not finite.
+        """
+        if name not in self.factors and name not in self.differences:
             return weight
-        a, b = self.factors[name]
-        return weight.float() + self.scale * (b.float() @ a.float())
+        merged = weight.float()
+        if name in self.factors:
+            a, b = self.factors[name]
+            product = b.float().flatten(1) @ a.float().flatten(1)
+            merged = merged + self.sign * self.scales[name] * product.view(weight.shape)
+        if name in self.differences:
+            merged = merged + self.sign * self.differences[name].view(weight.shape)
+        check_finite(merged, f"{name} with the update of {self.source}")
+        return merged
 
 
 @dataclass(frozen=True)
@@ -127,71 +150,122 @@ def read_base(folder: Path) -> Base:
     return Base(**data)
 
 
+def check_scale(scale: float | None, lora: object) -> None:
+    """Raises ConfigError unless a scale that is given is a finite number and belongs to updates that are given."""
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ConfigError(f"lora_scale={scale} is no finite number; give alpha / rank, or leave it out")
+    if scale is not None and lora is None:
+        raise ConfigError(f"lora_scale={scale:g} was given without updates; name their file (lora), or leave it out")
+
+
 def read_lora(path: str | Path, shapes: Mapping[str, Tensor], *, scale: float | None = None) -> LowRank:
-    """The updates in a folder, or in a `.pt`, `.pth` or `.safetensors` file (of the student where it holds several).
+    """The updates in a folder or in a file of any suffix (of the student where it holds several).
 
-    Args: `shapes`, the tensors that they are for, under original Wan names (any device). `scale` = alpha / rank;
-    default: that of the `adapter_config.json` in the folder or beside the file, else 1, which is LongLive's.
-    Raises: CheckpointError that lists what is no factor, has no partner, no weight, or another shape.
+    Names and scales are those of PEFT, diffusers, ComfyUI, musubi-tuner and LightX2V.
+    Args: `shapes`, the tensors that they are for, under original Wan names (any device). `scale` = alpha / rank of all;
+    default: the alpha of each layer in the file, else that of the `adapter_config.json` in the folder or beside the
+    file, else that of the file's metadata, else alpha = rank, which is LongLive's.
+    Raises: ConfigError for a scale that is not finite; CheckpointError that lists what is no update, has no partner, no
+    weight, another shape or rank, is not finite, or is of another kind than W + scale B A.
     """
+    check_scale(scale, path)
     path = Path(path).expanduser()
-    file = path / WEIGHTS if path.is_dir() else path
-    state = _read(file)
-    halves: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in state.items():
-        if match := _FACTOR.fullmatch(key):
-            module = clean_key(re.sub(r"^(.*\.)?base_model\.model\.", "", match[1]))
-            halves.setdefault(f"{module}.weight", {})[match[2]] = tensor
-        else:
-            problems.append(f"{key} is no lora_A or lora_B weight")
-    for name, pair in halves.items():
-        problems += _misfit(name, pair, shapes)
-    if problems or not halves:
-        listed = "; ".join(problems[:12]) or "it holds none"
+    file = _file_of(path)
+    state, metadata = _read(file)
+    updates, problems = assign(state, shapes, file)
+    for name, update in updates.items():
+        problems += _misfit(name, update, shapes)
+    if problems:
         raise CheckpointError(
-            f"the low-rank updates in {path} do not fit the base ({len(problems)} problems): {listed}"
+            f"the low-rank updates in {path} do not fit the base ({len(problems)} problems): {'; '.join(problems[:12])}"
         )
-    factors = {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
-    return LowRank(factors, read_scale(file.parent) if scale is None else scale)
+    pairs = {name: (u.a, u.b) for name, u in updates.items() if u.a is not None and u.b is not None}
+    settings = Settings() if scale is not None else _settings(file, metadata)
+    scales = {
+        name: settings.scale(updates[name].module, len(a), updates[name].alpha) if scale is None else float(scale)
+        for name, (a, _) in pairs.items()
+    }
+    return LowRank(pairs, scales, _differences(updates, scales, scale, file), file)
 
 
-def read_scale(folder: Path) -> float:
-    """alpha / rank of the `adapter_config.json` in a folder, 1 without one.
-
-    Raises: CheckpointError for kinds of updates that are more than W + scale B A.
-    """
-    file = folder / CONFIG
-    if not file.is_file():
-        return 1.0
-    fields = read_json(file)
-    if not isinstance(fields, dict) or not {"r", "lora_alpha"} <= set(fields):
-        raise CheckpointError(f"{file} must hold r and lora_alpha; give the scale (alpha / rank) yourself")
-    if other := [name for name in _OTHER_KINDS if fields.get(name)]:
-        raise CheckpointError(f"{file} sets {', '.join(other)}; only plain updates W + alpha / r B A are read")
-    return fields["lora_alpha"] / fields["r"]
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give the file of the low-rank updates")
-    if path.suffix in PICKLED:
-        return pick(read_pickled(path), path, _NETWORKS, None)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+def _differences(
+    updates: Mapping[str, Update], scales: Mapping[str, float], scale: float | None, file: Path
+) -> dict[str, Tensor]:
+    """Differences times what counts for them: the scale that is given, or that of their layer for PEFT's biases."""
+    plain = any(u.difference is not None and not u.scaled for u in updates.values())
+    if scale is not None and plain and any(u.alpha is not ABSENT for u in updates.values()):
+        raise ConfigError(
+            f"lora_scale={scale:g} stands for alpha / rank, and {file} holds an alpha of its own and differences "
+            "without one; leave lora_scale out"
+        )
+    found = {}
+    for name, update in updates.items():
+        if update.difference is None:
+            continue
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if update.scaled and weight not in scales:
+            raise CheckpointError(f"{file} holds lora_B of {name} and no factors of {weight}; use another file")
+        factor = scales[weight] if update.scaled else 1.0 if scale is None else float(scale)
+        found[name] = update.difference.float() * factor
+    return found
 
 
-def _misfit(name: str, pair: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> list[str]:
-    if set(pair) != {"A", "B"}:
-        return [f"{name} has lora_{min(pair)} only"]
+def _settings(file: Path, metadata: Mapping[str, str]) -> Settings:
+    config = file.parent / CONFIG
+    return settings_from_json(read_json(config), config) if config.is_file() else settings_from_metadata(metadata, file)
+
+
+def _misfit(name: str, update: Update, shapes: Mapping[str, Tensor]) -> list[str]:
+    a, b, difference = update.a, update.b, update.difference
+    problems = []
+    if (a is None) != (b is None):
+        problems.append(f"{name} has lora_{'A' if b is None else 'B'} only")
+    if a is None and b is None and difference is None:
+        problems.append(f"{name} has alpha only")
     if name not in shapes:
-        return [f"the base has no {name}"]
-    a, b, weight = tuple(pair["A"].shape), tuple(pair["B"].shape), tuple(shapes[name].shape)
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != weight:
-        return [f"{name} is {weight} and its factors are {b} and {a}"]
-    return []
+        return [*problems, f"the base has no {name}"]
+    shape = tuple(shapes[name].shape)
+    if a is not None and b is not None:
+        ones = (1,) * (len(shape) - 2)
+        wanted = ((len(a), *shape[1:]), (*shape[:1], len(a), *ones)) if a.ndim else None
+        if len(shape) < 2 or not a.ndim or not len(a) or (tuple(a.shape), tuple(b.shape)) != wanted:
+            problems.append(f"{name} is {shape} and its factors are {tuple(b.shape)} and {tuple(a.shape)}")
+    if difference is not None and [n for n in difference.shape if n > 1] != [n for n in shape if n > 1]:
+        problems.append(f"{name} is {shape} and its difference is {tuple(difference.shape)}")
+    return problems
+
+
+def scale_text(folder: Path) -> str:
+    """What the `adapter_config.json` in a folder says of scales, in words; that of plain updates is one number."""
+    file = folder / CONFIG
+    settings = settings_from_json(read_json(file), file) if file.is_file() else Settings()
+    patterns = "".join(f" {pattern}" for pattern in (settings.ranks, settings.alphas) if pattern)
+    return repr(replace(settings, ranks={}, alphas={}).scale("", settings.rank or 1)) + patterns
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; give the file of the low-rank updates")
+        return path
+    named = [path / name for name in _FILES if (path / name).is_file()]
+    files = named or files_in(path, (*SAFETENSORS, *PICKLED))
+    if not named and len(files) != 1:
+        raise CheckpointError(
+            f"{path} holds {', '.join(file.name for file in files[:8]) or 'no file of tensors'} and no {WEIGHTS}; give "
+            "the file of the low-rank updates"
+        )
+    return files[0]
+
+
+def _read(file: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """What a file of updates holds, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    if is_pickled(file):
+        return pick(read_pickled(file), file, _NETWORKS, None), {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key).clone() for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download it again") from error

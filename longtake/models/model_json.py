@@ -14,18 +14,31 @@ from typing import Any
 
 from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig
+from longtake.models.file_kind import is_pointer
 
 FILE = "config.json"
 
 
-def config_from_json(data: Mapping[str, Any]) -> DiTConfig:
-    """Model sizes from a Wan or diffusers `config.json`. Raises: CheckpointError when a size is missing."""
+def config_from_json(data: Mapping[str, Any], file: Path | str = "config.json") -> DiTConfig:
+    """Model sizes from a Wan or diffusers `config.json`. Raises: CheckpointError when a size is missing or wrong."""
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"config.json holds a {type(data).__name__}; it must be the object of a Wan transformer")
+        raise CheckpointError(f"{file} holds a {type(data).__name__}; it must be the object of a Wan transformer")
+    kind = f" (it is that of a {data['_class_name']})" if "_class_name" in data else ""
     try:
-        return _from_diffusers(data) if "num_attention_heads" in data else _from_original(data)
+        config = _from_diffusers(data) if "num_attention_heads" in data else _from_original(data)
     except KeyError as error:
-        raise CheckpointError(f"config.json has no field {error}; it must be that of a Wan transformer") from None
+        raise CheckpointError(f"{file} has no field {error}{kind}; it must be that of a Wan transformer") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file} holds a size of the wrong kind{kind}: {error}") from error
+    for name, value in config.to_dict().items():
+        sizes = list(value) if name == "patch_size" else [value]
+        if name in ("model_type", "eps") or (value is None and name in ("image_dim", "image_positions")):
+            continue
+        if not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
+            raise CheckpointError(f"{file} says {name}={value!r}{kind}; it must be a whole number above 0")
+    if type(config.eps) not in (int, float) or not 0 < config.eps < 1:
+        raise CheckpointError(f"{file} says eps={config.eps!r}{kind}; it must be a number between 0 and 1")
+    return config
 
 
 def _from_diffusers(data: Mapping[str, Any]) -> DiTConfig:
@@ -161,8 +174,11 @@ def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer(file) else error
+        raise CheckpointError(f"{file} is not valid JSON: {why}") from error
 
 
 def write_config(folder: Path, fields: Mapping[str, Any]) -> None:

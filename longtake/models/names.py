@@ -42,9 +42,16 @@ _BLOCK = {
 
 
 # What FSDP1, activation checkpointing and compile insert wherever they wrap a module
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-# What DDP and the wrapper classes of Self-Forcing's family put before the whole model
-_OWNERS = re.compile(r"((module|model)\.)+")
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
+# What DDP, ComfyUI, diffusers, DiffSynth and the wrapper classes of Self-Forcing's family put before the whole model
+_OWNERS = re.compile(
+    r"((module|model|diffusion_model|transformer|dit|generator|generator_ema|student|ema|ema_model|net|pipe)\.)+"
+)
+# What may lie beside a transformer in one flat file: ComfyUI's checkpoints, Lightning's state dicts
+_BESIDE = re.compile(
+    r"((module|model)\.)*(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|image_encoder|clip|critic|"
+    r"fake_score|real_score|discriminator|teacher)\."
+)
 
 
 def clean_name(name: str) -> str:
@@ -53,10 +60,15 @@ def clean_name(name: str) -> str:
 
 
 def clean_key(key: str) -> str:
-    """The model's own name of a checkpoint's key: no wrapper anywhere, no leading `module.` or `model.`."""
+    """The model's own name of a checkpoint's key: no wrapper anywhere, no leading `model.`, `transformer.`, ..."""
     key = clean_name(key)
     owner = _OWNERS.match(key)
     return key[owner.end() :] if owner else key
+
+
+def is_beside(key: str) -> bool:
+    """True for a key of an encoder or another network that lies in one flat file with a transformer."""
+    return bool(_BESIDE.match(clean_name(key)))
 
 
 def _renamed(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
@@ -91,7 +103,7 @@ def shown_key(key: str) -> str:
 
 def is_diffusers(keys: Iterable[str]) -> bool:
     """True when the names are those of diffusers."""
-    return any(key.startswith("condition_embedder.") for key in keys)
+    return any(re.match(r"condition_embedder\.|blocks\.\d+\.(attn1|attn2|ffn\.net)\.", key) for key in keys)
 
 
 def original_names(keys: Iterable[str]) -> dict[str, str]:

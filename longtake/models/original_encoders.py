@@ -9,9 +9,7 @@ and huggingface/diffusers `scripts/convert_wan_to_diffusers.py`; spec B.1, B.4, 
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from longtake.errors import CheckpointError
+from longtake.models.file_kind import is_pickled
 from longtake.models.pretrained import check_keys
+from longtake.models.published import read_pickled
+from longtake.models.tensor_files import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,12 +71,10 @@ def read_original(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give an original Wan file or a folder in the library's format")
-    try:
-        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a file of tensors: {error}; download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not is_pickled(path):
+        raise CheckpointError(f"{path} is safetensors; original files of Wan's encoders are those of torch.save")
+    state = dict(read_pickled(path))
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds something else than tensors by name; it is no original Wan encoder")
     return state
 
@@ -114,6 +113,8 @@ def _fill(
         expected[source] = (1,) * leading + (first if third is None else 3 * first, *rest)
     check_keys(expected, {key: tuple(tensor.shape) for key, tensor in state.items()}, path, type(model).__name__)
     placed = {key: state[key].to(device=device, dtype=dtype) for key in expected}
+    for key, tensor in placed.items():
+        check_finite(tensor, f"{key} of {path}")
     tensors = {}
     for key, (source, third, _) in origins.items():
         tensor = placed[source] if third is None else placed[source].chunk(3)[third]

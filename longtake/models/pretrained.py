@@ -5,11 +5,16 @@ The libraries' own loaders fill missing weights with random numbers and only war
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.models.file_kind import is_pickled
+from longtake.models.folders import files_in
+from longtake.models.tensor_files import check_finite
 
 
 def check_folder(folder: str | Path, what: str) -> Path:
@@ -21,9 +26,23 @@ def check_folder(folder: str | Path, what: str) -> Path:
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path / 'config.json'} is missing; the {what} folder needs it beside its weights")
-    if not any(path.glob("*.safetensors")):
+    if not files_in(path):
         raise CheckpointError(f"{path} holds no *.safetensors file; the {what} folder needs its weights in this format")
     return path
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Remarks that these libraries log here, and that a user can do nothing about, are not shown; their errors are."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (), **options: Any) -> Any:
@@ -35,11 +54,14 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
+    for file in files_in(Path(folder)):
+        is_pickled(file)  # says what it is, where it is no file of weights
     transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
     try:
-        model, info = model_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-        )
+        with quiet("diffusers", "transformers"):  # what matters, the keys, is said below
+            model, info = model_class.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+            )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
     problems = {
@@ -48,6 +70,8 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
     }
     _refuse(problems, folder, model_class.__name__)
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, f"{name} of {folder}")
     return model.eval()
 
 

@@ -1,14 +1,17 @@
 """Weights as they are published: where the tensors of a transformer lie on disk, and reading them a file at a time.
 
 Folders of safetensors (original Wan, diffusers, a diffusers pipeline, with or without an index), single safetensors
-files, `torch.save` files of Self-Forcing's family, and names of repositories on the Hugging Face hub. Opening reads
-headers only; tensors are views of the mapped file until they are used. Must know no model.
+files, and `torch.save` files, whole or in shards, told apart by their contents. Opening reads headers only; tensors are
+views of the mapped file until they are used. Must know no model.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import shlex
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,27 +21,35 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.models.folders import PICKLED, locate
+from longtake.models.families import is_wan, refuse_others
+from longtake.models.file_kind import is_pickled
+from longtake.models.folders import INDEX as _INDEX
+from longtake.models.folders import files_in, locate, pickles_in
 from longtake.models.model_json import read_json
-from longtake.models.names import clean_key, is_diffusers, original_names
+from longtake.models.names import clean_key, is_beside, is_diffusers, original_names
+from longtake.models.tensor_files import check_finite
 
 logger = logging.getLogger(__name__)
 
-INDEX = ".safetensors.index.json"
+INDEX = f".safetensors{_INDEX}"
 # K.2: what released files call the weights of the student, the one to take first
-_NETWORKS = ("generator_ema", "generator", "model")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_NETWORKS = ("generator_ema", "generator")
+_NOT_MEANT = ("critic", "discriminator", "fake_score", "real_score")  # unless one of them is asked for
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: the file, its key there, its shape and type."""
+    """Where one tensor lies: the file, its key there, its shape and type (its name, where that is not read)."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.file}"
 
     @property
     def size_bytes(self) -> int:
@@ -55,16 +66,22 @@ class Published:
     path: Path
     tensors: dict[str, Stored]
     diffusers: bool
-    _pickled: Mapping[str, Tensor] = field(default_factory=dict)
+    _pickled: Mapping[Path, Mapping[str, Tensor]] = field(default_factory=dict)
     updates: Sequence[Callable[[str, Tensor], Tensor]] = ()
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor on the meta device: shapes and types without data."""
         return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.tensors.items()}
 
-    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) of `names` (default: all), file by file. A tensor is a view of its file: copy it."""
+    def read(self, names: Iterable[str] | None = None, *, check: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) of `names` (default: all), file by file. A tensor is a view of its file: copy it.
+
+        Args: `check`, whether all of each tensor is read here, and refused unless it is finite; without, the caller
+        does that. Raises: CheckpointError.
+        """
         for name, tensor in self._stored(names):
+            if check:
+                check_finite(tensor, str(self.tensors[name]))
             for update in self.updates:
                 tensor = update(name, tensor)
             yield name, tensor
@@ -76,40 +93,50 @@ class Published:
         for name in self.tensors if names is None else names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, held in by_file.items():
-            if self._pickled:
-                yield from ((name, self._pickled[self.tensors[name].key]) for name in held)
+            if file in self._pickled:
+                yield from ((name, self._pickled[file][self.tensors[name].key].detach()) for name in held)
                 continue
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in held:
                         yield name, opened.get_tensor(self.tensors[name].key)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+                raise _damaged(file, error) from error
 
 
-def open_published(path: Path, network: str | None = None) -> Published:
+def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> Published:
     """What a local file or folder holds; only headers are read.
 
     Args: `network`, which one of a file that holds several (`generator`, `generator_ema`, `critic`, ...); default: the
-    student, its average where there is one.
-    Raises: CheckpointError when files are missing, damaged or contradict their index.
+    student, its average where there is one; `updates`, whether low-rank updates are expected.
+    Raises: CheckpointError when files are missing, damaged, contradict their index, or are no Wan transformer.
     """
     path = locate(path)
-    if path.suffix in PICKLED and not path.is_dir():
-        return _open_pickled(path, network)
-    if network is not None:
-        raise CheckpointError(f"network={network} was given, and {path} holds one network only; leave it out")
-    files = _shards(path) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise CheckpointError(
-            f"{path} holds no safetensors file; give a Wan or diffusers transformer folder, or a .safetensors, .pt or "
-            ".pth file"
-        )
-    return _named(path, [row for file in files for row in _header(file)])
+    rows: list[Stored] = []
+    pickled: dict[Path, Mapping[str, Tensor]] = {}
+    for file in _shards(path) if path.is_dir() else [path]:
+        if is_pickled(file):
+            pickled[file] = held = pick(read_pickled(file), file, _NETWORKS, network)
+            rows += _rows(file, held)
+        elif network is None:
+            rows += _header(file)
+        else:
+            raise CheckpointError(f"network={network} was given, and {path} holds one network only; leave it out")
+    published = _named(path, rows, pickled)
+    if not updates:
+        refuse_others(published.tensors, path)
+    for row in published.tensors.values():
+        check_type(row.dtype, row)
+    return published
 
 
-def _named(path: Path, rows: list[Stored], pickled: Mapping[str, Tensor] | None = None) -> Published:
+def _named(path: Path, rows: list[Stored], pickled: Mapping[Path, Mapping[str, Tensor]]) -> Published:
     """Gives the rows original names. Raises: CheckpointError when two of them mean the same parameter."""
+    rows = [row for row in rows if row.shape or "." in row.key]  # a counter is no parameter
+    if is_wan(clean_key(row.key) for row in rows if not is_beside(row.key)):
+        if beside := [row.key for row in rows if is_beside(row.key)]:
+            logger.info("%s also holds %d tensors of other networks, such as %s", path, len(beside), beside[0])
+        rows = [row for row in rows if not is_beside(row.key)]
     cleaned: dict[str, Stored] = {}
     for row in rows:
         name = clean_key(row.key)
@@ -120,22 +147,32 @@ def _named(path: Path, rows: list[Stored], pickled: Mapping[str, Tensor] | None 
             )
         cleaned[name] = row
     names = original_names(cleaned)
-    return Published(path, {names[key]: row for key, row in cleaned.items()}, is_diffusers(cleaned), pickled or {})
+    return Published(path, {names[key]: row for key, row in cleaned.items()}, is_diffusers(cleaned), pickled)
 
 
-# ---- safetensors -----------------------------------------------------------------------------------------------------
+# ---- folders and safetensors -----------------------------------------------------------------------------------------
 def _shards(folder: Path) -> list[Path]:
     """The weight files of a folder, all there. Raises: CheckpointError on missing shards or a wrong index."""
-    files = sorted(folder.glob("*.safetensors"))
-    indices = sorted(folder.glob(f"*{INDEX}"))
-    if len(indices) > 1:
-        raise CheckpointError(f"{folder} holds {len(indices)} indices, {[i.name for i in indices]}; keep one of them")
-    if indices:
-        return _indexed(indices[0], files)
-    for file in files:
-        if match := _SHARD.fullmatch(file.name):
-            wanted = [f"{match[1]}-{n:05d}-of-{match[3]}.safetensors" for n in range(1, int(match[3]) + 1)]
-            _check_present(folder, wanted)
+    found = {".safetensors": files_in(folder), ".bin": pickles_in(folder)}
+    for suffix, files in found.items():
+        indices = files_in(folder, (suffix + _INDEX,))
+        if len(indices) > 1:
+            raise CheckpointError(f"{folder} holds {len(indices)} indices, {[i.name for i in indices]}; keep one")
+        if indices:
+            return _indexed(indices[0], files)
+    files = found[".safetensors"] or found[".bin"]
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    for stem, _, number, suffix in {match.groups() for match in shards}:
+        _check_present(folder, [f"{stem}-{n:05d}-of-{number}{suffix}" for n in range(1, int(number) + 1)])
+    if not found[".safetensors"] and len(files) > 1 and len(shards) < len(files):
+        raise CheckpointError(f"{folder} holds {', '.join(f.name for f in files[:8])}; give the path of one file")
+    if not files:
+        for file in files_in(folder, (".gguf",)):
+            is_pickled(file)  # says what it is
+        raise CheckpointError(
+            f"{folder} holds no safetensors file; give a Wan or diffusers transformer folder, or a .safetensors, .pt, "
+            ".pth, .bin or .ckpt file"
+        )
     return files
 
 
@@ -152,7 +189,7 @@ def _indexed(index: Path, files: list[Path]) -> list[Path]:
             "path of one file"
         )
     shards = [index.parent / name for name in wanted]
-    held = {row.key: row.file.name for file in shards for row in _header(file)}
+    held = {key: file.name for file in shards for key in _keys(file)}
     if wrong := sorted(key for key in places.keys() | held.keys() if places.get(key) != held.get(key)):
         key = wrong[0]
         raise CheckpointError(
@@ -160,6 +197,10 @@ def _indexed(index: Path, files: list[Path]) -> list[Path]:
             f"{held.get(key)} by the files; download them again"
         )
     return shards
+
+
+def _keys(file: Path) -> Iterable[str]:
+    return map(str, read_pickled(file)) if is_pickled(file) else (row.key for row in _header(file))
 
 
 def _check_present(folder: Path, wanted: list[str]) -> None:
@@ -177,65 +218,91 @@ def _header(file: Path) -> list[Stored]:
         with safe_open(file, framework="pt") as opened:
             for key in list(opened.keys()):
                 view = opened.get_slice(key)
-                rows.append((key, tuple(view.get_shape()), view.get_dtype()))
+                rows.append(Stored(file, key, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-    return [Stored(file, key, shape, _type(_DTYPES.get(dtype, dtype), key, file)) for key, shape, dtype in rows]
+        raise _damaged(file, error) from error
+    return rows
 
 
-def _type(dtype: torch.dtype | str, key: str, file: Path) -> torch.dtype:
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES.values())
-    raise CheckpointError(f"{key} of {file} has type {dtype}; weights must be {known}, not quantised")
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file} cannot be read as safetensors: {error}; it is damaged or cut short: download it again"
+    )
+
+
+def check_type(dtype: object, what: object) -> None:
+    """Raises CheckpointError unless weights of this type are read; `what` names the tensor and its file."""
+    if dtype not in _DTYPES.values():
+        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES.values())
+        raise CheckpointError(
+            f"{what} has type {dtype}; weights must be {known}, not quantised: take such a file of the same model"
+        )
 
 
 # ---- torch.save files ------------------------------------------------------------------------------------------------
-def read_pickled(file: Path) -> Mapping[str, Any]:
+def read_pickled(file: Path) -> Mapping[Any, Any]:
     """What a `torch.save` file holds: mapped, not read; nothing in it is executed. Raises: CheckpointError."""
-    import pickle
-
     try:
-        data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[:1]
+        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+        with warnings.catch_warnings(action="ignore"):  # on old pickle protocols
+            data = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        if code := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+            raise CheckpointError(
+                f"{file} holds {code[1]} beside its tensors, which is not loaded since that could execute what is in "
+                "the file; where it was made, or if you trust it, save its state dict alone, best as safetensors"
+            ) from error
+        first = " ".join(str(error).strip().splitlines()[:1])
         raise CheckpointError(
-            f"{file} cannot be read by torch.load(weights_only=True, mmap=True): {' '.join(first)}; it must hold "
-            "tensors only and be saved by torch 1.6 or newer; convert it to safetensors where it was made"
+            f"{file} cannot be read by torch.load(weights_only=True): {first or type(error).__name__}; it is damaged "
+            "or holds more than tensors: download it again, or save its state dict as safetensors where it was made"
         ) from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{file} holds a {type(data).__name__}; it must hold a dict of tensors")
     return data
 
 
-def pick(data: Mapping[str, Any], file: Path, choices: tuple[str, ...], asked: str | None) -> Mapping[str, Tensor]:
-    """The state dict that is meant: `asked`, else the first of `choices`, else the dict itself when it is bare.
+def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: str | None) -> dict[str, Any]:
+    """The state dict that is meant: `asked`, else the only one, else the first of `choices`.
 
+    Values without a dot in their key that are no tensors (steps, settings) are left out.
     Raises: CheckpointError listing what the file holds.
     """
-    held = sorted(key for key, value in data.items() if isinstance(value, Mapping) and _is_state(value))
-    name = asked or next((choice for choice in choices if choice in held), None)
-    if name is None and _is_state(data):
-        return data
-    if name is None or name not in held:
-        raise CheckpointError(
-            f"{file} holds {', '.join(held) or 'no weights'}, not {asked or ' or '.join(choices)}; "
-            "name one of them as network"
-        )
+    held = dict(_networks(data))
+    if asked is not None:
+        found = [asked] if asked in held else [place for place in held if asked in place.split(".")]
+    else:
+        meant = [place for place in held if not set(place.split(".")) & set(_NOT_MEANT)]
+        named = ([place for place in held if choice in place.split(".")] for choice in choices)
+        found = list(held) if len(held) == 1 else next(filter(None, named), meant)
+    if len(found) != 1:
+        names = ", ".join(sorted(held)) if any(held) else "one network without a name" if held else "no weights"
+        fix = "give a file with the state dict of a network"
+        if held:
+            fix = "leave network out"
+        if any(held):
+            command = f"longtake convert {shlex.quote(str(file))} FOLDER --to longtake --network NAME"
+            fix = f"name one of them as network, as in `{command}`, and give FOLDER"
+        raise CheckpointError(f"{file} holds {names}{f', not {asked}' if asked else ''}; {fix}")
     if len(held) > 1:
-        logger.info("%s holds %s; taking %s", file, ", ".join(held), name)
-    return data[name]
+        logger.info("%s holds %s; taking %s", file, ", ".join(sorted(held)), found[0])
+    return held[found[0]]
 
 
-def _is_state(data: Mapping[str, Any]) -> bool:
-    return bool(data) and all(isinstance(value, Tensor) for value in data.values())
+def _networks(data: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, state dict) of each dict with tensors under dotted names, however deep; no optimizer's."""
+    plain = {key: value for key, value in data.items() if isinstance(key, str) and not isinstance(value, Mapping)}
+    state = {key: value for key, value in plain.items() if "." in key or isinstance(value, Tensor)}
+    if any("." in key and isinstance(value, Tensor) for key, value in state.items()):
+        yield place, state
+    for key, value in data.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and "optim" not in key:
+            yield from _networks(value, f"{place}.{key}" if place else key)
 
 
-def _open_pickled(file: Path, network: str | None) -> Published:
-    state = pick(read_pickled(file), file, _NETWORKS, network)
-    if any(".lora_A." in key for key in state):
-        raise CheckpointError(
-            f"{file} holds low-rank updates, not weights; give the base as the source and it as the updates (lora)"
-        )
-    rows = [Stored(file, key, tuple(t.shape), _type(t.dtype, key, file)) for key, t in state.items()]
-    return _named(file, rows, state)
+def _rows(file: Path, state: Mapping[str, Any]) -> list[Stored]:
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout is not torch.strided or hasattr(tensor, "placements"):
+            raise CheckpointError(f"{key} of {file} is a tensor without data of its own; save whole, dense tensors")
+    return [Stored(file, key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]

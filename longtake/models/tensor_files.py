@@ -1,11 +1,36 @@
-"""Writes safetensors files that others may read, as any other new file."""
+"""Tensors on their way from and to files: refused when not finite, written so that others may read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from longtake.errors import CheckpointError
+from longtake.outputs import writing
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """False when a value is nan or infinite. One pass without a copy: some 10 GB/s on a CPU core."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
+def not_finite(what: str) -> CheckpointError:
+    """The error about values that are nan or infinite; `what` names the tensor and its file."""
+    return CheckpointError(
+        f"{what} holds values that are not finite (nan or inf): its training diverged or the file is damaged; use "
+        "another one"
+    )
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raises CheckpointError (`not_finite`) unless all values are finite."""
+    if not is_finite(tensor):
+        raise not_finite(what)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -15,7 +40,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-    path.chmod(mode)
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        path.chmod(mode)

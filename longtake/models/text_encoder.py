@@ -8,19 +8,21 @@ from __future__ import annotations
 import html
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.errors import CheckpointError, ConfigError, DataError
+from longtake.errors import CheckpointError, ConfigError, DataError, printable
 from longtake.models.attention import ONE_THREAD
 from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
-from longtake.models.pretrained import check_folder, load_strictly
+from longtake.models.pretrained import check_folder, load_strictly, quiet
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
+_MOST_NAMED = 20  # prompts that were cut; a data set may have thousands
 _LONGEST_STATED_LEN = 100_000  # transformers writes 1e30 into tokenizer_config.json where no length is known
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
             "(those of google/umt5-xxl, which each Wan repository holds)"
         )
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True), place
+        with quiet("transformers"):
+            return AutoTokenizer.from_pretrained(place, local_files_only=True), place
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {error}") from error
 
@@ -63,6 +66,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.width: int = self.model.config.d_model
+        self._cut: set[str] = set()
 
     @classmethod
     def load(
@@ -107,14 +111,17 @@ class TextEncoder:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: list[str], *, places: Sequence[str] = ()) -> Tensor:
         """float32 [B, M, D]; rows past a prompt's `</s>` are exactly 0. The empty prompt is `</s>` alone.
 
+        Args: `places` names each prompt in the warning that it was cut; without, its beginning does.
         Raises: DataError when a prompt is no text.
         Source: Wan2.1; spec C.1.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise DataError(f"prompts must be a non-empty list of strings; got {type(prompts).__name__} {prompts!r}")
+        if broken := [p for p in prompts if printable(p) != p]:
+            raise DataError(f"the prompt {broken[0]!r} holds half a character (a lone surrogate); write it again")
         # Always padded to the full length, so that a prompt's rows do not depend on the others of its batch.
         with ONE_THREAD:
             tokens = self.tokenizer(
@@ -128,8 +135,20 @@ class TextEncoder:
             ).to(self.device)
         mask = tokens.attention_mask
         if bool(mask[:, -1].any()):
-            log.warning("a prompt fills all %d tokens of the text encoder and may have been cut", self.text_len)
+            full = mask[:, -1].nonzero()[:, 0].tolist()
+            self._say_cut([places[k] if places else f"the prompt {prompts[k][:40]!r}..." for k in full])
         with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
             hidden = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
         # Not a product with the mask: it would keep NaN and give -0.
         return hidden.float().masked_fill(~mask.bool()[..., None], 0.0)
+
+    def _say_cut(self, places: list[str]) -> None:
+        """Names each prompt once, however often it is encoded."""
+        for place in places:
+            if place in self._cut:
+                continue
+            self._cut.add(place)
+            if len(self._cut) <= _MOST_NAMED:
+                log.warning("%s fills all %d tokens of the text encoder and may have been cut", place, self.text_len)
+            elif len(self._cut) == _MOST_NAMED + 1:
+                log.warning("Further prompts fill the text encoder too; they are not named")

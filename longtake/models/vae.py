@@ -127,7 +127,7 @@ class VideoVAE:
         """
         size = self.spatial_stride  # one latent pixel: spatial extent changes nothing about time
         # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
-        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu", torch.float32))
+        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu").float())
         session = vae.encoder_session()
         session.encode(torch.full((1, 1, 3, size, size), torch.nan))
         grey = torch.zeros(1, self.temporal_stride, 3, size, size)

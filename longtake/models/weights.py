@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from longtake.errors import CheckpointError
 from longtake.models.dit import DiTConfig, VideoDiT, parameter_type
 from longtake.models.folders import locate
 from longtake.models.hub import local_path
-from longtake.models.lora_files import LowRank, is_adapter, read_base, read_lora
+from longtake.models.lora_files import check_scale, is_adapter, read_base, read_lora
 from longtake.models.model_json import (
     FILE,
     config_from_json,
@@ -30,7 +31,7 @@ from longtake.models.model_json import (
 from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.models.presets import PRESETS, fitting_presets
 from longtake.models.published import Published, open_published
-from longtake.models.tensor_files import save_tensors
+from longtake.models.tensor_files import check_finite, save_tensors
 from longtake.models.weight_identity import check_base
 
 __all__ = [
@@ -106,15 +107,19 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Published,
     path = locate(local_path(source))
     if is_adapter(path) and network is None:
         return _open_adapter(path)
+    published = open_published(path, network)  # first, since it says what the weights of others are
     file = (path if path.is_dir() else path.parent) / FILE
     data = read_json(file) if file.exists() else {}
-    config = config_from_json(data) if file.exists() else None
-    published = open_published(path, network)
+    config = config_from_json(data, file) if file.exists() else None
     if config is None:
         config = _recognised(published, file)
     elif config.model_type == "i2v" and "image_dim" not in data and _no_image_branch(published):
         # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
         config = dataclasses.replace(config, image_dim=None, image_positions=None)
+    if config.num_layers > len(published.tensors):
+        raise CheckpointError(
+            f"{file} says num_layers={config.num_layers}, and {path} has {len(published.tensors)} tensors; use its own"
+        )
     with torch.device("meta"):
         model = VideoDiT(config)
     check_state(published.shapes(), model, path, diffusers=published.diffusers)
@@ -126,23 +131,44 @@ class Opened:
     """Weights before they are in a model: a `model` on the meta device, and `read`, which yields (name, tensor).
 
     `read` takes the names wanted (default: all), under original Wan names; a tensor may be a view of its file, of which
-    nothing is read until it is copied.
+    nothing is read until it is copied: the reader checks that what it copies is finite. `place` says where the tensor
+    of a name lies.
     """
 
     model: VideoDiT
     read: Callable[[Iterable[str] | None], Iterator[tuple[str, Tensor]]]
+    place: Callable[[str], str]
 
 
 def open_weights(source: str | Path) -> Opened:
     """Weights that are read later, whole or by slices; `source` as that of `load_dit`. Raises: CheckpointError."""
     published, model = open_dit(source)
-    return Opened(model, published.read)
+    return Opened(model, partial(published.read, check=False), lambda name: str(published.tensors.get(name, name)))
 
 
 def _open_adapter(folder: Path) -> tuple[Published, VideoDiT]:
     """The base of a folder of low-rank updates, with these merged as it is read."""
     published, model = open_dit(check_base(folder, read_base(folder)))
     updates = read_lora(folder, published.shapes())
+    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
+
+
+def open_with_updates(
+    source: str | Path,
+    network: str | None,
+    lora: str | Path | None,
+    lora_scale: float | None,
+    *,
+    unmerge: bool = False,
+) -> tuple[Published, VideoDiT]:
+    """As `open_dit`, with the updates of a file merged into (or taken out of) what is read. Raises: ConfigError too."""
+    check_scale(lora_scale, lora)
+    published, model = open_dit(source, network)
+    if lora is None:
+        return published, model
+    updates = read_lora(lora, published.shapes(), scale=lora_scale)
+    if unmerge:
+        updates = dataclasses.replace(updates, sign=-1)
     return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
 
 
@@ -174,17 +200,16 @@ def load_dit(
     """A transformer from published weights, with `config.json` beside them or of the sizes of a preset.
 
     One tensor after the other is read, converted and put in its place: never more than one copy of the model.
-    Args: `path`, an original Wan or diffusers folder, a pipeline, a .safetensors, .pt or .pth file, OWNER/NAME on the
-    Hugging Face hub, or a folder of low-rank updates, which are merged in float32 into the base that it names. `dtype`
-    of the matrix weights (default: float32); what Wan computes in float32 stays float32. `network` of a file that holds
-    several (`generator`, `generator_ema`, `critic`); default: the student, its average where there is one. `lora`, a
-    file or folder of low-rank updates that are merged; `lora_scale` = alpha / rank, as in `read_lora`.
-    Raises: CheckpointError listing missing, surplus or reshaped keys.
+    Args: `path`, an original Wan or diffusers folder, a pipeline, a .safetensors file or one of torch.save, OWNER/NAME
+    on the Hugging Face hub, or a folder of low-rank updates, which are merged in float32 into the base that it names.
+    `dtype` of the matrix weights (default: float32); what Wan computes in float32 stays float32. `network` of a file
+    that holds several (`generator`, `generator_ema`, `critic`); default: the student, its average where there is one.
+    `lora`, a file or folder of low-rank updates that are merged; `lora_scale` = alpha / rank, as in `read_lora`.
+    Raises: CheckpointError listing missing, surplus or reshaped keys, or naming a tensor that is not finite.
     """
-    published, model = open_dit(path, network)
-    updates = read_lora(lora, published.shapes(), scale=lora_scale) if lora is not None else LowRank({}, 0.0)
+    published, model = open_with_updates(path, network, lora, lora_scale)
     state = {
-        name: updates.merge(name, tensor).to(device, parameter_type(name, dtype or torch.float32), copy=True)
+        name: tensor.to(device, parameter_type(name, dtype or torch.float32), copy=True)
         for name, tensor in published.read()
     }
     model.load_state_dict(state, assign=True)
@@ -194,9 +219,14 @@ def load_dit(
 def save_dit(
     model_config: DiTConfig, state: Mapping[str, Tensor], folder: str | Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes `config.json` and `diffusion_pytorch_model.safetensors` (original Wan names) into `folder`."""
+    """Writes `config.json` and `diffusion_pytorch_model.safetensors` (original Wan names) into `folder`.
+
+    Raises: CheckpointError when a value is not finite in the type that is written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()}
+    for key, tensor in tensors.items():
+        check_finite(tensor, f"{key} as {tensor.dtype}")
     save_tensors(tensors, folder / WEIGHTS)
     write_config(folder, config_to_json(model_config))

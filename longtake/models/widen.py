@@ -52,7 +52,7 @@ def widen_opened(opened: Opened, config: DiTConfig, seed: int) -> Opened:
             if wanted is None or name in wanted:
                 yield name, tensor
 
-    return Opened(wide, read)
+    return Opened(wide, read, opened.place)
 
 
 def _wider(model: VideoDiT, config: DiTConfig) -> VideoDiT:

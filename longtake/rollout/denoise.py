@@ -97,18 +97,17 @@ class Denoiser:
             return hold_until_backward(velocity, [pins]) if model.activation_checkpointing else velocity
         kept = cache.has_cross(model, condition)
         view = cache.view(frames, commit=commit, cross_kept=kept)
-        text = F.pad(condition.text, (0, 0, 0, model.config.text_len - condition.text.shape[1]))
-        context = (None, None) if kept else (text, condition.image)
-        form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in context))
+        text, image = (None, None) if kept else (_padded(condition.text, model.config.text_len), condition.image)
+        form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in (text, image)))
         if not kept:
             cache.clear_condition()  # a replayed pass writes others, and may not come to its end
         if commit:
             cache.begin_commit(frames)
         work = _Pass(model, view, condition, keep_layers=layers is not None)
-        inputs = (x, sigma, condition.frames, *context)
         if self.graphs is None:
-            velocity, *made = work(*inputs)
+            velocity, *made = work.run(x, sigma, condition)
         else:
+            inputs = (x, sigma, condition.frames, text, image)
             addresses = (*(p.data_ptr() for p in model.parameters()), *cache.cross_addresses())
             kind = (view.num_past, frames, commit, layers is not None, kept)
             agree = bool if model.token_split is None else model.token_split.agree
@@ -129,7 +128,7 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One call without gradient as a function of tensors alone, which can be captured.
+    """One call without gradient; as a function of tensors alone, which can be captured.
 
     Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any.
     """
@@ -148,6 +147,12 @@ class _Pass:
         image: Tensor | None,
         static: Sequence[Tensor] | None = None,
     ) -> Made:
+        if text is None:  # kept: the call reads neither text nor image
+            return self.run(x, sigma, replace(self.condition, frames=frames), static)
+        return self.run(x, sigma, Condition(text, image, frames), static)
+
+    def run(self, x: Tensor, sigma: Tensor, condition: Condition, static: Sequence[Tensor] | None = None) -> Made:
+        """The call under a condition."""
         made: list[Tensor] = []
 
         def layers(_block: nn.Module, run: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
@@ -155,15 +160,13 @@ class _Pass:
             made.append(hidden if static is None else static[len(made)].copy_(hidden))
             return hidden
 
-        view, condition = self.view, self.condition
-        if not view.cross_kept:
-            assert text is not None
-            condition = Condition(text, image, frames)
-        elif frames is not None:
-            condition = replace(condition, frames=frames)
-        if self.keep_layers:
-            view = replace(view, layers=layers)
+        view = replace(self.view, layers=layers) if self.keep_layers else self.view
         return self.model(x, sigma, condition, view), *made
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    """[B, M, D] -> [B, length, D], with zero rows: captured passes take texts of one length."""
+    return F.pad(text, (0, 0, 0, length - text.shape[1]))
 
 
 @dataclass(frozen=True)

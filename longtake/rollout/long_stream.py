@@ -176,5 +176,4 @@ class LongStream:
             picture = self.codec.encode(self._decoder.decode(clip[:, :seen].detach())[:, -1])
         self._undecoded = [clip[:, seen:].detach()]
         latents = torch.cat([picture.latent.to(clip.dtype), clip[:, seen:]], 1)
-        generated[0] = False
         return Window(latents, generated, Condition(self.condition.text, picture.tokens, picture.frames))

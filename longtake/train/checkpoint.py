@@ -32,17 +32,13 @@ from longtake.models.lora import factors
 from longtake.models.lora_files import Adapter, write_adapter
 from longtake.models.weights import clean_name, config_to_json
 from longtake.runs import latest_checkpoint
+from longtake.train.facts import compare_facts, flat
 from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.train.staging import local
 from longtake.train.state import TrainState
 
 __all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 
-# Facts that cannot simply be set back, and what to do about them
-_FIXES = {
-    "base": "name the weights that it was trained on in init_from (and critic.init_from)",
-    "lora": "set rank, alpha and targets back",
-}
 SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
 logger = logging.getLogger(__name__)
 
@@ -203,10 +199,22 @@ def resume(
     if path is None:
         return None
     manifest = load_checkpoint(state, path, mesh=mesh, verify=False, facts=facts)
-    changed = sorted(key for key, value in _flat(config).items() if _flat(manifest["config"]).get(key, value) != value)
+    now, before = flat(config), flat(manifest["config"])
+    changed = sorted(key for key, value in now.items() if before.get(key, value) != value)
     if changed and mesh.is_main:
         logger.warning("Resuming %s with changed options: %s", path, ", ".join(changed))
     return path
+
+
+def refuse_other_facts(folder: Path, facts: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raises what `resume` will of `facts`, before anything is built; the checkpoint is read later, or another one."""
+
+    def compare() -> None:
+        newest = runs.list_checkpoints(folder)[-1:]
+        if newest and (newest[0] / runs.MANIFEST).is_file():
+            compare_facts(runs.read_manifest(newest[0]), facts, newest[0])
+
+    mesh.on_main(compare)
 
 
 def load_checkpoint(
@@ -218,17 +226,20 @@ def load_checkpoint(
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
     manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: runs.read_manifest(path))
-    for key, value in {"seed": state.seed, **(facts or {})}.items():
-        if (saved := manifest.get(key)) != json.loads(json.dumps(value)):
-            fix = _FIXES.get(key, "set it back")
-            raise CheckpointError(
-                f"{path} was trained with {key}={saved!r} and this run has {value!r}; {fix}, "
-                "or start in another log directory and initialise from the checkpoint"
-            )
+    unknown = compare_facts(manifest, {"seed": state.seed, **(facts or {})}, path)
+    if unknown and mesh.is_main:
+        logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))
     tensors = state.tensors()
     mesh.every(lambda: _check_keys(tensors, reader, path))
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not local(value).isfinite().all()]
+    if bad := sorted({name for part in mesh.every(lambda: bad) for name in part}):
+        raise CheckpointError(
+            f"{path} holds values that are not finite in {len(bad)} tensors, e.g. {bad[0]}; use an older checkpoint"
+        )
+    for optimizer in state.optimizers.values():
+        optimizer.restored()
     state.step, state.data_position = manifest["step"], manifest["data_position"]
     state.skipped = manifest.get("skipped", 0)  # there was no such count in the first manifests
     return manifest
@@ -393,14 +404,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted key, in JSON's types."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))
-    return flat

@@ -5,6 +5,7 @@ Rows come from the encoders, or from an encoded set on disk (`data/encoded.py`),
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from longtake.models.conditioning import condition_frames, with_mask
 from longtake.models.encoders import Encoders
 from longtake.objectives.encoded import EncodedBatch
 from longtake.structs import Condition, VideoShape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class RowEncoder(Protocol):
     shape: VideoShape
     device: torch.device
     empty_text: Tensor
+    with_later: bool
 
     def check(self, sample: Sample) -> None:
         """Raises DataError naming file and row when the stage cannot use the sample."""
@@ -112,7 +116,8 @@ class BatchEncoder:
     @torch.no_grad()
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample."""
-        text: Tensor = self.encoders.text.encode(batch.prompts)
+        places = [f"row {row} ({name}): its prompt" for row, name in zip(batch.rows, batch.names)]
+        text: Tensor = self.encoders.text.encode(batch.prompts, places=places)
         image = frames = first = None
         if self.with_image:
             assert batch.images is not None
@@ -127,7 +132,10 @@ class BatchEncoder:
         def pick(part: Tensor | None, k: int) -> Tensor | None:
             return None if part is None else part[k].clone()
 
-        later = self.encoders.text.encode(batch.later_prompts) if self.with_later else None
+        later = None
+        if self.with_later:
+            places = [f"row {row} ({name}): its second prompt" for row, name in zip(batch.rows, batch.names)]
+            later = self.encoders.text.encode(batch.later_prompts, places=places)
         parts = (image, frames, latents, first, later)
         return [EncodedRow(text[k].clone(), *(pick(part, k) for part in parts)) for k in range(len(batch))]
 
@@ -233,6 +241,7 @@ class EncodedLoader:
         self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
+        self._said_unused = False
         self._pending: list[list[Pick]] = []
 
     @property
@@ -292,6 +301,7 @@ class EncodedLoader:
     def _encode(self, picks: Sequence[Pick], batch_size: int) -> None:
         with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
             read = list(pool.map(lambda pick: self.loader.read(pick.row, self.encoder.check), picks))
+        self._say_unused([sample for _, sample in read])
         # Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on
         # the batch size, and a resumed run misses other rows than one that remembers earlier epochs.
         filled = [min(k, len(picks) - 1) for k in range(batch_size)]
@@ -299,6 +309,20 @@ class EncodedLoader:
         for pick, row in zip(picks, self.encoder.rows(batch)):
             self._rows[pick.row] = row
             self._used_bytes += row.size_bytes
+
+    def _say_unused(self, samples: Sequence[Sample]) -> None:
+        """Warns once where rows have more prompts than the stage trains on, such as captions of several paragraphs."""
+        used = 1 + self.encoder.with_later
+        longer = next((sample for sample in samples if len(sample.prompts) > used), None)
+        if longer is not None and not self._said_unused:
+            self._said_unused = True
+            logger.warning(
+                "%s has %d prompts (lines of its caption), and this stage trains on the first %s only, in all rows; "
+                "to train on the whole text, write it in one line",
+                longer.where or longer.name,
+                len(longer.prompts),
+                "two" if used == 2 else "one",
+            )
 
     def _forget(self) -> None:
         while self._used_bytes > self.memory_bytes:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from longtake.config import StageConfig
 from longtake.data.encoded import (
+    EMPTY_TEXT,
     FORMAT,
     INDEX,
     VERSION,
@@ -42,8 +43,11 @@ from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import load_encoders
 from longtake.models.encoder_identity import encoder_files
+from longtake.outputs import check_output_folder, check_own
 from longtake.train.encode import BatchEncoder
 from longtake.train.encoded_key import contents_of, encoders_key, sizes_key
+from longtake.train.facts import rows_fact
+from longtake.train.lock import LOCK, only_run
 from longtake.train.stage_data import find_buckets, open_data
 from longtake.train.stages import check_strides
 
@@ -74,28 +78,55 @@ class EncodeReport:
 
 
 def encode(
-    config: StageConfig, output: str | Path, *, dtype: str = "float32", rows_per_shard: int = 64
+    config: StageConfig,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    rows_per_shard: int = 64,
+    overwrite: bool = False,
 ) -> EncodeReport | None:
     """Encodes the data set of a stage on all ranks that torchrun started; the report on rank 0, None on the others.
 
     Args: `dtype` in which CLIP tokens and latents are stored (text is bfloat16 always); `rows_per_shard` rows of the
-    data set a file.
-    Raises: DataError for a bad row (`data.on_bad_row`), or when `output` holds something else; ConfigError.
+    data set a file; `overwrite` lets another encoded set in `output` make way.
+    Raises: DataError for a bad row (`data.on_bad_row`), or when `output` holds something else; OutputError when it
+    cannot be written; ConfigError.
     """
     with init_mesh() as mesh:
-        report = encode_set(config, Path(output), mesh, dtype=dtype, rows_per_shard=rows_per_shard)
+        report = encode_set(config, Path(output), mesh, dtype=dtype, rows_per_shard=rows_per_shard, overwrite=overwrite)
         return report if mesh.is_main else None
 
 
 def encode_set(
-    config: StageConfig, output: Path, mesh: Mesh, *, dtype: str = "float32", rows_per_shard: int = 64
+    config: StageConfig,
+    output: Path,
+    mesh: Mesh,
+    *,
+    dtype: str = "float32",
+    rows_per_shard: int = 64,
+    overwrite: bool = False,
 ) -> EncodeReport:
     """As `encode`, on the ranks of a mesh."""
     if dtype not in DTYPES or rows_per_shard < 1:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
+    mesh.on_main(lambda: check_output_folder(output))
     dataset = open_data(config)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
+    mesh.on_main(lambda: _check_output(output))
+    with only_run(output, mesh, "name another folder"):
+        return _encode_set(config, dataset, output, mesh, dtype, rows_per_shard, overwrite)
+
+
+def _encode_set(
+    config: StageConfig,
+    dataset: Dataset,
+    output: Path,
+    mesh: Mesh,
+    dtype: str,
+    rows_per_shard: int,
+    overwrite: bool,
+) -> EncodeReport:
     folder = config.encoders_folder
     with_image = config.model.image_condition == "i2v"
     with_tokens = config.model.with_y and "image" in encoder_files(folder)
@@ -106,6 +137,7 @@ def encode_set(
     request = {
         **config.data.model_dump(include={"path", "on_bad_row"}),
         "num_rows": len(dataset),
+        "rows": mesh.on_main(lambda: rows_fact(dataset)),
         "dtype": dtype,
         "rows_per_shard": rows_per_shard,
         "batch_size": config.micro_batch_size,
@@ -129,7 +161,7 @@ def encode_set(
         with_y=config.model.with_y,
         empty_prompt=config.flow.negative_prompt,
     )
-    missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text))
+    missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text, overwrite))
     writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
     started = time.perf_counter()
     _share(mesh, writer, output, missing)
@@ -222,7 +254,10 @@ class _ShardWriter:
         stride = self.encoder.shape.temporal_stride
         result = []
         for (row, sample), encoded in zip(read, self.encoder.rows(batch)):
-            texts = [encoded.text, *(self.encoder.encoders.text.encode([text])[0] for text in sample.prompts[1:])]
+            texts = [encoded.text]
+            for k, text in enumerate(sample.prompts[1:], start=2):
+                place = f"row {row} ({sample.name}): its prompt {k}"
+                texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
             parts = {
                 "clip": encoded.image,
                 "y": None if encoded.frames is None else encoded.frames[:, stride:],
@@ -243,24 +278,40 @@ def real_rows(text: Tensor) -> Tensor:
     return text[: int(used[-1]) + 1 if len(used) else 0]
 
 
-def _begin(output: Path, index: dict[str, Any], empty_text: Tensor) -> list[int]:
-    """Numbers of the shards that are missing, of a set that is new or that this request began.
+def _check_output(output: Path) -> None:
+    """Raises DataError when the folder holds something else than a set, or the begin of one."""
+    if output.is_dir() and (output / INDEX).is_file():
+        return
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    if any(name != EMPTY_TEXT and not name.startswith(".") for name in names):
+        raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
 
-    Raises: DataError that names the differences when the folder holds another set, or something else.
+
+def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: bool) -> list[int]:
+    """Numbers of the shards that are missing, of a set that is new or that this request began; with `overwrite`
+    another set that is there makes way.
+
+    Raises: DataError that names the differences when the folder holds another set.
     """
     request = index["request"]
     numbers = range(-(-request["num_rows"] // request["rows_per_shard"]))
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        output.mkdir(parents=True, exist_ok=True)
+    if not (output / INDEX).is_file():
         write_empty_text(output, real_rows(empty_text[0]).bfloat16())
         write_index(output, index)
         return list(numbers)
-    if not (output / INDEX).is_file():
-        raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
     present = read_index(output)
+    if "rows" not in present.get("request", {}):  # a set of an earlier version
+        del request["rows"]
     same = ("format", "version", "key", "request")
     if found := list(differences({name: index[name] for name in same}, present)):
-        raise DataError(f"{output} holds another encoded set: {'; '.join(found)}. Remove it or name another folder")
+        if overwrite:
+            check_own(output, (INDEX, EMPTY_TEXT, "*.safetensors", LOCK))
+            for path in output.glob("[!.]*"):
+                path.unlink()
+            return _begin(output, index, empty_text, overwrite)
+        raise DataError(
+            f"{output} holds another encoded set: {'; '.join(found)}. Name another folder, or give --overwrite"
+        )
     missing = [number for number in numbers if not (output / shard_name(number)).is_file()]
     if missing and present["complete"]:
         write_index(output, {**present, "complete": False})

@@ -1,10 +1,28 @@
-"""What must not change between a run, its resumption and its use."""
+"""What must not change between a run, its resumption and its use, and how that is compared.
+
+Every other option may change where a run is resumed, and holds from there on.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from longtake.config import StageConfig
+from longtake.data.encoded import EncodedRows
+from longtake.data.samples import Dataset
+from longtake.errors import CheckpointError
+
+# What to do about facts that cannot simply be set back
+_FIXES = {
+    "base": "name the weights that it was trained on in init_from (and critic.init_from)",
+    "lora": "set rank, alpha and targets back",
+    "rows": "give data.path the rows that it had, in the same order",
+    "batch_size": "set it back (with data.buckets and in stage long it says which rows come next)",
+}
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
@@ -17,3 +35,57 @@ def facts(config: StageConfig) -> dict[str, Any]:
         "fps": config.video.fps,
         "clip_preprocess": config.model.clip_preprocess,
     }
+
+
+def resume_facts(config: StageConfig, rows: str) -> dict[str, Any]:
+    """What must not change beside `facts` where a run is resumed: values by dotted key, and the `rows` of the data."""
+    keys = ["seed", "stage", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
+    keys += ["optim.moments"] + ["critic.moments"] * config.distils + ["model.preset"] * (config.init_from is None)
+    if config.data.buckets is not None or config.stage == "long":
+        keys.append("batch_size")
+    if config.stage == "long":
+        keys += ["video.num_latent_frames", "long.num_chunks", "long.new_frames", "long.switch_frames"]
+    values = flat(config.model_dump())
+    return {key: values[key] for key in keys} | {"rows": rows}
+
+
+def rows_fact(dataset: Dataset) -> str:
+    """Number and identity of the rows of a data set, in their order; an encoded set without bad rows has those of the
+    set that it was made from.
+    """
+    if isinstance(dataset, EncodedRows) and dataset.made_from is not None:
+        return dataset.made_from
+    digest = hashlib.blake2b(digest_size=8)
+    for row in dataset.identities():
+        digest.update(row.encode("utf-8", "surrogatepass") + b"\n")
+    return f"{len(dataset)} ({digest.hexdigest()})"
+
+
+def compare_facts(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> list[str]:
+    """Names of the facts that a manifest of an earlier version does not hold.
+
+    Raises: CheckpointError that names each fact which the run at `path` has otherwise.
+    """
+    config, unknown, wrong = flat(manifest.get("config", {})), [], []
+    for key, value in wanted.items():
+        if key not in manifest and key not in config:
+            unknown.append(key)
+        elif (saved := manifest.get(key, config.get(key))) != json.loads(json.dumps(value)):
+            wrong.append(f"{key}={saved!r} and this run has {value!r}; {_FIXES.get(key, 'set it back')}")
+    if wrong:
+        raise CheckpointError(
+            f"{path} was trained with {'; with '.join(wrong)}, or start in another log directory and initialise from "
+            "the checkpoint"
+        )
+    return unknown
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted key, in JSON's types."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = json.loads(json.dumps(value))
+    return found

@@ -272,6 +272,7 @@ def _iteration(
             _skip_or_stop(state, problem, settings, turn, mesh)
             objective.discard()
             continue
+        window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
         with phases("optimizer"):
             optimizer.step(step, norm)
             if turn in state.ema:
@@ -282,7 +283,6 @@ def _iteration(
         if all(f"{turn}_loss" not in values for values in metrics):  # else it is what the objective says it is
             window.add({f"{turn}_loss": loss})
         window.add({f"{turn}_grad_norm": norm})
-        window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
     state.step, state.data_position = step + 1, batches.position
 
 

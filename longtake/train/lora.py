@@ -78,11 +78,12 @@ def earlier_values(
     stored = read_lora(folder, shapes)
     layers = [name.removesuffix(".weight") for name in shapes if re.fullmatch(rf"{adapter.pattern}\.weight", name)]
     have = sorted(name.removesuffix(".weight") for name in stored.factors)
-    rank = next(iter(stored.factors.values()))[0].shape[0]
-    if (rank, stored.scale) != (adapter.rank, adapter.alpha / adapter.rank):
+    ranks = sorted({a.shape[0] for a, _ in stored.factors.values()})
+    if (ranks, stored.scale) != ([adapter.rank], adapter.alpha / adapter.rank) or stored.differences:
+        alpha = "of several" if stored.scale is None else f"{ranks[-1] * stored.scale:g}"
         raise ConfigError(
-            f"{source} holds low-rank updates of rank {rank} and alpha {rank * stored.scale:g}, and this stage asks "
-            f"for rank {adapter.rank} and alpha {adapter.alpha:g}; ask for the same, or set roles=separate"
+            f"{source} holds low-rank updates of rank {', '.join(map(str, ranks))} and alpha {alpha}, and this stage "
+            f"asks for rank {adapter.rank} and alpha {adapter.alpha:g}; ask for the same, or set roles=separate"
         )
     if have != sorted(layers):
         missing, surplus = sorted(set(layers) - set(have)), sorted(set(have) - set(layers))

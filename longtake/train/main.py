@@ -11,7 +11,9 @@ from longtake.config import JobConfig, StageConfig, dump
 from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate
+from longtake.outputs import check_output_folder
 from longtake.runs import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
+from longtake.train.lock import only_run
 from longtake.train.stages import run_stage
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ def run(config: StageConfig | JobConfig) -> None:
     """Trains what `config` says, on all ranks that torchrun started (or in this process alone)."""
     with init_mesh() as mesh:
         _log_on_main(mesh)
+        mesh.on_main(lambda: check_output_folder(config.logdir))
         done, allowed = restarts()
         if done and mesh.is_main:
             logger.warning("A rank failed: all were started anew, restart %d of %d", done, allowed)
@@ -32,10 +35,14 @@ def run(config: StageConfig | JobConfig) -> None:
 
 def run_job(config: JobConfig, mesh: Mesh) -> None:
     """The whole way; what an earlier run of the same job completed is not done again."""
+    with only_run(Path(config.logdir), mesh, "set another logdir"):
+        _run_job(config, mesh)
+
+
+def _run_job(config: JobConfig, mesh: Mesh) -> None:
     logdir = Path(config.logdir)
 
     def prepare() -> None:
-        logdir.mkdir(parents=True, exist_ok=True)
         (logdir / "job.yaml").write_text(dump(config))
         if (data := config.data) is not None:
             write_world(

@@ -28,6 +28,7 @@ from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
 from longtake.models.presets import model_config
 from longtake.models.roles import Role, SharedBase
+from longtake.models.tensor_files import not_finite
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
@@ -82,8 +83,15 @@ def weights_folder(source: Path, config: StageConfig) -> Path:
 def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
     """A whole model in float32 from a source, checked against the stage's condition. Raises: as `build_networks`."""
     opened = _open(source, config)
-    materialize(opened.model, mesh.device, opened.read(None))
+    _fill(opened, mesh.device, opened.read(None), mesh)
     return opened.model
+
+
+def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:
+    """Puts the weights in place; all ranks call it. Raises: CheckpointError on every rank when one reads nan or inf."""
+    found = materialize(opened.model, device, values)
+    if wrong := sorted({name for names in mesh.every(lambda: found) for name in names}):
+        raise not_finite(opened.place(wrong[0]))
 
 
 class _Builder:
@@ -206,7 +214,7 @@ class _Builder:
     def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
         self._parallelize(opened.model, recompute=recompute)
-        materialize(opened.model, self.mesh.device, chain(opened.read(None), *updates))
+        _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
     def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:

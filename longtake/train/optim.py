@@ -16,8 +16,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW's numbers; `warmup_steps` counts iterations, `max_grad_norm` None means no clipping. Over the last
-    `decay_steps` of `total_steps` iterations the learning rate falls.
+    """AdamW's numbers; `warmup_steps` counts the optimizer's own steps, `max_grad_norm` None is no clipping. Over the
+    last `decay_steps` of `total_steps` iterations the learning rate falls.
     """
 
     lr: float
@@ -35,12 +35,13 @@ class NetworkOptimizer:
 
     Build it after sharding: the parameters are remembered here, because a sharded module shows other objects while its
     parameters are gathered. Nothing but `tensors()` carries over from one step to the next: the learning rate is a
-    function of the iteration.
+    function of the iteration and of the steps so far.
     """
 
     def __init__(self, network: nn.Module, settings: OptimizerSettings) -> None:
         self.settings = settings
         self.parameters = {clean_name(n): p for n, p in network.named_parameters() if p.requires_grad}
+        self.steps_done = 0
         self._state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
             assert p.dtype == torch.float32, f"{name} is trained and {p.dtype}"
@@ -48,12 +49,16 @@ class NetworkOptimizer:
             moments = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in _MOMENTS}
             self._state[name] = {"step": step, **moments}
 
+    def restored(self) -> None:
+        """Counts the steps so far, after `tensors()` were written into."""
+        self.steps_done = max((int(state["step"].item()) for state in self._state.values()), default=0)
+
     def learning_rate(self, step: int) -> float:
-        """Learning rate of iteration `step`: a linear ramp over `warmup_steps` iterations, then constant; at the end a
-        linear fall over `decay_steps`, after which it would be 0.
+        """Learning rate of the next step, in iteration `step`: a linear ramp over this optimizer's first `warmup_steps`
+        steps, then constant; over the last `decay_steps` iterations a linear fall, after which it would be 0.
         """
         settings = self.settings
-        factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        factor = min(1.0, (self.steps_done + 1) / max(1, settings.warmup_steps))
         if settings.decay_steps:
             factor *= min(1.0, max(0.0, (settings.total_steps - step) / settings.decay_steps))
         return settings.lr * factor
@@ -74,8 +79,11 @@ class NetworkOptimizer:
         if self.settings.max_grad_norm is not None and gradient_norm > self.settings.max_grad_norm:
             torch._foreach_mul_(self._gradients(), self.settings.max_grad_norm / gradient_norm)
         names = [name for name, p in self.parameters.items() if p.grad is not None]
-        if not names:
-            return
+        if names:
+            self._update(names, step)
+        self.steps_done += 1
+
+    def _update(self, names: list[str], step: int) -> None:
         settings = self.settings
         parameters = [self.parameters[name] for name in names]
         values, gradients = [_local(p) for p in parameters], [_local(p.grad) for p in parameters]  # type: ignore[arg-type]

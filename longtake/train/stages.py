@@ -13,6 +13,7 @@ from torch import nn
 from longtake.config import StageConfig, dump
 from longtake.config_groups import CriticConfig, OptimConfig
 from longtake.data.encoded import EncodedRows
+from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.inference.generator import load_encoders
@@ -31,11 +32,14 @@ from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import PictureCodec
+from longtake.runs import checkpoints_folder
+from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.train.encoded_key import check_encoded
-from longtake.train.facts import facts
+from longtake.train.facts import facts, resume_facts, rows_fact
 from longtake.train.gauges import Gauges, Trace, stage_gauges
+from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
 from longtake.train.lora import facts_of
@@ -99,6 +103,13 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
+    with only_run(config.folder, mesh, "set another name or logdir"):
+        _train(config, mesh, dataset, accumulation)
+
+
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
+    must_stay = facts(config) | resume_facts(config, mesh.on_main(lambda: rows_fact(dataset)))
+    refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters, student = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
@@ -145,7 +156,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     )
     info = RunInfo(
         config.model_dump(),
-        facts(config) | facts_of(adapters),
+        must_stay | facts_of(adapters),
         {"project": config.wandb.project} if config.wandb.enabled else None,
     )
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)

@@ -16,6 +16,7 @@ from tiny_stage import stage_config
 from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
+from longtake.errors import CheckpointError
 from longtake.models.weights import open_weights
 from longtake.train.networks import build_networks
 from longtake.train.stages import run_stage
@@ -52,6 +53,15 @@ def loaded(workshop: Path, folder: Path, mesh: Mesh) -> None:
                 state[f"{name}.{key}"] = whole.clone().contiguous()
         if mesh.is_main:
             save_file(state, folder / f"{variant}.safetensors")
+
+
+def refused(workshop: Path, folder: Path, mesh: Mesh) -> str:
+    """What is said of weights of which one rank's part is not finite."""
+    try:
+        build_networks(stage_config(workshop, folder, "causal", init_from=str(workshop / "broken")), mesh)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
 
 
 def anonymous_bytes() -> int:
@@ -100,5 +110,6 @@ if __name__ == "__main__":
             loaded(workshop, folder, mesh)
             held = large(workshop / "large", mesh)
             (folder / f"held{mesh.rank}.json").write_text(json.dumps(held))
+            (folder / f"refused{mesh.rank}.txt").write_text(refused(workshop, folder, mesh))
         else:
             trained(workshop, folder, mesh, sys.argv[4:])

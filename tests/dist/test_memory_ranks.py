@@ -9,7 +9,7 @@ from dataclasses import replace
 import memory_run
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_model
 
@@ -39,6 +39,11 @@ def shop(workshop, tmp_path_factory):
     model = stir(adapted(make_model()))
     base = Base(str(folder / "teacher"), weights_identity(folder / "teacher"))
     write_adapter(folder / "updates", factors(model.state_dict()), adapter_of(model, base=base))
+    shutil.copytree(folder / "teacher", folder / "broken")
+    file = folder / "broken" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["blocks.1.ffn.2.weight"][-1, -1] = torch.nan  # in the part of the last rank
+    save_file(state, file)
     save_dit(LARGE, make_model(LARGE).state_dict(), folder / "large", torch.bfloat16)
     return folder
 
@@ -66,8 +71,9 @@ def test_sharded_loading_equals_loading_whole(shop, read_by_two, tmp_path):
         assert got.keys() == wanted.keys() and len(wanted) > 50
         for key, value in wanted.items():
             assert got[key].dtype == value.dtype and torch.equal(got[key], value), (variant, key)
-    teacher, one = load_file(shop / "teacher" / "diffusion_pytorch_model.safetensors"), load_file(
-        tmp_path / "whole.safetensors"
+    teacher, one = (
+        load_file(shop / "teacher" / "diffusion_pytorch_model.safetensors"),
+        load_file(tmp_path / "whole.safetensors"),
     )
     for name in ("generator", "critic", "teacher"):
         assert all(torch.equal(one[f"{name}.{key}"], value) for key, value in teacher.items())
@@ -78,6 +84,13 @@ def test_no_rank_ever_holds_a_network_whole(read_by_two):
         held = json.loads((read_by_two / f"held{rank}.json").read_text())
         assert held["shards"] <= 0.51 * held["whole"] and held["whole"] > 100 << 20
         assert 0.8 * held["shards"] < held["most"] < held["shards"] + 2 * held["biggest"] + (12 << 20)
+
+
+def test_every_rank_says_what_one_found_not_finite(shop, read_by_two, tmp_path):
+    file = shop / "broken" / "diffusion_pytorch_model.safetensors"
+    said = [(read_by_two / f"refused{rank}.txt").read_text() for rank in (0, 1)]
+    said.append(memory_run.refused(shop, tmp_path, Mesh()))
+    assert all(text.startswith(f"blocks.1.ffn.2.weight of {file} holds values that are not finite") for text in said)
 
 
 # ---- options of `parallel` -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from longtake.distributed import parallelize as module
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
+from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
@@ -22,6 +23,26 @@ def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplo
     said = [record.message for record in caplog.records if "parallel.compile" in record.message]
     assert said == ["parallel.compile=true needs a C++ compiler, which is not there: blocks run uncompiled"]
     assert all(block._compiled_call_impl is None for model in models for block in model.blocks)
+
+
+def test_a_variant_of_a_block_too_many_is_an_error_and_not_run_uncompiled(
+    tiny_model, tiny_condition, tiny_latents, monkeypatch
+):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compile(function, backend="eager", **given))
+    monkeypatch.setattr(module, "_has_compiler", lambda kind: True)
+    monkeypatch.setattr(module, "VARIANTS", 1)
+    torch._dynamo.reset()
+    try:
+        model = parallelize(tiny_model(num_layers=1), Mesh(), compiled=True)
+        given = (tiny_latents(3), torch.zeros(2), tiny_condition(model))
+        with torch.no_grad():
+            for _ in range(2):
+                model(*given)
+        with pytest.raises(ConfigError, match="blocks of 1 different kinds and sizes are compiled"):
+            model(*given)  # with gradient
+    finally:
+        torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     assert found.networks.generator == found.networks.teacher == TEACHER and not found.missing + found.notes
     bare = look_at(stage_config(workshop, tmp_path, "causal", init_from=str(toy)))
     assert bare.networks.generator == PRESETS["toy"] and not bare.missing
-    torch.save({"generator": {"x": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
+    torch.save({"generator": {"blocks.0.self_attn.q.weight": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
     assert "missing (" in look_at(stage_config(workshop, tmp_path, "distill", **sources)).missing[0]
     monkeypatch.chdir(tmp_path)
     named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}

@@ -53,6 +53,7 @@ def test_training_levels_are_warped_clamped_float32():
     torch.testing.assert_close(sigma, torch.tensor([0.02, 0.02, 5 / 6, 0.98, 0.98]))
     assert training_sigma(torch.zeros(1), 5.0).item() == 0.0  # t = 0 is sigma = 0 (M-32)
     assert training_sigma(torch.ones(1), 5.0).item() == 1.0
+    assert training_sigma(torch.tensor([-0.1, 1.1]), 5.0).tolist() == [0.0, 1.0]
 
 
 def tensors(*shape, number=2):

@@ -11,7 +11,8 @@ from longtake import Generator
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
-from longtake.inference.generator import generate_file, to_frames
+from longtake.inference.frames import Frames, to_frames
+from longtake.inference.generator import generate_file
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
 from longtake.inference.source import Source
@@ -182,7 +183,7 @@ def test_frames_are_here_before_the_work_that_is_queued_behind_them():
 
     def blocks():
         for number in range(3):
-            yield torch.full((2, 4, 4, 3), number, dtype=torch.uint8, device="cuda")
+            yield Frames(torch.full((2, 3, 4, 4), number / 127.5 - 1, device="cuda"))
             torch.cuda._sleep(2_000_000_000)  # the next block's work, half a second and more
 
     chunks = module.fetched(blocks(), ahead=True)
@@ -330,3 +331,34 @@ def test_a_file_has_the_length_that_was_asked_for(run, tmp_path, length, expecte
 def test_encoders_come_from_the_runs_configuration(workshop, generator):
     ours = Encoders.load(workshop / "encoders").text.encode([WORLD.caption])
     assert torch.equal(generator.encoders.text.encode([WORLD.caption]), ours)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_frames_that_are_not_finite_are_an_error_and_not_black(generator, value, monkeypatch):
+    from longtake.models.vae import DecoderSession
+
+    decode, calls = DecoderSession.decode, []
+
+    def broken(self, latents):
+        calls.append(latents)
+        video = decode(self, latents).clone()
+        if len(calls) == 3:
+            video[0, 5, 1, 2, 3] = value
+        return video
+
+    monkeypatch.setattr(DecoderSession, "decode", broken)
+    for ahead in (False, True):
+        calls.clear()
+        made = []
+        with pytest.raises(DataError, match="frames 10 to 17 are not finite"):
+            made.extend(generator.stream(PICTURE, "a red circle", num_frames=33, ahead=ahead))
+        assert sum(map(len, made)) in (0, 9)
+
+
+def test_devices_and_sizes_without_sense_are_refused(generator, tmp_path, monkeypatch):
+    for name in ("gpu", "cuda:99", "meta", "cpu:7", ""):
+        with pytest.raises(ConfigError, match=f"device={name} cannot be used"):
+            Generator.build(Source(tmp_path, tmp_path, generator.settings), name)
+    monkeypatch.setattr("longtake.inference.fit.memory_bytes", lambda _: 1000)
+    with pytest.raises(ConfigError, match="lower the size, the window or the length"):
+        next(generator.stream(PICTURE, "a red circle", num_frames=9))

@@ -166,7 +166,7 @@ def guided_oracle(generator, weight, num_blocks):
 
 
 def test_guidance_equals_two_passes_without_a_cache(models):
-    from longtake.inference.generator import to_frames
+    from longtake.inference.frames import to_frames
 
     plan = {"block_frames": 2, "window_frames": None, "sink_frames": 0}
     generator = Generator.from_model(models / "original", "cpu", changes={**RULES, "plan": plan, "guidance": 2.5})

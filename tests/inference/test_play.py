@@ -89,6 +89,40 @@ def test_mistakes_are_said_and_stop_nothing(generator, tmp_path):
     assert again.num_frames == 33
 
 
+def test_saving_overwrites_nothing_but_what_it_saved(generator, pictures):
+    player = Player(generator.open(PICTURE, A), Typed({}), output=pictures / "o.mp4")
+    before = (pictures / "a.png").read_bytes()
+    wrong = {"": "is a folder", ".": "is a folder", pictures / "a.png": "exists already", pictures / "o.mp4": "in use"}
+    wrong |= {
+        pictures / "a.png" / "x": "Not a directory",
+        "n" * 250: "File name too long",
+        "/proc/x": "cannot be written",
+    }
+    for path, message in wrong.items():
+        player.obey(f"/save {path}")
+        assert message in player.message
+    for _ in range(2):
+        player.obey(f"/save {pictures / 's'}")
+        assert player.message == f"saved as {pictures / 's'}"
+    assert (pictures / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "folder"])
+def test_an_input_that_cannot_be_read_has_ended(generator, pictures, monkeypatch, kind):
+    stream = None
+    handle = os.open(pictures, os.O_RDONLY)
+    if kind == "folder":
+        stream = io.StringIO()
+        stream.fileno = lambda: handle
+    elif kind == "closed":
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr("sys.stdin", stream)
+    report = play(generator, PICTURE, A, pictures / "o.mp4", num_frames=9, console=Console(file=io.StringIO()))
+    os.close(handle)
+    assert report.num_frames == 9
+
+
 @pytest.mark.parametrize(
     ("given", "lines", "ended_after", "expected"),
     [
@@ -201,7 +235,10 @@ def test_the_command_with_piped_input(generator, pictures, monkeypatch):
     result = invoke("--seconds", 2, typed=f"{B}\n")
     assert result.exit_code == 0, result.output
     assert "32 frames in" in result.output and len(read_video(pictures / "out.mp4")[0]) == 32
-    result = invoke(typed=f"{B}\n/quit\n")
+    result = invoke(typed=f"{B}\n/quit\n")  # nothing is overwritten unasked
+    assert result.exit_code == 0 and len(read_video(pictures / "out-2.mp4")[0]) % 8 == 1
+    assert len(read_video(pictures / "out.mp4")[0]) == 32
+    result = invoke("--overwrite", typed=f"{B}\n/quit\n")
     assert result.exit_code == 0 and len(read_video(pictures / "out.mp4")[0]) % 8 == 1
     for wrong in (["--model", "m"], ["--seconds", "0"], ["--encoders", "e"]):
         result = invoke(*wrong)

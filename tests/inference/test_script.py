@@ -129,10 +129,10 @@ def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_chunks", recorded)
     monkeypatch.setattr(module.Generator, "build", lambda *_, **__: generator)
     source = module.Source(tmp_path, tmp_path, generator.settings)
-    report = generate_story(source, write(frames=None), tmp_path / "out.mp4", frames=42)
-    assert np.array_equal(np.concatenate(written), by_hand(generator)[:42])
+    report = generate_story(source, write(frames=None), tmp_path / "out.mp4", frames=44)
+    assert np.array_equal(np.concatenate(written), by_hand(generator)[:44])
     video, fps = read_video(tmp_path / "out.mp4")
-    assert report.num_frames == len(video) == 42 and fps == 16
+    assert report.num_frames == len(video) == 44 and fps == 16
 
 
 def test_the_command_follows_a_script(generator, write, tmp_path, monkeypatch):
@@ -149,3 +149,38 @@ def test_the_command_follows_a_script(generator, write, tmp_path, monkeypatch):
     for more in (["--prompt", B], ["--image", "a.png"], ["--inputs", "folder"], ["--samples", 2]):
         result = invoke(*more)
         assert result.exit_code == 2 and "ConfigError" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Blocks begin at frames 0, 1, 9, 17, ...; after the last of these nothing can change.
+        ({"events": [{"frame": 50, "prompt": B}]}, "event 1 at frame 50 .*never shows: .* at frame 49 of 55"),
+        ({"events": [{"frame": 2, "prompt": B}, {"frame": 9, "prompt": A}]}, "event 1 at frame 2 .* it and event 2 at"),
+        ({"events": [{"frame": 3, "target": "b.png"}, {"frame": 4, "image": "b.png"}]}, "event 1 at frame 3"),
+        ({"frames": 9, "events": [{"frame": 2, "prompt": B}]}, "at frame 1 of 9"),
+        ({"frames": 1, "events": []}, None),
+        ({"events": [{"frame": 2, "image": "b.png"}, {"frame": 3, "prompt": B}, {"frame": 49, "prompt": A}]}, None),
+    ],
+)
+def test_events_that_can_never_show_are_refused(generator, write, changes, message):
+    story = read_story(write(**changes), generator.settings)
+    if message is None:
+        story.open(generator)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            story.open(generator)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": None, "seconds": float("inf")}, "seconds: got inf"),
+        ({"frames": 10**9}, "num_frames=1000000000 must be .* at most"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"events": [{"seconds": float("nan"), "prompt": B}]}, "events.0.seconds: got nan"),
+    ],
+)
+def test_numbers_without_sense_are_refused(generator, write, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        read_story(write(**changes), generator.settings)

@@ -131,10 +131,32 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
         ("cut", "cannot be read as a session"),
         ("weights.safetensors", "holds no session"),
         ("new", "version 2; this version reads 1"),
-        ("damaged", "is damaged"),
+        ("damaged", "is damaged .another checksum"),
     ):
         with pytest.raises(CheckpointError, match=message):
             generator.resume(tmp_path / name)
+
+
+def test_no_changed_byte_goes_unnoticed(generator, tmp_path):
+    """A bit of each of 40 bytes all over the file; and a file of an earlier version, which has no checksum."""
+    session = open_session(generator)
+    take(session, 1)
+    session.save(tmp_path / "s")
+    whole = bytearray((tmp_path / "s").read_bytes())
+    for place in range(9, len(whole), len(whole) // 40):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (tmp_path / "changed").write_bytes(changed)
+        with pytest.raises(
+            CheckpointError, match="changed (is damaged|cannot be read|is a session of|holds no session)"
+        ):
+            generator.resume(tmp_path / "changed")
+    with safe_open(tmp_path / "s", "pt") as file:
+        values = json.loads(file.metadata()["longtake_session"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del values["checksum"]
+    save_file(tensors, tmp_path / "old", {"longtake_session": json.dumps(values)})
+    assert np.array_equal(take(generator.resume(tmp_path / "old"), 1), take(session, 1))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(generator, tmp_path):

@@ -1,10 +1,22 @@
 """mp4 files: what is written comes back, and nothing half-written or damaged passes for a video."""
 
+import resource
+
+import av
 import numpy as np
 import pytest
 
-from longtake.errors import DataError, ShapeError
+from longtake.data.clips import read_clip
+from longtake.errors import DataError, OutputError, ShapeError
 from longtake.inference.video_io import VideoWriter, read_video
+
+
+@pytest.fixture
+def small_files():
+    """`small_files(size)`: from then on no file grows larger, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def moving_square(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -49,16 +61,58 @@ def test_fractional_rates_and_single_frames(tmp_path):
     assert len(decoded) == 3 and fps == pytest.approx(29.97, abs=1e-3)
 
 
-def test_a_failed_run_leaves_no_file_and_keeps_the_old_one(tmp_path):
+def test_a_failed_run_keeps_the_old_file_and_its_own_frames(tmp_path):
     path = write(tmp_path / "a.mp4", moving_square(3))
     before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="generator"), VideoWriter(path, 16, 48, 64) as writer:
+    for name in ("a.partial.mp4", "a.partial-2.mp4"):
+        with pytest.raises(RuntimeError, match="generator") as caught, VideoWriter(path, 16, 48, 64) as writer:
+            writer.write(moving_square(9))
+            raise RuntimeError("generator failed")
+        assert caught.value.__notes__ == [f"what was made until then is kept in {tmp_path / name}"]
+        assert path.read_bytes() == before and len(read_video(tmp_path / name)[0]) == 9
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "b.mp4", 16, 48, 64, keep=False) as writer:
         writer.write(moving_square(9))
-        raise RuntimeError("generator failed")
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        raise RuntimeError
     with pytest.raises(DataError, match="no frame"), VideoWriter(tmp_path / "b.mp4", 16, 48, 64):
         pass
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.partial-2.mp4", "a.partial.mp4"]
+
+
+def test_a_full_disk_keeps_what_plays(tmp_path, small_files):
+    video = np.random.default_rng(0).integers(0, 256, (90, 48, 64, 3), dtype=np.uint8)
+    small_files(150_000)
+    for size, is_kept in ((150_000, True), (2000, False)):
+        small_files(size)
+        with pytest.raises(OutputError, match=r"a\.mp4 cannot be written: File too large") as caught:
+            write(tmp_path / "a.mp4", video)
+        assert [p.name for p in tmp_path.iterdir()] == ["a.partial.mp4"] * is_kept
+        assert ("a.partial.mp4" in "".join(getattr(caught.value, "__notes__", []))) == is_kept
+        for file in tmp_path.iterdir():
+            assert 16 <= len(read_video(file)[0]) < 90
+            file.unlink()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (480, 832), (704, 1280)])
+def test_colours_are_said_and_come_back(tmp_path, size):
+    colours = [(220, 40, 40), (0, 0, 255), (0, 255, 0), (255, 255, 255), (17, 90, 133)][: 5 if size[0] == 64 else 2]
+    for colour in colours:
+        file = write(tmp_path / "a.mp4", np.tile(np.array(colour, np.uint8), (2, *size, 1)))
+        with av.open(str(file)) as container:
+            frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+        hd = frame.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray()  # a player that ignores the tags
+        for pixels in (hd, read_video(file)[0][0], read_clip(file, 1)[0]):
+            assert np.abs(pixels.astype(int) - colour).max() <= 3
+
+
+def test_the_same_frames_are_the_same_file(tmp_path):
+    big = np.random.default_rng(0).integers(0, 255, (35, 56, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    frames = np.stack([big[k : k + 240, k : k + 416] for k in range(33)])
+    files, kept = set(), []
+    for turn in range(4):
+        kept.append(np.random.bytes(300_000 * (turn + 1)))  # other places in memory
+        files.add(write(tmp_path / "a.mp4", frames).read_bytes())
+    assert len(files) == 1
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):

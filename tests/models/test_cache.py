@@ -278,16 +278,44 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     assert count(equal)[0] == 0
 
 
+def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
+    """What is kept for one condition is no room for that of another kind."""
+    model, x, sigma = make_tiny_model(True), make_tiny_latents(1), torch.ones(2)
+    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
+    assert condition.image is not None
+    fewer = Condition(condition.text, condition.image[:, :3], condition.frames)
+    for one, half in ((condition, False), (fewer, False), (condition, False), (condition, True), (fewer, False)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            cache.clear_condition()
+            found = Denoiser(model)(x, sigma, one, cache)
+            assert torch.equal(
+                found, Denoiser(model)(x, sigma, one, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
+            )
+            assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_smallest_cache_is_that_of_one_sample_and_one_frame(window: int, rel) -> None:
+    model, x = make_tiny_model(), make_tiny_latents(1)
+    both = make_tiny_condition(model)
+    one, two = Condition(both.text[:1]), [model.new_cache(StreamPlan(2, 1, window, 0), n, (4, 6)) for n in (1, 2)]
+    for _ in range(3):
+        alone, beside = _commit(model, two[0], one, x[:1]), _commit(model, two[1], both, x)
+        assert rel(alone, beside[:1]) < 1e-5
+    assert two[0].held_frames == two[1].held_frames == [2, 1][:window][::-1]
+
+
 def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
-    for message, plan in (
-        ("needs max_frames", StreamPlan(2)),
-        ("must be larger than sink_frames", StreamPlan(2, 1, 3, 3)),
-        ("must not be negative", StreamPlan(2, 1, 3, -1)),
+    for message, plan, spare in (
+        ("needs max_frames", StreamPlan(2), 0),
+        ("must be larger than sink_frames", StreamPlan(2, 1, 3, 3), 0),
+        ("must not be negative", StreamPlan(2, 1, 3, -1), 0),
+        ("must not be negative", StreamPlan(2, 1, 3, 0), -1),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.new_cache(plan, 2, (4, 6))
+            model.new_cache(plan, 2, (4, 6), spare_frames=spare)
     with pytest.raises(ShapeError, match="multiple of the patch"):
         model.new_cache(StreamPlan(2, 1, 3, 0), 2, (5, 6))
 

@@ -14,7 +14,7 @@ from tiny_models import randomize
 import longtake.models.weights as weights
 from longtake.cli import app
 from longtake.config import TOY_ASSETS
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import CheckpointError, ConfigError, OutputError
 from longtake.models.convert import convert
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original
@@ -108,8 +108,9 @@ def test_shards_are_bounded_and_indexed(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, monkeypatch) -> None:
     published(KINDS["t2v"], tmp_path / "original")
     before = (tmp_path / "original" / WEIGHTS).read_bytes()
-    with pytest.raises(ConfigError, match="original exists already; give the name of a folder that does not"):
-        convert(tmp_path / "original", tmp_path / "original", "diffusers")
+    for target, overwrite in ((tmp_path / "original", True), (tmp_path, True)):
+        with pytest.raises(ConfigError, match="is in use .*and would be lost"):
+            convert(tmp_path / "original", target, "diffusers", overwrite=overwrite)
     assert (tmp_path / "original" / WEIGHTS).read_bytes() == before
     with pytest.raises(ConfigError, match="a shard of 0 bytes holds nothing"):
         convert(tmp_path / "original", tmp_path / "out", "diffusers", shard_bytes=0)
@@ -119,9 +120,22 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(CheckpointError, match="out cannot be written: .*No space left"):
+    with pytest.raises(OutputError, match=r"out.*cannot be written: No space left"):
         convert(tmp_path / "original", tmp_path / "out", "diffusers")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_only_a_folder_of_weights_is_overwritten(tmp_path: Path) -> None:
+    published(KINDS["t2v"], tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "out", "longtake")
+    with pytest.raises(ConfigError, match="out exists already; .*--overwrite"):
+        convert(tmp_path / "original", tmp_path / "out", "diffusers")
+    convert(tmp_path / "original", tmp_path / "out", "diffusers", overwrite=True)
+    assert "_class_name" in (tmp_path / "out" / "config.json").read_text()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"also holds thesis.txt, which would be lost"):
+        convert(tmp_path / "original", tmp_path / "out", "longtake", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "out"]
 
 
 def test_a_layout_that_cannot_say_the_sizes_is_refused(tmp_path: Path) -> None:

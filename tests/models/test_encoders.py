@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import longtake
 from longtake.data.world import sample_world
@@ -219,6 +220,11 @@ def test_long_prompts_are_cut_at_text_len(encoders, caplog):
     assert "may have been cut" in caplog.text
 
 
+def test_half_a_character_is_refused(encoders):
+    with pytest.raises(DataError, match="holds half a character"):
+        encoders.text.encode(["a red \ud83d circle"])
+
+
 @pytest.mark.parametrize("prompts", ["a red circle", [], [None]])
 def test_text_encoder_refuses(encoders, prompts):
     with pytest.raises(DataError, match="list of strings"):
@@ -292,13 +298,17 @@ def test_folders_round_trip_and_missing_parts_are_named(tmp_path, encoders):
     with pytest.raises(CheckpointError, match="image_encoder holds no"):
         ImageEncoder.load(tmp_path / "image_encoder")
     (tmp_path / "image_encoder" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="image_encoder cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors holds no weights \(it begins with b'damaged'\)"):
         ImageEncoder.load(tmp_path / "image_encoder")
+    file = next((tmp_path / "vae").glob("*.safetensors"))
+    state = load_file(file)
+    state["quant_conv.bias"][1] = torch.nan
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="quant_conv.bias of .*vae holds values that are not finite"):
+        VideoVAE.load(tmp_path / "vae")
 
 
 def test_missing_and_reshaped_weights_are_refused(tmp_path, encoders):
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "text_encoder"
     encoders.text.model.save_pretrained(folder)
     encoders.text.tokenizer.save_pretrained(folder)

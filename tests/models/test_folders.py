@@ -32,13 +32,14 @@ def test_folders(tmp_path, files, found):
     assert find_weights(tmp_path) == find_weights(str(tmp_path)) == WeightSource(tmp_path / found)
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "student.pt", "student.pth"])
+@pytest.mark.parametrize("name", ["a.safetensors", "student.pt", "student.pth", "a.bin", "A.CKPT"])
 def test_files(tmp_path, name):
     assert find_weights(touch(tmp_path / name)) == WeightSource(tmp_path / name)
     with pytest.raises(
-        CheckpointError, match=r"a.bin is no file of weights; give .safetensors, .pt or .pth, or a folder"
+        CheckpointError, match=r"a.txt holds no weights \(it begins with b'hello'\).* give a .safetensors, .pt"
     ):
-        find_weights(touch(tmp_path / "a.bin"))
+        (tmp_path / "a.txt").write_text("hello")
+        find_weights(tmp_path / "a.txt")
 
 
 def test_training_runs_bring_their_checkpoint(workshop, tmp_path):

@@ -263,7 +263,12 @@ def test_updates_of_other_kinds_are_refused(tiny_model, tmp_path):
     folder = written(model, tmp_path / "lora", Base("toy", "0"))
     fields = json.loads((folder / CONFIG).read_text())
     for changed, message in (
-        (fields | {"use_rslora": True}, "sets use_rslora; only plain updates"),
+        (fields | {"use_dora": True}, "sets use_dora; only plain updates"),
+        (fields | {"peft_type": "LOHA"}, "sets peft_type=LOHA; only plain updates"),
+        (
+            fields | {"fan_in_fan_out": True, "init_lora_weights": "pissa"},
+            "sets fan_in_fan_out, init_lora_weights=pissa",
+        ),
         ({"peft_type": "LORA"}, r"adapter_config.json must hold r and lora_alpha"),
     ):
         (folder / CONFIG).write_text(json.dumps(changed))

@@ -251,10 +251,15 @@ def test_files_that_are_something_else_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="something else than tensors by name"):
         VideoVAE.load(tmp_path / "vae.pth")
     torch.save(ImageEncoder, tmp_path / "vae.pth")  # a pickled class: never loaded
-    with pytest.raises(CheckpointError, match="cannot be read as a file of tensors"):
+    with pytest.raises(CheckpointError, match="ImageEncoder beside its tensors, which is not loaded"):
         VideoVAE.load(tmp_path / "vae.pth")
+    state = vae_state(nested=False)
+    state["conv1.bias"][1] = torch.inf
+    torch.save(state, tmp_path / "vae.pth")
+    with pytest.raises(CheckpointError, match=r"conv1.bias of .*vae.pth holds values that are not finite"):
+        load_vae_module(tmp_path / "vae.pth", "cpu", torch.float32)
     (tmp_path / "vae.pth").write_bytes((folder / "Wan2.1_VAE.pth").read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="cannot be read as a file of tensors"):
+    with pytest.raises(CheckpointError, match="zip archive that is cut short; download it again"):
         VideoVAE.load(tmp_path / "vae.pth")
 
 

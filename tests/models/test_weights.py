@@ -215,6 +215,7 @@ def test_pickles_are_never_loaded(name: str, tiny_model, tmp_path: Path) -> None
 def test_broken_folders_are_named(tiny_model, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         load_dit(tmp_path / "nowhere")
+    save_file(tiny_model().state_dict(), tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load_dit(tmp_path)
@@ -223,6 +224,18 @@ def test_broken_folders_are_named(tiny_model, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="ffn_dim"):
         load_dit(tmp_path)
+    for wrong in (
+        {"dim": "32"},
+        {"num_heads": 0},
+        {"eps": None},
+        {"patch_size": 2},
+        {"num_layers": 10**6},
+        {"ffn_dim": -1},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_model().config) | wrong))
+        with pytest.raises(CheckpointError, match=r"config.json (says|holds a size of the wrong kind)"):
+            load_dit(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_model().config)))
     with pytest.raises(CheckpointError, match="holds no safetensors"):
         load_dit(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
+from longtake.config_groups import CriticConfig, FlowConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
@@ -294,12 +295,20 @@ def test_a_later_step_and_another_sample_see_other_noise():
     assert len({tuple(row[:4].tolist()) for row in values}) == 8  # every block, step and sample its own
 
 
+def test_the_defaults_are_those_of_a_recipe():
+    flow, critic, settings = FlowConfig(), CriticConfig(), DmdSettings(shift=5.0, guidance=4.0)
+    assert (settings.sigma_min, settings.sigma_max) == (flow.sigma_min, flow.sigma_max)
+    assert settings.updates_per_generator == critic.updates_per_generator
+    assert settings.head_start == critic.head_start and not settings.first_frame_clean
+
+
 # ---- failure and timing ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("network", ["real", "critic", "generator"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_prediction_is_not_hidden(network, value, monkeypatch):
     dmd = make_dmd()
-    forward = getattr(dmd, network).forward
+    model = dmd.generator.model if network == "generator" else getattr(dmd, network)
+    forward = model.forward
 
     def broken(*args, **options):
         out = forward(*args, **options)
@@ -307,7 +316,7 @@ def test_a_non_finite_prediction_is_not_hidden(network, value, monkeypatch):
         spoil[0, -1, 0, 0, 0] = value
         return out + spoil
 
-    monkeypatch.setattr(getattr(dmd, network), "forward", broken)
+    monkeypatch.setattr(model, "forward", broken)
     loss = dmd.loss("generator", make_batch(dmd.generator.model, [0, 1]), 0).loss
     assert not loss.isfinite()
     assert "must be finite" in nonfinite(Mesh(), 0, "generator", loss.item(), 1.0)

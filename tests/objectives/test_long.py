@@ -1,5 +1,7 @@
 """Long tuning: which chunk an iteration trains, what is scored, and that a run stopped in mid-sequence goes on there."""
 
+from collections import Counter
+
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
@@ -11,6 +13,7 @@ from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.train.long_batches import LongBatches
 
 HORIZON, NEW = 7, 4
@@ -21,7 +24,9 @@ def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
     draws = Draws(3)
     schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
     settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio, head_start=head_start)
-    return LongTuning(*networks, draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options)
+    return LongTuning(
+        Denoiser(networks[0]), *networks[1:], draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options
+    )
 
 
 def batch_of(long, indices=(4, 9), later=False):
@@ -65,9 +70,19 @@ def test_lengths_and_switches_are_drawn_for_each_sequence():
         assert after.begin - one.begin == 1 + (one.length - 7) // 4
 
 
+def test_each_length_and_each_switch_comes_equally_often():
+    schedule = LongSchedule(Draws(1), 7, 4, [7, 11], [3, 5])
+    starts = [p for p in (schedule.at(step) for step in range(900)) if p.chunk == 0]
+    for value in ("length", "switch"):
+        counts = Counter(getattr(place, value) for place in starts)
+        assert len(counts) == 2 and max(counts.values()) < 0.56 * len(starts), counts
+
+
 def test_lengths_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="14 latents.*set it to 11 or 15"):
-        LongSchedule(Draws(0), 7, 4, [15, 14])
+    for length, fix in ((14, "11 or 15"), (16, "15 or 19"), (5, "7 or 11"), (1, "7 or 11")):
+        with pytest.raises(ConfigError, match=f"{length} latents.*horizon=7.*new_frames=4; set it to {fix}"):
+            LongSchedule(Draws(0), 7, 4, [15, length])
+    assert LongSchedule(Draws(0), 7, 4, [7]).at(3).sequence == 3  # one chunk is the least
 
 
 @pytest.mark.parametrize(("chunks", "ratio"), [(3, 2), (5, 5), (4, 2), (12, 5)])
@@ -111,7 +126,7 @@ def test_only_new_frames_have_a_loss():
     long = make_long()
     batch = batch_of(long)
     for step in range(3):
-        made = long._roll_out(batch, step, graded=True)
+        made = long._roll_out(batch, step, with_grad=True)
         long._shared.clear()
         assert made.generated.tolist() == ([False] + [True] * 6 if step == 0 else [False] * 3 + [True] * 4)
         condition, _ = long._conditions(batch, made)
@@ -120,7 +135,7 @@ def test_only_new_frames_have_a_loss():
         error = (predicted - (noise - made.latents))[:, made.generated].square().mean()
         fresh = make_long()
         for earlier in range(step):
-            fresh._roll_out(batch, earlier, graded=False)
+            fresh._roll_out(batch, earlier, with_grad=False)
         torch.testing.assert_close(fresh.loss("critic", batch, step).loss, error, rtol=1e-6, atol=0)
 
 
@@ -142,6 +157,22 @@ def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
     assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3]  # one roll-out of [1, 2, 2, 2]
 
 
+def test_each_iteration_has_an_exit_step_and_noise_of_its_own(monkeypatch):
+    """By its own number: the same chunk of the next sequence stops elsewhere and begins from other noise."""
+    long = make_long(ratio=100, head_start=100)
+    calls, exits, begun = record(long.generator, monkeypatch), [], []
+    batch = batch_of(long)
+    for step in range(12):
+        calls.clear()
+        exits.append(long.loss("critic", batch, step).metrics["exit_step"])
+        assert exits[-1] == long.draws.integer(step, "exit_step", 0, 4)
+        denoised = [call for call in calls if not call["commit"]]
+        assert len(denoised) == (exits[-1] + 1) * (3 if step % 3 == 0 else 2)
+        begun += [latents for call in denoised if call["sigma"][0] == 1 for latents in call["x"]]
+    assert len(set(exits[::3])) > 1, "the same chunk does not always stop at the same step"
+    assert len(begun) == 2 * 4 * (3 + 2 + 2) == len({latents.numpy().tobytes() for latents in begun})
+
+
 # ---- stopping and going on -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stopped_at", [1, 2, 4, 5])
 def test_a_stopped_run_goes_on_with_the_same_chunk(stopped_at):
@@ -154,6 +185,33 @@ def test_a_stopped_run_goes_on_with_the_same_chunk(stopped_at):
         for (turn, loss, grads), (other_turn, other, theirs) in zip(mine, truth, strict=True):
             assert turn == other_turn and loss == other
             assert all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
+
+
+def test_the_past_is_generated_again_without_gradient(monkeypatch):
+    long = make_long(ratio=1)
+    calls = record(long.generator, monkeypatch)
+    long.loss("generator", batch_of(long), 2)
+    assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3, 5, 7, 9, 11]
+    assert [call["position"] for call in calls if call["graded"]] == [11, 13]
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "batched_exits"])
+def test_the_cache_is_larger_where_backward_computes_again_and_there_alone(option, monkeypatch):
+    found, sizes = [], []
+    for recomputed in (False, True):
+        long = make_long(ratio=1, lengths=(11,))
+        setattr(long.generator if option == "batched_exits" else long.generator.model, option, recomputed)
+        new_cache = long.generator.model.new_cache
+        monkeypatch.setattr(
+            long.generator.model, "new_cache", lambda *a, f=new_cache, **k: sizes.append(f(*a, **k)) or sizes[-1]
+        )
+        found.append(train(long, batch_of(long), range(2)))
+    for (_, loss, grads), (_, other, expected) in zip(found[1], found[0], strict=True):
+        assert loss == pytest.approx(other, rel=1e-5)
+        for mine, theirs in zip(grads, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    frames = [cache.size_bytes / cache.stored([0])[0].nbytes / 2 for cache in sizes]
+    assert frames == [RULES.window_frames, RULES.window_frames + HORIZON]
 
 
 def test_each_micro_batch_has_videos_of_its_own():

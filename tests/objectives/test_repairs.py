@@ -62,7 +62,7 @@ def test_a_y_is_cut_by_absolute_index(broken):
     frames[:, broken] += 1
     other = replace(batch, condition=Condition(batch.condition.text, batch.condition.image, frames))
     step = next(step for step in range(100) if dmd.exit_step(step) == 1)
-    a, b = (dmd._roll_out(one, step, graded=False).latents for one in (batch, other))
+    a, b = (dmd._roll_out(one, step, with_grad=False).latents for one in (batch, other))
     changed = (a != b).flatten(2).any(2)
     first = 7 if broken > 6 else 1 if broken == 0 else 1 + (broken - 1) // 2 * 2
     expected = torch.arange(7) >= first
@@ -95,7 +95,7 @@ def test_a_the_last_frame_of_y_stands_for_all_later_ones():
         condition.image,
         torch.cat([condition.frames[:, :4], condition.frames[:, 3:4].expand(-1, 6, -1, -1, -1)], 1),
     )
-    a, b = (dmd._roll_out(replace(batch, condition=one), 3, graded=False).latents for one in (short, long))
+    a, b = (dmd._roll_out(replace(batch, condition=one), 3, with_grad=False).latents for one in (short, long))
     assert torch.equal(a, b)
 
 

@@ -5,6 +5,7 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
+from longtake.config_groups import HistoryConfig
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
@@ -180,6 +181,39 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
     late = objective(make_tiny_model(i2v=True), own_history=OwnHistory(1.0, steps - 1))
     assert {tuple(late.starts(step, 4, 1)) for step in range(50)} == {(steps - 1,) * 4}
     assert not any(objective(make_tiny_model(i2v=True)).remakes(step) for step in range(100))
+
+
+@pytest.mark.parametrize("i2v", [True, False])
+def test_the_first_generated_block_of_the_own_history_never_begins_from_noise_alone(i2v, monkeypatch):
+    model = make_tiny_model(i2v=i2v)
+    rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
+    causal, calls, begun = objective(model, rules, own_history=OWN), record(model, monkeypatch), []
+    batch = make_batch(model, [4], 7 if i2v else 6)
+    for step in range(12):
+        calls.clear()
+        causal.loss("generator", batch, step)
+        levels = {}
+        for call in calls[:-1]:
+            if not call["commit"]:
+                levels.setdefault(call["position"], call["sigma"][0].item())
+        begun.append(list(levels.values()))
+    assert all(first < 1 for first, _ in begun) and any(later == 1 for _, later in begun)
+
+
+def test_a_share_of_none_is_never_and_of_all_is_always():
+    class Lowest:
+        def integer(self, step, purpose, low, high, part=0):
+            return low if step == 0 else high - 1
+
+    model = make_tiny_model(i2v=True)
+    for share, expected in ((0.0, [False, False]), (5e-7, [True, False]), (1.0, [True, True])):
+        causal = TeacherForcing(Denoiser(model), Lowest(), RULES, shift=3.0, own_history=OwnHistory(share))
+        assert [causal.remakes(step) for step in (0, 1)] == expected
+
+
+def test_the_defaults_are_those_of_a_recipe():
+    recipe, own = HistoryConfig(), OwnHistory()
+    assert (own.share, own.from_step) == (recipe.share, recipe.from_step)
 
 
 def test_own_history_does_not_depend_on_how_the_batch_is_split():

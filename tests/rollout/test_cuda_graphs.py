@@ -18,7 +18,7 @@ from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
 from longtake.plan import StreamPlan
-from longtake.rollout.cuda_graphs import CUDAGraphRunner, forget_all
+from longtake.rollout.cuda_graphs import CUDAGraphRunner, _Passes, forget_all
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import LatentStream
@@ -166,6 +166,17 @@ def test_copies_of_a_cache_and_forgotten_passes_are_recorded_anew():
     assert graphs.captured(running.cache) and not graphs.captured(running.cache.copy())
     forget_all()
     assert not graphs.captured(running.cache)
+
+
+def test_static_outputs_are_made_once():
+    """Later captures write to the addresses of the first."""
+    passes, latents, made = _Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
+    passes.make_static(latents, made)
+    static = passes.static[latents]
+    assert [tensor.shape for tensor in static] == [tensor.shape for tensor in made]
+    passes.make_static(latents, made)
+    passes.make_static(torch.Size([2, 2]), [])
+    assert list(passes.static) == [latents] and all(a is b for a, b in zip(passes.static[latents], static))
 
 
 class SharedTape(Tape):

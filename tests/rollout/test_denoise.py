@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from longtake.errors import CacheError
 from longtake.flow.path import add_noise
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 
@@ -93,6 +93,44 @@ def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
     assert call["commit"] and not call["graded"] and call["sigma"].tolist() == [0.0, 0.0]
     assert torch.equal(call["x"], clean) and not call["x"].requires_grad
     assert cache.position == 3 and cache.held_frames == [0, 1, 2] and not cache.keys.requires_grad
+
+
+def test_both_sides_of_guidance_are_denoised_and_committed_alike(scene, monkeypatch):
+    """Each with its condition and its cache; the context of both is the guided block at sigma 0."""
+    model, cache, condition = scene
+    other, twin = make_tiny_condition(model, seed=9), model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    commit_block(Denoiser(model), twin, other, make_tiny_latents(1))
+    calls = record(model, monkeypatch)
+    guidance = Guidance(3.0, other, twin)
+    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), [1.0], guidance=guidance)
+    with_text, without = (call["out"] for call in calls)
+    torch.testing.assert_close(clean, noise_of(2)(0) - (without + 3.0 * (with_text - without)))
+    calls.clear()
+    commit_block(Denoiser(model), cache, condition, clean.requires_grad_(), guidance=guidance)
+    assert [call["condition"] for call in calls] == [condition, other]
+    for call in calls:
+        assert call["commit"] and call["sigma"].tolist() == [0.0, 0.0]
+        assert torch.equal(call["x"], clean) and not call["x"].requires_grad
+    assert cache.position == twin.position == 3 and not torch.equal(cache.keys, twin.keys)
+
+
+def test_joined_exit_steps_are_those_of_each_block(scene):
+    """Blocks of other lengths, at levels of their own."""
+    model, cache, condition = scene
+    exits, expected = [], []
+    for frames, exit_step in ((1, 0), (3, 2)):
+        block = noise_of(frames)
+        expected.append(
+            denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, with_grad=True)
+        )
+        plain = denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, exits=exits)
+        assert not plain.requires_grad
+        commit_block(Denoiser(model), cache, condition, plain)
+    made = Denoiser(model).exits_with_grad(condition, exits)
+    torch.testing.assert_close(made, torch.cat(expected, 1))
+    weight = model.blocks[0].self_attn.q.weight
+    mine, theirs = (torch.autograd.grad(each.square().sum(), weight)[0] for each in (made, torch.cat(expected, 1)))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_a_graded_call_cannot_commit(scene):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_batches import RULES
 from tiny_codec import STRIDE, TinyCodec
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize, relative_error
 
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
@@ -64,7 +64,7 @@ def test_it_is_the_stream_of_inference(i2v, rope):
     blocks = stream_latents(Denoiser(model), cache, condition, first, noise, rules)
     expected = torch.cat(list(islice(blocks, rules.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
-    assert stream.position == ends[-1]
+    assert stream.position == ends[-1] and not any(window.latents.requires_grad for window in windows)
 
 
 @pytest.mark.parametrize("i2v", [True, False])
@@ -109,6 +109,21 @@ def oracle_with_switch(model, condition, first, later, switch, end):
         pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
         blocks.append(pending)
     return torch.cat(blocks, 1)
+
+
+def test_new_weights_are_used_whole_from_the_next_chunk_on():
+    """Those of cross-attention too, whose keys and values are kept for a condition: a new object has none kept."""
+    stream, model, condition, first, _ = make()
+    stream.advance(7, noise)
+    cache = model.new_cache(RULES, 2, (4, 6))
+    pending = first
+    for begin, stop in RULES.blocks(1, 11):
+        if begin == 7:
+            randomize(model, seed=9)
+            condition = condition.with_text(condition.text)
+        commit_block(Denoiser(model), cache, condition, pending)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+    assert torch.equal(stream.advance(11, noise).latents[:, -2:], pending)
 
 
 @pytest.mark.parametrize("switch", [7, 9, 13, 15])
@@ -187,5 +202,10 @@ def test_chunks_that_no_window_can_hold_are_refused():
     for end in (7, 15):
         with pytest.raises(ConfigError, match="each later one must make fewer"):
             stream.advance(end, noise)
+    whole, *_ = make(False, rules=T2V)
+    whole.advance(6, noise)
+    with pytest.raises(ConfigError, match="each later one must make fewer"):
+        whole.advance(12, noise)  # no latent before it would be in the window, to begin with
+    assert whole.advance(10, noise).generated.tolist() == [False] * 2 + [True] * 4
     with pytest.raises(ConfigError, match="no block boundary"):
         make(switch=Switch(8, make_tiny_latents(1)))

@@ -121,6 +121,25 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     assert torch.isfinite(next_block(model, cache, new)).all()
 
 
+@pytest.mark.parametrize("spare", [0, 4])
+@pytest.mark.parametrize("committed", [9, 11, 13])
+def test_beside_a_kept_sink_nothing_that_the_old_prompt_made_is_seen(spare, committed):
+    """Though the cache may still hold frames before the oldest that is kept: a block is pending, or there is room."""
+    model = make_tiny_model(i2v=True)
+    old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
+    latents = make_tiny_latents(13)
+    cache, fresh = (model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
+    for start, end in PLAN.blocks(0, committed):
+        commit_block(Denoiser(model), cache, old, latents[:, start:end])
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    for start, condition in ((0, old), (1, old), (9, new), (11, new)):
+        fresh.position = start
+        commit_block(Denoiser(model), fresh, condition, latents[:, start : start + (2 if start else 1)])
+    mine, truth = frames(cache), frames(fresh)
+    assert list(mine) == list(truth) == [0, 1, 2, 9, 10, 11, 12] and cache.position == 13
+    assert all(torch.equal(a, b) for frame in truth for a, b in zip(mine[frame], truth[frame]))
+
+
 @pytest.mark.parametrize("committed", [0, 1, 3, 5])
 def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     """The latest block is finished and not in the cache yet: part of the sink may be missing there."""

@@ -125,6 +125,38 @@ def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    ("option", "graded", "spare"),
+    [
+        (None, True, 0),
+        ("activation_checkpointing", False, 0),
+        ("activation_checkpointing", True, 1),
+        ("batched_exits", True, 1),
+    ],
+)
+@pytest.mark.parametrize(("window", "evicted"), [(9, 0), (8, 0), (5, 2), (None, 0)])
+def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
+    option, graded, spare, window, evicted, monkeypatch
+):
+    model, condition, picture = scene(num_layers=1)
+    model.activation_checkpointing = option == "activation_checkpointing"
+    caches, new_cache = [], model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
+    made = unroll(
+        model,
+        condition,
+        picture,
+        7,
+        rules=rules(window=window),
+        batched=option == "batched_exits",
+        exit_step=0,
+        with_grad=graded,
+    )
+    (cache,) = caches
+    frames = cache.size_bytes // cache.stored([0])[0].nbytes // 2
+    assert frames == (window or 7) + spare * evicted and made.latents.requires_grad == graded
+
+
 @pytest.mark.parametrize("i2v", [True, False])
 def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
     """One graded call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""

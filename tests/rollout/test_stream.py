@@ -192,6 +192,56 @@ def test_a_hole_in_the_cache_is_an_error(window):
         commit_block(Denoiser(model), cache, condition, latents[:, 9:11])
 
 
+def new_stream(model, condition, guided=False, spare_frames=6):
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
+    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6), spare_frames=spare_frames) for _ in range(2)]
+    guidance = Guidance(2.0, make_tiny_condition(model, seed=4), caches[1]) if guided else None
+
+    def noise(start, end, step):
+        return make_tiny_latents(end - start, seed=10 * start + step)
+
+    return LatentStream(Denoiser(model), caches[0], condition, make_tiny_latents(1), noise, rules, guidance=guidance)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+def test_copies_with_one_cache_take_turns_and_those_with_another_need_not(changed, guided):
+    """Also right after a change."""
+    model = make_tiny_model(i2v=True)
+    stream = new_stream(model, make_tiny_condition(model), guided)
+    for _ in range(3):
+        stream.next()
+    if changed:
+        stream.change(make_tiny_condition(model, seed=9), make_tiny_condition(model, seed=8))
+    twin, other = stream.copy(), stream.copy(KVCache.copy)
+    assert all(a is b for a, b in zip(twin.caches, stream.caches))
+    assert not any(a is b for a, b in zip(other.caches, stream.caches)) and len(other.caches) == 1 + guided
+    expected = [twin.next(), twin.next()]
+    assert stream.position == 5 and other.position == 5 and twin.position == 9
+    stream.return_to_cache()
+    for block in expected:
+        assert torch.equal(stream.next(), block) and torch.equal(other.next(), block)
+    stream.return_to_cache()
+    assert all(cache.position == 7 for cache in stream.caches)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_change_makes_the_cache_anew_or_takes_another(guided):
+    model = make_tiny_model(i2v=True)
+    stream = new_stream(model, make_tiny_condition(model), guided)
+    for _ in range(3):
+        stream.next()
+    change = make_tiny_condition(model, seed=9), make_tiny_condition(model, seed=8)
+    other = stream.copy()
+    caches, before = stream.caches, [cache.keys.clone() for cache in stream.caches]
+    other.change(*change, in_place=False)
+    assert all(torch.equal(cache.keys, keys) for cache, keys in zip(caches, before))
+    assert stream.caches == caches and not any(cache in caches for cache in other.caches)
+    stream.change(*change)
+    assert torch.equal(stream.next(), other.next())
+    assert stream.caches == caches and not any(torch.equal(c.keys, keys) for c, keys in zip(caches, before))
+
+
 def test_a_block_that_fails_can_be_asked_for_again():
     """The context pass of the block before is not run twice."""
     model = make_tiny_model(i2v=True)

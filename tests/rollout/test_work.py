@@ -1,5 +1,7 @@
 """The calls that a stage is said to make against those that its objective really makes."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_batches import make_batch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
@@ -169,6 +171,37 @@ def test_own_history_costs_its_share_of_a_roll_out():
     half = config_of("causal", own_history={"share": 0.5, "from_step": 2})
     *less, _ = passes(half, {"generator": model.config}, 2, IMAGE_TOKENS)
     assert [each.times for each in less] == [each.times / 2 for each in own]
+
+
+@pytest.mark.parametrize(
+    ("from_step", "first", "later"), [(0, 1.5, 2.0), (1, 1.5, 1.5), (2, 1.0, 1.0)], ids=["noise", "one", "last"]
+)
+@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+def test_own_history_costs_the_mean_over_the_steps_that_blocks_begin_from(i2v, from_step, first, later):
+    """Of three steps; the block that is generated first begins at the second one or later."""
+    config = config_of("causal", i2v, own_history={"share": 1.0, "from_step": from_step})
+    *own, _ = passes(config, {"generator": make_tiny_model(i2v=i2v).config}, 2, IMAGE_TOKENS)
+    picture = [1] if i2v else []
+    assert [each.times for each in own] == [*picture, first, 1, later, 1]
+    assert [each.call.with_context for each in own] == [*([True] if i2v else []), False, not i2v, False, False]
+
+
+@pytest.mark.parametrize(("guidance", "times"), [(1.0, 1), (0.0, 2), (2.0, 2), (4.0, 2)])
+def test_the_teacher_is_called_once_where_there_is_no_guidance(guidance, times):
+    config = config_of("distill", flow={"steps": [1.0, 0.7, 0.4], "guidance": guidance})
+    networks = dict.fromkeys(("generator", "critic", "teacher"), make_tiny_model(i2v=True).config)
+    found = passes(config, networks, 2, IMAGE_TOKENS)
+    assert [each.times for each in found if each.network == "teacher"] == [times]
+
+
+@pytest.mark.parametrize("patch", [(1, 4, 2), (1, 2, 3), (1, 1, 1)])
+def test_the_tokens_of_a_clip_are_its_patches(patch):
+    network = replace(make_tiny_model(i2v=True).config, patch_size=patch)
+    call = clip_call(config_of("teacher"), network, 2, IMAGE_TOKENS)
+    assert call.tokens == (HEIGHT // patch[1]) * (WIDTH // patch[2]) and call.all_tokens == 2 * 7 * call.tokens
+    assert call.pairs == (7 * call.tokens) ** 2 and call.image_tokens == IMAGE_TOKENS
+    text_alone = make_tiny_model(i2v=False).config
+    assert clip_call(config_of("teacher", False), text_alone, 2, IMAGE_TOKENS).image_tokens == 0
 
 
 def test_long_tuning_goes_on_where_the_chunk_before_ended():

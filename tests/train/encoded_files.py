@@ -47,4 +47,6 @@ def text_to_video(folder, path):
 def rounding(monkeypatch):
     """Makes the text encoder round as the set on disk does."""
     exact = TextEncoder.encode
-    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: exact(self, prompts).bfloat16().float())
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda self, prompts, **more: exact(self, prompts, **more).bfloat16().float()
+    )

@@ -211,3 +211,21 @@ def test_stored_latents_stand_in_for_videos(encoders):
     assert torch.equal(batch.latents, torch.from_numpy(stored[rows]).float())
     with pytest.raises(DataError, match=r"s.: stored latents are \(3, 4, 2, 3\); they must be \(3, 4, 2, 4\)"):
         next(make(encoders, Clips(video=False, latents=stored[..., :3])))
+
+
+class Paragraphs(Clips):
+    """Captions of two lines, of which row 4's first is longer than the text encoder reads."""
+
+    def __getitem__(self, row):
+        first = "a red circle climbs " * 100 if row == 4 else f"circle {row}"
+        return Sample(f"s{row}", first, super().__getitem__(row).image, prompts=(first, "the background is green"))
+
+
+def test_prompts_that_are_left_out_or_cut_are_named_once(encoders, caplog):
+    batches = make(encoders, Paragraphs(), with_latents=False, memory_bytes=0)
+    take(batches, 12)  # each row several times
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "has 2 prompts" in line and "trains on the first one only" in line]) == 1
+    assert [line for line in said if "may have been cut" in line] == [
+        f"row 4 (s4): its prompt fills all {encoders.text.text_len} tokens of the text encoder and may have been cut"
+    ]

@@ -16,6 +16,7 @@ from encoded_files import ROWS, config_of, files, from_cache, text_to_video
 from fake_ranks import on_ranks
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_stage import stage_config, stage_tree
 from typer.testing import CliRunner
 
@@ -224,6 +225,50 @@ def test_a_set_of_pictures_does_not_pass_for_one_of_videos(workshop, tmp_path):
 def test_validation_says_that_it_needs_the_encoders(workshop, whole, tmp_path):
     with pytest.raises(ConfigError, match="validate_every=2 needs the encoders, .*; set validate_every=0"):
         run_stage(from_cache(workshop, tmp_path, whole, validate_every=2), Mesh())
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+def samples_of(folder):
+    rows = EncodedRows(folder)
+    return [
+        (s.name, s.prompts, *(a.tobytes() for _, a in sorted(s.extras.items())))
+        for s in map(rows.__getitem__, range(6))
+    ]
+
+
+@pytest.mark.parametrize("name", ["shard_00001.safetensors", "empty_text.safetensors", "index.json"])
+def test_no_changed_byte_goes_unnoticed(whole, tmp_path, name):
+    """A bit of each of some 60 bytes all over a file changes nothing that is read (padding), or is refused in words."""
+    shutil.copytree(whole, tmp_path / "e")
+    file, right = tmp_path / "e" / name, samples_of(whole)
+    content, refused = file.read_bytes(), 0
+    for place in range(0, len(content), max(1, len(content) // 60)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        try:
+            assert samples_of(tmp_path / "e") == right
+            assert (EncodedRows(tmp_path / "e").empty_text == EncodedRows(whole).empty_text).all()
+        except DataError as error:
+            refused += 1
+            assert name in str(error) and "`longtake encode`" in str(error)
+    assert refused > 40
+
+
+def test_a_set_of_an_earlier_version_is_read_without_checksums(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "e")
+    for file in (tmp_path / "e").glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            head = json.loads((stored.metadata() or {}).get("rows", "{}"))
+        head["rows"] = [{k: v for k, v in row.items() if k != "checksum"} for row in head.get("rows", [])]
+        save_file(tensors, file, {"rows": json.dumps(head)})
+    index = json.loads((whole / "index.json").read_text())
+    del index["checksum"], index["request"]["rows"]
+    for shard in index["shards"]:
+        shard["size_bytes"] = (tmp_path / "e" / shard["file"]).stat().st_size
+    (tmp_path / "e/index.json").write_text(json.dumps(index))
+    assert samples_of(tmp_path / "e") == samples_of(whole)
 
 
 # ---- bad rows --------------------------------------------------------------------------------------------------------

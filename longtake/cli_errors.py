@@ -1,0 +1,55 @@
+"""What the command line says of an error, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from longtake.errors import ConfigError, LongtakeError
+from longtake.outputs import refusal
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+# What becomes of the work of a command that Ctrl-C ends
+_INTERRUPTED = {
+    "train": "started again, it goes on from its last checkpoint",
+    "encode": "started again, it goes on where it was",
+    "generate": "all finished videos are kept; started again, it makes the others",
+}
+
+
+@contextmanager
+def clean_errors(context: typer.Context) -> Iterator[None]:
+    """Turns our own errors, those of the user's disk and memory and Ctrl-C into one message on stderr and an exit code;
+    all others are bugs and keep their traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if context.obj or (told := _told(error)) is None:
+            raise
+        notes = getattr(error, "__notes__", [])
+        if isinstance(error, KeyboardInterrupt) and not notes:
+            notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []
+        typer.echo("; ".join([told, *notes]), err=True)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = EXIT_INTERRUPTED if interrupted else EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR
+        raise typer.Exit(code) from None
+
+
+def _told(error: BaseException) -> str | None:
+    """What an error says to who uses a command; None for a bug."""
+    if isinstance(error, LongtakeError):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted"
+    text = str(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+        return f"Not enough memory ({text.splitlines()[0] if text else 'refused'}); lower sizes, lengths or batches"
+    if isinstance(error, OSError) and (said := refusal(error)) is not None:
+        return f"{error.filename or 'The output'}: {said}"
+    return None

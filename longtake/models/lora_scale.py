@@ -1,0 +1,125 @@
+"""The scale of low-rank updates, alpha / rank, as an `adapter_config.json` or a file's metadata state it.
+
+Sources: PEFT `tuners/lora/config.py` (fields), `tuners/lora/layer.py` (rsLoRA: alpha / sqrt(rank)), `utils/other.py`
+(patterns); diffusers `loaders/lora_base.py` (`lora_adapter_metadata`); kohya-ss/sd-scripts and musubi-tuner
+(`ss_network_dim`, `ss_network_alpha`). Must know no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longtake.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+ABSENT = object()  # no alpha, which is another thing than an alpha of null
+_BLOBS = ("lora_adapter_metadata", "adapter_config", "lora_config", "peft_config")
+_RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_dim", "rank", "r")
+_ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
+_SCALES = ("lora_scale", "lora_scaling", "scaling", "scale")
+_NONE = ("none", "null", "", "dynamic")  # kohya's words for values that each layer has itself
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is stated of all layers (`rank`, `alpha` or the `fixed` scale) and of those whose name a pattern matches."""
+
+    source: object = ""
+    rank: int | None = None
+    alpha: Any = ABSENT
+    fixed: float = 1.0
+    rslora: bool = False
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    alphas: Mapping[str, Any] = field(default_factory=dict)
+
+    def scale(self, module: str, rank: int, alpha: Any = ABSENT) -> float:
+        """The scale of a layer whose factors have `rank`; `alpha`, its own in the file.
+
+        Raises: CheckpointError when another rank is stated, or alpha is no number above 0.
+        """
+        where = f"{module}.alpha"
+        if alpha is ABSENT:
+            stated, where = self._of(self.ranks, module, self.rank), f"{self.source}: alpha of {module}"
+            if stated is not None and stated != rank:
+                raise CheckpointError(
+                    f"{self.source} says rank {stated}, and the factors of {module} have rank {rank}: they do not "
+                    "belong together; put the right files together, or give the scale (alpha / rank) yourself"
+                )
+            alpha = self._of(self.alphas, module, self.alpha)
+        if alpha is ABSENT:
+            return self.fixed
+        return number(alpha, where) / (math.sqrt(rank) if self.rslora else rank)
+
+    def _of(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        try:
+            return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        except re.error as error:
+            raise CheckpointError(f"{self.source} holds a pattern that is no regular expression: {error}") from error
+
+
+def number(value: Any, what: str) -> float:
+    """`value` as a number above 0. Raises: CheckpointError."""
+    try:
+        found = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise CheckpointError(
+            f"{what} is {'null' if value is None else value}, and the scale (alpha / rank) must be a finite number "
+            "above 0; give it yourself: lora_scale"
+        )
+    return found
+
+
+def settings_from_json(fields: Any, source: object) -> Settings:
+    """What PEFT's fields say. Raises: CheckpointError for kinds of updates that are more than W + scale B A."""
+    if not isinstance(fields, dict) or not {"r", "lora_alpha"} <= set(fields):
+        kind = (
+            f" (it is of the kind {fields['peft_type']})" if isinstance(fields, dict) and "peft_type" in fields else ""
+        )
+        raise CheckpointError(f"{source} must hold r and lora_alpha{kind}; give the scale (alpha / rank) yourself")
+    other = [name for name in ("use_dora", "fan_in_fan_out", "use_qalora") if fields.get(name)]
+    if str(fields.get("peft_type") or "LORA").upper() != "LORA":
+        other.append(f"peft_type={fields['peft_type']}")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        other.append(f"init_lora_weights={start}, which changes the base")
+    if other:
+        raise CheckpointError(
+            f"{source} sets {', '.join(other)}; only plain updates W + scale B A are read: merge them where they were "
+            "made and give the whole weights"
+        )
+    patterns = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise CheckpointError(f"{source}: rank_pattern and alpha_pattern must be objects; use another file")
+    rank, alpha = number(fields["r"], f"{source}: r"), number(fields["lora_alpha"], f"{source}: lora_alpha")
+    return Settings(source, int(rank), alpha, 1.0, bool(fields.get("use_rslora")), *patterns)
+
+
+def settings_from_metadata(metadata: Mapping[str, str], file: Path) -> Settings:
+    """What the metadata of a safetensors file say. Raises: CheckpointError as `settings_from_json`."""
+    source = f"the metadata of {file}"
+    for name in _BLOBS:
+        if name in metadata:
+            try:
+                fields = json.loads(metadata[name])
+            except ValueError as error:
+                raise CheckpointError(f"{source}: {name} is not valid JSON: {error}") from error
+            if isinstance(fields, dict):
+                fields = {key.removeprefix("transformer."): value for key, value in fields.items()}
+            return settings_from_json(fields, source)
+
+    def stated(names: tuple[str, ...]) -> float | None:
+        name = next((name for name in names if str(metadata.get(name, "")).lower() not in _NONE), None)
+        return None if name is None else number(metadata[name], f"{source}: {name}")
+
+    rank, alpha, fixed = stated(_RANKS), stated(_ALPHAS), stated(_SCALES)
+    return Settings(
+        source, None if rank is None else int(rank), ABSENT if alpha is None else alpha, 1.0 if fixed is None else fixed
+    )
