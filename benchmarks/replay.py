@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.random_files import FULL, TINY
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
@@ -97,7 +98,7 @@ def main() -> None:
         student, critic, teacher = (VideoDiT(sizes.dit) for _ in range(3))
     for model in (student, critic, teacher):
         torch.nn.init.normal_(model.head.head.weight, std=0.02)  # Wan's initial head is zero
-    student.activation_checkpointing = critic.activation_checkpointing = True
+    student, critic = (model.executed(Execution(recompute=True)) for model in (student, critic))
     teacher.cast(torch.bfloat16)
     frames, size = sizes.num_latent_frames, (sizes.height // 8, sizes.width // 8)
     graphs = CUDAGraphRunner() if is_cuda else None

@@ -32,6 +32,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,6 +50,7 @@ from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
+from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit
 from longtake.models.weights import load_dit
 from longtake.plan import StreamPlan
@@ -132,7 +134,7 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
     assert split is not None
     model = load_dit(weights, device, torch.bfloat16).eval().requires_grad_(False)
     # as `longtake generate` has it
-    denoiser = Denoiser(model, graphs=CUDAGraphRunner() if device.type == "cuda" else None)
+    graphs = CUDAGraphRunner() if device.type == "cuda" else None
     torch.manual_seed(0)
     clip = torch.randn(1, sizes.num_latent_frames, sizes.dit.out_channels, sizes.height // 8, sizes.width // 8).to(
         device
@@ -146,7 +148,7 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
     outputs: dict[str, dict[str, Tensor]] = {"alone": {}, "together": {}}
     for _ in range(rounds):
         for how, group in (("alone", None), ("together", split)):
-            model.set_token_split(group)
+            denoiser = Denoiser(model.executed(Execution(group)), graphs=graphs)
             for name, work in passes(denoiser, clip, condition, windows_of(sizes.windows)[0]).items():
                 outputs[how][name] = work().float()
                 taken = timed_together(work, mesh, repeats)
@@ -163,7 +165,7 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
         }
     result |= exchanges(sizes, split, mesh, repeats)
     for how, group in (("alone", None), ("together", split)):
-        model.set_token_split(group)
+        denoiser = Denoiser(model.executed(Execution(group)), graphs=graphs)
         streamed = passes(denoiser, clip, condition, windows_of(sizes.windows)[0])
         work = next(iter(streamed.values()))
         work()
@@ -196,10 +198,11 @@ def passes(
         with torch.no_grad():
             return model(clip, one, condition)
 
+    recomputed = model.executed(replace(model.execution, recompute=True))
+
     def trained() -> Tensor:
         model.requires_grad_(True)
-        model.activation_checkpointing = True
-        out = model(clip, one, condition)
+        out = recomputed(clip, one, condition)
         out.square().mean().backward()
         model.requires_grad_(False).zero_grad(set_to_none=True)
         return out.detach()

@@ -25,6 +25,7 @@ from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
@@ -117,8 +118,7 @@ class Generator:
         cast = dtype if dtype != torch.float32 else None
         if split is not None:  # from the heads of the files: before they are read
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
-        model = load_dit(source.weights, device, cast).eval().requires_grad_(False)
-        model.set_token_split(split)
+        model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         encoders = Encoders.load(
             source.encoders,
@@ -237,7 +237,7 @@ class Generator:
         """
         from longtake.inference.session_file import load_session
 
-        if self.model.token_split is not None:
+        if self.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; resume it without sequence parallelism")
         return load_session(
             self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
@@ -416,7 +416,7 @@ def write_chunks(
 
     `keep` as in `VideoWriter`. Of the processes that compute a generator's calls together, one writes.
     """
-    settings, split = generator.settings, generator.model.token_split
+    settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made = 0.0, 0
     leads = split is None or split.leads

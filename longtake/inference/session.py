@@ -327,7 +327,7 @@ class Session:
         """
         from longtake.inference.session_file import save_session
 
-        if self.generator.model.token_split is not None:
+        if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
         if self.standing.stream is not None:
             self.standing.stream.return_to_cache()

@@ -7,8 +7,8 @@ specification A and E. This file must not know block plans, roll-outs, objective
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,19 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.errors import ConfigError, ShapeError
 from longtake.models import attention
-from longtake.models.attention import Attention
 from longtake.models.block import Block, run_block
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
+from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
-from longtake.models.recompute import together
-from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
+from longtake.models.token_split import WHOLE, Share, check_heads
 from longtake.plan import StreamPlan
 from longtake.structs import Condition, MaskLayout
-
-# Contexts of one block's forward and of its recomputation in backward, as `torch.utils.checkpoint` asks for them
-CheckpointContexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
@@ -112,9 +108,10 @@ class Head(nn.Module):
 class VideoDiT(nn.Module):
     """Wan's transformer. See `forward`; sizes in `config`; `new_cache` makes the cache for streaming."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, execution: Execution = WHOLE_NETWORK) -> None:
         super().__init__()
-        self.config = config
+        check_heads(config.num_heads, 1 if execution.split is None else execution.split.size)
+        self.config, self.execution = config, execution
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -126,11 +123,6 @@ class VideoDiT(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        # Blocks are recomputed in backward, each under the contexts that these give for its forward: `parallelize` says
-        # what is kept nevertheless, shared roles say which updates are on.
-        self.activation_checkpointing = False
-        self.checkpoint_contexts: list[CheckpointContexts] = []
-        self.token_split: TokenSplit | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
         if self.head.head.weight.device.type != "meta":
             self.reset_parameters()
@@ -149,19 +141,15 @@ class VideoDiT(nn.Module):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def set_attention(self, attend: Attention) -> None:
-        """Replaces the attention entry of every self-attention."""
-        for block in self.blocks:
-            cast(Block, block).self_attn.attend = attend
+    def executed(self, execution: Execution) -> VideoDiT:
+        """The same network, of the same modules, computed another way. Caches of another split do not fit.
 
-    def set_token_split(self, split: TokenSplit | None) -> None:
-        """From now on each call is computed by all processes of `split` together; caches made before do not fit.
-
-        The attention entry sees all tokens, and of the heads those of this process; caches hold these alone.
-        Raises: ConfigError when the heads cannot be divided equally.
+        Raises: ConfigError when the heads cannot be divided equally over the processes of a split.
         """
-        check_heads(self.config.num_heads, 1 if split is None else split.size)
-        self.token_split = split
+        check_heads(self.config.num_heads, 1 if execution.split is None else execution.split.size)
+        other = copy.copy(self)
+        other.execution = execution
+        return other
 
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
@@ -197,7 +185,7 @@ class VideoDiT(nn.Module):
             num_layers=self.config.num_layers,
             batch_size=batch_size,
             tokens_per_frame=self.tokens_per_frame(*size),
-            num_heads=self.config.num_heads // (1 if self.token_split is None else self.token_split.size),
+            num_heads=self.config.num_heads // (1 if self.execution.split is None else self.execution.split.size),
             head_width=self.config.head_width,
             window_frames=plan.window_frames,
             sink_frames=plan.sink_frames,
@@ -228,9 +216,22 @@ class VideoDiT(nn.Module):
         self.check(x, sigma, condition, context)
         frame_index, seen = self._self_context(x, context)
         cross, layers = self._cross_context(condition, context)
+        return self._velocity(x, sigma, condition.frames, frame_index, seen, cross, layers)
+
+    def _velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        frames: Tensor | None,
+        frame_index: Tensor,
+        seen: SelfContext,
+        cross: CrossContext,
+        layers: Layers | None = None,
+    ) -> Tensor:
+        """The network itself; of the condition's `frames`, entry e reads number `frame_index[e]`."""
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, condition.frames, frame_index, seen.share)
+        hidden = self._embed_patches(x, frames, frame_index, seen.share)
         for layer, block in enumerate(self.blocks):
             hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
         _, ph, pw = self.config.patch_size
@@ -247,17 +248,16 @@ class VideoDiT(nn.Module):
         layers: Layers | None,
     ) -> Tensor:
         """One block: as the caller wants it (`layers`), recomputed in backward, or as it is."""
-        contexts = partial(together, self.checkpoint_contexts)
         if layers is not None:
-            around = contexts()[1] if torch.is_grad_enabled() else nullcontext()
+            around = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext()
             run = partial(run_block, block, seen, layer, cross.cache, around)
             return layers(block, run, (hidden, modulation, cross.text, cross.image))
-        if torch.is_grad_enabled() and self.activation_checkpointing:
+        if torch.is_grad_enabled() and self.execution.recompute:
             return checkpoint(
                 block,
                 *(hidden, modulation, seen, cross, layer),
                 use_reentrant=False,
-                context_fn=contexts,
+                context_fn=self.execution.contexts,
                 preserve_rng_state=False,  # nothing in a block is random
             )
         return block(hidden, modulation, seen, cross, layer)
@@ -266,7 +266,8 @@ class VideoDiT(nn.Module):
         """Absolute frames of the entries of `x`, and what their self-attention sees."""
         rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
         angles = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
-        share = WHOLE if self.token_split is None else self.token_split.share(rows * columns)
+        split = self.execution.split
+        share = WHOLE if split is None else split.share(rows * columns)
         if isinstance(context, CacheView):
             query = Rotation(angles(context.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.

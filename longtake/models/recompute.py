@@ -1,6 +1,6 @@
 """Recomputation of a block in backward: what surrounds it, and what is kept from forward.
 
-Must know no model; `VideoDiT.forward` enters the contexts given here through `torch.utils.checkpoint`.
+Must know no model; `Execution` chooses contexts, and `VideoDiT` enters them through `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations

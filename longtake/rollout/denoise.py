@@ -51,7 +51,7 @@ class Denoiser:
     @property
     def rereads(self) -> bool:
         """Whether the backward of a roll-out reads the cache again: what it attended to must stay there until then."""
-        return self.model.activation_checkpointing or self.batched_exits
+        return bool(self.model.execution.recompute) or self.batched_exits
 
     def lend_cache(
         self, plan: StreamPlan, batch_size: int, size: tuple[int, int], max_frames: int, spare_frames: int = 0
@@ -94,7 +94,7 @@ class Denoiser:
                 cache.begin_commit(frames)  # says why not
             pins = cache.pin(frames)
             velocity = model(x, sigma, condition, cache.view(frames, with_grad=True))
-            return hold_until_backward(velocity, [pins]) if model.activation_checkpointing else velocity
+            return hold_until_backward(velocity, [pins]) if model.execution.recompute else velocity
         kept = cache.has_cross(model, condition)
         view = cache.view(frames, commit=commit, cross_kept=kept)
         text, image = (None, None) if kept else (_padded(condition.text, model.config.text_len), condition.image)
@@ -110,7 +110,8 @@ class Denoiser:
             inputs = (x, sigma, condition.frames, text, image)
             addresses = (*(p.data_ptr() for p in model.parameters()), *cache.cross_addresses())
             kind = (view.num_past, frames, commit, layers is not None, kept)
-            agree = bool if model.token_split is None else model.token_split.agree
+            split = model.execution.split
+            agree = bool if split is None else split.agree
             again = kept or cache.has_space_for_cross(form)
             velocity, *made = self.graphs.run(work, kind, inputs, cache, addresses, agree, again=again)
         if layers is not None:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,10 +25,11 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import gathered, parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
 from longtake.models.presets import model_config
-from longtake.models.roles import Role, SharedBase
+from longtake.models.roles import AdapterSwitch, Role, SharedBase
 from longtake.models.tensor_files import not_finite
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
@@ -140,7 +142,9 @@ class _Builder:
                 updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", called=name))
             else:
                 updates.append(first_values(opened.model, name, config, called=name))
-        shared = SharedBase(self._filled(opened, *updates))
+        switch = AdapterSwitch()
+        opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
+        shared = SharedBase(self._filled(opened, *updates), switch)
         networks: dict[str, VideoDiT] = {}
         for name in ("generator", "critic"):
             networks[name] = Role(shared, name) if name in names else self.trained(name)
@@ -208,18 +212,17 @@ class _Builder:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        self._parallelize(network, recompute=True)
-        return network
+        return self._parallelized(network, recompute=True)
 
     def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
-        self._parallelize(opened.model, recompute=recompute)
+        opened = replace(opened, model=self._parallelized(opened.model, recompute=recompute))
         _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
-    def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
+    def _parallelized(self, model: VideoDiT, *, recompute: bool) -> VideoDiT:
         config = self.config
-        parallelize(
+        return parallelize(
             model,
             self.mesh,
             recompute=config.activation_checkpointing if recompute else None,

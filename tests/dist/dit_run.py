@@ -100,9 +100,7 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
     networks = [make_dit(seed) for seed in range(3 if kind == "dmd" else 1)]
     if kind == "dmd":
         networks[2].requires_grad_(False)
-    for network in networks:
-        network.activation_checkpointing = checkpointing
-        parallelize(network, mesh)
+    networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
         return Dmd(Denoiser(networks[0]), *networks[1:], Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
     return TeacherForcing(Denoiser(networks[0]), Draws(3), RULES, shift=5.0, caption_dropout=0.5)

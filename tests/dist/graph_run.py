@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -24,7 +25,7 @@ def main() -> None:
     with init_mesh(sys.argv[2]) as mesh:
         ranks = mesh.arranged(ParallelConfig(sequence=mesh.world_size)).sequence
         model = make_tiny_model(True, num_heads=4).to(mesh.device)
-        model.set_token_split(ranks)
+        model = model.executed(Execution(ranks))
         condition = make_tiny_condition(model, size=(6, 6)).to(mesh.device)
         x = torch.randn(2, 2, 4, 6, 6, generator=torch.Generator().manual_seed(1)).to(mesh.device)
         one = torch.ones(2, device=mesh.device)

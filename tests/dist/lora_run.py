@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from longtake.models.execution import Execution
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,14 +31,14 @@ from longtake.train.state import TrainState
 
 def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, steps: int = 2) -> None:
     """Iterations of distribution matching with updates on student and critic; first and frozen values to `folder`."""
-    networks = {name: make_dit(seed) for seed, name in enumerate(("generator", "critic"))}
+    execution = Execution(recompute=checkpointing)
+    networks = {name: make_dit(seed).executed(execution) for seed, name in enumerate(("generator", "critic"))}
     frozen = {}
     for name, network in networks.items():
         torch.manual_seed(100 + mesh.rank)  # what ranks seed differently must not reach A
         adapted(network.cast(torch.bfloat16) if bf16 else network)
-        network.activation_checkpointing = checkpointing
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
-        parallelize(network, mesh)
+        networks[name] = parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
     objective = Dmd(
         Denoiser(networks["generator"]),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -32,7 +33,9 @@ HEADS = 4
 SIZES = {"even": (4, 8), "uneven": (6, 6)}  # 8 and 9 tokens a frame
 FRAMES = 5
 ERRORS: dict[str, Callable] = {
-    "heads": lambda ranks: make_tiny_model(num_heads=1 + ranks.size, dim=8 * (1 + ranks.size)).set_token_split(ranks),
+    "heads": lambda ranks: make_tiny_model(num_heads=1 + ranks.size, dim=8 * (1 + ranks.size)).executed(
+        Execution(ranks)
+    ),
     "tokens": lambda ranks: ranks.share(ranks.size - 1),
 }
 
@@ -97,7 +100,7 @@ def check(name: str, model: VideoDiT, plain: VideoDiT, use: Callable[[VideoDiT],
 def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> dict[str, float]:
     """The three uses of the transformer against one process."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     condition = make_tiny_condition(model, num_frames=FRAMES, size=size)
     x, sigma = numbers(1, 2, FRAMES, 4, *size), torch.rand(2, FRAMES, generator=torch.Generator().manual_seed(2))
     plan = StreamPlan(2, 1)
@@ -111,7 +114,7 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
         errors |= check(f"masked, {rope}", model, plain, lambda m, k=layout: m(both, levels, condition, k))  # noqa: B023
 
     def cached(m: VideoDiT, rope: str, checkpointing: bool) -> torch.Tensor:
-        m.activation_checkpointing = checkpointing
+        m = m.executed(replace(m.execution, recompute=checkpointing))
         cache = m.new_cache(StreamPlan(2, 1, 3, 1, rope), 2, size, spare_frames=2)
         out = []
         for start, end in plan.blocks(0, FRAMES):
@@ -129,14 +132,15 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
 
     def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
-        m.activation_checkpointing = rope == "relative"
+        batched = m is model
+        m = m.executed(replace(m.execution, recompute=rope == "relative"))
         rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5))
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
 
         return roll_out(
-            Denoiser(m, batched_exits=m is model), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
+            Denoiser(m, batched_exits=batched), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
         ).latents
 
     for rope in layouts:
@@ -152,7 +156,7 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
 def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
     """What a cache holds on this rank, and that its rules hold."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     size = SIZES["even"]
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
     caches = [m.new_cache(StreamPlan(2, 1, 3, 1, "absolute"), 2, size) for m in (model, plain)]
@@ -161,7 +165,7 @@ def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
             Denoiser(m)(x, torch.zeros(2), condition, cache, commit=True)
     ours, theirs = (cache.stored([0, 1])[0] for cache in caches)
     n = HEADS // ranks.size
-    model.activation_checkpointing = True
+    model = model.executed(replace(model.execution, recompute=True))
     out = Denoiser(model)(x[:, :1], torch.ones(2), condition, caches[0])
     try:
         with torch.no_grad():
@@ -184,7 +188,7 @@ def recorded(ranks: SequenceParallel) -> dict[str, object]:
     """
     size = SIZES["uneven"]
     model = make_tiny_model(True, num_heads=HEADS)
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
 
     def streamed(graphs: CUDAGraphRunner | None = None) -> torch.Tensor:
@@ -225,7 +229,7 @@ def main() -> None:
         exchange = dist.all_to_all_single
         with patch.object(dist, "all_to_all_single", lambda *a, **k: (calls.append(1), exchange(*a, **k))[1]):
             model = make_tiny_model(num_heads=HEADS)
-            model.set_token_split(ranks)
+            model = model.executed(Execution(ranks))
             with torch.no_grad():
                 size = SIZES["even"]
                 model(numbers(1, 2, 3, 4, *size), torch.ones(2), make_tiny_condition(model, size=size))

@@ -14,6 +14,7 @@ from longtake.doctor.layout import layout_of
 from longtake.doctor.memory import Clip, Networks
 from longtake.doctor.need import stage_need
 from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
@@ -69,7 +70,7 @@ def test_parameters_are_those_of_the_module(config):
 def test_bfloat16_copies_that_a_graph_of_two_calls_keeps(cached, recompute, copies):
     """On one rank autocast remembers them, on several it does not (`InPrecision`); recomputation keeps none."""
     model = VideoDiT(SMALL)
-    model.activation_checkpointing = recompute
+    model = model.executed(Execution(recompute=recompute))
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
     kept = {}
@@ -281,7 +282,7 @@ def test_checkpointing_keeps_one_input_a_layer():
 
     def grown(num_layers):
         model = VideoDiT(dataclasses.replace(SMALL, num_layers=num_layers))
-        model.activation_checkpointing = True
+        model = model.executed(Execution(recompute=True))
         x, condition = torch.randn(2, 5, 16, 8, 12), condition_of(SMALL)
         before = live()
         out = model(x, torch.full((2,), 0.5), condition)

@@ -135,7 +135,8 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         before = model(x, sigma, condition)
-        model.set_attention(counting)
+        for block in model.blocks:
+            block.self_attn.attend = counting
         assert torch.equal(model(x, sigma, condition), before)
         model(x, sigma, condition, PLAN.causal_layout(3))
         Denoiser(model)(x, sigma, condition, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))

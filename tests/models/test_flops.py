@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.config import LoraConfig
 from longtake.models import flops
+from longtake.models.execution import Execution
 from longtake.models.flops import Call, Work
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
@@ -49,7 +50,7 @@ def test_bidirectional_pass_and_its_backward(model):
 
 
 def test_a_backward_with_checkpointing_computes_the_blocks_again(model):
-    model.activation_checkpointing = True
+    model = model.executed(Execution(recompute=True))
     call, condition = call_of(model), make_tiny_condition(model)
     _, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
     ran, _ = counted(lambda: velocity.sum().backward())

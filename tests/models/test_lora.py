@@ -13,6 +13,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
 from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import add_lora, factors, targets_of
 from longtake.models.lora_files import BASE, CONFIG, WEIGHTS, Base, read_lora, write_adapter
 from longtake.models.presets import PRESETS
@@ -134,7 +135,7 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny_model, tiny_cond
     gradients = []
     for checkpointing in (False, True):
         model = stir(adapted(tiny_model(True)))
-        model.activation_checkpointing = checkpointing
+        model = model.executed(Execution(recompute=checkpointing))
         velocity(model, tiny_condition(model)).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
@@ -147,7 +148,7 @@ def test_a_bfloat16_base_computes_what_autocast_makes_of_float32(tiny_model, tin
     for kept in (torch.float32, torch.bfloat16):
         model = tiny_model(True).cast(kept)
         types = {name: p.dtype for name, p in model.named_parameters()}
-        stir(adapted(model)).activation_checkpointing = True
+        model = stir(adapted(model)).executed(Execution(recompute=True))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         assert {name: p.dtype for name, p in own(model).items()} == types
         with torch.autocast("cpu", torch.bfloat16):

@@ -38,8 +38,7 @@ def gradients(model, loss, counted):
 def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_condition, tiny_latents, bf16, mask):
     found, counts = {}, {}
     for mode in MODES:
-        model = tiny_model(True)
-        parallelize(model, Mesh(), recompute=mode)
+        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
         layout = StreamPlan(2, 1, 5, 1).causal_layout(5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), layout).square().mean()
@@ -68,8 +67,7 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
 
     found = {}
     for mode in MODES:
-        model = tiny_model(True)
-        parallelize(model, Mesh(), recompute=mode)
+        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
         condition = tiny_condition(model)
         made = roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
         found[mode] = gradients(model, made.latents.square().mean(), Counted())

@@ -14,6 +14,7 @@ from torch import Tensor
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
@@ -120,7 +121,8 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
         handed.append((k, v))
         return attend(q, k, v, mask=mask)
 
-    model.set_attention(spy)
+    for block in model.blocks:
+        block.self_attn.attend = spy
     with torch.no_grad():
         model(x, zero, condition, plan.causal_layout(9))
     assert len(handed) == model.config.num_layers
@@ -140,7 +142,8 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
         counts.append(k.shape[1] // cache.tokens_per_frame)
         return attend(q, k, v, mask=mask)
 
-    model.set_attention(spy)
+    for block in model.blocks:
+        block.self_attn.attend = spy
     with torch.no_grad():
         for start, end in plan.blocks(0, 5):
             for sigma in (1.0, 0.75, 0.5):
@@ -207,7 +210,7 @@ def _noise(plan: StreamPlan, blocks: int) -> list[Tensor]:
 def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpointing: bool) -> None:
     # N.6, M-03.
     plan, model = StreamPlan(2, 1), make_tiny_model(True)
-    model.activation_checkpointing = checkpointing
+    model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, 4)
     cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=6)
     outputs = list(_roll_out(model, cache, plan, noise, condition))
@@ -227,7 +230,7 @@ def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpo
 
 def _gradients(rope: str, checkpointing: bool, spare: int, blocks: int = 5) -> dict[str, Tensor]:
     plan, model = StreamPlan(2, 1), make_tiny_model(True)
-    model.activation_checkpointing = checkpointing
+    model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, blocks)
     cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=spare)
     loss = sum(((i + 1) * out.square().sum() for i, out in enumerate(_roll_out(model, cache, plan, noise, condition))))
@@ -272,7 +275,7 @@ def _pending(model: VideoDiT) -> tuple[KVCache, Condition, Tensor]:
 
 def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
     model = make_tiny_model(True)
-    model.activation_checkpointing = True
+    model = model.executed(Execution(recompute=True))
     zero, x = torch.zeros(2), make_tiny_latents(1)
 
     @torch.no_grad()
@@ -301,7 +304,7 @@ def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
     del output
     commit_two(cache, condition)  # released with its graph
 
-    model.activation_checkpointing = False
+    model = model.executed(Execution(recompute=False))
     cache, condition, output = _pending(model)
     commit_two(cache, condition)  # nothing is recomputed: nothing to hold
     output.square().sum().backward()

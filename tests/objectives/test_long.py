@@ -9,6 +9,7 @@ from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
 
 from longtake.errors import ConfigError, DataError
+from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
@@ -195,12 +196,15 @@ def test_the_past_is_generated_again_without_gradient(monkeypatch):
     assert [call["position"] for call in calls if call["graded"]] == [11, 13]
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "batched_exits"])
+@pytest.mark.parametrize("option", ["recompute", "batched_exits"])
 def test_the_cache_is_larger_where_backward_computes_again_and_there_alone(option, monkeypatch):
     found, sizes = [], []
     for recomputed in (False, True):
         long = make_long(ratio=1, lengths=(11,))
-        setattr(long.generator if option == "batched_exits" else long.generator.model, option, recomputed)
+        if option == "batched_exits":
+            long.generator.batched_exits = recomputed
+        else:
+            long.generator.model = long.generator.model.executed(Execution(recompute=recomputed))
         new_cache = long.generator.model.new_cache
         monkeypatch.setattr(
             long.generator.model, "new_cache", lambda *a, f=new_cache, **k: sizes.append(f(*a, **k)) or sizes[-1]

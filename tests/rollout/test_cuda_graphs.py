@@ -17,6 +17,7 @@ import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, _Passes, forget_all
 from longtake.rollout.denoise import Denoiser
@@ -118,9 +119,8 @@ def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
 @pytest.mark.parametrize("together", [False, True])
 def test_a_graded_roll_out_keeps_its_cache_until_its_backward(together):
     model = make_tiny_model(i2v=True)
-    denoiser = Denoiser(model)
-    denoiser.graphs = CUDAGraphRunner(Tape())
-    model.activation_checkpointing, denoiser.batched_exits = True, together
+    model = model.executed(Execution(recompute=True))
+    denoiser = Denoiser(model, graphs=CUDAGraphRunner(Tape()), batched_exits=together)
     condition = make_tiny_condition(model)
 
     def gradients(between):
@@ -346,9 +346,8 @@ def test_exit_steps_together_from_replayed_passes(bf16):
 
     found = {}
     for together in (False, True):
-        model = make_tiny_model(i2v=True).cuda()
+        model = make_tiny_model(i2v=True).cuda().executed(Execution(recompute=True))
         denoiser = Denoiser(model, batched_exits=together)
-        model.activation_checkpointing = True
         denoiser.graphs = CUDAGraphRunner() if together else None
         condition = make_tiny_condition(model).to("cuda")
         for _ in range(5):

@@ -10,6 +10,7 @@ from tiny_codec import STRIDE, TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize, relative_error
 
 from longtake.errors import ConfigError
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
@@ -26,8 +27,8 @@ def noise(start, end, step):
     return Draws(0).noise(step, "x", [0, 1], (end - start, 4, 4, 6), part=start)
 
 
-def make(i2v=True, switch=None, rules=RULES, batched=False, **options):
-    model = make_tiny_model(i2v=i2v)
+def make(i2v=True, switch=None, rules=RULES, batched=False, recompute=False, **options):
+    model = make_tiny_model(i2v=i2v).executed(Execution(recompute=recompute))
     condition = make_tiny_condition(model)
     first = make_tiny_latents(1) if i2v else None
     codec = TinyCodec(model.config)
@@ -166,9 +167,11 @@ def test_checkpointing_and_eviction_inside_the_chunk_change_no_gradient(switch):
     for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         turn = None if switch is None else Switch(switch, text)
         stream, model, *_ = make(
-            spare_frames=HORIZON if checkpointing or together else 0, switch=turn, batched=together
+            spare_frames=HORIZON if checkpointing or together else 0,
+            switch=turn,
+            batched=together,
+            recompute=checkpointing,
         )
-        model.activation_checkpointing = checkpointing
         for end in (7, 13, 19):
             model.zero_grad()
             window = stream.advance(end, noise, with_grad=True, exit_step=1)

@@ -7,6 +7,7 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
@@ -168,7 +169,7 @@ def test_only_what_is_needed_is_kept_and_blocks_stay_whole():
 
 def test_a_pending_backward_is_not_robbed_of_its_context():
     model = make_tiny_model(i2v=True)
-    model.activation_checkpointing = True  # recomputes from the cache in backward
+    model = model.executed(Execution(recompute=True))  # recomputes from the cache in backward
     condition = make_tiny_condition(model)
     latents = make_tiny_latents(5)
     cache = streamed(model, condition, latents, 7, 1)

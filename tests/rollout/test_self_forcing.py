@@ -8,6 +8,7 @@ from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.denoise import Denoiser, denoise_block
@@ -88,7 +89,7 @@ def test_the_context_of_a_block_is_its_own_clean_prediction(monkeypatch):
 def test_gradient_stays_inside_its_own_block(checkpointing, window):
     """M-03: the loss of block j sends nothing into block i != j, and nothing into earlier steps of its own block."""
     model, condition, picture = scene()
-    model.activation_checkpointing = checkpointing
+    model = model.executed(Execution(recompute=checkpointing))
     leaves = {}
 
     def noise(start, end, step):
@@ -113,7 +114,7 @@ def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
     gradients, videos = [], []
     for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         model, condition, picture = scene()
-        model.activation_checkpointing = checkpointing
+        model = model.executed(Execution(recompute=checkpointing))
         options = {"rules": rules(window=5, rope=rope), "batched": together}
         made = unroll(model, condition, picture, 9, **options, exit_step=1, with_grad=True)
         made.latents.square().mean().backward()
@@ -139,7 +140,7 @@ def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
     option, graded, spare, window, evicted, monkeypatch
 ):
     model, condition, picture = scene(num_layers=1)
-    model.activation_checkpointing = option == "activation_checkpointing"
+    model = model.executed(Execution(recompute=option == "activation_checkpointing"))
     caches, new_cache = [], model.new_cache
     monkeypatch.setattr(model, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
     made = unroll(
@@ -161,7 +162,7 @@ def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
 def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
     """One graded call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""
     model, condition, picture = scene(i2v)
-    model.activation_checkpointing = True
+    model = model.executed(Execution(recompute=True))
     plan = rules(first=1 if i2v else 2)
     frames = 7 if i2v else 6
     plain = unroll(model, condition, picture, frames, rules=plan, exit_step=1).latents

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from longtake.config import StageConfig
+from longtake.models.execution import Execution
 from longtake.models.flops import forward, recomputed
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
@@ -100,7 +101,7 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step)
     """But for embeddings and head; the blocks are recomputed once."""
     config = config_of("distill", critic={"updates_per_generator": 2})
     dmd = dmd_of(config, True)
-    dmd.generator.model.activation_checkpointing = dmd.generator.batched_exits = True
+    dmd.generator = Denoiser(dmd.generator.model.executed(Execution(recompute=True)), batched_exits=True)
     networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
     batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(step), together=True)
