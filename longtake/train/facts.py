@@ -40,7 +40,7 @@ def facts(config: StageConfig) -> dict[str, Any]:
 def resume_facts(config: StageConfig, rows: str) -> dict[str, Any]:
     """What must not change beside `facts` where a run is resumed: values by dotted key, and the `rows` of the data."""
     keys = ["seed", "stage", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
-    keys += ["optim.moments"] + ["critic.moments"] * config.distils + ["model.preset"] * (config.init_from is None)
+    keys += ["model.preset"] * (config.init_from is None)
     if config.data.buckets is not None or config.stage == "long":
         keys.append("batch_size")
     if config.stage == "long":

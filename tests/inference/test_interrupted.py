@@ -10,7 +10,7 @@ import torch
 from tiny_sessions import KINDS, OTHER, PICTURE, A, B, make_generator, open_session, take
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from longtake.inference import session as session_module
+from longtake.inference import frames as frames_module
 from longtake.inference.script import Cue, Story
 from longtake.models.cache import KVCache
 
@@ -38,7 +38,7 @@ def raising_at(number, error=KeyboardInterrupt):
     with pytest.MonkeyPatch.context() as patch:
         for name in CACHE_CALLS:
             patch.setattr(KVCache, name, counted(getattr(KVCache, name)))
-        patch.setattr(session_module, "to_bytes", counted(session_module.to_bytes))
+        patch.setattr(frames_module, "to_bytes", counted(frames_module.to_bytes))
         try:
             yield calls
         finally:

@@ -250,7 +250,7 @@ def test_command_with_a_stage_file(models, workshop, tmp_path):
     ],
 )
 def test_options_that_do_not_go_together(options, message):
-    result = invoke("generate", "-o", "o", *options)
+    result = invoke("generate", "-o", "o.mp4", *options)
     assert result.exit_code == 2 and message in result.output
 
 

@@ -162,7 +162,10 @@ def test_a_folder_with_something_else_is_refused(workshop, whole, tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(DataError, match="exists and is no encoded set"):
         encode_set(config_of(workshop, tmp_path), tmp_path, Mesh())
-    with pytest.raises(DataError, match="holds another encoded set: request.rows_per_shard=2, wanted 3. Remove it"):
+    with pytest.raises(
+        DataError,
+        match="holds another encoded set: request.rows_per_shard=2, wanted 3. Name another folder, or give --overwrite",
+    ):
         encode_set(config_of(workshop, whole), whole, Mesh(), rows_per_shard=3)
     small = config_of(workshop, whole, video={"height": 64, "width": 64, "num_latent_frames": 3})
     with pytest.raises(DataError, match="key.clips.num_latent_frames=5, wanted 3"):
