@@ -27,10 +27,10 @@ ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} |
 IMAGE = {"cross_attn.k_img", "cross_attn.v_img"}
 
 
-def velocity(model, condition, frames=3, **options):
+def velocity(model, condition, context=None, frames=3):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, frames, 4, 4, 6, generator=generator)
-    return model(x, torch.full((2, frames), 0.7), condition, **options)
+    return model(x, torch.full((2, frames), 0.7), condition, context)
 
 
 def written(model: VideoDiT, folder: Path, base: Base) -> Path:
