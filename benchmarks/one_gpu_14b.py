@@ -149,9 +149,9 @@ def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, Vid
             opened = random_weights(case, mesh.device, seed)
             if seed == 2:
                 opened.model.cast(torch.bfloat16).requires_grad_(False)
-            parallelize(opened.model, mesh, recompute=recompute if seed < 2 else None)
-            materialize(opened.model, mesh.device, opened.read(None))
-            made.append(opened.model)
+            model = parallelize(opened.model, mesh, recompute=recompute if seed < 2 else None)
+            materialize(model, mesh.device, opened.read(None))
+            made.append(model)
         return {"generator": made[0], "critic": made[1]}, made[2], adapters
     opened = random_weights(case, mesh.device, 0)
     opened.model.cast(torch.bfloat16).requires_grad_(False)
@@ -161,9 +161,9 @@ def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, Vid
         assert lora is not None
         adapters[name] = adapt(opened, name, lora, Path("random"), config, mesh, called=name, identity="random")
         updates.append(first_values(opened.model, name, config, called=name))
-    parallelize(opened.model, mesh, recompute=recompute)
-    materialize(opened.model, mesh.device, chain(opened.read(None), *updates))
-    base = SharedBase(opened.model)
+    model = parallelize(opened.model, mesh, recompute=recompute)
+    materialize(model, mesh.device, chain(opened.read(None), *updates))
+    base = SharedBase(model)
     return {name: Role(base, name) for name in adapters}, Role(base, None), adapters
 
 

@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     "errors",
+    "plan",
     "structs",
     "config",
     "config_base",
@@ -30,7 +31,7 @@ ALLOWED = {
     "flow": BASE,
     "data": BASE,
     "models": BELOW_ROLLOUT,
-    "distributed": BASE | {"models"},
+    "distributed": BASE | {"models", "rollout"},  # whose captured graphs hold the group that is left
     "rollout": BELOW_ROLLOUT,
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,

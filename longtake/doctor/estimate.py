@@ -295,10 +295,10 @@ class _Hollow(Builder):
         return self._filled(self.open(Path("generator")))
 
     def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
-        self._parallelize(opened.model, recompute=recompute)
+        model = self._parallelized(opened.model, recompute=recompute)
         with self.meter.fake, self.meter:
-            opened.model.to_empty(device="cpu")
-        return opened.model
+            model.to_empty(device="cpu")
+        return model
 
 
 def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
@@ -361,14 +361,14 @@ def trace(
         codec = _codec(config, sizes["generator"], image_tokens, vae) if config.stage == "long" else None
     with ranks(config, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
-        networks, real, adapters = _Hollow(config, mesh, sizes, meter).build()
+        networks, real, adapters, student = _Hollow(config, mesh, sizes, meter).build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
         batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
         accumulation = config.accumulation(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
         with meter.fake, meter:
-            inner = make_objective(config, networks, real, draws, phases)
+            inner = make_objective(config, student, networks, real, draws, phases)
             if codec is not None:
                 inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
