@@ -39,7 +39,7 @@ from longtake.distributed.parallelize import parallelize
 from longtake.models.dit import VideoDiT
 from longtake.models.lora_files import Adapter
 from longtake.models.presets import PRESETS
-from longtake.models.roles import Role, SharedBase
+from longtake.models.shared_base import AdapterView, SharedBase
 from longtake.models.weights import Opened
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
@@ -164,7 +164,7 @@ def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, Vid
     model = parallelize(opened.model, mesh, recompute=recompute)
     materialize(model, mesh.device, chain(opened.read(None), *updates))
     base = SharedBase(model)
-    return {name: Role(base, name) for name in adapters}, Role(base, None), adapters
+    return {name: AdapterView(base, name) for name in adapters}, AdapterView(base, None), adapters
 
 
 class Batches:
