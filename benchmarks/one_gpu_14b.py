@@ -44,6 +44,7 @@ from longtake.models.weights import Opened
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 from longtake.train import stages
 from longtake.train.loop import LoopSettings, RunInfo, train
@@ -246,7 +247,7 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     mesh, config = Mesh(device=device), stage(case, name, folder)
     trained, real, adapters = networks(case, config, mesh)
     phases = Phases()
-    dmd = stages.make_objective(config, trained, real, Draws(config.seed), phases)
+    dmd = stages.make_objective(config, Denoiser(trained["generator"]), trained, real, Draws(config.seed), phases)
     watched = Watched(dmd, device)
     state = stages.make_state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)
