@@ -29,9 +29,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
-from fuzz_files import HUGE, NUMBERS, PATHS, TEXTS, change_tree, copy_fresh, damage
+from fuzz_files import HUGE, NUMBERS, PATHS, TEXTS, change_tree, copy_fresh, damage  # noqa: E402
 
-CPU_SECONDS, WALL_SECONDS = 60, 180
+CPU_SECONDS, WALL_SECONDS = 60, 120
 MEMORY, FILE_SIZE = 12 << 30, 64 << 20
 CODES = {0, 1, 2, 130}
 PICTURE = ["--image", "in.png", "--prompt", "a red circle climbs"]

@@ -28,6 +28,10 @@ from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, check_own, publish_folder, writing
 
 FORMATS = ("images", "clips", "lmdb")
+_OWN = (
+    *("world.json", "worlds.jsonl", "lmdb/shard_*/*.mdb", "images/metadata.jsonl", "clips/metadata.jsonl"),
+    *("images/[0-9][0-9][0-9][0-9][0-9][0-9]*.png", "clips/[0-9][0-9][0-9][0-9][0-9][0-9]*.mp4"),
+)
 STAMP = "world.json"
 LMDB_FORMAT = "1"
 LMDB_ARRAYS = ("latents", "y", "clip", "text")  # optional columns of a shard
@@ -212,7 +216,7 @@ def _already_written(folder: Path, request: dict[str, Any], overwrite: bool) -> 
         raise DataError(f"{stamp} is not readable ({error}); delete {folder} or name another folder") from error
     if present != request:
         if overwrite:
-            check_own(folder, (*FORMATS, STAMP, "worlds.jsonl"))
+            check_own(folder, _OWN)
             return False
         raise DataError(
             f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"
