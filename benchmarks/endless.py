@@ -114,7 +114,7 @@ def in_turns(old: Session, new: Session, count: int) -> dict[str, list[float]]:
 
 def _memory_blocks(session: Session, num_latent_frames: int) -> set[int]:
     """Blocks after which a CPU's memory is counted, which takes long there."""
-    total = math.ceil((num_latent_frames - 1) / session.generator.rules.plan.block_frames)
+    total = math.ceil((num_latent_frames - 1) / session.generator.plan.block_frames)
     early, _ = compared(total)
     return {early.stop - 1, total - 1, *range(0, total, max(1, total // 8))}
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "endless.json").write_text(json.dumps({**result, "per_block": rows, "in_turns": turns}) + "\n")
-    draw(rows, generator.rules.plan.block_frames, args.output / "endless.png")
+    draw(rows, generator.plan.block_frames, args.output / "endless.png")
     print(f"{result['latent_frames']} latent frames, {result['blocks']} blocks on {result['machine']}")
     for name, bar in result["bars"].items():
         verdict = "" if "met" not in bar else "met: " if bar["met"] else "MISSED: "

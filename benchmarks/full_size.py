@@ -16,8 +16,7 @@ Parts, in this order (`--parts` takes some of them; later ones find what earlier
 
 `results.json` and `results.md` in the output folder are rewritten whenever a number is new, so that a run that is
 killed leaves what it had. Past `--budget-seconds` no part begins, training is stopped and the video ends. A part that
-fails is recorded and the others run; the exit code is then 1. `longtake doctor CONFIG --gpus N --measured results.json`
-predicts with what was measured.
+fails is recorded and the others run; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -251,7 +250,6 @@ def train(run: Run, window: int, sink: int, iterations: int) -> None:
     rows = run.output / f"window{window}_sink{sink}" / "metrics.jsonl"
     rows.unlink(missing_ok=True)
     name = f"train, window {window}, sink {sink}"
-    # For `longtake doctor --measured`, which predicts these very steps.
     what = {"config": yaml.safe_load(config.read_text()), "network": run.sizes.dit.to_dict()}
     start = time.perf_counter()
 

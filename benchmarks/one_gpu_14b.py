@@ -136,7 +136,7 @@ def random_weights(case: Case, device: torch.device, seed: int) -> Opened:
                     yield name, value.mul_(0.1)
 
     shapes = dict(model.state_dict())
-    return Opened(model, read)
+    return Opened(model, read, str)
 
 
 def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
@@ -149,9 +149,9 @@ def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, Vid
             opened = random_weights(case, mesh.device, seed)
             if seed == 2:
                 opened.model.cast(torch.bfloat16).requires_grad_(False)
-            parallelize(opened.model, mesh, recompute=recompute if seed < 2 else None)
-            materialize(opened.model, mesh.device, opened.read(None))
-            made.append(opened.model)
+            model = parallelize(opened.model, mesh, recompute=recompute if seed < 2 else None)
+            materialize(model, mesh.device, opened.read(None))
+            made.append(model)
         return {"generator": made[0], "critic": made[1]}, made[2], adapters
     opened = random_weights(case, mesh.device, 0)
     opened.model.cast(torch.bfloat16).requires_grad_(False)
@@ -161,9 +161,9 @@ def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, Vid
         assert lora is not None
         adapters[name] = adapt(opened, name, lora, Path("random"), config, mesh, called=name, identity="random")
         updates.append(first_values(opened.model, name, config, called=name))
-    parallelize(opened.model, mesh, recompute=recompute)
-    materialize(opened.model, mesh.device, chain(opened.read(None), *updates))
-    base = SharedBase(opened.model)
+    model = parallelize(opened.model, mesh, recompute=recompute)
+    materialize(model, mesh.device, chain(opened.read(None), *updates))
+    base = SharedBase(model)
     return {name: Role(base, name) for name in adapters}, Role(base, None), adapters
 
 
@@ -246,9 +246,9 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     mesh, config = Mesh(device=device), stage(case, name, folder)
     trained, real, adapters = networks(case, config, mesh)
     phases = Phases()
-    dmd = stages._objective(config, trained, real, Draws(config.seed), phases)
+    dmd = stages.make_objective(config, trained, real, Draws(config.seed), phases)
     watched = Watched(dmd, device)
-    state = stages._state(config, dict(trained), adapters)
+    state = stages.make_state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)
     settings = LoopSettings(config.max_steps, save_every=0)
     # On the host: copies on the GPU would count as memory of the training.

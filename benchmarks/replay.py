@@ -7,10 +7,10 @@ networks (student, critic, teacher), the loss and its backward; no optimizer. Wa
 
 - blockwise: each block's exit step carries its own graph, recomputed in backward;
 - joined: exit steps run without gradient and leave what each layer made; one graph over all of them in the end;
-- cache: exit steps once more in one call against the cache, recomputed in backward (`keep`: but for attention);
 - packed: one forward over [clean | noisy], whose context carries gradient too (Self-Gradient Forcing).
 
-All ways of an exit step begin from the same clips; gradients of the first three are compared.
+A fourth way, exit steps once more in one call against the cache, was slower and larger (docs/log.md, 2026-11-29) and is
+gone. All ways of an exit step begin from the same clips; gradients of the first two are compared.
 """
 
 from __future__ import annotations
@@ -18,79 +18,59 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from benchmarks.random_files import FULL, TINY
-from longtake.models import call_checks
 from longtake.models.dit import VideoDiT
-from longtake.models.pass_graph import PassGraphs
-from longtake.models.recompute import keep_attention
+from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout import chunk
+from longtake.rollout import denoise
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.replay import packed_replay
-from longtake.rollout.self_forcing import RollOut, RollOutRules
-from longtake.structs import BlockPlan, Condition
+from longtake.rollout.self_forcing import RollOut
+from longtake.structs import Condition
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
-WAYS = ("blockwise", "joined", "cache", "cache, keep", "packed", "packed, keep")
+WAYS = ("blockwise", "joined", "packed")
 
 
 class Packed(Dmd):
     """`Dmd` whose student's clips are replayed with gradient."""
 
-    def _roll_out(self, batch, step, *, graded):
-        exits, predict = [], chunk._predict
+    def _roll_out(self, batch, step, *, with_grad):
+        exits, predict = [], denoise._predict
 
-        def spy(model, cache, condition, x, sigma, *rest):
+        def spy(denoiser, cache, condition, x, sigma, *rest):
             exits.append((x, sigma))
-            return predict(model, cache, condition, x, sigma, *rest)
+            return predict(denoiser, cache, condition, x, sigma, *rest)
 
-        with mock.patch.object(chunk, "_predict", spy), torch.no_grad():
-            made = super()._roll_out(batch, step, graded=False)
-        if not graded:
+        with mock.patch.object(denoise, "_predict", spy), torch.no_grad():
+            made = super()._roll_out(batch, step, with_grad=False)
+        if not with_grad:
             return made
         level = SIGMAS[self.exit_step(step)]
         noisy = torch.cat([made.latents[:, :1], *(x for x, sigma in exits if sigma == level)], 1)
         sigma = torch.full(noisy.shape[:2], level, device=noisy.device)
         sigma[:, 0] = 0
-        rules, frames = self.rules, self.num_frames
+        plan, frames = self.plan, self.num_frames
         layout = self.__dict__.setdefault(
             "layout",
-            rules.plan.teacher_forcing_layout(
-                frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
-            ),
+            plan.teacher_forcing_layout(frames),
         )
-        replayed = packed_replay(self.generator, batch.condition, made.latents, noisy, sigma, layout)
+        replayed = packed_replay(self.generator.model, batch.condition, made.latents, noisy, sigma, layout)
         return RollOut(torch.cat([made.latents[:, :1], replayed[:, 1:]], 1), made.generated)
-
-
-@contextmanager
-def way(name: str, model: VideoDiT):
-    """The student as a way wants it."""
-    model.activation_checkpointing, model.exits_together = True, name not in ("blockwise",)
-    model.checkpoint_contexts = [keep_attention] if "keep" in name else []
-    predict = chunk._predict
-
-    def untraced(model, cache, condition, x, sigma, guidance, trace=None):
-        return predict(model, cache, condition, x, sigma, guidance, None)
-
-    if not name.startswith("cache"):
-        yield
-        return
-    # What the checks rule out otherwise: places that no call has traced, whose layers then run forward once more.
-    with mock.patch.object(chunk, "_predict", untraced), mock.patch.object(call_checks, "check_places"):
-        yield
 
 
 def update(objective: Dmd, batch: EncodedBatch, step: int, device: torch.device) -> tuple[float, float]:
     """Seconds and loss of one student's update, without the optimizer."""
-    model = objective.generator
+    model = objective.generator.model
     model.zero_grad(set_to_none=True)
     start = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16):
@@ -118,11 +98,10 @@ def main() -> None:
         student, critic, teacher = (VideoDiT(sizes.dit) for _ in range(3))
     for model in (student, critic, teacher):
         torch.nn.init.normal_(model.head.head.weight, std=0.02)  # Wan's initial head is zero
-    critic.activation_checkpointing = True
+    student, critic = (model.executed(Execution(recompute=True)) for model in (student, critic))
     teacher.cast(torch.bfloat16)
     frames, size = sizes.num_latent_frames, (sizes.height // 8, sizes.width // 8)
-    if is_cuda:
-        student.graphs = PassGraphs()
+    graphs = CUDAGraphRunner() if is_cuda else None
     config = sizes.dit
     condition = Condition(
         torch.randn(1, 20, config.text_dim, device=device),
@@ -136,7 +115,7 @@ def main() -> None:
         size,
         first_latent=torch.randn(1, 1, config.out_channels, *size, device=device),
     )
-    rules = RollOutRules(BlockPlan(4), SIGMAS, 13, 5, "relative")
+    plan = StreamPlan(4, 1, 13, 5, sigmas=SIGMAS)
     seeds = {}
     for wanted in map(int, given.exits.split(",")):
         draws = next(seed for seed in range(99) if Draws(seed).integer(0, "exit_step", 0, 4) == wanted)
@@ -146,18 +125,18 @@ def main() -> None:
     for name in given.ways.split(";"):
         for exit_step, seed in seeds.items():
             kind = Packed if name.startswith("packed") else Dmd
-            objective = kind(student, critic, teacher, Draws(seed), rules, frames, DmdSettings(5.0, 3.0))
-            with way(name, student):
-                times = []
-                for repeat in range(given.repeats + 2):
-                    if is_cuda and repeat == 2:
-                        torch.cuda.synchronize()
-                        torch.cuda.reset_peak_memory_stats()
-                    seconds, loss = update(objective, batch, 0, device)
-                    objective._shared.clear()
-                    if repeat >= 2:
-                        times.append(seconds)
-                peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None
+            denoiser = Denoiser(student, graphs=graphs, batched_exits=name == "joined")
+            objective = kind(denoiser, critic, teacher, Draws(seed), plan, frames, DmdSettings(5.0, 3.0))
+            times = []
+            for repeat in range(given.repeats + 2):
+                if is_cuda and repeat == 2:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                seconds, loss = update(objective, batch, 0, device)
+                objective._shared.clear()
+                if repeat >= 2:
+                    times.append(seconds)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None
             own = {n: p.grad.detach().float().cpu() for n, p in student.named_parameters() if "blocks.1." in n}
             first = gradients.setdefault(exit_step, own)
             error = max(float((own[n] - first[n]).norm() / (first[n].norm() + 1e-30)) for n in own)

@@ -32,6 +32,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,10 +50,12 @@ from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
-from longtake.models.dit import VideoDiT
-from longtake.models.pass_graph import EAGER_PASSES, PassGraphs
+from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit
 from longtake.models.weights import load_dit
+from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 from longtake.train.metrics_log import read_rows
 
@@ -130,8 +133,8 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
     split = mesh.arranged(ParallelConfig(sequence=mesh.world_size)).sequence
     assert split is not None
     model = load_dit(weights, device, torch.bfloat16).eval().requires_grad_(False)
-    if device.type == "cuda":
-        model.graphs = PassGraphs()  # as `longtake generate` has it
+    # as `longtake generate` has it
+    graphs = CUDAGraphRunner() if device.type == "cuda" else None
     torch.manual_seed(0)
     clip = torch.randn(1, sizes.num_latent_frames, sizes.dit.out_channels, sizes.height // 8, sizes.width // 8).to(
         device
@@ -145,8 +148,8 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
     outputs: dict[str, dict[str, Tensor]] = {"alone": {}, "together": {}}
     for _ in range(rounds):
         for how, group in (("alone", None), ("together", split)):
-            model.set_token_split(group)
-            for name, work in passes(model, clip, condition, windows_of(sizes.windows)[0]).items():
+            denoiser = Denoiser(model.executed(Execution(group)), graphs=graphs)
+            for name, work in passes(denoiser, clip, condition, windows_of(sizes.windows)[0]).items():
                 outputs[how][name] = work().float()
                 taken = timed_together(work, mesh, repeats)
                 seconds.setdefault(name, {}).setdefault(how, []).append(taken)
@@ -162,8 +165,8 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
         }
     result |= exchanges(sizes, split, mesh, repeats)
     for how, group in (("alone", None), ("together", split)):
-        model.set_token_split(group)
-        streamed = passes(model, clip, condition, windows_of(sizes.windows)[0])
+        denoiser = Denoiser(model.executed(Execution(group)), graphs=graphs)
+        streamed = passes(denoiser, clip, condition, windows_of(sizes.windows)[0])
         work = next(iter(streamed.values()))
         work()
         result[f"kernels of a streaming pass {how}, ms"] = kernels(work, mesh)
@@ -173,39 +176,40 @@ def measure_passes(sizes: Sizes, weights: Path, mesh: Mesh, rounds: int, repeats
 
 
 def passes(
-    model: VideoDiT, clip: Tensor, condition: Condition, window: tuple[int, int]
+    denoiser: Denoiser, clip: Tensor, condition: Condition, window: tuple[int, int]
 ) -> dict[str, Callable[[], Tensor]]:
     """The passes that are measured, of a model as it is split now."""
-    size, window_frames = (clip.shape[3], clip.shape[4]), window[0]
+    model, size, window_frames = denoiser.model, (clip.shape[3], clip.shape[4]), window[0]
     block, one = clip[:, :BLOCK], torch.ones(1, device=clip.device)
-    cache = model.new_cache(1, *size, *window)
+    cache = model.new_cache(StreamPlan(BLOCK, 1, *window), 1, size)
     with torch.no_grad():
         while cache.position < window_frames + BLOCK:
-            model(block, 0 * one, condition, cache=cache, commit=True)
+            denoiser(block, 0 * one, condition, cache, commit=True)
 
     def streamed() -> Tensor:
         with torch.no_grad():
-            return model(block, one, condition, cache=cache)
+            return denoiser(block, one, condition, cache)
 
     def committed() -> Tensor:
         with torch.no_grad():
-            return model(block, 0 * one, condition, cache=cache, commit=True)
+            return denoiser(block, 0 * one, condition, cache, commit=True)
 
     def whole() -> Tensor:
         with torch.no_grad():
             return model(clip, one, condition)
 
+    recomputed = model.executed(replace(model.execution, recompute=True))
+
     def trained() -> Tensor:
         model.requires_grad_(True)
-        model.activation_checkpointing = True
-        out = model(clip, one, condition)
+        out = recomputed(clip, one, condition)
         out.square().mean().backward()
         model.requires_grad_(False).zero_grad(set_to_none=True)
         return out.detach()
 
     held = f"{BLOCK} frames, window {window_frames}"
     again = _fresh(cache, committed)
-    for _ in range(EAGER_PASSES + 1 if model.graphs is not None else 0):  # until they are replayed
+    for _ in range(EAGER_PASSES + 1 if denoiser.graphs is not None else 0):  # until they are replayed
         streamed()
         again()
     return {

@@ -7,7 +7,6 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BlockPlan": "longtake.structs",
     "CacheError": "longtake.errors",
     "CheckpointError": "longtake.errors",
     "Condition": "longtake.structs",
@@ -18,6 +17,7 @@ _HOMES = {
     "OutputError": "longtake.errors",
     "ShapeError": "longtake.errors",
     "TrainingError": "longtake.errors",
+    "StreamPlan": "longtake.plan",
     "VideoDiT": "longtake.models.dit",
     "VideoShape": "longtake.structs",
     "VideoWriter": "longtake.inference.video_io",

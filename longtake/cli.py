@@ -322,32 +322,19 @@ def doctor(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that win over the file.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Ranks to plan for; by default the GPUs of this machine.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of one machine, where there are several.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Ranks that share a video.")] = None,
-    replicate: Annotated[int | None, typer.Option(help="Copies of the weights, each sharded over the rest.")] = None,
-    shared_base: Annotated[
-        bool | None, typer.Option("--shared-base", help="One frozen network under low-rank updates for all roles.")
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Plan for other machines with H200, H100 or A100.")] = None,
-    measured: Annotated[
-        Path | None, typer.Option(help="results.json of benchmarks/full_size.py, to predict seconds from.")
+    device: Annotated[
+        str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
     ] = None,
-    table: Annotated[bool, typer.Option("--table", help="Print predictions for 1 to 1024 GPUs as Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
 ) -> None:
-    """Say what this machine has, what a configuration needs, what is missing, and predict seconds on many GPUs."""
+    """Say what is missing, whether a configuration fits, and what this machine has."""
     with clean_errors(context):
-        from longtake.doctor.run import diagnose, scaling_table
+        from longtake.doctor.run import diagnose
 
-        layout = {"gpus_per_node": gpus_per_node, "sequence": sequence, "replicate": replicate}
-        options = given_options(**layout, shared_base=shared_base, device=device, measured=measured)
-        if table:
-            if config is None:
-                raise ConfigError("--table needs a configuration, e.g. configs/wan/i2v_1_3b/distill.yaml")
-            typer.echo(scaling_table(config, overrides or [], **options))
-            return
-        report = diagnose(config, overrides or [], gpus=gpus, **options)
+        report = diagnose(config, overrides or [], gpus=gpus, device=device)
         typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
         if not report.ok:
             raise typer.Exit(EXIT_ERROR)

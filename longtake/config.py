@@ -39,6 +39,7 @@ from longtake.config_groups import (
 )
 from longtake.config_run import CheckpointConfig, WatchdogConfig
 from longtake.errors import ConfigError
+from longtake.plan import StreamPlan
 from longtake.structs import VideoShape
 
 __all__ = [
@@ -163,7 +164,7 @@ class StageConfig(Settings):
                     "real_videos.num_latent_frames=1 leaves nothing to learn after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
-        blocks = self.plan.blocks
+        blocks = self.plan.stream()
         blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
@@ -257,6 +258,11 @@ class StageConfig(Settings):
     def learns_from_videos(self) -> bool:
         """Whether rows must be videos, or latents of videos."""
         return not self.distils or self.real_videos.weight > 0
+
+    @property
+    def stream_plan(self) -> StreamPlan:
+        """How the student streams, in training as at inference."""
+        return self.plan.stream(self.rope, self.flow.steps, self.flow.shift)
 
     @property
     def clip_shape(self) -> VideoShape:

@@ -17,6 +17,7 @@ from longtake.config import StageConfig, load_config
 from longtake.config_base import Settings, read_yaml
 from longtake.config_groups import FlowConfig, ModelConfig, PlanConfig
 from longtake.errors import ConfigError
+from longtake.plan import StreamPlan
 
 # Beside the weights of a student: the rules it streams by
 RULES_FILE = "generation.yaml"
@@ -66,6 +67,11 @@ class GenerationConfig(Settings):
         description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
         "the decoder's features",
     )
+
+    @property
+    def stream_plan(self) -> StreamPlan:
+        """How the student streams."""
+        return self.plan.stream(self.rope, self.steps, self.shift)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

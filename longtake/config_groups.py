@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from longtake.config_base import PathText, Settings
 from longtake.errors import ConfigError
-from longtake.structs import BlockPlan, VideoShape
+from longtake.plan import StreamPlan, student_sigmas
+from longtake.structs import VideoShape
 
 WorldFormat = Literal["images", "clips", "lmdb"]
 
@@ -104,15 +106,16 @@ class PlanConfig(Settings):
         description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
     )
 
-    @property
-    def blocks(self) -> BlockPlan:
-        """The block boundaries."""
-        return BlockPlan(self.block_frames, self.first_frames)
+    def stream(self, rope: str = "relative", steps: Sequence[float] = (1.0,), shift: float = 1.0) -> StreamPlan:
+        """How a student with these blocks streams, by the rule of positions and the levels that are beside this group:
+        the one place where a configuration becomes a plan.
+        """
+        return StreamPlan(**self.model_dump(), rope=rope, sigmas=tuple(student_sigmas(steps, shift)))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            self.blocks.check_window(self.window_frames, self.sink_frames)
+            self.stream().check_window()
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
@@ -355,7 +358,7 @@ class LongConfig(Settings):
 
     def check(self, horizon: int, plan: PlanConfig) -> None:
         """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
-        new, blocks = self.chunk_frames(horizon), plan.blocks
+        new, blocks = self.chunk_frames(horizon), plan.stream()
         if not blocks.is_boundary(horizon + new) or new >= horizon:
             raise ConfigError(
                 f"long.new_frames={new} must be a multiple of plan.block_frames={plan.block_frames} below "

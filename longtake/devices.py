@@ -1,7 +1,6 @@
-"""What accelerators can do: the one table of peak rates, memory and links, with where each number is from.
+"""What accelerators can do: the one table of peak rates and memory, with where each number is from.
 
-All rates here are data-sheet peaks of dense work; what kernels and links reach in practice is in
-`longtake/doctor/rates.py`. Also which device a name means. This file must know no model.
+All rates here are data-sheet peaks of dense work. Also which device a name means. This file must know no model.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one kind of accelerator; operations and bytes a second, sizes in bytes.
+    """Peaks of one kind of accelerator, in operations a second, and its memory.
 
-    Fields: `marks`, parts of the name that torch reports, all of which must be in it; `link`, one direction of the
-    links between the GPUs of a node.
+    `marks` are parts of the name that torch reports, all of which must be in it.
     """
 
     name: str
@@ -30,8 +28,6 @@ class Device:
     bf16: float
     fp32: float
     memory_bytes: int
-    memory_bandwidth: float
-    link: float
     source: str
 
     def peak(self, precision: str) -> float:
@@ -41,9 +37,9 @@ class Device:
 
 # Order matters where one name contains the marks of another.
 DEVICES = (
-    Device("H200", ("H200",), 989e12, 67e12, 141 * 10**9, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet"),
-    Device("H100", ("H100", "HBM3"), 989e12, 67e12, 80 * 10**9, 3.35e12, 450e9, "NVIDIA H100 SXM data sheet"),
-    Device("A100", ("A100", "SXM", "80GB"), 312e12, 19.5e12, 80 * 10**9, 2.039e12, 300e9, "NVIDIA A100 data sheet"),
+    Device("H200", ("H200",), 989e12, 67e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
+    Device("H100", ("H100", "HBM3"), 989e12, 67e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
+    Device("A100", ("A100", "SXM", "80GB"), 312e12, 19.5e12, 80 * 10**9, "NVIDIA A100 data sheet"),
 )
 
 

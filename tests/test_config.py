@@ -252,7 +252,7 @@ def test_a_new_teacher_starts_from_random_weights(tmp_path):
 
 def test_t2v_may_have_any_first_block(tmp_path):
     frames = ["plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8", "video.num_latent_frames=8"]
-    assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.blocks.num_blocks(8) == 2
+    assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.stream().num_blocks(8) == 2
     with pytest.raises(
         ConfigError,
         match="widen=true adds y, the condition of i2v; set image_condition=i2v and first_frame_sigma=clip, or",

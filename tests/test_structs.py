@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -10,18 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.errors import ConfigError, ShapeError
-from longtake.structs import BlockPlan, Condition, MaskLayout, VideoShape, latent_frames, pixel_frames
+from longtake.plan import StreamPlan
+from longtake.structs import Condition, MaskLayout, VideoShape, latent_frames, pixel_frames
 
-PLANS = st.builds(BlockPlan, st.integers(1, 5), st.integers(1, 6))
+PLANS = st.builds(StreamPlan, st.integers(1, 5), st.integers(1, 6))
 
 
-def _boundaries(plan: BlockPlan, count: int) -> list[int]:
+def _boundaries(plan: StreamPlan, count: int) -> list[int]:
     """0, first, first + n, ...: the definition."""
     return [0] + [plan.first_frames + i * plan.block_frames for i in range(count)]
 
 
 @given(PLANS, st.integers(1, 60))
-def test_blocks_tile_the_frames(plan: BlockPlan, frames: int) -> None:
+def test_blocks_tile_the_frames(plan: StreamPlan, frames: int) -> None:
     edges = _boundaries(plan, 70)
     assert plan.is_boundary(frames) == (frames in edges) and plan.is_boundary(0)
     start, end = plan.block_of(frames)
@@ -42,7 +44,7 @@ def test_blocks_tile_the_frames(plan: BlockPlan, frames: int) -> None:
 
 
 @given(PLANS, st.integers(-3, 60))
-def test_c_wrong_frame_counts_name_the_nearest_valid_values(plan: BlockPlan, frames: int) -> None:
+def test_c_wrong_frame_counts_name_the_nearest_valid_values(plan: StreamPlan, frames: int) -> None:
     # Repair (c).
     valid = _boundaries(plan, 80)[1:]
     if frames in valid:
@@ -59,43 +61,60 @@ def test_c_wrong_frame_counts_name_the_nearest_valid_values(plan: BlockPlan, fra
 
 def test_c_messages_in_words() -> None:
     with pytest.raises(ConfigError, match=r"num_latent_frames=20 .*\[1, 4, 4, \.\.\.\]; set it to 17 or 21"):
-        BlockPlan(4).check(20)
+        StreamPlan(4).check(20)
     with pytest.raises(ConfigError, match="set it to 3 or 6"):
-        BlockPlan(3, 3).causal_layout(5)
+        StreamPlan(3, 3).causal_layout(5)
     with pytest.raises(ConfigError, match="must be at least 1"):
-        BlockPlan(0)
+        StreamPlan(0)
     with pytest.raises(ConfigError, match="must be at least 1"):
-        BlockPlan(3, 0)
+        StreamPlan(3, 0)
 
 
 @given(PLANS, st.one_of(st.none(), st.integers(0, 30)), st.integers(-2, 20))
-def test_check_window(plan: BlockPlan, window: int | None, sink: int) -> None:
+def test_check_window(plan: StreamPlan, window: int | None, sink: int) -> None:
     good_sink = sink in _boundaries(plan, 30)
     room = 0 if window is None else window - sink
     fits = window is None or (room >= plan.block_frames and room % plan.block_frames == 0)
     good = good_sink and fits and (window is None or window >= plan.first_frames)
     if good:
-        plan.check_window(window, sink)
+        replace(plan, window_frames=window, sink_frames=sink).check_window()
         return
     with pytest.raises(ConfigError) as caught:
-        plan.check_window(window, sink)
+        replace(plan, window_frames=window, sink_frames=sink).check_window()
     # What the message proposes is accepted.
     proposals = [int(n) for n in str(caught.value).rsplit(" to ", 1)[1].split(" or ")]
     for value in proposals:
         if good_sink:
-            plan.check_window(value, sink)
+            replace(plan, window_frames=value, sink_frames=sink).check_window()
         else:
-            plan.check_window(None, value)
+            replace(plan, sink_frames=value).check_window()
 
 
 def test_attended_by_the_worked_example() -> None:
     # Specification E.4: window 12, sink 3, blocks of 3.
-    plan = BlockPlan(3, 3)
-    assert plan.attended(12, 15, 12, 3) == [0, 1, 2, 6, 7, 8, 9, 10, 11]
-    assert plan.attended(15, 18, 12, 3) == [0, 1, 2, 9, 10, 11, 12, 13, 14]
-    assert plan.attended(0, 3, 12, 3) == [] and plan.attended(9, 12, None, 0) == list(range(9))
+    plan = StreamPlan(3, 3, 12, 3)
+    assert plan.attended(12, 15) == [0, 1, 2, 6, 7, 8, 9, 10, 11]
+    assert plan.attended(15, 18) == [0, 1, 2, 9, 10, 11, 12, 13, 14]
+    assert plan.attended(0, 3) == [] and StreamPlan(3, 3).attended(9, 12) == list(range(9))
     # M-02: sink frames that do not exist are not attended.
-    assert BlockPlan(4).attended(1, 5, 7, 3) == [0]
+    assert StreamPlan(4, 1, 7, 3).attended(1, 5) == [0]
+
+
+LAWS = {
+    "later_sigmas": (1.0, 0.8333),
+    "context_sigma": 0.625,
+    "context": "last_step",
+    "commit_role": "memory",
+    "recache": "recompute",
+    "sink_law": "ema",
+    "rope": "infinite",
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_laws_of_other_students_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={LAWS[name]!r}".replace("(", "\\(").replace(")", "\\)")):
+        StreamPlan(3, **{name: LAWS[name]})  # type: ignore[arg-type]
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
@@ -105,7 +124,7 @@ LAYOUT_ARGUMENTS = st.tuples(
 )
 
 
-def _fifo(plan: BlockPlan, frames: int, window: int | None, sink: int) -> dict[int, list[int]]:
+def _fifo(plan: StreamPlan, frames: int, window: int | None, sink: int) -> dict[int, list[int]]:
     """Frames that each frame's block finds in a cache that evicts first in, first out behind the sink."""
     held: list[int] = []
     found: dict[int, list[int]] = {}
@@ -128,11 +147,10 @@ def _seen(layout: MaskLayout, query: int) -> list[tuple[int, int]]:
 @given(LAYOUT_ARGUMENTS, st.sampled_from(["absolute", "relative"]), st.booleans())
 def test_layouts_equal_a_first_in_first_out_cache(arguments, rope: str, forcing: bool) -> None:
     n, first, later, extra, sink = arguments
-    plan = BlockPlan(n, first)
     frames = first + later * n
     window = None if extra is None else max(n + sink, first) + extra
-    rules = {"window_frames": window, "sink_frames": sink, "rope": rope}
-    layout = (plan.teacher_forcing_layout if forcing else plan.causal_layout)(frames, **rules)
+    plan = StreamPlan(n, first, window, sink, rope)
+    layout = (plan.teacher_forcing_layout if forcing else plan.causal_layout)(frames)
     halves = 2 if forcing else 1
     assert layout.num_entries == halves * frames and layout.frame_index.tolist() == list(range(frames)) * halves
     assert layout.allowed.shape == (halves * frames, layout.key_entry.numel())
@@ -157,18 +175,18 @@ def test_layouts_equal_a_first_in_first_out_cache(arguments, rope: str, forcing:
 
 def test_layouts_refuse_blocks_that_a_cache_refuses() -> None:
     with pytest.raises(ConfigError, match=r"frames \[1, 5\) does not fit window_frames=4 .* to 5 or more"):
-        BlockPlan(4).causal_layout(9, window_frames=4, sink_frames=1)
+        StreamPlan(4, 1, 4, 1).causal_layout(9)
     with pytest.raises(ConfigError, match=r"frames \[0, 4\) does not fit window_frames=2 .* to 4 or more"):
-        BlockPlan(2, 4).teacher_forcing_layout(6, window_frames=2)
+        StreamPlan(2, 4, window_frames=2).teacher_forcing_layout(6)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4), st.one_of(st.none(), st.integers(1, 9)))
 def test_layouts_equal_the_published_inequalities(n: int, first: int, later: int, window: int | None) -> None:
     # Specification E.2 without a sink: end(q) - w <= key < end(q), and for teacher forcing the two halves.
-    plan, frames = BlockPlan(n, first), first + later * n
+    plan, frames = StreamPlan(n, first), first + later * n
     window = None if window is None else max(window, n, first)
-    causal = plan.causal_layout(frames, window_frames=window).allowed
-    forced = plan.teacher_forcing_layout(frames, window_frames=window).allowed
+    causal = replace(plan, window_frames=window).causal_layout(frames).allowed
+    forced = replace(plan, window_frames=window).teacher_forcing_layout(frames).allowed
     for q in range(frames):
         start, end = plan.block_of(q)
         for k in range(frames):

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH
 
+from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
 from longtake.objectives.encoded import EncodedBatch
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import Condition, MaskLayout
 
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.9, 0.75, 0.5), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9, 0.75, 0.5))
 
 
 def make_batch(model: VideoDiT, indices: list[int], num_frames: int = 7, *, videos: bool = True) -> EncodedBatch:
@@ -41,24 +43,25 @@ def make_batch(model: VideoDiT, indices: list[int], num_frames: int = 7, *, vide
     )
 
 
-def record(model: VideoDiT, monkeypatch: Any) -> list[dict[str, Any]]:
+def record(model: VideoDiT | Denoiser, monkeypatch: Any) -> list[dict[str, Any]]:
     """The calls of `model` from now on, in order: arguments, whether gradient was on, and what came out."""
     calls: list[dict[str, Any]] = []
+    model = model.model if isinstance(model, Denoiser) else model
     forward = model.forward
 
-    def spy(x, sigma, condition, *, mask=None, cache=None, commit=False, trace=None, places=()):
+    def spy(x, sigma, condition, context=None):
+        view = context if isinstance(context, CacheView) else None
         call = {
             "x": x,
             "sigma": sigma,
             "condition": condition,
-            "mask": mask,
-            "commit": commit,
-            "position": None if cache is None else cache.position,
+            "mask": context if isinstance(context, MaskLayout) else None,
+            "commit": view is not None and view.commit,
+            "position": None if view is None else view.cache.position,
             "graded": torch.is_grad_enabled(),
-            "places": len(places),
+            "blocks": 0 if view is None else len(view.blocks),
         }
-        options = {"mask": mask, "cache": cache, "commit": commit, "trace": trace, "places": places}
-        call["out"] = forward(x, sigma, condition, **options)
+        call["out"] = forward(x, sigma, condition, context)
         calls.append(call)
         return call["out"]
 

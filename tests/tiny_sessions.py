@@ -12,6 +12,7 @@ from longtake.config_generation import generation_settings
 from longtake.data.world import sample_world
 from longtake.inference.generator import Generator
 from longtake.models.encoders import Encoders
+from longtake.rollout.denoise import Denoiser
 
 RULES = {"height": 32, "width": 32, "num_latent_frames": 5, "steps": [1.0, 0.5], "shift": 3.0}
 PLAN = {"block_frames": 2, "window_frames": 5, "sink_frames": 1}
@@ -46,11 +47,11 @@ def make_generator(seed: int = 5, encoders_seed: int = 0, **changes: Any) -> Gen
     model = make_model(config, seed).eval().requires_grad_(False)
     if settings.precision == "bf16":
         model.cast(torch.bfloat16)
-    return Generator(model, encoders, settings, torch.device("cpu"))
+    return Generator(Denoiser(model), encoders, settings, torch.device("cpu"))
 
 
 def open_session(generator: Generator, prompt: str = A, **given: Any) -> Any:
-    if generator.rules.window_frames is None:
+    if generator.plan.window_frames is None:
         given.setdefault("max_frames", 121)
     return generator.open(PICTURE, prompt, **given)
 

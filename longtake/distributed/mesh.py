@@ -23,7 +23,7 @@ from longtake.config_groups import ParallelConfig
 from longtake.devices import usable_device
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
-from longtake.models.pass_graph import forget_all
+from longtake.rollout.cuda_graphs import forget_all
 
 T = TypeVar("T")
 

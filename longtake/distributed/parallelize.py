@@ -9,9 +9,10 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,51 +22,44 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from longtake.distributed.mesh import Mesh
 from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
-from longtake.models.recompute import keep_attention
 
 logger = logging.getLogger(__name__)
 
 _BUCKET_BYTES = 2**28
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def parallelize(
-    model: nn.Module,
+    model: M,
     mesh: Mesh,
     *,
     param_dtype: torch.dtype | None = None,
     recompute: bool | str | None = None,
     compiled: bool = False,
-    gather_once: bool = True,
-    join_exits: bool = False,
-) -> nn.Module:
+) -> M:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.
 
-    Call it last, after LoRA; the same weights must be on every rank before, or none yet (meta device; `materialize`
-    fills them in). `model.blocks` are the units; a model without blocks is one unit. Nothing is sharded on one rank, or
-    where each rank keeps whole weights (`mesh.whole_weights`): see `average_gradients`. With `mesh.sequence`, a
-    transformer's calls are shared by the ranks of each sequence group.
+    Call it last, after LoRA, and use what it returns: of a transformer, another object of the same modules. The same
+    weights must be on every rank before, or none yet (meta device; `materialize` fills them in). `model.blocks` are the
+    units; a model without blocks is one unit. Nothing is sharded on one rank, or where each rank keeps whole weights
+    (`mesh.whole_weights`): see `average_gradients`. With `mesh.sequence`, a transformer's calls are shared by the ranks
+    of each sequence group.
 
     Args: `param_dtype` gathers attention and MLP of the blocks (a model without blocks whole) in that type, for use
     under autocast to it, while the shards, the sum of their gradients and the optimizer stay float32; None gathers the
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
     `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
     model as it is. `compiled` blocks, where there is a compiler.
-    `gather_once` lets `VideoDiT.gathered` keep whole weights for several calls; not for "selective" recomputation: it
-    gathers again what its forward found gathered, and torch refuses operators that the forward had not. `join_exits`, a
-    roll-out's exit steps are recomputed and get their gradient together: for whole weights, not for "selective".
     """
-    if recompute is not None:
-        model.activation_checkpointing = bool(recompute)  # type: ignore[assignment]
-        if recompute == "selective":
-            model.checkpoint_contexts.append(keep_attention)  # type: ignore[union-attr,operator]
+    if isinstance(model, VideoDiT):  # before anything knows the module by its identity
+        again = model.execution.recompute if recompute is None else recompute
+        model = cast(M, model.executed(replace(model.execution, split=mesh.sequence, recompute=again)))
     if compiled and _has_compiler(mesh.device.type):
         blocks = list(getattr(model, "blocks", []))
         for block in blocks:
             block.compile()
             block._compiled_call_impl = limited(block._compiled_call_impl, VARIANTS * len(blocks), "blocks")
-    if isinstance(model, VideoDiT):
-        model.exits_together = join_exits and recompute != "selective" and mesh.fsdp_mesh is None
-        model.set_token_split(mesh.sequence)
     if mesh.fsdp_mesh is None:
         return model
     # The root reshards after forward too: otherwise a no-grad pass leaves whole parameters behind, and a later change
@@ -79,8 +73,6 @@ def parallelize(
             fully_shard([block.self_attn, block.cross_attn, block.ffn], mp_policy=gathered_as, **options)
         fully_shard(block, mp_policy=as_they_are, **options)
     fully_shard(model, mp_policy=as_they_are if len(blocks) else gathered_as, **options)
-    if gather_once and isinstance(model, VideoDiT):
-        model.gathering = partial(_gathered, model)
     return model
 
 
@@ -89,8 +81,11 @@ def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
 
 
 @contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, each unit is gathered by its first forward and stays so."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each unit of a sharded model is gathered by its first forward and stays so: for several calls between
+    which no weight changes. Not under "selective" recomputation: it gathers again what its forward found gathered, and
+    torch refuses operators that the forward had not.
+    """
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(False)
     try:

@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from longtake.config import JobConfig, StageConfig, is_path
 from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
-from longtake.doctor.memory import VAE_WIDTH, Networks
+from longtake.doctor.estimate import Sizes
 from longtake.errors import CheckpointError, LongtakeError
 from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
@@ -30,13 +31,14 @@ from longtake.models.weights import open_dit
 class Findings:
     """What a stage reads: `missing` with the way to get it, `notes`, sizes of networks and bytes of encoders.
 
-    `encoder_bytes` is None where their files are not there; `vae_width` is the VAE's `base_dim`.
+    `encoder_bytes` are those that stay beside the training, of files that are there; `vae`, the VAE's configuration
+    where a file tells it.
     """
 
-    networks: Networks
-    encoder_bytes: int | None
+    sizes: Sizes
+    encoder_bytes: int
     image_tokens: int
-    vae_width: int = VAE_WIDTH
+    vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -61,13 +63,9 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
             sizes[key] = found or model_config(preset)
     generator = sizes.get("init_from") or model_config(config.model.preset)
     teacher = sizes.get("teacher")
-    shows = config.stage == "causal" and config.validate_every > 0 and config.validation.num_worlds > 0
-    networks = Networks(
-        generator,
-        (sizes.get("critic.init_from") or teacher) if config.distils else None,
-        teacher,
-        generator if shows else None,
-    )
+    networks = {"generator": generator}
+    if teacher is not None:
+        networks |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
     # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
     stored = is_encoded(Path(config.data.path))
     wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
@@ -76,7 +74,7 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     encoder_bytes = 0 if stored and config.stage != "long" else _encoders(config, wanted, missing)
     _data(config, job, missing)
     tokens = image_token_count(config.encoders_folder)
-    return Findings(networks, encoder_bytes, tokens, _vae_width(config.encoders_folder), missing, notes)
+    return Findings(networks, encoder_bytes, tokens, _vae(config.encoders_folder), missing, notes)
 
 
 def _weights(
@@ -85,7 +83,7 @@ def _weights(
     """Sizes of the weights that a source means; None, and a line in `missing` or `notes`, where they are not there."""
     path = config.source(source)
     if job is not None and source in job.stages and not path.is_dir():
-        return look_at(job.stages[source], job).networks.generator  # written before it is read
+        return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
     repository = hub_repository(path)
     try:
         found = find_weights(path, config.logdir)
@@ -97,39 +95,29 @@ def _weights(
         raise CheckpointError(f"{path} does not exist")
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
-        hint = _where_to_get(path) if is_path(source) else "; train that stage first"
+        published = hub_repository(path)
+        hint = f"; get it with `hf download {published} --local-dir {path}`" if published else ""
+        hint = hint if is_path(source) else "; train that stage first"
         missing.append(f"weights {key}={source}: {path} {reason}{hint}")
         return None
 
 
-def _where_to_get(path: Path) -> str:
-    repository = hub_repository(path)
-    if repository is None:
-        return ""
-    return f"; get it with `hf download {repository} --local-dir {path}`"
-
-
-def _vae_width(folder: Path) -> int:
-    """`base_dim` of the VAE in a folder that says it, else Wan2.1's."""
+def _vae(folder: Path) -> dict[str, Any]:
     file = folder / "vae" / "config.json"
-    return int(json.loads(file.read_text()).get("base_dim", VAE_WIDTH)) if file.is_file() else VAE_WIDTH
+    if not file.is_file():
+        return {}
+    return {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("_")}
 
 
-def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int | None:
+def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int:
     folder = config.encoders_folder
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
     missing += [f"encoders: {what}" for what in absent]
-    if absent:
-        return None
+    # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
+    half = {"text_encoder"} if config.model.text_precision == "bf16" else set()
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
-    return sum(
-        _number_bytes(config, part) * _elements(file, part) for part in parts for file in encoder_files(folder, part)
-    )
-
-
-def _number_bytes(config: StageConfig, part: EncoderPart) -> int:
-    """Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for."""
-    return 2 if part.folder == "text_encoder" and config.model.text_precision == "bf16" else 4
+    files = ((file, part) for part in parts for file in encoder_files(folder, part))
+    return sum((2 if part.folder in half else 4) * _elements(file, part) for file, part in files)
 
 
 def _elements(file: Path, part: EncoderPart) -> int:

@@ -10,7 +10,6 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,11 @@ class Machine:
     """What was found; sizes in bytes. `packages` maps a name to its version, None where it is not installed."""
 
     system: str
-    processor: str
     cores: int
     ram_bytes: int
     ram_free_bytes: int
     gpus: list[Gpu]
     packages: dict[str, str | None]
-    attention: dict[str, str]
 
     @property
     def missing_packages(self) -> list[str]:
@@ -62,17 +59,16 @@ def look() -> Machine:
     total, free = _ram()
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     found = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    cudnn: Any = torch.backends.cudnn.version()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
-        "cuDNN": _cudnn(),
+        "cuDNN": None if cudnn is None else str(cudnn),
         **found,
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(
-        f"{platform.system()} {platform.machine()}", _processor(), cores, total, free, gpus, versions, _attention(gpus)
-    )
+    return Machine(f"{platform.system()} {platform.machine()}", cores, total, free, gpus, versions)
 
 
 def free_disk(path: str | Path) -> int:
@@ -93,34 +89,11 @@ def _gpu(index: int) -> Gpu:
     return Gpu(properties.name, f"{properties.major}.{properties.minor}", total, free, kernels)
 
 
-def _attention(gpus: list[Gpu]) -> dict[str, str]:
-    """The kernel of plain and of masked attention, as `models/attention.py` chooses them."""
-    if not gpus:
-        return {"plain": "scaled_dot_product_attention of the CPU", "masked": "the same, block by block"}
-    plain = ", ".join(f"{dtype} {names[0]}" for dtype, names in gpus[0].kernels.items() if names)
-    masked = "flex_attention" if find_spec("triton") is not None else "block by block (triton is not installed)"
-    return {"plain": plain, "masked": masked}
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cudnn() -> str | None:
-    found: Any = torch.backends.cudnn.version()
-    return None if found is None else str(found)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def _ram() -> tuple[int, int]:

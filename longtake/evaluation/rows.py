@@ -29,7 +29,8 @@ from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.conditioning import encode_condition
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition, pixel_frames
 
 _FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
@@ -182,16 +183,16 @@ def teacher_row(
     return make
 
 
-def student_row(model: VideoDiT, rules: RollOutRules, *, seed: int, rebuild: bool = True) -> Row:
+def student_row(denoiser: Denoiser, plan: StreamPlan, *, seed: int, rebuild: bool = True) -> Row:
     """Weights streamed causally in a few steps; `rebuild` says if the cache is rebuilt where the captions change."""
 
     def make(batch: WorldBatch) -> Videos:
         return batch.decode(
             student_latents(
-                model,
+                denoiser,
                 batch.condition,
                 batch.picture_latent,
-                rules,
+                plan,
                 batch.num_latent_frames,
                 batch.size,
                 seed=seed,

@@ -36,6 +36,7 @@ from longtake.evaluation.world_metrics import summarise
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.outputs import check_output_folder
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import pixel_frames
 
 # Shown on the contact sheet, before the students: the story of a run.
@@ -171,20 +172,20 @@ def _is_broken(row: str) -> bool:
 
 def _window_rule(subject: Subject, encoders: Encoders) -> WindowRule:
     """Windows of the training clips' length; a new caption must be followed from two blocks after the switch on."""
-    stride, rules = encoders.vae.temporal_stride, subject.result.rules
-    settle = 2 * rules.plan.block_frames * stride if rules else 0
+    stride, plan = encoders.vae.temporal_stride, subject.result.plan
+    settle = 2 * plan.block_frames * stride if plan else 0
     return WindowRule(pixel_frames(subject.num_latent_frames, stride), settle)
 
 
 def _check_switches(switch_frames: list[int], frames: int, students: Sequence[Student]) -> None:
     for student in students if switch_frames else ():
-        if student.rules is None:
+        if student.plan is None:
             raise ConfigError(
                 f"stage {student.name} is a bidirectional teacher, which cannot change its caption half-way"
             )
         for frame in switch_frames:
-            if frame < 1 or not student.rules.plan.is_boundary(frame):
-                start, end = student.rules.plan.block_of(max(frame, 1))
+            if frame < 1 or not student.plan.is_boundary(frame):
+                start, end = student.plan.block_of(max(frame, 1))
                 raise ConfigError(
                     f"switch_frames={switch_frames}: {frame} is no latent frame after the first at which a block of "
                     f"stage {student.name} begins; the nearest are {start} and {end}"
@@ -218,15 +219,15 @@ def _rows(subject: Subject, settings: EvaluationConfig, frames: int, mesh: Mesh)
             rows[f"teacher, {_BROKEN['text']}"] = broken_row(rows["teacher"], "text")
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
-        if result.rules is not None:
-            rows["teacher, causal"] = student_row(teacher, result.rules, seed=seed)
+        if result.plan is not None:
+            rows["teacher, causal"] = student_row(Denoiser(teacher), result.plan, seed=seed)
     for student in subject.students:
         model = load_frozen(student.weights, mesh.device)
-        rules = student.rules
-        rows[student.name] = bidirectional(model) if rules is None else student_row(model, rules, seed=seed)
-        if switched and rules is not None:
-            rows[f"{student.name}{_NO_REBUILD}"] = student_row(model, rules, seed=seed, rebuild=False)
-    if settings.ablations and result.rules is not None and not switched:
+        plan = student.plan
+        rows[student.name] = bidirectional(model) if plan is None else student_row(Denoiser(model), plan, seed=seed)
+        if switched and plan is not None:
+            rows[f"{student.name}{_NO_REBUILD}"] = student_row(Denoiser(model), plan, seed=seed, rebuild=False)
+    if settings.ablations and result.plan is not None and not switched:
         present = {"y": subject.with_y, "clip": subject.with_tokens, "text": True}
         for broken, label in _BROKEN.items():
             if present[broken]:

@@ -13,7 +13,7 @@ import torch
 
 from longtake.config import TOY, TOY_ASSETS, StageConfig, resolve_source
 from longtake.errors import CheckpointError, ConfigError
-from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.generator import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
@@ -21,17 +21,17 @@ from longtake.models.folders import find_weights
 from longtake.models.presets import model_config
 from longtake.models.weights import load_dit
 from longtake.models.widen import widened_as_asked
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.plan import StreamPlan
 from longtake.runs import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
 
 
 @dataclass(frozen=True)
 class Student:
-    """Weights under a name; `rules` to stream by, None for a bidirectional model that samples whole clips."""
+    """Weights under a name; `plan` to stream by, None for a bidirectional model that samples whole clips."""
 
     name: str
     weights: Path
-    rules: RollOutRules | None
+    plan: StreamPlan | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def of_run(run: Path) -> Subject:
 
     return Subject(
         students=tuple(
-            Student(config.name, exported_weights(path), None if config.stage == "teacher" else rules_of(config))
+            Student(config.name, exported_weights(path), None if config.stage == "teacher" else config.stream_plan)
             for path, config in stages
         ),
         teacher=None if last.stage == "teacher" or source is None else teacher,
@@ -117,7 +117,7 @@ def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -
     (with_y, with_tokens) = kinds.pop()
     return Subject(
         students=tuple(
-            Student(name, source.weights, rules_of(source.settings))
+            Student(name, source.weights, source.settings.stream_plan)
             for name, source in zip(names, sources, strict=True)
         ),
         teacher=None if weights is None else lambda device: load_frozen(weights, device),

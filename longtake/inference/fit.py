@@ -49,7 +49,7 @@ def check_memory(
     tokens = frames * model.tokens_per_frame(
         *(side // vae.spatial_stride for side in (settings.height, settings.width))
     )
-    sides, ranks = 1 if settings.guidance == 1 else 2, 1 if model.token_split is None else model.token_split.size
+    sides, ranks = 1 if settings.guidance == 1 else 2, 1 if (split := model.execution.split) is None else split.size
     each = 2 * sides * layers * model.config.dim * (2 if settings.precision == "bf16" else 4)
     pixels = at_once * vae.temporal_stride * settings.height * settings.width * 3 * 4  # as float32
     needed, there = tokens * each // ranks + pixels, memory_bytes(device)

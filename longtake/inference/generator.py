@@ -17,7 +17,6 @@ from longtake.config import StageConfig
 from longtake.config_generation import GenerationConfig, frames_of
 from longtake.devices import usable_device
 from longtake.errors import ConfigError
-from longtake.flow.schedule import student_sigmas
 from longtake.inference.fit import check_fit, check_memory
 from longtake.inference.frames import Frames, fetched, to_frames
 from longtake.inference.sampling import teacher_latents
@@ -26,12 +25,14 @@ from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.pass_graph import PassGraphs
+from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.models.weights import load_dit, open_dit
 from longtake.outputs import check_output_file
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
@@ -39,20 +40,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from longtake.inference.session import Session
-
-
-def rules_of(config: StageConfig | GenerationConfig) -> RollOutRules:
-    """How the student of a stage, or of weights with their own rules, unrolls: in training and at inference alike."""
-    flow = config.flow if isinstance(config, StageConfig) else config
-    plan = config.plan
-    return RollOutRules(
-        plan=plan.blocks,
-        sigmas=student_sigmas(flow.steps, flow.shift),
-        window_frames=plan.window_frames,
-        sink_frames=plan.sink_frames,
-        keep_sink=plan.keep_sink,
-        rope=config.rope,
-    )
 
 
 def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
@@ -70,12 +57,17 @@ def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool
 class Generator:
     """Weights, encoders and the rules to stream by. Make it with `from_run`, `from_model` or `build`."""
 
-    model: VideoDiT
+    denoiser: Denoiser
     encoders: Encoders
     settings: GenerationConfig
     device: torch.device
     config: StageConfig | None = None
     decoding_vae: VideoVAE | None = None
+
+    @property
+    def model(self) -> VideoDiT:
+        """The transformer."""
+        return self.denoiser.model
 
     @classmethod
     def from_run(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
@@ -113,7 +105,7 @@ class Generator:
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
         then make the same calls of this generator and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
-        has passes recorded on a GPU and replayed (`models/pass_graph.py`), with the same frames.
+        has passes recorded on a GPU and replayed (`rollout/cuda_graphs.py`), with the same frames.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
         what Wan computes in float32 stay float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
@@ -126,10 +118,8 @@ class Generator:
         cast = dtype if dtype != torch.float32 else None
         if split is not None:  # from the heads of the files: before they are read
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
-        model = load_dit(source.weights, device, cast).eval().requires_grad_(False)
-        model.set_token_split(split)
-        if graphs and device.type == "cuda":
-            model.graphs = PassGraphs()
+        model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
+        denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         encoders = Encoders.load(
             source.encoders,
             device,
@@ -142,7 +132,7 @@ class Generator:
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(model, encoders, settings, device, source.config, vae)
+        return cls(denoiser, encoders, settings, device, source.config, vae)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
@@ -159,9 +149,9 @@ class Generator:
         return self.settings.fps
 
     @property
-    def rules(self) -> RollOutRules:
-        """Block plan, noise levels, window and positions."""
-        return rules_of(self.settings)
+    def plan(self) -> StreamPlan:
+        """Blocks, noise levels, window and positions."""
+        return self.settings.stream_plan
 
     def stream(
         self,
@@ -188,7 +178,7 @@ class Generator:
         frames_of(num_frames, None, self.fps)
         if num_frames is None and self.settings.sampler == "whole":
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
-        if num_frames is None and self.rules.window_frames is None:
+        if num_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
         if num_frames is not None and self.settings.sampler == "whole":
             check_negative(negative, self.settings)
@@ -222,14 +212,14 @@ class Generator:
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
         check_negative(negative, self.settings)
-        if max_frames is None and self.rules.window_frames is None:
+        if max_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
         most = None
         if max_frames is not None:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
-            most = self.rules.plan.block_of(latent - 1)[1]
-        kept, layers = self.rules.window_frames or most or 0, self.model.config.num_layers
-        check_memory(self.model, self.encoders, self.settings, kept, layers, self.rules.plan.block_frames)
+            most = self.plan.block_of(latent - 1)[1]
+        kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
+        check_memory(self.model, self.encoders, self.settings, kept, layers, self.plan.block_frames)
         return Session(
             self,
             Look(check_prompt(prompt), self.prepare(image)),
@@ -247,7 +237,7 @@ class Generator:
         """
         from longtake.inference.session_file import load_session
 
-        if self.model.token_split is not None:
+        if self.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; resume it without sequence parallelism")
         return load_session(
             self, Path(path), self.settings.history_blocks if history_blocks is None else history_blocks
@@ -426,7 +416,7 @@ def write_chunks(
 
     `keep` as in `VideoWriter`. Of the processes that compute a generator's calls together, one writes.
     """
-    settings, split = generator.settings, generator.model.token_split
+    settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made = 0.0, 0
     leads = split is None or split.leads

@@ -153,7 +153,7 @@ def play(
     from rich.console import Console
     from rich.live import Live
 
-    most = num_frames if generator.rules.window_frames is None else None
+    most = num_frames if generator.plan.window_frames is None else None
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
     settings, started, first = generator.settings, perf_counter(), 0.0
     typed = sys.stdin if sys.stdin is not None and not sys.stdin.closed else io.StringIO()

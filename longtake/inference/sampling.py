@@ -15,8 +15,10 @@ from longtake.flow.path import guided
 from longtake.flow.sampler import euler
 from longtake.flow.schedule import sampling_sigmas
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutNoise, RollOutRules
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import RollOutNoise
 from longtake.rollout.stream import stream_switched
 from longtake.structs import Condition
 
@@ -35,10 +37,10 @@ def stream_noise(
 
 @torch.no_grad()
 def student_latents(
-    model: VideoDiT,
+    denoiser: Denoiser,
     condition: Condition,
     first_latent: Tensor | None,
-    rules: RollOutRules,
+    plan: StreamPlan,
     num_frames: int,
     size: tuple[int, int],
     *,
@@ -52,19 +54,18 @@ def student_latents(
 
     Args: `later`, the conditions from each of `switch_frames` (latent frames) on; `rebuild` as in `stream_switched`.
     """
+    model = denoiser.model
     cache = model.new_cache(
+        plan,
         condition.batch_size,
-        *size,
-        rules.window_frames,
-        rules.sink_frames,
-        rules.rope,
-        max_frames=None if rules.window_frames is not None else num_frames + rules.plan.block_frames,
+        size,
+        max_frames=None if plan.window_frames is not None else num_frames + plan.block_frames,
     )
     device = condition.text.device
     noise = stream_noise(seed, videos, model.config.out_channels, size, device)
-    blocks = list(rules.plan.blocks(0, rules.plan.block_of(num_frames - 1)[1]))
+    blocks = list(plan.blocks(0, plan.block_of(num_frames - 1)[1]))
     conditions = [condition, *later]
-    stream = stream_switched(model, cache, conditions, switch_frames, first_latent, noise, rules, rebuild=rebuild)
+    stream = stream_switched(denoiser, cache, conditions, switch_frames, first_latent, noise, plan, rebuild=rebuild)
     return torch.cat(list(islice(stream, len(blocks))), 1)[:, :num_frames]
 
 

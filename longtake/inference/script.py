@@ -109,14 +109,14 @@ class Story:
 
         Raises: ConfigError for a target that the weights cannot be told of, and for an event that no block follows.
         """
-        self._check_cues(generator.rules.plan.block_frames * generator.encoders.vae.temporal_stride, generator.fps)
+        self._check_cues(generator.plan.block_frames * generator.encoders.vae.temporal_stride, generator.fps)
         session = generator.open(
             self.image,
             self.prompt,
             seed=self.seed,
             negative=self.negative,
             history_blocks=history_blocks,
-            max_frames=None if generator.rules.window_frames is not None else self.num_frames,
+            max_frames=None if generator.plan.window_frames is not None else self.num_frames,
         )
         if any(cue.target is not None for cue in self.cues):
             session.image_target = self.image  # refused where no target can be

@@ -21,7 +21,7 @@ from longtake.inference.generator import Generator, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
-from longtake.rollout.chunk import Guidance
+from longtake.rollout.denoise import Guidance
 from longtake.rollout.stream import LatentStream
 from longtake.structs import Condition
 
@@ -239,16 +239,13 @@ class Session:
 
     def new_caches(self) -> list[KVCache]:
         """Empty caches: one, and one more with guidance."""
-        rules = self.generator.rules
+        plan = self.generator.plan
         # What is overwritten by the last block of the history is attended to by no block before it.
-        spare = max(0, self.history_blocks - 1) * rules.plan.block_frames
-        most = self.max_latent_frames if rules.window_frames is None else None
-        new, shape = (
-            self.generator.model.new_cache,
-            (1, *self._latent_size, rules.window_frames, rules.sink_frames, rules.rope),
-        )
+        spare = max(0, self.history_blocks - 1) * plan.block_frames
+        most = self.max_latent_frames if plan.window_frames is None else None
+        new = self.generator.model.new_cache
         count = 1 if self.generator.settings.guidance == 1 else 2
-        return [new(*shape, max_frames=most, spare_frames=spare) for _ in range(count)]
+        return [new(plan, 1, self._latent_size, max_frames=most, spare_frames=spare) for _ in range(count)]
 
     def new_stream(
         self,
@@ -259,12 +256,14 @@ class Session:
         first_latent: Tensor | None,
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
-        model, rules = self.generator.model, self.generator.rules
-        noise = stream_noise(self.seed, [scene], model.config.out_channels, self._latent_size, self.generator.device)
+        denoiser, plan = self.generator.denoiser, self.generator.plan
+        noise = stream_noise(
+            self.seed, [scene], denoiser.model.config.out_channels, self._latent_size, self.generator.device
+        )
         guidance = None
         if unconditional is not None:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
-        return LatentStream(model, caches[0], condition, first_latent, noise, rules, guidance=guidance)
+        return LatentStream(denoiser, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
     def _change(self, standing: Standing) -> None:
         """Another prompt or target within the scene."""
@@ -328,7 +327,7 @@ class Session:
         """
         from longtake.inference.session_file import save_session
 
-        if self.generator.model.token_split is not None:
+        if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
         if self.standing.stream is not None:
             self.standing.stream.return_to_cache()

@@ -119,7 +119,7 @@ def _written(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["unconditional.text"] = stream.guidance.condition.text
     tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
     values["pending"] = stream.pending is not None
-    block = session.generator.rules.plan.block_frames if stream.pending is None else stream.pending.shape[1]
+    block = session.generator.plan.block_frames if stream.pending is None else stream.pending.shape[1]
     for index, cache in enumerate(stream.caches):
         frames = cache.attended_frames(block)
         tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
@@ -206,7 +206,7 @@ def _standing(session: Session, values: dict[str, Any], tensors: dict[str, Tenso
         keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
         cache.restore(saved["position"], saved["frames"], keys, kept)
     stream = session.new_stream(values["scene"], caches, condition, unconditional, None)
-    stream.kept = KeptLatents.of_rules(stream.rules)
+    stream.kept = KeptLatents(stream.plan)
     for start, latents in blocks:
         stream.kept.position = start
         stream.kept.append(latents)

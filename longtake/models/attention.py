@@ -1,6 +1,6 @@
 """The one entry to attention: picks a verified kernel and applies a mask when there is one.
 
-Everything that attends calls `attend` (or whatever replaced it through `VideoDiT.set_attention`). Sequence parallelism
+Everything that attends calls `attend`. Sequence parallelism
 exchanges tokens for heads around it (`token_split.py`), before keys enter a cache. This file knows shapes and kernels;
 it must not know the model, the cache or block boundaries.
 """

@@ -1,4 +1,4 @@
-"""One block of Wan's transformer, and what backward runs of it where its forward was made before.
+"""One block of Wan's transformer.
 
 Source: Wan2.1 (Wan-Video/Wan2.1 wan/modules/model.py), checked through the project's specification A. It must not know
 caches, masks or roll-outs: contexts do (`contexts.py`).
@@ -18,6 +18,7 @@ from longtake.models.contexts import CrossContext, SelfContext
 from longtake.models.layers import RMSNorm, layer_norm
 
 if TYPE_CHECKING:
+    from longtake.models.cache import KVCache
     from longtake.models.dit import DiTConfig
 
 
@@ -114,16 +115,17 @@ class Block(nn.Module):
         return torch.addcmul(x, self.ffn(h.to(dtype)), g2)
 
 
-def run_again(
+def run_block(
     block: nn.Module,
     context: SelfContext,
     layer: int,
+    cache: KVCache | None,
     around: AbstractContextManager,
     hidden: Tensor,
     modulation: Tensor,
     text: Tensor | None,
     image: Tensor | None,
 ) -> Tensor:
-    """A block as backward runs it, within `around`; the condition's context tokens are given by themselves."""
+    """A block within `around`; the condition's context tokens are given by themselves, as inputs of the layer."""
     with around:
-        return block(hidden, modulation, context, CrossContext(text, image, None), layer)
+        return block(hidden, modulation, context, CrossContext(text, image, cache), layer)

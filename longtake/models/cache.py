@@ -3,33 +3,33 @@
 Rules it holds (each has a test):
 - only frames that were committed are ever attended to; a slot that holds nothing is never read, and where one is
   missing between those that a block attends to, reading is an error;
-- a graded call never writes; what it reads while activations are recomputed in backward cannot be overwritten
+- a call with gradient never writes; what it reads while activations are recomputed in backward cannot be overwritten
   (CacheError) until that backward has run or its graph is gone;
 - once the window is full, every pass repeats the same shapes and addresses; the position enters only through device
-  tensors (`Reading`), so that a pass can be captured in a CUDA graph;
+  tensors (`CacheView`), so that a pass can be captured in a CUDA graph;
 - no copy of the whole cache and no device synchronisation.
 
-It must not know block plans, noise levels or prompts.
+It must not know block plans, noise levels, prompts, gradients or graphs.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.structs import Condition
 
 
-class Lease:
-    """Slots that a pending backward still reads. Ends with `release()` or with its graph."""
+class PinnedSlots:
+    """Slots that a pending backward still reads: pinned until `release()`, or until nobody holds this any more."""
 
     def __init__(self, slots: frozenset[int]) -> None:
         self.slots = slots
@@ -39,40 +39,33 @@ class Lease:
         self.active = False
 
 
-class _HoldUntilBackward(torch.autograd.Function):
-    """Identity whose graph node owns leases: released after the backward that runs through it, or with the graph."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, *leases: Lease) -> Tensor:
-        ctx.leases = leases  # type: ignore[attr-defined]
-        return x.clone()  # no view, for the hooks of sharding
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The node runs first in backward; recomputation happens later in the same pass, so release at its end. A graph
-        # that is kept (`retain_graph`) may be recomputed again: it keeps its lease until a backward that frees it.
-        leases = ctx.leases  # type: ignore[attr-defined]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            for lease in leases:
-                torch.autograd.Variable._execution_engine.queue_callback(lease.release)
-        return grad, *(None for _ in leases)
+# layers(block, run, inputs) -> what the layer makes of `inputs`, mostly run(*inputs); in place of calling the block
+Layers = Callable[[nn.Module, Callable[..., Tensor], Sequence[Tensor | None]], Tensor]
 
 
-@dataclass
-class Reading:
-    """What one call reads: device tensors only, so that a captured graph can be replayed after they were updated.
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """What one call of the transformer reads and writes of a cache. Made by `KVCache.view`.
 
-    `slots` [P] cache slots of the attended past, `frame_index` [f] absolute frames of the block, `query_position` [f]
-    and `key_position` [P + f] positions for the rotation, `write_slots` [f]; `blocks`, how many frames of the past and
-    of its own (P, f) each block of the call has: one, or several that know nothing of each other.
+    Device tensors only, so that a captured graph can be replayed after they were updated: `slots` [P] of the attended
+    past, `frame_index` [f] absolute frames of the block, `query_position` [f] and `key_position` [P + f] positions for
+    the rotation, `write_slots` [f]. `blocks`, how many frames of the past and of its own (P, f) each block of the call
+    has: one, or several that know nothing of each other. `commit`: keys and values are stored. `with_grad`: they carry
+    gradient, and tensors are its own, for recomputation in backward. `cross_kept`: those of the condition are read from
+    the cache; otherwise they are made, and kept there (not `with_grad`). `layers` runs each layer.
     """
 
+    cache: KVCache
     slots: Tensor
     frame_index: Tensor
     query_position: Tensor
     key_position: Tensor
     write_slots: Tensor
     blocks: tuple[tuple[int, int], ...]
+    commit: bool = False
+    with_grad: bool = False
+    cross_kept: bool = False
+    layers: Layers | None = None
 
     @property
     def num_past(self) -> int:
@@ -85,55 +78,18 @@ class Reading:
         return sum(own for _, own in self.blocks)
 
     @classmethod
-    def joined(cls, readings: Sequence[Reading]) -> Reading:
-        """That of several blocks in one call, one after the other."""
-        if len(readings) == 1:
-            return readings[0]
-        names = ("slots", "frame_index", "query_position", "key_position", "write_slots")
-        tensors = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
-        return cls(**tensors, blocks=tuple(block for reading in readings for block in reading.blocks))
+    def joined(cls, views: Sequence[CacheView], layers: Layers) -> CacheView:
+        """That of several blocks in one call with gradient, one after the other."""
+        tensors: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views]) for name in _INDICES}
+        blocks = tuple(block for view in views for block in view.blocks)
+        return cls(views[0].cache, **tensors, blocks=blocks, with_grad=True, layers=layers)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a block stands, for a graded call of it later: what that call reads stays in the cache until its backward
-    is done, or as long as this is kept. `states`, what each layer made of the block [B, f, l, D], once a call without
-    gradient has left it here (`VideoDiT.forward`, `trace`) and until the graded one has taken it.
-    """
-
-    reading: Reading
-    lease: Lease
-    cache: weakref.ref[KVCache]
-    states: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Passes:
-    """What `models/pass_graph.py` knows of the passes against one cache: how often each kind ran, what is recorded."""
-
-    uses: dict[tuple, int] = field(default_factory=dict)
-    recorded: dict[tuple, Any] = field(default_factory=dict)
-    addresses: tuple[int, ...] = ()
-    lent: bool = False  # the cache serves one roll-out after another, so that even rare passes come again
-    # Where recorded passes leave what they make besides the velocity, by the shape of their latents: one place for all
-    # kinds of passes, since it is taken away before the next one.
-    room: dict[torch.Size, list[Tensor]] = field(default_factory=dict)
-
-    def make_room(self, latents: torch.Size, made: Sequence[Tensor]) -> None:
-        """For tensors like those of `made`."""
-        if made and latents not in self.room:
-            with _lasting_tensors():
-                self.room[latents] = [torch.empty_like(tensor) for tensor in made]
-
-    def forget(self) -> None:
-        """Drops what is recorded, and counts anew."""
-        self.uses.clear()
-        self.recorded.clear()
-        self.room.clear()
+_INDICES = ("slots", "frame_index", "query_position", "key_position", "write_slots")
 
 
 @contextmanager
-def _lasting_tensors() -> Iterator[None]:
+def lasting_tensors() -> Iterator[None]:
     """Tensors made here are updated by later calls: made under `inference_mode`, only such calls could do that."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -162,8 +118,6 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        if rope not in ("absolute", "relative"):
-            raise ConfigError(f"rope={rope!r} is not known; use 'absolute' or 'relative'")
         if window_frames is None and max_frames is None:
             raise ConfigError("window_frames=None keeps every frame and needs max_frames; give one of them")
         if sink_frames < 0 or spare_frames < 0:
@@ -184,7 +138,7 @@ class KVCache:
         # What one layer attends to, gathered: shared by all layers, so that addresses repeat.
         attended = self.num_slots if window_frames is None else window_frames
         space = batch_size * attended * tokens_per_frame * num_heads * head_width
-        with _lasting_tensors():
+        with lasting_tensors():
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros(shape, device=device, dtype=dtype)
             self._key_space = torch.empty(space, device=device, dtype=dtype)
@@ -194,12 +148,11 @@ class KVCache:
         self._first = 0  # from here to `position` every frame was committed
         # Whose keys and values it holds: whoever fills it says so, and finds out that another one has. None: nobody's.
         self.content: object | None = None
-        self._readings: dict[tuple[int, int], Reading] = {}
-        self._leases: list[weakref.ref[Lease]] = []
+        self._indices: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._pins: list[weakref.ref[PinnedSlots]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
         self._cross_key: tuple | None = None
         self._cross_form: tuple | None = None
-        self.passes = Passes()  # what `models/pass_graph.py` has recorded of passes against this cache
 
     # ---- position and content -------------------------------------------------------------------------------------
     @property
@@ -256,15 +209,14 @@ class KVCache:
         Pending backwards keep reading from this one alone.
         """
         other = copy.copy(self)
-        with _lasting_tensors():
+        with lasting_tensors():
             other.keys, other.values = self.keys.clone(), self.values.clone()
             other._key_space, other._value_space = (
                 torch.empty_like(self._key_space),
                 torch.empty_like(self._value_space),
             )
             other._cross = {layer: tuple(t.clone() for t in kept) for layer, kept in self._cross.items()}
-        other._held, other._readings, other._leases = list(self._held), {}, []
-        other.passes = Passes()
+        other._held, other._indices, other._pins = list(self._held), {}, []
         return other
 
     def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -277,7 +229,7 @@ class KVCache:
         self.clear()
         slots = [self._slot(frame) for frame in frames]
         index = torch.tensor(slots, dtype=torch.long, device=self.device)
-        with _lasting_tensors():
+        with lasting_tensors():
             self.keys.index_copy_(2, index, keys.to(self.keys))
             self.values.index_copy_(2, index, values.to(self.values))
         for slot, frame in zip(slots, frames, strict=True):
@@ -308,8 +260,11 @@ class KVCache:
         return [frame for frame in held if frame < sink or frame >= oldest]
 
     # ---- one call -------------------------------------------------------------------------------------------------
-    def read(self, block_frames: int, *, graded: bool) -> Reading:
-        """Where a block of `block_frames` frames at `position` reads and writes.
+    def view(
+        self, block_frames: int, *, commit: bool = False, with_grad: bool = False, cross_kept: bool = False
+    ) -> CacheView:
+        """What a block of `block_frames` frames at `position` reads and writes. Without gradient, the tensors of an
+        earlier view of as many frames are updated and used again.
 
         Raises: ShapeError when the block does not fit window or `max_frames`.
         """
@@ -335,57 +290,58 @@ class KVCache:
             "write_slots": [self._slot(frame) for frame in range(start, end)],
         }
         pinned = self.device.type == "cuda"  # copied beside what the device still does, without waiting for it
-        with _lasting_tensors():
+        with lasting_tensors():
             fresh = {
                 name: torch.tensor(column, dtype=torch.long, pin_memory=pinned) for name, column in columns.items()
             }
-        reading = None if graded else self._readings.get((count, block_frames))
-        if reading is None:
-            # A graded call keeps its own copy: backward may recompute after later calls have moved on.
-            with _lasting_tensors():
-                moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fresh.items()}
-            reading = Reading(**moved, blocks=((count, block_frames),))
-            if not graded:
-                self._readings[(count, block_frames)] = reading
-            return reading
-        for name, tensor in fresh.items():
-            getattr(reading, name).copy_(tensor, non_blocking=True)
-        return reading
+        held = None if with_grad else self._indices.get((count, block_frames))
+        if held is None:
+            # A call with gradient keeps its own copy: backward may recompute after later calls have moved on.
+            with lasting_tensors():
+                held = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fresh.items()}
+            if not with_grad:
+                self._indices[(count, block_frames)] = held
+        else:
+            for name, tensor in fresh.items():
+                held[name].copy_(tensor, non_blocking=True)
+        blocks = ((count, block_frames),)
+        indices: dict[str, Any] = held
+        return CacheView(self, **indices, blocks=blocks, commit=commit, with_grad=with_grad, cross_kept=cross_kept)
 
-    def place(self, block_frames: int) -> Place:
-        """The block of `block_frames` frames at `position`, for a graded call of it; errors as those of `read`."""
-        lease = Lease(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
-        self._leases = [ref for ref in self._leases if ref() is not None]
-        if lease.slots:  # which a backward gives back
-            self._leases.append(weakref.ref(lease))
-        return Place(self.read(block_frames, graded=True), lease, weakref.ref(self))
+    def pin(self, block_frames: int) -> PinnedSlots:
+        """Keeps what the block of `block_frames` frames at `position` attends to, for a later backward."""
+        pins = PinnedSlots(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
+        self._pins = [ref for ref in self._pins if ref() is not None]
+        if pins.slots:  # which a backward gives back
+            self._pins.append(weakref.ref(pins))
+        return pins
 
-    def gather(self, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple[Tensor, Tensor]:
+    def gather(self, layer: int, view: CacheView, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Attended past and own keys and values of each block, [B, (P + f) * tokens, N, K]; own ones come last.
 
         Without gradient, for one block, they are gathered once into a space that all layers share; nothing else is
         copied.
         """
         past_k, past_v = self.keys[layer], self.values[layer]
-        if graded:
-            return self._beside(past_k, reading, k), self._beside(past_v, reading, v)
+        if view.with_grad:
+            return self._beside(past_k, view, k), self._beside(past_v, view, v)
         out = []
         for space, past, own in ((self._key_space, past_k, k), (self._value_space, past_v, v)):
-            frames = reading.num_past + own.shape[1] // self.tokens_per_frame
+            frames = view.num_past + own.shape[1] // self.tokens_per_frame
             shape = (self.batch_size, frames, *past.shape[2:])
-            view = space[: shape[0] * shape[1] * past[0, 0].numel()].view(shape)
+            made = space[: shape[0] * shape[1] * past[0, 0].numel()].view(shape)
             for sample in range(self.batch_size):  # a sample's part is contiguous, as index_select(out=) wants it
-                torch.index_select(past[sample], 0, reading.slots, out=view[sample, : reading.num_past])
-            view[:, reading.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
-            out.append(view.flatten(1, 2))
+                torch.index_select(past[sample], 0, view.slots, out=made[sample, : view.num_past])
+            made[:, view.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
+            out.append(made.flatten(1, 2))
         return out[0], out[1]
 
-    def _beside(self, stored: Tensor, reading: Reading, own: Tensor) -> Tensor:
+    def _beside(self, stored: Tensor, view: CacheView, own: Tensor) -> Tensor:
         """As `gather`, of keys or of values: each block's own after its past."""
-        past = stored.index_select(1, reading.slots).to(own.dtype)
+        past = stored.index_select(1, view.slots).to(own.dtype)
         own = own.unflatten(1, (-1, self.tokens_per_frame))
-        pasts = past.split([frames for frames, _ in reading.blocks], 1)
-        owns = own.split([frames for _, frames in reading.blocks], 1)
+        pasts = past.split([frames for frames, _ in view.blocks], 1)
+        owns = own.split([frames for _, frames in view.blocks], 1)
         return torch.cat([part for block in zip(pasts, owns) for part in block], 1).flatten(1, 2)
 
     def begin_commit(self, block_frames: int) -> None:
@@ -398,8 +354,8 @@ class KVCache:
                 "commit=True was asked for with gradients enabled; commit in a pass of its own under no_grad"
             )
         slots = {self._slot(frame) for frame in range(self._position, self._position + block_frames)}
-        for lease in self._live_leases():
-            if lease.slots & slots:
+        for pins in self._live_pins():
+            if pins.slots & slots:
                 raise CacheError(
                     f"frames [{self._position}, {self._position + block_frames}) would overwrite keys that a pending "
                     "backward still recomputes from; run that backward first or raise spare_frames by "
@@ -408,11 +364,11 @@ class KVCache:
         for slot in slots:
             self._held[slot] = None
 
-    def write(self, layer: int, reading: Reading, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, view: CacheView, k: Tensor, v: Tensor) -> None:
         """Stores the block's keys and values of one layer, detached."""
         for target, own in ((self.keys[layer], k), (self.values[layer], v)):
             frames = own.detach().unflatten(1, (-1, self.tokens_per_frame)).to(target.dtype)
-            target.index_copy_(1, reading.write_slots, frames)
+            target.index_copy_(1, view.write_slots, frames)
 
     def end_commit(self, block_frames: int) -> None:
         """Makes the block readable and moves `position` past it."""
@@ -421,24 +377,19 @@ class KVCache:
         self._position += block_frames
 
     # ---- pending backwards ----------------------------------------------------------------------------------------
-    def hold(self, output: Tensor, places: Sequence[Place]) -> Tensor:
-        """Ties what a graded call read at `places` to the graph of `output` (for recomputation in backward)."""
-        leases = [place.lease for place in places if place.lease.slots]
-        return _HoldUntilBackward.apply(output, *leases) if leases and output.requires_grad else output
-
-    def _live_leases(self) -> list[Lease]:
-        leases = [ref() for ref in self._leases]
-        return [lease for lease in leases if lease is not None and lease.active]
+    def _live_pins(self) -> list[PinnedSlots]:
+        pins = [ref() for ref in self._pins]
+        return [one for one in pins if one is not None and one.active]
 
     @property
     def is_held(self) -> bool:
         """Whether a pending backward still reads from it."""
-        return bool(self._live_leases())
+        return bool(self._live_pins())
 
     # ---- cross-attention ------------------------------------------------------------------------------------------
-    def has_cross(self, condition: Condition) -> bool:
-        """True when the kept cross-attention keys and values are those of this very condition."""
-        return self._cross_key == _identity(condition)
+    def has_cross(self, network: nn.Module, condition: Condition) -> bool:
+        """True when the kept cross-attention keys and values are what this very network made of this very condition."""
+        return self._cross_key == _identity(network, condition)
 
     def cross(self, layer: int) -> tuple[Tensor, ...]:
         """Kept cross-attention keys and values of one layer."""
@@ -457,25 +408,25 @@ class KVCache:
                 target.copy_(source)
         else:
             self._cross_form = None
-            with _lasting_tensors():
+            with lasting_tensors():
                 self._cross[layer] = tuple(t.clone() for t in tensors)
         return self._cross[layer]
 
-    def cross_is_for(self, condition: Condition, form: tuple) -> None:
-        """Declares the kept cross-attention keys and values complete for `condition`; `form`, what their shapes and
-        types follow from.
+    def cross_is_for(self, network: nn.Module, condition: Condition, form: tuple) -> None:
+        """Declares the kept cross-attention keys and values complete, made by `network` of `condition`;
+        `form`, what their shapes and types follow from.
         """
-        self._cross_key, self._cross_form = _identity(condition), form
+        self._cross_key, self._cross_form = _identity(network, condition), form
 
     def has_space_for_cross(self, form: tuple) -> bool:
         """Whether keys and values of a condition of this form will be kept at the old addresses."""
         return self._cross_form == form
 
 
-def _identity(condition: Condition) -> tuple:
+def _identity(network: nn.Module, condition: Condition) -> tuple:
     tensors = [t for t in (condition.text, condition.image) if t is not None]
     versions = tuple(None if t.is_inference() else t._version for t in tensors)
-    return _ById(condition), versions
+    return weakref.ref(network), _ById(condition), versions
 
 
 class _ById:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longtake.errors import ShapeError
-from longtake.models.cache import KVCache, Place
+from longtake.models.cache import CacheView, KVCache
 from longtake.structs import Condition, MaskLayout
 
 if TYPE_CHECKING:
@@ -22,17 +22,9 @@ def check_call(
     x: Tensor,
     sigma: Tensor,
     condition: Condition,
-    mask: MaskLayout | None,
-    cache: KVCache | None,
-    commit: bool,
-    trace: Place | None,
-    places: Sequence[Place],
+    context: MaskLayout | CacheView | KVCache | None,
 ) -> None:
     """Raises ShapeError unless arguments of `VideoDiT.forward` fit each other and the config."""
-    if mask is not None and cache is not None:
-        raise ShapeError("mask and cache were both given; a call is either masked training or streaming")
-    if commit and cache is None:
-        raise ShapeError("commit=True needs a cache")
     if x.ndim != 5 or x.shape[2] != config.out_channels:
         raise ShapeError(f"x has shape {tuple(x.shape)}; it must be [B, F, {config.out_channels}, H, W]")
     batch, entries = x.shape[:2]
@@ -41,34 +33,18 @@ def check_call(
     if sigma.dtype not in (torch.float32, torch.float64):
         # Mixed-precision wrappers that cast inputs do this silently: 937.5 of Wan's clock would become 936.
         raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
-    if mask is not None and mask.num_entries != entries:
-        raise ShapeError(f"x has {entries} entries and the mask {mask.num_entries}; they must be equal")
-    if places or trace is not None:
-        check_places(config, entries, cache, commit, trace, places)
+    if isinstance(context, (MaskLayout, CacheView)):
+        what, count = ("mask", context.num_entries) if isinstance(context, MaskLayout) else ("view", context.num_frames)
+        if count != entries:
+            raise ShapeError(f"x has {entries} entries and the {what} {count}; they must be equal")
     tokens = tokens_per_frame(x.shape[3], x.shape[4])
-    if cache is not None and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
+    cache = context.cache if isinstance(context, CacheView) else context
+    if isinstance(cache, KVCache) and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
         raise ShapeError(
             f"x has batch {batch} and {tokens} tokens a frame, the cache was made for batch {cache.batch_size} and "
             f"{cache.tokens_per_frame}; make a cache for this size with new_cache"
         )
     check_condition(config, condition, batch, x.shape[3:])
-
-
-def check_places(
-    config: DiTConfig, entries: int, cache: KVCache | None, commit: bool, trace: Place | None, places: Sequence[Place]
-) -> None:
-    """Raises ShapeError unless a call may be traced, or made again at `places`."""
-    given = list(places) if trace is None else [*places, trace]
-    if commit or cache is None or any(place.cache() is not cache for place in given):
-        raise ShapeError("a place needs its own cache, and a call at one commits nothing")
-    if torch.is_grad_enabled() != bool(places) or (places and trace is not None):
-        raise ShapeError(
-            "a call is traced without gradient (torch.no_grad()), and then made again at its places with it"
-        )
-    if (frames := sum(place.reading.num_frames for place in given)) != entries:
-        raise ShapeError(f"x has {entries} frames and the blocks at {len(given)} places {frames}; they must be equal")
-    if places and any(len(place.states) != config.num_layers for place in places):
-        raise ShapeError("a place was not traced, or made again before: trace each block once before each graded call")
 
 
 def check_condition(config: DiTConfig, condition: Condition, batch: int, size: torch.Size) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from longtake.models.attention import FrameMask, block_mask
-from longtake.models.cache import KVCache, Reading
+from longtake.models.cache import CacheView, KVCache
 from longtake.models.layers import Rotation
 from longtake.models.token_split import WHOLE, Share
 
@@ -51,27 +51,18 @@ class MaskedContext(SelfContext):
 class CachedContext(SelfContext):
     """The attended past of each block, from the cache, before its own keys and values, which a commit stores."""
 
-    def __init__(
-        self,
-        query: Rotation,
-        key: Rotation,
-        cache: KVCache,
-        reading: Reading,
-        share: Share = WHOLE,
-        *,
-        graded: bool,
-        commit: bool,
-    ) -> None:
+    def __init__(self, query: Rotation, key: Rotation, view: CacheView, share: Share = WHOLE) -> None:
         super().__init__(query, key, share)
-        self.cache, self.reading, self.graded, self.commit = cache, reading, graded, commit
-        self.mask = block_mask(reading.blocks, cache.tokens_per_frame)
+        self.view = view
+        self.mask = block_mask(view.blocks, view.cache.tokens_per_frame)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        relative = self.cache.rope == "relative"
+        view, cache = self.view, self.view.cache
+        relative = cache.rope == "relative"
         k = k if relative else self.key(k)
-        keys, values = self.cache.gather(layer, self.reading, k, v, graded=self.graded)
-        if self.commit:
-            self.cache.write(layer, self.reading, k, v)
+        keys, values = cache.gather(layer, view, k, v)
+        if view.commit:
+            cache.write(layer, view, k, v)
         return (self.key(keys) if relative else keys), values, self.mask
 
 

@@ -7,8 +7,8 @@ specification A and E. This file must not know block plans, roll-outs, objective
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,19 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.errors import ConfigError, ShapeError
 from longtake.models import attention
-from longtake.models.attention import Attention
-from longtake.models.block import Block, run_again
-from longtake.models.cache import KVCache, Place, Reading
+from longtake.models.block import Block, run_block
+from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
+from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
-from longtake.models.pass_graph import Made, PassGraphs
-from longtake.models.recompute import made_before, together
-from longtake.models.token_split import WHOLE, Share, TokenSplit, check_heads
+from longtake.models.token_split import WHOLE, Share, check_heads
+from longtake.plan import StreamPlan
 from longtake.structs import Condition, MaskLayout
-
-# Contexts of one block's forward and of its recomputation in backward, as `torch.utils.checkpoint` asks for them
-CheckpointContexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
@@ -112,12 +108,10 @@ class Head(nn.Module):
 class VideoDiT(nn.Module):
     """Wan's transformer. See `forward`; sizes in `config`; `new_cache` makes the cache for streaming."""
 
-    # Records passes against a cache and replays them; None: every pass is run by Python.
-    graphs: PassGraphs | None = None
-
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, execution: Execution = WHOLE_NETWORK) -> None:
         super().__init__()
-        self.config = config
+        check_heads(config.num_heads, 1 if execution.split is None else execution.split.size)
+        self.config, self.execution = config, execution
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -129,16 +123,6 @@ class VideoDiT(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        # Blocks are recomputed in backward, each under the contexts that these give for its forward: `parallelize` says
-        # what is kept nevertheless, shared roles say which updates are on.
-        self.activation_checkpointing = False
-        self.checkpoint_contexts: list[CheckpointContexts] = []
-        # A roll-out's exit steps are recomputed and get their gradient together in the end: `parallelize` says where.
-        self.exits_together = False
-        # Entered around several calls between which no weight changes (`gathered`): `parallelize` says what it does.
-        self.gathering: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.token_split: TokenSplit | None = None
-        self._lent: tuple[tuple, KVCache] | None = None
         self._masks: WeakKeyDictionary[MaskLayout, dict] = WeakKeyDictionary()
         if self.head.head.weight.device.type != "meta":
             self.reset_parameters()
@@ -157,23 +141,15 @@ class VideoDiT(nn.Module):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def set_attention(self, attend: Attention) -> None:
-        """Replaces the attention entry of every self-attention."""
-        for block in self.blocks:
-            cast(Block, block).self_attn.attend = attend
+    def executed(self, execution: Execution) -> VideoDiT:
+        """The same network, of the same modules, computed another way. Caches of another split do not fit.
 
-    def set_token_split(self, split: TokenSplit | None) -> None:
-        """From now on each call is computed by all processes of `split` together; caches made before do not fit.
-
-        The attention entry sees all tokens, and of the heads those of this process; caches hold these alone.
-        Raises: ConfigError when the heads cannot be divided equally.
+        Raises: ConfigError when the heads cannot be divided equally over the processes of a split.
         """
-        check_heads(self.config.num_heads, 1 if split is None else split.size)
-        self.token_split = split
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """A context for several calls between which no weight changes: sharded weights are gathered once for them."""
-        return self.gathering()
+        check_heads(self.config.num_heads, 1 if execution.split is None else execution.split.size)
+        other = copy.copy(self)
+        other.execution = execution
+        return other
 
     def cast(self, dtype: torch.dtype) -> VideoDiT:
         """Casts the weights of matrix products to `dtype`; what Wan computes in float32 stays float32."""
@@ -190,20 +166,16 @@ class VideoDiT(nn.Module):
 
     def new_cache(
         self,
+        plan: StreamPlan,
         batch_size: int,
-        height: int,
-        width: int,
-        window_frames: int | None,
-        sink_frames: int,
-        rope: str = "relative",
+        size: tuple[int, int],
         max_frames: int | None = None,
         spare_frames: int = 0,
     ) -> KVCache:
-        """An empty cache for videos of `height` x `width` latents.
+        """An empty cache for videos of latents of `size` (H, W) that stream by `plan`.
 
-        Args: `window_frames` latent frames attended to, counting sink and current block; None keeps everything and
-        needs `max_frames`. `sink_frames` first frames are never evicted. `rope` is the rule of temporal positions.
-        `spare_frames` more frames are kept for recomputation in backward.
+        Args: `max_frames` latent frames of a video, for a plan without a window. `spare_frames` more frames are kept
+        for recomputation in backward.
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
         weight = cast(Block, self.blocks[0]).self_attn.q.weight
@@ -212,146 +184,39 @@ class VideoDiT(nn.Module):
         return KVCache(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
-            tokens_per_frame=self.tokens_per_frame(height, width),
-            num_heads=self.config.num_heads // (1 if self.token_split is None else self.token_split.size),
+            tokens_per_frame=self.tokens_per_frame(*size),
+            num_heads=self.config.num_heads // (1 if self.execution.split is None else self.execution.split.size),
             head_width=self.config.head_width,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            rope=rope,
+            window_frames=plan.window_frames,
+            sink_frames=plan.sink_frames,
+            rope=plan.rope,
             max_frames=max_frames,
             spare_frames=spare_frames,
             device=device,
             dtype=dtype,
         )
 
-    def lend_cache(self, *sizes: Any) -> KVCache:
-        """As `new_cache`, with all its arguments by position, for one roll-out: with `graphs`, the cache that the
-        roll-out before had, cleared, where it fits and no backward reads from it any more, so that what was recorded of
-        its passes can be replayed.
-        """
-        if self.graphs is None:
-            return self.new_cache(*sizes)
-        key = (sizes, torch.is_autocast_enabled(), self.token_split)
-        if self._lent is None or self._lent[0] != key or self._lent[1].is_held:
-            self._lent = key, self.new_cache(*sizes)
-            self._lent[1].passes.lent = True
-        cache = self._lent[1]
-        cache.clear()
-        return cache
+    def check(
+        self, x: Tensor, sigma: Tensor, condition: Condition, context: MaskLayout | CacheView | KVCache | None = None
+    ) -> None:
+        """Raises ShapeError when arguments of `forward`, or the cache of a view to come, and the config do not fit."""
+        check_call(self.config, self.tokens_per_frame, x, sigma, condition, context)
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Condition,
-        *,
-        mask: MaskLayout | None = None,
-        cache: KVCache | None = None,
-        commit: bool = False,
-        trace: Place | None = None,
-        places: Sequence[Place] = (),
+        self, x: Tensor, sigma: Tensor, condition: Condition, context: MaskLayout | CacheView | None = None
     ) -> Tensor:
         """Velocity (noise - clean) of noisy latents, float32 [B, E, C_out, H, W].
 
         Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
-        noise level in [0, 1]. With neither `mask` nor `cache` every frame sees every frame; a `mask` (made by
-        `BlockPlan`) says who sees whom; with a `cache`, the frames are the block at `cache.position` and see the sink,
-        the latest committed frames that fit the window, and themselves. `commit=True` stores their keys and values at
-        the given `sigma` and advances `cache.position`; it needs `torch.no_grad()`. `trace`, the block's own place
-        (`KVCache.place`), gets what each layer made of it, without gradient too. With such `places` of several blocks x
-        and `sigma` are theirs as they were traced, one after the other: layers are run in backward alone.
-        Raises: ShapeError when `x`, `sigma`, `condition` and the config do not fit; CacheError.
+        noise level in [0, 1]. `context` says who sees whom: None, every frame sees every frame; a mask of a
+        `StreamPlan`; or a view of a cache (`KVCache.view`): the frames are the block where the cache stands and see its
+        past and themselves. `rollout/denoise.py` makes such calls, and moves the cache on.
+        Raises: ShapeError when `x`, `sigma`, `condition`, `context` and the config do not fit.
         """
-        check_call(self.config, self.tokens_per_frame, x, sigma, condition, mask, cache, commit, trace, places)
-        if cache is not None and torch.is_grad_enabled():
-            if commit:
-                cache.begin_commit(x.shape[1])  # says why not
-            return self._forward_graded(x, sigma, condition, cache, places or (cache.place(x.shape[1]),))
-        if cache is not None:
-            return self._forward_cached(x, sigma, condition, cache, trace, commit=commit)
-        share, rotation = self._share_and_rotation(x)
-        if mask is not None:
-            kit = self._mask_kit(mask, self.tokens_per_frame(*x.shape[3:]), x.device)
-            frame_index = kit["frame_index"]
-            query, key = Rotation(rotation(frame_index)), Rotation(rotation(kit["key_position"]))
-            entry = None if mask.plain_keys else kit["key_entry"]
-            context: SelfContext = MaskedContext(query, key, kit["mask"], entry, share)
-        else:
-            frame_index = torch.arange(x.shape[1], device=x.device)
-            query = Rotation(rotation(frame_index))
-            context = SelfContext(query, query, share)
-        cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
-        return self._velocity(x, sigma, condition.frames, frame_index, context, cross)
-
-    def _forward_graded(
-        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, places: Sequence[Place]
-    ) -> Tensor:
-        """The blocks at `places`, which leaves the cache as it is."""
-        reading = Reading.joined([place.reading for place in places])
-        context = self._cached_context(x, cache, reading, graded=True, commit=False)
-        cross = self._fresh_cross(self._padded(condition.text), condition.image, None)
-        made = [place.states for place in places]
-        run_later = any(made)
-        velocity = self._velocity(x, sigma, condition.frames, reading.frame_index, context, cross, made=made)
-        return cache.hold(velocity, places) if self.activation_checkpointing or run_later else velocity
-
-    def _forward_cached(
-        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, trace: Place | None, *, commit: bool
-    ) -> Tensor:
-        """The block at `cache.position`, without gradient."""
-        entries = x.shape[1]
-        reading = cache.read(entries, graded=False)
-        kept = cache.has_cross(condition)
-        texts = (None, None) if kept else (self._padded(condition.text), condition.image)
-        if not kept:
-            cache.clear_condition()  # a replayed pass writes others, and may not come to its end
-        if commit:
-            cache.begin_commit(entries)
-
-        def work(
-            x: Tensor,
-            sigma: Tensor,
-            frames: Tensor | None,
-            text: Tensor | None,
-            image: Tensor | None,
-            room: Sequence[Tensor] | None = None,
-        ) -> Made:
-            context = self._cached_context(x, cache, reading, graded=False, commit=commit)
-            cross = CrossContext(None, None, cache) if text is None else self._fresh_cross(text, image, cache)
-            states: list[Tensor] = []
-
-            def keep(made: Tensor) -> None:
-                states.append(made if room is None else room[len(states)].copy_(made))
-
-            keeping = None if trace is None else keep
-            return self._velocity(x, sigma, frames, reading.frame_index, context, cross, trace=keeping), *states
-
-        inputs = (x, sigma, condition.frames, *texts)
-        form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in texts))
-        if self.graphs is not None:
-            addresses = (*(p.data_ptr() for p in self.parameters()), *cache.cross_addresses())
-            kind = (reading.num_past, entries, commit, trace is not None, kept)
-            agree = bool if self.token_split is None else self.token_split.agree
-            again = kept or cache.has_space_for_cross(form)
-            velocity, *states = self.graphs.run(work, kind, inputs, cache, addresses, agree, again=again)
-        else:
-            velocity, *states = work(*inputs)
-        if trace is not None:
-            trace.states[:] = states
-        if not kept:
-            cache.cross_is_for(condition, form)
-        if commit:
-            cache.end_commit(entries)
-        return velocity
-
-    def _cached_context(
-        self, x: Tensor, cache: KVCache, reading: Reading, *, graded: bool, commit: bool
-    ) -> CachedContext:
-        share, rotation = self._share_and_rotation(x)
-        query = Rotation(rotation(reading.query_position))
-        # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
-        key = Rotation(rotation(reading.key_position)) if cache.rope == "relative" else query
-        return CachedContext(query, key, cache, reading, share, graded=graded, commit=commit)
+        self.check(x, sigma, condition, context)
+        frame_index, seen = self._self_context(x, context)
+        cross, layers = self._cross_context(condition, context)
+        return self._velocity(x, sigma, condition.frames, frame_index, seen, cross, layers)
 
     def _velocity(
         self,
@@ -359,42 +224,79 @@ class VideoDiT(nn.Module):
         sigma: Tensor,
         frames: Tensor | None,
         frame_index: Tensor,
-        context: SelfContext,
+        seen: SelfContext,
         cross: CrossContext,
-        *,
-        trace: Callable[[Tensor], None] | None = None,
-        made: Sequence[list[Tensor]] = (),
+        layers: Layers | None = None,
     ) -> Tensor:
-        """The network itself.
-
-        Args: `frames` of the condition, of which entry e reads number `frame_index[e]`; `trace` is told what each layer
-        makes; `made` has that of each of several blocks, from a call without gradient, or nothing; it is used up.
-        """
+        """The network itself; of the condition's `frames`, entry e reads number `frame_index[e]`."""
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, frames, frame_index, context.share)
-        recomputed, once_more = torch.is_grad_enabled() and self.activation_checkpointing, any(made)
+        hidden = self._embed_patches(x, frames, frame_index, seen.share)
         for layer, block in enumerate(self.blocks):
-            contexts = partial(together, self.checkpoint_contexts)
-            if once_more:
-                run = partial(run_again, block, context, layer, contexts()[1])
-                states = torch.cat([of_block.pop(0) for of_block in made], 1)  # and so freed one by one
-                inputs = (hidden, modulation, cross.text, cross.image)
-                hidden = made_before(states, run, inputs, list(block.parameters()))
-            elif recomputed:
-                hidden = checkpoint(
-                    block,
-                    *(hidden, modulation, context, cross, layer),
-                    use_reentrant=False,
-                    context_fn=contexts,
-                    preserve_rng_state=False,  # nothing in a block is random
-                )
-            else:
-                hidden = block(hidden, modulation, context, cross, layer)
-            if trace is not None:
-                trace(hidden)
+            hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
         _, ph, pw = self.config.patch_size
-        return self._unpatchify(context.share.whole(self.head(hidden, e)), height // ph, width // pw)
+        return self._unpatchify(seen.share.whole(self.head(hidden, e)), height // ph, width // pw)
+
+    def _run(
+        self,
+        block: nn.Module,
+        layer: int,
+        hidden: Tensor,
+        modulation: Tensor,
+        seen: SelfContext,
+        cross: CrossContext,
+        layers: Layers | None,
+    ) -> Tensor:
+        """One block: as the caller wants it (`layers`), recomputed in backward, or as it is."""
+        if layers is not None:
+            around = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext()
+            run = partial(run_block, block, seen, layer, cross.cache, around)
+            return layers(block, run, (hidden, modulation, cross.text, cross.image))
+        if torch.is_grad_enabled() and self.execution.recompute:
+            return checkpoint(
+                block,
+                *(hidden, modulation, seen, cross, layer),
+                use_reentrant=False,
+                context_fn=self.execution.contexts,
+                preserve_rng_state=False,  # nothing in a block is random
+            )
+        return block(hidden, modulation, seen, cross, layer)
+
+    def _self_context(self, x: Tensor, context: MaskLayout | CacheView | None) -> tuple[Tensor, SelfContext]:
+        """Absolute frames of the entries of `x`, and what their self-attention sees."""
+        rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
+        angles = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
+        split = self.execution.split
+        share = WHOLE if split is None else split.share(rows * columns)
+        if isinstance(context, CacheView):
+            query = Rotation(angles(context.query_position))
+            # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
+            key = Rotation(angles(context.key_position)) if context.cache.rope == "relative" else query
+            return context.frame_index, CachedContext(query, key, context, share)
+        if isinstance(context, MaskLayout):
+            kit = self._mask_kit(context, rows * columns, x.device)
+            query, key = Rotation(angles(kit["frame_index"])), Rotation(angles(kit["key_position"]))
+            entry = None if context.plain_keys else kit["key_entry"]
+            return kit["frame_index"], MaskedContext(query, key, kit["mask"], entry, share)
+        frame_index = torch.arange(x.shape[1], device=x.device)
+        query = Rotation(angles(frame_index))
+        return frame_index, SelfContext(query, query, share)
+
+    def _cross_context(
+        self, condition: Condition, context: MaskLayout | CacheView | None
+    ) -> tuple[CrossContext, Layers | None]:
+        """Where cross-attention finds the condition: context tokens [B, M, D], from which each block makes keys and
+        values, or what the cache keeps of them; and what runs the layers.
+        """
+        view = context if isinstance(context, CacheView) else None
+        cache = view.cache if view is not None and not view.with_grad else None
+        layers = None if view is None else view.layers
+        if view is not None and view.cross_kept:
+            return CrossContext(None, None, view.cache), layers
+        dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
+        text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
+        image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
+        return CrossContext(self.text_embedding(text.to(dtype)), image, cache), layers
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
     def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,12 +306,6 @@ class VideoDiT(nn.Module):
         e = linear_fp32(second, F.silu(linear_fp32(first, embedded)))
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
-
-    def _share_and_rotation(self, x: Tensor) -> tuple[Share, Callable[[Tensor], Tensor]]:
-        """This process's part of a call with latents `x`, and the rotation angles of frame positions [S]."""
-        rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
-        rotation = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
-        return WHOLE if self.token_split is None else self.token_split.share(rows * columns), rotation
 
     def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, share: Share) -> Tensor:
         """Latents and condition frames -> this process's tokens [B, E, l, D] in (frame, row, column) order, float32."""
@@ -430,19 +326,6 @@ class VideoDiT(nn.Module):
         shape = (batch, entries, self.config.out_channels, rows * ph, columns * pw)
         # A copy, not a view: sharding hooks the output, and a hooked view turns a later in-place change into an error.
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)
-
-    def _padded(self, text: Tensor) -> Tensor:
-        """[B, M, D_text] -> [B, text_len, D_text], with zero rows."""
-        return F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
-
-    def _fresh_cross(self, text: Tensor, image: Tensor | None, cache: KVCache | None) -> CrossContext:
-        """Padded text and CLIP tokens as context tokens [B, M, D], from which each block makes keys and values; they
-        are kept in the cache, where there is one.
-        """
-        dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
-        embedded = self.text_embedding(text.to(dtype))
-        image = None if image is None else self.img_emb(image).to(dtype)
-        return CrossContext(embedded, image, cache)
 
     def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:
         kits = self._masks.setdefault(layout, {})

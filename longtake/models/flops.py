@@ -6,8 +6,7 @@ compare them with `torch.utils.flop_counter`. With D the width, M that of the ML
 key token, a block costs 2 L (6 D^2 + 2 D M) + 4 D P (self) + 4 D L C (cross, C context tokens) + 4 C D^2.
 
 Attention's backward counts twice its forward, what its mathematics needs; kernels that keep no scores compute them once
-more (`KERNEL_BACKWARD`). Norms, rotations and other element-wise operations are not counted: `longtake/doctor/speed.py`
-counts their bytes.
+more. Norms, rotations and other element-wise operations are not counted.
 
 Must know no stage and no device.
 """
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from longtake.config import LoraConfig
     from longtake.models.dit import DiTConfig
     from longtake.structs import MaskLayout
-
-# Five products where the mathematics has four: flash kernels compute the scores again (arXiv 2205.14135).
-KERNEL_BACKWARD = 5 / 4
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class Call:
     """Sizes of one call: `batch` videos of `entries` frames with `tokens` each.
 
     Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `context_tokens` of text (padded) and
-    `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call;
-    `past`, frames of a cache that are attended to.
+    `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call.
     """
 
     batch: int
@@ -67,7 +62,6 @@ class Call:
     text_tokens: int
     image_tokens: int = 0
     with_context: bool = True
-    past: int = 0
 
     @property
     def all_tokens(self) -> int:
@@ -91,12 +85,12 @@ class Call:
     def cached(self, frames: int, past_frames: int, *, with_context: bool) -> Call:
         """A block of `frames` that sees itself and `past_frames` of a cache."""
         pairs = frames * (past_frames + frames) * self.tokens**2
-        return replace(self, entries=frames, pairs=pairs, with_context=with_context, past=past_frames)
+        return replace(self, entries=frames, pairs=pairs, with_context=with_context)
 
     @classmethod
     def joined(cls, calls: Sequence[Call]) -> Call:
         """Several such blocks in one call."""
-        sums = {name: sum(getattr(call, name) for call in calls) for name in ("entries", "pairs", "past")}
+        sums = {name: sum(getattr(call, name) for call in calls) for name in ("entries", "pairs")}
         return replace(calls[0], **sums)
 
 
@@ -192,13 +186,3 @@ def backward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> W
     """The backward of one forward in which all weights are trained, or their low-rank updates; no recomputation."""
     attention = config.num_layers * _attention_backward(config, call, lora)
     return Work(_products(config, call, lora)[1], attention_backward=attention)
-
-
-def recomputed(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:
-    """What activation checkpointing computes once more in backward: the blocks, without embeddings and head."""
-    blocks = sum(
-        product(lora)[0] * count
-        for first, count in ((True, 1), (False, config.num_layers - 1))
-        for product in _block(config, call, first=first, lora=lora)
-    )
-    return Work(blocks, config.num_layers * _attention(config, call))

@@ -1,6 +1,6 @@
-"""Recomputation of a block in backward: what surrounds it, what is kept from forward, and a forward made before.
+"""Recomputation of a block in backward: what surrounds it, and what is kept from forward.
 
-Must know no model; `VideoDiT.forward` enters the contexts given here through `torch.utils.checkpoint`.
+Must know no model; `Execution` chooses contexts, and `VideoDiT` enters them through `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
@@ -49,44 +47,6 @@ def keep_attention() -> Contexts:
     """
     forward, again = create_selective_checkpoint_contexts(_policy)
     return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
-
-
-def made_before(
-    made: Tensor, run: Callable[..., Tensor], inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]
-) -> Tensor:
-    """`made`, which `run(*inputs)` gave without a graph, with that graph: backward runs it, and not before.
-
-    Activation checkpointing without its forward. Args: `parameters` that `run` uses besides. It can be
-    differentiated once, and nothing of it may be sharded, since only a forward gathers what is.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return _MadeBefore.apply([made], run, _autocast_now(made.device), len(inputs), *inputs, *trained)
-
-
-class _MadeBefore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, made: list[Tensor], run: Callable, autocast: Callable, count: int, *given: Tensor) -> Tensor:
-        ctx.run, ctx.autocast, ctx.count = run, autocast, count
-        ctx.save_for_backward(*given)
-        return made.pop()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        given, wanted = ctx.saved_tensors, ctx.needs_input_grad[4:]
-        inputs = [None if x is None else x.detach().requires_grad_(on) for x, on in zip(given[: ctx.count], wanted)]
-        with torch.enable_grad(), ctx.autocast():
-            made = ctx.run(*inputs)
-        leaves = [x for x, on in zip([*inputs, *given[ctx.count :]], wanted) if on]
-        found = iter(torch.autograd.grad(made, leaves, grad, allow_unused=True))
-        return None, None, None, None, *(next(found) if on else None for on in wanted)
-
-
-def _autocast_now(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the autocast of now, for another thread or time."""
-    kind, kept = device.type, torch.is_autocast_cache_enabled()
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    return lambda: torch.autocast(kind, dtype, enabled, kept)
 
 
 class _NoCopies(AbstractContextManager):

@@ -4,71 +4,74 @@ Teacher, critic and student of a distillation differ by their updates alone: the
 role is called as a network of its own would be, has the parameters, names and state of one, and so everything above
 (objectives, optimizer, averages, checkpoints, export) treats it as one.
 
-Which updates are on is a value that one call sets and takes back (`SharedBase.on`); a hook of each updated layer hands
-it to PEFT. A block that is recomputed in backward, when another role may have been called since, sees the updates of
-its own forward, through `VideoDiT.checkpoint_contexts`. Must know no file, no rank and no objective.
+Which updates are on is a value that one call sets and takes back (`AdapterSwitch.on`); a hook of each updated layer
+hands it to PEFT. A block that is recomputed in backward, when another role may have been called since, sees the updates
+of its own forward, through `Execution.around`. Must know no file, no rank and no objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from longtake.models.attention import Attention
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT, is_factor
 from longtake.models.recompute import Contexts
 
 
-class SharedBase:
-    """A frozen network whose low-rank updates, each called by its role, are on for one role at a time.
+class AdapterSwitch:
+    """Which updates are on: those of one role, or none (None)."""
 
-    Call it after `inject_lora`; sharding may come before or after.
-    """
-
-    def __init__(self, model: VideoDiT) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.active: str | None = None
-        self._caches: WeakKeyDictionary[KVCache, str | None] = WeakKeyDictionary()
-        for module in model.modules():
-            if hasattr(module, "lora_A"):
-                module.register_forward_pre_hook(self._select)
-        model.checkpoint_contexts.append(self._recompute)
 
     def on(self, role: str | None) -> AbstractContextManager:
         """A context in which the updates of `role` are on; None: none."""
         return _On(self, role)
 
-    def lend(self, cache: KVCache, role: str | None) -> None:
-        """Says that `role` uses a cache now; cross-attention keys and values of another role are forgotten."""
-        if self._caches.get(cache, role) != role:
-            cache.clear_condition()
-        self._caches[cache] = role
-
-    def _select(self, layer: Any, _: Any) -> None:
-        # PEFT's own `set_adapter` also decides what is trained, which must not change between forward and backward.
-        layer._active_adapter = [] if self.active is None else [self.active]
-
-    def _recompute(self) -> Contexts:
+    def contexts(self) -> Contexts:
+        """For `Execution.around`: a block is recomputed under the updates that are on now."""
         return nullcontext(), self.on(self.active)
 
 
+class SharedBase:
+    """A frozen network whose low-rank updates, each called by its role, are on for one role at a time.
+
+    Call it after `inject_lora`. Args: `switch`, whose `contexts` are around the blocks of `model` (its `Execution`),
+    for one that is sharded already; by default the network is executed under one of its own.
+    """
+
+    def __init__(self, model: VideoDiT, switch: AdapterSwitch | None = None) -> None:
+        if switch is None:
+            switch = AdapterSwitch()
+            model = model.executed(replace(model.execution, around=switch.contexts))
+        self.model, self.switch = model, switch
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.register_forward_pre_hook(self._select)
+
+    def _select(self, layer: Any, _: Any) -> None:
+        # PEFT's own `set_adapter` also decides what is trained, which must not change between forward and backward.
+        layer._active_adapter = [] if self.switch.active is None else [self.switch.active]
+
+
 class _On(AbstractContextManager):
-    def __init__(self, base: SharedBase, role: str | None) -> None:
-        self.base, self.role = base, role
+    def __init__(self, switch: AdapterSwitch, role: str | None) -> None:
+        self.switch, self.role = switch, role
         self._before: list[str | None] = []
 
     def __enter__(self) -> None:
-        self._before.append(self.base.active)
-        self.base.active = self.role
+        self._before.append(self.switch.active)
+        self.switch.active = self.role
 
     def __exit__(self, *_: object) -> None:
-        self.base.active = self._before.pop()
+        self.switch.active = self._before.pop()
 
 
 class Role(VideoDiT):
@@ -85,44 +88,17 @@ class Role(VideoDiT):
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         """As `VideoDiT.forward`, with the updates of this role."""
-        if (cache := options.get("cache")) is not None:
-            self.base.lend(cache, self.name)
-        with self.base.on(self.name):
+        with self.base.switch.on(self.name):
             return self.base.model(*arguments, **options)
 
     def new_cache(self, *arguments: Any, **options: Any) -> KVCache:
         """As `VideoDiT.new_cache`."""
         return self.base.model.new_cache(*arguments, **options)
 
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """As `VideoDiT.tokens_per_frame`."""
-        return self.base.model.tokens_per_frame(height, width)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """As `VideoDiT.gathered`, for all roles."""
-        return self.base.model.gathered()
-
-    def set_attention(self, attend: Attention) -> None:
-        """Replaces the attention of all roles."""
-        self.base.model.set_attention(attend)
-
     @property
-    def activation_checkpointing(self) -> bool:  # type: ignore[override]
-        """That of the base: all roles recompute, or none does."""
-        return self.base.model.activation_checkpointing
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, value: bool) -> None:
-        self.base.model.activation_checkpointing = value
-
-    @property
-    def exits_together(self) -> bool:  # type: ignore[override]
-        """That of the base."""
-        return self.base.model.exits_together
-
-    @exits_together.setter
-    def exits_together(self, value: bool) -> None:
-        self.base.model.exits_together = value
+    def execution(self) -> Execution:  # type: ignore[override]
+        """That of the base, for all roles."""
+        return self.base.model.execution
 
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -46,7 +46,6 @@ __all__ = [
     "load_state",
     "open_dit",
     "open_weights",
-    "read_state",
     "save_dit",
     "to_diffusers_key",
     "to_original_key",
@@ -55,15 +54,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file, or of every shard in a folder, under original Wan names.
-
-    Keys are cleaned of wrappers (`clean_key`) first.
-    Raises: CheckpointError when a file cannot be read, or when two keys mean the same parameter.
-    """
-    return {name: tensor.clone() for name, tensor in open_published(path).read()}
 
 
 def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *, diffusers: bool = False) -> None:
@@ -116,7 +106,7 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Published,
     elif config.model_type == "i2v" and "image_dim" not in data and _no_image_branch(published):
         # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
         config = dataclasses.replace(config, image_dim=None, image_positions=None)
-    if config.num_layers > len(published.tensors):
+    if config.num_layers > max(1000, len(published.tensors)):  # before a model of that size is made
         raise CheckpointError(
             f"{file} says num_layers={config.num_layers}, and {path} has {len(published.tensors)} tensors; use its own"
         )

@@ -19,8 +19,10 @@ from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, roll_out
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
 from longtake.structs import Condition
 
 
@@ -81,21 +83,21 @@ class Dmd:
 
     def __init__(
         self,
-        generator: VideoDiT,
+        generator: Denoiser,
         critic: VideoDiT,
         real: VideoDiT,
         draws: Draws,
-        rules: RollOutRules,
+        plan: StreamPlan,
         num_frames: int,
         settings: DmdSettings,
         *,
         real_videos: RealVideos | None = None,
         phase: Phase = nullcontext,
     ) -> None:
-        self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
+        self.networks: dict[str, nn.Module] = {"generator": generator.model, "critic": critic}
         self.generator, self.critic = generator, critic
         self.real = real.eval().requires_grad_(False)
-        self.draws, self.rules, self.num_frames, self.settings = draws, rules, num_frames, settings
+        self.draws, self.plan, self.num_frames, self.settings = draws, plan, num_frames, settings
         self.real_videos, self.phase = real_videos, phase
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
@@ -109,7 +111,7 @@ class Dmd:
         return ["generator", "critic"] if due else ["critic"]
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
-        """Generator: the DMD loss through a graded roll-out, and that of `real_videos`. Critic: flow matching on the
+        """Generator: the DMD loss through a roll-out, and that of `real_videos`. Critic: flow matching on the
         student's videos. Raises: TrainingError when `real_videos` are wanted and the batch has none.
         """
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
@@ -119,11 +121,11 @@ class Dmd:
 
     def exit_step(self, step: int) -> int:
         """Denoising step at which every block of this iteration stops."""
-        return self.draws.integer(step, "exit_step", 0, len(self.rules.sigmas))
+        return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
-        made = self._roll_out(batch, step, graded=True)
+        made = self._roll_out(batch, step, with_grad=True)
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
         student, (condition, unconditional) = made.latents, self._conditions(batch, made)
@@ -148,7 +150,7 @@ class Dmd:
         made = self._shared.pop((step, tuple(batch.indices)), None)
         if made is None:
             with torch.no_grad():
-                made = self._roll_out(batch, step, graded=False)
+                made = self._roll_out(batch, step, with_grad=False)
         self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
         noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
         with self.phase("scores"):
@@ -158,27 +160,27 @@ class Dmd:
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
 
     # ---- parts ----------------------------------------------------------------------------------------------------
-    def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
+    def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
         with self.phase("rollout"):
             return roll_out(
                 self.generator,
                 batch.condition,
                 batch.first_latent,
                 self._roll_out_noise(batch, step),
-                self.rules,
+                self.plan,
                 self.num_frames,
                 batch.latent_size,
                 exit_step=self.exit_step(step),
-                graded=graded,
+                with_grad=with_grad,
             )
 
     def _roll_out_noise(self, batch: EncodedBatch, step: int) -> RollOutNoise:
         device = batch.condition.text.device
-        channels = self.generator.config.out_channels
+        channels = self.generator.model.config.out_channels
 
         def noise(start: int, end: int, denoising_step: int) -> Tensor:
             shape = (end - start, channels, *batch.latent_size)
-            part = start * len(self.rules.sigmas) + denoising_step
+            part = start * len(self.plan.sigmas) + denoising_step
             return self.draws.noise(step, "roll_out", batch.indices, shape, device, part=part)
 
         return noise

@@ -16,9 +16,11 @@ from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
-from longtake.rollout.self_forcing import RollOut, RollOutRules
+from longtake.rollout.self_forcing import RollOut
 from longtake.structs import Condition
 
 
@@ -90,11 +92,11 @@ class LongTuning(Dmd):
 
     def __init__(
         self,
-        generator: VideoDiT,
+        generator: Denoiser,
         critic: VideoDiT,
         real: VideoDiT,
         draws: Draws,
-        rules: RollOutRules,
+        plan: StreamPlan,
         settings: DmdSettings,
         schedule: LongSchedule,
         codec: PictureCodec,
@@ -103,7 +105,7 @@ class LongTuning(Dmd):
         phase: Phase = nullcontext,
     ) -> None:
         super().__init__(
-            generator, critic, real, draws, rules, schedule.horizon, settings, real_videos=real_videos, phase=phase
+            generator, critic, real, draws, plan, schedule.horizon, settings, real_videos=real_videos, phase=phase
         )
         self.schedule, self.codec = schedule, codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
@@ -119,23 +121,23 @@ class LongTuning(Dmd):
         """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""
         self._streams.clear()
 
-    def _roll_out(self, batch: EncodedBatch, step: int, *, graded: bool) -> RollOut:
+    def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
         place = self.schedule.at(step)
         with self.phase("rollout"):
             stream = self._stream(batch, place)
-            return self._advance(stream, batch, place.begin, place.chunk, graded=graded)
+            return self._advance(stream, batch, place.begin, place.chunk, with_grad=with_grad)
 
     def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
         assert isinstance(made, Window)
         return made.condition, made.condition.with_text(batch.empty_text)
 
-    def _advance(self, stream: LongStream, batch: EncodedBatch, begin: int, chunk: int, *, graded: bool) -> Window:
+    def _advance(self, stream: LongStream, batch: EncodedBatch, begin: int, chunk: int, *, with_grad: bool) -> Window:
         step = begin + chunk
         return stream.advance(
             self.schedule.end_frame(chunk),
             self._roll_out_noise(batch, step),
             exit_step=self.exit_step(step),
-            graded=graded,
+            with_grad=with_grad,
         )
 
     def _stream(self, batch: EncodedBatch, place: Place) -> LongStream:
@@ -145,7 +147,7 @@ class LongTuning(Dmd):
         if key not in self._streams:
             stream = self._streams[key] = self._open(batch, place)
             for chunk in range(place.chunk):
-                self._advance(stream, batch, place.begin, chunk, graded=False)
+                self._advance(stream, batch, place.begin, chunk, with_grad=False)
         return self._streams[key]
 
     def _open(self, batch: EncodedBatch, place: Place) -> LongStream:
@@ -154,16 +156,15 @@ class LongTuning(Dmd):
             if batch.later_text is None:
                 raise DataError("the prompt switches in mid-stream, and the rows have only one; give two prompts a row")
             switch = Switch(place.switch, batch.later_text)
-        recomputed = self.generator.activation_checkpointing or self.generator.exits_together
         return LongStream(
             self.generator,
             batch.condition,
             batch.first_latent,
-            self.rules,
+            self.plan,
             batch.latent_size,
             self.codec,
             horizon=self.schedule.horizon,
             max_frames=place.length,
-            spare_frames=self.schedule.horizon if recomputed else 0,
+            spare_frames=self.schedule.horizon if self.generator.rereads else 0,
             switch=switch,
         )

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules, remake
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import remake
 from longtake.structs import Condition, MaskLayout
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
@@ -47,17 +48,18 @@ class TeacherForcing:
 
     def __init__(
         self,
-        model: VideoDiT,
+        denoiser: Denoiser,
         draws: Draws,
-        rules: RollOutRules,
+        plan: StreamPlan,
         *,
         shift: float,
         caption_dropout: float = 0.0,
         own_history: OwnHistory = OwnHistory(),
         phase: Phase = nullcontext,
     ) -> None:
-        self.networks: dict[str, nn.Module] = {"generator": model}
-        self.model, self.draws, self.rules = model, draws, rules
+        self.denoiser, self.model = denoiser, denoiser.model
+        self.networks: dict[str, nn.Module] = {"generator": self.model}
+        self.draws, self.plan = draws, plan
         self.shift, self.caption_dropout = shift, caption_dropout
         self.own_history, self.phase = own_history, phase
         self._layouts: dict[int, MaskLayout] = {}
@@ -79,7 +81,7 @@ class TeacherForcing:
         condition = drop_captions(batch, self.draws, step, self.caption_dropout)
         both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
         levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
-        predicted = self.model(both, levels, condition, mask=self._layout(frames))[:, frames:]
+        predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -92,7 +94,7 @@ class TeacherForcing:
 
     def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
         """The denoising step from which each block is made again."""
-        low, steps = self.own_history.from_step, len(self.rules.sigmas)
+        low, steps = self.own_history.from_step, len(self.plan.sigmas)
         found = []
         for block in range(num_blocks):
             least = min(max(low, 1), steps - 1) if block == first_generated else low
@@ -104,21 +106,21 @@ class TeacherForcing:
         if not self.remakes(step):
             return clean
         given = batch.first_latent is not None
-        blocks = list(self.rules.plan.blocks(0, clean.shape[1]))
+        blocks = list(self.plan.blocks(0, clean.shape[1]))
 
         def noise(start: int, end: int, part: int) -> Tensor:
             shape = (end - start, *clean.shape[2:])
-            key = start * len(self.rules.sigmas) + part
+            key = start * len(self.plan.sigmas) + part
             return self.draws.noise(step, "history", batch.indices, shape, clean.device, part=key)
 
         with self.phase("rollout"):
             starts = self.starts(step, len(blocks), 1 if given else 0)
-            return remake(self.model, condition, clean, noise, self.rules, starts, with_picture=given)
+            return remake(self.denoiser, condition, clean, noise, self.plan, starts, with_picture=given)
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
         columns = []
-        for part, (start, end) in enumerate(self.rules.plan.blocks(0, frames)):
+        for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
             columns.append(training_sigma(u, self.shift)[:, None].expand(-1, end - start))
         sigma = torch.cat(columns, 1).clone()
@@ -128,8 +130,5 @@ class TeacherForcing:
 
     def _layout(self, frames: int) -> MaskLayout:
         if frames not in self._layouts:
-            rules = self.rules
-            self._layouts[frames] = rules.plan.teacher_forcing_layout(
-                frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
-            )
+            self._layouts[frames] = self.plan.teacher_forcing_layout(frames)
         return self._layouts[frames]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOut, RollOutNoise, RollOutRules, block_noise_at
+from longtake.rollout.replay import ExitStep
+from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
 from longtake.structs import Condition
 
 
@@ -73,10 +74,10 @@ class LongStream:
 
     def __init__(
         self,
-        model: VideoDiT,
+        denoiser: Denoiser,
         condition: Condition,
         first_latent: Tensor | None,
-        rules: RollOutRules,
+        plan: StreamPlan,
         latent_size: tuple[int, int],
         codec: PictureCodec,
         *,
@@ -85,19 +86,13 @@ class LongStream:
         spare_frames: int = 0,
         switch: Switch | None = None,
     ) -> None:
-        if switch is not None and not rules.plan.is_boundary(switch.frame):
+        if switch is not None and not plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
-        self.model, self.condition, self.rules, self.codec = model, condition, rules, codec
+        self.denoiser, self.condition, self.plan, self.codec = denoiser, condition, plan, codec
         self.horizon, self.switch = horizon, switch
-        self.kept = KeptLatents.of_rules(rules)
-        self._cache = model.new_cache(
-            condition.batch_size,
-            *latent_size,
-            rules.window_frames,
-            rules.sink_frames,
-            rules.rope,
-            max_frames=max_frames,
-            spare_frames=spare_frames,
+        self.kept = KeptLatents(plan)
+        self._cache = denoiser.model.new_cache(
+            plan, condition.batch_size, latent_size, max_frames=max_frames, spare_frames=spare_frames
         )
         self._decoder = codec.decoder()
         self._started = False
@@ -111,10 +106,12 @@ class LongStream:
         """Latent frames there are, the given picture included."""
         return self.kept.position + (0 if self._pending is None else self._pending.shape[1])
 
-    def advance(self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, graded: bool = False) -> Window:
+    def advance(
+        self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, with_grad: bool = False
+    ) -> Window:
         """Generates up to latent frame `end` (a block boundary) and returns the window that ends there.
 
-        Args: `noise`, by absolute frames and denoising step; `graded` keeps the graph of the new blocks' exit steps.
+        Args: `noise`, by absolute frames and denoising step; `with_grad` keeps the graph of the new blocks' exit steps.
         Where the prompt switches within the new frames, only those from the switch on are marked as generated and carry
         gradient. The weights may have changed since the last call.
         Raises: ConfigError unless the first call ends at `horizon` and each later one makes fewer frames than that.
@@ -132,25 +129,25 @@ class LongStream:
         learns_from = switch.frame if switch is not None and start < switch.frame < end else start
         new: list[Tensor] = []
         exits: list[ExitStep] = []
-        with self.model.gathered():
-            for begin, stop in self.rules.plan.blocks(start, end):
+        with self.denoiser.gathered():
+            for begin, stop in self.plan.blocks(start, end):
                 self._settle(begin)
-                wanted = graded and begin >= learns_from
+                wanted = with_grad and begin >= learns_from
                 block = denoise_block(
-                    self.model,
+                    self.denoiser,
                     self._cache,
                     self.condition,
                     block_noise_at(noise, begin, stop),
-                    self.rules.sigmas,
+                    self.plan.sigmas,
                     exit_step=exit_step,
-                    graded=wanted,
-                    exits=exits if wanted and self.model.exits_together else None,
+                    with_grad=wanted,
+                    exits=exits if wanted and self.denoiser.batched_exits else None,
                 )
                 new.append(block)
                 self._pending = block.detach()
                 self._undecoded.append(self._pending)
             if exits:
-                new[-len(exits) :] = [graded_exits(self.model, self._cache, self.condition, exits)]
+                new[-len(exits) :] = [self.denoiser.exits_with_grad(self.condition, exits)]
         return self._window(torch.cat(new, 1), learns_from, first=first)
 
     def _settle(self, frame: int) -> None:
@@ -160,9 +157,9 @@ class LongStream:
             self.kept.append(pending)
         if self.switch is not None and frame >= self.switch.frame:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
-            rebuild_cache(self.model, self._cache, self.condition, self.kept, keep_sink=self.rules.keep_sink)
+            rebuild_cache(self.denoiser, self._cache, self.condition, self.kept, keep_sink=self.plan.keep_sink)
         elif pending is not None:
-            commit_block(self.model, self._cache, self.condition, pending)
+            commit_block(self.denoiser, self._cache, self.condition, pending)
 
     def _window(self, new: Tensor, learns_from: int, *, first: bool) -> Window:
         """The last `horizon` latents as the scores see them; `new` carries the graph."""

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from longtake.models.cache import KVCache
-from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import commit_block
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, commit_block
+from longtake.structs import Condition
 
 
 class KeptLatents:
@@ -26,25 +25,20 @@ class KeptLatents:
     Without a window everything is kept. Blocks are appended in order, as they are finished; `position` is the end.
     """
 
-    def __init__(self, plan: BlockPlan, window_frames: int | None, sink_frames: int) -> None:
-        self.plan, self.window_frames = plan, window_frames
-        self.sink_frames = 0 if window_frames is None else sink_frames
+    def __init__(self, plan: StreamPlan) -> None:
+        self.plan = plan
         self._blocks: dict[int, Tensor] = {}
         self.position = 0
-
-    @classmethod
-    def of_rules(cls, rules: RollOutRules) -> KeptLatents:
-        """Empty, for a stream by these rules."""
-        return cls(rules.plan, rules.window_frames, rules.sink_frames)
 
     def append(self, latents: Tensor) -> None:
         """Adds finished blocks [B, f, C, H, W] that begin at `position`; what no rebuild needs any more is dropped."""
         position, blocks = self.position + latents.shape[1], dict(self._blocks)
         for start, end in self.plan.blocks(self.position, position):
             blocks[start] = latents[:, start - self.position : end - self.position].detach()
-        if self.window_frames is not None:
-            oldest = position - (self.window_frames - self.sink_frames)
-            blocks = {s: block for s, block in blocks.items() if s < self.sink_frames or s >= oldest}
+        window, sink = self.plan.window_frames, self.plan.sink_frames
+        if window is not None:
+            oldest = position - (window - sink)
+            blocks = {s: block for s, block in blocks.items() if s < sink or s >= oldest}
         self._blocks, self.position = blocks, position
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -53,14 +47,14 @@ class KeptLatents:
 
     def copy(self) -> KeptLatents:
         """Another one with the same (never changed) latents."""
-        other = KeptLatents(self.plan, self.window_frames, self.sink_frames)
+        other = KeptLatents(self.plan)
         other._blocks, other.position = dict(self._blocks), self.position
         return other
 
 
 @torch.no_grad()
 def rebuild_cache(
-    model: VideoDiT, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
+    denoiser: Denoiser, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
 ) -> None:
     """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
 
@@ -77,5 +71,5 @@ def rebuild_cache(
     for start, latents in kept.blocks():
         if start >= stays:
             cache.skip_to(start)
-            commit_block(model, cache, condition, latents)
+            commit_block(denoiser, cache, condition, latents)
     cache.skip_to(kept.position)

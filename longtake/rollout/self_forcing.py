@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from longtake.flow.path import add_noise
-from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import ExitStep, commit_block, denoise_block, graded_exits
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
+from longtake.rollout.replay import ExitStep
+from longtake.structs import Condition
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]
 RollOutNoise = Callable[[int, int, int], Tensor]
@@ -29,75 +30,51 @@ class RollOut:
     generated: Tensor
 
 
-@dataclass(frozen=True)
-class RollOutRules:
-    """How the student unrolls: block boundaries, window, positions and noise levels; the same at inference.
-
-    `keep_sink`: where the condition changes in mid-stream, the sink stays as the old one made it.
-    """
-
-    plan: BlockPlan
-    sigmas: Sequence[float]
-    window_frames: int | None
-    sink_frames: int
-    rope: str
-    keep_sink: bool = False
-
-
 def roll_out(
-    model: VideoDiT,
+    denoiser: Denoiser,
     condition: Condition,
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     num_frames: int,
     latent_size: tuple[int, int],
     *,
     exit_step: int | None = None,
-    graded: bool = False,
+    with_grad: bool = False,
 ) -> RollOut:
     """Unrolls `num_frames` latent frames block by block from an empty cache.
 
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` one step for every block; `graded` keeps the graph of the exit steps.
+    frames and denoising step; `exit_step` one step for every block; `with_grad` keeps the graph of the exit steps.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
-    rules.plan.check(num_frames)
+    plan.check(num_frames)
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
-    evicted = 0 if rules.window_frames is None else max(0, num_frames - rules.window_frames)
-    recomputed = model.activation_checkpointing or model.exits_together
-    recomputed = recomputed and (graded or model.graphs is not None)  # one cache for both
-    cache = model.lend_cache(
-        condition.batch_size,
-        *latent_size,
-        rules.window_frames,
-        rules.sink_frames,
-        rules.rope,
-        num_frames,
-        evicted if recomputed else 0,
-    )
+    evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
+    reread = denoiser.rereads and (with_grad or denoiser.graphs is not None)  # one cache for both
+    cache = denoiser.lend_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
     blocks: list[Tensor] = []
-    exits: list[ExitStep] | None = [] if graded and model.exits_together else None
-    with model.gathered():
+    exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exits else None
+    with denoiser.gathered():
         if first_latent is not None:
-            commit_block(model, cache, condition, first_latent)
+            commit_block(denoiser, cache, condition, first_latent)
             blocks.append(first_latent.float())
-        for start, end in rules.plan.blocks(cache.position, num_frames):
+        for start, end in plan.blocks(cache.position, num_frames):
             clean = denoise_block(
-                model,
+                denoiser,
                 cache,
                 condition,
                 block_noise_at(noise, start, end),
-                rules.sigmas,
+                plan.sigmas,
                 exit_step=exit_step,
-                graded=graded,
+                with_grad=with_grad,
                 exits=exits,
             )
             blocks.append(clean)
             if end < num_frames:
-                commit_block(model, cache, condition, clean)
+                commit_block(denoiser, cache, condition, clean)
         if exits:
-            blocks[-len(exits) :] = [graded_exits(model, cache, condition, exits)]
+            blocks[-len(exits) :] = [denoiser.exits_with_grad(condition, exits)]
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
     generated[: 0 if first_latent is None else 1] = False
     return RollOut(torch.cat(blocks, 1), generated)
@@ -105,11 +82,11 @@ def roll_out(
 
 @torch.no_grad()
 def remake(
-    model: VideoDiT,
+    denoiser: Denoiser,
     condition: Condition,
     clean: Tensor,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     starts: Sequence[int],
     *,
     with_picture: bool,
@@ -123,18 +100,18 @@ def remake(
     """
     made = clean.float().clone()
     batch, frames, _, height, width = made.shape
-    cache = model.lend_cache(batch, height, width, rules.window_frames, rules.sink_frames, rules.rope, frames, 0)
-    with model.gathered():
-        for part, (start, end) in enumerate(rules.plan.blocks(0, frames)):
+    cache = denoiser.lend_cache(plan, batch, (height, width), frames)
+    with denoiser.gathered():
+        for part, (start, end) in enumerate(plan.blocks(0, frames)):
             if end == frames:
                 break
             if not (with_picture and start == 0):
-                first, sigmas = starts[part], rules.sigmas[starts[part] :]
+                first, sigmas = starts[part], plan.sigmas[starts[part] :]
                 level = torch.full((batch,), sigmas[0], device=made.device)
                 drawn = block_noise_at(noise, start, end)
                 noisy = add_noise(made[:, start:end], drawn(first), level)
-                made[:, start:end] = denoise_block(model, cache, condition, _begin_with(noisy, drawn, first), sigmas)
-            commit_block(model, cache, condition, made[:, start:end])
+                made[:, start:end] = denoise_block(denoiser, cache, condition, _begin_with(noisy, drawn, first), sigmas)
+            commit_block(denoiser, cache, condition, made[:, start:end])
     return made
 
 

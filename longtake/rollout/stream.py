@@ -11,10 +11,10 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
-from longtake.models.dit import VideoDiT
-from longtake.rollout.chunk import Guidance, commit_block, denoise_block
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutNoise, RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 from longtake.structs import Condition
 
 
@@ -23,7 +23,7 @@ class LatentStream(Iterator[Tensor]):
 
     The context pass of a block runs only when the next block is asked for (nobody reads that of the last one); until
     then the block is `pending`. `kept` holds what a rebuild under another condition needs, the pending block included.
-    The caller makes the cache (`model.new_cache`; with `guidance` a second one like it), and the stream begins at
+    The caller makes the cache (`VideoDiT.new_cache`; with `guidance` a second one like it), and the stream begins at
     `cache.position`.
 
     What raises, Ctrl-C included, changes nothing, and the same call made again gives what it would have given: the
@@ -33,18 +33,18 @@ class LatentStream(Iterator[Tensor]):
 
     def __init__(
         self,
-        model: VideoDiT,
+        denoiser: Denoiser,
         cache: KVCache,
         condition: Condition,
         first_latent: Tensor | None,
         noise: RollOutNoise,
-        rules: RollOutRules,
+        plan: StreamPlan,
         *,
         guidance: Guidance | None = None,
     ) -> None:
-        self.model, self.cache, self.condition, self.guidance = model, cache, condition, guidance
-        self.noise, self.rules = noise, rules
-        self.kept = KeptLatents.of_rules(rules)
+        self.denoiser, self.cache, self.condition, self.guidance = denoiser, cache, condition, guidance
+        self.noise, self.plan = noise, plan
+        self.kept = KeptLatents(plan)
         self.kept.position = cache.position
         self.pending: Tensor | None = None
         self._first = first_latent
@@ -87,10 +87,10 @@ class LatentStream(Iterator[Tensor]):
         if self._first is not None:
             return self._first.float()
         self.commit()
-        start, end = next(self.rules.plan.blocks(self.position))
+        start, end = next(self.plan.blocks(self.position))
         block_noise = block_noise_at(self.noise, start, end)
         return denoise_block(
-            self.model, self.cache, self.condition, block_noise, self.rules.sigmas, guidance=self.guidance
+            self.denoiser, self.cache, self.condition, block_noise, self.plan.sigmas, guidance=self.guidance
         )
 
     def commit(self) -> None:
@@ -101,7 +101,7 @@ class LatentStream(Iterator[Tensor]):
             self._make_own(condition, cache)
             if self.pending is not None and not cache.holds(self._committed, self.position):
                 cache.position = self._committed
-                commit_block(self.model, cache, condition, self.pending)
+                commit_block(self.denoiser, cache, condition, self.pending)
             cache.position = self.position
         self.pending = None
 
@@ -110,7 +110,7 @@ class LatentStream(Iterator[Tensor]):
         if cache.content is not self._content:
             cache.content = None
             cache.position = self._committed
-            rebuild_cache(self.model, cache, condition, self.kept, keep_sink=self.rules.keep_sink)
+            rebuild_cache(self.denoiser, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
             cache.content = self._content
 
     def change(
@@ -164,43 +164,43 @@ def _with_caches(
 
 
 def stream_latents(
-    model: VideoDiT,
+    denoiser: Denoiser,
     cache: KVCache,
     condition: Condition,
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     *,
     guidance: Guidance | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents of a `LatentStream`, for ever; the caller stops when it has enough."""
-    return LatentStream(model, cache, condition, first_latent, noise, rules, guidance=guidance)
+    return LatentStream(denoiser, cache, condition, first_latent, noise, plan, guidance=guidance)
 
 
 def stream_switched(
-    model: VideoDiT,
+    denoiser: Denoiser,
     cache: KVCache,
     conditions: Sequence[Condition],
     switch_frames: Sequence[int],
     first_latent: Tensor | None,
     noise: RollOutNoise,
-    rules: RollOutRules,
+    plan: StreamPlan,
     *,
     rebuild: bool = True,
 ) -> Iterator[Tensor]:
     """As `stream_latents`, under another condition from the first block that begins at or after each switch frame.
 
     Args: `cache`, an empty one; `conditions`, one more than `switch_frames` (latent frames, ascending). At a switch the
-    cache is rebuilt under the new condition (`rules.keep_sink`: but for the sink); without `rebuild` it stays as the
+    cache is rebuilt under the new condition (`plan.keep_sink`: but for the sink); without `rebuild` it stays as the
     old one made it, for comparison. Raises: ConfigError when conditions and switch frames do not fit.
     """
-    ends = [_boundary(rules, frame) for frame in switch_frames]
+    ends = [_boundary(plan, frame) for frame in switch_frames]
     if len(conditions) != len(ends) + 1 or any(end <= start for start, end in zip([0, *ends], ends)):
         raise ConfigError(
             f"{len(conditions)} conditions and switch frames {list(switch_frames)} do not fit: there must be one "
             "condition more, and between two switches, and before the first, at least one block"
         )
-    stream = LatentStream(model, cache, conditions[0], first_latent, noise, rules)
+    stream = LatentStream(denoiser, cache, conditions[0], first_latent, noise, plan)
     return _Switched(stream, list(zip(ends, conditions[1:])), rebuild=rebuild)
 
 
@@ -222,6 +222,6 @@ class _Switched(Iterator[Tensor]):
         return self.stream.next()
 
 
-def _boundary(rules: RollOutRules, frame: int) -> int:
+def _boundary(plan: StreamPlan, frame: int) -> int:
     """The first frame of the first block that begins at or after `frame`."""
-    return frame if rules.plan.is_boundary(frame) else rules.plan.block_of(frame)[1]
+    return frame if plan.is_boundary(frame) else plan.block_of(frame)[1]

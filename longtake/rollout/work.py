@@ -1,4 +1,4 @@
-"""Which calls of which network one iteration of a stage makes, and what they cost: for training and for predictions.
+"""Which calls of which network one iteration of a stage makes, and what they cost: the utilisation that training logs.
 
 The calls are those of `rollout/self_forcing.py`, `rollout/long_stream.py` and the objectives; tests count them there.
 Not counted: encoders and VAE, the rebuild of a cache where a prompt changes, and the unconditional text of a batch.
@@ -46,24 +46,23 @@ def passes(
     image_tokens: int,
     *,
     update_generator: bool = True,
-    exit_step: float | None = None,
+    exit_step: int = 0,
     chunk: int = 0,
     together: bool = False,
 ) -> list[Pass]:
     """What one micro-batch of `batch` videos costs in one iteration.
 
     Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
-    iteration updates the student, and `exit_step` where roll-outs stop (None: the mean); `chunk` of long tuning;
-    `together`, where the exit steps of a roll-out have one backward (`VideoDiT.exits_together`).
+    iteration updates the student, and `exit_step` where roll-outs stop; `chunk` of long tuning;
+    `together`, where the exit steps of a roll-out have one backward (`Denoiser.batched_exits`).
     """
     clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
     if config.stage == "teacher":
         return [Pass(GENERATOR, "forward", clips[GENERATOR], graded=True)]
     if config.stage == "causal":
         return [*remake_passes(config, clips[GENERATOR]), forced_pass(config, clips[GENERATOR])]
-    steps = (len(config.flow.steps) - 1) / 2 if exit_step is None else exit_step
     clip = clips[GENERATOR]
-    found = list(roll_out_passes(config, clip, steps, graded=update_generator, chunk=chunk, together=together))
+    found = list(roll_out_passes(config, clip, exit_step, graded=update_generator, chunk=chunk, together=together))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
@@ -74,26 +73,20 @@ def passes(
 
 def forced_pass(config: StageConfig, clip: Call) -> Pass:
     """Teacher forcing on the rows' videos."""
-    plan = config.plan
-    layout = plan.blocks.teacher_forcing_layout(
-        config.clip_shape.num_latent_frames,
-        window_frames=plan.window_frames,
-        sink_frames=plan.sink_frames,
-        rope=config.rope,
-    )
+    layout = config.stream_plan.teacher_forcing_layout(config.clip_shape.num_latent_frames)
     return Pass(GENERATOR, "forward", clip.masked(layout), graded=True)
 
 
 def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
     """The student's own version of the real clip (`rollout.remake`), of which an iteration makes its share."""
-    plan, blocks, own = config.plan, config.plan.blocks, config.own_history
+    plan, own = config.stream_plan, config.own_history
     frames, steps = config.video.num_latent_frames, len(config.flow.steps)
     given = 1 if config.model.image_condition == "i2v" else 0
     fresh, first = True, True
-    for start, end in blocks.blocks(0, frames):
+    for start, end in plan.blocks(0, frames):
         if own.share == 0 or end == frames:
             return
-        past = len(blocks.attended(start, end, plan.window_frames, plan.sink_frames))
+        past = len(plan.attended(start, end))
         if start >= given:
             least = min(max(own.from_step, 1), steps - 1) if first else own.from_step
             call = clip.cached(end - start, past, with_context=fresh)
@@ -105,23 +98,23 @@ def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
 
 
 def roll_out_passes(
-    config: StageConfig, clip: Call, exit_step: float, *, graded: bool, chunk: int = 0, together: bool = False
+    config: StageConfig, clip: Call, exit_step: int, *, graded: bool, chunk: int = 0, together: bool = False
 ) -> Iterator[Pass]:
     """Denoising and context passes of a roll-out; of long tuning, those of one chunk of a running video."""
-    plan, blocks = config.plan, config.plan.blocks
+    plan = config.stream_plan
     given = 1 if config.model.image_condition == "i2v" else 0
     start, end = given, config.video.num_latent_frames
     if chunk:
         end += chunk * config.new_frames
         start = end - config.new_frames
     # The block before is committed first: the picture, or what the chunk before left.
-    commits = [blocks.block_of(start - 1)] if start else []
-    denoised = list(blocks.blocks(start, end))
+    commits = [plan.block_of(start - 1)] if start else []
+    denoised = list(plan.blocks(start, end))
     commits += denoised[:-1]
     fresh = True  # the first call without gradient makes the context's keys and values
 
     def one(block: tuple[int, int], *, with_context: bool) -> Call:
-        past = len(blocks.attended(*block, plan.window_frames, plan.sink_frames))
+        past = len(plan.attended(*block))
         return clip.cached(block[1] - block[0], past, with_context=with_context)
 
     for block in commits:

@@ -167,7 +167,7 @@ def train(
                 if trace:
                     trace.at(step)
                 started, before = time.perf_counter(), state.data_position
-                _iteration(state, objective, batches, settings, mesh, phases, window)
+                iteration(state, objective, batches, settings, mesh, phases, window)
                 seconds = time.perf_counter() - started
                 window.add({"seconds": seconds})
                 gauges.add(step, seconds, state.data_position - before)
@@ -235,7 +235,7 @@ def _complete_saves(saver: Saver | None, phases: Phases) -> Iterator[None]:
                 saver.close(failing=failing)
 
 
-def _iteration(
+def iteration(
     state: TrainState,
     objective: Objective,
     batches: Batches,

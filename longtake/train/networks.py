@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +22,20 @@ from longtake.config import StageConfig
 from longtake.config_groups import LoraConfig, ModelConfig
 from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.distributed.parallelize import gathered, parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.presets import model_config
-from longtake.models.roles import Role, SharedBase
+from longtake.models.roles import AdapterSwitch, Role, SharedBase
 from longtake.models.tensor_files import not_finite
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
 from longtake.runs import read_manifest
 from longtake.train.facts import facts
 from longtake.train.lora import adapt, earlier_values, first_values
@@ -37,23 +43,27 @@ from longtake.train.lora import adapt, earlier_values, first_values
 logger = logging.getLogger(__name__)
 
 
-def build_networks(config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT | None, dict[str, Adapter]]:
-    """The trained networks, the frozen real score, and the low-rank updates of those that train nothing else.
+class Networks(NamedTuple):
+    """The trained networks by name, the frozen real score, the low-rank updates of those that train nothing else, and
+    the generator as it streams.
+    """
+
+    trained: dict[str, VideoDiT]
+    real: VideoDiT | None
+    adapters: dict[str, Adapter]
+    student: Denoiser
+
+
+def build_networks(config: StageConfig, mesh: Mesh) -> Networks:
+    """The networks of a stage.
 
     Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
     """
-    builder = _Builder(config, mesh)
+    builder = Builder(config, mesh)
     if config.init_from is not None:
-        _open(builder.weights("generator"), config)  # heads of files only
+        builder.open(builder.weights("generator"))  # heads of files only
         _check_same_rules(config.source(config.init_from), config)
-    if not config.distils:
-        return {"generator": builder.trained("generator")}, None, builder.adapters
-    if config.roles == "shared":
-        return builder.shared()
-    networks = {"generator": builder.trained("generator")}
-    real = builder.frozen()
-    networks["critic"] = builder.trained("critic")
-    return networks, real, builder.adapters
+    return builder.build()
 
 
 def weights_folder(source: Path, config: StageConfig) -> Path:
@@ -78,12 +88,24 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
         raise not_finite(opened.place(wrong[0]))
 
 
-class _Builder:
+class Builder:
     """Builds the networks of one stage one after the other, and remembers their updates."""
 
     def __init__(self, config: StageConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.adapters: dict[str, Adapter] = {}
+
+    def build(self) -> Networks:
+        """All networks of the stage."""
+        real = None
+        if self.config.roles == "shared":
+            networks, real = self.shared()
+        else:
+            networks = {"generator": self.trained("generator")}
+            if self.config.distils:
+                real = self.frozen()
+                networks["critic"] = self.trained("critic")
+        return Networks(networks, real, self.adapters, self.student(networks["generator"]))
 
     def trained(self, name: str) -> VideoDiT:
         """A network of its own: trained whole, or its updates alone."""
@@ -91,28 +113,27 @@ class _Builder:
         if name == "generator" and config.init_from is None:
             return self._random()
         weights = self.weights(name)
-        opened = _open(weights, config)
+        opened = self.open(weights)
         if lora is None:
-            if name == "generator" and self._records:
-                opened.model.graphs = PassGraphs()
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
-        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh)
+        identity = self.mesh.on_main(lambda: self.identity(weights))
+        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh, identity=identity)
         return self._filled(opened, first_values(opened.model, name, config))
 
     def frozen(self) -> VideoDiT:
         """The teacher alone."""
-        opened = _open(self.weights("teacher"), self.config)
+        opened = self.open(self.weights("teacher"))
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
-    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
+    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT]:
         """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
         config, mesh = self.config, self.mesh
         base = self.weights("teacher")
-        identity = mesh.on_main(lambda: weights_identity(base))
-        opened = _open(base, config)
+        identity = mesh.on_main(lambda: self.identity(base))
+        opened = self.open(base)
         self._freeze(opened.model)
         updates: list[Iterator[tuple[str, Tensor]]] = []
         names = [name for name in ("generator", "critic") if self._lora(name) is not None]
@@ -126,13 +147,28 @@ class _Builder:
                 updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", called=name))
             else:
                 updates.append(first_values(opened.model, name, config, called=name))
-        shared = SharedBase(self._filled(opened, *updates))
+        switch = AdapterSwitch()
+        opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
+        shared = SharedBase(self._filled(opened, *updates), switch)
         networks: dict[str, VideoDiT] = {}
         for name in ("generator", "critic"):
             networks[name] = Role(shared, name) if name in names else self.trained(name)
         if mesh.is_main:
             logger.info("one frozen network is shared by the teacher and %s", " and ".join(names))
-        return networks, Role(shared, None), self.adapters
+        return networks, Role(shared, None)
+
+    def student(self, generator: VideoDiT) -> Denoiser:
+        """The generator as it streams."""
+        config, mesh = self.config, self.mesh
+        sharded = generator.base.model if isinstance(generator, Role) else generator
+        once = mesh.fsdp_mesh is not None and config.gathers_once
+        sequence = 1 if mesh.sequence is None else mesh.sequence.size
+        return Denoiser(
+            generator,
+            graphs=CUDAGraphRunner() if self._captures else None,
+            batched_exits=config.joins_exits(whole=mesh.fsdp_mesh is None, sequence=sequence),
+            gathering=partial(gathered, sharded) if once else nullcontext,
+        )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _check_base(self, name: str, own: Path, base: Path, identity: str) -> None:
@@ -165,42 +201,46 @@ class _Builder:
         assert source is not None
         return weights_folder(config.source(source), config)
 
+    def open(self, source: Path) -> Opened:
+        """Weights before they are read. Raises: CheckpointError, ConfigError."""
+        return _open(source, self.config)
+
+    def identity(self, source: Path) -> str:
+        """What tells these weights from all others."""
+        return weights_identity(source)
+
     def _freeze(self, model: VideoDiT) -> None:
         if self.config.precision == "bf16":  # autocast rounds the same weights the same way
             model.cast(torch.bfloat16)
         model.requires_grad_(False)
 
     @property
-    def _records(self) -> bool:
-        """Whether the student's passes are recorded: where its weights never move, and Python makes the calls."""
-        parallel, mesh = self.config.parallel, self.mesh
-        whole = mesh.fsdp_mesh is None and not parallel.compile
-        return parallel.graphs and whole and mesh.device.type == "cuda" and self.config.stage != "teacher"
+    def _captures(self) -> bool:
+        """Whether the student's passes are captured: where its weights never move, and Python makes the calls."""
+        config, mesh = self.config, self.mesh
+        whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
+        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.stage != "teacher"
 
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        self._parallelize(network, recompute=True)
-        return network
+        return self._parallelized(network, recompute=True)
 
     def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
-        self._parallelize(opened.model, recompute=recompute)
+        opened = replace(opened, model=self._parallelized(opened.model, recompute=recompute))
         _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
-    def _parallelize(self, model: VideoDiT, *, recompute: bool) -> None:
+    def _parallelized(self, model: VideoDiT, *, recompute: bool) -> VideoDiT:
         config = self.config
-        sequence = 1 if self.mesh.sequence is None else self.mesh.sequence.size
-        parallelize(
+        return parallelize(
             model,
             self.mesh,
             recompute=config.activation_checkpointing if recompute else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
-            gather_once=config.gathers_once,
-            join_exits=recompute and config.joins_exits(whole=self.mesh.fsdp_mesh is None, sequence=sequence),
         )
 
 

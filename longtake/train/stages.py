@@ -16,7 +16,7 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.inference.generator import load_encoders, rules_of
+from longtake.inference.generator import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import image_token_count
@@ -30,6 +30,7 @@ from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import PictureCodec
 from longtake.runs import checkpoints_folder
 from longtake.train.checkpoint import refuse_other_facts
@@ -109,7 +110,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
 def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
     must_stay = facts(config) | resume_facts(config, mesh.on_main(lambda: rows_fact(dataset)))
     refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
-    networks, real, adapters = _networks(config, mesh)
+    networks, real, adapters, student = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None
     encoder: RowEncoder
@@ -133,14 +134,14 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
             **parts,
         )
     phases = Phases(mesh.device)
-    inner = _objective(config, networks, real, Draws(config.seed), phases)
+    inner = make_objective(config, student, networks, real, Draws(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
     if config.stage == "long":
         codec = EncoderCodec.of_stage(config, encoders, mesh.device, with_tokens=with_tokens)
         inner, batches = for_long_videos(config, inner, codec, loaded, accumulation)
     objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
-    state = _state(config, objective.networks, adapters)
+    state = make_state(config, objective.networks, adapters)
     settings = LoopSettings(
         max_steps=config.max_steps,
         accumulation=accumulation,
@@ -233,14 +234,20 @@ def _validation(
     return Validation(config, encoders, state, teacher, mesh, config.folder)
 
 
-def _objective(
-    config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, draws: Draws, phases: Phases
+def make_objective(
+    config: StageConfig,
+    student: Denoiser,
+    networks: dict[str, VideoDiT],
+    real: VideoDiT | None,
+    draws: Draws,
+    phases: Phases,
 ) -> Objective:
+    """What the stage trains its networks by, but for long videos. Args: `real`, the frozen score."""
     clean = config.model.image_condition == "i2v" and config.model.first_frame_sigma == "zero"
     flow = config.flow
     if config.stage == "teacher":
         return FlowMatching(
-            networks["generator"],
+            student.model,
             draws,
             shift=flow.shift,
             caption_dropout=config.caption_dropout,
@@ -248,9 +255,9 @@ def _objective(
         )
     if config.stage == "causal":
         return TeacherForcing(
-            networks["generator"],
+            student,
             draws,
-            rules_of(config),
+            config.stream_plan,
             shift=flow.shift,
             caption_dropout=config.caption_dropout,
             own_history=OwnHistory(config.own_history.share, config.own_history.from_step),
@@ -266,15 +273,15 @@ def _objective(
         head_start=config.critic.head_start,
         first_frame_clean=clean,
     )
-    generator, rules, real_videos = networks["generator"], rules_of(config), None
+    plan, real_videos = config.stream_plan, None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(generator, draws, rules, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
     return Dmd(
-        generator,
+        student,
         networks["critic"],
         real,
         draws,
-        rules,
+        plan,
         config.video.num_latent_frames,
         settings,
         real_videos=real_videos,
@@ -295,7 +302,7 @@ def for_long_videos(
         dmd.critic,
         dmd.real,
         dmd.draws,
-        dmd.rules,
+        dmd.plan,
         dmd.settings,
         schedule,
         codec,
@@ -310,7 +317,8 @@ def for_long_videos(
     )
 
 
-def _state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
+def make_state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
+    """The state of a stage before its first iteration, of networks that are already sharded."""
     groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
     optimizers = {}
     for name in networks:

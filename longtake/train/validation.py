@@ -18,9 +18,9 @@ from longtake.distributed.mesh import Mesh
 from longtake.evaluation import report
 from longtake.evaluation.rows import Row, Videos, held_out, score_row, student_row, teacher_row, truth
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import rules_of
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
+from longtake.rollout.denoise import Denoiser
 from longtake.train.state import TrainState
 
 # Numbers that are written to metrics.jsonl, by their name in the summary
@@ -102,7 +102,7 @@ class Validation:
     def _student(self, model: VideoDiT) -> Row:
         if self.config.stage == "teacher":
             return self._teacher(model)
-        return student_row(model, rules_of(self.config), seed=self.config.validation.seed)
+        return student_row(Denoiser(model), self.config.stream_plan, seed=self.config.validation.seed)
 
     def _teacher(self, model: VideoDiT) -> Row:
         flow = self.config.flow

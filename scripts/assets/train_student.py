@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,21 +23,21 @@ from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.config import StageConfig, load_config
-from longtake.inference.generator import rules_of
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
 from longtake.models.contexts import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.layers import Rotation
-from longtake.models.pass_graph import PassGraphs
+from longtake.models.layers import Rotation, rope_angles
 from longtake.models.weights import load_dit
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
-from longtake.structs import Condition
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import Condition, MaskLayout
 
 
 class DeviceDraws(Draws):
@@ -86,11 +87,13 @@ class Forced(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """As `VideoDiT.forward` with the mask."""
-        share, rotation = self.model._share_and_rotation(x)
-        query, key = Rotation(rotation(self.frame_index)), Rotation(rotation(self.key_position))
-        context = MaskedContext(query, key, self.mask, self.key_entry, share)
-        cross = self.model._fresh_cross(condition, None)
-        return self.model._velocity(x, sigma, condition.frames, self.frame_index, context, cross)
+        angles = partial(
+            rope_angles, height=x.shape[3] // 2, width=x.shape[4] // 2, head_width=self.model.config.head_width
+        )
+        query, key = Rotation(angles(self.frame_index)), Rotation(angles(self.key_position))
+        seen = MaskedContext(query, key, self.mask, self.key_entry)
+        cross, _ = self.model._cross_context(condition, None)
+        return self.model._velocity(x, sigma, condition.frames, self.frame_index, seen, cross)
 
 
 class Quick:
@@ -103,14 +106,14 @@ class Quick:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, **options: Any) -> Tensor:
-        if options.get("mask") is not None and self._forced is not None:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, context: Any = None) -> Tensor:
+        if isinstance(context, MaskLayout) and self._forced is not None:
             try:
                 return self._forced(x, sigma, condition)
             except RuntimeError as error:  # what a compiler raises is one
                 print(f"not compiled: {error}", flush=True)
                 self._forced = None
-        return self._model(x, sigma, condition, **options)
+        return self._model(x, sigma, condition, context)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
@@ -123,9 +126,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = 
 def quicken(causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:
     """Compiles the passes of `causal` that carry gradient."""
     model = causal.model
-    model.set_attention(attend_plainly)
     for block in model.blocks:
-        cast(Block, block).cross_attn.attend = attend_plainly
+        cast(Block, block).self_attn.attend = cast(Block, block).cross_attn.attend = attend_plainly
     forced = torch.compile(Forced(model, causal, frames, tokens, device), dynamic=False)
     causal.model = cast(VideoDiT, Quick(model, forced))
 
@@ -134,14 +136,14 @@ def load_networks(
     args: argparse.Namespace, config: StageConfig, device: torch.device
 ) -> tuple[Objective, list[Trained]]:
     """The objective of the stage, and what it trains; the student first."""
-    draws, rules, flow = DeviceDraws(args.seed, device), rules_of(config), config.flow
+    draws, plan, flow = DeviceDraws(args.seed, device), config.stream_plan, config.flow
     student = load_dit(args.init, device)
-    if device.type == "cuda" and args.graphs:
-        student.graphs = PassGraphs()
+    graphs = CUDAGraphRunner() if device.type == "cuda" and args.graphs else None
+    denoiser = Denoiser(student, graphs=graphs)
     if config.stage == "causal":
         own = config.own_history
         causal = TeacherForcing(
-            student, draws, rules, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
+            denoiser, draws, plan, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
         )
         if args.compile:
             shape = config.video.shape
@@ -160,9 +162,9 @@ def load_networks(
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
     real_videos = None
     if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(student, draws, rules, shift=flow.shift), weight)
+        real_videos = RealVideos(TeacherForcing(denoiser, draws, plan, shift=flow.shift), weight)
     frames = config.video.num_latent_frames
-    dmd = Dmd(student, critic, real, draws, rules, frames, settings, real_videos=real_videos)
+    dmd = Dmd(denoiser, critic, real, draws, plan, frames, settings, real_videos=real_videos)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained

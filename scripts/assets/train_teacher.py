@@ -41,9 +41,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: object = None) -> Tensor:
 
 def compiled(model: VideoDiT) -> VideoDiT:
     """The model as one compiled graph; `model` itself keeps the weights and their names."""
-    model.set_attention(attend)
     for block in model.blocks:
-        cast(Block, block).cross_attn.attend = attend
+        cast(Block, block).self_attn.attend = cast(Block, block).cross_attn.attend = attend
     return cast(VideoDiT, torch.compile(model, dynamic=False))
 
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longtake.rollout.denoise import Denoiser
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA_SEED, WORLD_SEED, OPEN_SEED = 0, 1_000_003, 1_000_037
 CORES = os.cpu_count() or 1
@@ -192,7 +194,6 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.evaluation.world_metrics import summarise
-    from longtake.inference.generator import rules_of
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
     from longtake.runs import exported_weights, find_checkpoint, read_manifest
@@ -216,7 +217,7 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
         result: dict[str, Any] = {"step": manifest["step"], "config": manifest["config"]}
         for kind in kinds:
             model = load_dit(exported_weights(checkpoint, prefer_ema=kind == "ema"), mesh.device).eval()
-            row = student_row(model, rules_of(config), seed=WORLD_SEED)
+            row = student_row(Denoiser(model), config.stream_plan, seed=WORLD_SEED)
             scores = {prefix: summarise(score_row(row, part, mesh)[0]) for prefix, part in batches.items()}
             flat = {prefix + key: value for prefix, summary in scores.items() for key, value in summary.items()}
             flat["open_bits"] = flat["open_open_entropy_bits"]

@@ -16,6 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from longtake.rollout.denoise import Denoiser
+
 WORLD_SEED, OPEN_SEED = 1_000_003, 1_000_037
 SHORT = ("position_error_px", "motion_ratio", "shape_kept", "colour_kept", "count_kept")
 WORST = ("shape_kept", "colour_kept", "count_kept", "saturation", "contrast")
@@ -33,7 +35,6 @@ def score(
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.evaluation.window_metrics import WindowRule
     from longtake.evaluation.world_metrics import summarise
-    from longtake.inference.generator import rules_of
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
     from longtake.structs import pixel_frames
@@ -45,7 +46,7 @@ def score(
     found: dict[str, Any] = {"name": folder.name}
     with init_mesh("cpu") as mesh:
         encoders = Encoders.load(TOY_ASSETS, mesh.device)
-        row = student_row(load_dit(folder, mesh.device).eval(), rules_of(config), seed=seed)
+        row = student_row(Denoiser(load_dit(folder, mesh.device).eval()), config.stream_plan, seed=seed)
         sets = [("short", seed, worlds, horizon, None), ("long", seed, long_worlds, long_frames, None)]
         is_open = [i for i in range(8 * open_worlds) if any(s.is_open for s in sample_world(OPEN_SEED, i).sprites)]
         sets.append(("open", OPEN_SEED, open_worlds, horizon, is_open))

@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 
 from longtake.cli import app
 from longtake.config import load_config
-from longtake.doctor.calibration import compared, measured_rates
-from longtake.doctor.rates import rates_of
 
 pytest.importorskip("lmdb")
 ROOT = Path(__file__).parents[2]
@@ -53,10 +51,6 @@ def test_all_parts_leave_their_numbers(full_size, tmp_path, monkeypatch):
     assert len(decoding) == 4 and all(seconds > 0 for seconds in decoding.values())
     shown = (tmp_path / "results.md").read_text()
     assert all(f"| {part} |" in shown for part in results)
-    rates = measured_rates(rates_of(), tmp_path / "results.json")
-    assert rates.is_calibrated and rates["products"] == results["rates"]["matmul 64^3, TFLOP/s"] * 1e12
-    rows = compared(rates, results)
-    assert len(rows) == 2 and sum(row.predicted - row.measured for row in rows) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_stage_at_full_size_is_the_recipe(full_size, tmp_path):
@@ -66,7 +60,7 @@ def test_the_stage_at_full_size_is_the_recipe(full_size, tmp_path):
         config = load_config(full_size.stage(run, window, sink, args.iterations, path="data", kind="encoded"))
         assert (config.plan.window_frames, config.plan.sink_frames) == (window, sink)
         assert (config.video.height, config.video.width, config.video.num_latent_frames) == (480, 832, 21)
-        assert list(config.plan.blocks.blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
+        assert list(config.plan.stream().blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
         assert config.precision == "bf16" and config.activation_checkpointing and config.save_every == 0
     assert run.sizes.tokens == 1560 and {window for window, _ in full_size.windows_of(run.sizes.windows)} == {12, 13}
 

@@ -23,7 +23,7 @@ def test_the_cases_are_what_they_say(one_gpu, tmp_path):
     config = one_gpu.stage(case, "14b", tmp_path)
     assert (case.sizes.dit.dim, case.sizes.dit.num_layers, case.sizes.dit.image_dim) == (5120, 40, 1280)
     assert (config.video.height, config.video.width, config.video.num_latent_frames) == (480, 832, 21)
-    assert list(config.plan.blocks.blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
+    assert list(config.plan.stream().blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
     assert config.roles == "shared" and config.activation_checkpointing is True and config.precision == "bf16"
     assert config.lora.rank == config.critic.lora.rank == 128 and config.lora.targets is None
     assert one_gpu.CASES["1.3b"].rank == 256 and one_gpu.CASES["1.3b"].sizes.dit.dim == 1536

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.data.order import batch_rows
 from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.distributed.parallelize import gathered, parallelize
 from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
@@ -30,15 +34,14 @@ from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.self_forcing import roll_out
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 
 FRAMES, BATCH, MICRO, ROWS = 7, 4, 2, 5
 # Window 5 of 7 frames: the last block evicts frames 1 and 2, and recomputation in backward still reads them.
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.9375, 0.8333333, 0.625), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9375, 0.8333333, 0.625))
 SIGMAS = [0.9375, 0.8333333, 0.0173, 0.9999]  # none of 1000 sigma survives bfloat16
 Seen = list[dict[str, Any]]
 
@@ -97,12 +100,10 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
     networks = [make_dit(seed) for seed in range(3 if kind == "dmd" else 1)]
     if kind == "dmd":
         networks[2].requires_grad_(False)
-    for network in networks:
-        network.activation_checkpointing = checkpointing
-        parallelize(network, mesh)
+    networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
-        return Dmd(*networks, Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
-    return TeacherForcing(networks[0], Draws(3), RULES, shift=5.0, caption_dropout=0.5)
+        return Dmd(Denoiser(networks[0]), *networks[1:], Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
+    return TeacherForcing(Denoiser(networks[0]), Draws(3), RULES, shift=5.0, caption_dropout=0.5)
 
 
 def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: bool = False) -> Seen:
@@ -146,7 +147,9 @@ def stream(mesh: Mesh) -> tuple[dict[str, torch.Tensor], list[int]]:
             return draws.noise(start, "stream", indices, (end - start, 16, *batch.latent_size), part=step)  # noqa: B023
 
         with torch.no_grad(), counted_projections() as counts:
-            made = roll_out(model, batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size).latents
+            made = roll_out(
+                Denoiser(model), batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size
+            ).latents
         latents |= {str(index): made[k].clone() for k, index in enumerate(batch.indices)}
         projections += counts.values()
     return latents, projections
@@ -200,18 +203,19 @@ def gathers(mesh: Mesh) -> dict[str, list[int]]:
     def noise(start: int, end: int, step: int) -> torch.Tensor:
         return Draws(5).noise(start, "stream", batch.indices, (end - start, 16, *batch.latent_size), part=step)
 
-    def unrolled(model: torch.nn.Module) -> torch.Tensor:
-        return roll_out(model, batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size).latents
+    def unrolled(student: Denoiser) -> torch.Tensor:
+        return roll_out(student, batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size).latents
 
     for name, once in (("once", True), ("each pass", False)):
-        model, whole = parallelize(make_dit(4), mesh, gather_once=once), make_dit(4)
+        model, whole = parallelize(make_dit(4), mesh), make_dit(4)
+        student = Denoiser(model, gathering=partial(gathered, model) if once else nullcontext)
         found[name] = []
         for _ in range(2):
             with torch.no_grad(), Gathers() as counted:
-                latents = unrolled(model)
+                latents = unrolled(student)
             found[name].append(counted.number)
             with torch.no_grad():
-                assert torch.allclose(latents, unrolled(whole), rtol=0, atol=1e-6)
+                assert torch.allclose(latents, unrolled(Denoiser(whole)), rtol=0, atol=1e-6)
                 for parameter in (*model.parameters(), *whole.parameters()):
                     parameter.mul_(0.9)  # shards, as an optimizer sees them
     return found

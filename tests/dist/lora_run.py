@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from longtake.models.execution import Execution
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,6 +20,7 @@ from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import factors
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
@@ -28,16 +31,24 @@ from longtake.train.state import TrainState
 
 def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, steps: int = 2) -> None:
     """Iterations of distribution matching with updates on student and critic; first and frozen values to `folder`."""
-    networks = {name: make_dit(seed) for seed, name in enumerate(("generator", "critic"))}
+    execution = Execution(recompute=checkpointing)
+    networks = {name: make_dit(seed).executed(execution) for seed, name in enumerate(("generator", "critic"))}
     frozen = {}
     for name, network in networks.items():
         torch.manual_seed(100 + mesh.rank)  # what ranks seed differently must not reach A
         adapted(network.cast(torch.bfloat16) if bf16 else network)
-        network.activation_checkpointing = checkpointing
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
-        parallelize(network, mesh)
+        networks[name] = parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
-    objective = Dmd(*networks.values(), real, Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
+    objective = Dmd(
+        Denoiser(networks["generator"]),
+        networks["critic"],
+        real,
+        Draws(3),
+        RULES,
+        FRAMES,
+        DmdSettings(shift=5.0, guidance=4.0),
+    )
     adapters = {name: adapter_of(network) for name, network in networks.items()}
     settings = dict.fromkeys(networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
     state = TrainState.build(networks, settings, {"generator": EMASettings(0.5)}, adapters=adapters)
@@ -48,9 +59,7 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         state,
         InPrecision(objective, mesh, bf16=bf16),
         Batches(mesh),
-        LoopSettings(
-            steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))
-        ),
+        LoopSettings(steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))),
         folder=folder,
         mesh=mesh,
         info=RunInfo(progress=False),

@@ -45,7 +45,7 @@ def config_of(workshop: Path, logdir: Path, variant: str, **changes):
 def loaded(workshop: Path, folder: Path, mesh: Mesh) -> None:
     """The tensors of every network of every variant, gathered, into `<variant>.safetensors`."""
     for variant in VARIANTS:
-        networks, real, _ = build_networks(config_of(workshop, folder, variant), mesh)
+        networks, real, *_ = build_networks(config_of(workshop, folder, variant), mesh)
         state = {}
         for name, network in {**networks, "teacher": real}.items():
             for key, value in {} if network is None else network.state_dict().items():

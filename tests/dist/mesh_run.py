@@ -47,7 +47,7 @@ def run(workshop: Path, logdir: Path, mesh: Mesh, stage: str, **changes: Any) ->
     generator = Generator.build(Source.of_run(config.folder), "cpu", split=mesh.arranged(config.parallel).sequence)
     condition, first = generator.condition(generator.prepare(WORLD.render(1)[0]), WORLD.caption)
     size = (first.shape[3], first.shape[4])
-    latents = student_latents(generator.model, condition, first, generator.rules, FRAMES, size, seed=3, videos=[0])
+    latents = student_latents(generator.denoiser, condition, first, generator.plan, FRAMES, size, seed=3, videos=[0])
     if mesh.is_main:
         save_file({"latents": latents.contiguous()}, config.folder / "latents.safetensors")
     return config.folder

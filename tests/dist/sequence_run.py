@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
+
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,15 +26,16 @@ from longtake.distributed.mesh import init_mesh
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
-from longtake.models.pass_graph import PassGraphs
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.self_forcing import roll_out
 
 HEADS = 4
 SIZES = {"even": (4, 8), "uneven": (6, 6)}  # 8 and 9 tokens a frame
 FRAMES = 5
 ERRORS: dict[str, Callable] = {
-    "heads": lambda ranks: make_tiny_model(num_heads=1 + ranks.size, dim=8 * (1 + ranks.size)).set_token_split(ranks),
+    "heads": lambda ranks: make_tiny_model(num_heads=1 + ranks.size, dim=8 * (1 + ranks.size)).executed(
+        Execution(ranks)
+    ),
     "tokens": lambda ranks: ranks.share(ranks.size - 1),
 }
 
@@ -94,27 +100,27 @@ def check(name: str, model: VideoDiT, plain: VideoDiT, use: Callable[[VideoDiT],
 def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> dict[str, float]:
     """The three uses of the transformer against one process."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     condition = make_tiny_condition(model, num_frames=FRAMES, size=size)
     x, sigma = numbers(1, 2, FRAMES, 4, *size), torch.rand(2, FRAMES, generator=torch.Generator().manual_seed(2))
-    plan = BlockPlan(2, 1)
+    plan = StreamPlan(2, 1)
     layouts = {
-        rope: plan.teacher_forcing_layout(FRAMES, window_frames=3, sink_frames=1, rope=rope)
+        rope: replace(plan, window_frames=3, sink_frames=1, rope=rope).teacher_forcing_layout(FRAMES)
         for rope in ("relative", "absolute")
     }
     both, levels = torch.cat([x, x.flip(1)], 1), torch.cat([torch.zeros_like(sigma), sigma], 1)
     errors = check("bidirectional", model, plain, lambda m: m(x, sigma, condition))
     for rope, layout in layouts.items():
-        errors |= check(f"masked, {rope}", model, plain, lambda m, k=layout: m(both, levels, condition, mask=k))  # noqa: B023
+        errors |= check(f"masked, {rope}", model, plain, lambda m, k=layout: m(both, levels, condition, k))  # noqa: B023
 
     def cached(m: VideoDiT, rope: str, checkpointing: bool) -> torch.Tensor:
-        m.activation_checkpointing = checkpointing
-        cache = m.new_cache(2, *size, 3, 1, rope, spare_frames=2)
+        m = m.executed(replace(m.execution, recompute=checkpointing))
+        cache = m.new_cache(StreamPlan(2, 1, 3, 1, rope), 2, size, spare_frames=2)
         out = []
         for start, end in plan.blocks(0, FRAMES):
-            out.append(m(x[:, start:end], sigma[:, start:end], condition, cache=cache))
+            out.append(Denoiser(m)(x[:, start:end], sigma[:, start:end], condition, cache))
             with torch.no_grad():
-                m(x[:, start:end], torch.zeros(2), condition, cache=cache, commit=True)
+                Denoiser(m)(x[:, start:end], torch.zeros(2), condition, cache, commit=True)
         return torch.cat(out, 1)
 
     for rope in layouts:
@@ -123,24 +129,26 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
             errors |= check(name, model, plain, lambda m, r=rope, c=checkpointing: cached(m, r, c))  # noqa: B023
         with torch.no_grad():
             errors |= check(f"streamed, {rope}", model, plain, lambda m, r=rope: cached(m, r, False))  # noqa: B023
+
     def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
-        m.activation_checkpointing, m.exits_together = rope == "relative", m is model
-        rules = RollOutRules(plan, (1.0, 0.5), 3, 1, rope)
+        batched = m is model
+        m = m.executed(replace(m.execution, recompute=rope == "relative"))
+        rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5))
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
 
-        return roll_out(m, condition, x[:, :1], noise, rules, FRAMES, size, graded=True).latents
+        return roll_out(
+            Denoiser(m, batched_exits=batched), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
+        ).latents
 
     for rope in layouts:
         errors |= check(f"rolled out, {rope}", model, plain, lambda m, r=rope: unrolled(m, r))  # noqa: B023
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         errors |= {
             f"bfloat16: {k}": v
-            for k, v in check(
-                "masked", model, plain, lambda m: m(both, levels, condition, mask=layouts["relative"])
-            ).items()
+            for k, v in check("masked", model, plain, lambda m: m(both, levels, condition, layouts["relative"])).items()
         }
     return errors
 
@@ -148,21 +156,21 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
 def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
     """What a cache holds on this rank, and that its rules hold."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     size = SIZES["even"]
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
-    caches = [m.new_cache(2, *size, 3, 1, "absolute") for m in (model, plain)]
+    caches = [m.new_cache(StreamPlan(2, 1, 3, 1, "absolute"), 2, size) for m in (model, plain)]
     with torch.no_grad():
         for m, cache in zip((model, plain), caches):
-            m(x, torch.zeros(2), condition, cache=cache, commit=True)
+            Denoiser(m)(x, torch.zeros(2), condition, cache, commit=True)
     ours, theirs = (cache.stored([0, 1])[0] for cache in caches)
     n = HEADS // ranks.size
-    model.activation_checkpointing = True
-    out = model(x[:, :1], torch.ones(2), condition, cache=caches[0])
+    model = model.executed(replace(model.execution, recompute=True))
+    out = Denoiser(model)(x[:, :1], torch.ones(2), condition, caches[0])
     try:
         with torch.no_grad():
             for _ in range(2):
-                model(x[:, :1], torch.zeros(2), condition, cache=caches[0], commit=True)
+                Denoiser(model)(x[:, :1], torch.zeros(2), condition, caches[0], commit=True)
         refused = False
     except CacheError:
         refused = True
@@ -180,16 +188,17 @@ def recorded(ranks: SequenceParallel) -> dict[str, object]:
     """
     size = SIZES["uneven"]
     model = make_tiny_model(True, num_heads=HEADS)
-    model.set_token_split(ranks)
+    model = model.executed(Execution(ranks))
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
 
-    def streamed() -> torch.Tensor:
-        cache = model.new_cache(2, *size, 5, 1, "relative")
+    def streamed(graphs: CUDAGraphRunner | None = None) -> torch.Tensor:
+        denoiser = Denoiser(model, graphs=graphs)
+        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, size)
         out = []
         with torch.no_grad():
             for block in range(14):
-                out.append(model(x + block, torch.ones(2), condition, cache=cache))
-                model(out[-1], torch.zeros(2), condition, cache=cache, commit=True)
+                out.append(denoiser(x + block, torch.ones(2), condition, cache))
+                denoiser(out[-1], torch.zeros(2), condition, cache, commit=True)
         return torch.cat(out, 1)
 
     def refuses(work: Callable) -> tuple:
@@ -198,14 +207,13 @@ def recorded(ranks: SequenceParallel) -> dict[str, object]:
         return lambda: None, x  # to record a pass starts none of its exchanges
 
     expected, tape = streamed(), Tape()
-    model.graphs = PassGraphs(tape)
-    equal = torch.equal(streamed(), expected)
-    model.graphs = PassGraphs(refuses)
+    equal = torch.equal(streamed(CUDAGraphRunner(tape)), expected)
+    refusing = CUDAGraphRunner(refuses)
     return {
         "equal": equal,
         "replayed": tape.replayed,
-        "equal where a rank cannot": torch.equal(streamed(), expected),
-        "given up": model.graphs._broken,
+        "equal where a rank cannot": torch.equal(streamed(refusing), expected),
+        "given up": refusing._broken,
         "agree": [ranks.agree(True), ranks.agree(ranks.rank > 0)],
     }
 
@@ -221,7 +229,7 @@ def main() -> None:
         exchange = dist.all_to_all_single
         with patch.object(dist, "all_to_all_single", lambda *a, **k: (calls.append(1), exchange(*a, **k))[1]):
             model = make_tiny_model(num_heads=HEADS)
-            model.set_token_split(ranks)
+            model = model.executed(Execution(ranks))
             with torch.no_grad():
                 size = SIZES["even"]
                 model(numbers(1, 2, 3, 4, *size), torch.ones(2), make_tiny_condition(model, size=size))

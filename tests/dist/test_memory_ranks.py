@@ -71,8 +71,9 @@ def test_sharded_loading_equals_loading_whole(shop, read_by_two, tmp_path):
         assert got.keys() == wanted.keys() and len(wanted) > 50
         for key, value in wanted.items():
             assert got[key].dtype == value.dtype and torch.equal(got[key], value), (variant, key)
-    teacher, one = load_file(shop / "teacher" / "diffusion_pytorch_model.safetensors"), load_file(
-        tmp_path / "whole.safetensors"
+    teacher, one = (
+        load_file(shop / "teacher" / "diffusion_pytorch_model.safetensors"),
+        load_file(tmp_path / "whole.safetensors"),
     )
     for name in ("generator", "critic", "teacher"):
         assert all(torch.equal(one[f"{name}.{key}"], value) for key, value in teacher.items())

@@ -17,7 +17,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.train.checkpoint import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
-from longtake.train.loop import LoopSettings, Window, _iteration
+from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics_log import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
@@ -44,7 +44,7 @@ def iterate(state, objective, mesh, count):
     rows, window = CudaRows(mesh), Window()
     rows.seek(state.data_position)
     for _ in range(count):
-        _iteration(state, objective, rows, LoopSettings(9), mesh, Phases(), window)
+        iteration(state, objective, rows, LoopSettings(9), mesh, Phases(), window)
     return window.take(mesh)
 
 

@@ -9,8 +9,9 @@ from longtake.distributed import parallelize as module
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import ConfigError
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import roll_out
 
 
 def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplog):
@@ -48,7 +49,7 @@ def test_a_variant_of_a_block_too_many_is_an_error_and_not_run_uncompiled(
 @pytest.mark.skipif(not module._has_compiler("cpu"), reason="needs a C++ compiler")
 def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_latents):
     """Bidirectional, masked and cached calls with recomputation: outputs and gradients, to 1e-5."""
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, "relative")
+    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
@@ -56,12 +57,14 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
     def results(compiled):
         model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
         x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
-        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1)
+        layout = StreamPlan(2, 1, 5, 1).causal_layout(5)
         found = []
         for call in (
             lambda: model(x, sigma, condition),
-            lambda: model(x, sigma, condition, mask=layout),
-            lambda: roll_out(model, condition, noise(0, 1, 9), noise, rules, 3, (4, 6), graded=True).latents,
+            lambda: model(x, sigma, condition, layout),
+            lambda: (
+                roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 3, (4, 6), with_grad=True).latents
+            ),
         ):
             model.zero_grad()
             out = call()
@@ -78,16 +81,17 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
 def test_compiled_blocks_whose_exit_steps_are_joined(tiny_model, tiny_condition):
     """Backward runs the compiled blocks, of two blocks of a video at once."""
     torch._dynamo.reset()
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, "relative")
+    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
 
     found = []
     for compiled in (True, False):
-        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled, join_exits=compiled)
+        model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
+        student = Denoiser(model, batched_exits=compiled)
         condition = tiny_condition(model)
-        out = roll_out(model, condition, noise(0, 1, 9), noise, rules, 5, (4, 6), graded=True).latents
+        out = roll_out(student, condition, noise(0, 1, 9), noise, rules, 5, (4, 6), with_grad=True).latents
         out.square().mean().backward()
         found.append([out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])])
     for mine, theirs in zip(*found, strict=True):

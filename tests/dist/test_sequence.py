@@ -13,6 +13,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from longtake.config_groups import ParallelConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.models.execution import Execution
 
 
 def ranks_of(folder, ranks):
@@ -79,10 +80,10 @@ class TwelveWays:
 
 def test_the_heads_of_the_published_sizes():
     with pytest.raises(ConfigError, match="12 heads .* over 5 ranks .* one of 1, 2, 3, 4, 6, 12$"):
-        make_tiny_model(num_heads=12, dim=48).set_token_split(TwelveWays())
+        make_tiny_model(num_heads=12, dim=48).executed(Execution(TwelveWays()))
     with pytest.raises(ConfigError, match="one of 1, 2, 4, 5, 8, 10, 20, 40$"):
         TwelveWays.size = 3
-        make_tiny_model(num_heads=40, dim=80).set_token_split(TwelveWays())
+        make_tiny_model(num_heads=40, dim=80).executed(Execution(TwelveWays()))
 
 
 def test_ranks_are_divided_or_refused():
@@ -110,6 +111,6 @@ def test_one_process_does_nothing_more(monkeypatch):
     assert WHOLE.take(x) is WHOLE.whole(x) is WHOLE.to_tokens(x) is x
     assert all(a is b for a, b in zip(WHOLE.to_heads(x, x, x), (x, x, x)))
     model = make_tiny_model()
-    assert model.token_split is None and Mesh().sequence is None and Mesh().leads_sequence
+    assert model.execution.split is None and Mesh().sequence is None and Mesh().leads_sequence
     monkeypatch.setattr(torch.distributed, "all_to_all_single", None)
     model(make_tiny_latents(3), torch.ones(2), make_tiny_condition(model))

@@ -14,18 +14,19 @@ from typer.testing import CliRunner
 
 from longtake.cli import app
 from longtake.config import TOY_ASSETS
+from longtake.data.encoded import EMPTY_TEXT, INDEX
 from longtake.distributed.mesh import Mesh
 from longtake.doctor import run as module
+from longtake.doctor.estimate import Need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
-from longtake.doctor.memory import parameter_count
 from longtake.doctor.run import diagnose
-from longtake.errors import ConfigError
 from longtake.models.encoders import Encoders, TextEncoder
 from longtake.models.presets import PRESETS
 from longtake.models.weights import load_dit
 from longtake.train.encode_set import encode_set
 
+MB = 10**6
 JOB = Path(__file__).parents[2] / "configs" / "toy" / "i2v.yaml"
 
 
@@ -38,11 +39,28 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Needs that no trace tells: 60 MB at most, 40 with activation checkpointing; calls by stage and ranks."""
+    calls = []
+
+    def need(config, sizes, ranks, **_):
+        calls.append((config.name, ranks))
+        config.accumulation(ranks)
+        peak = 40 * MB if config.activation_checkpointing else 60 * MB
+        return Need(
+            {"trained weights": 10 * MB, "optimizer": 20 * MB}, peak, "backward in the update of the critic", 500
+        )
+
+    monkeypatch.setattr(module, "stage_need", need)
+    return calls
+
+
 def test_the_machine_is_the_one_we_are_on(monkeypatch):
     machine = look()
     assert machine.packages["torch"] == torch.__version__ and not machine.missing_packages
     assert machine.cores >= 1 and 0 < machine.ram_free_bytes <= machine.ram_bytes
-    assert len(machine.gpus) == torch.cuda.device_count() and set(machine.attention) == {"plain", "masked"}
+    assert len(machine.gpus) == torch.cuda.device_count()
     asked = []  # others write to the disk meanwhile
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(str(path)) or SimpleNamespace(free=7))
     assert free_disk("/no/such/folder/yet") == 7 and asked == ["/"]
@@ -52,9 +70,9 @@ def test_a_complete_stage_is_well(workshop, tmp_path):
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     result = invoke(file)
     assert result.exit_code == 0, result.output
-    assert "all is well" in result.output and "stage distill (distill), each of 1 rank(s)" in result.output
+    assert result.output.startswith("all is well\n\nstage distill (distill), each of 1 rank(s): needs ")
     found = look_at(stage_config(workshop, tmp_path, "distill"))
-    assert found.networks.generator == found.networks.critic == found.networks.teacher == TEACHER
+    assert found.sizes == dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
     assert found.missing == [] == found.notes and found.image_tokens == 17
 
 
@@ -82,13 +100,14 @@ def test_original_files_are_counted_without_the_text_tower(workshop, tmp_path):
 
 def test_an_encoded_set_needs_no_encoders(workshop, tmp_path):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "index.json").write_text('{"format": "longtake_encoded"}')
+    (tmp_path / "set" / INDEX).write_text('{"format": "longtake_encoded"}')
+    (tmp_path / "set" / EMPTY_TEXT).touch()
     data = {"path": str(tmp_path / "set")}
     found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path / "none"), data=data))
     assert found.encoder_bytes == 0 and not found.missing
 
 
-def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path):
+def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path, quick):
     folder = tmp_path / "Wan2.1-Fun-1.3B-InP"
     tree = stage_tree(workshop, tmp_path, "distill", init_from="causal", teacher=str(folder), encoders=str(folder))
     tree["data"]["path"] = str(tmp_path / "pictures")
@@ -101,7 +120,9 @@ def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path):
     assert "init_from=causal" in text and "train that stage first" in text
     for name in ("the VAE (", "the text encoder (", "the image encoder (", "umt5-xxl/tokenizer.json", "data: "):
         assert name in text
-    assert not stage["encoders_known"] and all(f"missing {line}" in stage["problems"] for line in stage["missing"])
+    assert stage["need_bytes"]["encoders"] == 0 and all(
+        f"missing {line}" in stage["problems"] for line in stage["missing"]
+    )
 
 
 def test_the_tokenizer_is_missed_on_its_own(workshop, tmp_path):
@@ -135,9 +156,9 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     (toy / "config.json").unlink()
     sources = {"init_from": str(tmp_path / "files" / "s.pt"), "teacher": str(pipeline)}
     found = look_at(stage_config(workshop, tmp_path, "distill", **sources))
-    assert found.networks.generator == found.networks.teacher == TEACHER and not found.missing + found.notes
+    assert set(found.sizes.values()) == {TEACHER} and not found.missing + found.notes
     bare = look_at(stage_config(workshop, tmp_path, "causal", init_from=str(toy)))
-    assert bare.networks.generator == PRESETS["toy"] and not bare.missing
+    assert bare.sizes == {"generator": PRESETS["toy"]} and not bare.missing
     torch.save({"generator": {"blocks.0.self_attn.q.weight": torch.zeros(1)}}, tmp_path / "files" / "s.pt")
     assert "missing (" in look_at(stage_config(workshop, tmp_path, "distill", **sources)).missing[0]
     monkeypatch.chdir(tmp_path)
@@ -155,11 +176,9 @@ def test_a_trained_stage_is_found_and_an_empty_one_is_not(workshop, tmp_path):
     assert look_at(config).missing == []
 
 
-def test_a_job_writes_what_its_stages_read(tmp_path):
+def test_a_job_writes_what_its_stages_read(tmp_path, quick):
     report = diagnose(JOB, [f"logdir={tmp_path}/new"])
-    assert report.ok and [stage.name for stage in report.stages] == ["causal", "distill"]
-    assert all(parameter_count(stage.findings.networks.generator) > 1e6 for stage in report.stages)
-    assert report.stages[0].findings.networks.shown is not None  # the teacher beside the causal validation
+    assert report.ok and quick == [("causal", 1), ("distill", 1)]
     assert invoke().exit_code == 0  # the machine alone
 
 
@@ -174,19 +193,38 @@ def machine(monkeypatch):
     return change
 
 
-def test_what_does_not_fit_is_said_with_a_remedy(workshop, tmp_path, machine):
+def test_what_does_not_fit_is_said_first_and_with_a_remedy(workshop, tmp_path, machine, quick):
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
-    need = diagnose(file).stages[0].need
-    for free, remedy in ((need.total, "set activation_checkpointing=true"), (need.alternative, "use more GPUs")):
+    need = diagnose(file).stages[0].need_bytes
+    total = sum(need.values())
+    assert need["working memory"] == 30 * MB and total == 60 * MB + need["encoders"]
+    for free, remedy in ((total, "set activation_checkpointing=true, which"), (total - 20 * MB, "use more GPUs")):
         machine(ram_free_bytes=free, gpus=[])
         report = diagnose(file)
         assert not report.ok and remedy in report.stages[0].problems[0]
-        assert "do not fit into" in str(report) and str(report).endswith("something is missing or does not fit")
-    machine(ram_free_bytes=2 * int(1.2 * need.total), gpus=[])
+        first, verdict = str(report).splitlines()[:2]
+        assert first.startswith("PROBLEM: stage distill: ") and "do not fit into" in first
+        assert verdict == "something is missing or does not fit"
+    machine(ram_free_bytes=2 * int(1.2 * total), gpus=[])
     assert diagnose(file).ok and diagnose(file, gpus=2).ok  # two ranks share the memory
 
 
-def test_gpus_are_counted_and_the_fullest_one_decides(workshop, tmp_path, machine):
+def test_other_machines(workshop, tmp_path, machine, quick):
+    machine(ram_free_bytes=1, gpus=[])
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    for device, size in (("h100", 80), ("24GB", 24), ("32 gb", 32)):
+        (stage,) = json.loads(invoke(file, "--device", device, "--gpus", 2, "--json").output)["stages"]
+        assert stage["free_bytes"] == size * 10**9 and stage["ranks"] == 2 and not stage["problems"]
+    for arguments, reason in (
+        (("--device", "TPU"), "--device TPU is not known; give H200, H100, A100, or memory such as 24GB"),
+        (("--gpus", 64), "batch_size=4 must be a multiple of 64 ranks"),
+        (("--gpus", 0), "greater than or equal to 1"),
+    ):
+        result = invoke(file, *arguments)
+        assert result.exit_code == 2 and reason in " ".join(result.output.split()), result.output
+
+
+def test_gpus_are_counted_and_the_fullest_one_decides(workshop, tmp_path, machine, quick):
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     kernels = {"bfloat16": ["CUDNN_ATTENTION", "MATH"], "float32": ["MATH"]}
     gpus = [Gpu("Test 1", "9.0", 80 << 30, free, kernels) for free in (70 << 30, 1 << 20)]
@@ -196,15 +234,13 @@ def test_gpus_are_counted_and_the_fullest_one_decides(workshop, tmp_path, machin
     assert "GPU 1: Test 1" in str(report) and "attention in bfloat16: CUDNN_ATTENTION, MATH" in str(report)
     machine(gpus=gpus[:1])
     assert diagnose(file).ok
-    assert diagnose(file, gpus=2).problems == ["2 ranks are planned and this machine has 1 GPU(s)"]
+    assert diagnose(file, gpus=2).problems == ["2 ranks are planned and this machine has 1 GPU(s); name --device"]
 
 
-def test_missing_packages_disk_and_wrong_numbers(workshop, tmp_path, machine, monkeypatch):
+def test_missing_packages_disk_and_wrong_numbers(workshop, tmp_path, machine, quick, monkeypatch):
     machine(packages={**look().packages, "av": None})
     assert diagnose().problems == ["package av is not installed"] and not diagnose().ok
     monkeypatch.setattr(module, "free_disk", lambda _: 1000)
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     assert "lower keep_checkpoints" in diagnose(file).stages[0].problems[0]
-    with pytest.raises(ConfigError, match="--gpus 0 must be at least 1"):
-        diagnose(gpus=0)
     assert invoke(file, "max_step=3").exit_code == 2

@@ -29,8 +29,8 @@ from longtake.evaluation.run import evaluate, evaluate_models
 from longtake.evaluation.subject import trained_stages
 from longtake.evaluation.world_metrics import summarise
 from longtake.inference.export import export
-from longtake.inference.generator import rules_of
 from longtake.inference.video_io import read_video
+from longtake.rollout.denoise import Denoiser
 
 SEED = 11
 
@@ -42,7 +42,7 @@ def encoders():
 
 @pytest.fixture(scope="module")
 def rules(workshop):
-    return rules_of(stage_config(workshop, Path("unused"), "causal"))
+    return stage_config(workshop, Path("unused"), "causal").stream_plan
 
 
 def worlds(encoders, mesh=None, *, num_worlds=3, batch_size=2, frames=3):
@@ -52,7 +52,7 @@ def worlds(encoders, mesh=None, *, num_worlds=3, batch_size=2, frames=3):
 
 
 def student(rules):
-    return student_row(make_model().eval(), rules, seed=SEED)
+    return student_row(Denoiser(make_model().eval()), rules, seed=SEED)
 
 
 def teacher(**options):

@@ -20,7 +20,7 @@ from longtake.evaluation.rows import frozen, held_out, score_row, scorer_process
 from longtake.evaluation.run import evaluate
 from longtake.evaluation.window_metrics import WindowRule
 from longtake.evaluation.world_metrics import summarise
-from longtake.inference.generator import rules_of
+from longtake.rollout.denoise import Denoiser
 
 SEED = 11
 RULE = WindowRule(17, 16)
@@ -66,10 +66,12 @@ def test_truth_follows_and_a_frozen_picture_does_not(encoders):
 
 def test_the_student_changes_its_mind_at_the_switch(workshop, encoders):
     batch = stories(encoders)[0]
-    rules = rules_of(stage_config(workshop, Path("unused"), "causal"))
+    rules = stage_config(workshop, Path("unused"), "causal").stream_plan
     model = make_model().eval()
-    rebuilt, swapped = (student_row(model, rules, seed=SEED, rebuild=rebuild)(batch) for rebuild in (True, False))
-    plain = student_row(model, rules, seed=SEED)(stories(encoders, switch=())[0])
+    rebuilt, swapped = (
+        student_row(Denoiser(model), rules, seed=SEED, rebuild=rebuild)(batch) for rebuild in (True, False)
+    )
+    plain = student_row(Denoiser(model), rules, seed=SEED)(stories(encoders, switch=())[0])
     for video, other in ((rebuilt, plain), (swapped, plain), (rebuilt, swapped)):
         assert np.array_equal(video[0][:17], other[0][:17]) and not np.array_equal(video[0][17:], other[0][17:])
 

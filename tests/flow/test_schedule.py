@@ -8,7 +8,8 @@ import torch
 from longtake.errors import ConfigError
 from longtake.flow.path import add_noise, clean_from_velocity, guided, per_frame, velocity
 from longtake.flow.sampler import euler
-from longtake.flow.schedule import sampling_sigmas, student_sigmas, training_sigma, warp
+from longtake.flow.schedule import sampling_sigmas, training_sigma
+from longtake.plan import student_sigmas, warp
 
 
 # Spec D, the table of warped lists on Wan's 0..1000 clock.

@@ -86,9 +86,9 @@ def test_the_newest_checkpoint_wins_and_rules_come_with_it(workshop, tmp_path):
     save_student(config, seed=2, step=10)
     loaded = Generator.from_run(tmp_path, "cpu")
     assert find_checkpoint(tmp_path).name == "step_000010"
-    rules = loaded.rules
+    rules = loaded.plan
     assert rules.rope == "absolute" and rules.window_frames == 5 and rules.sink_frames == 1
-    assert list(rules.plan.blocks(0, 5)) == [(0, 1), (1, 3), (3, 5)]
+    assert list(rules.blocks(0, 5)) == [(0, 1), (1, 3), (3, 5)]
     assert rules.sigmas == pytest.approx([1.0, 0.75])
 
 
@@ -216,7 +216,14 @@ def latents_of(generator, seeds_of_videos, num_frames=5):
     condition = encode_condition(generator.encoders, images, [WORLD.caption] * len(seeds_of_videos))
     picture = condition.frames[:, :1, -generator.encoders.vae.latent_channels :]
     return student_latents(
-        generator.model, condition, picture, generator.rules, num_frames, (8, 8), seed=0, videos=seeds_of_videos
+        generator.denoiser,
+        condition,
+        picture,
+        generator.plan,
+        num_frames,
+        (8, 8),
+        seed=0,
+        videos=seeds_of_videos,
     )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_every_layout_gives_the_frames_of_the_run(models, layout):
 def test_rules_come_from_a_stage_and_options_win(models, workshop, tmp_path):
     stage = stage_config(workshop, tmp_path, "distill", init_from=str(models / "original"), rope="absolute")
     generator = Generator.from_model(models / "original", "cpu", stage=stage, changes=changes_of(steps="4", fps=24))
-    rules = generator.rules
+    rules = generator.plan
     assert (rules.rope, rules.window_frames, rules.sink_frames, generator.fps) == ("absolute", 5, 1, 24)
     assert generator.settings.steps == [1, 0.75, 0.5, 0.25] and generator.settings.height == 64
     defaults = generation_settings()
@@ -140,22 +141,21 @@ def test_weights_without_y_start_from_the_clean_first_frame(models, tmp_path):
 def guided_oracle(generator, weight, num_blocks):
     """Latents of guided streaming without a cache: every block sees the whole past, both texts side by side."""
     from longtake.models.conditioning import encode_condition, prepare_image
-    from longtake.structs import BlockPlan
 
-    rules, model, encoders = generator.rules, generator.model, generator.encoders
+    rules, model, encoders = generator.plan, generator.model, generator.encoders
     picture = prepare_image(PICTURE, 64, 64)[None]
     sides = [encode_condition(encoders, picture, [text]) for text in (WORLD.caption, "blurred")]
     latents = sides[0].frames[:, :1, -encoders.vae.latent_channels :].float()
-    plan: BlockPlan = rules.plan
+    plan = rules
     for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
-        layout = plan.causal_layout(end, window_frames=None, rope=rules.rope)
+        layout = replace(plan, window_frames=None, rope=rules.rope).causal_layout(end)
         draws = Draws(0)
         shape = (end - start, model.config.out_channels, 8, 8)
         x = draws.noise(0, "stream", [0], shape, part=start)
         for step, sigma in enumerate(rules.sigmas):
             levels = torch.zeros(1, end)
             levels[:, start:] = sigma
-            both = [model(torch.cat([latents, x], 1), levels, side, mask=layout)[:, start:] for side in sides]
+            both = [model(torch.cat([latents, x], 1), levels, side, layout)[:, start:] for side in sides]
             clean = x - sigma * (both[1] + weight * (both[0] - both[1]))
             if step + 1 < len(rules.sigmas):
                 following = rules.sigmas[step + 1]

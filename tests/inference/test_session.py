@@ -12,7 +12,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.models.conditioning import encode_condition, prepare_image
-from longtake.rollout.chunk import Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import Guidance, commit_block, denoise_block
 from longtake.structs import Condition
 
 
@@ -60,10 +60,10 @@ def test_two_sessions_do_not_touch_each_other(any_generator):
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 class ByHand:
-    """Streams block by block with nothing but the steps of `rollout/chunk.py`; both sides of guidance have a cache."""
+    """Streams block by block with nothing but the steps of `rollout/denoise.py`; both sides of guidance have a cache."""
 
     def __init__(self, generator):
-        self.generator, self.rules = generator, generator.rules
+        self.generator, self.rules = generator, generator.plan
         self.noise = stream_noise(0, [0], 4, (4, 4), "cpu")
         self.latents, self.starts = [generator.encoders.vae.encode(prepared(PICTURE)[:, None])], [0]
         self.follow(A)
@@ -80,8 +80,7 @@ class ByHand:
             self.condition = encode_condition(encoders, prepared(PICTURE), [prompt])
         else:
             self.condition = Condition(text)
-        sizes = (1, 4, 4, rules.window_frames, rules.sink_frames, rules.rope)
-        self.caches = [model.new_cache(*sizes, max_frames=64) for _ in range(2)]
+        self.caches = [model.new_cache(rules, 1, (4, 4), max_frames=64) for _ in range(2)]
         weight = self.generator.settings.guidance
         self.guidance = None if weight == 1 else Guidance(weight, self.condition.with_text(empty), self.caches[1])
 
@@ -89,12 +88,12 @@ class ByHand:
         for cache in self.caches:
             cache.position = self.starts[block]
         latents = self.latents[block]
-        commit_block(self.generator.model, self.caches[0], self.condition, latents, guidance=self.guidance)
+        commit_block(self.generator.denoiser, self.caches[0], self.condition, latents, guidance=self.guidance)
 
     def make(self):
         start = self.position
         made = denoise_block(
-            self.generator.model,
+            self.generator.denoiser,
             self.caches[0],
             self.condition,
             lambda step: self.noise(start, start + 2, step),
@@ -108,7 +107,7 @@ class ByHand:
 @torch.no_grad()
 def switched_oracle(generator, num_before, num_after):
     """Latents under A and then under B, from a cache that saw sink and window only, and only under B."""
-    stream, rules = ByHand(generator), generator.rules
+    stream, rules = ByHand(generator), generator.plan
     for _ in range(num_before - 1):
         stream.commit(-1)
         stream.make()
@@ -197,10 +196,10 @@ def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(any_generator):
         # Nothing of the past is left: a stream of its own, whose noise is that of video 1 of the seed.
         condition = encode_condition(any_generator.encoders, prepared(OTHER), [B])
         latents = student_latents(
-            any_generator.model,
+            any_generator.denoiser,
             condition,
             condition.frames[:, :1, -4:],
-            any_generator.rules,
+            any_generator.plan,
             5,
             (4, 4),
             seed=4,
@@ -231,13 +230,13 @@ def test_a_target_changes_clip_tokens_and_the_tail_of_y(generator):
     after = take(session, 1)
     own, other = (encode_condition(generator.encoders, prepared(image), [A]) for image in (PICTURE, OTHER))
     mixed = Condition(own.text, other.image, torch.cat([own.frames[:, :1], other.frames[:, 1:]], 1))
-    rules, noise = generator.rules, stream_noise(0, [0], 4, (4, 4), "cpu")
-    latents = student_latents(generator.model, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
-    cache = generator.model.new_cache(1, 4, 4, 5, 1, rules.rope)
-    for start, end in rules.plan.blocks(0, 5):
-        commit_block(generator.model, cache, mixed, latents[:, start:end])
+    rules, noise = generator.plan, stream_noise(0, [0], 4, (4, 4), "cpu")
+    latents = student_latents(generator.denoiser, own, own.frames[:, :1, -4:], rules, 5, (4, 4), seed=0, videos=[0])
+    cache = generator.model.new_cache(rules, 1, (4, 4))
+    for start, end in rules.blocks(0, 5):
+        commit_block(generator.denoiser, cache, mixed, latents[:, start:end])
     with torch.no_grad():
-        block = denoise_block(generator.model, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)
+        block = denoise_block(generator.denoiser, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)
     expected = to_frames(generator.encoders.vae.decode(torch.cat([latents, block], 1))[0])
     assert np.array_equal(np.concatenate([before, after]), expected)
     assert session.num_frames == 25 and session.scene == 0  # no cut
@@ -278,7 +277,7 @@ def memory_of(session):
     stream = session.standing.stream
     tensors = [t for cache in stream.caches for t in (cache.keys, cache.values, cache._key_space, cache._value_space)]
     tensors += [t for cache in stream.caches for kept in cache._cross.values() for t in kept]
-    tensors += [r.slots for cache in stream.caches for r in cache._readings.values()]
+    tensors += [held["slots"] for cache in stream.caches for held in cache._indices.values()]
     return {t.data_ptr() for t in tensors}
 
 

@@ -14,6 +14,8 @@ from longtake.data.world import sample_world
 from longtake.errors import ConfigError
 from longtake.inference.generator import Generator, generate_file
 from longtake.inference.video_io import read_video
+from longtake.models.execution import Execution
+from longtake.rollout.denoise import Denoiser
 
 WORLDS = [sample_world(3, k) for k in range(2)]
 
@@ -89,7 +91,9 @@ def test_two_ranks_make_one_video_and_one_script(run, inputs, tmp_path):
     ],
 )
 def test_one_video_is_made_by_all_ranks_or_refused(run, inputs, tmp_path, monkeypatch, world_size, given, message):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(world_size))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     command = [
         "generate",
         "--run",
@@ -119,7 +123,7 @@ def test_a_shared_session_has_no_file(run, inputs, tmp_path):
     class Split:
         size, leads = 2, True
 
-    generator.model.set_token_split(Split())
+    generator.denoiser = Denoiser(generator.model.executed(Execution(Split())))
     with pytest.raises(ConfigError, match="save without sequence parallelism"):
         session.save(tmp_path / "x")
     with pytest.raises(ConfigError, match="resume it without sequence parallelism"):

@@ -13,8 +13,8 @@ import torch
 from tiny_sessions import OTHER, PICTURE, A, B, C, make_generator
 
 from longtake.models.encoders import Encoders
-from longtake.models.pass_graph import PassGraphs
 from longtake.models.vae import VideoVAE
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
 
 LOOKS = ((PICTURE, A, B), (OTHER, B, C), (PICTURE[:, ::-1], C, A))
 
@@ -64,7 +64,7 @@ def test_recorded_sessions_of_three_threads(own_streams):
     generator.encoders, generator.device = Encoders(VideoVAE(old.vae.module), old.text, old.image), torch.device("cuda")
     expected = [make(generator, number, 60) for number in range(3)]
     for trial in range(int(os.environ.get("LONGTAKE_TRIALS", "3"))):
-        graphs = generator.model.graphs = PassGraphs()
+        graphs = generator.denoiser.graphs = CUDAGraphRunner()
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() if own_streams else None for _ in range(3)]
         for number, made in enumerate(make_together(generator, 60, streams)):

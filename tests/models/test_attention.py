@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
-from longtake.structs import BlockPlan, MaskLayout
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import MaskLayout
 
-PLAN = BlockPlan(2, 1)
+PLAN = StreamPlan(2, 1)
 LAYOUTS = {
     "causal": PLAN.causal_layout(7),
-    "window": PLAN.causal_layout(7, window_frames=5, sink_frames=1),
-    "copied sink": PLAN.causal_layout(7, window_frames=3, sink_frames=1, rope="relative"),
-    "teacher forcing": PLAN.teacher_forcing_layout(5, window_frames=3, sink_frames=1, rope="relative"),
+    "window": replace(PLAN, window_frames=5, sink_frames=1).causal_layout(7),
+    "copied sink": replace(PLAN, window_frames=3, sink_frames=1).causal_layout(7),
+    "teacher forcing": replace(PLAN, window_frames=3, sink_frames=1).teacher_forcing_layout(5),
 }
 
 
@@ -132,10 +135,11 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         before = model(x, sigma, condition)
-        model.set_attention(counting)
+        for block in model.blocks:
+            block.self_attn.attend = counting
         assert torch.equal(model(x, sigma, condition), before)
-        model(x, sigma, condition, mask=PLAN.causal_layout(3))
-        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 3, 0))
+        model(x, sigma, condition, PLAN.causal_layout(3))
+        Denoiser(model)(x, sigma, condition, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
     assert calls == [(2, 18, 2, 16)] * 3 * model.config.num_layers
 
 
@@ -144,9 +148,9 @@ def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         for _ in range(2):
-            model(x, sigma, condition, mask=layout)
+            model(x, sigma, condition, layout)
         assert len(model._masks) == 1 and len(model._masks[layout]) == 1
-        model(x[..., :4], sigma, condition, mask=layout)  # another size of the picture: another mask
+        model(x[..., :4], sigma, condition, layout)  # another size of the picture: another mask
         assert len(model._masks[layout]) == 2
     del layout
     assert len(model._masks) == 0
@@ -185,21 +189,21 @@ class TestCuda:
     def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):
         model = tiny_model(True).cuda()
         condition, x = tiny_condition(model).to("cuda"), tiny_latents(2).cuda()
-        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(2, 4, 6, 6, 2, rope)
+        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(StreamPlan(2, 1, 6, 2, rope), 2, (4, 6))
         for step in range(5):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
             try:
                 with torch.no_grad():
-                    model(x, zero, condition, cache=cache)
-                    model(x, zero, condition, cache=cache, commit=True)
+                    Denoiser(model)(x, zero, condition, cache)
+                    Denoiser(model)(x, zero, condition, cache, commit=True)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
     def test_masked_forward_equals_the_cpu(self, tiny_model, tiny_condition, tiny_latents, rel) -> None:
         model = tiny_model(True)
         condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
-        layout = PLAN.causal_layout(5, window_frames=3, sink_frames=1, rope="relative")
+        layout = replace(PLAN, window_frames=3, sink_frames=1).causal_layout(5)
         with torch.no_grad():
-            truth = model(x, zero, condition, mask=layout)
-            out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), mask=layout).cpu()
+            truth = model(x, zero, condition, layout)
+            out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), layout).cpu()
         assert rel(out, truth) < 5e-3

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
-from longtake.models.cache import KVCache, Passes, Reading
+from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 
 ROPES = ("absolute", "relative")
@@ -24,7 +26,7 @@ ROPES = ("absolute", "relative")
 
 def _commit(model: VideoDiT, cache: KVCache, condition: Condition, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x, torch.zeros(x.shape[0]), condition, cache=cache, commit=True)
+        return Denoiser(model)(x, torch.zeros(x.shape[0]), condition, cache, commit=True)
 
 
 def _passes(model: VideoDiT, cache: KVCache, condition: Condition, blocks: list[int]) -> Iterator[int]:
@@ -32,7 +34,7 @@ def _passes(model: VideoDiT, cache: KVCache, condition: Condition, blocks: list[
     for i, frames in enumerate(blocks):
         x = make_tiny_latents(frames, cache.batch_size, seed=30 + i)
         with torch.no_grad():
-            model(x, torch.ones(cache.batch_size), condition, cache=cache)
+            Denoiser(model)(x, torch.ones(cache.batch_size), condition, cache)
         _commit(model, cache, condition, x)
         yield i
 
@@ -63,16 +65,16 @@ class _Watch(TorchDispatchMode):
 def test_graded_commit_is_refused_and_graded_calls_never_write() -> None:
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(1)
-    cache = model.new_cache(2, 4, 6, 3, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     _commit(model, cache, condition, x)
     before = [t.clone() for t in (cache.keys, cache.values)]
     with pytest.raises(CacheError, match="gradients enabled"):
-        model(x, torch.zeros(2), condition, cache=cache, commit=True)
-    model(x, torch.full((2,), 0.5), condition, cache=cache).sum().backward()
+        Denoiser(model)(x, torch.zeros(2), condition, cache, commit=True)
+    Denoiser(model)(x, torch.full((2,), 0.5), condition, cache).sum().backward()
     assert cache.position == 1 and cache.held_frames == [0]
     assert torch.equal(before[0], cache.keys) and torch.equal(before[1], cache.values)
     with torch.no_grad():  # an ungraded pass without commit leaves no trace either
-        model(x, torch.ones(2), condition, cache=cache)
+        Denoiser(model)(x, torch.ones(2), condition, cache)
     assert cache.position == 1 and torch.equal(before[0], cache.keys) and torch.equal(before[1], cache.values)
 
 
@@ -83,7 +85,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
     # N.12: everything that was not committed is poisoned; any read of it would surface as nan.
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, window, sink, rope, spare_frames=2)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), spare_frames=2)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
     counts: list[int] = []
@@ -93,13 +95,14 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
         counts.append(k.shape[1] // cache.tokens_per_frame)
         return attend(q, k, v, mask=mask)
 
-    model.set_attention(spy)
+    for block in model.blocks:
+        block.self_attn.attend = spy
     done = 0
     for frames in blocks:
         x = make_tiny_latents(frames, seed=done)
         counts.clear()
         with torch.set_grad_enabled(graded):
-            assert bool(model(x, torch.ones(2), condition, cache=cache).isfinite().all())
+            assert bool(Denoiser(model)(x, torch.ones(2), condition, cache).isfinite().all())
         assert counts == [min(done + frames, window)] * model.config.num_layers
         assert bool(_commit(model, cache, condition, x).isfinite().all())
         done += frames
@@ -109,23 +112,23 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
 def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 7, 1, rope, spare_frames=1)
+    cache = model.new_cache(StreamPlan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
     readings: list[tuple[tuple[int, ...], list[int]]] = []
     spaces: list[tuple] = []
-    read, gather = KVCache.read, KVCache.gather
+    view_of, gather = KVCache.view, KVCache.gather
 
-    def spy_read(self: KVCache, block_frames: int, *, graded: bool) -> Reading:
-        out = read(self, block_frames, graded=graded)
+    def spy_view(self: KVCache, block_frames: int, **options: bool) -> CacheView:
+        out = view_of(self, block_frames, **options)
         tensors = [t for t in vars(out).values() if isinstance(t, Tensor)]
         readings.append((tuple(t.data_ptr() for t in tensors), out.frame_index.tolist()))
         return out
 
-    def spy_gather(self: KVCache, layer: int, reading: Reading, k: Tensor, v: Tensor, *, graded: bool) -> tuple:
-        keys, values = gather(self, layer, reading, k, v, graded=graded)
+    def spy_gather(self: KVCache, layer: int, view: CacheView, k: Tensor, v: Tensor) -> tuple:
+        keys, values = gather(self, layer, view, k, v)
         spaces.append((keys.shape, keys.data_ptr(), values.shape, values.data_ptr()))
         return keys, values
 
-    monkeypatch.setattr(KVCache, "read", spy_read)
+    monkeypatch.setattr(KVCache, "view", spy_view)
     monkeypatch.setattr(KVCache, "gather", spy_gather)
     for block in _passes(model, cache, condition, [1] + [3] * 7):
         if block == 1:  # seven frames seen: the window is full from now on
@@ -141,7 +144,7 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
 def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 17, 1, rope, spare_frames=40)
+    cache = model.new_cache(StreamPlan(2, 1, 17, 1, rope), 2, (4, 6), spare_frames=40)
     blocks = _passes(model, cache, condition, [1] + [4] * 6)
     for _ in range(5):
         next(blocks)
@@ -157,7 +160,7 @@ def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
     assert again.calls == steady.calls  # the same operators, whatever the position
     x, sigma = make_tiny_latents(4), torch.ones(2)
     with _Watch() as graded:
-        model(x, sigma, condition, cache=cache).sum().backward()
+        Denoiser(model)(x, sigma, condition, cache).sum().backward()
     assert graded.waits == [] and graded.largest < cache.size_bytes
 
 
@@ -178,7 +181,7 @@ def test_position_set_forward_for_a_recache(rope: str, rel) -> None:
     condition = make_tiny_condition(model, num_frames=9)
     assert condition.frames is not None
     shifted = Condition(condition.text, condition.image, condition.frames[:, 3:])
-    late, early = model.new_cache(2, 4, 6, 7, 0, rope), model.new_cache(2, 4, 6, 7, 0, rope)
+    late, early = (model.new_cache(StreamPlan(2, 1, 7, 0, rope), 2, (4, 6)) for _ in range(2))
     _commit(model, late, condition, make_tiny_latents(3, seed=77))
     late.clear()
     late.position = 3
@@ -196,22 +199,22 @@ def test_recache_of_the_window_with_the_sink_kept(rope: str, rel) -> None:
     # Going back to the oldest frame of the window and committing the same frames restores the same cache.
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(13)
-    cache = model.new_cache(2, 4, 6, 9, 1, rope, spare_frames=4)
+    cache = model.new_cache(StreamPlan(2, 1, 9, 1, rope), 2, (4, 6), spare_frames=4)
     for start, end in ((0, 1), (1, 5), (5, 9), (9, 13)):
         _commit(model, cache, condition, x[:, start:end])
     probe = make_tiny_latents(4, seed=50)
     with torch.no_grad():
-        before = model(probe, torch.ones(2), condition, cache=cache)
+        before = Denoiser(model)(probe, torch.ones(2), condition, cache)
     cache.position = 9
     assert cache.held_frames == [0, 1, 2, 3, 4, 5, 6, 7, 8]  # frames 9 to 12 are no context any more
     _commit(model, cache, condition, x[:, 9:13])
     with torch.no_grad():
-        after = model(probe, torch.ones(2), condition, cache=cache)
+        after = Denoiser(model)(probe, torch.ones(2), condition, cache)
         assert rel(after, before) < 1e-6
         other = make_tiny_condition(model, seed=99)
         cache.position = 9
         _commit(model, cache, other, x[:, 9:13])
-        assert rel(model(probe, torch.ones(2), condition, cache=cache), before) > 1e-3
+        assert rel(Denoiser(model)(probe, torch.ones(2), condition, cache), before) > 1e-3
     with pytest.raises(CacheError, match="must not be negative"):
         cache.position = -1
 
@@ -222,7 +225,7 @@ def test_condition_frames_stand_still_after_their_last(rel) -> None:
     assert short.frames is not None
     tail = short.frames[:, -1:].expand(-1, 6, -1, -1, -1)
     long = Condition(short.text, short.image, torch.cat([short.frames, tail], 1))
-    caches = [model.new_cache(2, 4, 6, 5, 1) for _ in range(2)]
+    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)) for _ in range(2)]
     for frames in (1, 2, 2, 2, 2):
         x = make_tiny_latents(frames)
         a, b = (_commit(model, cache, c, x) for cache, c in zip(caches, (short, long)))
@@ -240,12 +243,12 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
         return project(self, text, image)
 
     monkeypatch.setattr(CrossAttention, "project", spy)
-    cache, sigma, layers = model.new_cache(2, 4, 6, 3, 0), torch.ones(2), model.config.num_layers
+    cache, sigma, layers = model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)), torch.ones(2), model.config.num_layers
 
     def count(condition: Condition) -> tuple[int, Tensor]:
         calls.clear()
         with torch.no_grad():
-            out = model(x, sigma, condition, cache=cache)
+            out = Denoiser(model)(x, sigma, condition, cache)
         return len(calls), out
 
     first, out = count(condition)
@@ -269,24 +272,26 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
     # Graded calls neither use nor replace what is kept.
     kept = [t.clone() for t in cache.cross(0)]
     calls.clear()
-    model(x, sigma, equal, cache=cache).sum().backward()
+    Denoiser(model)(x, sigma, equal, cache).sum().backward()
     assert len(calls) == layers and all(text.requires_grad for text in calls)
-    model(x, sigma, condition, cache=cache)
-    assert cache.has_cross(equal) and all(torch.equal(a, b) for a, b in zip(kept, cache.cross(0)))
+    Denoiser(model)(x, sigma, condition, cache)
+    assert cache.has_cross(model, equal) and all(torch.equal(a, b) for a, b in zip(kept, cache.cross(0)))
     assert count(equal)[0] == 0
 
 
 def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
     """What is kept for one condition is no room for that of another kind."""
     model, x, sigma = make_tiny_model(True), make_tiny_latents(1), torch.ones(2)
-    condition, cache = make_tiny_condition(model), model.new_cache(2, 4, 6, 3, 0)
+    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
     assert condition.image is not None
     fewer = Condition(condition.text, condition.image[:, :3], condition.frames)
     for one, half in ((condition, False), (fewer, False), (condition, False), (condition, True), (fewer, False)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             cache.clear_condition()
-            found = model(x, sigma, one, cache=cache)
-            assert torch.equal(found, model(x, sigma, one, cache=model.new_cache(2, 4, 6, 3, 0)))
+            found = Denoiser(model)(x, sigma, one, cache)
+            assert torch.equal(
+                found, Denoiser(model)(x, sigma, one, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
+            )
             assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
 
 
@@ -294,47 +299,35 @@ def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
 def test_the_smallest_cache_is_that_of_one_sample_and_one_frame(window: int, rel) -> None:
     model, x = make_tiny_model(), make_tiny_latents(1)
     both = make_tiny_condition(model)
-    one, two = Condition(both.text[:1]), [model.new_cache(n, 4, 6, window, 0) for n in (1, 2)]
+    one, two = Condition(both.text[:1]), [model.new_cache(StreamPlan(2, 1, window, 0), n, (4, 6)) for n in (1, 2)]
     for _ in range(3):
         alone, beside = _commit(model, two[0], one, x[:1]), _commit(model, two[1], both, x)
         assert rel(alone, beside[:1]) < 1e-5
     assert two[0].held_frames == two[1].held_frames == [2, 1][:window][::-1]
 
 
-def test_room_for_what_recorded_passes_leave_is_made_once() -> None:
-    """Later recordings write to the addresses of the first."""
-    passes, latents, made = Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
-    passes.make_room(latents, made)
-    room = passes.room[latents]
-    assert [tensor.shape for tensor in room] == [tensor.shape for tensor in made]
-    passes.make_room(latents, made)
-    passes.make_room(torch.Size([2, 2]), [])
-    assert list(passes.room) == [latents] and all(a is b for a, b in zip(passes.room[latents], room))
-
-
 def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
-    for message, arguments in (
-        ("needs max_frames", (2, 4, 6, None, 0)),
-        ("must be larger than sink_frames", (2, 4, 6, 3, 3)),
-        ("must not be negative", (2, 4, 6, 3, -1)),
-        ("must not be negative", (2, 4, 6, 3, 0, "relative", None, -1)),
-        ("'absolute' or 'relative'", (2, 4, 6, 3, 0, "infinite")),
+    for message, plan, spare in (
+        ("needs max_frames", StreamPlan(2), 0),
+        ("must be larger than sink_frames", StreamPlan(2, 1, 3, 3), 0),
+        ("must not be negative", StreamPlan(2, 1, 3, -1), 0),
+        ("must not be negative", StreamPlan(2, 1, 3, 0), -1),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.new_cache(*arguments)  # type: ignore[arg-type]
+            model.new_cache(plan, 2, (4, 6), spare_frames=spare)
     with pytest.raises(ShapeError, match="multiple of the patch"):
-        model.new_cache(2, 5, 6, 3, 0)
+        model.new_cache(StreamPlan(2, 1, 3, 0), 2, (5, 6))
 
-    whole = model.new_cache(2, 4, 6, None, 0, max_frames=6)
+    whole = model.new_cache(StreamPlan(2, 1, None, 0), 2, (4, 6), max_frames=6)
     _commit(model, whole, condition, x)
     with pytest.raises(ShapeError, match=r"frames \[4, 8\) do not fit max_frames=6"):
         _commit(model, whole, condition, x)
     _commit(model, whole, condition, x[:, :2])
     assert whole.position == 6 and whole.held_frames == [0, 1, 2, 3, 4, 5]
 
-    small = model.new_cache(2, 4, 6, 4, 1)
+    small = model.new_cache(StreamPlan(2, 1, 4, 1), 2, (4, 6))
     with pytest.raises(ShapeError, match="set window_frames to 6 or more"):
         _commit(model, small, condition, make_tiny_latents(5))
     _commit(model, small, condition, x)  # nothing lies before it: four frames fit
@@ -345,7 +338,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
 
 def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
     model, x = make_tiny_model(), make_tiny_latents(2)
-    condition, cache = make_tiny_condition(model), model.new_cache(2, 4, 6, 4, 0)
+    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 4, 0), 2, (4, 6))
     _commit(model, cache, condition, x)
     _commit(model, cache, condition, x)
 
@@ -361,23 +354,23 @@ def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
 def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(1)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    plain = model.new_cache(2, 4, 6, 3, 1)
+    plain = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     with torch.inference_mode():
-        cache = model.new_cache(2, 4, 6, 3, 1)
+        cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     for step in range(6):
         with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
             if step in (3, 4):
                 cache.clear_condition()  # made in one mode, rebuilt in the other
-            mixed = model(x, sigma, condition, cache=cache, commit=True)
+            mixed = Denoiser(model)(x, sigma, condition, cache, commit=True)
         assert torch.equal(mixed, _commit(model, plain, condition, x))
-    model(x, sigma, condition, cache=cache).sum().backward()
+    Denoiser(model)(x, sigma, condition, cache).sum().backward()
 
 
 def test_cache_keeps_the_type_of_the_matrix_products() -> None:
     model = make_tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.new_cache(2, 4, 6, 3, 0).keys.dtype == torch.bfloat16
-    cache = model.cast(torch.bfloat16).new_cache(2, 4, 6, 3, 0, spare_frames=2)
+        assert model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)).keys.dtype == torch.bfloat16
+    cache = model.cast(torch.bfloat16).new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6), spare_frames=2)
     assert cache.keys.dtype == torch.bfloat16 and cache.device == torch.device("cpu")
     assert cache.keys.shape == (2, 2, 5, 6, 2, 16) and cache.size_bytes == 2 * 2 * cache.keys.numel()
     assert _commit(model, cache, make_tiny_condition(model), make_tiny_latents(2)).dtype == torch.float32

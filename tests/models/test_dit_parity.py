@@ -12,7 +12,9 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import Condition
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -167,10 +169,10 @@ def test_bidirectional_equals_oracle_and_one_block_without_window(i2v: bool, rel
     )
     with torch.no_grad():
         assert rel(model(x, sigma, condition), truth.velocity) < 1e-5
-        assert rel(model(x, sigma, condition, mask=BlockPlan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
+        assert rel(model(x, sigma, condition, StreamPlan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
         for rope in ("absolute", "relative"):
-            cache = model.new_cache(2, 4, 6, None, 0, rope, max_frames=5)
-            assert rel(model(x, sigma, condition, cache=cache, commit=True), truth.velocity) < 1e-5
+            cache = model.new_cache(StreamPlan(2, 1, None, 0, rope), 2, (4, 6), max_frames=5)
+            assert rel(Denoiser(model)(x, sigma, condition, cache, commit=True), truth.velocity) < 1e-5
         one_value = torch.tensor([0.25, 0.75])
         assert torch.equal(
             model(x, one_value, condition), model(x, one_value[:, None].expand(2, 5).contiguous(), condition)
@@ -182,7 +184,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3, batch=3)
     condition, sigma = make_tiny_condition(model, batch=3), torch.tensor([0.2, 0.5, 0.8])
     assert condition.image is not None and condition.frames is not None
-    plan = BlockPlan(2, 1)
+    plan = StreamPlan(2, 1)
     truth = oracle.run(
         model.state_dict(),
         x,
@@ -196,15 +198,15 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
     )
     with torch.no_grad():
         layout = plan.causal_layout(3)
-        three = model(x, sigma, condition, mask=layout)
+        three = model(x, sigma, condition, layout)
         assert three.shape == x.shape and rel(three, truth.velocity) < 1e-5
         for b in range(3):
             row = slice(b, b + 1)
             own = Condition(condition.text[row], condition.image[row], condition.frames[row])
-            one = model(x[row], sigma[row], own, mask=layout)
+            one = model(x[row], sigma[row], own, layout)
             assert one.shape == (1, *x.shape[1:]) and rel(one, truth.velocity[row]) < 1e-5
-            cache = model.new_cache(1, 4, 6, None, 0, "relative", max_frames=3)
-            streamed = [model(x[row, s:e], sigma[row], own, cache=cache, commit=True) for s, e in plan.blocks(0, 3)]
+            cache = model.new_cache(StreamPlan(2, 1, None, 0), 1, (4, 6), max_frames=3)
+            streamed = [Denoiser(model)(x[row, s:e], sigma[row], own, cache, commit=True) for s, e in plan.blocks(0, 3)]
             assert rel(torch.cat(streamed, 1), truth.velocity[row]) < 1e-5
     with pytest.raises(ShapeError, match="batch first"):
         Condition(condition.text[:1], condition.image[0], condition.frames[:1])
@@ -264,59 +266,30 @@ def test_initialisation_is_wans() -> None:
     assert float(model.blocks[0].ffn[0].weight.detach().abs().max()) <= (6 / (64 + 96)) ** 0.5
 
 
-def test_places_that_do_not_fit_are_refused() -> None:
-    model = make_tiny_model(i2v=True)
-    condition, sigma, x = make_tiny_condition(model), torch.ones(2), make_tiny_latents(2)
-    cache = model.new_cache(2, 4, 6, 5, 1)
-    place = cache.place(2)
-    with pytest.raises(ShapeError, match="a place needs its own cache"):
-        model(x, sigma, condition, places=[place])
-    with pytest.raises(ShapeError, match="a place needs its own cache"):
-        model(x, sigma, condition, cache=model.new_cache(2, 4, 6, 5, 1), places=[place])
-    with pytest.raises(ShapeError, match="2 frames and the blocks at 2 places 4"):
-        model(x, sigma, condition, cache=cache, places=[place, place])
-    with torch.no_grad(), pytest.raises(ShapeError, match="1 frames and the blocks at 1 places 2"):
-        model(x[:, :1], sigma, condition, cache=cache, trace=place)
-    with pytest.raises(ShapeError, match="not traced, or made again before"):
-        model(x, sigma, condition, cache=cache, places=[place])
-    with torch.no_grad():
-        model(x, sigma, condition, cache=cache, trace=place)
-    model(x, sigma, condition, cache=cache, places=[place])
-    with pytest.raises(ShapeError, match="not traced, or made again before"):
-        model(x, sigma, condition, cache=cache, places=[place])
-    with pytest.raises(ShapeError, match="traced without gradient"):
-        model(x, sigma, condition, cache=cache, trace=place)
-    with torch.no_grad(), pytest.raises(ShapeError, match="made again at its places with it"):
-        model(x, sigma, condition, cache=cache, places=[place])
-    with torch.no_grad(), pytest.raises(ShapeError, match="a call at one commits nothing"):
-        model(x, sigma, condition, cache=cache, trace=place, commit=True)
-
-
 def test_calls_that_do_not_fit_are_refused() -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    layout, cache = BlockPlan(2).causal_layout(3), model.new_cache(2, 4, 6, 3, 0)
+    layout, cache = StreamPlan(2).causal_layout(3), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
     text, image, frames = condition.text, condition.image, condition.frames
     assert image is not None and frames is not None
     calls = [
-        ("both given", (x, sigma, condition), {"mask": layout, "cache": cache}),
-        ("needs a cache", (x, sigma, condition), {"commit": True}),
-        ("x has shape", (x[:, :, :3], sigma, condition), {}),
-        ("sigma has shape", (x, torch.zeros(2, 4), condition), {}),
-        ("entries", (x[:, :2], sigma, condition), {"mask": layout}),
-        ("multiple of the patch", (x[..., :5], sigma, condition), {}),
-        ("cache was made for batch", (x[:1], sigma[:1], make_tiny_condition(model, 1)), {"cache": cache}),
-        ("condition has batch", (x, sigma, make_tiny_condition(model, 1)), {}),
-        ("condition.text", (x, sigma, condition.with_text(torch.zeros(2, 9, 12))), {}),
-        ("needs condition.image", (x, sigma, Condition(text, None, frames)), {}),
-        ("needs condition.frames", (x, sigma, Condition(text, image)), {}),
-        ("condition.image has width", (x, sigma, Condition(text, image[..., :9], frames)), {}),
-        ("condition.frames has shape", (x, sigma, Condition(text, image, frames[:, :, :7])), {}),
-        ("float32", (x, sigma.bfloat16(), condition), {}),
+        ("x has shape", (x[:, :, :3], sigma, condition), None),
+        ("sigma has shape", (x, torch.zeros(2, 4), condition), None),
+        ("entries", (x[:, :2], sigma, condition), layout),
+        ("x has 3 entries and the view 2", (x, sigma, condition), cache.view(2)),
+        ("multiple of the patch", (x[..., :5], sigma, condition), None),
+        ("cache was made for batch", (x[:1], sigma[:1], make_tiny_condition(model, 1)), cache),
+        ("condition has batch", (x, sigma, make_tiny_condition(model, 1)), None),
+        ("condition.text", (x, sigma, condition.with_text(torch.zeros(2, 9, 12))), None),
+        ("needs condition.image", (x, sigma, Condition(text, None, frames)), None),
+        ("needs condition.frames", (x, sigma, Condition(text, image)), None),
+        ("condition.image has width", (x, sigma, Condition(text, image[..., :9], frames)), None),
+        ("condition.frames has shape", (x, sigma, Condition(text, image, frames[:, :, :7])), None),
+        ("float32", (x, sigma.bfloat16(), condition), None),
     ]
-    for message, arguments, options in calls:
+    for message, arguments, context in calls:
         with pytest.raises(ShapeError, match=message), torch.no_grad():
-            model(*arguments, **options)
+            Denoiser(model)(*arguments, cache) if context is cache else model(*arguments, context)
     with pytest.raises(ShapeError, match="takes no condition"):
         make_tiny_model()(x, sigma, condition)
     with pytest.raises(ConfigError, match="even width"):

@@ -1,5 +1,7 @@
 """Counted operations against what `FlopCounterMode` sees of the real model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_condition, make_tiny_latents, make_tiny_model
@@ -12,13 +14,13 @@ from longtake.models.flops import Call, Work
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import commit_block, denoise_block
-from longtake.structs import BlockPlan
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 FRAMES, BATCH = 7, 2
-PLAN = BlockPlan(2)
+PLAN = StreamPlan(2)
 
 
 def counted(work):
@@ -46,26 +48,18 @@ def test_bidirectional_pass_and_its_backward(model):
     assert ran == flops.backward(model.config, call).total
 
 
-def test_a_backward_with_checkpointing_computes_the_blocks_again(model):
-    model.activation_checkpointing = True
-    call, condition = call_of(model), make_tiny_condition(model)
-    _, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
-    ran, _ = counted(lambda: velocity.sum().backward())
-    assert ran == (flops.backward(model.config, call) + flops.recomputed(model.config, call)).total
-
-
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_masked_pass(model, rope):
     """The permitted pairs alone are computed, here counted one by one."""
-    layout = PLAN.teacher_forcing_layout(FRAMES, window_frames=4, sink_frames=0, rope=rope)
+    layout = replace(PLAN, window_frames=4, sink_frames=0, rope=rope).teacher_forcing_layout(FRAMES)
     call = call_of(model).masked(layout)
     assert call.entries == 2 * FRAMES and call.pairs < (call.entries * TOKENS) ** 2
     x, sigma = torch.cat([make_tiny_latents(FRAMES)] * 2, 1), torch.full((BATCH, 2 * FRAMES), 0.5)
-    ran, _ = counted(lambda: model(x, sigma, make_tiny_condition(model), mask=layout))
+    ran, _ = counted(lambda: model(x, sigma, make_tiny_condition(model), layout))
     assert ran == flops.forward(model.config, call).total
     pairs = 0
     for start, end in PLAN.blocks(0, FRAMES):
-        seen = end - start + len(PLAN.attended(start, end, 4, 0))
+        seen = end - start + len(replace(PLAN, window_frames=4, sink_frames=0).attended(start, end))
         pairs += 2 * (end - start) * seen * TOKENS**2  # the clean half and the noisy half see equally much
     assert call.pairs == pairs
 
@@ -74,18 +68,20 @@ def test_masked_pass(model, rope):
 def test_a_cached_block_with_a_window(model, graded):
     """Past frames that fit the window, and the context's keys and values once without gradient."""
     condition = make_tiny_condition(model)
-    cache = model.new_cache(BATCH, HEIGHT, WIDTH, window_frames=5, sink_frames=1)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), BATCH, (HEIGHT, WIDTH))
     first = call_of(model, 1)
-    ran, _ = counted(lambda: commit_block(model, cache, condition, make_tiny_latents(1)))
+    ran, _ = counted(lambda: commit_block(Denoiser(model), cache, condition, make_tiny_latents(1)))
     assert ran == flops.forward(model.config, first.cached(1, 0, with_context=True)).total
-    commit_block(model, cache, condition, make_tiny_latents(2))
-    commit_block(model, cache, condition, make_tiny_latents(2))
-    past = len(PLAN.attended(5, 7, 5, 1))
+    commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
+    commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
+    past = len(replace(PLAN, window_frames=5, sink_frames=1).attended(5, 7))
     assert past == 3  # the sink, and two frames before
     call = first.cached(2, past, with_context=graded)
     noise = make_tiny_latents(2)
     ran, out = counted(
-        lambda: denoise_block(model, cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, graded=graded)
+        lambda: denoise_block(
+            Denoiser(model), cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, with_grad=graded
+        )
     )
     passes = [first.cached(2, past, with_context=False), call]
     assert ran == sum(flops.forward(model.config, each).total for each in passes)

@@ -13,22 +13,24 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
 from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import add_lora, factors, targets_of
 from longtake.models.lora_files import BASE, CONFIG, WEIGHTS, Base, read_lora, write_adapter
 from longtake.models.presets import PRESETS
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.structs import BlockPlan
+from longtake.rollout.denoise import Denoiser
 
 ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} | {"ffn.0", "ffn.2"}
 IMAGE = {"cross_attn.k_img", "cross_attn.v_img"}
 
 
-def velocity(model, condition, frames=3, **options):
+def velocity(model, condition, context=None, frames=3):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, frames, 4, 4, 6, generator=generator)
-    return model(x, torch.full((2, frames), 0.7), condition, **options)
+    return model(x, torch.full((2, frames), 0.7), condition, context)
 
 
 def written(model: VideoDiT, folder: Path, base: Base) -> Path:
@@ -108,23 +110,23 @@ def test_merged_equals_unmerged_in_every_use(tiny_model, tiny_condition, tiny_la
     save_dit(base.config, base.state_dict(), tmp_path / "base")
     model = stir(adapted(tiny_model(True)))
     merged = load_dit(tmp_path / "base", lora=written(model, tmp_path / "lora", Base("toy", "0")))
-    condition, layout = tiny_condition(base), BlockPlan(2, 1).causal_layout(3)
+    condition, layout = tiny_condition(base), StreamPlan(2, 1).causal_layout(3)
     assert rel(velocity(base, condition), velocity(merged, condition)) > 0.1
     assert rel(velocity(model, condition), velocity(merged, condition)) < 1e-6
-    dense = [velocity(network, condition, mask=layout) for network in (model, merged)]
+    dense = [velocity(network, condition, layout) for network in (model, merged)]
     monkeypatch.setattr(attention, "make_mask", partial(attention.make_mask, flex=True))
-    layout = BlockPlan(2, 1).causal_layout(3)
-    flex = [velocity(network, condition, mask=layout) for network in (model, merged)]
+    layout = StreamPlan(2, 1).causal_layout(3)
+    flex = [velocity(network, condition, layout) for network in (model, merged)]
     assert rel(*dense) < 1e-6 and rel(*flex) < 1e-6 and rel(dense[0], flex[0]) < 1e-5
     streams = []
     for network in (model, merged):
-        cache = network.new_cache(2, 4, 6, window_frames=3, sink_frames=1)
+        cache = network.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
         x = tiny_latents(7)
-        parts = [network(x[:, :1], torch.zeros(2), condition, cache=cache, commit=True)]
+        parts = [Denoiser(network)(x[:, :1], torch.zeros(2), condition, cache, commit=True)]
         for start in (1, 3, 5):
             block = x[:, start : start + 2]
-            parts.append(network(block, torch.full((2,), 0.6), condition, cache=cache))
-            network(block, torch.zeros(2), condition, cache=cache, commit=True)
+            parts.append(Denoiser(network)(block, torch.full((2,), 0.6), condition, cache))
+            Denoiser(network)(block, torch.zeros(2), condition, cache, commit=True)
         streams.append(torch.cat(parts, 1))
     assert rel(*streams) < 1e-6
 
@@ -133,7 +135,7 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny_model, tiny_cond
     gradients = []
     for checkpointing in (False, True):
         model = stir(adapted(tiny_model(True)))
-        model.activation_checkpointing = checkpointing
+        model = model.executed(Execution(recompute=checkpointing))
         velocity(model, tiny_condition(model)).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
@@ -146,7 +148,7 @@ def test_a_bfloat16_base_computes_what_autocast_makes_of_float32(tiny_model, tin
     for kept in (torch.float32, torch.bfloat16):
         model = tiny_model(True).cast(kept)
         types = {name: p.dtype for name, p in model.named_parameters()}
-        stir(adapted(model)).activation_checkpointing = True
+        model = stir(adapted(model)).executed(Execution(recompute=True))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         assert {name: p.dtype for name, p in own(model).items()} == types
         with torch.autocast("cpu", torch.bfloat16):

@@ -18,7 +18,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.hub import is_hub_name
 from longtake.models.model_json import config_to_json
 from longtake.models.names import to_diffusers_key
-from longtake.models.weights import load_dit, read_state, save_dit
+from longtake.models.weights import load_dit, save_dit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -115,12 +115,11 @@ def test_quantised_weights_are_refused(tiny_model, tmp_path: Path) -> None:
 def test_a_loaded_model_does_not_hang_on_its_file(tiny_model, tmp_path: Path) -> None:
     model = tiny_model()
     save_dit(model.config, model.state_dict(), tmp_path)
-    loaded, read = load_dit(tmp_path), read_state(tmp_path)
+    loaded = load_dit(tmp_path)
     with (tmp_path / WEIGHTS).open("r+b") as file:
         file.seek(-400, 2)
         file.write(b"\xff" * 400)
     assert same(loaded, model)
-    assert all(torch.equal(value, read[key]) for key, value in model.state_dict().items())
 
 
 # ---- torch.save files ------------------------------------------------------------------------------------------------

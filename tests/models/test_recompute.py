@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CacheError
-from longtake.models.recompute import made_before
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import roll_out
 
 MODES = [False, True, "selective"]
 
@@ -38,11 +38,10 @@ def gradients(model, loss, counted):
 def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_condition, tiny_latents, bf16, mask):
     found, counts = {}, {}
     for mode in MODES:
-        model = tiny_model(True)
-        parallelize(model, Mesh(), recompute=mode)
-        layout = BlockPlan(2, 1).causal_layout(5, window_frames=5, sink_frames=1) if mask else None
+        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
+        layout = StreamPlan(2, 1, 5, 1).causal_layout(5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), mask=layout).square().mean()
+            loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), layout).square().mean()
         counted = Counted()
         found[mode], counts[mode] = gradients(model, loss, counted), counted.count
     # Each layer has self-attention, by the three blocks of a mask, and cross-attention to text and to CLIP tokens.
@@ -60,7 +59,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
     """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.5), 5, 1, rope)
+    rules = StreamPlan(2, 1, 5, 1, rope, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         generator = torch.Generator().manual_seed(100 * start + step)
@@ -68,52 +67,25 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
 
     found = {}
     for mode in MODES:
-        model = tiny_model(True)
-        parallelize(model, Mesh(), recompute=mode)
+        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
         condition = tiny_condition(model)
-        made = roll_out(model, condition, noise(0, 1, 9), noise, rules, 9, (4, 6), graded=True)
+        made = roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
         found[mode] = gradients(model, made.latents.square().mean(), Counted())
     for mode in MODES[1:]:
         assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_forward_made_before_is_run_in_backward_alone(bf16):
-    """Values are those that are given, gradients those of the function, also where nothing needs or gives one."""
-    layer, unused = torch.nn.Linear(3, 3), torch.nn.Parameter(torch.ones(2))
-    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
-    x, y, runs = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), []
-
-    def run(x, y, none):
-        assert none is None
-        runs.append(torch.is_autocast_enabled("cpu"))
-        return (layer(x).tanh().float() * y * frozen).sum(1)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        expected = torch.autograd.grad(run(x, y, None).square().sum(), [x, *layer.parameters()])
-        with torch.no_grad():
-            made = run(x, y, None)
-        runs.clear()
-        out = made_before(made, run, (x, y, None), [*layer.parameters(), unused, frozen])
-        assert torch.equal(out, made) and not runs
-        loss = out.square().sum()
-    loss.backward()  # outside of autocast, as the loop has it
-    assert runs == [bf16] and unused.grad is None and frozen.grad is None and y.grad is None
-    for found, wanted in zip((x.grad, layer.weight.grad, layer.bias.grad), expected, strict=True):
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-
-
-def test_selective_still_leases_what_it_read(tiny_model, tiny_condition, tiny_latents):
+def test_selective_still_pins_what_it_read(tiny_model, tiny_condition, tiny_latents):
     """Attention is kept, its inputs are not: an overwrite before backward is refused."""
     model = parallelize(tiny_model(True), Mesh(), recompute="selective")
     condition, sigma = tiny_condition(model), torch.zeros(2)
-    cache = model.new_cache(2, 4, 6, 3, 1)
+    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
     for frames in (1, 2):
         with torch.no_grad():
-            model(tiny_latents(frames), sigma, condition, cache=cache, commit=True)
-    out = model(tiny_latents(1), sigma + 0.5, condition, cache=cache)
+            Denoiser(model)(tiny_latents(frames), sigma, condition, cache, commit=True)
+    out = Denoiser(model)(tiny_latents(1), sigma + 0.5, condition, cache)
     with pytest.raises(CacheError, match="pending backward"), torch.no_grad():
-        model(tiny_latents(2), sigma, condition, cache=cache, commit=True)
+        Denoiser(model)(tiny_latents(2), sigma, condition, cache, commit=True)
     out.sum().backward()
     with torch.no_grad():
-        model(tiny_latents(2), sigma, condition, cache=cache, commit=True)
+        Denoiser(model)(tiny_latents(2), sigma, condition, cache, commit=True)

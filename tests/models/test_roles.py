@@ -7,17 +7,19 @@ from tiny_lora import adapter_of, stir
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import add_lora, first_factors, inject_lora
-from longtake.models.roles import Role, SharedBase
+from longtake.models.roles import AdapterSwitch, Role, SharedBase
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 
 NAMES = ("generator", "critic")
 
 
-def make(tiny_model, recompute=False, targets=None):
+def make(tiny_model, recompute=False, targets=None, switch=None):
     """(roles, networks of their own) of the same weights and updates; `critic` has updates on `targets` alone."""
     base = tiny_model(True).requires_grad_(False)
     own = {"teacher": tiny_model(True).requires_grad_(False)}
-    parallelize(own["teacher"], Mesh(), recompute=recompute)
+    own["teacher"] = parallelize(own["teacher"], Mesh(), recompute=recompute)
     for seed, name in enumerate(NAMES):
         adapter = adapter_of(tiny_model(True), targets if name == "critic" else None)
         inject_lora(base, adapter.pattern, 3, 6.0, name)
@@ -26,9 +28,8 @@ def make(tiny_model, recompute=False, targets=None):
             for key, value in first_factors(base, Draws(0), f"{name} lora_A", name):
                 parameters[key].copy_(value)
         own[name] = stir(add_lora(tiny_model(True), adapter.pattern, 3, 6.0, Draws(0), f"{name} lora_A"), seed)
-        parallelize(own[name], Mesh(), recompute=recompute)
-    parallelize(base, Mesh(), recompute=recompute)
-    shared = SharedBase(base)
+        own[name] = parallelize(own[name], Mesh(), recompute=recompute)
+    shared = SharedBase(parallelize(base, Mesh(), recompute=recompute), switch)
     roles = {name: Role(shared, name) for name in NAMES} | {"teacher": Role(shared, None)}
     with torch.no_grad():
         for name in NAMES:
@@ -84,9 +85,7 @@ def test_without_the_context_of_its_forward_the_gradient_would_be_another(tiny_m
     """What the hook of recomputation prevents: a teacher's pass in between would switch the updates off."""
     gradients = []
     for kept in (True, False):
-        roles, own = make(tiny_model, True)
-        if not kept:
-            roles["generator"].base.model.checkpoint_contexts.clear()
+        roles, own = make(tiny_model, True, switch=None if kept else AdapterSwitch())  # nothing enters its contexts
         loss = roles["generator"](tiny_latents(3), torch.tensor([0.9, 0.3]), tiny_condition(own["teacher"])).mean()
         try:
             loss.backward()
@@ -102,8 +101,8 @@ def test_kept_cross_attention_belongs_to_a_role(tiny_model, tiny_condition, tiny
     roles, own = make(tiny_model)
     condition, x = tiny_condition(own["teacher"]), tiny_latents(2)
     sigma = torch.tensor([0.9, 0.3])
-    cache = roles["generator"].new_cache(2, 4, 6, 5, 1)
+    cache = roles["generator"].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
     with torch.no_grad():
         for name in ("generator", "critic", "teacher", "generator"):
-            wanted = own[name](x, sigma, condition, cache=own[name].new_cache(2, 4, 6, 5, 1))
-            assert torch.equal(roles[name](x, sigma, condition, cache=cache), wanted)
+            wanted = Denoiser(own[name])(x, sigma, condition, own[name].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)))
+            assert torch.equal(Denoiser(roles[name])(x, sigma, condition, cache), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -13,7 +14,10 @@ from torch import Tensor
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
-from longtake.structs import BlockPlan, Condition
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import Condition
 
 # (first, block, frames), window, sink: with and without eviction, sinks inside, at and across block boundaries
 PLANS = [((3, 3, 12), w, s) for w, s in ((None, 0), (6, 0), (7, 1), (6, 3), (9, 3), (8, 5), (12, 3), (20, 0))]
@@ -27,7 +31,7 @@ def _sigmas(batch: int, frames: int) -> Tensor:
 
 
 def _oracle(
-    model: VideoDiT, x: Tensor, sigma: Tensor, condition: Condition, plan: BlockPlan, **options
+    model: VideoDiT, x: Tensor, sigma: Tensor, condition: Condition, plan: StreamPlan, **options
 ) -> oracle.Trace:
     config, blocks = model.config, list(plan.blocks(0, x.shape[1]))
     sizes = {"num_heads": config.num_heads, "text_len": config.text_len, "blocks": blocks}
@@ -37,15 +41,15 @@ def _oracle(
 
 @torch.no_grad()
 def _stream(
-    model: VideoDiT, cache: KVCache, plan: BlockPlan, condition: Condition, clean: Tensor, noisy: Tensor, sigma: Tensor
+    model: VideoDiT, cache: KVCache, plan: StreamPlan, condition: Condition, clean: Tensor, noisy: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Every block twice, noisy without a trace and then clean for good: velocities of both, [B, F, C, H, W]."""
     clean_out, noisy_out = [], []
     for start, end in plan.blocks(0, clean.shape[1]):
         block = slice(start, end)
-        noisy_out.append(model(noisy[:, block], sigma[:, block], condition, cache=cache))
+        noisy_out.append(Denoiser(model)(noisy[:, block], sigma[:, block], condition, cache))
         zero = torch.zeros_like(sigma[:, block])
-        clean_out.append(model(clean[:, block], zero, condition, cache=cache, commit=True))
+        clean_out.append(Denoiser(model)(clean[:, block], zero, condition, cache, commit=True))
     return torch.cat(clean_out, 1), torch.cat(noisy_out, 1)
 
 
@@ -55,7 +59,7 @@ def _stream(
 def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: bool, rel) -> None:
     # N.3 (keys and values layer by layer) and N.4 (teacher forcing), batch 2 with different captions.
     first, block, frames = sizes
-    plan, model = BlockPlan(block, first), make_tiny_model(i2v)
+    plan, model = StreamPlan(block, first), make_tiny_model(i2v)
     condition = make_tiny_condition(model)
     clean, noisy = make_tiny_latents(frames), make_tiny_latents(frames, seed=5)
     sigma, zero = _sigmas(2, frames), torch.zeros(2, frames)
@@ -63,7 +67,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
     truth = _oracle(model, clean, zero, condition, plan, **rule, noisy=noisy, noisy_sigma=sigma)
     assert truth.noisy is not None
 
-    cache = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else frames)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else frames)
     clean_out, noisy_out = _stream(model, cache, plan, condition, clean, noisy, sigma)
     assert rel(clean_out, truth.velocity) < 1e-5 and rel(noisy_out, truth.noisy) < 1e-5
     for layer in range(model.config.num_layers):
@@ -74,9 +78,9 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
     rules = {"rope": rope, "window_frames": window, "sink_frames": sink}
     with torch.no_grad():
-        full = model(clean, zero, condition, mask=plan.causal_layout(frames, **rules))
+        full = model(clean, zero, condition, replace(plan, **rules).causal_layout(frames))
         both = torch.cat([clean, noisy], 1), torch.cat([zero, sigma], 1)
-        forced = model(*both, condition, mask=plan.teacher_forcing_layout(frames, **rules))
+        forced = model(*both, condition, replace(plan, **rules).teacher_forcing_layout(frames))
     assert rel(full, truth.velocity) < 1e-5
     assert rel(forced, torch.cat([truth.velocity, truth.noisy], 1)) < 1e-5
     assert rel(clean_out, full) < 1e-5 and rel(noisy_out, forced[:, frames:]) < 1e-5
@@ -84,7 +88,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
 def test_the_comparison_above_can_fail(rel) -> None:
     # Window, sink, rope, caption, picture, y index and block plan each change the result far above the tolerance.
-    plan, model = BlockPlan(4, 1), make_tiny_model(True)
+    plan, model = StreamPlan(4, 1), make_tiny_model(True)
     condition, x, zero = make_tiny_condition(model), make_tiny_latents(17), torch.zeros(2, 17)
     assert condition.image is not None and condition.frames is not None
     rule = {"rope": "absolute", "window": 9, "sink": 1}
@@ -99,15 +103,15 @@ def test_the_comparison_above_can_fail(rel) -> None:
     ]
     for other in others:
         assert rel(_oracle(model, x, zero, other, plan, **rule).velocity, truth) > 1e-3
-    assert rel(_oracle(model, x, zero, condition, BlockPlan(2, 1), **rule).velocity, truth) > 1e-3
+    assert rel(_oracle(model, x, zero, condition, StreamPlan(2, 1), **rule).velocity, truth) > 1e-3
     assert rel(_oracle(model, x, zero + 0.05, condition, plan, **rule).velocity, truth) > 1e-3
 
 
 def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> None:
     # N.3 without the oracle: the keys that attention is handed in both paths.
-    plan, model = BlockPlan(4, 1), make_tiny_model()
+    plan, model = StreamPlan(4, 1), make_tiny_model()
     condition, x, zero = make_tiny_condition(model), make_tiny_latents(9), torch.zeros(2, 9)
-    cache = model.new_cache(2, 4, 6, None, 0, "absolute", max_frames=9)
+    cache = model.new_cache(StreamPlan(2, 1, None, 0, "absolute"), 2, (4, 6), max_frames=9)
     _stream(model, cache, plan, condition, x, torch.randn_like(x), zero)
     from longtake.models.attention import attend
 
@@ -117,9 +121,10 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
         handed.append((k, v))
         return attend(q, k, v, mask=mask)
 
-    model.set_attention(spy)
+    for block in model.blocks:
+        block.self_attn.attend = spy
     with torch.no_grad():
-        model(x, zero, condition, mask=plan.causal_layout(9))
+        model(x, zero, condition, plan.causal_layout(9))
     assert len(handed) == model.config.num_layers
     for layer, (k, v) in enumerate(handed):
         assert rel(cache.keys[layer].flatten(1, 2), k) < 1e-5 and rel(cache.values[layer].flatten(1, 2), v) < 1e-5
@@ -128,21 +133,22 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
 @pytest.mark.parametrize("rope", ROPES)
 def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str, rel) -> None:
     # N.5, M-01, M-02: [1, 4, 4], sink 3; frames 1 and 2 lie in the sink and must end as clean keys.
-    plan, model = BlockPlan(4, 1), make_tiny_model(True)
+    plan, model = StreamPlan(4, 1), make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(9)
-    cache, counts = model.new_cache(2, 4, 6, 7, 3, rope), []
+    cache, counts = model.new_cache(StreamPlan(2, 1, 7, 3, rope), 2, (4, 6)), []
     from longtake.models.attention import attend
 
     def spy(q: Tensor, k: Tensor, v: Tensor, *, mask=None) -> Tensor:
         counts.append(k.shape[1] // cache.tokens_per_frame)
         return attend(q, k, v, mask=mask)
 
-    model.set_attention(spy)
+    for block in model.blocks:
+        block.self_attn.attend = spy
     with torch.no_grad():
         for start, end in plan.blocks(0, 5):
             for sigma in (1.0, 0.75, 0.5):
-                model(torch.randn(2, end - start, 4, 4, 6), torch.full((2,), sigma), condition, cache=cache)
-            model(x[:, start:end], torch.zeros(2), condition, cache=cache, commit=True)
+                Denoiser(model)(torch.randn(2, end - start, 4, 4, 6), torch.full((2,), sigma), condition, cache)
+            Denoiser(model)(x[:, start:end], torch.zeros(2), condition, cache, commit=True)
     assert counts == [1] * 4 * model.config.num_layers + [5] * 4 * model.config.num_layers
     truth = _oracle(model, x[:, :5], torch.zeros(2, 5), condition, plan, rope=rope, window=7, sink=3)
     for layer in range(model.config.num_layers):
@@ -152,12 +158,12 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
 
 def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
     # Repair (b): text and image keys and values are both kept, apart, at their own lengths, and used.
-    plan, model = BlockPlan(2, 1), make_tiny_model(True)
+    plan, model = StreamPlan(2, 1), make_tiny_model(True)
     condition, x, noisy = make_tiny_condition(model), make_tiny_latents(5), make_tiny_latents(5, seed=8)
     assert condition.image is not None
-    cache, sigma = model.new_cache(2, 4, 6, 5, 1), _sigmas(2, 5)
+    cache, sigma = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), _sigmas(2, 5)
     clean_out, noisy_out = _stream(model, cache, plan, condition, x, noisy, sigma)
-    assert cache.has_cross(condition)
+    assert cache.has_cross(model, condition)
     for layer in range(model.config.num_layers):
         lengths = [t.shape for t in cache.cross(layer)]
         assert lengths == [(2, 8, 2, 16), (2, 8, 2, 16), (2, 5, 2, 16), (2, 5, 2, 16)]
@@ -179,22 +185,22 @@ def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
 
 
 def _roll_out(
-    model: VideoDiT, cache: KVCache, plan: BlockPlan, noise: list[Tensor], condition: Condition
+    model: VideoDiT, cache: KVCache, plan: StreamPlan, noise: list[Tensor], condition: Condition
 ) -> Iterator[Tensor]:
     """Self-forcing in miniature: one ungraded step, the graded exit step, and the context pass, block by block."""
     half = torch.full((noise[0].shape[0],), 0.5)
     for (start, end), x in zip(plan.blocks(), noise):
         assert cache.position == start and x.shape[1] == end - start
         with torch.no_grad():
-            model(x, half + 0.5, condition, cache=cache)
-        clean = x - 0.5 * model(x, half, condition, cache=cache)
+            Denoiser(model)(x, half + 0.5, condition, cache)
+        clean = x - 0.5 * Denoiser(model)(x, half, condition, cache)
         with torch.no_grad():
             # Handed over with its graph on purpose: a commit detaches.
-            model(clean, half - 0.5, condition, cache=cache, commit=True)
+            Denoiser(model)(clean, half - 0.5, condition, cache, commit=True)
         yield clean
 
 
-def _noise(plan: BlockPlan, blocks: int) -> list[Tensor]:
+def _noise(plan: StreamPlan, blocks: int) -> list[Tensor]:
     spans = [span for span, _ in zip(plan.blocks(), range(blocks))]
     return [make_tiny_latents(end - start, seed=20 + start).requires_grad_() for start, end in spans]
 
@@ -203,10 +209,10 @@ def _noise(plan: BlockPlan, blocks: int) -> list[Tensor]:
 @pytest.mark.parametrize("rope", ROPES)
 def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpointing: bool) -> None:
     # N.6, M-03.
-    plan, model = BlockPlan(2, 1), make_tiny_model(True)
-    model.activation_checkpointing = checkpointing
+    plan, model = StreamPlan(2, 1), make_tiny_model(True)
+    model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, 4)
-    cache = model.new_cache(2, 4, 6, 5, 1, rope, spare_frames=6)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=6)
     outputs = list(_roll_out(model, cache, plan, noise, condition))
     assert not cache.keys.requires_grad and not cache.values.requires_grad
     for j, output in enumerate(outputs):
@@ -223,10 +229,10 @@ def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpo
 
 
 def _gradients(rope: str, checkpointing: bool, spare: int, blocks: int = 5) -> dict[str, Tensor]:
-    plan, model = BlockPlan(2, 1), make_tiny_model(True)
-    model.activation_checkpointing = checkpointing
+    plan, model = StreamPlan(2, 1), make_tiny_model(True)
+    model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, blocks)
-    cache = model.new_cache(2, 4, 6, 5, 1, rope, spare_frames=spare)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=spare)
     loss = sum(((i + 1) * out.square().sum() for i, out in enumerate(_roll_out(model, cache, plan, noise, condition))))
     assert isinstance(loss, Tensor)
     loss.backward()
@@ -258,24 +264,24 @@ def test_fewest_spare_frames_that_work() -> None:
 def _pending(model: VideoDiT) -> tuple[KVCache, Condition, Tensor]:
     """A cache whose oldest frame is read by the pending backward of `output` and claimed by the next commit but one."""
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 3, 0)
+    cache = model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
     zero, x = torch.zeros(2), make_tiny_latents(1)
     with torch.no_grad():
         for _ in range(3):
-            model(x, zero, condition, cache=cache, commit=True)
-    output = model(x, zero, condition, cache=cache)
+            Denoiser(model)(x, zero, condition, cache, commit=True)
+    output = Denoiser(model)(x, zero, condition, cache)
     return cache, condition, output
 
 
 def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
     model = make_tiny_model(True)
-    model.activation_checkpointing = True
+    model = model.executed(Execution(recompute=True))
     zero, x = torch.zeros(2), make_tiny_latents(1)
 
     @torch.no_grad()
     def commit_two(cache: KVCache, condition: Condition) -> None:
         for _ in range(2):
-            model(x, zero, condition, cache=cache, commit=True)
+            Denoiser(model)(x, zero, condition, cache, commit=True)
 
     cache, condition, output = _pending(model)
     before = [cache.keys.clone(), cache.values.clone()]
@@ -298,7 +304,7 @@ def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
     del output
     commit_two(cache, condition)  # released with its graph
 
-    model.activation_checkpointing = False
+    model = model.executed(Execution(recompute=False))
     cache, condition, output = _pending(model)
     commit_two(cache, condition)  # nothing is recomputed: nothing to hold
     output.square().sum().backward()

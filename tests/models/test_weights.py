@@ -21,7 +21,6 @@ from longtake.models.weights import (
     config_to_json,
     load_dit,
     load_state,
-    read_state,
     save_dit,
     to_diffusers_key,
     to_original_key,
@@ -167,7 +166,7 @@ def test_a_parameter_that_is_there_twice_is_an_error(tiny_model, tmp_path: Path)
     one = tmp_path / "one.safetensors"
     save_file({"head.head.bias": torch.zeros(16), "module.head.head.bias": torch.ones(16)}, one)
     with pytest.raises(CheckpointError, match="as module.head.head.bias"):
-        read_state(one)
+        load_dit(one)
 
 
 def test_missing_surplus_and_reshaped_keys_are_listed(tiny_model, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from tiny_models import make_tiny_condition, make_tiny_latents
 from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig, VideoDiT
 from longtake.models.widen import widen
-from longtake.structs import BlockPlan, Condition
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.structs import Condition
 
 
 def wide_config(model: VideoDiT, **changes) -> DiTConfig:
@@ -44,8 +46,8 @@ def test_the_output_is_exactly_that_of_the_text_to_video_model(changes, dtype, t
     for condition in conditions(wide):
         text = Condition(condition.text)
         assert torch.equal(wide(x, sigma, condition), model(x, sigma, text))
-        layout = BlockPlan(2, 1).causal_layout(5, rope="absolute")
-        assert torch.equal(wide(x, sigma, condition, mask=layout), model(x, sigma, text, mask=layout))
+        layout = StreamPlan(2, 1, rope="absolute").causal_layout(5)
+        assert torch.equal(wide(x, sigma, condition, layout), model(x, sigma, text, layout))
 
 
 @torch.no_grad()
@@ -54,12 +56,12 @@ def test_streaming_is_the_same_too(tiny_model) -> None:
     wide = widen(model, wide_config(model), generator())
     condition = make_tiny_condition(wide)
     text = Condition(condition.text)
-    caches = [net.new_cache(2, 4, 6, 3, 1) for net in (wide, model)]
+    caches = [net.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6)) for net in (wide, model)]
     for block in make_tiny_latents(4).split(1, 1):
         for commit in (False, True):
             sigma = torch.full((2,), 0.0 if commit else 0.7)
-            ours = wide(block, sigma, condition, cache=caches[0], commit=commit)
-            assert torch.equal(ours, model(block, sigma, text, cache=caches[1], commit=commit))
+            ours = Denoiser(wide)(block, sigma, condition, caches[0], commit=commit)
+            assert torch.equal(ours, Denoiser(model)(block, sigma, text, caches[1], commit=commit))
 
 
 def test_every_new_part_learns(tiny_model) -> None:

@@ -11,12 +11,11 @@ from tiny_models import make_tiny_model
 from longtake.config_groups import CriticConfig, FlowConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
-from longtake.flow.schedule import warp
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan, warp
 from longtake.randomness import Draws
-from longtake.rollout.self_forcing import RollOutRules
-from longtake.structs import BlockPlan
+from longtake.rollout.denoise import Denoiser
 from longtake.train.loop import nonfinite
 
 FRAMES = 7
@@ -26,7 +25,8 @@ def make_dmd(i2v=True, rules=RULES, seed=3, phase=None, **settings):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
     settings = DmdSettings(**{"shift": 5.0, "guidance": 4.0} | settings)
     options = {} if phase is None else {"phase": phase}
-    return Dmd(*networks, Draws(seed), rules, FRAMES if i2v else 6, settings, **options)
+    student, *scores = networks
+    return Dmd(Denoiser(student), *scores, Draws(seed), rules, FRAMES if i2v else 6, settings, **options)
 
 
 def watched(dmd, monkeypatch):
@@ -46,10 +46,10 @@ def watched(dmd, monkeypatch):
 @pytest.mark.parametrize("i2v", [True, False])
 def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     """N.11, recomputed in float64 from what the networks were given and gave; frame 0 of I2V has no gradient."""
-    rules = RULES if i2v else RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 2, "relative")
+    rules = RULES if i2v else StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     dmd = make_dmd(i2v, rules)
     calls, made = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)
+    batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     result = dmd.loss("generator", batch, 0)
     x, counted = made[0].latents, slice(1 if i2v else 0, None)
     (critic,), (cond, uncond) = calls["critic"], calls["real"]
@@ -77,7 +77,7 @@ def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     torch.testing.assert_close(norm, gradient[:, counted].abs().mean(), rtol=1e-4, atol=0)
 
     # and down to the weights: the Jacobian of the roll-out applied to that gradient
-    weight = dmd.generator.blocks[1].ffn[0].weight
+    weight = dmd.generator.model.blocks[1].ffn[0].weight
     (whole,) = torch.autograd.grad(result.loss, weight, retain_graph=True)
     (expected,) = torch.autograd.grad(x, weight, grad_outputs=mine)
     torch.testing.assert_close(whole, expected)
@@ -102,8 +102,8 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
     plain, dmd = make_dmd(), make_dmd()
     forced = TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0)
     dmd.real_videos = RealVideos(forced, 0.25)
-    batch = make_batch(dmd.generator, [4, 9], FRAMES)
-    weights = list(dmd.generator.parameters())
+    batch = make_batch(dmd.generator.model, [4, 9], FRAMES)
+    weights = list(dmd.generator.model.parameters())
 
     def gradients(loss):
         found = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -114,7 +114,7 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
     torch.testing.assert_close(found.loss, alone.loss + 0.25 * real)
     assert found.metrics["generator_loss"] == alone.metrics["generator_loss"]
     torch.testing.assert_close(found.metrics["real_videos_loss"], real.detach())
-    alone = torch.autograd.grad(alone.loss, list(plain.generator.parameters()), allow_unused=True)
+    alone = torch.autograd.grad(alone.loss, list(plain.generator.model.parameters()), allow_unused=True)
     for mine, matched, taught in zip(gradients(found.loss), alone, gradients(real)):
         torch.testing.assert_close(mine, (0 if matched is None else matched) + 0.25 * taught, rtol=1e-4, atol=1e-6)
     assert torch.equal(dmd.loss("critic", batch, 3).loss, plain.loss("critic", batch, 3).loss)
@@ -123,10 +123,10 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
 def test_real_videos_may_be_longer_than_what_is_matched():
     dmd = make_dmd()
     dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0), 1.0)
-    batch = make_batch(dmd.generator, [4, 9], FRAMES + 4)
+    batch = make_batch(dmd.generator.model, [4, 9], FRAMES + 4)
     assert dmd.loss("generator", batch, 0).loss.isfinite() and dmd.loss("critic", batch, 0).loss.isfinite()
     with pytest.raises(TrainingError, match="teacher forcing learns from videos and its data have none"):
-        dmd.loss("generator", make_batch(dmd.generator, [4, 9], FRAMES, videos=False), 0)
+        dmd.loss("generator", make_batch(dmd.generator.model, [4, 9], FRAMES, videos=False), 0)
 
 
 def test_the_normaliser_is_that_of_each_sample():
@@ -142,7 +142,7 @@ def test_the_normaliser_is_that_of_each_sample():
 def test_unconditional_score_keeps_the_picture(monkeypatch):
     dmd = make_dmd()
     calls, _ = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator, [4, 9])
+    batch = make_batch(dmd.generator.model, [4, 9])
     dmd.loss("generator", batch, 0)
     cond, uncond = (call["condition"] for call in calls["real"])
     assert cond is batch.condition and calls["critic"][0]["condition"] is batch.condition
@@ -153,7 +153,7 @@ def test_unconditional_score_keeps_the_picture(monkeypatch):
 def test_guidance_of_one_needs_no_unconditional_score(monkeypatch):
     dmd = make_dmd(guidance=1.0)
     calls, _ = watched(dmd, monkeypatch)
-    dmd.loss("generator", make_batch(dmd.generator, [4]), 0)
+    dmd.loss("generator", make_batch(dmd.generator.model, [4]), 0)
     assert len(calls["real"]) == 1
 
 
@@ -161,7 +161,7 @@ def test_guidance_of_one_needs_no_unconditional_score(monkeypatch):
 def test_clean_first_frame_of_ti2v_models(turn, monkeypatch):
     dmd = make_dmd(first_frame_clean=True)
     calls, _ = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator, [4, 9])
+    batch = make_batch(dmd.generator.model, [4, 9])
     dmd.loss(turn, batch, 0)
     for call in calls["critic"] + calls["real"]:
         assert (call["sigma"][:, 0] == 0).all() and (call["sigma"][:, 1:] > 0).all()
@@ -173,7 +173,7 @@ def test_levels_follow_the_law_of_the_spec(monkeypatch):
     dmd = make_dmd()
     levels = {}
     for turn in ("generator", "critic"):
-        batch = make_batch(dmd.generator, list(range(300)), 1)
+        batch = make_batch(dmd.generator.model, list(range(300)), 1)
         _, sigma, _ = dmd._noised(batch.latents, batch, 0, turn)
         levels[turn] = sigma[:, 0]
         assert sigma.min() >= 0.02 and sigma.max() == pytest.approx(0.98) and sigma.dtype == torch.float32
@@ -186,7 +186,7 @@ def test_critic_loss_uses_the_velocity_as_it_comes(monkeypatch):
     """Mean over the generated frames of (v - (noise - x))^2, never through clean latents and back (G.2, M-19)."""
     dmd = make_dmd()
     calls, made = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator, [4, 9])
+    batch = make_batch(dmd.generator.model, [4, 9])
     result = dmd.loss("critic", batch, 1)
     (call,), x = calls["critic"], made[0].latents
     noise = Draws(3).noise(1, "critic_noise", batch.indices, x.shape[1:])
@@ -195,7 +195,7 @@ def test_critic_loss_uses_the_velocity_as_it_comes(monkeypatch):
     torch.testing.assert_close(grad[:, 1:], 2 * (call["out"] - noise + x)[:, 1:] / x[:, 1:].numel())
     assert (grad[:, 0] == 0).all()
     result.loss.backward()
-    assert all(p.grad is None for p in dmd.generator.parameters())
+    assert all(p.grad is None for p in dmd.generator.model.parameters())
     assert all(p.grad is not None for p in dmd.critic.parameters())
     assert calls["real"] == [] and not any(call["graded"] for call in calls["generator"])
     assert set(result.metrics) == {"critic_loss", "exit_step"}
@@ -203,10 +203,10 @@ def test_critic_loss_uses_the_velocity_as_it_comes(monkeypatch):
 
 def test_generator_turn_leaves_scores_without_gradient():
     dmd = make_dmd()
-    dmd.loss("generator", make_batch(dmd.generator, [4]), 0).loss.backward()
+    dmd.loss("generator", make_batch(dmd.generator.model, [4]), 0).loss.backward()
     assert all(p.grad is None for p in [*dmd.critic.parameters(), *dmd.real.parameters()])
     assert not any(p.requires_grad for p in dmd.real.parameters())
-    assert all(p.grad is not None for p in dmd.generator.parameters())
+    assert all(p.grad is not None for p in dmd.generator.model.parameters())
 
 
 # ---- what is shared --------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_critic_learns_from_the_generators_own_roll_out_once(monkeypatch):
     """In an iteration with a generator update nothing is rolled out twice, over several micro-batches as well."""
     dmd = make_dmd()
     calls, made = watched(dmd, monkeypatch)
-    batches = [make_batch(dmd.generator, [0, 1]), make_batch(dmd.generator, [2, 3])]
+    batches = [make_batch(dmd.generator.model, [0, 1]), make_batch(dmd.generator.model, [2, 3])]
     for batch in batches:
         dmd.loss("generator", batch, 0)
     count = len(calls["generator"])
@@ -231,10 +231,10 @@ def test_critic_learns_from_the_generators_own_roll_out_once(monkeypatch):
 
 def test_shared_roll_outs_hold_no_graph_and_do_not_outlive_their_step():
     dmd = make_dmd()
-    dmd.loss("generator", make_batch(dmd.generator, [0]), 0)
-    dmd.loss("generator", make_batch(dmd.generator, [1]), 0)
+    dmd.loss("generator", make_batch(dmd.generator.model, [0]), 0)
+    dmd.loss("generator", make_batch(dmd.generator.model, [1]), 0)
     assert not any(made.latents.requires_grad for made in dmd._shared.values()) and len(dmd._shared) == 2
-    dmd.loss("critic", make_batch(dmd.generator, [2]), 1)
+    dmd.loss("critic", make_batch(dmd.generator.model, [2]), 1)
     assert dmd._shared == {}
 
 
@@ -257,7 +257,7 @@ def test_exit_step_is_one_number_for_all_blocks_samples_and_ranks(monkeypatch):
     calls, _ = watched(dmd, monkeypatch)
     for indices in ([0], [1, 2]):
         calls["generator"].clear()
-        result = dmd.loss("generator", make_batch(dmd.generator, indices), 7)
+        result = dmd.loss("generator", make_batch(dmd.generator.model, indices), 7)
         assert result.metrics["exit_step"] == steps[7]
         by_block = Counter(call["position"] for call in calls["generator"] if not call["commit"])
         assert by_block == dict.fromkeys((1, 3, 5), steps[7] + 1)
@@ -273,7 +273,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_split(turn):
         dmd = make_dmd()
         total = 0.0
         for part in parts:
-            loss = dmd.loss(turn, make_batch(dmd.generator, part), 5).loss / len(parts)
+            loss = dmd.loss(turn, make_batch(dmd.generator.model, part), 5).loss / len(parts)
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -286,10 +286,10 @@ def test_draws_do_not_depend_on_how_the_batch_is_split(turn):
 
 def test_a_later_step_and_another_sample_see_other_noise():
     dmd = make_dmd()
-    one = make_batch(dmd.generator, [3])
+    one = make_batch(dmd.generator.model, [3])
     losses = {step: dmd.loss("critic", one, step).loss.item() for step in (1, 2)}
     assert losses[1] != losses[2] and losses[1] == dmd.loss("critic", one, 1).loss.item()
-    noise = dmd._roll_out_noise(make_batch(dmd.generator, [3, 4]), 1)
+    noise = dmd._roll_out_noise(make_batch(dmd.generator.model, [3, 4]), 1)
     parts = [noise(1, 3, 0), noise(1, 3, 1), noise(3, 5, 0), noise(3, 5, 1)]
     values = torch.cat([part.flatten(1) for part in parts], 0)
     assert len({tuple(row[:4].tolist()) for row in values}) == 8  # every block, step and sample its own
@@ -307,7 +307,8 @@ def test_the_defaults_are_those_of_a_recipe():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_prediction_is_not_hidden(network, value, monkeypatch):
     dmd = make_dmd()
-    forward = getattr(dmd, network).forward
+    model = dmd.generator.model if network == "generator" else getattr(dmd, network)
+    forward = model.forward
 
     def broken(*args, **options):
         out = forward(*args, **options)
@@ -315,8 +316,8 @@ def test_a_non_finite_prediction_is_not_hidden(network, value, monkeypatch):
         spoil[0, -1, 0, 0, 0] = value
         return out + spoil
 
-    monkeypatch.setattr(getattr(dmd, network), "forward", broken)
-    loss = dmd.loss("generator", make_batch(dmd.generator, [0, 1]), 0).loss
+    monkeypatch.setattr(model, "forward", broken)
+    loss = dmd.loss("generator", make_batch(dmd.generator.model, [0, 1]), 0).loss
     assert not loss.isfinite()
     assert "must be finite" in nonfinite(Mesh(), 0, "generator", loss.item(), 1.0)
 
@@ -330,7 +331,7 @@ def test_phases_name_roll_out_and_scores():
         yield
 
     dmd = make_dmd(phase=phase)
-    batch = make_batch(dmd.generator, [0])
+    batch = make_batch(dmd.generator.model, [0])
     dmd.loss("generator", batch, 0)
     assert entered == ["rollout", "scores"]
     dmd.loss("critic", batch, 0)

@@ -11,10 +11,13 @@ from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 
 
 def forcing(model):
-    return TeacherForcing(model, Draws(0), RULES, shift=5.0, caption_dropout=0.5, own_history=OwnHistory(1.0, 0))
+    return TeacherForcing(
+        Denoiser(model), Draws(0), RULES, shift=5.0, caption_dropout=0.5, own_history=OwnHistory(1.0, 0)
+    )
 
 
 def make(kind):
@@ -26,7 +29,15 @@ def make(kind):
     if kind == "causal":
         return forcing(networks[0])
     settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=1)
-    return Dmd(*networks, Draws(0), RULES, 7, settings, real_videos=RealVideos(forcing(networks[0]), 0.5))
+    return Dmd(
+        Denoiser(networks[0]),
+        *networks[1:],
+        Draws(0),
+        RULES,
+        7,
+        settings,
+        real_videos=RealVideos(forcing(networks[0]), 0.5),
+    )
 
 
 @pytest.mark.parametrize("kind", ["teacher", "causal", "distill", "long"])

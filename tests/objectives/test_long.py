@@ -9,10 +9,12 @@ from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
 
 from longtake.errors import ConfigError, DataError
+from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.train.long_batches import LongBatches
 
 HORIZON, NEW = 7, 4
@@ -23,11 +25,13 @@ def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
     draws = Draws(3)
     schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
     settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio, head_start=head_start)
-    return LongTuning(*networks, draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options)
+    return LongTuning(
+        Denoiser(networks[0]), *networks[1:], draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options
+    )
 
 
 def batch_of(long, indices=(4, 9), later=False):
-    batch = make_batch(long.generator, list(indices), HORIZON)
+    batch = make_batch(long.generator.model, list(indices), HORIZON)
     if later:
         batch = type(batch)(**{**vars(batch), "later_text": batch.condition.text.flip(-1)})
     return batch
@@ -110,7 +114,7 @@ def test_the_scores_see_the_window_under_its_own_picture(monkeypatch):
             assert call["x"].shape[1] == HORIZON
             assert torch.equal(condition.frames, batch.condition.frames) == (step == 0)
             if step:
-                picture = TinyCodec(long.generator.config).encode(shown)
+                picture = TinyCodec(long.generator.model.config).encode(shown)
                 assert torch.equal(condition.frames, picture.frames)
                 assert torch.equal(condition.image, picture.tokens)
         if calls["real"]:
@@ -123,7 +127,7 @@ def test_only_new_frames_have_a_loss():
     long = make_long()
     batch = batch_of(long)
     for step in range(3):
-        made = long._roll_out(batch, step, graded=True)
+        made = long._roll_out(batch, step, with_grad=True)
         long._shared.clear()
         assert made.generated.tolist() == ([False] + [True] * 6 if step == 0 else [False] * 3 + [True] * 4)
         condition, _ = long._conditions(batch, made)
@@ -132,7 +136,7 @@ def test_only_new_frames_have_a_loss():
         error = (predicted - (noise - made.latents))[:, made.generated].square().mean()
         fresh = make_long()
         for earlier in range(step):
-            fresh._roll_out(batch, earlier, graded=False)
+            fresh._roll_out(batch, earlier, with_grad=False)
         torch.testing.assert_close(fresh.loss("critic", batch, step).loss, error, rtol=1e-6, atol=0)
 
 
@@ -149,7 +153,7 @@ def test_the_first_chunk_is_plain_distillation():
 def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
     long = make_long()
     batch = batch_of(long)
-    calls = record(long.generator, monkeypatch)
+    calls = record(long.generator.model, monkeypatch)
     train(long, batch, [0])
     assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3]  # one roll-out of [1, 2, 2, 2]
 
@@ -192,15 +196,18 @@ def test_the_past_is_generated_again_without_gradient(monkeypatch):
     assert [call["position"] for call in calls if call["graded"]] == [11, 13]
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "exits_together"])
+@pytest.mark.parametrize("option", ["recompute", "batched_exits"])
 def test_the_cache_is_larger_where_backward_computes_again_and_there_alone(option, monkeypatch):
     found, sizes = [], []
     for recomputed in (False, True):
         long = make_long(ratio=1, lengths=(11,))
-        setattr(long.generator, option, recomputed)
-        new_cache = long.generator.new_cache
+        if option == "batched_exits":
+            long.generator.batched_exits = recomputed
+        else:
+            long.generator.model = long.generator.model.executed(Execution(recompute=recomputed))
+        new_cache = long.generator.model.new_cache
         monkeypatch.setattr(
-            long.generator, "new_cache", lambda *a, f=new_cache, **k: sizes.append(f(*a, **k)) or sizes[-1]
+            long.generator.model, "new_cache", lambda *a, f=new_cache, **k: sizes.append(f(*a, **k)) or sizes[-1]
         )
         found.append(train(long, batch_of(long), range(2)))
     for (_, loss, grads), (_, other, expected) in zip(found[1], found[0], strict=True):

@@ -13,7 +13,9 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.models.encoders import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.structs import Condition
 
 
@@ -21,7 +23,7 @@ from longtake.structs import Condition
 def test_a_both_conditions_reach_the_generator_in_every_call_and_both_scores_in_both_losses(batch_size, monkeypatch):
     dmd = make_dmd()
     calls, _ = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator, list(range(4, 4 + batch_size)))
+    batch = make_batch(dmd.generator.model, list(range(4, 4 + batch_size)))
     step = next(step for step in range(100) if dmd.exit_step(step) == 3)
 
     dmd.loss("generator", batch, step)
@@ -54,13 +56,13 @@ def test_a_y_is_cut_by_absolute_index(broken):
     """Another y in one frame reaches the block that holds this frame, what follows it, and nothing before."""
     dmd = make_dmd()
     batch = make_batch(
-        dmd.generator, [4, 9], num_frames=9
+        dmd.generator.model, [4, 9], num_frames=9
     )  # y is longer than the roll-out: frames 7 and 8 are not read
     frames = batch.condition.frames.clone()
     frames[:, broken] += 1
     other = replace(batch, condition=Condition(batch.condition.text, batch.condition.image, frames))
     step = next(step for step in range(100) if dmd.exit_step(step) == 1)
-    a, b = (dmd._roll_out(one, step, graded=False).latents for one in (batch, other))
+    a, b = (dmd._roll_out(one, step, with_grad=False).latents for one in (batch, other))
     changed = (a != b).flatten(2).any(2)
     first = 7 if broken > 6 else 1 if broken == 0 else 1 + (broken - 1) // 2 * 2
     expected = torch.arange(7) >= first
@@ -85,7 +87,7 @@ def test_a_y_reaches_both_scores_at_its_own_frame(broken):
 
 def test_a_the_last_frame_of_y_stands_for_all_later_ones():
     dmd = make_dmd()
-    batch = make_batch(dmd.generator, [4, 9])
+    batch = make_batch(dmd.generator.model, [4, 9])
     condition = batch.condition
     short = Condition(condition.text, condition.image, condition.frames[:, :4])
     long = Condition(
@@ -93,7 +95,7 @@ def test_a_the_last_frame_of_y_stands_for_all_later_ones():
         condition.image,
         torch.cat([condition.frames[:, :4], condition.frames[:, 3:4].expand(-1, 6, -1, -1, -1)], 1),
     )
-    a, b = (dmd._roll_out(replace(batch, condition=one), 3, graded=False).latents for one in (short, long))
+    a, b = (dmd._roll_out(replace(batch, condition=one), 3, with_grad=False).latents for one in (short, long))
     assert torch.equal(a, b)
 
 
@@ -110,7 +112,7 @@ def test_a_y_goes_to_both_halves_of_teacher_forcing(broken, monkeypatch):
     batch = make_batch(model, [4, 9])
     frames = batch.condition.frames.clone()
     frames[:, broken] += 1
-    objective = TeacherForcing(model, Draws(0), RULES, shift=3.0)
+    objective = TeacherForcing(Denoiser(model), Draws(0), RULES, shift=3.0)
     for condition in (batch.condition, replace(batch.condition, frames=frames)):
         objective.loss("generator", replace(batch, condition=condition), 0)
     changed = (outputs[0] != outputs[1]).flatten(2).any(2)
@@ -147,13 +149,13 @@ def test_breaking_each_condition_changes_the_velocity(way):
         if way == "bidirectional":
             return model(x, sigma, condition)
         if way == "masked":
-            layout = RULES.plan.causal_layout(5)
-            return model(torch.cat([picture, x], 1), sigma, condition, mask=layout)[:, 1:]
-        cache = model.new_cache(2, 4, 6, 5, 1)
+            layout = RULES.causal_layout(5)
+            return model(torch.cat([picture, x], 1), sigma, condition, layout)[:, 1:]
+        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
         with torch.no_grad():
-            model(picture, torch.zeros(2), condition, cache=cache, commit=True)
+            Denoiser(model)(picture, torch.zeros(2), condition, cache, commit=True)
         with torch.set_grad_enabled(way == "graded"):
-            return model(x, sigma, condition, cache=cache)
+            return Denoiser(model)(x, sigma, condition, cache)
 
     right = velocity(condition).detach()
     assert torch.equal(velocity(Condition(condition.text, condition.image, condition.frames)).detach(), right)
@@ -164,7 +166,7 @@ def test_breaking_each_condition_changes_the_velocity(way):
 
 def test_breaking_each_condition_changes_both_losses():
     dmd = make_dmd()
-    batch = make_batch(dmd.generator, [4, 9])
+    batch = make_batch(dmd.generator.model, [4, 9])
     for turn, step in (("generator", 0), ("critic", 1)):
         right = dmd.loss(turn, batch, step).loss.item()
         assert dmd.loss(turn, batch, step).loss.item() == right

@@ -9,14 +9,14 @@ from longtake.config_groups import HistoryConfig
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import commit_block
-from longtake.rollout.self_forcing import RollOutRules, remake, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.denoise import Denoiser, commit_block
+from longtake.rollout.self_forcing import remake, roll_out
 
 
 def objective(model, rules=RULES, **options):
-    return TeacherForcing(model, Draws(3), rules, **{"shift": 3.0} | options)
+    return TeacherForcing(Denoiser(model), Draws(3), rules, **{"shift": 3.0} | options)
 
 
 def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=5, **options):
@@ -44,7 +44,7 @@ def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypa
 
 def test_text_to_video_scores_every_frame(monkeypatch):
     model = make_tiny_model()
-    rules = RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 2, "relative")
+    rules = StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
     noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     assert (call["sigma"][:, 6:] > 0).all()
@@ -67,19 +67,19 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     """N.4, for [1, n, n, ...] with 36-channel conditions and for [n, n, ...], with and without eviction."""
     model = make_tiny_model(i2v=i2v)
     first = 1 if i2v else 2
-    rules = RollOutRules(BlockPlan(2, first), RULES.sigmas, window, 0 if not i2v else sink, rope)
+    rules = StreamPlan(2, first, window, 0 if not i2v else sink, rope, sigmas=RULES.sigmas)
     frames = 9 if i2v else 8
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=frames)
     noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
-    cache = model.new_cache(2, 4, 6, window, rules.sink_frames, rope, max_frames=frames)
+    cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
     errors = []
-    for start, end in rules.plan.blocks(0, frames):
+    for start, end in rules.blocks(0, frames):
         at = slice(frames + start, frames + end)
         with torch.no_grad():
-            out = model(call["x"][:, at], call["sigma"][:, at], batch.condition, cache=cache)
+            out = Denoiser(model)(call["x"][:, at], call["sigma"][:, at], batch.condition, cache)
         torch.testing.assert_close(out, call["out"][:, at].detach(), rtol=0, atol=2e-5)
         errors.append((out - (noise - batch.latents)[:, start:end]).square().mean((2, 3, 4)))
-        commit_block(model, cache, batch.condition, batch.latents[:, start:end])
+        commit_block(Denoiser(model), cache, batch.condition, batch.latents[:, start:end])
     expected = torch.cat(errors, 1)[:, 1 if i2v else 0 :].mean()
     torch.testing.assert_close(result.loss.detach(), expected, rtol=1e-5, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
 def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(window):
     """By hand, without the code of roll-outs: one block from step 1 and one from step 2, each after the ones before."""
     model = make_tiny_model(i2v=True)
-    rules = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), window, 0 if window is None else 1, "relative")
+    rules = StreamPlan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5))
     batch = make_batch(model, [4, 9], 7)
     clean, condition = batch.latents, batch.condition
 
@@ -142,18 +142,18 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *clean.shape[2:], generator=generator)
 
-    made = remake(model, condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
+    made = remake(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
     with torch.no_grad():
-        cache = model.new_cache(2, 4, 6, window, rules.sink_frames, "relative", max_frames=7)
-        commit_block(model, cache, condition, clean[:, :1])
+        cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
+        commit_block(Denoiser(model), cache, condition, clean[:, :1])
         for (start, end), first in (((1, 3), 1), ((3, 5), 2)):
             x = clean[:, start:end]
             for step in range(first, 3):
                 level = torch.full((2,), rules.sigmas[step])
                 x = add_noise(x, noise(start, end, step), level)
-                x = clean_from_velocity(x, model(x, level, condition, cache=cache), level)
+                x = clean_from_velocity(x, Denoiser(model)(x, level, condition, cache), level)
             torch.testing.assert_close(made[:, start:end], x)
-            commit_block(model, cache, condition, x)
+            commit_block(Denoiser(model), cache, condition, x)
     assert torch.equal(made[:, 5:], clean[:, 5:])
 
 
@@ -165,8 +165,8 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
 
-    made = remake(model, batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
-    rolled = roll_out(model, batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
+    made = remake(Denoiser(model), batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
+    rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
     torch.testing.assert_close(made[:, :5], rolled[:, :5])
 
 
@@ -186,7 +186,7 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
 @pytest.mark.parametrize("i2v", [True, False])
 def test_the_first_generated_block_of_the_own_history_never_begins_from_noise_alone(i2v, monkeypatch):
     model = make_tiny_model(i2v=i2v)
-    rules = RULES if i2v else RollOutRules(BlockPlan(2, 2), RULES.sigmas, 4, 0, "relative")
+    rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
     causal, calls, begun = objective(model, rules, own_history=OWN), record(model, monkeypatch), []
     batch = make_batch(model, [4], 7 if i2v else 6)
     for step in range(12):
@@ -207,7 +207,7 @@ def test_a_share_of_none_is_never_and_of_all_is_always():
 
     model = make_tiny_model(i2v=True)
     for share, expected in ((0.0, [False, False]), (5e-7, [True, False]), (1.0, [True, True])):
-        causal = TeacherForcing(model, Lowest(), RULES, shift=3.0, own_history=OwnHistory(share))
+        causal = TeacherForcing(Denoiser(model), Lowest(), RULES, shift=3.0, own_history=OwnHistory(share))
         assert [causal.remakes(step) for step in (0, 1)] == expected
 
 

@@ -1,5 +1,6 @@
 """Videos that go on over many steps: the same stream as at inference, and the right window for teacher and critic."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,30 +10,40 @@ from tiny_codec import STRIDE, TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize, relative_error
 
 from longtake.errors import ConfigError
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents
-from longtake.structs import BlockPlan
 
 HORIZON = 7
-T2V = RollOutRules(BlockPlan(2, 2), RULES.sigmas, 6, 2, "relative")
+T2V = StreamPlan(2, 2, 6, 2, sigmas=RULES.sigmas)
 
 
 def noise(start, end, step):
     return Draws(0).noise(step, "x", [0, 1], (end - start, 4, 4, 6), part=start)
 
 
-def make(i2v=True, switch=None, rules=RULES, **options):
-    model = make_tiny_model(i2v=i2v)
+def make(i2v=True, switch=None, rules=RULES, batched=False, recompute=False, **options):
+    model = make_tiny_model(i2v=i2v).executed(Execution(recompute=recompute))
     condition = make_tiny_condition(model)
     first = make_tiny_latents(1) if i2v else None
     codec = TinyCodec(model.config)
     horizon = HORIZON if i2v else 6
     stream = LongStream(
-        model, condition, first, rules, (4, 6), codec, horizon=horizon, max_frames=40, switch=switch, **options
+        Denoiser(model, batched_exits=batched),
+        condition,
+        first,
+        rules,
+        (4, 6),
+        codec,
+        horizon=horizon,
+        max_frames=40,
+        switch=switch,
+        **options,
     )
     return stream, model, condition, first, codec
 
@@ -46,13 +57,13 @@ def latents_of(windows, ends, horizon):
 @pytest.mark.parametrize("i2v", [True, False])
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_it_is_the_stream_of_inference(i2v, rope):
-    rules = RollOutRules(**{**vars(RULES if i2v else T2V), "rope": rope})
+    rules = replace(RULES if i2v else T2V, rope=rope)
     stream, model, condition, first, _ = make(i2v, rules=rules)
     ends = [7, 13, 17, 23] if i2v else [6, 10, 12, 16]
     windows = [stream.advance(end, noise) for end in ends]
-    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rope)
-    blocks = stream_latents(model, cache, condition, first, noise, rules)
-    expected = torch.cat(list(islice(blocks, rules.plan.num_blocks(ends[-1]))), 1)
+    cache = model.new_cache(rules, 2, (4, 6))
+    blocks = stream_latents(Denoiser(model), cache, condition, first, noise, rules)
+    expected = torch.cat(list(islice(blocks, rules.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
     assert stream.position == ends[-1] and not any(window.latents.requires_grad for window in windows)
 
@@ -87,16 +98,16 @@ def test_late_windows_begin_with_the_picture_before_their_other_latents(i2v):
 
 def oracle_with_switch(model, condition, first, later, switch, end):
     """The definition: blocks under the old prompt, a rebuilt cache at the switch, blocks under the new one."""
-    cache = model.new_cache(2, 4, 6, RULES.window_frames, RULES.sink_frames, RULES.rope)
-    kept, blocks, pending = KeptLatents.of_rules(RULES), [first], first
-    for begin, stop in RULES.plan.blocks(1, end):
+    cache = model.new_cache(RULES, 2, (4, 6))
+    kept, blocks, pending = KeptLatents(RULES), [first], first
+    for begin, stop in RULES.blocks(1, end):
         kept.append(pending)
         if begin == switch:
             condition = condition.with_text(later)
-            rebuild_cache(model, cache, condition, kept)
+            rebuild_cache(Denoiser(model), cache, condition, kept)
         else:
-            commit_block(model, cache, condition, pending)
-        pending = denoise_block(model, cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+            commit_block(Denoiser(model), cache, condition, pending)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
         blocks.append(pending)
     return torch.cat(blocks, 1)
 
@@ -105,14 +116,14 @@ def test_new_weights_are_used_whole_from_the_next_chunk_on():
     """Those of cross-attention too, whose keys and values are kept for a condition: a new object has none kept."""
     stream, model, condition, first, _ = make()
     stream.advance(7, noise)
-    cache = model.new_cache(2, 4, 6, RULES.window_frames, RULES.sink_frames, RULES.rope)
+    cache = model.new_cache(RULES, 2, (4, 6))
     pending = first
-    for begin, stop in RULES.plan.blocks(1, 11):
+    for begin, stop in RULES.blocks(1, 11):
         if begin == 7:
             randomize(model, seed=9)
             condition = condition.with_text(condition.text)
-        commit_block(model, cache, condition, pending)
-        pending = denoise_block(model, cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+        commit_block(Denoiser(model), cache, condition, pending)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
     assert torch.equal(stream.advance(11, noise).latents[:, -2:], pending)
 
 
@@ -121,7 +132,7 @@ def test_the_prompt_switches_at_its_frame_and_only_what_follows_is_learnt_from(s
     later = make_tiny_condition(make_tiny_model(i2v=True), seed=8).text
     stream, model, condition, first, _ = make(switch=Switch(switch, later))
     ends = [7, 13, 19]
-    windows = [stream.advance(end, noise, graded=True) for end in ends]
+    windows = [stream.advance(end, noise, with_grad=True) for end in ends]
     whole = latents_of(windows, ends, HORIZON).detach()
     assert torch.equal(whole, oracle_with_switch(model, condition, first, later, switch, 19))
     for window, start, end in zip(windows, [1, *ends], ends):
@@ -155,11 +166,15 @@ def test_checkpointing_and_eviction_inside_the_chunk_change_no_gradient(switch):
     text = make_tiny_condition(make_tiny_model(i2v=True), seed=8).text
     for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         turn = None if switch is None else Switch(switch, text)
-        stream, model, *_ = make(spare_frames=HORIZON if checkpointing or together else 0, switch=turn)
-        model.activation_checkpointing, model.exits_together = checkpointing, together
+        stream, model, *_ = make(
+            spare_frames=HORIZON if checkpointing or together else 0,
+            switch=turn,
+            batched=together,
+            recompute=checkpointing,
+        )
         for end in (7, 13, 19):
             model.zero_grad()
-            window = stream.advance(end, noise, graded=True, exit_step=1)
+            window = stream.advance(end, noise, with_grad=True, exit_step=1)
             (window.latents * window.generated[None, :, None, None, None]).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for other in gradients[1:]:

@@ -1,35 +1,43 @@
 """The cache after a change of condition: as if the kept frames had been streamed under the new one (N.12, M-04, M-05)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.structs import BlockPlan
 
-PLAN = BlockPlan(2, 1)
+PLAN = StreamPlan(2, 1)
 
 
 def streamed(model, condition, latents, window, sink, rope="relative"):
     """A cache that saw `latents` block by block."""
-    cache = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, latents.shape[1]):
-        commit_block(model, cache, condition, latents[:, start:end])
+        commit_block(Denoiser(model), cache, condition, latents[:, start:end])
     return cache
 
 
 def kept_of(latents, window, sink, together=1):
     """Kept latents, given `together` blocks at a time."""
-    kept, blocks = KeptLatents(PLAN, window, sink), list(PLAN.blocks(0, latents.shape[1]))
+    kept, blocks = (
+        KeptLatents(replace(PLAN, window_frames=window, sink_frames=sink)),
+        list(PLAN.blocks(0, latents.shape[1])),
+    )
     for k in range(0, len(blocks), together):
         kept.append(latents[:, blocks[k][0] : blocks[min(k + together, len(blocks)) - 1][1]])
     return kept
 
 
 def next_block(model, cache, condition):
-    return denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5])
+    return denoise_block(
+        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5]
+    )
 
 
 def frames(cache):
@@ -57,13 +65,13 @@ def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, s
     cache = streamed(model, old, latents, window, sink, rope)
     kept = kept_of(latents, window, sink, together=2)
     assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
-    rebuild_cache(model, cache, new, kept)
+    rebuild_cache(Denoiser(model), cache, new, kept)
     # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
-    fresh = model.new_cache(2, 4, 6, window, sink, rope, max_frames=None if window else 64)
+    fresh = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, total):
         if start in expected:
             fresh.position = start
-            commit_block(model, fresh, new, latents[:, start:end])
+            commit_block(Denoiser(model), fresh, new, latents[:, start:end])
     assert cache.position == fresh.position == total
     assert cache.held_frames == fresh.held_frames == expected
     for frame, pair in frames(fresh).items():
@@ -78,7 +86,7 @@ def test_without_eviction_it_equals_the_whole_stream_under_the_new_prompt():
     latents = make_tiny_latents(5)
     cache = streamed(model, old, latents, 7, 1)
     stale = next_block(model, cache, new)
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 1))
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 1))
     rebuilt = next_block(model, cache, new)
     assert torch.equal(rebuilt, next_block(model, streamed(model, new, latents, 7, 1), new))
     assert (rebuilt - stale).abs().max() > 1e-2, "without a rebuild the past still follows the old prompt"
@@ -93,7 +101,7 @@ def test_it_is_causal():
     caches = []
     for latents in (one, other):
         cache = streamed(model, condition, latents, 7, 1)
-        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
         caches.append(frames(cache))
     for frame in (0, 5, 6, 7, 8):
         assert torch.equal(caches[0][frame][0], caches[1][frame][0])
@@ -106,7 +114,7 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     latents = make_tiny_latents(11)
     cache = streamed(model, old, latents, 7, 3)
     before = {f: tuple(t.clone() for t in pair) for f, pair in frames(cache).items()}
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 7, 8, 9, 10] and cache.position == 11
     assert all(torch.equal(after[f][0], before[f][0]) for f in (0, 1, 2))
@@ -121,13 +129,13 @@ def test_beside_a_kept_sink_nothing_that_the_old_prompt_made_is_seen(spare, comm
     model = make_tiny_model(i2v=True)
     old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
     latents = make_tiny_latents(13)
-    cache, fresh = (model.new_cache(2, 4, 6, 7, 3, spare_frames=spare) for _ in range(2))
+    cache, fresh = (model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
     for start, end in PLAN.blocks(0, committed):
-        commit_block(model, cache, old, latents[:, start:end])
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+        commit_block(Denoiser(model), cache, old, latents[:, start:end])
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     for start, condition in ((0, old), (1, old), (9, new), (11, new)):
         fresh.position = start
-        commit_block(model, fresh, condition, latents[:, start : start + (2 if start else 1)])
+        commit_block(Denoiser(model), fresh, condition, latents[:, start : start + (2 if start else 1)])
     mine, truth = frames(cache), frames(fresh)
     assert list(mine) == list(truth) == [0, 1, 2, 9, 10, 11, 12] and cache.position == 13
     assert all(torch.equal(a, b) for frame in truth for a, b in zip(mine[frame], truth[frame]))
@@ -139,11 +147,11 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     model = make_tiny_model(i2v=True)
     old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
     latents = make_tiny_latents(5)
-    cache = model.new_cache(2, 4, 6, 7, 3)
+    cache = model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6))
     for start, end in PLAN.blocks(0, committed):
-        commit_block(model, cache, old, latents[:, start:end])
+        commit_block(Denoiser(model), cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}
-    rebuild_cache(model, cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 3, 4]
     assert [f for f in after if f in before and torch.equal(after[f][0], before[f])] == list(range(min(3, committed)))
@@ -161,12 +169,14 @@ def test_only_what_is_needed_is_kept_and_blocks_stay_whole():
 
 def test_a_pending_backward_is_not_robbed_of_its_context():
     model = make_tiny_model(i2v=True)
-    model.activation_checkpointing = True  # recomputes from the cache in backward
+    model = model.executed(Execution(recompute=True))  # recomputes from the cache in backward
     condition = make_tiny_condition(model)
     latents = make_tiny_latents(5)
     cache = streamed(model, condition, latents, 7, 1)
-    clean = denoise_block(model, cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], graded=True)
+    clean = denoise_block(
+        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], with_grad=True
+    )
     with pytest.raises(CacheError, match="pending backward"):
-        rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
     clean.sum().backward()
-    rebuild_cache(model, cache, condition, kept_of(latents, 7, 1))
+    rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))

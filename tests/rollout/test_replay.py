@@ -7,25 +7,24 @@ from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.flow.path import clean_from_velocity
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.replay import packed_replay
-from longtake.rollout.self_forcing import RollOutRules, roll_out
-from longtake.structs import BlockPlan
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.replay import packed_replay, recompute_on_backward
+from longtake.rollout.self_forcing import roll_out
 
 SIGMAS, SIZE = (1.0, 0.9, 0.75, 0.5), (4, 6)
 
 
 def layout_of(rules, frames):
-    return rules.plan.teacher_forcing_layout(
-        frames, window_frames=rules.window_frames, sink_frames=rules.sink_frames, rope=rules.rope
-    )
+    return rules.teacher_forcing_layout(frames)
 
 
 def problem(i2v, rope, frames):
     """A tiny model, its condition, and latents as a roll-out would leave them."""
     model = make_tiny_model(i2v=i2v)
     condition = make_tiny_condition(model, num_frames=frames)
-    rules = RollOutRules(BlockPlan(2, 1 if i2v else 2), SIGMAS, 5 if i2v else 6, 1 if i2v else 2, rope)
+    rules = StreamPlan(2, 1 if i2v else 2, 5 if i2v else 6, 1 if i2v else 2, rope, sigmas=SIGMAS)
     sigma = torch.full((2, frames), 0.75)
     sigma[:, : int(i2v)] = 0.0
     clean, noisy = make_tiny_latents(frames, seed=3), make_tiny_latents(frames, seed=4)
@@ -55,7 +54,7 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
         condition.frames,
         num_heads=model.config.num_heads,
         text_len=model.config.text_len,
-        blocks=list(rules.plan.blocks(0, frames)),
+        blocks=list(rules.blocks(0, frames)),
         window=rules.window_frames,
         sink=rules.sink_frames,
         rope=rope,
@@ -77,7 +76,7 @@ def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
     def noise(start, end, step):
         return Draws(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
 
-    made = roll_out(model, condition, make_tiny_latents(1, seed=7), noise, rules, 9, SIZE, exit_step=2)
+    made = roll_out(Denoiser(model), condition, make_tiny_latents(1, seed=7), noise, rules, 9, SIZE, exit_step=2)
     exits = [call["x"] for call in calls if call["sigma"][0] == SIGMAS[2]]
     noisy = torch.cat([made.latents[:, :1], *exits], 1)
     sigma = torch.full((2, 9), SIGMAS[2])
@@ -92,3 +91,29 @@ def test_the_context_gets_gradient_and_the_latents_none():
     noisy.requires_grad_()
     found = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, 9))
     assert torch.autograd.grad(found.sum(), [clean, noisy], allow_unused=True) == (None, None)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_forward_made_before_is_run_in_backward_alone(bf16):
+    """Values are those that are given, gradients those of the function, also where nothing needs or gives one."""
+    layer, unused = torch.nn.Linear(3, 3), torch.nn.Parameter(torch.ones(2))
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    x, y, runs = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), []
+
+    def run(x, y, none):
+        assert none is None
+        runs.append(torch.is_autocast_enabled("cpu"))
+        return (layer(x).tanh().float() * y * frozen).sum(1)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = torch.autograd.grad(run(x, y, None).square().sum(), [x, *layer.parameters()])
+        with torch.no_grad():
+            made = run(x, y, None)
+        runs.clear()
+        out = recompute_on_backward(made, run, (x, y, None), [*layer.parameters(), unused, frozen])
+        assert torch.equal(out, made) and not runs
+        loss = out.square().sum()
+    loss.backward()  # outside of autocast, as the loop has it
+    assert runs == [bf16] and unused.grad is None and frozen.grad is None and y.grad is None
+    for found, wanted in zip((x.grad, layer.weight.grad, layer.bias.grad), expected, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)

@@ -8,18 +8,20 @@ from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError, ConfigError
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
 from longtake.randomness import Draws
-from longtake.rollout.chunk import denoise_block, graded_exits
-from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.rollout.denoise import Denoiser, denoise_block
+from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import stream_latents
-from longtake.structs import BlockPlan, pixel_frames
+from longtake.structs import pixel_frames
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 SIZE = (4, 6)
 
 
 def rules(first=1, window=5, sink=1, rope="relative", sigmas=SIGMAS):
-    return RollOutRules(BlockPlan(2, first), sigmas, window, sink, rope)
+    return StreamPlan(2, first, window, sink, rope, sigmas=sigmas)
 
 
 def noise_at(start, end, step):
@@ -32,8 +34,8 @@ def scene(i2v=True, **changes):
     return model, make_tiny_condition(model), make_tiny_latents(1, seed=7) if i2v else None
 
 
-def unroll(model, condition, picture, frames=7, *, rules=rules(), noise=noise_at, **options):  # noqa: B008
-    return roll_out(model, condition, picture, noise, rules, frames, SIZE, **options)
+def unroll(model, condition, picture, frames=7, *, rules=rules(), noise=noise_at, batched=False, **options):  # noqa: B008
+    return roll_out(Denoiser(model, batched_exits=batched), condition, picture, noise, rules, frames, SIZE, **options)
 
 
 def test_the_given_picture_is_frame_zero_committed_clean_and_never_generated(monkeypatch):
@@ -64,7 +66,7 @@ def test_number_and_order_of_the_calls(exit_step, monkeypatch):
     """Picture; then per block its steps, and the context pass of every block but the last, which nobody reads."""
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
-    unroll(model, condition, picture, exit_step=exit_step, graded=True)
+    unroll(model, condition, picture, exit_step=exit_step, with_grad=True)
     last = 3 if exit_step is None else exit_step
     steps = [(False, sigma, step == last) for step, sigma in enumerate(SIGMAS[: last + 1])]
     commit = (True, 0.0, False)
@@ -76,7 +78,7 @@ def test_number_and_order_of_the_calls(exit_step, monkeypatch):
 def test_the_context_of_a_block_is_its_own_clean_prediction(monkeypatch):
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
-    made = unroll(model, condition, picture, exit_step=1, graded=True)
+    made = unroll(model, condition, picture, exit_step=1, with_grad=True)
     committed = [call["x"] for call in calls if call["commit"]]
     assert torch.equal(torch.cat(committed, 1), made.latents[:, :5].detach())
     assert not any(x.requires_grad for x in committed)
@@ -87,7 +89,7 @@ def test_the_context_of_a_block_is_its_own_clean_prediction(monkeypatch):
 def test_gradient_stays_inside_its_own_block(checkpointing, window):
     """M-03: the loss of block j sends nothing into block i != j, and nothing into earlier steps of its own block."""
     model, condition, picture = scene()
-    model.activation_checkpointing = checkpointing
+    model = model.executed(Execution(recompute=checkpointing))
     leaves = {}
 
     def noise(start, end, step):
@@ -95,14 +97,14 @@ def test_gradient_stays_inside_its_own_block(checkpointing, window):
         return leaves[start, step]
 
     # With the exit at step 0 the noise itself is the input of the graded call.
-    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=0, graded=True)
+    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=0, with_grad=True)
     for start in (1, 3, 5):
         loss = made.latents[:, start : start + 2].square().sum()
         grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
         reached = {key for key, grad in zip(leaves, grads) if grad is not None and grad.abs().max() > 0}
         assert reached == {(start, 0)}
     leaves.clear()
-    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=2, graded=True)
+    made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=2, with_grad=True)
     grads = torch.autograd.grad(made.latents.square().sum(), list(leaves.values()), allow_unused=True)
     assert all(grad is None for grad in grads) and len(leaves) == 9
 
@@ -112,8 +114,9 @@ def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
     gradients, videos = [], []
     for checkpointing, together in ((False, False), (True, False), (True, True), (False, True)):
         model, condition, picture = scene()
-        model.activation_checkpointing, model.exits_together = checkpointing, together
-        made = unroll(model, condition, picture, 9, rules=rules(window=5, rope=rope), exit_step=1, graded=True)
+        model = model.executed(Execution(recompute=checkpointing))
+        options = {"rules": rules(window=5, rope=rope), "batched": together}
+        made = unroll(model, condition, picture, 9, **options, exit_step=1, with_grad=True)
         made.latents.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
         videos.append(made.latents.detach())
@@ -129,7 +132,7 @@ def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
         (None, True, 0),
         ("activation_checkpointing", False, 0),
         ("activation_checkpointing", True, 1),
-        ("exits_together", True, 1),
+        ("batched_exits", True, 1),
     ],
 )
 @pytest.mark.parametrize(("window", "evicted"), [(9, 0), (8, 0), (5, 2), (None, 0)])
@@ -137,11 +140,19 @@ def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
     option, graded, spare, window, evicted, monkeypatch
 ):
     model, condition, picture = scene(num_layers=1)
-    if option is not None:
-        setattr(model, option, True)
+    model = model.executed(Execution(recompute=option == "activation_checkpointing"))
     caches, new_cache = [], model.new_cache
     monkeypatch.setattr(model, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
-    made = unroll(model, condition, picture, 7, rules=rules(window=window), exit_step=0, graded=graded)
+    made = unroll(
+        model,
+        condition,
+        picture,
+        7,
+        rules=rules(window=window),
+        batched=option == "batched_exits",
+        exit_step=0,
+        with_grad=graded,
+    )
     (cache,) = caches
     frames = cache.size_bytes // cache.stored([0])[0].nbytes // 2
     assert frames == (window or 7) + spare * evicted and made.latents.requires_grad == graded
@@ -151,42 +162,42 @@ def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
 def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
     """One graded call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""
     model, condition, picture = scene(i2v)
-    model.activation_checkpointing = model.exits_together = True
+    model = model.executed(Execution(recompute=True))
     plan = rules(first=1 if i2v else 2)
     frames = 7 if i2v else 6
     plain = unroll(model, condition, picture, frames, rules=plan, exit_step=1).latents
     calls = record(model, monkeypatch)
-    made = unroll(model, condition, picture, frames, rules=plan, exit_step=1, graded=True).latents
+    made = unroll(model, condition, picture, frames, rules=plan, batched=True, exit_step=1, with_grad=True).latents
     assert torch.equal(made.detach(), plain) and made.requires_grad
     assert [call["graded"] for call in calls] == [False] * (len(calls) - 1) + [True]
     *plain_calls, last = calls
     steps = [call for call in plain_calls if call["sigma"][0] == SIGMAS[1]]
-    assert last["places"] == 3 and torch.equal(last["x"], torch.cat([call["x"] for call in steps], 1))
+    assert last["blocks"] == 3 and torch.equal(last["x"], torch.cat([call["x"] for call in steps], 1))
     assert last["sigma"].shape == (2, 6) and (last["sigma"] == SIGMAS[1]).all()
 
 
 def test_what_blocks_read_together_is_kept_until_backward():
     """A cache that would lose it refuses; afterwards it may be lost, and is when the roll-out is dropped."""
     model, condition, picture = scene()
-    model.activation_checkpointing = model.exits_together = True
-    cache = model.new_cache(2, *SIZE, 5, 1)
+    denoiser = Denoiser(model, batched_exits=True)
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
     sigma, block = torch.full((2,), 0.5), make_tiny_latents(2)
 
     def commit():
         with torch.no_grad():
-            model(block, sigma * 0, condition, cache=cache, commit=True)
+            denoiser(block, sigma * 0, condition, cache, commit=True)
 
     with torch.no_grad():
-        model(picture, sigma * 0, condition, cache=cache, commit=True)
+        denoiser(picture, sigma * 0, condition, cache, commit=True)
     commit()
     commit()
     for backward in (True, False):
         exits = []
-        denoise_block(model, cache, condition, lambda step: block, SIGMAS, exits=exits)
+        denoise_block(denoiser, cache, condition, lambda step: block, SIGMAS, exits=exits)
         commit()
         with pytest.raises(CacheError, match="pending backward"):
             commit()
-        made = graded_exits(model, cache, condition, exits)
+        made = denoiser.exits_with_grad(condition, exits)
         del exits
         with pytest.raises(CacheError, match="pending backward"):
             commit()
@@ -199,7 +210,7 @@ def test_what_blocks_read_together_is_kept_until_backward():
 def test_graded_and_plain_roll_outs_make_the_same_video():
     model, condition, picture = scene()
     plain = unroll(model, condition, picture, exit_step=2)
-    graded = unroll(model, condition, picture, exit_step=2, graded=True)
+    graded = unroll(model, condition, picture, exit_step=2, with_grad=True)
     assert not plain.latents.requires_grad and graded.latents.requires_grad
     torch.testing.assert_close(graded.latents.detach(), plain.latents)
 
@@ -207,7 +218,7 @@ def test_graded_and_plain_roll_outs_make_the_same_video():
 def test_the_picture_receives_no_gradient():
     model, condition, picture = scene()
     picture = picture.requires_grad_()
-    made = unroll(model, condition, picture, exit_step=0, graded=True)
+    made = unroll(model, condition, picture, exit_step=0, with_grad=True)
     (grad,) = torch.autograd.grad(made.latents[:, 1:].sum(), picture, allow_unused=True)
     assert grad is None or grad.abs().max() == 0
 
@@ -220,8 +231,8 @@ def test_a_length_off_the_block_plan_is_refused(frames):
 
 
 def stream(model, condition, picture, number, rules, noise=noise_at):
-    cache = model.new_cache(2, *SIZE, rules.window_frames, rules.sink_frames, rules.rope, max_frames=99)
-    return torch.cat(list(islice(stream_latents(model, cache, condition, picture, noise, rules), number)), 1)
+    cache = model.new_cache(rules, 2, SIZE, max_frames=99)
+    return torch.cat(list(islice(stream_latents(Denoiser(model), cache, condition, picture, noise, rules), number)), 1)
 
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
@@ -243,8 +254,8 @@ def test_streaming_text_to_video_equals_its_roll_out():
 def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypatch):
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
-    cache = model.new_cache(2, *SIZE, 5, 1)
-    blocks = stream_latents(model, cache, condition, picture, noise_at, rules())
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
+    blocks = stream_latents(Denoiser(model), cache, condition, picture, noise_at, rules())
     assert torch.equal(next(blocks), picture) and calls == []
     next(blocks)
     assert [bool(call["commit"]) for call in calls] == [True, False, False, False, False]
@@ -257,10 +268,12 @@ def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypa
 def test_a_hundred_blocks(rope):  # spec N.13
     model, condition, picture = scene(num_layers=1)
     chosen = rules(rope=rope, sigmas=(1.0, 0.5))
-    cache = model.new_cache(2, *SIZE, chosen.window_frames, chosen.sink_frames, rope)
+    cache = model.new_cache(chosen, 2, SIZE)
     size = cache.size_bytes
     frames = 0
-    for number, block in enumerate(islice(stream_latents(model, cache, condition, picture, noise_at, chosen), 101)):
+    for number, block in enumerate(
+        islice(stream_latents(Denoiser(model), cache, condition, picture, noise_at, chosen), 101)
+    ):
         assert block.shape[1] == (2 if number else 1) and block.isfinite().all()
         frames += block.shape[1]
     assert frames == 201 and pixel_frames(frames) == 4 * (frames - 1) + 1 == 801

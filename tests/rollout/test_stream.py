@@ -1,6 +1,7 @@
 """A stream of latents far from its beginning: nothing ends, and positions mean what they meant."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,26 +11,30 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
-from longtake.models.pass_graph import PassGraphs
-from longtake.rollout.chunk import Guidance, commit_block
-from longtake.rollout.self_forcing import RollOutRules
+from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block
 from longtake.rollout.stream import LatentStream, stream_switched
-from longtake.structs import BlockPlan
 
-PLAN = BlockPlan(2, 1)
+PLAN = StreamPlan(2, 1)
 
 
 def stream_from(model, condition, frame, rules, sink):
     """A stream at `frame` whose cache holds the sink and the four frames before."""
-    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
+    cache = model.new_cache(rules, 2, (4, 6))
     past = make_tiny_latents(5)
     if sink:
-        commit_block(model, cache, condition, past[:, :1])
+        commit_block(Denoiser(model), cache, condition, past[:, :1])
     for start in (frame - 4, frame - 2):
         cache.position = start
-        commit_block(model, cache, condition, past[:, 1:3] if start == frame - 4 else past[:, 3:])
+        commit_block(Denoiser(model), cache, condition, past[:, 1:3] if start == frame - 4 else past[:, 3:])
     return LatentStream(
-        model, cache, condition, None, lambda s, e, k: make_tiny_latents(2, seed=s - frame + 50 * k + 100), rules
+        Denoiser(model),
+        cache,
+        condition,
+        None,
+        lambda s, e, k: make_tiny_latents(2, seed=s - frame + 50 * k + 100),
+        rules,
     )
 
 
@@ -39,7 +44,7 @@ def test_far_frames_equal_near_ones(rope, sink, far):
     """Past the end of `y` a block depends on what it sees alone; absolute positions but for their rounding."""
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model, num_frames=7)
-    rules = RollOutRules(PLAN, [1.0, 0.5], 4 + 2 + sink, sink, rope)
+    rules = replace(PLAN, window_frames=4 + 2 + sink, sink_frames=sink, rope=rope, sigmas=[1.0, 0.5])
     near_by, far_away = (stream_from(model, condition, frame, rules, sink) for frame in (13, far))
     other = make_tiny_condition(model, num_frames=7, seed=9)
     for block in range(6):
@@ -55,7 +60,7 @@ def test_far_frames_equal_near_ones(rope, sink, far):
 def test_absolute_positions_with_a_sink_stay_finite_for_ever():
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    rules = RollOutRules(PLAN, [1.0, 0.5], 7, 1, "absolute")
+    rules = replace(PLAN, window_frames=7, sink_frames=1, rope="absolute", sigmas=[1.0, 0.5])
     stream = stream_from(model, condition, 10**6 + 1, rules, sink=1)
     assert all(torch.isfinite(stream.next()).all() for _ in range(3))
     assert stream.cache.held_frames[0] == 0
@@ -90,17 +95,18 @@ def raising_at(number):
 )
 def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded):
     """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild."""
-    model = make_tiny_model(i2v=True)
+    denoiser = Denoiser(make_tiny_model(i2v=True))
+    model = denoiser.model
     one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
-    rules = RollOutRules(PLAN, [1.0, 0.5], 7, 3, "relative", keep_sink=keep_sink)
+    rules = replace(PLAN, window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5])
 
     def noise(start, end, step):
         return make_tiny_latents(end - start, seed=start + 50 * step)
 
     def begun():
-        caches = [model.new_cache(2, 4, 6, 7, 3) for _ in range(2)]
+        caches = [model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6)) for _ in range(2)]
         guidance = Guidance(2.0, empty, caches[1]) if guided else None
-        stream = LatentStream(model, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
+        stream = LatentStream(denoiser, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
         for _ in range(2 if recorded else 4):
             stream.next()
         return stream
@@ -121,7 +127,7 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
             call(stream)
             ends.append(counted[0] - before)
     if recorded:
-        model.graphs = PassGraphs(Tape())
+        denoiser.graphs = CUDAGraphRunner(Tape())
     for number in [*range(1, ends[-1], max(1, ends[-1] // 16)), *ends]:
         stream = begun()
         with raising_at(number) as counted:
@@ -138,12 +144,12 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
 def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
     model = make_tiny_model(i2v=True)
     conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 2, 3)]
-    rules = RollOutRules(PLAN, [1.0, 0.5], 5, 1, "relative")
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
 
     def made(number):
-        cache, latents = model.new_cache(2, 4, 6, 5, 1), []
+        cache, latents = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), []
         stream = stream_switched(
-            model,
+            Denoiser(model),
             cache,
             conditions,
             [3, 6],
@@ -169,32 +175,32 @@ def test_a_hole_in_the_cache_is_an_error(window):
     """Whoever moves a cache past frames that it does not hold, or back to where some were overwritten, is told."""
     model = make_tiny_model(i2v=True)
     condition, sink = make_tiny_condition(model), 1 if window else 0
-    cache = model.new_cache(2, 4, 6, window, sink, max_frames=None if window else 32)
+    cache = model.new_cache(StreamPlan(2, 1, window, sink), 2, (4, 6), max_frames=None if window else 32)
     latents = make_tiny_latents(13)
     for start, end in PLAN.blocks(0, 13):
-        commit_block(model, cache, condition, latents[:, start:end])
+        commit_block(Denoiser(model), cache, condition, latents[:, start:end])
     cache.position = 15
     with pytest.raises(CacheError, match=r"attends to frames \[13, 14\], which this cache does not hold"):
-        commit_block(model, cache, condition, latents[:, 1:3])
+        commit_block(Denoiser(model), cache, condition, latents[:, 1:3])
     cache.position = 13
-    commit_block(model, cache, condition, latents[:, 1:3])
+    commit_block(Denoiser(model), cache, condition, latents[:, 1:3])
     cache.position = 9
     if window:
         with pytest.raises(CacheError, match=r"attends to frames \[5, 6, 7, 8\]"):
-            commit_block(model, cache, condition, latents[:, 9:11])
+            commit_block(Denoiser(model), cache, condition, latents[:, 9:11])
     else:
-        commit_block(model, cache, condition, latents[:, 9:11])
+        commit_block(Denoiser(model), cache, condition, latents[:, 9:11])
 
 
 def new_stream(model, condition, guided=False, spare_frames=6):
-    rules = RollOutRules(PLAN, [1.0, 0.5], 5, 1, "relative")
-    caches = [model.new_cache(2, 4, 6, 5, 1, spare_frames=spare_frames) for _ in range(2)]
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
+    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6), spare_frames=spare_frames) for _ in range(2)]
     guidance = Guidance(2.0, make_tiny_condition(model, seed=4), caches[1]) if guided else None
 
     def noise(start, end, step):
         return make_tiny_latents(end - start, seed=10 * start + step)
 
-    return LatentStream(model, caches[0], condition, make_tiny_latents(1), noise, rules, guidance=guidance)
+    return LatentStream(Denoiser(model), caches[0], condition, make_tiny_latents(1), noise, rules, guidance=guidance)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -240,7 +246,7 @@ def test_a_block_that_fails_can_be_asked_for_again():
     """The context pass of the block before is not run twice."""
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    rules = RollOutRules(PLAN, [1.0], 5, 1, "relative")
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0])
     fail = []
 
     def noise(start, end, step):
@@ -250,7 +256,14 @@ def test_a_block_that_fails_can_be_asked_for_again():
         return make_tiny_latents(end - start, seed=start)
 
     streams = [
-        LatentStream(model, model.new_cache(2, 4, 6, 5, 1), condition, make_tiny_latents(1), noise, rules)
+        LatentStream(
+            Denoiser(model),
+            model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)),
+            condition,
+            make_tiny_latents(1),
+            noise,
+            rules,
+        )
         for _ in range(2)
     ]
     expected = [streams[0].next() for _ in range(4)]

@@ -8,14 +8,14 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import ConfigError
-from longtake.rollout.chunk import commit_block, denoise_block
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.rebuild import KeptLatents, rebuild_cache
-from longtake.rollout.self_forcing import RollOutRules, block_noise_at
+from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents, stream_switched
-from longtake.structs import BlockPlan
 
-PLAN = BlockPlan(2, 1)
-RULES = RollOutRules(PLAN, [1.0, 0.5], 7, 3, "relative")
+PLAN = StreamPlan(2, 1)
+RULES = replace(PLAN, window_frames=7, sink_frames=3, sigmas=[1.0, 0.5])
 BLOCKS = 7
 
 
@@ -34,32 +34,34 @@ def conditions(model):
 
 
 def new_cache(model, rules=RULES):
-    return model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
+    return model.new_cache(rules, 2, (4, 6))
 
 
 def switched(model, conditions, switch_frames, *, rebuild=True, keep_sink=False):
     rules = replace(RULES, keep_sink=keep_sink)
     first = make_tiny_latents(1)
-    stream = stream_switched(model, new_cache(model), conditions, switch_frames, first, noise, rules, rebuild=rebuild)
+    stream = stream_switched(
+        Denoiser(model), new_cache(model), conditions, switch_frames, first, noise, rules, rebuild=rebuild
+    )
     return torch.cat(list(islice(stream, BLOCKS)), 1)
 
 
 def plain(model, condition):
-    stream = stream_latents(model, new_cache(model), condition, make_tiny_latents(1), noise, RULES)
+    stream = stream_latents(Denoiser(model), new_cache(model), condition, make_tiny_latents(1), noise, RULES)
     return torch.cat(list(islice(stream, BLOCKS)), 1)
 
 
 def by_hand(model, conditions, switch, policy):
     """Block by block, with the cache rebuilt, kept or rebuilt but for the sink at frame `switch`."""
-    cache, kept, made = new_cache(model), KeptLatents.of_rules(RULES), []
+    cache, kept, made = new_cache(model), KeptLatents(RULES), []
     for start, end in list(PLAN.blocks(0, 2 * BLOCKS - 1)):
         condition = conditions[start >= switch]
         if start == switch and policy != "none":
-            rebuild_cache(model, cache, condition, kept, keep_sink=policy == "keep sink")
+            rebuild_cache(Denoiser(model), cache, condition, kept, keep_sink=policy == "keep sink")
         block = make_tiny_latents(1)
         if start:
-            block = denoise_block(model, cache, condition, block_noise_at(noise, start, end), RULES.sigmas)
-        commit_block(model, cache, condition, block)
+            block = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, start, end), RULES.sigmas)
+        commit_block(Denoiser(model), cache, condition, block)
         kept.append(block)
         made.append(block)
     return torch.cat(made, 1)

@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from longtake.config import StageConfig
-from longtake.inference.generator import rules_of
-from longtake.models.flops import forward, recomputed
+from longtake.models import flops
+from longtake.models.execution import Execution
+from longtake.models.flops import Work, forward
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.randomness import Draws
+from longtake.rollout.denoise import Denoiser
 from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 
 SEED = 3
@@ -67,7 +69,8 @@ def dmd_of(config, i2v):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
     flow = config.flow
     settings = DmdSettings(flow.shift, flow.guidance, updates_per_generator=config.critic.updates_per_generator)
-    return Dmd(*networks, Draws(SEED), rules_of(config), config.video.num_latent_frames, settings)
+    student, *scores = networks
+    return Dmd(Denoiser(student), *scores, Draws(SEED), config.stream_plan, config.video.num_latent_frames, settings)
 
 
 def total(found, networks, config, *phases):
@@ -81,17 +84,23 @@ def test_distillation(i2v, step):
     """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
     config = config_of("distill", i2v, critic={"updates_per_generator": 2})
     dmd = dmd_of(config, i2v)
-    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
-    batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)
+    networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     update = "generator" in dmd.turns(step)
     found = passes(config, networks, 2, IMAGE_TOKENS, update_generator=update, exit_step=dmd.exit_step(step))
     ran = {"forward": 0, "backward": 0}
     for turn in dmd.turns(step):
-        flops, result = counted(lambda turn=turn: dmd.loss(turn, batch, step))
-        ran["forward"] += flops
+        operations, result = counted(lambda turn=turn: dmd.loss(turn, batch, step))
+        ran["forward"] += operations
         ran["backward"] += counted(result.loss.backward)[0]
     assert ran["forward"] == total(found, networks, config, "rollout", "scores")
     assert ran["backward"] == total(found, networks, config, "backward")
+
+
+def recomputed(size, call):
+    """The blocks of a forward, without embeddings and head."""
+    blocks = [sum(p(None)[0] for p in flops._block(size, call, first=first, lora=None)) for first in (True, False)]
+    return Work(blocks[0] + (size.num_layers - 1) * blocks[1], size.num_layers * flops._attention(size, call))
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -99,9 +108,9 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step)
     """But for embeddings and head; the blocks are recomputed once."""
     config = config_of("distill", critic={"updates_per_generator": 2})
     dmd = dmd_of(config, True)
-    dmd.generator.activation_checkpointing = dmd.generator.exits_together = True
-    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
-    batch = make_batch(dmd.generator, [4, 9], dmd.num_frames)
+    dmd.generator = Denoiser(dmd.generator.model.executed(Execution(recompute=True)), batched_exits=True)
+    networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(step), together=True)
     (joined,) = (each for each in found if not each.ahead)
     again, whole = (work(networks["generator"], joined.call).total for work in (recomputed, forward))
@@ -118,9 +127,9 @@ def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_stude
         "distill", data={"path": "x", "kind": "clips"}, real_videos={"weight": 1, "num_latent_frames": 9}
     )
     dmd = dmd_of(config, True)
-    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.rules, shift=5.0), 1.0)
-    networks = {"generator": dmd.generator.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
-    batch = make_batch(dmd.generator, [4, 9], 9)
+    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.plan, shift=5.0), 1.0)
+    networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
+    batch = make_batch(dmd.generator.model, [4, 9], 9)
     ran, result = counted(lambda: dmd.loss("generator", batch, 0))
     back = counted(result.loss.backward)[0]
     critic, more = counted(lambda: dmd.loss("critic", batch, 0))
@@ -130,15 +139,6 @@ def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_stude
     assert back == total(found, networks, config, "backward")
     alone = passes(config, networks, 2, IMAGE_TOKENS, update_generator=False)
     assert all(each.phase != "forward" for each in alone)
-
-
-def test_the_mean_over_exit_steps():
-    config = config_of("distill")
-    networks = dict.fromkeys(("generator", "critic", "teacher"), make_tiny_model(i2v=True).config)
-    every = [passes(config, networks, 2, IMAGE_TOKENS, exit_step=step) for step in range(3)]
-    mean = passes(config, networks, 2, IMAGE_TOKENS)
-    costs = [total(found, networks, config, "rollout", "scores", "backward") for found in [*every, mean]]
-    assert costs[3] == pytest.approx(sum(costs[:3]) / 3) and costs[0] < costs[1] < costs[2]
 
 
 def test_teacher_and_causal():
@@ -151,7 +151,7 @@ def test_teacher_and_causal():
     ran, result = counted(lambda: objective.loss("generator", batch, 0))
     assert found.graded and ran == forward(model.config, found.call).total
     config = config_of("causal")
-    causal = TeacherForcing(model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0)
+    causal = TeacherForcing(Denoiser(model), Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal.loss("generator", batch, 0))
     assert ran == forward(model.config, found.call).total
@@ -162,7 +162,7 @@ def test_own_history_costs_its_share_of_a_roll_out():
     config = config_of("causal", own_history={"share": 1.0, "from_step": 2})
     batch = make_batch(model, [4, 9], 7)
     causal = TeacherForcing(
-        model, Draws(SEED), rules_of(config), shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
+        Denoiser(model), Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
     )
     *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))

@@ -16,7 +16,7 @@ from tiny_stage import save_student, stage_config
 from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
-from longtake.models.weights import read_state
+from longtake.models.published import open_published
 from longtake.train import checkpoint
 from longtake.train.checkpoint import latest_checkpoint, load_checkpoint
 from longtake.train.metrics_log import read_rows
@@ -161,8 +161,8 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        read_state(path / "generator")
+    with pytest.raises(CheckpointError, match="is a file of torch.save and no safetensors"):
+        open_published(path / "generator")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -192,8 +192,8 @@ def test_the_average_is_exported_beside_the_weights(tmp_path):
     path = latest_checkpoint(tmp_path / "checkpoints")
     assert runs.exported_weights(path).name == "generator_ema"
     assert json.loads((runs.exported_weights(path) / "config.json").read_text()) == {"width": tiny_run.WIDTH}
-    own = read_state(runs.exported_weights(path, prefer_ema=False))
-    average = read_state(runs.exported_weights(path))
+    own = tiny_run.read_tensors(runs.exported_weights(path, prefer_ema=False))
+    average = tiny_run.read_tensors(runs.exported_weights(path))
     wanted = state.networks["generator"].state_dict()
     assert own.keys() == average.keys() == wanted.keys()
     assert all(torch.equal(own[key], value) for key, value in wanted.items())
@@ -217,5 +217,5 @@ def test_initialisation_takes_weights_only(workshop, tmp_path):
     path = latest_checkpoint(config.folder / "checkpoints")
     manifest = runs.read_manifest(path)
     assert (manifest["step"], manifest["data_position"]) == (1, 4)
-    moments = [value for key, value in read_state(path / "state").items() if key.endswith(".step")]
+    moments = [value for key, value in tiny_run.read_tensors(path / "state").items() if key.endswith(".step")]
     assert moments and all(value == 1 for value in moments)

@@ -50,5 +50,7 @@ def test_a_set_serves_one_negative_prompt(workshop, tmp_path):
 @pytest.mark.parametrize("changes", [{"stage": "causal"}, {"guidance": 1.0}])
 def test_where_nobody_reads_it_it_is_refused(workshop, tmp_path, changes):
     flow = FLOW | {key: value for key, value in changes.items() if key == "guidance"}
-    with pytest.raises(ConfigError, match="flow.negative_prompt=three red squares is read by stages distill and long"):
+    with pytest.raises(
+        ConfigError, match="flow.negative_prompt='three red squares' is read by stages distill and long"
+    ):
         stage_config(workshop, tmp_path, changes.get("stage", "distill"), flow=flow)

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
-from longtake.models.weights import read_state
 from longtake.train import checkpoint, saver
 from longtake.train.checkpoint import Snapshot
 from longtake.train.loop import Hooks
@@ -69,7 +68,7 @@ def test_the_copy_is_not_touched_by_what_comes_after(tmp_path, monkeypatch):
     threading.Timer(0.2, go.set).start()
     writer.save(last=True)
     writer.close()
-    one, two = (read_state(tmp_path / f"checkpoints/step_{step:06d}/state") for step in (1, 2))
+    one, two = (tiny_run.read_tensors(tmp_path / f"checkpoints/step_{step:06d}/state") for step in (1, 2))
     assert one.keys() == two.keys() == before.keys()
     assert all(torch.equal(one[name], value) and torch.equal(two[name], value + 1) for name, value in before.items())
 

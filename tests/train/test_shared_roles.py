@@ -56,7 +56,7 @@ def test_other_weights_than_the_teachers_are_refused(workshop, tmp_path):
     with pytest.raises(ConfigError, match="and critic.init_from=.* train the critic whole"):
         build_networks(config_of(workshop, tmp_path, critic=critic), Mesh())
     shutil.copytree(workshop / "teacher", tmp_path / "copy")  # the same weights elsewhere are the same
-    networks, real, _ = build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh())
+    networks, real, *_ = build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh())
     assert networks["generator"].base is networks["critic"].base is real.base
 
 
@@ -86,7 +86,7 @@ def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, m
     found = []
     for kept in (torch.bfloat16, torch.float32):
         config = config_of(workshop, tmp_path / str(kept), precision="bf16", roles="separate")
-        _, real, _ = build_networks(config, Mesh())
+        _, real, *_ = build_networks(config, Mesh())
         assert real.blocks[0].ffn[0].weight.dtype == kept
         run_stage(config, Mesh())
         rows = read_rows(config.folder / "metrics.jsonl")
@@ -116,7 +116,7 @@ def begun(workshop, tmp_path_factory):
 def test_a_student_begins_with_the_updates_of_an_earlier_stage(workshop, begun):
     config = config_of(workshop, begun, init_from="causal")
     updates = exported_weights(newest(stage_config(workshop, begun, "causal", lora=LORA)))
-    networks, real, adapters = build_networks(config, Mesh())
+    networks, real, adapters, _ = build_networks(config, Mesh())
     stored = load_file(updates / WEIGHTS)
     own = {k: v for k, v in networks["generator"].state_dict().items() if ".lora_" in k}
     assert len(own) == len(stored) > 0
@@ -174,7 +174,6 @@ def test_exit_steps_are_joined_as_the_configuration_says(workshop, tmp_path):
         ({}, False),
         ({"activation_checkpointing": "selective"}, False),
     ):
-        networks, *_ = build_networks(stage_config(workshop, tmp_path, "distill", **changes), Mesh())
-        assert networks["generator"].exits_together == joined, changes
-    networks, *_ = build_networks(config_of(workshop, tmp_path, **full), Mesh())
-    assert not networks["generator"].exits_together
+        built = build_networks(stage_config(workshop, tmp_path, "distill", **changes), Mesh())
+        assert built.student.batched_exits == joined, changes
+    assert not build_networks(config_of(workshop, tmp_path, **full), Mesh()).student.batched_exits

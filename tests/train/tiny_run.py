@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
@@ -21,6 +22,11 @@ from longtake.train.saver import SaveSettings
 from longtake.train.state import TrainState
 
 WIDTH, BATCH = 5, 4
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all safetensors files of a folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @dataclass

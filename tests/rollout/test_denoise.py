@@ -7,7 +7,8 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.errors import CacheError
 from longtake.flow.path import add_noise
-from longtake.rollout.chunk import Guidance, commit_block, denoise_block, graded_exits
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 
@@ -20,8 +21,8 @@ def noise_of(frames, batch=2):
 def scene():
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(2, 4, 6, 5, 1)
-    commit_block(model, cache, condition, make_tiny_latents(1))
+    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    commit_block(Denoiser(model), cache, condition, make_tiny_latents(1))
     return model, cache, condition
 
 
@@ -30,7 +31,7 @@ def test_levels_and_renoising_follow_the_steps(scene, exit_step, monkeypatch):
     model, cache, condition = scene
     calls = record(model, monkeypatch)
     noise = noise_of(2)
-    clean = denoise_block(model, cache, condition, noise, SIGMAS, exit_step=exit_step)
+    clean = denoise_block(Denoiser(model), cache, condition, noise, SIGMAS, exit_step=exit_step)
     last = 3 if exit_step is None else exit_step
     assert [call["sigma"].tolist() for call in calls] == [pytest.approx([s, s]) for s in SIGMAS[: last + 1]]
     assert all(call["sigma"].dtype == torch.float32 and not call["commit"] for call in calls)
@@ -48,7 +49,7 @@ def test_the_cache_is_only_read(scene):
     model, cache, condition = scene
     keys, held = cache.keys.clone(), cache.held_frames
     for graded in (False, True):
-        denoise_block(model, cache, condition, noise_of(2), SIGMAS, graded=graded)
+        denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, with_grad=graded)
     assert torch.equal(cache.keys, keys) and cache.held_frames == held and cache.position == 1
 
 
@@ -56,14 +57,14 @@ def test_the_cache_is_only_read(scene):
 def test_gradient_flows_through_the_exit_step_alone(scene, exit_step, monkeypatch):
     model, cache, condition = scene
     calls = record(model, monkeypatch)
-    clean = denoise_block(model, cache, condition, noise_of(2), SIGMAS, exit_step=exit_step, graded=True)
+    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, exit_step=exit_step, with_grad=True)
     assert [call["graded"] for call in calls] == [False] * exit_step + [True]
     assert [call["out"].requires_grad for call in calls] == [False] * exit_step + [True]
     assert not calls[-1]["x"].requires_grad
     (mine,) = torch.autograd.grad(clean.square().sum(), model.blocks[0].self_attn.q.weight)
     # the gradient of that one call, made again by hand
     call = calls[-1]
-    again = call["x"] - SIGMAS[exit_step] * model(call["x"], call["sigma"], condition, cache=cache)
+    again = call["x"] - SIGMAS[exit_step] * Denoiser(model)(call["x"], call["sigma"], condition, cache)
     (expected,) = torch.autograd.grad(again.square().sum(), model.blocks[0].self_attn.q.weight)
     assert mine.abs().max() > 0
     torch.testing.assert_close(mine, expected)
@@ -71,7 +72,7 @@ def test_gradient_flows_through_the_exit_step_alone(scene, exit_step, monkeypatc
 
 def test_graded_step_reaches_every_part_of_the_model(scene):  # spec N.6
     model, cache, condition = scene
-    clean = denoise_block(model, cache, condition, noise_of(2), SIGMAS, exit_step=1, graded=True)
+    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, exit_step=1, with_grad=True)
     clean.square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert without == []
@@ -80,14 +81,14 @@ def test_graded_step_reaches_every_part_of_the_model(scene):  # spec N.6
 def test_no_gradient_is_kept_inside_no_grad(scene):
     model, cache, condition = scene
     with torch.no_grad():
-        assert not denoise_block(model, cache, condition, noise_of(2), SIGMAS).requires_grad
+        assert not denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS).requires_grad
 
 
 def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
     model, cache, condition = scene
     calls = record(model, monkeypatch)
     clean = make_tiny_latents(2).requires_grad_()
-    commit_block(model, cache, condition, clean)
+    commit_block(Denoiser(model), cache, condition, clean)
     (call,) = calls
     assert call["commit"] and not call["graded"] and call["sigma"].tolist() == [0.0, 0.0]
     assert torch.equal(call["x"], clean) and not call["x"].requires_grad
@@ -97,15 +98,15 @@ def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
 def test_both_sides_of_guidance_are_denoised_and_committed_alike(scene, monkeypatch):
     """Each with its condition and its cache; the context of both is the guided block at sigma 0."""
     model, cache, condition = scene
-    other, twin = make_tiny_condition(model, seed=9), model.new_cache(2, 4, 6, 5, 1)
-    commit_block(model, twin, other, make_tiny_latents(1))
+    other, twin = make_tiny_condition(model, seed=9), model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    commit_block(Denoiser(model), twin, other, make_tiny_latents(1))
     calls = record(model, monkeypatch)
     guidance = Guidance(3.0, other, twin)
-    clean = denoise_block(model, cache, condition, noise_of(2), [1.0], guidance=guidance)
+    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), [1.0], guidance=guidance)
     with_text, without = (call["out"] for call in calls)
     torch.testing.assert_close(clean, noise_of(2)(0) - (without + 3.0 * (with_text - without)))
     calls.clear()
-    commit_block(model, cache, condition, clean.requires_grad_(), guidance=guidance)
+    commit_block(Denoiser(model), cache, condition, clean.requires_grad_(), guidance=guidance)
     assert [call["condition"] for call in calls] == [condition, other]
     for call in calls:
         assert call["commit"] and call["sigma"].tolist() == [0.0, 0.0]
@@ -119,11 +120,13 @@ def test_joined_exit_steps_are_those_of_each_block(scene):
     exits, expected = [], []
     for frames, exit_step in ((1, 0), (3, 2)):
         block = noise_of(frames)
-        expected.append(denoise_block(model, cache, condition, block, SIGMAS, exit_step=exit_step, graded=True))
-        plain = denoise_block(model, cache, condition, block, SIGMAS, exit_step=exit_step, exits=exits)
+        expected.append(
+            denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, with_grad=True)
+        )
+        plain = denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, exits=exits)
         assert not plain.requires_grad
-        commit_block(model, cache, condition, plain)
-    made = graded_exits(model, cache, condition, exits)
+        commit_block(Denoiser(model), cache, condition, plain)
+    made = Denoiser(model).exits_with_grad(condition, exits)
     torch.testing.assert_close(made, torch.cat(expected, 1))
     weight = model.blocks[0].self_attn.q.weight
     mine, theirs = (torch.autograd.grad(each.square().sum(), weight)[0] for each in (made, torch.cat(expected, 1)))
@@ -133,4 +136,4 @@ def test_joined_exit_steps_are_those_of_each_block(scene):
 def test_a_graded_call_cannot_commit(scene):
     model, cache, condition = scene
     with pytest.raises(CacheError, match="commit"):
-        model(make_tiny_latents(2), torch.zeros(2), condition, cache=cache, commit=True)
+        Denoiser(model)(make_tiny_latents(2), torch.zeros(2), condition, cache, commit=True)

@@ -4,7 +4,8 @@ from then on replayed by one call, without Python and without a launch for every
 A pass of four frames at 480x832 starts some two thousand kernels; where several GPUs share it they wait for whichever
 process starts them last. What a replay reads must be where it was when the pass was recorded: the cache holds to that
 (`KVCache`), inputs are copied to places of their own, and the addresses of weights and of the condition's keys and
-values are compared each time. This file must not know the transformer.
+values are compared each time. The cache knows nothing
+of it. This file must not know the transformer.
 
 Any number of threads may run passes of one network, each against a cache of its own and, if it likes, on a CUDA stream
 of its own. Recorded passes share their memory: copying the inputs, replaying and copying the results away is done by
@@ -16,15 +17,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from longtake.models.attention import ONE_THREAD
-from longtake.models.cache import KVCache, Passes
+from longtake.models.cache import KVCache, lasting_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +34,20 @@ logger = logging.getLogger(__name__)
 EAGER_PASSES = 8
 EAGER_PASSES_LENT = 1
 
-# Tensors that a pass is given, some of which may be missing, and work(*inputs, room=), what it makes: the velocity, and
-# more, which goes to the tensors of `room` where there are any.
+# Tensors that a pass is given, some of which may be missing, and work(*inputs, static=), what it makes: the velocity,
+# and more, which goes to the tensors of `static` where there are any.
 Inputs = Sequence[Tensor | None]
 Made = tuple[Tensor, ...]
 Work = Callable[..., Made]
 
 
-class Recorder(Protocol):
+class Capture(Protocol):
     """Records what a function starts on the device, without doing it: a function that does it, and the results."""
 
     def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]: ...
 
 
-class CudaRecorder:
+class CUDAGraphCapture:
     """Records CUDA graphs that share their memory: they are replayed one after the other."""
 
     def __init__(self) -> None:
@@ -63,27 +64,55 @@ class CudaRecorder:
         for device in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(device):
                 torch.cuda.synchronize(device)
-        # Other threads, such as the one that watches over collectives, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads, such as the one that watches over collectives, may call CUDA meanwhile; but no stream of theirs
+        # may be the one that records. torch hands out 32 streams in turns, its own for recording among them, and a
+        # thread that got that one failed with "invalid argument" (seen in 2.11): streams of high priority are others.
+        stream = torch.cuda.Stream(priority=-1)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             out = work()
         self._graphs.add(graph)
         return graph.replay, out
 
 
 @dataclass
-class _Recorded:
-    inputs: list[Tensor | None]
+class _Captured:
+    static_inputs: list[Tensor | None]
     replay: Callable[[], None]
-    outputs: Made
+    static_outputs: Made
 
 
-class PassGraphs:
-    """Runs passes of one network, or replays them. Args: `record` another recorder than that of CUDA graphs (tests)."""
+@dataclass
+class _Passes:
+    """What is known of the passes against one cache: how often each kind ran, and those that are captured."""
 
-    def __init__(self, record: Recorder | None = None) -> None:
-        self._record = record or CudaRecorder()
+    uses: dict[tuple, int] = field(default_factory=dict)
+    captured: dict[tuple, _Captured] = field(default_factory=dict)
+    addresses: tuple[int, ...] = ()
+    eager: int = EAGER_PASSES
+    # Where captured passes leave what they make besides the velocity, by the shape of their latents: one place for all
+    # kinds of passes, since it is taken away before the next one.
+    static: dict[torch.Size, list[Tensor]] = field(default_factory=dict)
+
+    def make_static(self, latents: torch.Size, made: Sequence[Tensor]) -> None:
+        """Places for tensors like those of `made`."""
+        if made and latents not in self.static:
+            with lasting_tensors():
+                self.static[latents] = [torch.empty_like(tensor) for tensor in made]
+
+    def forget(self) -> None:
+        """Drops what is captured, and counts anew."""
+        self.uses.clear()
+        self.captured.clear()
+        self.static.clear()
+
+
+class CUDAGraphRunner:
+    """Runs passes of one network, or replays them. Args: `capture`, another way than CUDA graphs (tests)."""
+
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture or CUDAGraphCapture()
         self._broken = False
-        self._known: WeakSet[KVCache] = WeakSet()
+        self._passes: WeakKeyDictionary[KVCache, _Passes] = WeakKeyDictionary()
         self._copied: torch.cuda.Event | None = None  # on a GPU: what the latest replay gave is copied away
         with ONE_THREAD:
             _all.add(self)
@@ -119,31 +148,30 @@ class PassGraphs:
         addresses: tuple[int, ...],
         agree: Callable[[bool], bool],
     ) -> Made:
-        passes: Passes = cache.passes
+        passes = self._passes.setdefault(cache, _Passes())
         if passes.addresses != addresses:
             passes.forget()
             passes.addresses = addresses
         assert inputs[0] is not None
         key = (kind, _autocast(inputs[0].device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
-        if (found := passes.recorded.get(key)) is None:
+        if (found := passes.captured.get(key)) is None:
             passes.uses[key] = passes.uses.get(key, 0) + 1
-            left = (EAGER_PASSES_LENT if passes.lent else EAGER_PASSES) - passes.uses[key]
+            left = passes.eager - passes.uses[key]
             if left >= 0:
                 made = work(*inputs)
                 if left == 0:
-                    passes.make_room(inputs[0].shape, made[1:])
+                    passes.make_static(inputs[0].shape, made[1:])
                 return made
-            recorded = self._recorded(work, inputs, passes, agree)
-            if recorded is None:
+            captured = self._captured(work, inputs, passes, agree)
+            if captured is None:
                 return work(*inputs)
-            found = passes.recorded[key] = recorded
-            self._known.add(cache)
+            found = passes.captured[key] = captured
         with self._behind_the_one_before(inputs[0].device):
-            for held, given in zip(found.inputs, inputs, strict=True):
+            for held, given in zip(found.static_inputs, inputs, strict=True):
                 if held is not None and given is not None:
                     held.copy_(given)
             found.replay()
-            return tuple(made.clone() for made in found.outputs)
+            return tuple(made.clone() for made in found.static_outputs)
 
     @contextmanager
     def _behind_the_one_before(self, device: torch.device) -> Iterator[None]:
@@ -162,13 +190,23 @@ class PassGraphs:
             self._copied.record(stream)
 
     def forget(self) -> None:
-        """Drops all that is recorded: before the process group that a pass uses is gone, say."""
+        """Drops all that is captured: before the process group that a pass uses is gone, say."""
         with ONE_THREAD:
-            for cache in list(self._known):
-                cache.passes.forget()
+            for passes in list(self._passes.values()):
+                passes.forget()
 
-    def _recorded(self, work: Work, inputs: Inputs, passes: Passes, agree: Callable[[bool], bool]) -> _Recorded | None:
-        """The pass, recorded; None where that failed, after which nothing is recorded any more."""
+    def comes_again(self, cache: KVCache) -> None:
+        """Says that a cache will serve one roll-out after another, so that even rare passes come again."""
+        with ONE_THREAD:
+            self._passes.setdefault(cache, _Passes()).eager = EAGER_PASSES_LENT
+
+    def captured(self, cache: KVCache) -> int:
+        """How many kinds of passes against a cache are captured."""
+        with ONE_THREAD:
+            return len(self._passes[cache].captured) if cache in self._passes else 0
+
+    def _captured(self, work: Work, inputs: Inputs, passes: _Passes, agree: Callable[[bool], bool]) -> _Captured | None:
+        """The pass, captured; None where that failed, after which nothing is captured any more."""
         with torch.inference_mode(False), torch.no_grad():
             held = [None if t is None else torch.empty_like(t).copy_(t) for t in inputs]
         x = held[0]
@@ -176,19 +214,19 @@ class PassGraphs:
         made, reason = None, "another process could not"
         try:
             with _own_casts(x.device):
-                made = self._record(lambda: work(*held, room=passes.room.get(x.shape)))
+                made = self._capture(lambda: work(*held, static=passes.static.get(x.shape)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if not agree(made is not None) or made is None:
             self._broken = True
             self.forget()
             passes.forget()
-            logger.warning("passes are not recorded as CUDA graphs, and run as ever: %s", reason)
+            logger.warning("passes are not captured as CUDA graphs, and run as ever: %s", reason)
             return None
-        return _Recorded(held, *made)
+        return _Captured(held, *made)
 
 
-_all: WeakSet[PassGraphs] = WeakSet()
+_all: WeakSet[CUDAGraphRunner] = WeakSet()
 
 
 def forget_all() -> None:

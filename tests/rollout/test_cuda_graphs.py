@@ -10,18 +10,21 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
-from longtake.models.pass_graph import PassGraphs, forget_all
-from longtake.rollout.self_forcing import RollOutRules, roll_out
+from longtake.models.execution import Execution
+from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner, _Passes, forget_all
+from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import LatentStream
-from longtake.structs import BlockPlan
 
-RULES = RollOutRules(BlockPlan(2, 1), (1.0, 0.8, 0.5), 5, 1, "relative")
+RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.8, 0.5))
 
 
 def noise(start, end, step, batch=2):
@@ -29,13 +32,13 @@ def noise(start, end, step, batch=2):
     return torch.randn(batch, end - start, 4, 4, 6, generator=generator)
 
 
-def stream(model, condition, blocks, rules=RULES):
-    cache = model.new_cache(2, 4, 6, rules.window_frames, rules.sink_frames, rules.rope)
-    return LatentStream(model, cache, condition, make_tiny_latents(1), noise, rules), blocks
+def stream(denoiser, condition, blocks, rules=RULES):
+    cache = denoiser.model.new_cache(rules, 2, (4, 6))
+    return LatentStream(denoiser, cache, condition, make_tiny_latents(1), noise, rules), blocks
 
 
-def unrolled(model, condition, blocks=8, rules=RULES, change=None):
-    running, blocks = stream(model, condition, blocks, rules)
+def unrolled(denoiser, condition, blocks=8, rules=RULES, change=None):
+    running, blocks = stream(denoiser, condition, blocks, rules)
     made = []
     for number in range(blocks):
         if change is not None and number == blocks - 3:
@@ -48,29 +51,31 @@ def unrolled(model, condition, blocks=8, rules=RULES, change=None):
 @pytest.mark.parametrize("i2v", [True, False])
 def test_a_replayed_stream_equals_the_one_that_python_runs(i2v, rope):
     model = make_tiny_model(i2v)
+    denoiser = Denoiser(model)
     condition, other = make_tiny_condition(model), make_tiny_condition(model, seed=8)
-    rules = RollOutRules(RULES.plan, RULES.sigmas, 5, 1, rope)
-    expected = unrolled(model, condition, rules=rules, change=other)
+    rules = replace(RULES, window_frames=5, sink_frames=1, rope=rope, sigmas=RULES.sigmas)
+    expected = unrolled(denoiser, condition, rules=rules, change=other)
     tape = Tape()
-    model.graphs = PassGraphs(tape)
-    assert torch.equal(unrolled(model, condition, rules=rules, change=other), expected)
+    denoiser.graphs = CUDAGraphRunner(tape)
+    assert torch.equal(unrolled(denoiser, condition, rules=rules, change=other), expected)
     assert tape.recorded >= 1 and tape.replayed >= 3 * 2  # the blocks after the first eight passes of one kind
 
 
 def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
     model = make_tiny_model(i2v=True)
+    denoiser = Denoiser(model)
     rules = RULES
 
     def both(condition):
-        graphs, model.graphs = model.graphs, None
-        expected = roll_out(model, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
-        model.graphs = graphs
-        made = roll_out(model, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
+        graphs, denoiser.graphs = denoiser.graphs, None
+        expected = roll_out(denoiser, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
+        denoiser.graphs = graphs
+        made = roll_out(denoiser, condition, make_tiny_latents(1), noise, rules, 9, (4, 6)).latents
         assert torch.equal(made, expected)
         return made
 
     tape = Tape()
-    model.graphs = PassGraphs(tape)
+    denoiser.graphs = CUDAGraphRunner(tape)
     seen = [both(make_tiny_condition(model, seed=seed)) for seed in range(1, 9)]  # until all of its passes are recorded
     assert not torch.equal(seen[0], seen[1]) and tape.replayed > 0
     before, recorded = tape.replayed, tape.recorded
@@ -92,15 +97,15 @@ def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
 def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
     """The first one too, which makes the keys and values of a condition."""
     model, tape = make_tiny_model(i2v=i2v), Tape()
+    denoiser = Denoiser(model, graphs=CUDAGraphRunner(tape), batched_exits=together)
     condition = make_tiny_condition(model)
-    model.graphs, model.exits_together = PassGraphs(tape), together
-    plan = BlockPlan(2, 1 if i2v else 2)
-    rules = RollOutRules(plan, RULES.sigmas, 6, 2, "relative")
+    plan = StreamPlan(2, 1 if i2v else 2)
+    rules = replace(plan, window_frames=6, sink_frames=2, sigmas=RULES.sigmas)
 
     def passes(condition):
         before = tape.replayed
         first, frames = (make_tiny_latents(1), 9) if i2v else (None, 8)
-        made = roll_out(model, condition, first, noise, rules, frames, (4, 6), graded=together).latents
+        made = roll_out(denoiser, condition, first, noise, rules, frames, (4, 6), with_grad=together).latents
         if together:
             made.sum().backward()
         return tape.replayed - before
@@ -114,16 +119,16 @@ def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
 @pytest.mark.parametrize("together", [False, True])
 def test_a_graded_roll_out_keeps_its_cache_until_its_backward(together):
     model = make_tiny_model(i2v=True)
-    model.graphs = PassGraphs(Tape())
-    model.activation_checkpointing, model.exits_together = True, together
+    model = model.executed(Execution(recompute=True))
+    denoiser = Denoiser(model, graphs=CUDAGraphRunner(Tape()), batched_exits=together)
     condition = make_tiny_condition(model)
 
     def gradients(between):
         made = roll_out(
-            model, condition, make_tiny_latents(1), noise, RULES, 9, (4, 6), exit_step=1, graded=True
+            denoiser, condition, make_tiny_latents(1), noise, RULES, 9, (4, 6), exit_step=1, with_grad=True
         ).latents
         if between:
-            roll_out(model, make_tiny_condition(model, seed=9), make_tiny_latents(1), noise, RULES, 9, (4, 6))
+            roll_out(denoiser, make_tiny_condition(model, seed=9), make_tiny_latents(1), noise, RULES, 9, (4, 6))
         model.zero_grad()
         made.square().mean().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -138,26 +143,40 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(caplog):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     model = make_tiny_model(i2v=True)
+    denoiser = Denoiser(model)
     condition = make_tiny_condition(model)
-    expected = unrolled(model, condition)
-    model.graphs = PassGraphs(refuse)
+    expected = unrolled(denoiser, condition)
+    denoiser.graphs = CUDAGraphRunner(refuse)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(unrolled(model, condition), expected)
-        assert torch.equal(unrolled(model, condition), expected)
+        assert torch.equal(unrolled(denoiser, condition), expected)
+        assert torch.equal(unrolled(denoiser, condition), expected)
     assert [r.message for r in caplog.records if "CUDA graphs" in r.message] == [
-        "passes are not recorded as CUDA graphs, and run as ever: operation not permitted when stream is capturing"
+        "passes are not captured as CUDA graphs, and run as ever: operation not permitted when stream is capturing"
     ]
 
 
 def test_copies_of_a_cache_and_forgotten_passes_are_recorded_anew():
     model, tape = make_tiny_model(i2v=True), Tape()
-    model.graphs = PassGraphs(tape)
-    running, _ = stream(model, make_tiny_condition(model), 0)
+    denoiser = Denoiser(model)
+    denoiser.graphs = CUDAGraphRunner(tape)
+    running, _ = stream(denoiser, make_tiny_condition(model), 0)
     for _ in range(8):
         running.next()
-    assert running.cache.passes.recorded and not running.cache.copy().passes.recorded
+    graphs = denoiser.graphs
+    assert graphs.captured(running.cache) and not graphs.captured(running.cache.copy())
     forget_all()
-    assert not running.cache.passes.recorded and not running.cache.passes.uses
+    assert not graphs.captured(running.cache)
+
+
+def test_static_outputs_are_made_once():
+    """Later captures write to the addresses of the first."""
+    passes, latents, made = _Passes(), torch.Size([2, 1]), [torch.zeros(3), torch.ones(2, 2)]
+    passes.make_static(latents, made)
+    static = passes.static[latents]
+    assert [tensor.shape for tensor in static] == [tensor.shape for tensor in made]
+    passes.make_static(latents, made)
+    passes.make_static(torch.Size([2, 2]), [])
+    assert list(passes.static) == [latents] and all(a is b for a, b in zip(passes.static[latents], static))
 
 
 class SharedTape(Tape):
@@ -207,34 +226,35 @@ def together(works):
 def test_streams_of_several_threads_do_not_mix():
     """Each with a condition of its own: eager passes, recording and replays of the three run into each other."""
     model = make_tiny_model(i2v=True)
+    denoiser = Denoiser(model)
     conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 8, 9)]
 
     def works():
-        return [lambda c=condition, k=k: unrolled(model, c, blocks=7 + k) for k, condition in enumerate(conditions)]
+        return [lambda c=condition, k=k: unrolled(denoiser, c, blocks=7 + k) for k, condition in enumerate(conditions)]
 
     expected = [work() for work in works()]
     tape = SharedTape()
-    model.graphs = PassGraphs(tape)
+    denoiser.graphs = CUDAGraphRunner(tape)
     for made, wanted in zip(together(works()), expected, strict=True):
         assert torch.equal(made, wanted)
-    assert not tape.wrong and not model.graphs._broken and tape.recorded >= 3 and tape.replayed > 9
+    assert not tape.wrong and not denoiser.graphs._broken and tape.recorded >= 3 and tape.replayed > 9
 
 
 OTHER_DEVICE = """
 import torch
-from longtake.models.pass_graph import CudaRecorder
+from longtake.rollout.cuda_graphs import CUDAGraphCapture
 
 wait = torch.cuda.synchronize
 x = torch.ones(4, device="cuda:0")
 busy = torch.randn(8192, 8192, device="cuda:1", dtype=torch.bfloat16)
-CudaRecorder()(lambda: (x * 2,))
+CUDAGraphCapture()(lambda: (x * 2,))
 expected = (busy @ busy)[:2, :2].clone()
 wait(1)
 for _ in range(1000):
     product = busy @ busy
 kept = product[:2, :2].clone()
 del product  # free for torch, in use by the other device for a second to come
-replay, (out,) = CudaRecorder()(lambda: (x * 2,))
+replay, (out,) = CUDAGraphCapture()(lambda: (x * 2,))
 replay()
 wait(1)
 assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)
@@ -255,6 +275,7 @@ def test_recording_takes_no_memory_that_another_device_uses():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_cuda_graphs_give_the_same_latents(bf16):
     model = make_tiny_model(i2v=True).cuda()
+    denoiser = Denoiser(model)
     condition = make_tiny_condition(model).to("cuda")
 
     def on_gpu(start, end, step):
@@ -262,22 +283,22 @@ def test_cuda_graphs_give_the_same_latents(bf16):
 
     def run():
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            cache = model.new_cache(2, 4, 6, 5, 1, "relative")
-            running = LatentStream(model, cache, condition, make_tiny_latents(1).cuda(), on_gpu, RULES)
+            cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+            running = LatentStream(denoiser, cache, condition, make_tiny_latents(1).cuda(), on_gpu, RULES)
             made = torch.cat([running.next() for _ in range(9)], 1)
         return made, cache
 
     expected, _ = run()
-    model.graphs = PassGraphs()
+    denoiser.graphs = CUDAGraphRunner()
     made, cache = run()
-    assert cache.passes.recorded and not model.graphs._broken
+    assert denoiser.graphs.captured(cache) and not denoiser.graphs._broken
     torch.testing.assert_close(made, expected, rtol=0, atol=0)
     del cache  # the last one that holds recorded passes: their memory is gone, and others are recorded
     made, cache = run()
-    assert cache.passes.recorded and not model.graphs._broken
+    assert denoiser.graphs.captured(cache) and not denoiser.graphs._broken
     torch.testing.assert_close(made, expected, rtol=0, atol=0)
     rolled = [
-        roll_out(model, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6)).latents for _ in range(6)
+        roll_out(denoiser, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6)).latents for _ in range(6)
     ]
     assert all(torch.equal(one, rolled[0]) for one in rolled)
 
@@ -289,6 +310,7 @@ def test_three_threads_of_streams_equal_one_after_the_other(own_streams):
     """LONGTAKE_TRIALS (3) times three threads of 60 blocks each (bfloat16), recorded; needs torch alone."""
     sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 4, "num_layers": 6}
     model = make_tiny_model(i2v=True, **sizes).cuda().cast(torch.bfloat16).requires_grad_(False)
+    denoiser = Denoiser(model)
     conditions = [make_tiny_condition(model, seed=seed).to("cuda") for seed in (1, 8, 9)]
     noises = {(s, k): noise(s, s + 2, k).cuda() for s in range(1, 121, 2) for k in range(3)}
 
@@ -296,20 +318,20 @@ def test_three_threads_of_streams_equal_one_after_the_other(own_streams):
         stream = torch.cuda.Stream() if own_streams else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(stream):
-            cache, first = model.new_cache(2, 4, 6, 5, 1, "relative"), make_tiny_latents(1, seed=number).cuda()
-            running = LatentStream(model, cache, conditions[number], first, lambda s, e, k: noises[s, k], RULES)
+            cache, first = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), make_tiny_latents(1, seed=number).cuda()
+            running = LatentStream(denoiser, cache, conditions[number], first, lambda s, e, k: noises[s, k], RULES)
             made = []
             for block in range(60):
                 if block in (25, 45):
                     running.change(conditions[(number + block) % 3])
                 made.append(running.next().cpu())
-        return torch.cat(made, 1), len(cache.passes.recorded)
+        return torch.cat(made, 1), (denoiser.graphs.captured(cache) if denoiser.graphs else 0)
 
     expected = [run(number)[0] for number in range(3)]
     for trial in range(int(os.environ.get("LONGTAKE_TRIALS", "3"))):
-        model.graphs = PassGraphs()
+        denoiser.graphs = CUDAGraphRunner()
         for number, (made, recorded) in enumerate(together([lambda n=n: run(n) for n in range(3)])):
-            assert recorded and not model.graphs._broken, trial
+            assert recorded and not denoiser.graphs._broken, trial
             assert torch.equal(made, expected[number]), (trial, number)
 
 
@@ -324,17 +346,19 @@ def test_exit_steps_together_from_replayed_passes(bf16):
 
     found = {}
     for together in (False, True):
-        model = make_tiny_model(i2v=True).cuda()
-        model.activation_checkpointing, model.exits_together = True, together
-        model.graphs = PassGraphs() if together else None
+        model = make_tiny_model(i2v=True).cuda().executed(Execution(recompute=True))
+        denoiser = Denoiser(model, batched_exits=together)
+        denoiser.graphs = CUDAGraphRunner() if together else None
         condition = make_tiny_condition(model).to("cuda")
         for _ in range(5):
             model.zero_grad()
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-                made = roll_out(model, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6), graded=True)
+                made = roll_out(
+                    denoiser, condition, make_tiny_latents(1).cuda(), on_gpu, RULES, 9, (4, 6), with_grad=True
+                )
                 loss = made.latents.square().mean()
             loss.backward()
-        assert not together or (model._lent[1].passes.recorded and not model.graphs._broken)
+        assert not together or (denoiser.graphs.captured(denoiser._pool[1]) and not denoiser.graphs._broken)
         found[together] = [p.grad for p in model.parameters() if p.grad is not None]
     for one, other in zip(found[False], found[True], strict=True):
         assert relative_error(one, other) < (5e-2 if bf16 else 1e-4)

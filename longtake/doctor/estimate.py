@@ -1,0 +1,417 @@
+"""What a stage needs on each rank: its real networks, losses, backwards and optimizer steps, on tensors without data.
+
+One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
+that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
+CUDA context, fragments of the allocator, encoders that are resident (`files.py` adds them), and validation.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from longtake.config import StageConfig
+from longtake.distributed.mesh import Mesh
+from longtake.models import attention
+from longtake.models.block import Block
+from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.token_split import check_heads
+from longtake.models.vae import VideoVAE
+from longtake.models.weights import Opened
+from longtake.objectives.dmd import Dmd
+from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.long import LongTuning
+from longtake.randomness import Draws
+from longtake.structs import Condition
+from longtake.train.loop import LoopSettings, Window, iteration
+from longtake.train.metrics_log import Phases
+from longtake.train.networks import Builder
+from longtake.train.picture_codec import EncoderCodec
+from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
+from longtake.train.state import TrainState
+
+# Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
+# backward the bytes are affine in the number of the layer and in the depth, and the most is found in one of the first
+# or last layers: two of each, since what a layer leaves behind or fetches ahead (FSDP) reaches one layer further. So
+# one more trace, a layer deeper, gives these points at any depth exactly; a test compares them with a whole trace.
+DEPTH, EDGE = 4, 2
+
+_CONDITION = ("in_channels", "out_channels", "text_dim", "text_len", "image_dim", "image_positions")
+PARTS = ("trained weights", "frozen weights", "optimizer", "average")
+
+
+# Sizes of a stage's networks by `generator`, `critic`, `teacher`
+Sizes = Mapping[str, DiTConfig]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank: `at_rest`, what is there all the time by what for, and the most at once, at a `moment` that is
+    told in words. `checkpoint` is the disk that one checkpoint takes, of all ranks together.
+    """
+
+    at_rest: dict[str, int]
+    peak: int
+    moment: str
+    checkpoint: int
+
+
+def stage_need(
+    config: StageConfig, sizes: Sizes, world_size: int, *, image_tokens: int = 0, vae: Mapping[str, Any] = {}
+) -> Need:
+    """What each of `world_size` ranks needs to train a stage, resident encoders left out.
+
+    Args: `image_tokens` of a picture; `vae`, the VAE's configuration where it is not Wan2.1's (long tuning decodes).
+    Raises: ConfigError when batch, heads or `parallel` do not fit the ranks.
+    """
+    config.accumulation(world_size)
+    for size in sizes.values():
+        check_heads(size.num_heads, config.parallel.sequence)
+    # All read the condition of the student, also where sizes are guessed because weights are missing.
+    given = {name: getattr(sizes["generator"], name) for name in _CONDITION}
+
+    def traced(depth: Callable[[int], int]) -> list[Moment]:
+        cut = {name: replace(size, num_layers=depth(size.num_layers), **given) for name, size in sizes.items()}
+        return [moment for moment in trace(config, cut, world_size, image_tokens, vae) if not moment.inner]
+
+    found = short = traced(lambda layers: min(layers, DEPTH))
+    for layers in {size.num_layers for size in sizes.values() if size.num_layers > DEPTH}:
+        longer = traced(lambda n: min(n, DEPTH) + (n == layers))  # noqa: B023 (called at once)
+        triples = zip(found, short, longer, strict=True)
+        found = [replace(a, size=a.size + (layers - DEPTH) * (c.size - b.size)) for a, b, c in triples]
+    checkpoint, *rest = found[: 1 + len(PARTS)]
+    at_rest = {moment.where: moment.size for moment in rest}
+    most = max(found[1 + len(PARTS) :], key=lambda moment: moment.size)
+    return Need(at_rest, most.size, most.where, checkpoint.size)
+
+
+@dataclass
+class Moment:
+    """The most bytes of one stretch of an iteration: of a layer, where `inner` says that it is none of the first or
+    last, or of what is outside of layers.
+    """
+
+    where: str
+    size: int
+    inner: bool = False
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on, until they are freed; `with meter.fake, meter:`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.where, self.now = "the start", 0
+        self.moments = [Moment(self.where, 0)]
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _keeps_values(func, tensors, args, kwargs):  # masks and places, computed without FakeTensorMode
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 1.0  # there are no data: any number will do
+        if func.overloadpacket in _INDEXED:
+            with unset_fake_temporarily():
+                args = tree_map_only(Tensor, _selected, args)
+        out = func(*args, **kwargs)
+        # Optimizers of a GPU are one kernel, where the CPU's keep results of a list of tensors in between.
+        if not func.name().startswith("aten::_foreach_"):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._add(_storage(leaf))
+        if func is torch.ops.aten.convolution.default and out.ndim == 5:
+            # cuDNN works on copies in a layout of its own: not seen, but one H200 took as much more for them.
+            self._reach(self.now + args[0].nbytes + out.nbytes)
+        return out
+
+    def mark(self, *, inner: bool = False) -> None:
+        """Begins another stretch."""
+        self.moments.append(Moment(self.where, self.now, inner))
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._drop, key).atexit = False
+            self._grow(key, storage.nbytes())
+
+    def _grow(self, key: int, size: int) -> None:
+        if key in self._sizes:
+            self._sizes[key] += size
+            self.now += size
+            self._reach(self.now)
+
+    def _reach(self, size: int) -> None:
+        self.moments[-1].size = max(self.moments[-1].size, size)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Inside, storages that change their size are followed: FSDP frees gathered weights so."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            result = resize(storage, size)
+            self._grow(storage._cdata, size - before)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+_INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+
+
+def _storage(tensor: Any) -> torch.UntypedStorage:
+    """Of what this rank holds; `to_local` would make another tensor of it."""
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+
+
+def _selected(x: Tensor) -> Tensor:
+    return x.nonzero()[:, 0] if x.dtype == torch.bool and not isinstance(x, FakeTensor) else x
+
+
+def _keeps_values(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
+    """Whether integers and masks are made of integers and masks alone: who sees whom, and where, must be known."""
+    dtype = kwargs.get("dtype")
+    if dtype is None and not tensors:
+        return func.overloadpacket is torch.ops.aten.arange and all(isinstance(x, int) for x in args)
+    if any(isinstance(x, FakeTensor) or x.dtype.is_floating_point or x.device.type != "cpu" for x in tensors):
+        return False
+    return not dtype.is_floating_point if dtype is not None else not any(isinstance(x, float) for x in args)
+
+
+class _Parts(Phases):
+    """Tells the meter which part of which update runs."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter, self.turn = meter, ""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before, self.meter.where = self.meter.where, f"{name} in the update of the {self.turn}"
+        self.meter.mark()
+        yield
+        self.meter.where = before
+        self.meter.mark()
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        self.turn, self.meter.where = name, f"the update of the {name}"
+        yield
+
+
+class _Chosen(Draws):
+    """Random numbers whose integers are chosen. A roll-out stops at its second step: a later one does as the second
+    did, holding nothing more; the student's own history is made, and videos are the longest.
+    """
+
+    def integer(self, step: int, purpose: str, low: int, high: int, part: int = 0) -> int:
+        chosen = {"exit_step": low + 1, "own_history": low}.get(purpose, high - 1)
+        return min(chosen, high - 1)
+
+
+class _OneOfMany(Mesh):
+    """A rank whose group sends nothing: all other ranks do as it does."""
+
+    def every(self, work: Any) -> list[Any]:
+        return [work()] * self.world_size
+
+    def gather(self, values: Any) -> Tensor:
+        return torch.tensor([list(values)] * self.world_size, dtype=torch.float64)
+
+
+@contextmanager
+def ranks(config: StageConfig, world_size: int) -> Iterator[Mesh]:
+    """The mesh of the first of `world_size` ranks of a stage, which are not there."""
+    if world_size == 1:
+        yield Mesh()
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        group = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+        yield _OneOfMany(0, world_size, torch.device("cpu"), group).arranged(config.parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Hollow(Builder):
+    """Networks without weights: sizes instead of files, and storages without data."""
+
+    def __init__(self, config: StageConfig, mesh: Mesh, sizes: Sizes, meter: Meter) -> None:
+        super().__init__(config, mesh)
+        self.sizes, self.meter = sizes, meter
+
+    def weights(self, name: str) -> Path:
+        return Path("teacher" if self.config.roles == "shared" else name)
+
+    def open(self, source: Path) -> Opened:
+        with torch.device("meta"):
+            model = VideoDiT(self.sizes[source.name])
+        for layer, block in enumerate(model.blocks):
+            mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
+            block.register_forward_pre_hook(lambda *_, mark=mark: mark())
+            block.register_forward_hook(lambda _block, _inputs, out, mark=mark: _before_backward(out, mark))
+            cast(Block, block).self_attn.attend = _as_on_a_gpu
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+        def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+            return ((name, torch.ones(1).expand(shapes[name])) for name in names or ())
+
+        return Opened(model, read, str)
+
+    def identity(self, source: Path) -> str:
+        return source.name
+
+    def _random(self) -> VideoDiT:
+        return self._filled(self.open(Path("generator")))
+
+    def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
+        model = self._parallelized(opened.model, recompute=recompute)
+        with self.meter.fake, self.meter:
+            model.to_empty(device="cpu")
+        return model
+
+
+def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda _: mark())
+
+
+def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
+    """Attention with the memory that it takes there: masks by which a key is seen more than once are flex attention's,
+    which copies no keys.
+    """
+    if mask is not None and sum(len(seen) for _, _, seen in mask.parts) > mask.allowed.shape[1]:
+        mask = None
+    return attention.attend(q, k, v, mask=mask)
+
+
+class _Batches:
+    """Micro-batches of a stage's shapes, each with rows of its own."""
+
+    position = 0
+
+    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
+        self._config, self._size, self._rows, self._tokens = config, size, rows, image_tokens
+
+    def __next__(self) -> EncodedBatch:
+        config, size, rows, shape = self._config, self._size, self._rows, self._config.video.shape
+        space = shape.latent_height, shape.latent_width
+        self.position += rows
+
+        def latents(frames: int, channels: int = size.out_channels) -> Tensor:
+            return torch.empty(rows, frames, channels, *space)
+
+        def text() -> Tensor:
+            return torch.empty(rows, size.text_len, size.text_dim)
+
+        image = None if size.image_dim is None else torch.empty(rows, self._tokens, size.image_dim)
+        y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
+        return EncodedBatch(
+            range(self.position, self.position + rows),
+            Condition(text(), image, y),
+            text(),
+            space,
+            latents(config.clip_shape.num_latent_frames) if config.learns_from_videos else None,
+            latents(1) if config.model.image_condition == "i2v" else None,
+            text() if config.long is not None and config.long.switch_frames else None,
+        )
+
+
+def trace(
+    config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any]
+) -> list[Moment]:
+    """Bytes of a checkpoint, of each of `PARTS`, and of each stretch of an iteration that updates every network.
+
+    Args: as `stage_need`.
+    """
+    # Compiled blocks need no more than these.
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
+    meter = Meter()
+    with meter.fake:
+        codec = _codec(config, sizes["generator"], image_tokens, vae) if config.stage == "long" else None
+    with ranks(config, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
+        networks, real, adapters, student = _Hollow(config, mesh, sizes, meter).build()
+        phases, draws = _Parts(meter), _Chosen(config.seed)
+        batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
+        accumulation = config.accumulation(world_size)
+        if codec is None:
+            accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
+        with meter.fake, meter:
+            inner = make_objective(config, student, networks, real, draws, phases)
+            if codec is not None:
+                inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
+            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
+            state = make_state(config, objective.networks, adapters)
+            state.step = _busiest(inner)
+            kept = _kept([*networks.values(), *([] if real is None else [real])], state)
+            settings = LoopSettings(state.step + 1, accumulation)
+            iteration(state, objective, batches, settings, mesh, phases, Window())
+        exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
+        saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
+    return [Moment("checkpoint", saved), *kept, *meter.moments]
+
+
+def _busiest(objective: Any) -> int:
+    """An iteration that updates every network, of long videos in a chunk that goes on after another."""
+
+    def order(step: int) -> tuple[bool, bool, int]:
+        chunk = objective.schedule.at(step).chunk if isinstance(objective, LongTuning) else 1
+        return "generator" not in objective.turns(step), chunk == 0, chunk
+
+    first = objective.settings.head_start if isinstance(objective, Dmd) else 0
+    return min(range(first, first + 200), key=order)
+
+
+def _codec(config: StageConfig, size: DiTConfig, image_tokens: int, vae: Mapping[str, Any]) -> EncoderCodec:
+    """The real VAE, whose weights are those of the resident encoders, and CLIP tokens of the right shape."""
+    from diffusers import AutoencoderKLWan
+
+    tokens: Any = SimpleNamespace(encode=lambda images: torch.empty(len(images), image_tokens, size.image_dim or 0))
+    return EncoderCodec(
+        VideoVAE(AutoencoderKLWan(**vae)),
+        tokens if size.image_dim else None,
+        with_y=config.model.with_y,
+        num_latent_frames=config.video.num_latent_frames,
+    )
+
+
+def _kept(networks: Sequence[nn.Module], state: TrainState) -> list[Moment]:
+    """What is there all the time, by `PARTS`."""
+    weights = [p for network in networks for p in network.parameters()]
+    moments = [t for optimizer in state.optimizers.values() for t in optimizer.tensors().values()]
+    average = [t for one in state.ema.values() for t in one.tensors().values()]
+    trained, frozen = ([p for p in weights if p.requires_grad is on] for on in (True, False))
+    groups: list[list[Any]] = [trained, frozen, moments, average]
+    sizes = ({s._cdata: s.nbytes() for s in map(_storage, group)} for group in groups)
+    return [Moment(name, sum(by_storage.values())) for name, by_storage in zip(PARTS, sizes, strict=True)]

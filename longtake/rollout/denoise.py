@@ -1,0 +1,248 @@
+"""Denoise one block against a cache, and commit it: the only place that does so, in training and in inference.
+
+Source: Self-Forcing (Huang et al. 2025, arXiv 2506.08009, algorithm 1) with the rules of the project's specification:
+context is stored at sigma exactly 0, and only the exit step may carry gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtake.flow.path import add_noise, clean_from_velocity, guided
+from longtake.models.cache import CacheView, KVCache
+from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
+from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
+from longtake.rollout.replay import ExitStep, exits_with_grad, hold_until_backward
+from longtake.structs import Condition
+
+# noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
+BlockNoise = Callable[[int], Tensor]
+
+
+class Denoiser:
+    """One network as it streams: its calls against caches, and everything that makes these fast or differentiable.
+
+    It moves caches on, keeps the condition's keys and values there, replays captured passes, lends one cache to one
+    roll-out after another, and says how roll-outs get their gradient. The network and the cache know nothing of it.
+
+    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call); `batched_exits`
+    has the exit steps of a roll-out recomputed and differentiated together in the end; `gathering`, entered around
+    several calls between which no weight changes: sharded weights are gathered once for them.
+    """
+
+    def __init__(
+        self,
+        model: VideoDiT,
+        *,
+        graphs: CUDAGraphRunner | None = None,
+        batched_exits: bool = False,
+        gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.graphs, self.batched_exits, self.gathered = model, graphs, batched_exits, gathering
+        self._pool: tuple[tuple, KVCache] | None = None
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the backward of a roll-out reads the cache again: what it attended to must stay there until then."""
+        return bool(self.model.execution.recompute) or self.batched_exits
+
+    def lend_cache(
+        self, plan: StreamPlan, batch_size: int, size: tuple[int, int], max_frames: int, spare_frames: int = 0
+    ) -> KVCache:
+        """As `VideoDiT.new_cache`, for one roll-out: with `graphs`, the cache that the roll-out before had, cleared,
+        where it fits and no backward reads from it any more, so that its captured passes can be replayed.
+        """
+        sizes = (plan, batch_size, size, max_frames, spare_frames)
+        if self.graphs is None:
+            return self.model.new_cache(*sizes)
+        key = (sizes, torch.is_autocast_enabled())
+        if self._pool is None or self._pool[0] != key or self._pool[1].is_held:
+            self._pool = key, self.model.new_cache(*sizes)
+            self.graphs.comes_again(self._pool[1])
+        cache = self._pool[1]
+        cache.clear()
+        return cache
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        cache: KVCache,
+        *,
+        commit: bool = False,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Velocity [B, f, C, H, W] of the block at `cache.position`; arguments as those of `VideoDiT.forward`.
+
+        Args: `commit` stores its keys and values at the given `sigma` and moves the cache on; it needs
+        `torch.no_grad()`. `layers` gets what each layer made. What raises leaves the cache as it was, or shows.
+        Raises: ShapeError when arguments do not fit; CacheError.
+        """
+        model = self.model
+        model.check(x, sigma, condition, cache)
+        frames = x.shape[1]
+        if torch.is_grad_enabled():
+            if commit:
+                cache.begin_commit(frames)  # says why not
+            pins = cache.pin(frames)
+            velocity = model(x, sigma, condition, cache.view(frames, with_grad=True))
+            return hold_until_backward(velocity, [pins]) if model.execution.recompute else velocity
+        kept = cache.has_cross(model, condition)
+        view = cache.view(frames, commit=commit, cross_kept=kept)
+        text, image = (None, None) if kept else (_padded(condition.text, model.config.text_len), condition.image)
+        form = (torch.is_autocast_enabled(x.device.type), *(None if t is None else t.shape for t in (text, image)))
+        if not kept:
+            cache.clear_condition()  # a replayed pass writes others, and may not come to its end
+        if commit:
+            cache.begin_commit(frames)
+        work = _Pass(model, view, condition, keep_layers=layers is not None)
+        if self.graphs is None:
+            velocity, *made = work.run(x, sigma, condition)
+        else:
+            inputs = (x, sigma, condition.frames, text, image)
+            addresses = (*(p.data_ptr() for p in model.parameters()), *cache.cross_addresses())
+            kind = (view.num_past, frames, commit, layers is not None, kept)
+            split = model.execution.split
+            agree = bool if split is None else split.agree
+            again = kept or cache.has_space_for_cross(form)
+            velocity, *made = self.graphs.run(work, kind, inputs, cache, addresses, agree, again=again)
+        if layers is not None:
+            layers[:] = made
+        if not kept:
+            cache.cross_is_for(model, condition, form)
+        if commit:
+            cache.end_commit(frames)
+        return velocity
+
+    def exits_with_grad(self, condition: Condition, exits: Sequence[ExitStep]) -> Tensor:
+        """Clean latents of the exit steps of several blocks, with gradient (`rollout/replay.py`)."""
+        return exits_with_grad(self.model, condition, exits)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call without gradient; as a function of tensors alone, which can be captured.
+
+    Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any.
+    """
+
+    model: VideoDiT
+    view: CacheView
+    condition: Condition
+    keep_layers: bool
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        frames: Tensor | None,
+        text: Tensor | None,
+        image: Tensor | None,
+        static: Sequence[Tensor] | None = None,
+    ) -> Made:
+        if text is None:  # kept: the call reads neither text nor image
+            return self.run(x, sigma, replace(self.condition, frames=frames), static)
+        return self.run(x, sigma, Condition(text, image, frames), static)
+
+    def run(self, x: Tensor, sigma: Tensor, condition: Condition, static: Sequence[Tensor] | None = None) -> Made:
+        """The call under a condition."""
+        made: list[Tensor] = []
+
+        def layers(_block: nn.Module, run: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
+            hidden = run(*inputs)
+            made.append(hidden if static is None else static[len(made)].copy_(hidden))
+            return hidden
+
+        view = replace(self.view, layers=layers) if self.keep_layers else self.view
+        return self.model(x, sigma, condition, view), *made
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    """[B, M, D] -> [B, length, D], with zero rows: captured passes take texts of one length."""
+    return F.pad(text, (0, 0, 0, length - text.shape[1]))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a stream: uncond + `weight` (cond - uncond).
+
+    The unconditional side has a `condition` (same picture, other text) and a `cache` of its own, because what a frame
+    leaves in the cache depends on the text. So guidance doubles passes and cache memory.
+    """
+
+    weight: float
+    condition: Condition
+    cache: KVCache
+
+
+def denoise_block(
+    denoiser: Denoiser,
+    cache: KVCache,
+    condition: Condition,
+    noise: BlockNoise,
+    sigmas: Sequence[float],
+    *,
+    exit_step: int | None = None,
+    with_grad: bool = False,
+    exits: list[ExitStep] | None = None,
+    guidance: Guidance | None = None,
+) -> Tensor:
+    """Clean latents [B, f, C, H, W] of the block at `cache.position`; the cache is only read.
+
+    Args: `sigmas` falling noise levels of the student; `exit_step` stops after that step (default: the last one);
+    `with_grad` lets gradient through the exit step, and through that step alone; or `exits` gets that step, for
+    `Denoiser.exits_with_grad`; `guidance` None = off.
+    """
+    last = len(sigmas) - 1 if exit_step is None else exit_step
+    x = noise(0).float()
+    with torch.no_grad():
+        for step in range(last):
+            clean = _predict(denoiser, cache, condition, x, sigmas[step], guidance)
+            x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
+    layers = None
+    if exits is not None:
+        assert guidance is None, "training is never guided"
+        frames = x.shape[1]
+        exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
+        layers = exits[-1].layers
+    with torch.set_grad_enabled(with_grad and exits is None):
+        return _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers)
+
+
+@torch.no_grad()
+def commit_block(
+    denoiser: Denoiser, cache: KVCache, condition: Condition, clean: Tensor, *, guidance: Guidance | None = None
+) -> None:
+    """The context pass: stores keys and values of finished latents at sigma 0 and advances the cache (both caches)."""
+    denoiser(clean.detach(), _level(clean, 0.0), condition, cache, commit=True)
+    if guidance is not None:
+        denoiser(clean.detach(), _level(clean, 0.0), guidance.condition, guidance.cache, commit=True)
+
+
+def _predict(
+    denoiser: Denoiser,
+    cache: KVCache,
+    condition: Condition,
+    x: Tensor,
+    sigma: float,
+    guidance: Guidance | None,
+    layers: list[Tensor] | None = None,
+) -> Tensor:
+    level = _level(x, sigma)
+    velocity = denoiser(x, level, condition, cache, layers=layers)
+    if guidance is not None:
+        unconditional = denoiser(x, level, guidance.condition, guidance.cache)
+        velocity = guided(velocity, unconditional, guidance.weight)
+    return clean_from_velocity(x, velocity, level)
+
+
+def _level(x: Tensor, sigma: float) -> Tensor:
+    return torch.full((x.shape[0],), sigma, device=x.device)
