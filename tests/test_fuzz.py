@@ -1,6 +1,7 @@
 """Seeded random commands, recipes and damaged files (`fuzz.py`): no traceback, no hang, no input lost. And what it found."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from longtake.cli import main
 from longtake.data.file_rows import list_files, read_table
 from longtake.data.formats import open_dataset
 from longtake.distributed.mesh import launched
@@ -117,6 +119,18 @@ def test_damaged_metrics_are_named(tmp_path):
             read_rows(tmp_path / "metrics.jsonl")
 
 
+def test_the_end_of_a_job_or_terminal_is_told_as_ctrl_c_is(monkeypatch):
+    monkeypatch.setattr("longtake.cli.app", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main()
+        assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_no_peer_can_come_to_port_0(monkeypatch):
     for name, value in {
         "WORLD_SIZE": "2",
@@ -128,3 +142,11 @@ def test_no_peer_can_come_to_port_0(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="MASTER_PORT='0' must be a port number"):
         launched()
+
+
+@pytest.mark.parametrize("change", ["video.width=9223372036854775808", "video.height=100000", f"batch_size={10**30}"])
+def test_sizes_beyond_all_machines_are_refused(change):
+    from longtake.config import load_config
+
+    with pytest.raises(ConfigError, match="too large|less than or equal to 8192"):
+        load_config(Path(__file__).parent.parent / "configs" / "toy" / "causal.yaml", [change])
