@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -420,4 +421,7 @@ def main() -> None:
         pass  # a closed standard stream is an empty one: else a file gets its number, and with it what is said
     os.close(handle)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what ends a job or a terminal is told as Ctrl-C is
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     app()

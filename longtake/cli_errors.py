@@ -26,7 +26,8 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
     """Turns our own errors, those of the user's disk and memory and Ctrl-C into one message on stderr and an exit code;
     all others are bugs and keep their traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("longtake").setLevel(logging.INFO)  # of other libraries warnings alone
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

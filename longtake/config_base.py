@@ -50,9 +50,11 @@ class Settings(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _is_utf8(cls, value: Any) -> Any:
+    def _is_usual(cls, value: Any) -> Any:
         if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
             raise ValueError(f"{value!r} is not UTF-8 text; write it with whole characters")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(f"{value} is too large; it must be below 2^63")
         return value
 
     # Without this mark pydantic would call __init__ for nested models too, and an error would lose its dotted path.

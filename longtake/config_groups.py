@@ -64,13 +64,15 @@ class VideoConfig(Settings):
     """The size of the training clips."""
 
     height: int = Field(
-        default=64, gt=0, description="height in pixels, a multiple of twice the spatial stride of the VAE"
+        default=64, gt=0, le=8192, description="height in pixels, a multiple of twice the spatial stride of the VAE"
     )
     width: int = Field(
-        default=64, gt=0, description="width in pixels, a multiple of twice the spatial stride of the VAE"
+        default=64, gt=0, le=8192, description="width in pixels, a multiple of twice the spatial stride of the VAE"
     )
     num_latent_frames: int = Field(default=9, gt=0, description="latent frames of a clip; must end on a block boundary")
-    fps: int = Field(default=16, gt=0, description="frames a second, at which clips are read and videos are written")
+    fps: int = Field(
+        default=16, gt=0, le=1000, description="frames a second, at which clips are read and videos are written"
+    )
     temporal_stride: int = Field(default=4, gt=0, description="pixel frames a latent frame; must be that of the VAE")
     spatial_stride: int = Field(default=8, gt=0, description="pixels a latent pixel; must be that of the VAE")
 

@@ -155,8 +155,15 @@ def check_new_folder(
 
 
 def check_own(folder: Path, own: Sequence[str]) -> None:
-    """Raises ConfigError when `folder` holds something else than names like `own`, which replacing it would lose."""
-    foreign = sorted(name for name in os.listdir(folder) if not any(fnmatch(name, pattern) for pattern in own))
+    """Raises ConfigError when `folder` holds something else than names like `own`, which replacing it would lose.
+
+    A pattern such as `images/*.png` is compared with paths in the folder, part by part.
+    """
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    foreign = [
+        name for name in names if not any(name.count("/") == like.count("/") and fnmatch(name, like) for like in own)
+    ]
     if foreign:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
 

@@ -10,7 +10,6 @@ torch here and nothing that unpickles: inference reads these folders without tra
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.json_text import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises: CheckpointError when it is missing, unreadable or of another format."""
     path = Path(checkpoint) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}); the checkpoint is incomplete, use another one"

@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     "errors",
+    "json_text",
     "plan",
     "structs",
     "config",

@@ -80,7 +80,7 @@ def test_a_folder_is_checked_and_nothing_stays(tmp_path, photo):
     with pytest.raises(ConfigError, match="old exists already"):
         check_new_folder(tmp_path / "old", own=own)
     check_new_folder(tmp_path / "old", own=own, overwrite=True)
-    with pytest.raises(ConfigError, match="also holds old, photo.png"):
+    with pytest.raises(ConfigError, match="also holds old/a.safetensors, photo.png"):
         check_new_folder(tmp_path, own=own, overwrite=True)
     with pytest.raises(ConfigError, match="is in use"):
         check_new_folder(tmp_path / "old", own=own, inputs=[tmp_path / "old" / "a.safetensors"], overwrite=True)

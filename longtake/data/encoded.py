@@ -26,6 +26,7 @@ from torch import Tensor
 
 from longtake.data.samples import Sample
 from longtake.errors import DataError
+from longtake.json_text import parse_json
 
 FORMAT, VERSION = "longtake_encoded", 1
 INDEX, EMPTY_TEXT = "index.json", "empty_text.safetensors"
@@ -73,7 +74,7 @@ def is_encoded(path: Path) -> bool:
 def read_index(path: Path) -> dict[str, Any]:
     """The index of an encoded set. Raises: DataError when it is missing, no JSON object, or not as it was written."""
     try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index = parse_json((path / INDEX).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path / INDEX} cannot be read ({error}); write the set with `longtake encode`") from error
     if not isinstance(index, dict):
@@ -113,7 +114,7 @@ def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapp
 def read_shard_rows(file: Path) -> dict[str, Any]:
     """`rows` and `bad` of a shard, from its head. Raises: DataError when it is no whole shard."""
     with _opened(file) as shard:
-        return json.loads(shard.metadata()[_ROWS])
+        return parse_json(shard.metadata()[_ROWS])
 
 
 class EncodedRows:
@@ -169,7 +170,7 @@ class EncodedRows:
         file = self.path / shard["file"]
         prefix = f"{local:06d}."
         with _opened(file) as stored:
-            about = json.loads(stored.metadata()[_ROWS])["rows"][local]
+            about = parse_json(stored.metadata()[_ROWS])["rows"][local]
             names = [_text_key(k) for k in range(len(about["prompts"]))] + self.key["contents"]
             tensors = {name: stored.get_tensor(prefix + name) for name in names}
             if about.pop(_CHECKSUM, None) not in (None, checksum(about, tensors)):

@@ -25,6 +25,7 @@ from typing import Any
 
 from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from longtake.errors import DataError
+from longtake.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,8 @@ def split_caption(data: bytes, where: str) -> tuple[str, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text ({error})") from error
+    if what := what_it_is(data):
+        raise DataError(f"{where} is no caption: {what}")
     prompts = prompt_lines(text)
     if not prompts:
         raise DataError(f"{where} is empty; every row needs a prompt")
@@ -233,7 +236,7 @@ def read_table(path: Path) -> Iterator[FileRow]:
     file = table_of(path)
     assert file is not None
     known = FILE_KEYS if file == path else FILE_KEYS[:1]
-    read = read_csv if file.suffix == ".csv" else read_jsonl
+    read = read_csv if file.suffix.lower() == ".csv" else read_jsonl
     for where, entry, problem in read(file, (*known, "switch_frames")):
         if entry is None:
             yield FileRow(where, problem=problem)
@@ -260,9 +263,9 @@ def _key_problem(keys: list[str], present: list[str], file: Path) -> str:
 
 def names_files(file: Path) -> bool:
     """Whether this is a `.jsonl` or `.csv` file whose rows are files with captions, by its first object."""
-    if file.suffix not in TABLE_SUFFIXES:
+    if file.suffix.lower() not in TABLE_SUFFIXES:
         return False
-    rows = read_csv(file) if file.suffix == ".csv" else read_jsonl(file)
+    rows = read_csv(file) if file.suffix.lower() == ".csv" else read_jsonl(file)
     entry = next((entry for _, entry, _ in rows if entry is not None), {})
     return any(key in entry for key in FILE_KEYS)
 
@@ -272,6 +275,7 @@ def read_jsonl(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple
 
     Args: `known`, the keys that the caller reads beside the prompts'; others are named in one warning.
     """
+    _check_table(file)
     unread: set[str] = set()
     row = 0
     with file.open("rb") as lines:
@@ -280,12 +284,12 @@ def read_jsonl(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple
                 continue
             where, row = f"{file} row {row} (line {number})", row + 1
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
                 yield where, None, f"is not valid JSON ({error})"
                 continue
             if not isinstance(entry, dict):
-                yield where, None, "must be a JSON object"
+                yield where, None, "must be a JSON object, one a line"
                 continue
             unread |= _unread(entry, known)
             yield where, entry, ""
@@ -294,10 +298,14 @@ def read_jsonl(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple
 
 def read_csv(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
     """The same of a CSV file with a line of column names; empty values are none. Raises: DataError: it is no text."""
+    _check_table(file)
     unread: set[str] = set()
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+            reader = csv.DictReader(lines, strict=True)
+            names = reader.fieldnames or ()
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{file} has the column {twice[0]!r} twice; keep one")
             for row, values in enumerate(reader):
                 where = f"{file} row {row} (line {reader.line_num})"
                 if None in values:
@@ -309,6 +317,11 @@ def read_csv(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[s
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file in UTF-8 ({error})") from error
     _say_unread(file, unread)
+
+
+def _check_table(file: Path) -> None:
+    if what := what_it_is(file):
+        raise DataError(f"{file} is no table: {what}")
 
 
 def _unread(entry: dict[str, Any], known: Iterable[str] | None) -> set[str]:

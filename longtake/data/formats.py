@@ -75,9 +75,9 @@ def detect_kind(path: Path) -> str:
         kinds = {".tar": "webdataset", CAPTION_SUFFIX: "texts", ".jsonl": "texts"}
         if names_files(path):
             return _table_kind(path)
-        if path.suffix not in kinds:
+        if (suffix := path.suffix.lower()) not in kinds:
             raise DataError(f"{path} is a file of no known data format; known are\n{LAYOUTS}")
-        return kinds[path.suffix]
+        return kinds[suffix]
     from longtake.data.encoded import is_encoded
 
     if is_encoded(path):

@@ -8,7 +8,6 @@ first dot of its file name; what follows is the field.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterable
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from longtake.data.clips import clip_size, read_clip
-from longtake.data.file_rows import prompts_of, same_name, split_caption, visible_files
+from longtake.data.file_rows import prompts_of, same_name, split_caption, visible_files, what_it_is
 from longtake.data.images import decode_image, image_size
 from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES, Sample, Sizes
 from longtake.errors import ConfigError, DataError
+from longtake.json_text import parse_json
 
 CAPTION_FIELDS = ("txt", "caption", "json")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
@@ -108,7 +108,7 @@ class TarShards:
         if name != "json":
             return split_caption(data, f"{where}: {name}")
         try:
-            entry = json.loads(data)
+            entry = parse_json(data)
         except ValueError as error:
             raise DataError(f"{where}: json is not valid JSON ({error})") from error
         prompts, problem = prompts_of(entry) if isinstance(entry, dict) else ((), "must be a JSON object")
@@ -148,7 +148,8 @@ def _index(shard: Path) -> list[_TarRow]:
                     row.twice.add(suffix)
                 row.fields[suffix] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
+        what = what_it_is(shard) if shard.is_file() else None
         raise DataError(
-            f"{shard} cannot be read as an uncompressed tar file ({error}); unpack or write it again"
+            f"{shard} cannot be read as an uncompressed tar file ({what or error}); unpack or write it again"
         ) from error
     return list(rows.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from longtake.data.file_rows import CAPTION_SUFFIX, files_below, prompts_of, read_caption, read_jsonl
+from longtake.data.file_rows import CAPTION_SUFFIX, files_below, prompts_of, read_caption, read_jsonl, what_it_is
 from longtake.data.samples import Sample
 from longtake.errors import DataError
 
@@ -27,7 +27,7 @@ class TextRows:
         if path.is_dir():
             files = files_below(path, (CAPTION_SUFFIX,))
             self._rows = [(f"{path} row {k} ({file.name})", file) for k, file in enumerate(files)]
-        elif path.suffix == ".jsonl":
+        elif path.suffix.lower() == ".jsonl":
             for where, entry, problem in read_jsonl(path, ()):
                 prompts, fault = ((), problem) if entry is None else prompts_of(entry)
                 self._rows.append((where, prompts or fault or ""))
@@ -41,6 +41,8 @@ class TextRows:
             text = self.path.read_text(encoding="utf-8-sig")  # line ends of all systems become \n
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error})") from error
+        if what := what_it_is(self.path):
+            raise DataError(f"{self.path} holds no prompts: {what}")
         numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         return [(f"{self.path} row {k} (line {number})", (line.strip(),)) for k, (number, line) in enumerate(numbered)]
 

@@ -24,9 +24,14 @@ from longtake.data.h264 import add_h264, encode
 from longtake.data.story import sample_story
 from longtake.data.world import FPS, SIZE, World
 from longtake.errors import ConfigError, DataError
+from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, check_own, publish_folder, writing
 
 FORMATS = ("images", "clips", "lmdb")
+_OWN = (
+    *("world.json", "worlds.jsonl", "lmdb/shard_*/*.mdb", "images/metadata.jsonl", "clips/metadata.jsonl"),
+    *("images/[0-9][0-9][0-9][0-9][0-9][0-9]*.png", "clips/[0-9][0-9][0-9][0-9][0-9][0-9]*.mp4"),
+)
 STAMP = "world.json"
 LMDB_FORMAT = "1"
 LMDB_ARRAYS = ("latents", "y", "clip", "text")  # optional columns of a shard
@@ -95,10 +100,10 @@ def read_worlds(folder: str | Path) -> list[World]:
     path, stamp = Path(folder) / "worlds.jsonl", Path(folder) / STAMP
     if not path.is_file() or not stamp.is_file():
         raise DataError(f"{path} or {STAMP} is missing; truth can only be rebuilt for folders that write_world made")
-    stops = json.loads(stamp.read_text(encoding="utf-8")).get("stops", False)
+    stops = parse_json(stamp.read_bytes()).get("stops", False)
     worlds = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = parse_json(line)
         world = sample_story(row["seed"], row["index"], row.get("switch_frames", ()), stops=stops)
         written = [row["caption"], *row.get("prompts", [])[1:]]
         if (captions := [segment.caption for segment in world.segments]) != written:
@@ -206,12 +211,12 @@ def _already_written(folder: Path, request: dict[str, Any], overwrite: bool) -> 
     if not stamp.is_file():
         raise DataError(f"{folder} exists and is no folder of write_world (no {STAMP}); name an empty or a new folder")
     try:
-        present = json.loads(stamp.read_text(encoding="utf-8"))
+        present = parse_json(stamp.read_bytes())
     except ValueError as error:
         raise DataError(f"{stamp} is not readable ({error}); delete {folder} or name another folder") from error
     if present != request:
         if overwrite:
-            check_own(folder, (*FORMATS, STAMP, "worlds.jsonl"))
+            check_own(folder, _OWN)
             return False
         raise DataError(
             f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"

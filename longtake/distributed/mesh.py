@@ -254,8 +254,8 @@ def launched() -> tuple[int, int, int]:
                 raise ConfigError(
                     f"WORLD_SIZE={found['WORLD_SIZE']} needs {name}; start with torchrun, which sets both, or unset it"
                 )
-        if not os.environ["MASTER_PORT"].isdecimal():
-            raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']!r} must be a number; start with torchrun")
+        if not os.environ["MASTER_PORT"].isdecimal() or not 0 < int(os.environ["MASTER_PORT"]) < 1 << 16:
+            raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']!r} must be a port number; start with torchrun")
     return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
 
 

@@ -28,6 +28,7 @@ from longtake.inference.generator import (
 )
 from longtake.inference.generator import write_video as write_one
 from longtake.inference.video_io import VIDEO_SUFFIXES
+from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _is_finished(output: Path, request: dict[str, Any], *, overwrite: bool) -> b
     if not there:
         return False
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{there[0]} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"

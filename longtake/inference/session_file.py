@@ -21,6 +21,7 @@ from longtake.data.encoded import checksum
 from longtake.errors import CheckpointError, DataError
 from longtake.inference.generator import Generator
 from longtake.inference.session import Look, Session, Standing
+from longtake.json_text import parse_json
 from longtake.models.tensor_files import save_tensors
 from longtake.rollout.recache import LatentHistory
 from longtake.structs import Condition
@@ -150,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get(METADATA)
             if text is None:
                 raise CheckpointError(f"{path} holds no session; give a file that Session.save wrote")
-            return json.loads(text), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return parse_json(text), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a session ({error}); use another file") from error
 

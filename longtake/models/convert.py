@@ -23,8 +23,9 @@ from longtake.outputs import check_new_folder, publish_folder
 
 Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation.yaml")  # that are written here
 _STEM = "diffusion_pytorch_model"
+# That are written here
+WEIGHT_FILES = (f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", "config.json", "generation.yaml")
 _CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
     "original": config_to_original,
     "diffusers": config_to_diffusers,

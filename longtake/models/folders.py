@@ -8,7 +8,6 @@ Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from longtake.errors import CheckpointError
 from longtake.models.file_kind import is_pickled
+from longtake.models.model_json import read_json
 from longtake.runs import MANIFEST, exported_weights, find_checkpoint
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
@@ -267,8 +267,11 @@ def image_token_count(folder: Path) -> int:
     file = folder / "image_encoder" / "config.json"
     if not file.is_file():
         return _CLIP_TOKENS
-    data = json.loads(file.read_text())
-    return (data["image_size"] // data["patch_size"]) ** 2 + 1
+    data = read_json(file)
+    try:
+        return (data["image_size"] // data["patch_size"]) ** 2 + 1
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file} has no usable image_size and patch_size ({error!r})") from error
 
 
 def _parts(with_image: bool) -> list[EncoderPart]:

@@ -7,7 +7,6 @@ Sources: PEFT `tuners/lora/config.py` (fields), `tuners/lora/layer.py` (rsLoRA: 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.json_text import parse_json
 
 CONFIG = "adapter_config.json"
 ABSENT = object()  # no alpha, which is another thing than an alpha of null
@@ -67,7 +67,7 @@ def number(value: Any, what: str) -> float:
     """`value` as a number above 0. Raises: CheckpointError."""
     try:
         found = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not (math.isfinite(found) and found > 0):
         raise CheckpointError(
@@ -108,7 +108,7 @@ def settings_from_metadata(metadata: Mapping[str, str], file: Path) -> Settings:
     for name in _BLOBS:
         if name in metadata:
             try:
-                fields = json.loads(metadata[name])
+                fields = parse_json(metadata[name])
             except ValueError as error:
                 raise CheckpointError(f"{source}: {name} is not valid JSON: {error}") from error
             if isinstance(fields, dict):

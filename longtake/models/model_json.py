@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.json_text import parse_json
 from longtake.models.dit import DiTConfig
 from longtake.models.file_kind import is_pointer
 
@@ -173,10 +174,10 @@ def _expressed(fields: dict[str, Any], read: DiTConfig, config: DiTConfig, what:
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
     try:
-        return json.loads(file.read_text())
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         why = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer(file) else error
         raise CheckpointError(f"{file} is not valid JSON: {why}") from error
 

@@ -45,25 +45,33 @@ def quiet(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def reading(failed: str) -> Iterator[None]:
+    """Whatever another library raises about its own files becomes a CheckpointError that begins with `failed`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a wrong value in a config.json may raise anything
+        raise CheckpointError(f"{failed}: {' '.join(str(error).split())[:400]}") from error
+
+
 def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (), **options: Any) -> Any:
     """`model_class.from_pretrained(folder)` on the CPU, in eval mode.
 
     Args: `ignore`, prefixes of surplus keys that belong to parts which are not wanted (a text tower, a head).
     Raises: CheckpointError that lists missing, surplus and reshaped keys, or says that the files cannot be read.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     for file in files_in(Path(folder)):
         is_pickled(file)  # says what it is, where it is no file of weights
     transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
-    try:
-        with quiet("diffusers", "transformers"):  # what matters, the keys, is said below
-            model, info = model_class.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-            )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
+    # What matters, the keys, is said below.
+    with quiet("diffusers", "transformers"), reading(f"{folder} cannot be loaded as {model_class.__name__}"):
+        model, info = model_class.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+        )
     problems = {
         "missing": sorted(info["missing_keys"]),
         "surplus": sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore)),

@@ -247,7 +247,7 @@ def read_pickled(file: Path) -> Mapping[Any, Any]:
         with warnings.catch_warnings(action="ignore"):  # on old pickle protocols
             data = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        if code := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+        if code := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error)):
             raise CheckpointError(
                 f"{file} holds {code[1]} beside its tensors, which is not loaded since that could execute what is in "
                 "the file; where it was made, or if you trust it, save its state dict alone, best as safetensors"
@@ -268,7 +268,10 @@ def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: s
     Values without a dot in their key that are no tensors (steps, settings) are left out.
     Raises: CheckpointError listing what the file holds.
     """
-    held = dict(_networks(data))
+    try:
+        held = dict(_networks(data))
+    except RecursionError:
+        raise CheckpointError(f"{file} holds itself; give a file with the state dict of a network") from None
     if asked is not None:
         found = [asked] if asked in held else [place for place in held if asked in place.split(".")]
     else:

@@ -19,7 +19,7 @@ from longtake.errors import CheckpointError, ConfigError, DataError, printable
 from longtake.models.attention import ONE_THREAD
 from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
-from longtake.models.pretrained import check_folder, load_strictly, quiet
+from longtake.models.pretrained import check_folder, load_strictly, quiet, reading
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
 _MOST_NAMED = 20  # prompts that were cut; a data set may have thousands
@@ -46,11 +46,8 @@ def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
             f"no tokenizer_config.json in {' or '.join(map(str, places))}; put the tokenizer's files there "
             "(those of google/umt5-xxl, which each Wan repository holds)"
         )
-    try:
-        with quiet("transformers"):
-            return AutoTokenizer.from_pretrained(place, local_files_only=True), place
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {error}") from error
+    with quiet("transformers"), reading(f"the tokenizer in {place} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(place, local_files_only=True), place
 
 
 class TextEncoder:

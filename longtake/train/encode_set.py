@@ -305,7 +305,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
     same = ("format", "version", "key", "request")
     if found := list(differences({name: index[name] for name in same}, present)):
         if overwrite:
-            check_own(output, (INDEX, EMPTY_TEXT, "*.safetensors", LOCK))
+            check_own(output, (INDEX, EMPTY_TEXT, "shard_*.safetensors", LOCK))
             for path in output.glob("[!.]*"):
                 path.unlink()
             return _begin(output, index, empty_text, overwrite)

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from longtake.errors import ConfigError
+from longtake.errors import CheckpointError, ConfigError
+from longtake.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -217,9 +218,18 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a killed run left unfinished is dropped."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The rows of a `metrics.jsonl`; a last line that a killed run left unfinished is dropped.
+
+    Raises: CheckpointError when another line is no JSON object with a step.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    try:
+        rows = [parse_json(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); move it away, then the run goes on without it") from error
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise CheckpointError(f"{path} holds rows without a step; move it away, then the run goes on without it")
+    return rows
 
 
 def cut_from(path: Path, first_step: int) -> None:
