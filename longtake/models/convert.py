@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longtake.config_generation import RULES_FILE
 from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
@@ -25,7 +26,7 @@ Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30
 _STEM = "diffusion_pytorch_model"
 # That are written here
-WEIGHT_FILES = (f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", "config.json", "generation.yaml")
+WEIGHT_FILES = (f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", "config.json", RULES_FILE)
 _CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
     "original": config_to_original,
     "diffusers": config_to_diffusers,
@@ -47,8 +48,8 @@ def convert(
 ) -> list[Path]:
     """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
 
-    Types stay as they are stored; tensors with a low-rank update are merged in float32 and rounded once. `target`
-    appears whole or not at all.
+    The rules that lie beside the weights (`generation.yaml`) go along. Types stay as they are stored; tensors with a
+    low-rank update are merged in float32 and rounded once. `target` appears whole or not at all.
     Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `unmerge` takes the update out of weights that it was
     merged into (equal to what they were up to rounding); `shard_bytes`, most bytes of tensors in a file (a
     larger single tensor has a file of its own); `overwrite` lets `target` replace a folder of weights.
@@ -69,6 +70,9 @@ def convert(
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
         written = _write(published, names, partial, shard_bytes)
         write_config(partial, fields)
+        here = Path(source)  # a name on the hub is no path
+        if (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
+            shutil.copyfile(rules, partial / RULES_FILE)
         _sync(partial)
         publish_folder(partial, target, overwrite=overwrite)
     finally:

@@ -56,6 +56,15 @@ def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_rules_of_a_student_go_along(tmp_path: Path, alone: bool) -> None:
+    """From a folder, and from a file in it; else the converted student would stream by other rules."""
+    source = TOY_ASSETS / "student" / (WEIGHTS if alone else "")
+    convert(source, tmp_path / "converted", "longtake")
+    rules = (TOY_ASSETS / "student" / "generation.yaml").read_text()
+    assert (tmp_path / "converted" / "generation.yaml").read_text() == rules
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
     state = published(KINDS[kind], tmp_path / "original")
