@@ -12,8 +12,9 @@ import torch
 
 from longtake.data.world import sample_world
 from longtake.models import toy
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.presets import PRESETS
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
 
 

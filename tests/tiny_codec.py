@@ -6,7 +6,7 @@ import torch
 from tiny_models import IMAGE_TOKENS
 from torch import Tensor
 
-from longtake.models.dit import DiTConfig
+from longtake.models.sizes import DiTConfig
 from longtake.rollout.long_stream import Picture
 
 STRIDE = 4

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
+from longtake.models.sizes import DiTConfig
 from longtake.structs import Condition
 
 HEIGHT, WIDTH, IMAGE_TOKENS = 4, 6, 5

@@ -12,8 +12,9 @@ from longtake.config import StageConfig
 from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh
 from longtake.models import toy
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
 from longtake.randomness import Draws
 from longtake.train.checkpoint import save_checkpoint

@@ -13,9 +13,9 @@ from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
 from longtake.data.world import sample_world
 from longtake.data.world_files import write_world
 from longtake.models import toy
-from longtake.models.dit import DiTConfig
 from longtake.models.encoders import Encoders, VideoVAE
 from longtake.models.model_json import config_to_json
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
 
 I2V = TEACHER

@@ -29,7 +29,8 @@ from longtake.config import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models import attention
 from longtake.models.block import Block
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
+from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import check_heads
 from longtake.models.vae import VideoVAE
 from longtake.models.weights import Opened

@@ -13,7 +13,6 @@ from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.estimate import Sizes
 from longtake.errors import CheckpointError, LongtakeError
-from longtake.models.dit import DiTConfig
 from longtake.models.folders import (
     ENCODER_PARTS,
     EncoderPart,
@@ -24,6 +23,7 @@ from longtake.models.folders import (
     missing_encoders,
 )
 from longtake.models.presets import PRESETS, model_config
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import open_dit
 
 

@@ -19,7 +19,7 @@ from longtake.models.layers import RMSNorm, layer_norm
 
 if TYPE_CHECKING:
     from longtake.models.cache import KVCache
-    from longtake.models.dit import DiTConfig
+    from longtake.models.sizes import DiTConfig
 
 
 class SelfAttention(nn.Module):

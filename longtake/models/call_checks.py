@@ -13,7 +13,7 @@ from longtake.models.cache import CacheView, KVCache
 from longtake.structs import Condition, MaskLayout
 
 if TYPE_CHECKING:
-    from longtake.models.dit import DiTConfig
+    from longtake.models.sizes import DiTConfig
 
 
 def check_call(

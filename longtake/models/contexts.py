@@ -5,7 +5,7 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,8 +14,11 @@ from longtake.models.cache import CacheView, KVCache
 from longtake.models.layers import Rotation
 from longtake.models.token_split import WHOLE, Share
 
-if TYPE_CHECKING:
-    from longtake.models.block import CrossAttention
+
+class Projection(Protocol):
+    """A cross-attention, as far as this file knows it."""
+
+    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]: ...
 
 
 class SelfContext:
@@ -75,7 +78,7 @@ class CrossContext:
     def __init__(self, text: Tensor | None, image: Tensor | None, cache: KVCache | None) -> None:
         self.text, self.image, self.cache = text, image, cache
 
-    def keys_values(self, module: CrossAttention, layer: int) -> tuple[Tensor, ...]:
+    def keys_values(self, module: Projection, layer: int) -> tuple[Tensor, ...]:
         if self.text is None:
             assert self.cache is not None
             return self.cache.cross(layer)

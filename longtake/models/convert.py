@@ -14,10 +14,10 @@ from torch import Tensor
 
 from longtake.config_generation import RULES_FILE
 from longtake.errors import ConfigError
-from longtake.models.dit import DiTConfig
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key
 from longtake.models.published import INDEX, Published
+from longtake.models.sizes import DiTConfig
 from longtake.models.tensor_files import check_finite, save_tensors
 from longtake.models.weights import open_with_updates
 from longtake.outputs import check_new_folder, publish_folder

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longtake.errors import ConfigError, ShapeError
+from longtake.errors import ShapeError
 from longtake.models import attention
 from longtake.models.block import Block, run_block
 from longtake.models.cache import CacheView, KVCache, Layers
@@ -27,6 +26,7 @@ from longtake.models.call_checks import check_call
 from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import WHOLE, Share, check_heads
 from longtake.plan import StreamPlan
 from longtake.structs import Condition, MaskLayout
@@ -47,47 +47,6 @@ def parameter_type(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of a parameter in a model whose matrix products are in `dtype`."""
     keep = any(part in name for part in _FLOAT32_PARTS) and "norm_" not in name
     return torch.float32 if keep else dtype
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of a Wan transformer; `image_dim=None`: no CLIP branch; `in_channels - out_channels` = channels of y."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    model_type: str = "t2v"
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    image_dim: int | None = None
-    image_positions: int | None = None
-    eps: float = 1e-6
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ConfigError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of an even width")
-        if self.patch_size[0] != 1:
-            raise ConfigError(
-                f"patch_size={self.patch_size} must be 1 in time: a frame is the unit of blocks and caches"
-            )
-
-    @property
-    def head_width(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def condition_channels(self) -> int:
-        """Channels of `Condition.frames`: mask and condition latents (0 for text-to-video)."""
-        return self.in_channels - self.out_channels
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Head(nn.Module):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longtake.config import LoraConfig
-    from longtake.models.dit import DiTConfig
+    from longtake.models.sizes import DiTConfig
     from longtake.structs import MaskLayout
 
 

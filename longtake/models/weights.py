@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.models.dit import DiTConfig, VideoDiT, parameter_type
+from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.folders import locate
 from longtake.models.hub import local_path
 from longtake.models.lora_files import check_scale, is_adapter, read_base, read_lora
@@ -31,6 +31,7 @@ from longtake.models.model_json import (
 from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.models.presets import PRESETS, fitting_presets
 from longtake.models.published import Published, open_published
+from longtake.models.sizes import DiTConfig
 from longtake.models.tensor_files import check_finite, save_tensors
 from longtake.models.weight_identity import check_base
 

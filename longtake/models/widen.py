@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from longtake.config_groups import ModelConfig
 from longtake.errors import ConfigError
-from longtake.models.dit import DiTConfig, VideoDiT, parameter_type
+from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.presets import model_config
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import Opened
 
 # What may differ between the weights and the sizes they are widened to

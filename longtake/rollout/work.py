@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from longtake.config import LoraConfig, StageConfig
-from longtake.models.dit import DiTConfig
 from longtake.models.flops import Call, Work, backward, forward
+from longtake.models.sizes import DiTConfig
 
 GENERATOR, CRITIC, TEACHER = "generator", "critic", "teacher"
 

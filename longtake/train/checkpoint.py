@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from longtake import runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
-from longtake.models.dit import DiTConfig
 from longtake.models.lora import factors
 from longtake.models.lora_files import Adapter, write_adapter
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import clean_name, config_to_json
 from longtake.runs import latest_checkpoint
 from longtake.train.facts import compare_facts, flat

@@ -18,7 +18,7 @@ from longtake.config import StageConfig
 from longtake.config_groups import ProfileConfig
 from longtake.devices import find_device
 from longtake.distributed.mesh import Mesh
-from longtake.models.dit import DiTConfig
+from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.rollout.work import loras, model_work, passes
 

@@ -25,9 +25,10 @@ from torch import Tensor
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.block import Block
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.presets import PRESETS, shapes_of
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import load_dit
 from longtake.structs import Condition
 

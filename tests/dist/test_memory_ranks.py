@@ -14,7 +14,7 @@ from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_model
 
 from longtake.distributed.mesh import Mesh
-from longtake.models.dit import DiTConfig
+from longtake.models.sizes import DiTConfig
 from longtake.models.lora import factors
 from longtake.models.lora_files import Base, write_adapter
 from longtake.models.model_json import config_to_json, write_config

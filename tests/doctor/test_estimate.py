@@ -9,8 +9,9 @@ from tiny_stage import TEACHER, stage_config
 from longtake.config import StageConfig
 from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.presets import PRESETS
+from longtake.models.sizes import DiTConfig
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
 FUN, I2V_14B = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]

@@ -16,9 +16,10 @@ from longtake.cli import app
 from longtake.config import TOY_ASSETS
 from longtake.errors import CheckpointError, ConfigError, OutputError
 from longtake.models.convert import convert
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original
 from longtake.models.names import to_diffusers_key
+from longtake.models.sizes import DiTConfig
 
 NARROW = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "freq_dim": 32}
 I2V = {"model_type": "i2v", "in_channels": 36, "image_dim": 1280}

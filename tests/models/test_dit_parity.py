@@ -11,8 +11,9 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
 
 from longtake.errors import ConfigError, ShapeError
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
+from longtake.models.sizes import DiTConfig
 from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser

@@ -9,7 +9,8 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents
 
 from longtake.errors import ConfigError
-from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.dit import VideoDiT
+from longtake.models.sizes import DiTConfig
 from longtake.models.widen import widen
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
