@@ -18,6 +18,7 @@ from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.models.lora_scale import number
 from longtake.models.model_json import read_json
+from longtake.models.pretrained import reading
 from longtake.models.published import open_published
 from longtake.outputs import check_own
 from longtake.train.metrics_log import read_rows
@@ -110,6 +111,17 @@ def test_a_file_that_holds_itself_and_numbers_without_end(tmp_path):
         open_published(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="finite number"):
         number(10**400, "alpha")
+
+
+def test_what_libraries_raise_about_their_files_is_told_and_ctrl_c_is_not():
+    for error in (KeyError("x"), type("PanicException", (BaseException,), {})("no entry")):
+        with (
+            pytest.raises(CheckpointError, match="the tokenizer cannot be loaded: "),
+            reading("the tokenizer cannot be loaded"),
+        ):
+            raise error
+    with pytest.raises(KeyboardInterrupt), reading("x"):
+        raise KeyboardInterrupt
 
 
 def test_damaged_metrics_are_named(tmp_path):
