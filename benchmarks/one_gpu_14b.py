@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,9 @@ from torch import Tensor
 
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.config import StageConfig
-from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
 from longtake.models.dit import VideoDiT
-from longtake.models.lora_files import Adapter
 from longtake.models.presets import PRESETS
-from longtake.models.roles import Role, SharedBase
 from longtake.models.weights import Opened
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
@@ -47,8 +42,8 @@ from longtake.randomness import Draws
 from longtake.structs import Condition
 from longtake.train import stages
 from longtake.train.loop import LoopSettings, RunInfo, train
-from longtake.train.lora import adapt, first_values
 from longtake.train.metrics_log import Phases, read_rows
+from longtake.train.networks import Builder
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = [1.0, 0.75, 0.5, 0.25]
@@ -139,32 +134,24 @@ def random_weights(case: Case, device: torch.device, seed: int) -> Opened:
     return Opened(model, read, str)
 
 
-def networks(case: Case, config: StageConfig, mesh: Mesh) -> tuple[dict[str, VideoDiT], VideoDiT, dict[str, Adapter]]:
-    """Student and critic, the teacher, and the updates, as `train/networks.py` builds them from files."""
-    adapters: dict[str, Adapter] = {}
-    recompute = config.activation_checkpointing
-    if case.rank is None:
-        made = []
-        for seed in range(3):
-            opened = random_weights(case, mesh.device, seed)
-            if seed == 2:
-                opened.model.cast(torch.bfloat16).requires_grad_(False)
-            model = parallelize(opened.model, mesh, recompute=recompute if seed < 2 else None)
-            materialize(model, mesh.device, opened.read(None))
-            made.append(model)
-        return {"generator": made[0], "critic": made[1]}, made[2], adapters
-    opened = random_weights(case, mesh.device, 0)
-    opened.model.cast(torch.bfloat16).requires_grad_(False)
-    assert config.critic is not None
-    updates: list[Iterator[tuple[str, Tensor]]] = []
-    for name, lora in (("generator", config.lora), ("critic", config.critic.lora)):
-        assert lora is not None
-        adapters[name] = adapt(opened, name, lora, Path("random"), config, mesh, called=name, identity="random")
-        updates.append(first_values(opened.model, name, config, called=name))
-    model = parallelize(opened.model, mesh, recompute=recompute)
-    materialize(model, mesh.device, chain(opened.read(None), *updates))
-    base = SharedBase(model)
-    return {name: Role(base, name) for name in adapters}, Role(base, None), adapters
+class RandomWeights(Builder):
+    """The networks of a stage as a training builds them, from random weights instead of files."""
+
+    def __init__(self, case: Case, config: StageConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
+        self.case = case
+
+    def weights(self, name: str) -> Path:
+        """A name for the weights of a network; one for all that share a base."""
+        return Path("generator" if self.case.rank is not None else name)
+
+    def open(self, source: Path) -> Opened:
+        """Weights of that name."""
+        return random_weights(self.case, self.mesh.device, ("generator", "critic", "teacher").index(source.name))
+
+    def identity(self, source: Path) -> str:
+        """The name."""
+        return source.name
 
 
 class Batches:
@@ -244,9 +231,10 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     """Trains two iterations; what it took."""
     start = time.perf_counter()
     mesh, config = Mesh(device=device), stage(case, name, folder)
-    trained, real, adapters = networks(case, config, mesh)
+    trained, real, adapters, student = RandomWeights(case, config, mesh).build()
+    assert real is not None
     phases = Phases()
-    dmd = stages.make_objective(config, trained, real, Draws(config.seed), phases)
+    dmd = stages.make_objective(config, student, trained, real, Draws(config.seed), phases)
     watched = Watched(dmd, device)
     state = stages.make_state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)

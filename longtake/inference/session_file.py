@@ -23,7 +23,7 @@ from longtake.inference.generator import Generator
 from longtake.inference.session import Look, Session, Standing
 from longtake.json_text import parse_json
 from longtake.models.tensor_files import save_tensors
-from longtake.rollout.rebuild import KeptLatents
+from longtake.rollout.recache import LatentHistory
 from longtake.structs import Condition
 
 VERSION = 1
@@ -206,7 +206,7 @@ def _standing(session: Session, values: dict[str, Any], tensors: dict[str, Tenso
         keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
         cache.restore(saved["position"], saved["frames"], keys, kept)
     stream = session.new_stream(values["scene"], caches, condition, unconditional, None)
-    stream.kept = KeptLatents(stream.plan)
+    stream.kept = LatentHistory(stream.plan)
     for start, latents in blocks:
         stream.kept.position = start
         stream.kept.append(latents)

@@ -148,7 +148,7 @@ class KVCache:
         self._first = 0  # from here to `position` every frame was committed
         # Whose keys and values it holds: whoever fills it says so, and finds out that another one has. None: nobody's.
         self.content: object | None = None
-        self._indices: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._indices: dict[tuple[int, int], dict[str, Any]] = {}  # tensors by name
         self._pins: list[weakref.ref[PinnedSlots]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
         self._cross_key: tuple | None = None
@@ -347,7 +347,7 @@ class KVCache:
     def begin_commit(self, block_frames: int) -> None:
         """Reserves the slots of the block at `position`; they hold nothing until `end_commit`.
 
-        Raises: CacheError in a graded call, or when a pending backward still reads one of the slots.
+        Raises: CacheError in a call with gradient, or when a pending backward still reads one of the slots.
         """
         if torch.is_grad_enabled():
             raise CacheError(

@@ -215,7 +215,8 @@ class VideoDiT(nn.Module):
         """
         self.check(x, sigma, condition, context)
         frame_index, seen = self._self_context(x, context)
-        cross, layers = self._cross_context(condition, context)
+        cross = self._cross_context(condition, context)
+        layers = context.layers if isinstance(context, CacheView) else None
         return self._velocity(x, sigma, condition.frames, frame_index, seen, cross, layers)
 
     def _velocity(
@@ -282,21 +283,18 @@ class VideoDiT(nn.Module):
         query = Rotation(angles(frame_index))
         return frame_index, SelfContext(query, query, share)
 
-    def _cross_context(
-        self, condition: Condition, context: MaskLayout | CacheView | None
-    ) -> tuple[CrossContext, Layers | None]:
+    def _cross_context(self, condition: Condition, context: MaskLayout | CacheView | None) -> CrossContext:
         """Where cross-attention finds the condition: context tokens [B, M, D], from which each block makes keys and
-        values, or what the cache keeps of them; and what runs the layers.
+        values, or what the cache keeps of them.
         """
         view = context if isinstance(context, CacheView) else None
-        cache = view.cache if view is not None and not view.with_grad else None
-        layers = None if view is None else view.layers
         if view is not None and view.cross_kept:
-            return CrossContext(None, None, view.cache), layers
+            return CrossContext(None, None, view.cache)
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
         text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
-        return CrossContext(self.text_embedding(text.to(dtype)), image, cache), layers
+        keeps = None if view is None or view.with_grad else view.cache
+        return CrossContext(self.text_embedding(text.to(dtype)), image, keeps)
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
     def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

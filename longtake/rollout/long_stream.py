@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
-from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.replay import ExitStep
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
 from longtake.structs import Condition
@@ -90,7 +90,7 @@ class LongStream:
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
         self.denoiser, self.condition, self.plan, self.codec = denoiser, condition, plan, codec
         self.horizon, self.switch = horizon, switch
-        self.kept = KeptLatents(plan)
+        self.kept = LatentHistory(plan)
         self._cache = denoiser.model.new_cache(
             plan, condition.batch_size, latent_size, max_frames=max_frames, spare_frames=spare_frames
         )
@@ -157,7 +157,7 @@ class LongStream:
             self.kept.append(pending)
         if self.switch is not None and frame >= self.switch.frame:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
-            rebuild_cache(self.denoiser, self._cache, self.condition, self.kept, keep_sink=self.plan.keep_sink)
+            recache(self.denoiser, self._cache, self.condition, self.kept, keep_sink=self.plan.keep_sink)
         elif pending is not None:
             commit_block(self.denoiser, self._cache, self.condition, pending)
 

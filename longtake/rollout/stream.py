@@ -13,7 +13,7 @@ from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
-from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 from longtake.structs import Condition
 
@@ -44,7 +44,7 @@ class LatentStream(Iterator[Tensor]):
     ) -> None:
         self.denoiser, self.cache, self.condition, self.guidance = denoiser, cache, condition, guidance
         self.noise, self.plan = noise, plan
-        self.kept = KeptLatents(plan)
+        self.kept = LatentHistory(plan)
         self.kept.position = cache.position
         self.pending: Tensor | None = None
         self._first = first_latent
@@ -110,7 +110,7 @@ class LatentStream(Iterator[Tensor]):
         if cache.content is not self._content:
             cache.content = None
             cache.position = self._committed
-            rebuild_cache(self.denoiser, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
+            recache(self.denoiser, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
             cache.content = self._content
 
     def change(

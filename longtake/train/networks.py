@@ -29,7 +29,7 @@ from longtake.models.execution import Execution
 from longtake.models.folders import find_weights
 from longtake.models.lora_files import Adapter, is_adapter, read_base
 from longtake.models.presets import model_config
-from longtake.models.roles import AdapterSwitch, Role, SharedBase
+from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.models.tensor_files import not_finite
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened, open_weights
@@ -152,15 +152,15 @@ class Builder:
         shared = SharedBase(self._filled(opened, *updates), switch)
         networks: dict[str, VideoDiT] = {}
         for name in ("generator", "critic"):
-            networks[name] = Role(shared, name) if name in names else self.trained(name)
+            networks[name] = AdapterView(shared, name) if name in names else self.trained(name)
         if mesh.is_main:
             logger.info("one frozen network is shared by the teacher and %s", " and ".join(names))
-        return networks, Role(shared, None)
+        return networks, AdapterView(shared, None)
 
     def student(self, generator: VideoDiT) -> Denoiser:
         """The generator as it streams."""
         config, mesh = self.config, self.mesh
-        sharded = generator.base.model if isinstance(generator, Role) else generator
+        sharded = generator.base.model if isinstance(generator, AdapterView) else generator
         once = mesh.fsdp_mesh is not None and config.gathers_once
         sequence = 1 if mesh.sequence is None else mesh.sequence.size
         return Denoiser(

@@ -87,12 +87,12 @@ class Forced(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """As `VideoDiT.forward` with the mask."""
-        angles = partial(
-            rope_angles, height=x.shape[3] // 2, width=x.shape[4] // 2, head_width=self.model.config.head_width
-        )
+        config = self.model.config
+        rows, columns = x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2]
+        angles = partial(rope_angles, height=rows, width=columns, head_width=config.head_width)
         query, key = Rotation(angles(self.frame_index)), Rotation(angles(self.key_position))
         seen = MaskedContext(query, key, self.mask, self.key_entry)
-        cross, _ = self.model._cross_context(condition, None)
+        cross = self.model._cross_context(condition, None)
         return self.model._velocity(x, sigma, condition.frames, self.frame_index, seen, cross)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import oracle
@@ -11,6 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import DiTConfig, VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
@@ -264,6 +266,17 @@ def test_initialisation_is_wans() -> None:
     assert not model.head.head.weight.any() and not model.head.head.bias.any()
     assert float(model.time_embedding[2].weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert float(model.blocks[0].ffn[0].weight.detach().abs().max()) <= (6 / (64 + 96)) ** 0.5
+
+
+def test_the_model_is_bare() -> None:
+    """A call has four arguments, and who wants it computed another way gets another object of the same modules."""
+    assert list(inspect.signature(VideoDiT.forward).parameters) == ["self", "x", "sigma", "condition", "context"]
+    model = make_tiny_model()
+    other = model.executed(Execution(recompute=True))
+    assert not model.execution.recompute and other.execution.recompute
+    assert all(a is b for a, b in zip(model.modules(), other.modules()) if a is not model)
+    x, sigma, condition = make_tiny_latents(2), torch.full((2,), 0.5), make_tiny_condition(model)
+    assert torch.equal(model(x, sigma, condition), other(x, sigma, condition))
 
 
 def test_calls_that_do_not_fit_are_refused() -> None:

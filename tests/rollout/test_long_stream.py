@@ -15,7 +15,7 @@ from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
-from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents
 
@@ -99,12 +99,12 @@ def test_late_windows_begin_with_the_picture_before_their_other_latents(i2v):
 def oracle_with_switch(model, condition, first, later, switch, end):
     """The definition: blocks under the old prompt, a rebuilt cache at the switch, blocks under the new one."""
     cache = model.new_cache(RULES, 2, (4, 6))
-    kept, blocks, pending = KeptLatents(RULES), [first], first
+    kept, blocks, pending = LatentHistory(RULES), [first], first
     for begin, stop in RULES.blocks(1, end):
         kept.append(pending)
         if begin == switch:
             condition = condition.with_text(later)
-            rebuild_cache(Denoiser(model), cache, condition, kept)
+            recache(Denoiser(model), cache, condition, kept)
         else:
             commit_block(Denoiser(model), cache, condition, pending)
         pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)

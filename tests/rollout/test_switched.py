@@ -10,7 +10,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
-from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents, stream_switched
 
@@ -53,11 +53,11 @@ def plain(model, condition):
 
 def by_hand(model, conditions, switch, policy):
     """Block by block, with the cache rebuilt, kept or rebuilt but for the sink at frame `switch`."""
-    cache, kept, made = new_cache(model), KeptLatents(RULES), []
+    cache, kept, made = new_cache(model), LatentHistory(RULES), []
     for start, end in list(PLAN.blocks(0, 2 * BLOCKS - 1)):
         condition = conditions[start >= switch]
         if start == switch and policy != "none":
-            rebuild_cache(Denoiser(model), cache, condition, kept, keep_sink=policy == "keep sink")
+            recache(Denoiser(model), cache, condition, kept, keep_sink=policy == "keep sink")
         block = make_tiny_latents(1)
         if start:
             block = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, start, end), RULES.sigmas)

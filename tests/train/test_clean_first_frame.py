@@ -20,6 +20,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
 from longtake.inference.generator import load_encoders
+from longtake.models.cache import CacheView
 from longtake.models.conditioning import prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.weights import save_dit
@@ -50,9 +51,9 @@ def spied(monkeypatch):
     """(latents, sigma, condition, with cache) of every call of a transformer."""
     calls, forward = [], VideoDiT.forward
 
-    def spy(self, x, sigma, condition, **given):
-        calls.append((x.detach().clone(), sigma.detach().clone(), condition, given.get("cache") is not None))
-        return forward(self, x, sigma, condition, **given)
+    def spy(self, x, sigma, condition, context=None):
+        calls.append((x.detach().clone(), sigma.detach().clone(), condition, isinstance(context, CacheView)))
+        return forward(self, x, sigma, condition, context)
 
     monkeypatch.setattr(VideoDiT, "forward", spy)
     return calls

@@ -27,9 +27,9 @@ def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, neg
     )
     texts, forward = [], VideoDiT.forward
 
-    def spy(self, x, sigma, condition, **given):
+    def spy(self, x, sigma, condition, context=None):
         texts[-1].append(condition.text)
-        return forward(self, x, sigma, condition, **given)
+        return forward(self, x, sigma, condition, context)
 
     monkeypatch.setattr(VideoDiT, "forward", spy)
     for stage in (config, cached):

@@ -91,7 +91,7 @@ def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, m
         run_stage(config, Mesh())
         rows = read_rows(config.folder / "metrics.jsonl")
         found.append([{k: v for k, v in row.items() if not k.startswith(("seconds", "speed"))} for row in rows])
-        monkeypatch.setattr(train_networks._Builder, "_freeze", lambda self, model: model.requires_grad_(False))
+        monkeypatch.setattr(train_networks.Builder, "_freeze", lambda self, model: model.requires_grad_(False))
     assert found[0] == found[1] and len(found[0]) == 2
 
 

@@ -7,7 +7,7 @@ from tiny_lora import adapter_of, stir
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import add_lora, first_factors, inject_lora
-from longtake.models.roles import AdapterSwitch, Role, SharedBase
+from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.plan import StreamPlan
 from longtake.randomness import Draws
 from longtake.rollout.denoise import Denoiser
@@ -30,7 +30,7 @@ def make(tiny_model, recompute=False, targets=None, switch=None):
         own[name] = stir(add_lora(tiny_model(True), adapter.pattern, 3, 6.0, Draws(0), f"{name} lora_A"), seed)
         own[name] = parallelize(own[name], Mesh(), recompute=recompute)
     shared = SharedBase(parallelize(base, Mesh(), recompute=recompute), switch)
-    roles = {name: Role(shared, name) for name in NAMES} | {"teacher": Role(shared, None)}
+    roles = {name: AdapterView(shared, name) for name in NAMES} | {"teacher": AdapterView(shared, None)}
     with torch.no_grad():
         for name in NAMES:
             values = dict(own[name].named_parameters())

@@ -74,7 +74,7 @@ class _On(AbstractContextManager):
         self.switch.active = self._before.pop()
 
 
-class Role(VideoDiT):
+class AdapterView(VideoDiT):
     """One of the networks that a `SharedBase` is; `name` is that of its updates, None for the base as it is.
 
     It owns nothing: its parameters are the base's frozen ones and its own updates, under the names that these have in a

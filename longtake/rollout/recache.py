@@ -19,7 +19,7 @@ from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.structs import Condition
 
 
-class KeptLatents:
+class LatentHistory:
     """Clean latents that a cache can be rebuilt from: the sink frames and the latest window - sink frames.
 
     Without a window everything is kept. Blocks are appended in order, as they are finished; `position` is the end.
@@ -45,16 +45,16 @@ class KeptLatents:
         """Yields (first frame, latents) of the kept blocks, in causal order."""
         yield from sorted(self._blocks.items())
 
-    def copy(self) -> KeptLatents:
+    def copy(self) -> LatentHistory:
         """Another one with the same (never changed) latents."""
-        other = KeptLatents(self.plan)
+        other = LatentHistory(self.plan)
         other._blocks, other.position = dict(self._blocks), self.position
         return other
 
 
 @torch.no_grad()
-def rebuild_cache(
-    denoiser: Denoiser, cache: KVCache, condition: Condition, kept: KeptLatents, *, keep_sink: bool = False
+def recache(
+    denoiser: Denoiser, cache: KVCache, condition: Condition, kept: LatentHistory, *, keep_sink: bool = False
 ) -> None:
     """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
 

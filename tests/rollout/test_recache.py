@@ -10,7 +10,7 @@ from longtake.errors import CacheError, ConfigError
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
-from longtake.rollout.rebuild import KeptLatents, rebuild_cache
+from longtake.rollout.recache import LatentHistory, recache
 
 PLAN = StreamPlan(2, 1)
 
@@ -26,7 +26,7 @@ def streamed(model, condition, latents, window, sink, rope="relative"):
 def kept_of(latents, window, sink, together=1):
     """Kept latents, given `together` blocks at a time."""
     kept, blocks = (
-        KeptLatents(replace(PLAN, window_frames=window, sink_frames=sink)),
+        LatentHistory(replace(PLAN, window_frames=window, sink_frames=sink)),
         list(PLAN.blocks(0, latents.shape[1])),
     )
     for k in range(0, len(blocks), together):
@@ -65,7 +65,7 @@ def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, s
     cache = streamed(model, old, latents, window, sink, rope)
     kept = kept_of(latents, window, sink, together=2)
     assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
-    rebuild_cache(Denoiser(model), cache, new, kept)
+    recache(Denoiser(model), cache, new, kept)
     # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
     fresh = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, total):
@@ -86,7 +86,7 @@ def test_without_eviction_it_equals_the_whole_stream_under_the_new_prompt():
     latents = make_tiny_latents(5)
     cache = streamed(model, old, latents, 7, 1)
     stale = next_block(model, cache, new)
-    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 1))
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 1))
     rebuilt = next_block(model, cache, new)
     assert torch.equal(rebuilt, next_block(model, streamed(model, new, latents, 7, 1), new))
     assert (rebuilt - stale).abs().max() > 1e-2, "without a rebuild the past still follows the old prompt"
@@ -101,7 +101,7 @@ def test_it_is_causal():
     caches = []
     for latents in (one, other):
         cache = streamed(model, condition, latents, 7, 1)
-        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
+        recache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
         caches.append(frames(cache))
     for frame in (0, 5, 6, 7, 8):
         assert torch.equal(caches[0][frame][0], caches[1][frame][0])
@@ -114,7 +114,7 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     latents = make_tiny_latents(11)
     cache = streamed(model, old, latents, 7, 3)
     before = {f: tuple(t.clone() for t in pair) for f, pair in frames(cache).items()}
-    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 7, 8, 9, 10] and cache.position == 11
     assert all(torch.equal(after[f][0], before[f][0]) for f in (0, 1, 2))
@@ -132,7 +132,7 @@ def test_beside_a_kept_sink_nothing_that_the_old_prompt_made_is_seen(spare, comm
     cache, fresh = (model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
-    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     for start, condition in ((0, old), (1, old), (9, new), (11, new)):
         fresh.position = start
         commit_block(Denoiser(model), fresh, condition, latents[:, start : start + (2 if start else 1)])
@@ -151,7 +151,7 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}
-    rebuild_cache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
     after = frames(cache)
     assert list(after) == [0, 1, 2, 3, 4]
     assert [f for f in after if f in before and torch.equal(after[f][0], before[f])] == list(range(min(3, committed)))
@@ -177,6 +177,6 @@ def test_a_pending_backward_is_not_robbed_of_its_context():
         Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], with_grad=True
     )
     with pytest.raises(CacheError, match="pending backward"):
-        rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
+        recache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
     clean.sum().backward()
-    rebuild_cache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
+    recache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
