@@ -162,3 +162,10 @@ def test_sizes_beyond_all_machines_are_refused(change):
 
     with pytest.raises(ConfigError, match="too large|less than or equal to 8192"):
         load_config(Path(__file__).parent.parent / "configs" / "toy" / "causal.yaml", [change])
+
+
+def test_an_event_has_a_time_that_can_be():
+    from longtake.inference.script import Event
+
+    with pytest.raises(ConfigError, match="seconds: got 1e\\+308"):
+        Event(seconds=1e308, prompt="x")
