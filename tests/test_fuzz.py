@@ -18,6 +18,7 @@ from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.models.lora_scale import number
 from longtake.models.model_json import read_json
+from longtake.models.pretrained import reading
 from longtake.models.published import open_published
 from longtake.outputs import check_own
 from longtake.train.metrics_log import read_rows
@@ -112,6 +113,17 @@ def test_a_file_that_holds_itself_and_numbers_without_end(tmp_path):
         number(10**400, "alpha")
 
 
+def test_what_libraries_raise_about_their_files_is_told_and_ctrl_c_is_not():
+    for error in (KeyError("x"), type("PanicException", (BaseException,), {})("no entry")):
+        with (
+            pytest.raises(CheckpointError, match="the tokenizer cannot be loaded: "),
+            reading("the tokenizer cannot be loaded"),
+        ):
+            raise error
+    with pytest.raises(KeyboardInterrupt), reading("x"):
+        raise KeyboardInterrupt
+
+
 def test_damaged_metrics_are_named(tmp_path):
     for data in (b"\xff\xfe{\n", b"[1]\n", b'{"step": "x"}\n', b"{\n"):
         (tmp_path / "metrics.jsonl").write_bytes(data)
@@ -150,3 +162,10 @@ def test_sizes_beyond_all_machines_are_refused(change):
 
     with pytest.raises(ConfigError, match="too large|less than or equal to 8192"):
         load_config(Path(__file__).parent.parent / "configs" / "toy" / "causal.yaml", [change])
+
+
+def test_an_event_has_a_time_that_can_be():
+    from longtake.inference.script import Event
+
+    with pytest.raises(ConfigError, match="seconds: got 1e\\+308"):
+        Event(seconds=1e308, prompt="x")

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from longtake.config_base import Settings, read_yaml
-from longtake.config_generation import GenerationConfig, frames_of
+from longtake.config_generation import MAX_FRAMES, GenerationConfig, frames_of
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, fetched
 from longtake.inference.generator import GenerationReport, Generator, Source, check_negative, check_prompt, write_chunks
@@ -36,7 +36,7 @@ def _check_prompt(text: str) -> None:
 class Event(Settings):
     """A change at a time of the video. It takes effect with the first block that begins at this time or later."""
 
-    seconds: float | None = Field(default=None, gt=0, description="time of the change, or")
+    seconds: float | None = Field(default=None, gt=0, le=MAX_FRAMES, description="time of the change, or")
     frame: int | None = Field(default=None, gt=0, description="pixel frame of the change")
     prompt: str | None = Field(default=None, description="what happens from then on")
     image: str | None = Field(default=None, description="a cut: picture of a new scene")

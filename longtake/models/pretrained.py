@@ -50,9 +50,11 @@ def reading(failed: str) -> Iterator[None]:
     """Whatever another library raises about its own files becomes a CheckpointError that begins with `failed`."""
     try:
         yield
-    except MemoryError:
-        raise
-    except Exception as error:  # a wrong value in a config.json may raise anything
+    except BaseException as error:  # a wrong value may raise anything; a panic of Rust is no Exception
+        if isinstance(error, MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
         raise CheckpointError(f"{failed}: {' '.join(str(error).split())[:400]}") from error
 
 

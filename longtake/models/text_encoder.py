@@ -120,7 +120,7 @@ class TextEncoder:
         if broken := [p for p in prompts if printable(p) != p]:
             raise DataError(f"the prompt {broken[0]!r} holds half a character (a lone surrogate); write it again")
         # Always padded to the full length, so that a prompt's rows do not depend on the others of its batch.
-        with ONE_THREAD:
+        with ONE_THREAD, reading("the files of the tokenizer are damaged; download them again"):
             tokens = self.tokenizer(
                 [clean_prompt(p) for p in prompts],
                 padding="max_length",
@@ -134,6 +134,8 @@ class TextEncoder:
         if bool(mask[:, -1].any()):
             full = mask[:, -1].nonzero()[:, 0].tolist()
             self._say_cut([places[k] if places else f"the prompt {prompts[k][:40]!r}..." for k in full])
+        if int(tokens.input_ids.max()) >= self.model.config.vocab_size:
+            raise CheckpointError("the tokenizer knows more words than the text encoder; their files are of two models")
         with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
             hidden = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
         # Not a product with the mask: it would keep NaN and give -0.
