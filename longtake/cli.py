@@ -421,7 +421,8 @@ def main() -> None:
         pass  # a closed standard stream is an empty one: else a file gets its number, and with it what is said
     os.close(handle)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for number in (signal.SIGTERM, signal.SIGHUP):  # what ends a job or a terminal is told as Ctrl-C is
+    # What ends a job or a terminal is told as Ctrl-C is; but a rank that waits for others would not hear of it.
+    for number in () if "WORLD_SIZE" in os.environ else (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     app()
