@@ -53,6 +53,8 @@ def open_dataset(
     sizes = buckets or (() if height is None or width is None else (FileSize(height, width),))
     if not path.exists():
         raise DataError(f"data folder {path} does not exist; write it (`longtake world`) or set data.path")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path} is a pipe or a device, which is read once; write what it gives to a file first")
     kind = detect_kind(path) if kind == "auto" else kind
     openers: dict[str, Callable[[], Dataset]] = {
         "images": lambda: _open_images(path, sizes),

@@ -1,6 +1,7 @@
 """The single formats: several prompts, each kind of bad row, tar members, and folders that are none."""
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -218,3 +219,10 @@ def test_sub_folders_pair_by_name(tmp_path):
     assert dataset[2].prompt == "prompt 2"
     with pytest.raises(DataError, match=r"row 1 \(000001.webp\): caption .*prompt/000001.txt is missing"):
         dataset[1]
+
+
+def test_a_pipe_is_no_data_set(tmp_path):
+    """Nobody writes into it: opening it would wait for ever."""
+    os.mkfifo(tmp_path / "rows.tar")
+    with pytest.raises(DataError, match="rows.tar is a pipe or a device"):
+        open_dataset(tmp_path / "rows.tar")
