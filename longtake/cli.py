@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli_errors import EXIT_ERROR, clean_errors
+from longtake.cli_common import EXIT_ERROR, clean_errors, given_options, source_of
 from longtake.cli_play import play
 from longtake.cli_world import evaluate, world
 from longtake.errors import ConfigError
@@ -199,7 +199,7 @@ def generate(
 
             with _one_video(device, sequence_parallel) as ranks:
                 wanted = given | given_options(seconds=seconds, frames=frames) | ranks.given | alone
-                source = _source(run, model, encoders, config, changes)
+                source = source_of(run, model, encoders, config, changes)
                 ranks.report(generate_story(source, script, output, **wanted))
             return
         if inputs is None and image is not None and prompt is not None and samples is None:
@@ -208,7 +208,7 @@ def generate(
 
             with _one_video(device, sequence_parallel) as ranks:
                 # A plain run is found by the function itself.
-                source = run if run is not None and not changes else _source(run, model, encoders, config, changes)
+                source = run if run is not None and not changes else source_of(run, model, encoders, config, changes)
                 ranks.report(generate_file(source, image, prompt, output, **length, **given, **ranks.given, **alone))
             return
         if decode_device is not None:
@@ -222,7 +222,7 @@ def generate(
         else:
             check_apart(inputs, output)
             pairs = read_pairs(inputs)
-        source = _source(run, model, encoders, config, changes)
+        source = source_of(run, model, encoders, config, changes)
         # The ranks meet at the end alone: the one with the shortest share waits for the longest.
         with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
             generate_many(
@@ -302,18 +302,6 @@ def _check_generate(
     from longtake.config_generation import frames_of
 
     frames_of(frames, seconds, 1)
-
-
-def _source(
-    run: Path | None, model: str | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
-) -> Any:
-    from longtake.config_generation import read_stage
-    from longtake.inference.generator import Source
-
-    if run is not None:
-        return Source.of_run(run, changes)
-    assert model is not None
-    return Source.of_model(model, encoders, None if config is None else read_stage(config), changes)
 
 
 @app.command()
@@ -408,11 +396,6 @@ def show_config(
 
 def _override(key: str, value: str | None) -> list[str]:
     return [] if value is None else [f"{key}={value}"]
-
-
-def given_options(**options: Any) -> dict[str, Any]:
-    """Only the options that were given on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def main() -> None:

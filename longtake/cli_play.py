@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from longtake.cli_common import clean_errors, given_options, source_of
+
 
 def play(
     context: typer.Context,
@@ -34,22 +36,21 @@ def play(
     ] = False,
 ) -> None:
     """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
-    from longtake import cli
     from longtake.config_generation import changes_of, frames_of
     from longtake.errors import ConfigError
     from longtake.outputs import check_output_file, free_name
 
-    with cli.clean_errors(context):
+    with clean_errors(context):
         if (run is None) == (model is None) or (run is not None and (encoders or config) is not None):
             raise ConfigError("give either --run, or --model with --encoders and --config where they are needed")
         frames_of(None, seconds, 1)
         check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=True)
         output = output if overwrite else free_name(output)
-        source = cli._source(run, model, encoders, config, changes_of(dtype=dtype))
+        source = source_of(run, model, encoders, config, changes_of(dtype=dtype))
         from longtake.inference.generator import Generator
         from longtake.inference.play import play as start
 
         generator = Generator.build(source, device)
         most = frames_of(None, seconds, generator.fps)
-        report = start(generator, image, prompt, output, num_frames=most, **cli.given_options(seed=seed))
+        report = start(generator, image, prompt, output, num_frames=most, **given_options(seed=seed))
         typer.echo(str(report))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from longtake.cli_common import clean_errors, given_options
+
 
 def evaluate(
     context: typer.Context,
@@ -41,17 +43,16 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report that is in the folder.")] = False,
 ) -> None:
     """Measure a run, or exported students, in held-out toy worlds: table, JSON and plots."""
-    from longtake import cli
     from longtake.errors import ConfigError
 
-    with cli.clean_errors(context):
+    with clean_errors(context):
         if (run is None) == (not model):
             raise ConfigError("give either --run or --model: a training run, or folders of weights")
         if run is not None and teacher is not None:
             raise ConfigError("--teacher goes with --model; a run knows its teacher")
         if run is None and output is None:
             raise ConfigError("--model needs --output, the folder that table, JSON and plots are written to")
-        settings = cli.given_options(
+        settings = given_options(
             num_worlds=num_worlds,
             num_latent_frames=num_latent_frames,
             seed=seed,
@@ -63,7 +64,7 @@ def evaluate(
         folder = output if output is not None else run
         if folder is not None and (there := folder / "evaluation.json").exists() and not overwrite:
             raise ConfigError(f"{there} exists already; name another folder with -o, or give --overwrite to replace it")
-        given = cli.given_options(output=output, device=device)
+        given = given_options(output=output, device=device)
         if run is not None:
             from longtake.evaluation.run import evaluate as measure
 
@@ -71,7 +72,7 @@ def evaluate(
         else:
             from longtake.evaluation.run import evaluate_models
 
-            report = evaluate_models(model or [], overrides=settings, **given, **cli.given_options(teacher=teacher))
+            report = evaluate_models(model or [], overrides=settings, **given, **given_options(teacher=teacher))
         typer.echo(str(report))
 
 
@@ -93,13 +94,12 @@ def world(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another world in the folder.")] = False,
 ) -> None:
     """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
-    from longtake import cli
 
-    with cli.clean_errors(context):
+    with clean_errors(context):
         from longtake.config import WorldConfig
         from longtake.data.world_files import write_world
 
-        given = cli.given_options(
+        given = given_options(
             num_worlds=num_worlds,
             num_frames=num_frames,
             seed=seed,
@@ -116,6 +116,6 @@ def world(
             formats=settings.formats,
             switch_frames=settings.switch_frames,
             stops=settings.stops,
-            **cli.given_options(overwrite=overwrite or None),
+            **given_options(overwrite=overwrite or None),
         )
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")

@@ -45,7 +45,7 @@ ENTRANCES = {
     "__init__",
     "__main__",
     "cli",
-    "cli_errors",
+    "cli_common",
     "cli_play",
     "cli_world",
 }  # they import what they start, each lazily

@@ -1,4 +1,4 @@
-"""What the command line says of an error, and with which exit code it ends."""
+"""What commands share: what is said of an error and the exit code, the options that were given, where weights are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -54,3 +56,21 @@ def _told(error: BaseException) -> str | None:
     if isinstance(error, OSError) and (said := refusal(error)) is not None:
         return f"{error.filename or 'The output'}: {said}"
     return None
+
+
+def given_options(**options: Any) -> dict[str, Any]:
+    """Only the options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def source_of(
+    run: Path | None, model: str | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
+) -> Any:
+    """Where a command's weights are and by which rules they stream. Raises: as `Source.of_run`, `Source.of_model`."""
+    from longtake.config_generation import read_stage
+    from longtake.inference.generator import Source
+
+    if run is not None:
+        return Source.of_run(run, changes)
+    assert model is not None
+    return Source.of_model(model, encoders, None if config is None else read_stage(config), changes)
