@@ -136,3 +136,21 @@ def test_every_public_name_is_there():
     assert {"open_dataset", "read_lora", "VideoWriter", "DataError"} <= set(longtake.__all__) <= set(dir(longtake))
     for name in longtake.__all__:
         assert getattr(longtake, name).__name__ == name
+
+
+def test_no_circle_of_imports():
+    """Lazy and type-only imports count: whoever reads one file of a circle must read all of it."""
+    names = {".".join(["longtake", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in FILES}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    needs = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        needs[name] = {other for other in found & names.keys() if other not in (name, "longtake")}
+    while free := {name for name, wanted in needs.items() if not wanted & needs.keys()}:
+        needs = {name: wanted for name, wanted in needs.items() if name not in free}
+    assert not needs, f"these import each other in a circle, or need those that do: {sorted(needs)}"

@@ -13,7 +13,7 @@ import torch
 
 from longtake.config import TOY, TOY_ASSETS, StageConfig, resolve_source
 from longtake.errors import CheckpointError, ConfigError
-from longtake.inference.generator import load_encoders
+from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders

@@ -18,15 +18,9 @@ from typing import TYPE_CHECKING, Any
 from longtake.config_generation import frames_of
 from longtake.data.file_rows import FileRow, list_files, prompts_of, read_jsonl
 from longtake.errors import ConfigError, DataError
-from longtake.inference.generator import (
-    GenerationReport,
-    Generator,
-    Source,
-    check_negative,
-    check_seed,
-    num_pixel_frames,
-)
+from longtake.inference.generator import GenerationReport, Generator, Source, num_pixel_frames
 from longtake.inference.generator import write_video as write_one
+from longtake.inference.pipeline import check_negative, check_seed
 from longtake.inference.video_io import VIDEO_SUFFIXES
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder

@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
-from longtake.inference.generator import Generator, check_prompt
+from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
+from longtake.inference.session_file import write_session
 from longtake.models.cache import KVCache
 from longtake.models.encoders import DecoderSession
 from longtake.rollout.denoise import Guidance
+from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream
 from longtake.structs import Condition
 
@@ -82,7 +84,7 @@ class Session:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: Pipeline,
         look: Look,
         *,
         seed: int,
@@ -325,10 +327,106 @@ class Session:
         The history is not written: after resuming, `rewind` reaches back to this point and no further.
         Raises: DataError when the file cannot be written; ConfigError when several processes make the video together.
         """
-        from longtake.inference.session_file import save_session
-
         if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
         if self.standing.stream is not None:
             self.standing.stream.return_to_cache()
-        save_session(self, Path(path))
+        values, tensors = self._written()
+        write_session(Path(path), values, tensors, self.generator)
+
+    def _written(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that `restored` needs: values that JSON can say, and tensors."""
+        standing = self.standing
+        pictures: list[Tensor] = []
+
+        def number(picture: Tensor | None) -> int | None:
+            """A picture's place in `pictures`; the same one has the same."""
+            if picture is None:
+                return None
+            if not any(other is picture for other in pictures):
+                pictures.append(picture)
+            return next(index for index, other in enumerate(pictures) if other is picture)
+
+        looks = {
+            name: {"prompt": look.prompt, "picture": number(look.picture), "target": number(look.target)}
+            for name, look in (("look", standing.look), ("wanted", self.wanted))
+        }
+        tensors = {f"picture.{index}": picture for index, picture in enumerate(pictures)}
+        values: dict[str, Any] = {
+            **looks,
+            "cut": self.cut,
+            "seed": self.seed,
+            "negative": self.negative,
+            "max_latent_frames": self.max_latent_frames,
+            "scene": standing.scene,
+            "num_frames": standing.num_frames,
+            "position": self.position,
+            "caches": [],
+            "decoder": None,
+        }
+        if standing.stream is None or standing.decoder is None:
+            return values, tensors
+        stream = standing.stream
+        for name in ("text", "image", "frames"):
+            if (part := getattr(stream.condition, name)) is not None:
+                tensors[f"condition.{name}"] = part
+        if stream.guidance is not None:
+            tensors["unconditional.text"] = stream.guidance.condition.text
+        tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
+        values["pending"] = stream.pending is not None
+        block = self.generator.plan.block_frames if stream.pending is None else stream.pending.shape[1]
+        for index, cache in enumerate(stream.caches):
+            frames = cache.attended_frames(block)
+            tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
+            values["caches"].append({"position": cache.position, "frames": frames})
+        features, values["decoder"] = standing.decoder.state()
+        return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
+
+    @classmethod
+    def restored(
+        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], history_blocks: int
+    ) -> Session:
+        """A session from what `save` wrote down (`session_file.read_session`)."""
+        pictures = [
+            tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
+        ]
+
+        def look(name: str) -> Look:
+            own, target = values[name]["picture"], values[name]["target"]
+            return Look(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
+
+        session = cls(
+            generator,
+            look("look"),
+            seed=values["seed"],
+            negative=values["negative"],
+            history_blocks=history_blocks,
+            max_latent_frames=values["max_latent_frames"],
+        )
+        if values["decoder"] is not None:
+            session.standing = session._standing_of(values, tensors)
+        session.wanted, session.cut = look("wanted"), values["cut"]
+        return session
+
+    def _standing_of(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> Standing:
+        text = tensors["condition.text"]
+        condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
+        unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
+        blocks = sorted((int(start), latents) for start, latents in _part(tensors, "kept.").items())
+        caches = self.new_caches()
+        for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
+            keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
+            cache.restore(saved["position"], saved["frames"], keys, kept)
+        stream = self.new_stream(values["scene"], caches, condition, unconditional, None)
+        stream.kept = LatentHistory(stream.plan)
+        for start, latents in blocks:
+            stream.kept.position = start
+            stream.kept.append(latents)
+        stream.pending = blocks[-1][1] if values["pending"] else None
+        decoder = self.generator.new_decoder()
+        decoder.restore(_part(tensors, "decoder."), values["decoder"])
+        return Standing(self.wanted, stream, decoder, values["scene"], values["num_frames"])
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,9 @@ from torch import Tensor, nn
 
 from longtake.data.encoded import checksum
 from longtake.errors import CheckpointError, DataError
-from longtake.inference.generator import Generator
-from longtake.inference.session import Look, Session, Standing
+from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
 from longtake.models.tensor_files import save_tensors
-from longtake.rollout.recache import LatentHistory
-from longtake.structs import Condition
 
 VERSION = 1
 METADATA = "longtake_session"
@@ -47,23 +46,25 @@ def weights_key(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def made_with(generator: Generator) -> dict[str, Any]:
+def made_with(pipeline: Pipeline) -> dict[str, Any]:
     """What a session's frames depend on beside the session: `weights`, a key a network, and `rules`."""
-    encoders = generator.encoders
-    networks = {"model": generator.model, "vae": encoders.vae.module, "text encoder": encoders.text.model}
+    encoders = pipeline.encoders
+    networks = {"model": pipeline.model, "vae": encoders.vae.module, "text encoder": encoders.text.model}
     if encoders.image is not None:
         networks["image encoder"] = encoders.image.model
-    settings = generator.settings.model_dump(mode="json")
+    settings = pipeline.settings.model_dump(mode="json")
     rules = {name: value for name, value in settings.items() if name not in _FREE}
     return {"weights": {name: weights_key(module) for name, module in networks.items()}, "rules": rules}
 
 
-def save_session(session: Session, path: Path) -> None:
-    """Writes `session` to `path`, whole or not at all. Raises: DataError when the file cannot be written."""
+def write_session(path: Path, values: dict[str, Any], tensors: dict[str, Tensor], pipeline: Pipeline) -> None:
+    """Writes what a session of `pipeline` consists of to `path`, whole or not at all.
+
+    Raises: DataError when the file cannot be written.
+    """
     from safetensors import SafetensorError
 
-    tensors, values = _written(session)
-    values |= {"version": VERSION, **made_with(session.generator)}
+    values |= {"version": VERSION, **made_with(pipeline)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -80,65 +81,26 @@ def save_session(session: Session, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _written(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    standing = session.standing
-    pictures: list[Tensor] = []
+def read_session(path: Path, pipeline: Pipeline) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_session` was given, on the device of `pipeline`.
 
-    def number(picture: Tensor | None) -> int | None:
-        """A picture's place in `pictures`; the same one has the same."""
-        if picture is None:
-            return None
-        if not any(other is picture for other in pictures):
-            pictures.append(picture)
-        return next(index for index, other in enumerate(pictures) if other is picture)
-
-    looks = {
-        name: {"prompt": look.prompt, "picture": number(look.picture), "target": number(look.target)}
-        for name, look in (("look", standing.look), ("wanted", session.wanted))
-    }
-    tensors = {f"picture.{index}": picture for index, picture in enumerate(pictures)}
-    values: dict[str, Any] = {
-        **looks,
-        "cut": session.cut,
-        "seed": session.seed,
-        "negative": session.negative,
-        "max_latent_frames": session.max_latent_frames,
-        "scene": standing.scene,
-        "num_frames": standing.num_frames,
-        "position": session.position,
-        "caches": [],
-        "decoder": None,
-    }
-    if standing.stream is None or standing.decoder is None:
-        return tensors, values
-    stream = standing.stream
-    for name in ("text", "image", "frames"):
-        if (part := getattr(stream.condition, name)) is not None:
-            tensors[f"condition.{name}"] = part
-    if stream.guidance is not None:
-        tensors["unconditional.text"] = stream.guidance.condition.text
-    tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
-    values["pending"] = stream.pending is not None
-    block = session.generator.plan.block_frames if stream.pending is None else stream.pending.shape[1]
-    for index, cache in enumerate(stream.caches):
-        frames = cache.attended_frames(block)
-        tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
-        values["caches"].append({"position": cache.position, "frames": frames})
-    features, values["decoder"] = standing.decoder.state()
-    return tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}, values
-
-
-def load_session(generator: Generator, path: Path, history_blocks: int) -> Session:
-    """The session in `path`. Raises: CheckpointError when it is none, or was made with other networks or rules."""
+    Raises: CheckpointError when the file is no session, or one that was made with other networks or rules.
+    """
     values, tensors = _read(path)
-    try:
+    with damage(path):
         if values["version"] != VERSION:
             raise CheckpointError(f"{path} is a session of version {values['version']}; this version reads {VERSION}")
         if values.pop("checksum", None) not in (None, checksum(values, tensors)):  # files of earlier versions have none
             raise CheckpointError(f"{path} is damaged (another checksum); save the session again, or use another one")
-        _compare(path, values, made_with(generator))
-        tensors = {name: tensor.to(generator.device) for name, tensor in tensors.items()}
-        return _restored(generator, values, tensors, history_blocks)
+        _compare(path, values, made_with(pipeline))
+    return values, {name: tensor.to(pipeline.device) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """What does not fit inside is an error that names the file."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another one") from error
 
@@ -173,48 +135,3 @@ def _compare(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path} was made by other rules ({'; '.join(differences)}); make the generator with them"
         )
-
-
-def _restored(generator: Generator, values: dict[str, Any], tensors: dict[str, Tensor], history_blocks: int) -> Session:
-    pictures = [tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))]
-
-    def look(name: str) -> Look:
-        own, target = values[name]["picture"], values[name]["target"]
-        return Look(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
-
-    session = Session(
-        generator,
-        look("look"),
-        seed=values["seed"],
-        negative=values["negative"],
-        history_blocks=history_blocks,
-        max_latent_frames=values["max_latent_frames"],
-    )
-    if values["decoder"] is not None:
-        session.standing = _standing(session, values, tensors)
-    session.wanted, session.cut = look("wanted"), values["cut"]
-    return session
-
-
-def _standing(session: Session, values: dict[str, Any], tensors: dict[str, Tensor]) -> Standing:
-    text = tensors["condition.text"]
-    condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
-    unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
-    blocks = sorted((int(start), latents) for start, latents in _part(tensors, "kept.").items())
-    caches = session.new_caches()
-    for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
-        keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
-        cache.restore(saved["position"], saved["frames"], keys, kept)
-    stream = session.new_stream(values["scene"], caches, condition, unconditional, None)
-    stream.kept = LatentHistory(stream.plan)
-    for start, latents in blocks:
-        stream.kept.position = start
-        stream.kept.append(latents)
-    stream.pending = blocks[-1][1] if values["pending"] else None
-    decoder = session.generator.new_decoder()
-    decoder.restore(_part(tensors, "decoder."), values["decoder"])
-    return Standing(session.wanted, stream, decoder, values["scene"], values["num_frames"])
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

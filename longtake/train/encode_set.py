@@ -41,7 +41,7 @@ from longtake.data.order import Buckets, Pick
 from longtake.data.samples import Dataset, Sample
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.errors import ConfigError, DataError
-from longtake.inference.generator import load_encoders
+from longtake.inference.pipeline import load_encoders
 from longtake.models.encoder_identity import encoder_files
 from longtake.outputs import check_output_folder, check_own
 from longtake.train.encode import BatchEncoder

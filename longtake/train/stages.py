@@ -16,7 +16,7 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.inference.generator import load_encoders
+from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.folders import image_token_count

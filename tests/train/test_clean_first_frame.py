@@ -19,7 +19,7 @@ from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
-from longtake.inference.generator import load_encoders
+from longtake.inference.pipeline import load_encoders
 from longtake.models.cache import CacheView
 from longtake.models.conditioning import prepare_image
 from longtake.models.dit import VideoDiT
