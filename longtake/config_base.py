@@ -167,7 +167,10 @@ def read_recipe(path: Path, tree: Any = None, above: tuple[Path, ...] = ()) -> t
             f"config {' extends '.join(map(str, (*chain, file)))}: a loop; take one of these `extends` out"
         )
     below, sources = read_recipe(file, above=chain)
-    return _merged(below, own), [*sources, (path, deepcopy(own))]
+    try:
+        return _merged(below, own), [*sources, (path, deepcopy(own))]
+    except RecursionError:
+        raise ConfigError(f"config {path}: a mapping of it holds itself (&, *); write its values out") from None
 
 
 def _merged(below: Any, tree: Any) -> Any:

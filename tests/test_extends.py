@@ -107,3 +107,10 @@ def test_extends_is_a_key_of_files_alone(write, tmp_path, override):
 def test_a_base_alone_is_no_recipe(tmp_path, write):
     with pytest.raises(ConfigError, match="neither `stage:`"):
         load_config(tmp_path / "_base.yaml")
+
+
+def test_mappings_that_hold_themselves_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: &x {b: *x}\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nstage: causal\na: &x {b: *x}\n")
+    with pytest.raises(ConfigError, match="b.yaml: a mapping of it holds itself"):
+        load_config(tmp_path / "b.yaml")
