@@ -1,4 +1,4 @@
-"""The machinery of configuration: strict models, YAML, `a.b=c` overrides, and errors that name key, value and rule.
+"""The machinery of configuration: strict models, YAML, `extends`, `a.b=c` overrides, errors that name key and rule.
 
 It must know no field of any configuration; those are in `longtake/config.py`.
 """

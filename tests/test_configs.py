@@ -44,7 +44,7 @@ def test_each_file_names_only_what_it_changes():
             assert not [key for key, value in own.items() if key in said and said[key] == value], source
             said |= own
             used.add(source.resolve())
-    assert {path for path in CONFIGS.rglob("_*.yaml")} <= used
+    assert {path.resolve() for path in CONFIGS.rglob("_*.yaml")} <= used
 
 
 def test_main_job_runs_on_two_ranks_over_at_least_two_blocks():
