@@ -16,7 +16,16 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config_base import PathText, Settings, read_yaml, set_path, split_override
+from longtake.config_base import (
+    PathText,
+    Settings,
+    Sources,
+    located,
+    read_recipe,
+    said_in,
+    set_path,
+    split_override,
+)
 from longtake.config_groups import (
     CriticConfig,
     DataConfig,
@@ -461,35 +470,44 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig 
     Raises: ConfigError naming every wrong key, its value and the rule.
     """
     path = Path(path)
-    tree = read_yaml(path)
+    tree, sources = read_recipe(path)
+    model: type[StageConfig | JobConfig] = StageConfig
     if "stages" in tree:
-        return _load_job(tree, path, overrides)
-    if "stage" not in tree:
+        model, sources = JobConfig, [*_read_stages(tree, path, sources), *sources]
+    elif "stage" not in tree:
         raise ConfigError(f"config {path} has neither `stage:` (one stage) nor `stages:` (a job); add one of them")
     for override in overrides:
-        set_path(tree, *split_override(override), StageConfig)
-    return StageConfig.from_tree(tree)
+        keys, text = split_override(override)
+        keys = ["stages", *keys] if model is JobConfig and keys[0] in tree["stages"] else keys
+        set_path(tree, keys, text, model)
+        sources.append((path, {}))
+        set_path(sources[-1][1], keys, text, model)
+    for stage in tree["stages"].values() if model is JobConfig else ():
+        if isinstance(stage, dict) and "logdir" in tree:
+            stage.setdefault("logdir", tree["logdir"])
+    try:
+        return model.from_tree(tree)
+    except ConfigError as error:
+        raise located(error, sources) from None
 
 
-def _load_job(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> JobConfig:
+def _read_stages(tree: dict[str, Any], path: Path, sources: Sources) -> Sources:
+    """Puts the recipe of each stage into the `stages` of a job, and returns who says what in them."""
     files = tree["stages"]
     if not isinstance(files, dict) or not files:
         raise ConfigError(f"config {path}: stages must map a name to the YAML file of each stage, got {files!r}")
     if clash := set(files) & set(JobConfig.model_fields):
         raise ConfigError(f"config {path}: a stage cannot be called {min(clash)}, which is a key of the job; rename it")
-    stages: dict[str, Any] = {}
+    found: Sources = []
     for name, file in files.items():
-        stage = read_yaml(path.parent / file) if isinstance(file, str) else file
-        # The log folder of a job has one home, the job; a stage file's own is for running it alone.
-        stages[name] = {k: v for k, v in stage.items() if k != "logdir"} if isinstance(stage, dict) else stage
-    tree["stages"] = stages
-    for override in overrides:
-        keys, text = split_override(override)
-        set_path(tree, ["stages", *keys] if keys[0] in stages else keys, text, JobConfig)
-    for stage in stages.values():
-        if isinstance(stage, dict) and "logdir" in tree:
-            stage.setdefault("logdir", tree["logdir"])
-    return JobConfig.from_tree(tree)
+        where = said_in(sources, ["stages", name, *(["extends"] if isinstance(file, dict) else [])]) or path
+        if isinstance(file, str | dict):
+            stage, said = read_recipe(where, file) if isinstance(file, dict) else read_recipe(where.parent / file)
+            # The log folder of a job has one home, the job; a stage file's own is for running it alone.
+            stage.pop("logdir", None)
+            files[name] = stage
+            found += [(source, {"stages": {name: values}}) for source, values in said]
+    return found
 
 
 def dump(config: Settings) -> str:

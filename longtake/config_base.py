@@ -1,4 +1,4 @@
-"""The machinery of configuration: strict models, YAML, `a.b=c` overrides, and errors that name key, value and rule.
+"""The machinery of configuration: strict models, YAML, `extends`, `a.b=c` overrides, errors that name key and rule.
 
 It must know no field of any configuration; those are in `longtake/config.py`.
 """
@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -132,6 +133,70 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"config {path} must be a mapping of keys to values")
     return tree
+
+
+# The files of a recipe with what each of them says; a later one has the last word.
+Sources = list[tuple[Path, dict[str, Any]]]
+
+
+def read_recipe(path: Path, tree: Any = None, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Sources]:
+    """The mapping in a recipe (or `tree`, a part of one) on top of the file that it `extends`, and who says what.
+
+    Mappings are merged; everything else, null too, replaces what the base says.
+    Raises: ConfigError when a file is missing, holds no mapping, or extends itself.
+    """
+    own = deepcopy(read_yaml(path) if tree is None else tree)
+    base = own.pop("extends", None)
+    if base is None:
+        return own, [(path, deepcopy(own))]
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"config {path}: extends: got {base!r}; must be the path of one YAML file, seen from this one"
+        )
+    try:
+        file = path.parent / _in_full(base)
+    except ValueError as error:
+        raise ConfigError(f"config {path}: extends: {error}") from None
+    if not file.is_file():
+        raise ConfigError(
+            f"config {path} extends {base}, but {file} is no file; a path begins where the file that says it is"
+        )
+    chain = (*above, path)
+    if any(file.samefile(known) for known in chain):
+        raise ConfigError(
+            f"config {' extends '.join(map(str, (*chain, file)))}: a loop; take one of these `extends` out"
+        )
+    below, sources = read_recipe(file, above=chain)
+    try:
+        return _merged(below, own), [*sources, (path, deepcopy(own))]
+    except RecursionError:
+        raise ConfigError(f"config {path}: a mapping of it holds itself (&, *); write its values out") from None
+
+
+def _merged(below: Any, tree: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(tree, dict):
+        return tree
+    return below | {key: _merged(below.get(key), value) for key, value in tree.items()}
+
+
+def said_in(sources: Sources, key: Sequence[str]) -> Path | None:
+    """The file that has the last word on a dotted key; None when no file names it."""
+    for file, tree in reversed(sources):
+        for name in key:
+            tree = tree.get(name, Ellipsis) if isinstance(tree, dict) else Ellipsis
+        if tree is not Ellipsis:
+            return file
+    return None
+
+
+def located(error: ConfigError, sources: Sources) -> ConfigError:
+    """The error with the file of each wrong key, where that is not the recipe itself (the last of `sources`)."""
+    lines = []
+    for line in str(error).splitlines():
+        key = re.match(r"(?:unknown key )?([\w.-]+)", line)
+        file = said_in(sources, key[1].split(".")) if key else None
+        lines.append(line if file in (None, sources[-1][0]) else f"{line} (in {file})")
+    return ConfigError("\n".join(lines))
 
 
 def split_override(override: str) -> tuple[list[str], str]:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from longtake.config import JobConfig, StageConfig, dump, load_config
+from longtake.config_base import read_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(CONFIGS.rglob("[!_]*.yaml"))  # `_*.yaml` are no recipes: others extend them
 
 
 def test_there_are_recipes():
@@ -26,6 +27,24 @@ def test_recipe_is_valid_and_reads_back(path, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == config
     for stage in config.stages.values() if isinstance(config, JobConfig) else [config]:
         assert stage.accumulation(1) >= 1
+
+
+def test_each_file_names_only_what_it_changes():
+    """No value is what the extended file says already, and every file that is no recipe is extended by one."""
+
+    def leaves(tree, path=()):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+    used = set()
+    for file in FILES:
+        said = {}
+        for source, tree in read_recipe(file)[1]:
+            own = dict(leaves(tree))
+            assert not [key for key, value in own.items() if key in said and said[key] == value], source
+            said |= own
+            used.add(source.resolve())
+    assert {path.resolve() for path in CONFIGS.rglob("_*.yaml")} <= used
 
 
 def test_main_job_runs_on_two_ranks_over_at_least_two_blocks():

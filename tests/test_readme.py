@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,15 @@ def test_named_keys_exist(name):
             assert key in known, f"{name}: `{text}` names a key that does not exist"
 
 
-def test_recipes_are_described():
-    for path in (ROOT / "configs").rglob("*.yaml"):
-        assert f"`{path.relative_to(ROOT).as_posix()}`" in DOCS["recipes.md"], path
+def test_the_table_of_recipes_is_what_the_files_say():
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts/recipe_table.py"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout in DOCS["recipes.md"], "python scripts/recipe_table.py prints another one"
+    rows = shown.stdout.splitlines()[2:]
+    assert (
+        len(rows) == len(list((ROOT / "configs").rglob("[!_]*.yaml"))) and len({row.count(" | ") for row in rows}) == 1
+    )
 
 
 # ---- the file tree ----------------------------------------------------------------------------------------------------
