@@ -476,13 +476,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig 
         model, sources = JobConfig, [*_read_stages(tree, path, sources), *sources]
     elif "stage" not in tree:
         raise ConfigError(f"config {path} has neither `stage:` (one stage) nor `stages:` (a job); add one of them")
+    stages = tree["stages"] if model is JobConfig else {}
     for override in overrides:
         keys, text = split_override(override)
-        keys = ["stages", *keys] if model is JobConfig and keys[0] in tree["stages"] else keys
+        keys = ["stages", *keys] if keys[0] in stages else keys
         set_path(tree, keys, text, model)
         sources.append((path, {}))
         set_path(sources[-1][1], keys, text, model)
-    for stage in tree["stages"].values() if model is JobConfig else ():
+    for stage in stages.values():
         if isinstance(stage, dict) and "logdir" in tree:
             stage.setdefault("logdir", tree["logdir"])
     try:

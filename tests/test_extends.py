@@ -49,6 +49,9 @@ def test_a_job_finds_its_stages_from_the_file_that_names_them(write):
     job = load_config(write("job.yaml", {"extends": "sub/job.yaml", "data": None}), ["causal.max_steps=7"])
     assert isinstance(job, JobConfig) and job.data is None
     assert (job.stages["causal"].max_steps, job.stages["causal"].logdir) == (7, "run")
+    for override in ("stages=null", "stages=3", "stages.causal=null"):
+        with pytest.raises(ConfigError, match=r"stages(.causal)?: got"):
+            load_config(write("job.yaml", {"extends": "sub/job.yaml"}), [override])
     write("sub/part.yaml", {"logdir": "r", "stages": {"causal": {"extends": "../causal.yaml", "optim": {"lr": 5e-3}}}})
     part = load_config(write("more.yaml", {"extends": "sub/part.yaml", "stages": {"causal": {"max_steps": 8}}}))
     stage = part.stages["causal"]
