@@ -89,12 +89,15 @@ def raising_at(number):
             hook.remove()
 
 
+@pytest.mark.parametrize("step", [None, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize(
     ("guided", "in_place", "keep_sink", "recorded"),
     [(False, True, False, False), (True, True, True, False), (True, False, True, False), (False, True, True, True)],
 )
-def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded):
-    """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild."""
+def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded, step):
+    """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild. At every call
+    of a module or the cache (`step` 1), or at some of them.
+    """
     denoiser = Denoiser(make_tiny_model(i2v=True))
     model = denoiser.model
     one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
@@ -128,7 +131,7 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
             ends.append(counted[0] - before)
     if recorded:
         denoiser.graphs = CUDAGraphRunner(Tape())
-    for number in [*range(1, ends[-1], max(1, ends[-1] // 16)), *ends]:
+    for number in [*range(1, ends[-1], step or max(1, ends[-1] // 16)), *ends]:
         stream = begun()
         with raising_at(number) as counted:
             for call, result in zip(calls, expected, strict=True):
