@@ -43,7 +43,7 @@ from longtake.errors import LongtakeError
 from longtake.inference.generator import Generator
 from longtake.models.attention import attend, backends
 from longtake.models.vae import VideoVAE
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.train.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

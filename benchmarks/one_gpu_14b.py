@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_files import FULL, TINY, Sizes
+from longtake.condition import Condition
 from longtake.config import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models.dit import VideoDiT
@@ -38,8 +39,7 @@ from longtake.models.presets import PRESETS
 from longtake.models.weights import Opened
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
-from longtake.randomness import Draws
-from longtake.structs import Condition
+from longtake.rng import Draws
 from longtake.train import stages
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.metrics_log import Phases, read_rows

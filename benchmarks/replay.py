@@ -24,18 +24,18 @@ from unittest import mock
 import torch
 
 from benchmarks.random_files import FULL, TINY
+from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout import denoise
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.replay import packed_replay
 from longtake.rollout.self_forcing import RollOut
-from longtake.structs import Condition
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 WAYS = ("blockwise", "joined", "packed")

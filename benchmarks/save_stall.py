@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from benchmarks import full_size
-from longtake.runs import checkpoints_folder, list_checkpoints, verify_checkpoint
+from longtake.run_folder import checkpoints_folder, list_checkpoints, verify_checkpoint
 from longtake.train.metrics_log import read_rows
 
 NAME = "save_stall"

@@ -44,6 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchronize, windows_of
 from benchmarks.random_files import FULL, TINY, Sizes
+from longtake.condition import Condition
 from longtake.config_groups import ParallelConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
@@ -56,7 +57,6 @@ from longtake.models.weights import load_dit
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 from longtake.train.metrics_log import read_rows
 
 PARTS = ("files", "train", "passes", "generate")

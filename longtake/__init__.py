@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheError": "longtake.errors",
     "CheckpointError": "longtake.errors",
-    "Condition": "longtake.structs",
+    "Condition": "longtake.condition",
     "ConfigError": "longtake.errors",
     "DataError": "longtake.errors",
     "Generator": "longtake.inference.generator",
@@ -19,7 +19,7 @@ _HOMES = {
     "TrainingError": "longtake.errors",
     "StreamPlan": "longtake.plan",
     "VideoDiT": "longtake.models.dit",
-    "VideoShape": "longtake.structs",
+    "VideoShape": "longtake.condition",
     "VideoWriter": "longtake.inference.video_io",
     "clip_size": "longtake.data.clips",
     "decode_image": "longtake.data.images",

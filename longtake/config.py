@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from longtake.condition import VideoShape
 from longtake.config_base import (
     PathText,
     Settings,
@@ -49,7 +50,6 @@ from longtake.config_groups import (
 from longtake.config_run import CheckpointConfig, WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
-from longtake.structs import VideoShape
 
 __all__ = [
     *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),

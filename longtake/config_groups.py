@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from longtake.condition import VideoShape
 from longtake.config_base import PathText, Settings
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan, student_sigmas
-from longtake.structs import VideoShape
 
 WorldFormat = Literal["images", "clips", "lmdb"]
 

@@ -15,7 +15,7 @@ from longtake.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from longtake.structs import MaskLayout
+    from longtake.condition import MaskLayout
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 
@@ -151,7 +151,7 @@ class StreamPlan:
     def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
         import torch
 
-        from longtake.structs import MaskLayout
+        from longtake.condition import MaskLayout
 
         self.check(num_frames)
         window_frames, sink_frames = self.window_frames, self.sink_frames

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
+from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
-from longtake.structs import Condition
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -17,7 +17,7 @@ from tiny_stage import stage_tree
 
 from longtake.config import StageConfig
 from longtake.distributed.mesh import Mesh
-from longtake.runs import latest_checkpoint
+from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 

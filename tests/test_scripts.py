@@ -18,7 +18,7 @@ import av
 import pytest
 from safetensors.torch import load_file
 
-from longtake.runs import latest_checkpoint, read_manifest
+from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longtake.condition import Condition, MaskLayout, VideoShape, latent_frames, pixel_frames
 from longtake.errors import ConfigError, ShapeError
 from longtake.plan import StreamPlan
-from longtake.structs import Condition, MaskLayout, VideoShape, latent_frames, pixel_frames
 
 PLANS = st.builds(StreamPlan, st.integers(1, 5), st.integers(1, 6))
 

@@ -25,7 +25,7 @@ from longtake.config import JobConfig, load_config
 from longtake.doctor.estimate import Need
 from longtake.inference.video_io import read_video
 from longtake.models.folders import HUB_REPOSITORIES
-from longtake.runs import latest_checkpoint, read_manifest
+from longtake.run_folder import latest_checkpoint, read_manifest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "recipes.md").read_text()

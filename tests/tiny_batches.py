@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH
 
+from longtake.condition import Condition, MaskLayout
 from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
 from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition, MaskLayout
 
 RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9, 0.75, 0.5))
 

@@ -7,7 +7,7 @@ import torch
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 RANK, ALPHA = 3, 6.0
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.structs import Condition
 
 HEIGHT, WIDTH, IMAGE_TOKENS = 4, 6, 5
 TINY: dict[str, Any] = {

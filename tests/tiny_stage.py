@@ -16,7 +16,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.train.checkpoint import save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from longtake.data.samples import Dataset, Sizes, nearest_size
 from longtake.errors import ConfigError, DataError
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 _UPDATES_A_DRAW = 1024
 

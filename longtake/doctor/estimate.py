@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from longtake.condition import Condition
 from longtake.config import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models import attention
@@ -37,8 +38,7 @@ from longtake.models.weights import Opened
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.long import LongTuning
-from longtake.randomness import Draws
-from longtake.structs import Condition
+from longtake.rng import Draws
 from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics_log import Phases
 from longtake.train.networks import Builder

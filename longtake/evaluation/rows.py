@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longtake.condition import Condition, pixel_frames
 from longtake.data.story import sample_story
 from longtake.data.world import World, sample_world
 from longtake.distributed.mesh import Mesh
@@ -31,7 +32,6 @@ from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition, pixel_frames
 
 _FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from longtake.condition import pixel_frames
 from longtake.config import EvaluationConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
@@ -37,7 +38,6 @@ from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.outputs import check_output_folder
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import pixel_frames
 
 # Shown on the contact sheet, before the students: the story of a run.
 _SHEET_ROWS = ("truth", "teacher", "teacher, causal")

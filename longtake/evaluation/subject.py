@@ -22,7 +22,7 @@ from longtake.models.presets import model_config
 from longtake.models.weights import load_dit
 from longtake.models.widen import widened_as_asked
 from longtake.plan import StreamPlan
-from longtake.runs import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
+from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from longtake.condition import VideoShape
 from longtake.config_generation import GenerationConfig
 from longtake.devices import memory_bytes
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.structs import VideoShape
 
 logger = logging.getLogger(__name__)
 

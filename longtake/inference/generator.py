@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.condition import latent_frames, pixel_frames
 from longtake.config import StageConfig
 from longtake.config_generation import frames_of
 from longtake.errors import ConfigError
@@ -27,7 +28,6 @@ from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.models.conditioning import prepare_image
 from longtake.models.token_split import TokenSplit
 from longtake.outputs import check_output_file
-from longtake.structs import latent_frames, pixel_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.config import StageConfig
 from longtake.config_generation import GenerationConfig
 from longtake.devices import usable_device
@@ -26,7 +27,6 @@ from longtake.models.weights import load_dit, open_dit
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

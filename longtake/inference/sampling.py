@@ -11,16 +11,16 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.flow.path import guided
 from longtake.flow.sampler import euler
 from longtake.flow.schedule import sampling_sigmas
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import RollOutNoise
 from longtake.rollout.stream import stream_switched
-from longtake.structs import Condition
 
 
 def stream_noise(

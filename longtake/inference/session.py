@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
@@ -25,7 +26,6 @@ from longtake.models.encoders import DecoderSession
 from longtake.rollout.denoise import Guidance
 from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream
-from longtake.structs import Condition
 
 if TYPE_CHECKING:
     import numpy as np

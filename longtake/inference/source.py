@@ -15,7 +15,7 @@ from longtake.config import TOY, TOY_ASSETS, StageConfig
 from longtake.config_generation import GenerationConfig, generation_settings, read_rules
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.folders import find_encoders, find_weights
-from longtake.runs import exported_weights, find_checkpoint, read_manifest
+from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
 
 TOY_STUDENT = TOY_ASSETS / "student"
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.condition import Condition
 from longtake.errors import CacheError, ConfigError, ShapeError
-from longtake.structs import Condition
 
 
 class PinnedSlots:

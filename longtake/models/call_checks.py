@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
 from longtake.models.cache import CacheView, KVCache
-from longtake.structs import Condition, MaskLayout
 
 if TYPE_CHECKING:
     from longtake.models.sizes import DiTConfig

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.data.images import fit_image, open_image, upright_rgb
 from longtake.errors import DataError, ShapeError
 from longtake.models.encoders import Encoders, VideoVAE
-from longtake.structs import Condition
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

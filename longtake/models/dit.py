@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
 from longtake.models import attention
 from longtake.models.block import Block, run_block
@@ -29,7 +30,6 @@ from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_
 from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import WHOLE, Share, check_heads
 from longtake.plan import StreamPlan
-from longtake.structs import Condition, MaskLayout
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from longtake.condition import MaskLayout
     from longtake.config import LoraConfig
     from longtake.models.sizes import DiTConfig
-    from longtake.structs import MaskLayout
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
 

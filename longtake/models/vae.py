@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.condition import pixel_frames
 from longtake.errors import CheckpointError, ShapeError
 from longtake.models.attention import ONE_THREAD
 from longtake.models.original_encoders import load_vae_module
 from longtake.models.pretrained import check_folder, load_strictly
-from longtake.structs import pixel_frames
 
 # A guard against searching for ever, not a size of any model: Wan2.1 needs 29.
 _MAX_STEADY_INDEX = 512

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from longtake.condition import Condition
 from longtake.flow.path import add_noise, clean_from_velocity, guided, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
@@ -20,10 +21,9 @@ from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
-from longtake.structs import Condition
 
 
 @dataclass(frozen=True)

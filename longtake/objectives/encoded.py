@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtake.structs import Condition
+from longtake.condition import Condition
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from longtake.condition import Condition
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult
 from longtake.objectives.encoded import EncodedBatch
-from longtake.randomness import Draws
-from longtake.structs import Condition
+from longtake.rng import Draws
 
 
 def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Tensor:

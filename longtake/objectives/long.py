@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError, DataError
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
 from longtake.rollout.self_forcing import RollOut
-from longtake.structs import Condition
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from longtake.condition import Condition, MaskLayout
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import remake
-from longtake.structs import Condition, MaskLayout
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 

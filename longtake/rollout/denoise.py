@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.condition import Condition
 from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
 from longtake.rollout.replay import ExitStep, exits_with_grad, hold_until_backward
-from longtake.structs import Condition
 
 # noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
 BlockNoise = Callable[[int], Tensor]

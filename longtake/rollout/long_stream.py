@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.replay import ExitStep
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
-from longtake.structs import Condition
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block
-from longtake.structs import Condition
 
 
 class LatentHistory:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from longtake.condition import Condition, MaskLayout
 from longtake.flow.path import clean_from_velocity
 from longtake.models.cache import CacheView, PinnedSlots
 from longtake.models.dit import VideoDiT
-from longtake.structs import Condition, MaskLayout
 
 
 def packed_replay(

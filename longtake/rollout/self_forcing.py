@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.flow.path import add_noise
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.replay import ExitStep
-from longtake.structs import Condition
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]
 RollOutNoise = Callable[[int, int, int], Tensor]

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
-from longtake.structs import Condition
 
 
 class LatentStream(Iterator[Tensor]):

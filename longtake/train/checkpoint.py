@@ -3,7 +3,7 @@
 Reading uses torch's safetensors reader and writing `longtake.train.shard_files`, so that a checkpoint holds no pickle
 at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
 everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
-rank gathers anything. The layout on disk belongs to `longtake.runs`, saving beside the training to `train.saver`.
+rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside the training to `train.saver`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.lora_files import Adapter, write_adapter
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import clean_name, config_to_json
-from longtake.runs import latest_checkpoint
+from longtake.run_folder import latest_checkpoint
 from longtake.train.facts import compare_facts, flat
 from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.train.staging import local

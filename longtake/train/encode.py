@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longtake.condition import Condition, VideoShape
 from longtake.data.encoded import EncodedRows
 from longtake.data.loader import Batch, Loader, collate
 from longtake.data.order import Pick
@@ -24,7 +25,6 @@ from longtake.errors import DataError
 from longtake.models.conditioning import condition_frames, with_mask
 from longtake.models.encoders import Encoders
 from longtake.objectives.encoded import EncodedBatch
-from longtake.structs import Condition, VideoShape
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import average_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
-from longtake.runs import checkpoints_folder
+from longtake.run_folder import checkpoints_folder
 from longtake.train.checkpoint import resume
 from longtake.train.gauges import Gauges, Trace
 from longtake.train.metrics_log import MetricsLog, Phases

@@ -21,8 +21,8 @@ from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora,
 from longtake.models.lora_files import Adapter, Base, read_lora
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import Opened
-from longtake.randomness import Draws
-from longtake.runs import LORA, checkpoint_name, checkpoints_folder
+from longtake.rng import Draws
+from longtake.run_folder import LORA, checkpoint_name, checkpoints_folder
 
 logger = logging.getLogger(__name__)
 

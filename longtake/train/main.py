@@ -12,7 +12,7 @@ from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate
 from longtake.outputs import check_output_folder
-from longtake.runs import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
+from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.train.lock import only_run
 from longtake.train.stages import run_stage
 

@@ -36,7 +36,7 @@ from longtake.models.weights import Opened, open_weights
 from longtake.models.widen import opened_as_asked
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.runs import read_manifest
+from longtake.run_folder import read_manifest
 from longtake.train.facts import facts
 from longtake.train.lora import adapt, earlier_values, first_values
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.train.checkpoint import Snapshot, check_space, write_checkpoint, written_here

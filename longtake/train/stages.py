@@ -29,10 +29,10 @@ from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import PictureCodec
-from longtake.runs import checkpoints_folder
+from longtake.run_folder import checkpoints_folder
 from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings
 from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder

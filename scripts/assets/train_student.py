@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
+from longtake.condition import Condition, MaskLayout
 from longtake.config import StageConfig, load_config
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
@@ -34,10 +35,9 @@ from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition, MaskLayout
 
 
 class DeviceDraws(Draws):

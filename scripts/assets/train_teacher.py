@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from gpu_loop import TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.block import Block
@@ -30,7 +31,6 @@ from longtake.models.encoders import Encoders
 from longtake.models.presets import PRESETS, shapes_of
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import load_dit
-from longtake.structs import Condition
 
 MOST_PARAMETERS = 2_400_000
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.condition import pixel_frames
 from longtake.data.story import sample_story
 from longtake.data.world import CROSS_WIDTH, REACH, SHAPES, SIZE, World, sample_world
 from longtake.models.encoders import Encoders
-from longtake.structs import pixel_frames
 
 TRAIN_SEED = 0
 WANTED_SEED = 10_000  # candidate k for a world as wanted is of the list with seed WANTED_SEED + k; held-out ones differ

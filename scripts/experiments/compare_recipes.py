@@ -196,7 +196,7 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
     from longtake.evaluation.world_metrics import summarise
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
-    from longtake.runs import exported_weights, find_checkpoint, read_manifest
+    from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
 
     checkpoint = find_checkpoint(stage)
     manifest = read_manifest(checkpoint)

@@ -29,6 +29,7 @@ def score(
     """The scores of one folder of weights."""
     import torch
 
+    from longtake.condition import pixel_frames
     from longtake.config import TOY_ASSETS, StageConfig, load_config
     from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
@@ -37,7 +38,6 @@ def score(
     from longtake.evaluation.world_metrics import summarise
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
-    from longtake.structs import pixel_frames
 
     torch.set_num_threads(1)
     config = load_config(Path(__file__).resolve().parents[2] / "configs/toy/distill.yaml")

@@ -66,7 +66,7 @@ def test_the_stage_at_full_size_is_the_recipe(full_size, tmp_path):
 
 
 def test_each_exit_step_has_a_generator_update(full_size):
-    from longtake.randomness import Draws
+    from longtake.rng import Draws
 
     draws = Draws(full_size.telling_seed(20))
     assert {draws.integer(step, "exit_step", 0, 4) for step in (5, 10, 15, 20)} == {0, 1, 2, 3}

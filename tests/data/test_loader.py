@@ -11,7 +11,7 @@ from longtake.data.loader import Loader, collate
 from longtake.data.order import batch_rows, order, sample_at
 from longtake.data.samples import Sample
 from longtake.errors import ConfigError, DataError
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 
 class Memory:

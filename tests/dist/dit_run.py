@@ -33,7 +33,7 @@ from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.self_forcing import roll_out
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings

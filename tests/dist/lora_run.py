@@ -19,7 +19,7 @@ from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import factors
 from longtake.objectives.dmd import Dmd, DmdSettings
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train

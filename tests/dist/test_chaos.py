@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.train.metrics_log import read_rows
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from longtake.models.lora_files import Base, write_adapter
 from longtake.models.model_json import config_to_json, write_config
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import save_dit
-from longtake.runs import latest_checkpoint
+from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows
 
 LARGE = DiTConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=8, text_dim=64, text_len=8)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from longtake.distributed.mesh import Mesh
-from longtake.runs import exported_weights, latest_checkpoint
+from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train.metrics_log import read_rows
 
 MESHES = {

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from longtake.distributed.mesh import Mesh
-from longtake.runs import latest_checkpoint, read_manifest
+from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_stage import save_student, stage_config
 
 from longtake import Generator
+from longtake.condition import pixel_frames
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
@@ -20,8 +21,7 @@ from longtake.inference.source import Source
 from longtake.inference.video_io import read_video
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.encoders import Encoders, ImageEncoder
-from longtake.runs import exported_weights, find_checkpoint
-from longtake.structs import pixel_frames
+from longtake.run_folder import exported_weights, find_checkpoint
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

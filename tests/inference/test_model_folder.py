@@ -24,7 +24,7 @@ from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
 from longtake.models.weights import save_dit, to_diffusers_key
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -9,12 +9,12 @@ import torch
 from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator, open_session, take
 from torch._subclasses.fake_tensor import FakeTensor
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError, DataError
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.rollout.denoise import Guidance, commit_block, denoise_block
-from longtake.structs import Condition
 
 
 @pytest.fixture(scope="module")

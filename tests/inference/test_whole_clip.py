@@ -17,7 +17,7 @@ from longtake.data.world import sample_world
 from longtake.errors import ConfigError
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.weights import save_dit
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.condition import MaskLayout
 from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import MaskLayout
 
 PLAN = StreamPlan(2, 1)
 LAYOUTS = {

@@ -12,6 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longtake.condition import Condition
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.block import CrossAttention
@@ -19,7 +20,6 @@ from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 ROPES = ("absolute", "relative")
 

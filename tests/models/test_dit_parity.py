@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -17,7 +18,6 @@ from longtake.models.sizes import DiTConfig
 from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}

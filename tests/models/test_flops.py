@@ -15,7 +15,7 @@ from longtake.models.lora import add_lora, targets_of
 from longtake.models.lora_files import Adapter, Base
 from longtake.models.presets import PRESETS
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)

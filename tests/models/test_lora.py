@@ -20,7 +20,7 @@ from longtake.models.presets import PRESETS
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 
 ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} | {"ffn.0", "ffn.2"}

@@ -9,7 +9,7 @@ from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import add_lora, first_factors, inject_lora
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 
 NAMES = ("generator", "critic")

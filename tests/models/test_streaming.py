@@ -11,13 +11,13 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from torch import Tensor
 
+from longtake.condition import Condition
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 # (first, block, frames), window, sink: with and without eviction, sinks inside, at and across block boundaries
 PLANS = [((3, 3, 12), w, s) for w, s in ((None, 0), (6, 0), (7, 1), (6, 3), (9, 3), (8, 5), (12, 3), (20, 0))]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents
 
+from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.models.widen import widen
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 
 def wide_config(model: VideoDiT, **changes) -> DiTConfig:

@@ -14,7 +14,7 @@ from longtake.errors import TrainingError
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan, warp
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.train.loop import nonfinite
 

@@ -10,7 +10,7 @@ from tiny_models import make_tiny_model
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 
 

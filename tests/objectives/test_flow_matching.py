@@ -9,7 +9,7 @@ from longtake.errors import TrainingError
 from longtake.flow.path import add_noise
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.flow_matching import FlowMatching, clip_sigma, drop_captions
-from longtake.randomness import Draws
+from longtake.rng import Draws
 
 
 def objective(model, *, dropout=0.0, clean=False, seed=3):

@@ -13,7 +13,7 @@ from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.train.long_batches import LongBatches
 

@@ -11,12 +11,12 @@ from test_dmd import make_dmd, watched
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
+from longtake.condition import Condition
 from longtake.models.encoders import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
-from longtake.structs import Condition
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -10,7 +10,7 @@ from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.rollout.self_forcing import remake, roll_out
 

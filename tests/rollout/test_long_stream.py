@@ -12,7 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_stream import LongStream, Switch
 from longtake.rollout.recache import LatentHistory, recache

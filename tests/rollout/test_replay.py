@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.flow.path import clean_from_velocity
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.replay import packed_replay, recompute_on_backward
 from longtake.rollout.self_forcing import roll_out

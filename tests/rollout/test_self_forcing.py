@@ -7,14 +7,14 @@ import torch
 from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
+from longtake.condition import pixel_frames
 from longtake.errors import CacheError, ConfigError
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, denoise_block
 from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import stream_latents
-from longtake.structs import pixel_frames
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 SIZE = (4, 6)

@@ -16,7 +16,7 @@ from longtake.models.flops import Work, forward
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.randomness import Draws
+from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 

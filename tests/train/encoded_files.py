@@ -7,7 +7,7 @@ from tiny_stage import TEACHER, make_model, stage_config
 
 from longtake.models.encoders import TextEncoder
 from longtake.models.weights import save_dit
-from longtake.runs import latest_checkpoint
+from longtake.run_folder import latest_checkpoint
 
 ROWS = 6
 

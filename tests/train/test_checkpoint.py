@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from tiny_stage import save_student, stage_config
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.published import open_published

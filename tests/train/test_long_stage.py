@@ -15,7 +15,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
 from longtake.models.text_encoder import TextEncoder
 from longtake.objectives.long import LongTuning
-from longtake.runs import exported_weights, latest_checkpoint
+from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.picture_codec import EncoderCodec

@@ -17,7 +17,7 @@ from fake_ranks import on_ranks
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
-from longtake.runs import latest_checkpoint, read_manifest
+from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
 from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows

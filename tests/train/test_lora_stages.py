@@ -17,7 +17,7 @@ from longtake.models.lora import factors
 from longtake.models.lora_files import BASE, CONFIG, WEIGHTS
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
-from longtake.runs import exported_weights, latest_checkpoint, read_manifest
+from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
 

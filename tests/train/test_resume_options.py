@@ -8,7 +8,7 @@ import tiny_run
 import torch
 from tiny_stage import stage_config, stage_tree
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.config import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.distributed.mesh import Mesh

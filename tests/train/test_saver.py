@@ -14,7 +14,7 @@ import tiny_run
 import torch
 from safetensors import safe_open
 
-from longtake import runs
+from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.train import checkpoint, saver

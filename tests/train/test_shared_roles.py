@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_stage import make_model, stage_config
 
+from longtake.condition import Condition
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.lora_files import WEIGHTS, read_base
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import load_dit, save_dit
-from longtake.runs import exported_weights, latest_checkpoint
-from longtake.structs import Condition
+from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train import networks as train_networks
 from longtake.train.metrics_log import read_rows
 from longtake.train.networks import build_networks

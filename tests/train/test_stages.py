@@ -20,7 +20,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.encoders import ImageEncoder
 from longtake.models.weights import config_to_json, save_dit
-from longtake.runs import exported_weights, latest_checkpoint, read_manifest, student_stages
+from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.train.main import run_job
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
