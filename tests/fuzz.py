@@ -192,7 +192,7 @@ class Fuzz:
         (self.work.parent / "typed").write_bytes(case.typed.encode("utf-8", "surrogateescape"))
 
         def command() -> None:
-            from longtake import cli
+            from longtake.cli import app as cli
 
             os.dup2(os.open(self.work.parent / "typed", os.O_RDONLY), 0)
             sys.stdin = open(0, errors="surrogateescape", closefd=False)  # noqa: SIM115
@@ -253,14 +253,14 @@ def _state(folder: Path) -> dict[str, tuple]:
 def _commands() -> dict:
     import typer
 
-    from longtake.cli import app
+    from longtake.cli.app import app
 
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def _kind(command: str, parameter: str) -> type:
     """The type of a parameter, that of one value where there may be several or none."""
-    from longtake.cli import app
+    from longtake.cli.app import app
 
     functions = {entry.name or entry.callback.__name__: entry.callback for entry in app.registered_commands}
     kind = get_type_hints(functions[command])[parameter]
@@ -350,7 +350,7 @@ def main() -> None:
 
 
 PRELOADED = [
-    "torch", "av", "PIL.Image", "diffusers", "transformers", "safetensors.torch", "lmdb", "tiny_stage", "longtake.cli", "longtake.inference.script",
+    "torch", "av", "PIL.Image", "diffusers", "transformers", "safetensors.torch", "lmdb", "tiny_stage", "longtake.cli.app", "longtake.inference.script",
     "longtake.inference.batch", "longtake.inference.export", "longtake.inference.play", "longtake.evaluation.run", "longtake.doctor.run",
     "longtake.models.convert", "longtake.train.main", "longtake.train.encode_set", "longtake.data.world_files", "fuzz_inputs",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from longtake import cli
+from longtake.cli import app as cli
 from longtake.config import JobConfig, StageConfig, load_config
 from longtake.config_base import describe
 from longtake.errors import DataError
@@ -280,7 +280,7 @@ def timed(*arguments):
 
 
 def test_help_imports_no_torch_and_is_quick():
-    program = "import sys; sys.argv=['longtake', '--help']\nfrom longtake.cli import main\n"
+    program = "import sys; sys.argv=['longtake', '--help']\nfrom longtake.cli.app import main\n"
     program += "try: main()\nexcept SystemExit: pass\n"
     program += "heavy = {'torch', 'diffusers', 'transformers', 'av', 'lmdb', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     assert "generate" in timed("-c", program)[1].stdout

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from longtake.cli import app
-from longtake.cli_common import _told
+from longtake.cli.app import app
+from longtake.cli.common import _told
 from longtake.errors import ConfigError, OutputError
 from longtake.inference.video_io import VideoWriter, read_video
 from longtake.models.tensor_files import save_tensors

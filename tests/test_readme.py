@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from longtake import cli
+from longtake.cli import app as cli
 from longtake.config import JobConfig, StageConfig, load_config
 from longtake.config_base import describe
 

@@ -20,7 +20,7 @@ import tiny_wan
 import torch
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config import JobConfig, load_config
 from longtake.doctor.estimate import Need
 from longtake.inference.video_io import read_video

@@ -11,7 +11,7 @@ import tiny_wan
 import torch
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config import JobConfig, StageConfig, load_config
 from longtake.data.encoded import read_index
 from longtake.doctor.estimate import stage_need

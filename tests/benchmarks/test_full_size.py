@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config import load_config
 
 pytest.importorskip("lmdb")

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError

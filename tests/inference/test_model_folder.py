@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
 
 from longtake import Generator
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config import load_config
 from longtake.config_generation import GenerationConfig, changes_of, generation_settings
 from longtake.data.world import sample_world

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_sessions import OTHER, PICTURE, A, B, make_generator
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.errors import DataError
 from longtake.inference import generator as generator_module
 from longtake.inference.play import Keyboard, Player, play

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator
 from typer.testing import CliRunner
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config_generation import generation_settings
 from longtake.errors import ConfigError, DataError
 from longtake.inference import script as module

@@ -10,7 +10,7 @@ from tiny_stage import TEACHER, make_model
 from typer.testing import CliRunner
 
 from longtake import Generator
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config_generation import GenerationConfig
 from longtake.data.formats import open_dataset
 from longtake.data.world import sample_world

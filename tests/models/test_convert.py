@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import randomize
 
 import longtake.models.weights as weights
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.config import TOY_ASSETS
 from longtake.errors import CheckpointError, ConfigError, OutputError
 from longtake.models.convert import convert

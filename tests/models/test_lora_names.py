@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from test_published import same
 
-from longtake.cli import app
+from longtake.cli.app import app
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tiny_stage import stage_config, stage_tree
 from typer.testing import CliRunner
 
-from longtake import cli
+from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.data.world import sample_world

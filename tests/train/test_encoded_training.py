@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_stage import stage_tree
 from typer.testing import CliRunner
 
-from longtake import cli
+from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh

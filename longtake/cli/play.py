@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.cli_common import clean_errors, given_options, source_of
+from longtake.cli.common import clean_errors, given_options, source_of
 
 
 def play(

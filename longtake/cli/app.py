@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli_common import EXIT_ERROR, clean_errors, given_options, source_of
-from longtake.cli_play import play
-from longtake.cli_world import evaluate, world
+from longtake.cli.common import EXIT_ERROR, clean_errors, given_options, source_of
+from longtake.cli.play import play
+from longtake.cli.toy import evaluate, world
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
 
