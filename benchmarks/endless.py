@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longtake.config_generation import changes_of, read_stage
+from longtake.config.generation import changes_of, read_stage
 from longtake.data.world import sample_world
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session

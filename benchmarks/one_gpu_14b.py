@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.condition import Condition
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models.dit import VideoDiT
 from longtake.models.presets import PRESETS

@@ -45,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchronize, windows_of
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.condition import Condition
-from longtake.config_groups import ParallelConfig
+from longtake.config.groups import ParallelConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator

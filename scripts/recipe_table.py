@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from longtake.config import StageConfig, load_config
+from longtake.config.stage import StageConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STATED = {

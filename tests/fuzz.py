@@ -156,8 +156,8 @@ class Fuzz:
         return Case(words, typed)
 
     def _recipe(self, random: Random, number: int) -> Case:
-        from longtake.config import JobConfig, StageConfig
-        from longtake.config_base import describe
+        from longtake.config.base import describe
+        from longtake.config.stage import JobConfig, StageConfig
 
         file = random.choice(["stage.yaml", "stage.yaml", "distill.yaml", "job.yaml", "story.yaml"])
         tree = yaml.safe_load((self.work / file).read_text())
@@ -277,8 +277,8 @@ def _give(words: list[str], parameter, kind: type, random: Random) -> None:
         value = random.choice(list(kind)).value
     if "Argument" in type(parameter).__name__:
         if parameter.name == "overrides":
-            from longtake.config import StageConfig
-            from longtake.config_base import describe
+            from longtake.config.base import describe
+            from longtake.config.stage import StageConfig
 
             keys = [key for key, *_ in describe(StageConfig) if "num_worlds" not in key and "max_steps" not in key]
             words.append(f"{random.choice(keys)}={random.choice(TEXTS + NUMBERS + PATHS)}")

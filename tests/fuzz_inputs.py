@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders, stage_tree
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.world_files import write_world
 from longtake.inference.export import export
 from longtake.models.lora import factors

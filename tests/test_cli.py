@@ -12,8 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from longtake.cli import app as cli
-from longtake.config import JobConfig, StageConfig, load_config
-from longtake.config_base import describe
+from longtake.config.base import describe
+from longtake.config.stage import JobConfig, StageConfig, load_config
 from longtake.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -290,5 +290,5 @@ def test_help_imports_no_torch_and_is_quick():
 
 
 def test_check_imports_no_torch():
-    program = "import sys\nfrom longtake.config import load_config\nload_config('configs/toy/i2v.yaml')\n"
+    program = "import sys\nfrom longtake.config.stage import load_config\nload_config('configs/toy/i2v.yaml')\n"
     timed("-c", program + "assert 'torch' not in sys.modules")

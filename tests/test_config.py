@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longtake.config import (
+from longtake.config.base import describe
+from longtake.config.stage import (
     TOY_ASSETS,
     CriticConfig,
     JobConfig,
@@ -15,7 +16,6 @@ from longtake.config import (
     load_config,
     resolve_source,
 )
-from longtake.config_base import describe
 from longtake.errors import ConfigError
 
 STAGE = {

@@ -5,8 +5,8 @@ import os
 import pytest
 import yaml
 
-from longtake.config import load_config
-from longtake.config_base import parse_yaml
+from longtake.config.base import parse_yaml
+from longtake.config.stage import load_config
 from longtake.errors import ConfigError
 
 DISTILL = {"stage": "distill", "name": "s", "logdir": "out", "init_from": "toy", "teacher": "toy", "max_steps": 10}

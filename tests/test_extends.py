@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from longtake.config import JobConfig, StageConfig, dump, load_config
-from longtake.config_base import read_recipe
-from longtake.config_generation import read_stage
+from longtake.config.base import read_recipe
+from longtake.config.generation import read_stage
+from longtake.config.stage import JobConfig, StageConfig, dump, load_config
 from longtake.errors import ConfigError
 
 

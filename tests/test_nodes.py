@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_stage import stage_tree
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows

@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from longtake.cli import app as cli
-from longtake.config import JobConfig, StageConfig, load_config
-from longtake.config_base import describe
+from longtake.config.base import describe
+from longtake.config.stage import JobConfig, StageConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

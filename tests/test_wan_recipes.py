@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config import JobConfig, StageConfig, load_config
+from longtake.config.stage import JobConfig, StageConfig, load_config
 from longtake.data.encoded import read_index
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tiny_stage import TEACHER, make_encoders, make_model
 
-from longtake.config_generation import generation_settings
+from longtake.config.generation import generation_settings
 from longtake.data.world import sample_world
 from longtake.inference.generator import Generator
 from longtake.models.encoders import Encoders

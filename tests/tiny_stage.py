@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny_models import randomize
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh
 from longtake.models import toy

@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Train a stage, or run a whole job; an interrupted run goes on from its last checkpoint."""
     with clean_errors(context):
-        from longtake.config import dump, load_config
+        from longtake.config.stage import dump, load_config
 
         resolved = load_config(config, [*(overrides or []), *_override("logdir", logdir)])
         if check:
@@ -109,7 +109,7 @@ def encode(
 ) -> None:
     """Encode the data of a stage once, so that training from it loads no encoder."""
     with clean_errors(context):
-        from longtake.config import StageConfig, load_config
+        from longtake.config.stage import StageConfig, load_config
 
         resolved = load_config(config, overrides or [])
         if not isinstance(resolved, StageConfig):
@@ -182,7 +182,7 @@ def generate(
     """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
         _check_generate(run, model, encoders or config, image, prompt, inputs or script, seconds, frames)
-        from longtake.config_generation import changes_of
+        from longtake.config.generation import changes_of
 
         rules = {"height": height, "width": width, "fps": fps, "steps": steps, "shift": shift, "block": block}
         rules |= {"window": window, "sink": sink, "rope": rope, "guidance": guidance, "dtype": dtype}
@@ -274,7 +274,7 @@ def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_R
 
 
 def _parallel(sequence: int | None) -> Any:
-    from longtake.config_groups import ParallelConfig
+    from longtake.config.groups import ParallelConfig
 
     return ParallelConfig.from_tree(given_options(sequence=sequence))
 
@@ -299,7 +299,7 @@ def _check_generate(
         raise ConfigError(
             "give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs), or --script"
         )
-    from longtake.config_generation import frames_of
+    from longtake.config.generation import frames_of
 
     frames_of(frames, seconds, 1)
 
@@ -386,8 +386,8 @@ def show_config(
 ) -> None:
     """List every key of a configuration file with its type, default and meaning."""
     with clean_errors(context):
-        from longtake.config import JobConfig, StageConfig
-        from longtake.config_base import describe
+        from longtake.config.base import describe
+        from longtake.config.stage import JobConfig, StageConfig
 
         for key, annotation, default, description in describe(StageConfig if kind is ConfigKind.stage else JobConfig):
             value = "required" if default is ... else json.dumps(default)

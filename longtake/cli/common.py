@@ -67,7 +67,7 @@ def source_of(
     run: Path | None, model: str | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
 ) -> Any:
     """Where a command's weights are and by which rules they stream. Raises: as `Source.of_run`, `Source.of_model`."""
-    from longtake.config_generation import read_stage
+    from longtake.config.generation import read_stage
     from longtake.inference.generator import Source
 
     if run is not None:

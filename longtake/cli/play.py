@@ -36,7 +36,7 @@ def play(
     ] = False,
 ) -> None:
     """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
-    from longtake.config_generation import changes_of, frames_of
+    from longtake.config.generation import changes_of, frames_of
     from longtake.errors import ConfigError
     from longtake.outputs import check_output_file, free_name
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longtake.config_groups import ParallelConfig
+from longtake.config.groups import ParallelConfig
 from longtake.devices import usable_device
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError

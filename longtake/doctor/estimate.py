@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.condition import Condition
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models import attention
 from longtake.models.block import Block

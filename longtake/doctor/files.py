@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from longtake.config import JobConfig, StageConfig, is_path
+from longtake.config.stage import JobConfig, StageConfig, is_path
 from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.estimate import Sizes

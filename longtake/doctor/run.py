@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.config import JobConfig, StageConfig, load_config
+from longtake.config.stage import JobConfig, StageConfig, load_config
 from longtake.devices import DEVICES, find_device
 from longtake.doctor.estimate import Need, stage_need
 from longtake.doctor.files import Findings, look_at

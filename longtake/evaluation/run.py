@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from longtake.condition import pixel_frames
-from longtake.config import EvaluationConfig
+from longtake.config.stage import EvaluationConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.errors import ConfigError

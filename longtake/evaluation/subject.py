@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from longtake.config import TOY, TOY_ASSETS, StageConfig, resolve_source
+from longtake.config.stage import TOY, TOY_ASSETS, StageConfig, resolve_source
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtake.config_generation import frames_of
+from longtake.config.generation import frames_of
 from longtake.data.file_rows import FileRow, list_files, prompts_of, read_jsonl
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import GenerationReport, Generator, Source, num_pixel_frames

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from longtake.config_generation import write_rules
+from longtake.config.generation import write_rules
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
 from longtake.models.convert import WEIGHT_FILES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from longtake.condition import VideoShape
-from longtake.config_generation import GenerationConfig
+from longtake.config.generation import GenerationConfig
 from longtake.devices import memory_bytes
 from longtake.errors import ConfigError
 from longtake.inference.source import Source

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from longtake.condition import latent_frames, pixel_frames
-from longtake.config import StageConfig
-from longtake.config_generation import frames_of
+from longtake.config.generation import frames_of
+from longtake.config.stage import StageConfig
 from longtake.errors import ConfigError
 from longtake.inference.fit import check_memory
 from longtake.inference.frames import Frames, fetched, to_frames

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.config import StageConfig
-from longtake.config_generation import GenerationConfig
+from longtake.config.generation import GenerationConfig
+from longtake.config.stage import StageConfig
 from longtake.devices import usable_device
 from longtake.errors import ConfigError
 from longtake.inference.fit import check_fit

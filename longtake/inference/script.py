@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings, read_yaml
-from longtake.config_generation import MAX_FRAMES, GenerationConfig, frames_of
+from longtake.config.base import Settings, read_yaml
+from longtake.config.generation import MAX_FRAMES, GenerationConfig, frames_of
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, fetched
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks

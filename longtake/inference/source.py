@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.config import TOY, TOY_ASSETS, StageConfig
-from longtake.config_generation import GenerationConfig, generation_settings, read_rules
+from longtake.config.generation import GenerationConfig, generation_settings, read_rules
+from longtake.config.stage import TOY, TOY_ASSETS, StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.folders import find_encoders, find_weights
 from longtake.run_folder import exported_weights, find_checkpoint, read_manifest

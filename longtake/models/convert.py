@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longtake.config_generation import RULES_FILE
+from longtake.config.generation import RULES_FILE
 from longtake.errors import ConfigError
 from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.models.names import to_diffusers_key

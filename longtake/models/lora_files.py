@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.config import TOY, resolve_source
+from longtake.config.stage import TOY, resolve_source
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.file_kind import is_pickled
 from longtake.models.folders import PICKLED, SAFETENSORS, files_in

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from longtake.config_groups import ModelConfig
+from longtake.config.groups import ModelConfig
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.presets import model_config

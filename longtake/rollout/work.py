@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from longtake.config import LoraConfig, StageConfig
+from longtake.config.stage import LoraConfig, StageConfig
 from longtake.models.flops import Call, Work, backward, forward
 from longtake.models.sizes import DiTConfig
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import (
     EMPTY_TEXT,
     FORMAT,

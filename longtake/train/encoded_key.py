@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows, differences
 from longtake.distributed.mesh import Mesh
 from longtake.errors import DataError

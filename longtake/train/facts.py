@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.errors import CheckpointError

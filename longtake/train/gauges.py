@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from longtake.config import StageConfig
-from longtake.config_groups import ProfileConfig
+from longtake.config.groups import ProfileConfig
+from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.distributed.mesh import Mesh
 from longtake.models.sizes import DiTConfig

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.config import TOY, StageConfig
-from longtake.config_groups import LoraConfig
+from longtake.config.groups import LoraConfig
+from longtake.config.stage import TOY, StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT

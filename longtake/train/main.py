@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from longtake.config import JobConfig, StageConfig, dump
+from longtake.config.stage import JobConfig, StageConfig, dump
 from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate

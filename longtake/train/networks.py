@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.config import StageConfig
-from longtake.config_groups import LoraConfig, ModelConfig
+from longtake.config.groups import LoraConfig, ModelConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh
 from longtake.distributed.parallelize import gathered, parallelize

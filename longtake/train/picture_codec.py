@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.models.conditioning import condition_frames
 from longtake.models.encoders import Encoders
 from longtake.models.folders import encoder_paths

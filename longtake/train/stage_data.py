@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from longtake.config import StageConfig, dump
-from longtake.config_groups import CriticConfig, OptimConfig
+from longtake.config.groups import CriticConfig, OptimConfig
+from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.world import SIZE
 from longtake.distributed.mesh import Mesh
 from longtake.evaluation import report

@@ -23,7 +23,7 @@ from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
-from longtake.config import StageConfig, load_config
+from longtake.config.stage import StageConfig, load_config
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
 from longtake.models.contexts import MaskedContext

@@ -30,7 +30,7 @@ def score(
     import torch
 
     from longtake.condition import pixel_frames
-    from longtake.config import TOY_ASSETS, StageConfig, load_config
+    from longtake.config.stage import TOY_ASSETS, StageConfig, load_config
     from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 from tiny_models import make_tiny_condition, make_tiny_model
 
-from longtake.config_groups import ParallelConfig
+from longtake.config.groups import ParallelConfig
 from longtake.distributed.mesh import init_mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 

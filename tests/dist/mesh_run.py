@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_stage import stage_tree
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator, Source

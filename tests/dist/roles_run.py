@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import torch
 from tiny_stage import make_workshop, stage_config
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.train.stages import run_stage
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_model, relative_error
 
-from longtake.config_groups import ParallelConfig
+from longtake.config.groups import ParallelConfig
 from longtake.distributed.mesh import init_mesh
 from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError

@@ -10,7 +10,7 @@ import torch
 from fake_ranks import FakeMesh
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
-from longtake.config_groups import ParallelConfig
+from longtake.config.groups import ParallelConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.execution import Execution

@@ -13,7 +13,7 @@ from tiny_stage import TEACHER, save_student, stage_config, stage_tree
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config import TOY_ASSETS
+from longtake.config.stage import TOY_ASSETS
 from longtake.data.encoded import EMPTY_TEXT, INDEX
 from longtake.distributed.mesh import Mesh
 from longtake.doctor import run as module

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_stage import TEACHER, stage_config
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.dit import VideoDiT

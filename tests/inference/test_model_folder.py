@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from longtake import Generator
 from longtake.cli.app import app
-from longtake.config import load_config
-from longtake.config_generation import GenerationConfig, changes_of, generation_settings
+from longtake.config.generation import GenerationConfig, changes_of, generation_settings
+from longtake.config.stage import load_config
 from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.world_metrics import measure

@@ -8,7 +8,7 @@ from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config_generation import generation_settings
+from longtake.config.generation import generation_settings
 from longtake.errors import ConfigError, DataError
 from longtake.inference import script as module
 from longtake.inference.generator import write_chunks

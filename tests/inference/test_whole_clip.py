@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from longtake import Generator
 from longtake.cli.app import app
-from longtake.config_generation import GenerationConfig
+from longtake.config.generation import GenerationConfig
 from longtake.data.formats import open_dataset
 from longtake.data.world import sample_world
 from longtake.errors import ConfigError

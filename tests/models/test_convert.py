@@ -13,7 +13,7 @@ from tiny_models import randomize
 
 import longtake.models.weights as weights
 from longtake.cli.app import app
-from longtake.config import TOY_ASSETS
+from longtake.config.stage import TOY_ASSETS
 from longtake.errors import CheckpointError, ConfigError, OutputError
 from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT

@@ -8,7 +8,7 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
-from longtake.config_groups import CriticConfig, FlowConfig
+from longtake.config.groups import CriticConfig, FlowConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss

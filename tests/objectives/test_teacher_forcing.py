@@ -5,7 +5,7 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
-from longtake.config_groups import HistoryConfig
+from longtake.config.groups import HistoryConfig
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing

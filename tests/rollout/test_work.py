@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.models import flops
 from longtake.models.execution import Execution
 from longtake.models.flops import Work, forward

@@ -12,8 +12,8 @@ from tiny_stage import TEACHER, make_model, stage_config
 from tiny_wan import TI2V, ti2v_encoders, write_model
 
 from longtake import Generator
-from longtake.config import StageConfig
-from longtake.config_groups import ModelConfig
+from longtake.config.groups import ModelConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh

@@ -76,7 +76,7 @@ class Blocked:
         if name.split(".")[0] in ("av", "diffusers", "transformers", "tokenizers", "ftfy", "lmdb"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.train.stages import run_stage
 import json

@@ -12,7 +12,7 @@ import torch
 from fake_ranks import on_ranks
 from tiny_stage import TEACHER, stage_config
 
-from longtake.config_groups import ProfileConfig
+from longtake.config.groups import ProfileConfig
 from longtake.devices import DEVICES, find_device
 from longtake.distributed.mesh import Mesh
 from longtake.models import flops

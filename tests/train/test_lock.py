@@ -12,7 +12,7 @@ import pytest
 from encoded_files import config_of
 from tiny_stage import stage_config
 
-from longtake.config import JobConfig
+from longtake.config.stage import JobConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.train import lock

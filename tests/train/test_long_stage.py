@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_stage import stage_config, stage_tree
 
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError

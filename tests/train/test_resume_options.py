@@ -9,7 +9,7 @@ import torch
 from tiny_stage import stage_config, stage_tree
 
 from longtake import run_folder as runs
-from longtake.config import StageConfig
+from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError

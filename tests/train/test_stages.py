@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
 
 from longtake import Generator
-from longtake.config import JobConfig
+from longtake.config.stage import JobConfig
 from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError

@@ -1,4 +1,4 @@
-"""The groups of values inside a stage's or a job's configuration; `longtake/config.py` puts them together."""
+"""The groups of values inside a stage's or a job's configuration; `longtake/config/stage.py` puts them together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from longtake.condition import VideoShape
-from longtake.config_base import PathText, Settings
+from longtake.config.base import PathText, Settings
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan, student_sigmas
 

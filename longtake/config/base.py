@@ -1,6 +1,6 @@
 """The machinery of configuration: strict models, YAML, `extends`, `a.b=c` overrides, errors that name key and rule.
 
-It must know no field of any configuration; those are in `longtake/config.py`.
+It must know no field of any configuration; those are in `longtake/config/stage.py`.
 """
 
 from __future__ import annotations

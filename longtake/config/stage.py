@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from longtake.condition import VideoShape
-from longtake.config_base import (
+from longtake.config.base import (
     PathText,
     Settings,
     Sources,
@@ -27,7 +27,7 @@ from longtake.config_base import (
     set_path,
     split_override,
 )
-from longtake.config_groups import (
+from longtake.config.groups import (
     CriticConfig,
     DataConfig,
     EmaConfig,
@@ -47,7 +47,7 @@ from longtake.config_groups import (
     WandbConfig,
     WorldConfig,
 )
-from longtake.config_run import CheckpointConfig, WatchdogConfig
+from longtake.config.run import CheckpointConfig, WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config import StageConfig, load_config
-from longtake.config_base import Settings, read_yaml
-from longtake.config_groups import FlowConfig, ModelConfig, PlanConfig
+from longtake.config.base import Settings, read_yaml
+from longtake.config.groups import FlowConfig, ModelConfig, PlanConfig
+from longtake.config.stage import StageConfig, load_config
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 

@@ -1,4 +1,4 @@
-"""The groups of values about what keeps a run alive; `longtake/config.py` puts them together with the others."""
+"""The groups of values about what keeps a run alive; `longtake/config/stage.py` puts them together with the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from longtake.config_base import Settings
+from longtake.config.base import Settings
 
 
 class CheckpointConfig(Settings):
