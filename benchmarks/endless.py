@@ -30,9 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 from longtake.config.generation import changes_of, read_stage
-from longtake.data.world import sample_world
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
+from longtake.toy.world import sample_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "longtake" / "assets" / "toy"

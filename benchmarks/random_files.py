@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtake.data.world import sample_world
-from longtake.models import toy
 from longtake.models.dit import VideoDiT
 from longtake.models.presets import PRESETS
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
+from longtake.toy import encoders as toy
+from longtake.toy.world import sample_world
 
 
 @dataclass(frozen=True)

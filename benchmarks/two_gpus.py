@@ -46,7 +46,6 @@ from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchro
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.condition import Condition
 from longtake.config.groups import ParallelConfig
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
@@ -57,6 +56,7 @@ from longtake.models.weights import load_dit
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.world import sample_world
 from longtake.train.metrics_log import read_rows
 
 PARTS = ("files", "train", "passes", "generate")

@@ -14,12 +14,12 @@ from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders, stage_tree
 
 from longtake.config.stage import StageConfig
-from longtake.data.world_files import write_world
 from longtake.inference.export import export
 from longtake.models.lora import factors
 from longtake.models.lora_files import Base, write_adapter
 from longtake.models.weight_identity import weights_identity
 from longtake.models.weights import save_dit
+from longtake.toy.files import write_world
 from longtake.train.encode_set import encode
 from longtake.train.main import run
 

@@ -39,7 +39,7 @@ def called(monkeypatch):
     stub("longtake.train.main", "run")
     stub("longtake.inference.generator", "generate_file")
     stub("longtake.evaluation.run", "evaluate")
-    stub("longtake.data.world_files", "write_world")
+    stub("longtake.toy.files", "write_world")
     return calls
 
 

@@ -9,10 +9,10 @@ import torch
 from tiny_stage import TEACHER, make_encoders, make_model
 
 from longtake.config.generation import generation_settings
-from longtake.data.world import sample_world
 from longtake.inference.generator import Generator
 from longtake.models.encoders import Encoders
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.world import sample_world
 
 RULES = {"height": 32, "width": 32, "num_latent_frames": 5, "steps": [1.0, 0.5], "shift": 3.0}
 PLAN = {"block_frames": 2, "window_frames": 5, "sink_frames": 1}

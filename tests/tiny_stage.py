@@ -9,14 +9,14 @@ import torch
 from tiny_models import randomize
 
 from longtake.config.stage import StageConfig
-from longtake.data.world_files import write_world
 from longtake.distributed.mesh import Mesh
-from longtake.models import toy
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
 from longtake.rng import Draws
+from longtake.toy import encoders as toy
+from longtake.toy.files import write_world
 from longtake.train.checkpoint import save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings

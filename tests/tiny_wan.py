@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
 
-from longtake.data.world import sample_world
-from longtake.data.world_files import write_world
-from longtake.models import toy
 from longtake.models.encoders import Encoders, VideoVAE
 from longtake.models.model_json import config_to_json
 from longtake.models.sizes import DiTConfig
 from longtake.models.weights import save_dit
+from longtake.toy import encoders as toy
+from longtake.toy.files import write_world
+from longtake.toy.world import sample_world
 
 I2V = TEACHER
 LARGE_I2V = dataclasses.replace(TEACHER, dim=32, ffn_dim=64, num_layers=3)

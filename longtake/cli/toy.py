@@ -97,7 +97,7 @@ def world(
 
     with clean_errors(context):
         from longtake.config.stage import WorldConfig
-        from longtake.data.world_files import write_world
+        from longtake.toy.files import write_world
 
         given = given_options(
             num_worlds=num_worlds,

@@ -19,12 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longtake.condition import Condition, pixel_frames
-from longtake.data.story import sample_story
-from longtake.data.world import World, sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.evaluation.window_metrics import WindowRule
-from longtake.evaluation.world_metrics import WorldScores, measure
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.conditioning import encode_condition
@@ -32,6 +28,10 @@ from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.metrics import WorldScores, measure
+from longtake.toy.story import sample_story
+from longtake.toy.windows import WindowRule
+from longtake.toy.world import World, sample_world
 
 _FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
 

@@ -13,7 +13,6 @@ import yaml
 
 from longtake.condition import pixel_frames
 from longtake.config.stage import EvaluationConfig
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.errors import ConfigError
 from longtake.evaluation import report
@@ -32,12 +31,13 @@ from longtake.evaluation.rows import (
     vae_round_trip,
 )
 from longtake.evaluation.subject import Student, Subject, load_frozen, of_models, of_run
-from longtake.evaluation.window_metrics import WindowRule
-from longtake.evaluation.world_metrics import summarise
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.outputs import check_output_folder
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.metrics import summarise
+from longtake.toy.windows import WindowRule
+from longtake.toy.world import sample_world
 
 # Shown on the contact sheet, before the students: the story of a run.
 _SHEET_ROWS = ("truth", "teacher", "teacher, causal")

@@ -64,7 +64,7 @@ class Encoders:
     @classmethod
     def build_toy_random(cls, seed: int = 0) -> Encoders:
         """Encoders of the toy sizes with random weights, for tests that need no files."""
-        from longtake.models import toy
+        from longtake.toy import encoders as toy
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.folders import locate
 from longtake.models.model_json import FILE, config_from_json, read_json
 from longtake.models.sizes import DiTConfig
-from longtake.models.toy import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
+from longtake.toy.encoders import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
 
 _SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 _LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

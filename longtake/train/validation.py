@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.config.stage import StageConfig
-from longtake.data.world import SIZE
 from longtake.distributed.mesh import Mesh
 from longtake.evaluation import report
 from longtake.evaluation.rows import Row, Videos, held_out, score_row, student_row, teacher_row, truth
-from longtake.evaluation.world_metrics import summarise
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.metrics import summarise
+from longtake.toy.world import SIZE
 from longtake.train.state import TrainState
 
 # Numbers that are written to metrics.jsonl, by their name in the summary

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from train_text_encoder import FIELDS, IGNORE, forward, labels_of
 
-from longtake.data.captions import STILL, STOP_WORDS
-from longtake.data.story import sample_story
-from longtake.data.world import sample_world
-from longtake.models import toy
 from longtake.models.text_encoder import TextEncoder
+from longtake.toy import encoders as toy
+from longtake.toy.captions import STILL, STOP_WORDS
+from longtake.toy.story import sample_story
+from longtake.toy.world import sample_world
 
 TRAIN_SEED, HELD_OUT_SEED = 73_001, 73_002
 

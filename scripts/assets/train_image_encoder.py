@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.data.captions import COLOURS, SHAPES
-from longtake.data.world import SIZE, sample_world, sprite_mask
-from longtake.models import toy
 from longtake.models.image_encoder import ImageEncoder
+from longtake.toy import encoders as toy
+from longtake.toy.captions import COLOURS, SHAPES
+from longtake.toy.world import SIZE, sample_world, sprite_mask
 
 TRAIN_SEED, HELD_OUT_SEED = 73_001, 73_002
 CLASSES = len(SHAPES) + 1  # of each colour: absent, or the shape that has it; no two sprites share a colour

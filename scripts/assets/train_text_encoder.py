@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.data.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, clause_spans, parse_caption
-from longtake.data.world import sample_world
-from longtake.models import toy
 from longtake.models.text_encoder import TextEncoder
+from longtake.toy import encoders as toy
+from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, clause_spans, parse_caption
+from longtake.toy.world import sample_world
 
 TRAIN_SEED, HELD_OUT_SEED = 72_001, 72_002
 IGNORE = -100

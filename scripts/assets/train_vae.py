@@ -23,8 +23,8 @@ import torch
 from muon import Muon
 from torch import Tensor
 
-from longtake.data.world import sample_world
-from longtake.models import toy
+from longtake.toy import encoders as toy
+from longtake.toy.world import sample_world
 
 TRAIN_SEED, HELD_OUT_SEED = 71_001, 71_002
 POOL_FRAMES = 17

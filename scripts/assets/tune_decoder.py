@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from train_vae import HELD_OUT_SEED, TRAIN_SEED, learning_rate, moving_weight, save, to_video
 
-from longtake.data.world import sample_world
+from longtake.toy.world import sample_world
 
 STEP_LATENTS = 2
 

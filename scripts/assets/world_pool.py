@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from longtake.condition import pixel_frames
-from longtake.data.story import sample_story
-from longtake.data.world import CROSS_WIDTH, REACH, SHAPES, SIZE, World, sample_world
 from longtake.models.encoders import Encoders
+from longtake.toy.story import sample_story
+from longtake.toy.world import CROSS_WIDTH, REACH, SHAPES, SIZE, World, sample_world
 
 TRAIN_SEED = 0
 WANTED_SEED = 10_000  # candidate k for a world as wanted is of the list with seed WANTED_SEED + k; held-out ones differ

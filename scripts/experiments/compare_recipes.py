@@ -190,13 +190,13 @@ def run(words: Sequence[object], log: Path, seconds: float | None = None, thread
 def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequence[str]) -> None:
     """Writes the scores of one stage's newest checkpoint, with EMA ("ema"), without ("raw") or both."""
     from longtake.config.stage import StageConfig, load_config
-    from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
-    from longtake.evaluation.world_metrics import summarise
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
     from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
+    from longtake.toy.metrics import summarise
+    from longtake.toy.world import sample_world
 
     checkpoint = find_checkpoint(stage)
     manifest = read_manifest(checkpoint)

@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from longtake.data.world import World, sample_world
-from longtake.data.world_files import encode_png
+from longtake.toy.files import encode_png
+from longtake.toy.world import World, sample_world
 
 
 def crosses(world: World, num_frames: int) -> bool:

@@ -31,13 +31,13 @@ def score(
 
     from longtake.condition import pixel_frames
     from longtake.config.stage import TOY_ASSETS, StageConfig, load_config
-    from longtake.data.world import sample_world
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
-    from longtake.evaluation.window_metrics import WindowRule
-    from longtake.evaluation.world_metrics import summarise
     from longtake.models.encoders import Encoders
     from longtake.models.weights import load_dit
+    from longtake.toy.metrics import summarise
+    from longtake.toy.windows import WindowRule
+    from longtake.toy.world import sample_world
 
     torch.set_num_threads(1)
     config = load_config(Path(__file__).resolve().parents[2] / "configs/toy/distill.yaml")

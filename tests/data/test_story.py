@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longtake.data.captions import STILL, STOP_WORDS, VOCABULARY, Clause, parse_caption, tokenize
 from longtake.data.formats import open_dataset
-from longtake.data.story import sample_story
-from longtake.data.world import sample_world, toroidal_offset
-from longtake.data.world_files import read_worlds, write_world
 from longtake.errors import ConfigError, DataError
+from longtake.toy.captions import STILL, STOP_WORDS, VOCABULARY, Clause, parse_caption, tokenize
+from longtake.toy.files import read_worlds, write_world
+from longtake.toy.story import sample_story
+from longtake.toy.world import sample_world, toroidal_offset
 
 STORIES = [sample_story(5, index, (17, 49)) for index in range(150)]
 STOPPING = [sample_story(5, index, (17, 49), stops=True) for index in range(150)]

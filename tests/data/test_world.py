@@ -7,7 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from longtake.data.world import (
+from longtake.errors import ConfigError, DataError
+from longtake.toy.files import read_worlds, write_lmdb_shard, write_world
+from longtake.toy.world import (
     DIRECTIONS,
     FPS,
     SIZE,
@@ -22,8 +24,6 @@ from longtake.data.world import (
     tokenize,
     toroidal_offset,
 )
-from longtake.data.world_files import read_worlds, write_lmdb_shard, write_world
-from longtake.errors import ConfigError, DataError
 
 WORLDS = [sample_world(7, index) for index in range(400)]
 
@@ -171,7 +171,7 @@ def test_other_contents_are_never_overwritten(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_and_leftovers_of_killed_runs_go(tmp_path, monkeypatch):
-    import longtake.data.world_files as files
+    import longtake.toy.files as files
 
     leftover = tmp_path / f"{files._partial_prefix(tmp_path / 'data')}{2**22 + 1}"  # above any process number
     leftover.mkdir()
@@ -194,7 +194,7 @@ def test_worlds_of_another_generator_are_refused(tmp_path):
 
 def test_lmdb_shard_keeps_arrays_of_any_dtype_and_grows(tmp_path):
     lmdb, torch = pytest.importorskip("lmdb"), pytest.importorskip("torch")
-    from longtake.data.world_files import encode_png
+    from longtake.toy.files import encode_png
 
     image = encode_png(WORLDS[0].render(1)[0])
     latents = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4)

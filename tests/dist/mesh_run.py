@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_stage import stage_tree
 
 from longtake.config.stage import StageConfig
-from longtake.data.world import sample_world
+from longtake.toy.world import sample_world
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator, Source
 from longtake.inference.sampling import student_latents

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from tiny_stage import make_encoders, make_model, save_student, stage_config
 
-from longtake.data.story import sample_story
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.evaluation import report
 from longtake.evaluation import rows as rows_module
 from longtake.evaluation.rows import frozen, held_out, score_row, scorer_processes, student_row, truth
 from longtake.evaluation.run import evaluate
-from longtake.evaluation.window_metrics import WindowRule
-from longtake.evaluation.world_metrics import summarise
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.metrics import summarise
+from longtake.toy.story import sample_story
+from longtake.toy.windows import WindowRule
 
 SEED = 11
 RULE = WindowRule(17, 16)

@@ -6,20 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longtake.data.captions import STILL
-from longtake.data.story import sample_story
-from longtake.data.world import DIRECTIONS, SIZE, SPEEDS, Segment, motion_velocity, sample_world
 from longtake.errors import ShapeError
-from longtake.evaluation.window_metrics import WindowRule, summarise_windows
-from longtake.evaluation.world_locate import Located
-from longtake.evaluation.world_metrics import MISSING_PX, measure, summarise
-from longtake.evaluation.world_truth import (
+from longtake.toy.captions import STILL
+from longtake.toy.locate import Located
+from longtake.toy.metrics import MISSING_PX, measure, summarise
+from longtake.toy.story import sample_story
+from longtake.toy.truth import (
     anchored_truth,
     measured_velocity,
     nearest_motion,
     resolve_open,
     tracked_truth,
 )
+from longtake.toy.windows import WindowRule, summarise_windows
+from longtake.toy.world import DIRECTIONS, SIZE, SPEEDS, Segment, motion_velocity, sample_world
 
 RULE = WindowRule(33, 32)
 FRAMES, SWITCH = 129, 49
@@ -119,7 +119,7 @@ def test_each_motion_is_told_from_all_others_over_the_edge(direction):
 
 def measure_follow(story, truth, video):
     """Without looking for the sprites again: they were drawn where the truth has them."""
-    from longtake.evaluation.window_metrics import follow_switch
+    from longtake.toy.windows import follow_switch
 
     seen = perfect(truth, len(video))
     return follow_switch(story, seen, tracked_truth(story, seen), 1, RULE)[0]

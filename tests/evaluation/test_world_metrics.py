@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longtake.data.world import COLOURS, DIRECTIONS, SHAPES, SIZE, SPEEDS, sample_world
 from longtake.errors import ShapeError
-from longtake.evaluation.world_metrics import MISSING_PX, measure, resolve_open, summarise
+from longtake.toy.metrics import MISSING_PX, measure, resolve_open, summarise
+from longtake.toy.world import COLOURS, DIRECTIONS, SHAPES, SIZE, SPEEDS, sample_world
 
 FRAMES = 33
 WORLDS = [sample_world(21, index) for index in range(200)]

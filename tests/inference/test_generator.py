@@ -9,7 +9,6 @@ from tiny_stage import save_student, stage_config
 
 from longtake import Generator
 from longtake.condition import pixel_frames
-from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
 from longtake.inference import pipeline
@@ -22,6 +21,7 @@ from longtake.inference.video_io import read_video
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.encoders import Encoders, ImageEncoder
 from longtake.run_folder import exported_weights, find_checkpoint
+from longtake.toy.world import sample_world
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

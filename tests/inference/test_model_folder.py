@@ -17,14 +17,14 @@ from longtake import Generator
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, changes_of, generation_settings
 from longtake.config.stage import load_config
-from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, ConfigError
-from longtake.evaluation.world_metrics import measure
 from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
 from longtake.models.weights import save_dit, to_diffusers_key
 from longtake.rng import Draws
+from longtake.toy.metrics import measure
+from longtake.toy.world import sample_world
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -10,12 +10,12 @@ from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.data.world import sample_world
 from longtake.errors import ConfigError
 from longtake.inference.generator import Generator, generate_file
 from longtake.inference.video_io import read_video
 from longtake.models.execution import Execution
 from longtake.rollout.denoise import Denoiser
+from longtake.toy.world import sample_world
 
 WORLDS = [sample_world(3, k) for k in range(2)]
 

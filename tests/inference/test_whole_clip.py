@@ -13,11 +13,11 @@ from longtake import Generator
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig
 from longtake.data.formats import open_dataset
-from longtake.data.world import sample_world
 from longtake.errors import ConfigError
 from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.weights import save_dit
 from longtake.rng import Draws
+from longtake.toy.world import sample_world
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import longtake
-from longtake.data.world import sample_world
 from longtake.errors import CheckpointError, DataError, ShapeError
-from longtake.models import toy
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE, clean_prompt
+from longtake.toy import encoders as toy
+from longtake.toy.world import sample_world
 
 torch.set_num_threads(1)
 TOY_WEIGHTS = Path(longtake.__path__[0]) / "assets" / "toy"
@@ -323,7 +323,7 @@ def test_missing_and_reshaped_weights_are_refused(tmp_path, encoders):
 
 
 def test_shipped_toy_weights_keep_sprites_where_they_are():
-    from longtake.evaluation.world_metrics import measure
+    from longtake.toy.metrics import measure
 
     encoders = Encoders.load(TOY_WEIGHTS)
     scores = []

@@ -17,9 +17,9 @@ from original_oracles import (
 )
 
 from longtake.errors import CheckpointError
-from longtake.models import toy
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.original_encoders import load_image_model, load_text_model, load_vae_module
+from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)
 T5, CLIP = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

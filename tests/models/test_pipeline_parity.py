@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from longtake.errors import ConfigError
-from longtake.models import toy
 from longtake.models.conditioning import condition_frames
 from longtake.models.encoders import ImageEncoder, TextEncoder, VideoVAE
+from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)
 STATISTICS = {"latents_mean": np.linspace(-0.5, 0.5, 16).tolist(), "latents_std": np.linspace(0.5, 2, 16).tolist()}

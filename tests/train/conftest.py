@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longtake.data.world import sample_world
+from longtake.toy.world import sample_world
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -15,7 +15,6 @@ from longtake import Generator
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
@@ -24,6 +23,7 @@ from longtake.models.cache import CacheView
 from longtake.models.conditioning import prepare_image
 from longtake.models.dit import VideoDiT
 from longtake.models.weights import save_dit
+from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage

@@ -9,9 +9,9 @@ from tiny_stage import make_encoders
 from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
-from longtake.data.world import sample_world
 from longtake.errors import DataError
 from longtake.models.conditioning import encode_condition
+from longtake.toy.world import sample_world
 from longtake.train.encode import BatchEncoder, EncodedLoader
 
 SHAPE = VideoShape(16, 32, 3)

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.models.conditioning import encode_condition
 from longtake.models.encoders import Encoders
+from longtake.toy.world import sample_world
 from longtake.train import encode_set as module
 from longtake.train.encode import BatchEncoder
 from longtake.train.encode_set import encode_set

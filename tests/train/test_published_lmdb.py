@@ -10,11 +10,11 @@ import torch
 from tiny_stage import stage_config
 
 from longtake.data.encoded import EncodedRows
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import DataError
 from longtake.models.encoders import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage

@@ -14,13 +14,13 @@ from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tr
 
 from longtake import Generator
 from longtake.config.stage import JobConfig
-from longtake.data.world import sample_world
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.encoders import ImageEncoder
 from longtake.models.weights import config_to_json, save_dit
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
+from longtake.toy.world import sample_world
 from longtake.train.main import run_job
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.data.h264 import add_h264, encode
-from longtake.data.story import sample_story
-from longtake.data.world import FPS, SIZE, World
 from longtake.errors import ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, check_own, publish_folder, writing
+from longtake.toy.story import sample_story
+from longtake.toy.world import FPS, SIZE, World
 
 FORMATS = ("images", "clips", "lmdb")
 _OWN = (

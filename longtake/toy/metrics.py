@@ -14,18 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.world import SIZE, World, toroidal_offset
 from longtake.errors import ShapeError
-from longtake.evaluation.window_metrics import (
-    WindowRule,
-    WindowScores,
-    measure_windows,
-    nanmean,
-    number,
-    summarise_windows,
-)
-from longtake.evaluation.world_locate import Located, locate
-from longtake.evaluation.world_truth import (
+from longtake.toy.locate import Located, locate
+from longtake.toy.truth import (
     Floats,
     Truth,
     anchored_truth,
@@ -34,6 +25,15 @@ from longtake.evaluation.world_truth import (
     true_ways,
     what_is_kept,
 )
+from longtake.toy.windows import (
+    WindowRule,
+    WindowScores,
+    measure_windows,
+    nanmean,
+    number,
+    summarise_windows,
+)
+from longtake.toy.world import SIZE, World, toroidal_offset
 
 # Mean distance of a uniformly random position from the true one on the torus: SIZE (sqrt 2 + ln(1 + sqrt 2)) / 6.
 MISSING_PX = SIZE * (math.sqrt(2) + math.asinh(1)) / 6

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from longtake.data.world import STILL, World
 from longtake.errors import ShapeError
-from longtake.evaluation.world_locate import Located
-from longtake.evaluation.world_truth import (
+from longtake.toy.locate import Located
+from longtake.toy.truth import (
     Floats,
     Truth,
     counted_steps,
@@ -28,6 +27,7 @@ from longtake.evaluation.world_truth import (
     true_ways,
     what_is_kept,
 )
+from longtake.toy.world import STILL, World
 
 MIN_STEPS = 8  # frames in which a sprite must be due for its motion in a window to be measured
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from longtake.data.captions import DIRECTIONS, SPEEDS, STILL, write_caption
-from longtake.data.world import OPEN_SHARE, Segment, Sprite, World, sample_world
 from longtake.errors import ConfigError
+from longtake.toy.captions import DIRECTIONS, SPEEDS, STILL, write_caption
+from longtake.toy.world import OPEN_SHARE, Segment, Sprite, World, sample_world
 
 STOP_SHARE = 0.3  # share of switches, where stops are asked for, at which one sprite stops
 

@@ -1,8 +1,8 @@
 """The embedded world: sprites of known shape, colour and size that move at constant velocity on a torus.
 
 `sample_world(seed, index)` is a pure function, and a world knows its true video for any length: the metrics of
-`evaluation/world_metrics.py` are exact because of it. In a world with switches the caption and with it the velocities
-change at given frames (`data/story.py` samples such worlds). Pixel (row i, column j) has its centre at (x=j, y=i); x
+`toy/metrics.py` are exact because of it. In a world with switches the caption and with it the velocities
+change at given frames (`toy/story.py` samples such worlds). Pixel (row i, column j) has its centre at (x=j, y=i); x
 runs to the right, y downwards, both modulo SIZE. This file must know no file format, no model and no metric.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.captions import (
+from longtake.toy.captions import (
     COLOURS,
     DIRECTIONS,
     SHAPES,

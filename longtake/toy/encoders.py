@@ -40,11 +40,11 @@ def build_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from longtake.data.captions import STOP_WORDS, VOCABULARY
+    from longtake.toy.captions import STOP_WORDS, VOCABULARY
 
     words = [PAD, END, UNKNOWN, *sorted(VOCABULARY), *STOP_WORDS]  # the last came later
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    # As `longtake.data.captions.tokenize`: full stops carry nothing.
+    # As `longtake.toy.captions.tokenize`: full stops carry nothing.
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\."), " ")])
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     core.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, words.index(END))])

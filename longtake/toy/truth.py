@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.world import (
+from longtake.toy.locate import EXTRA_SHARE, Located
+from longtake.toy.world import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
@@ -23,7 +24,6 @@ from longtake.data.world import (
     motion_velocity,
     toroidal_offset,
 )
-from longtake.evaluation.world_locate import EXTRA_SHARE, Located
 
 SCORED_VISIBILITY = 0.5
 MAX_GAP = 16  # frames; over a longer gap the shortest way on the torus may be the wrong one for the fastest sprite

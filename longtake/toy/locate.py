@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.world import (
+from longtake.toy.world import (
     COLOURS,
     PALETTE,
     RADII,
