@@ -35,8 +35,6 @@ from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.models.dit import VideoDiT
-from longtake.models.presets import PRESETS
-from longtake.models.weights import Opened
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
 from longtake.rng import Draws
@@ -44,6 +42,8 @@ from longtake.train import stages
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.metrics_log import Phases, read_rows
 from longtake.train.networks import Builder
+from longtake.weights.load import Opened
+from longtake.weights.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = [1.0, 0.75, 0.5, 0.25]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from longtake.models.dit import VideoDiT
-from longtake.models.presets import PRESETS
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import save_dit
 from longtake.toy import encoders as toy
 from longtake.toy.world import sample_world
+from longtake.weights.load import save_dit
+from longtake.weights.presets import PRESETS
 
 
 @dataclass(frozen=True)

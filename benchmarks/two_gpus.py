@@ -52,12 +52,12 @@ from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit
-from longtake.models.weights import load_dit
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.world import sample_world
 from longtake.train.metrics_log import read_rows
+from longtake.weights.load import load_dit
 
 PARTS = ("files", "train", "passes", "generate")
 BLOCK = 4

@@ -23,11 +23,11 @@ _HOMES = {
     "VideoWriter": "longtake.inference.video_io",
     "clip_size": "longtake.data.clips",
     "decode_image": "longtake.data.images",
-    "load_dit": "longtake.models.weights",
+    "load_dit": "longtake.weights.load",
     "open_dataset": "longtake.data.formats",
     "prepare_image": "longtake.models.conditioning",
     "read_clip": "longtake.data.clips",
-    "read_lora": "longtake.models.lora_files",
+    "read_lora": "longtake.weights.lora",
     "read_video": "longtake.inference.video_io",
 }
 __all__ = list(_HOMES)

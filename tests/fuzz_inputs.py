@@ -16,12 +16,12 @@ from tiny_stage import TEACHER, make_encoders, make_model, save_encoders, stage_
 from longtake.config.stage import StageConfig
 from longtake.inference.export import export
 from longtake.models.lora import factors
-from longtake.models.lora_files import Base, write_adapter
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import save_dit
 from longtake.toy.files import write_world
 from longtake.train.encode_set import encode
 from longtake.train.main import run
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import save_dit
+from longtake.weights.lora import Base, write_adapter
 
 
 def make(root: Path) -> None:

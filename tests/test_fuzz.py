@@ -16,12 +16,12 @@ from longtake.data.formats import open_dataset
 from longtake.distributed.mesh import launched
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.json_text import parse_json
-from longtake.models.lora_scale import number
-from longtake.models.model_json import read_json
 from longtake.models.pretrained import reading
-from longtake.models.published import open_published
 from longtake.outputs import check_own
 from longtake.train.metrics_log import read_rows
+from longtake.weights.config_json import read_json
+from longtake.weights.lora_scale import number
+from longtake.weights.read import open_published
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 

@@ -14,8 +14,8 @@ from longtake.cli.app import app
 from longtake.cli.common import _told
 from longtake.errors import ConfigError, OutputError
 from longtake.inference.video_io import VideoWriter, read_video
-from longtake.models.tensor_files import save_tensors
 from longtake.outputs import check_new_folder, check_output_file, check_output_folder, free_name, writing
+from longtake.weights.tensor_files import save_tensors
 
 
 @pytest.fixture

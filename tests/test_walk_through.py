@@ -24,8 +24,8 @@ from longtake.cli.app import app
 from longtake.config.stage import JobConfig, load_config
 from longtake.doctor.estimate import Need
 from longtake.inference.video_io import read_video
-from longtake.models.folders import HUB_REPOSITORIES
 from longtake.run_folder import latest_checkpoint, read_manifest
+from longtake.weights.locate import HUB_REPOSITORIES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "recipes.md").read_text()

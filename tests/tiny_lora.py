@@ -6,8 +6,8 @@ import torch
 
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import add_lora, targets_of
-from longtake.models.lora_files import Adapter, Base
 from longtake.rng import Draws
+from longtake.weights.lora import Adapter, Base
 
 RANK, ALPHA = 3, 6.0
 

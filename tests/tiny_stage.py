@@ -13,7 +13,6 @@ from longtake.distributed.mesh import Mesh
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import save_dit
 from longtake.rng import Draws
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
@@ -22,6 +21,7 @@ from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings
 from longtake.train.stages import facts
 from longtake.train.state import TrainState
+from longtake.weights.load import save_dit
 
 CHANNELS = 4
 TEACHER = DiTConfig(

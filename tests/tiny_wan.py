@@ -11,12 +11,12 @@ from PIL import Image
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
 
 from longtake.models.encoders import Encoders, VideoVAE
-from longtake.models.model_json import config_to_json
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import save_dit
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.toy.world import sample_world
+from longtake.weights.config_json import config_to_json
+from longtake.weights.load import save_dit
 
 I2V = TEACHER
 LARGE_I2V = dataclasses.replace(TEACHER, dim=32, ffn_dim=64, num_layers=3)

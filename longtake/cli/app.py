@@ -356,7 +356,7 @@ def convert(
 ) -> None:
     """Rewrite the weights of a transformer in another layout, bit for bit."""
     with clean_errors(context):
-        from longtake.models.convert import convert as rewrite
+        from longtake.weights.convert import convert as rewrite
 
         given = given_options(network=network, lora=lora, lora_scale=lora_scale, shard_bytes=shard_bytes)
         given |= given_options(overwrite=overwrite or None)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longtake.models.lora import base_name
-from longtake.models.tensor_files import is_finite
+from longtake.weights.tensor_files import is_finite
 
 
 def materialize(model: nn.Module, device: torch.device | str, values: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -34,7 +34,6 @@ from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import check_heads
 from longtake.models.vae import VideoVAE
-from longtake.models.weights import Opened
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.long import LongTuning
@@ -45,6 +44,7 @@ from longtake.train.networks import Builder
 from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
 from longtake.train.state import TrainState
+from longtake.weights.load import Opened
 
 # Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
 # backward the bytes are affine in the number of the layer and in the depth, and the most is found in one of the first

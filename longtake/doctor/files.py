@@ -13,7 +13,9 @@ from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.estimate import Sizes
 from longtake.errors import CheckpointError, LongtakeError
-from longtake.models.folders import (
+from longtake.models.sizes import DiTConfig
+from longtake.weights.load import open_dit
+from longtake.weights.locate import (
     ENCODER_PARTS,
     EncoderPart,
     encoder_files,
@@ -22,9 +24,7 @@ from longtake.models.folders import (
     image_token_count,
     missing_encoders,
 )
-from longtake.models.presets import PRESETS, model_config
-from longtake.models.sizes import DiTConfig
-from longtake.models.weights import open_dit
+from longtake.weights.presets import PRESETS, model_config
 
 
 @dataclass

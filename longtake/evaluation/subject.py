@@ -17,12 +17,12 @@ from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.folders import find_weights
-from longtake.models.presets import model_config
-from longtake.models.weights import load_dit
-from longtake.models.widen import widened_as_asked
 from longtake.plan import StreamPlan
 from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
+from longtake.weights.load import load_dit
+from longtake.weights.locate import find_weights
+from longtake.weights.presets import model_config
+from longtake.weights.widen import widened_as_asked
 
 
 @dataclass(frozen=True)

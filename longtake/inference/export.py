@@ -11,9 +11,9 @@ import torch
 from longtake.config.generation import write_rules
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
-from longtake.models.convert import WEIGHT_FILES
-from longtake.models.weights import load_dit, save_dit
 from longtake.outputs import check_new_folder, publish_folder
+from longtake.weights.convert import WEIGHT_FILES
+from longtake.weights.load import load_dit, save_dit
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -23,10 +23,10 @@ from longtake.models.encoders import Encoders
 from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit, check_heads
 from longtake.models.vae import DecoderSession, VideoVAE
-from longtake.models.weights import load_dit, open_dit
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.load import load_dit, open_dit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,7 +23,7 @@ from longtake.data.encoded import checksum
 from longtake.errors import CheckpointError, DataError
 from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
-from longtake.models.tensor_files import save_tensors
+from longtake.weights.tensor_files import save_tensors
 
 VERSION = 1
 METADATA = "longtake_session"

@@ -14,8 +14,8 @@ from typing import Any
 from longtake.config.generation import GenerationConfig, generation_settings, read_rules
 from longtake.config.stage import TOY, TOY_ASSETS, StageConfig
 from longtake.errors import CheckpointError, ConfigError
-from longtake.models.folders import find_encoders, find_weights
 from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
+from longtake.weights.locate import find_encoders, find_weights
 
 TOY_STUDENT = TOY_ASSETS / "student"
 
@@ -65,7 +65,7 @@ class Source:
         stage: StageConfig | None = None,
         changes: Mapping[str, Any] | None = None,
     ) -> Source:
-        """Weights of any origin, as `models/folders.py` finds them.
+        """Weights of any origin, as `weights/locate.py` finds them.
 
         Args: `path`, also `toy` for the student that ships with the package; `encoders`, their folder (default: in the
         model's folder, in its `encoders/`, or beside it); `stage`, a configuration whose rules are taken (default:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from longtake.models.folders import ENCODER_PARTS, TOKENIZER_FOLDER
+from longtake.weights.locate import ENCODER_PARTS, TOKENIZER_FOLDER
 
 # The tokenizer is part of the text encoder, wherever it lies.
 _MORE = {"text": ("tokenizer", TOKENIZER_FOLDER.as_posix())}

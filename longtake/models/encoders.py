@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from longtake.models.folders import encoder_paths
 from longtake.models.image_encoder import ImageEncoder
 from longtake.models.text_encoder import TextEncoder, clean_prompt
 from longtake.models.vae import DecoderSession, EncoderSession, VideoVAE
+from longtake.weights.locate import encoder_paths
 
 __all__ = [
     "DecoderSession",

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from longtake.errors import CheckpointError
-from longtake.models.file_kind import is_pickled
 from longtake.models.pretrained import check_keys
-from longtake.models.published import read_pickled
-from longtake.models.tensor_files import check_finite
+from longtake.weights.file_kind import is_pickled
+from longtake.weights.read import read_pickled
+from longtake.weights.tensor_files import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
-from longtake.models.file_kind import is_pickled
-from longtake.models.folders import files_in
-from longtake.models.tensor_files import check_finite
+from longtake.weights.file_kind import is_pickled
+from longtake.weights.locate import files_in
+from longtake.weights.tensor_files import check_finite
 
 
 def check_folder(folder: str | Path, what: str) -> Path:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError, ConfigError, DataError, printable
 from longtake.models.attention import ONE_THREAD
-from longtake.models.folders import tokenizer_places
 from longtake.models.original_encoders import load_text_model
 from longtake.models.pretrained import check_folder, load_strictly, quiet, reading
+from longtake.weights.locate import tokenizer_places
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
 _MOST_NAMED = 20  # prompts that were cut; a data set may have thousands

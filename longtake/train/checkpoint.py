@@ -28,14 +28,14 @@ from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
-from longtake.models.lora_files import Adapter, write_adapter
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import clean_name, config_to_json
 from longtake.run_folder import latest_checkpoint
 from longtake.train.facts import compare_facts, flat
 from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.train.staging import local
 from longtake.train.state import TrainState
+from longtake.weights.load import clean_name, config_to_json
+from longtake.weights.lora import Adapter, write_adapter
 
 __all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 

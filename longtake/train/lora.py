@@ -16,13 +16,13 @@ from longtake.config.stage import TOY, StageConfig
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.folders import is_hub_name
 from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora, is_factor, targets_of
-from longtake.models.lora_files import Adapter, Base, read_lora
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import Opened
 from longtake.rng import Draws
 from longtake.run_folder import LORA, checkpoint_name, checkpoints_folder
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import Opened
+from longtake.weights.locate import is_hub_name
+from longtake.weights.lora import Adapter, Base, read_lora
 
 logger = logging.getLogger(__name__)
 

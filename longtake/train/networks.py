@@ -26,19 +26,19 @@ from longtake.distributed.parallelize import gathered, parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
-from longtake.models.folders import find_weights
-from longtake.models.lora_files import Adapter, is_adapter, read_base
-from longtake.models.presets import model_config
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
-from longtake.models.tensor_files import not_finite
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import Opened, open_weights
-from longtake.models.widen import opened_as_asked
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import read_manifest
 from longtake.train.facts import facts
 from longtake.train.lora import adapt, earlier_values, first_values
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import Opened, open_weights
+from longtake.weights.locate import find_weights
+from longtake.weights.lora import Adapter, is_adapter, read_base
+from longtake.weights.presets import model_config
+from longtake.weights.tensor_files import not_finite
+from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
 

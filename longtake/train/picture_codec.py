@@ -10,10 +10,10 @@ from torch import Tensor
 from longtake.config.stage import StageConfig
 from longtake.models.conditioning import condition_frames
 from longtake.models.encoders import Encoders
-from longtake.models.folders import encoder_paths
 from longtake.models.image_encoder import ImageEncoder
 from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.rollout.long_stream import Picture
+from longtake.weights.locate import encoder_paths
 
 
 class EncoderCodec:

@@ -19,11 +19,7 @@ from longtake.errors import ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.folders import image_token_count
-from longtake.models.lora_files import Adapter
-from longtake.models.presets import model_config
 from longtake.models.token_split import check_heads
-from longtake.models.weights import open_dit
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
@@ -53,6 +49,10 @@ from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate
 from longtake.train.watchdog import WatchdogSettings
+from longtake.weights.load import open_dit
+from longtake.weights.locate import image_token_count
+from longtake.weights.lora import Adapter
+from longtake.weights.presets import model_config
 
 __all__ = ["InPrecision", "facts", "for_long_videos", "load_weights", "run_stage", "weights_folder"]
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from longtake.errors import ConfigError
 from longtake.models.lora import factors
-from longtake.models.lora_files import Adapter
-from longtake.models.weights import clean_name
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.weights.load import clean_name
+from longtake.weights.lora import Adapter
 
 
 @dataclass

@@ -18,7 +18,7 @@ from world_pool import Pool
 
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.weights import save_dit
+from longtake.weights.load import save_dit
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "longtake/assets/toy"

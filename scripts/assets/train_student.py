@@ -30,7 +30,6 @@ from longtake.models.contexts import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
 from longtake.models.layers import Rotation, rope_angles
-from longtake.models.weights import load_dit
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.encoded import EncodedBatch
@@ -38,6 +37,7 @@ from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.rng import Draws
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.load import load_dit
 
 
 class DeviceDraws(Draws):

@@ -28,9 +28,9 @@ from longtake.flow.schedule import training_sigma
 from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
 from longtake.models.encoders import Encoders
-from longtake.models.presets import PRESETS, shapes_of
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import load_dit
+from longtake.weights.load import load_dit
+from longtake.weights.presets import PRESETS, shapes_of
 
 MOST_PARAMETERS = 2_400_000
 

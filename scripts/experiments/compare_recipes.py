@@ -193,10 +193,10 @@ def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequen
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.models.encoders import Encoders
-    from longtake.models.weights import load_dit
     from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
     from longtake.toy.metrics import summarise
     from longtake.toy.world import sample_world
+    from longtake.weights.load import load_dit
 
     checkpoint = find_checkpoint(stage)
     manifest = read_manifest(checkpoint)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from longtake.models.weights import load_dit, save_dit
+from longtake.weights.load import load_dit, save_dit
 
 
 def main() -> None:

@@ -34,10 +34,10 @@ def score(
     from longtake.distributed.mesh import init_mesh
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.models.encoders import Encoders
-    from longtake.models.weights import load_dit
     from longtake.toy.metrics import summarise
     from longtake.toy.windows import WindowRule
     from longtake.toy.world import sample_world
+    from longtake.weights.load import load_dit
 
     torch.set_num_threads(1)
     config = load_config(Path(__file__).resolve().parents[2] / "configs/toy/distill.yaml")

@@ -17,7 +17,7 @@ from longtake.distributed.materialize import materialize
 from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.distributed.parallelize import parallelize
 from longtake.errors import CheckpointError
-from longtake.models.weights import open_weights
+from longtake.weights.load import open_weights
 from longtake.train.networks import build_networks
 from longtake.train.stages import run_stage
 

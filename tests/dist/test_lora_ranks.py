@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from longtake.distributed.mesh import Mesh
-from longtake.models.lora_files import WEIGHTS
+from longtake.weights.lora import WEIGHTS
 from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows
 

@@ -16,10 +16,10 @@ from tiny_stage import TEACHER, make_model
 from longtake.distributed.mesh import Mesh
 from longtake.models.sizes import DiTConfig
 from longtake.models.lora import factors
-from longtake.models.lora_files import Base, write_adapter
-from longtake.models.model_json import config_to_json, write_config
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import save_dit
+from longtake.weights.lora import Base, write_adapter
+from longtake.weights.config_json import config_to_json, write_config
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import save_dit
 from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows
 

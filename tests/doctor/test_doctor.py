@@ -22,9 +22,9 @@ from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
 from longtake.models.encoders import Encoders, TextEncoder
-from longtake.models.presets import PRESETS
-from longtake.models.weights import load_dit
 from longtake.train.encode_set import encode_set
+from longtake.weights.load import load_dit
+from longtake.weights.presets import PRESETS
 
 MB = 10**6
 JOB = Path(__file__).parents[2] / "configs" / "toy" / "i2v.yaml"

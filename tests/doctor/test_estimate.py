@@ -10,9 +10,9 @@ from longtake.config.stage import StageConfig
 from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.dit import VideoDiT
-from longtake.models.presets import PRESETS
 from longtake.models.sizes import DiTConfig
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.weights.presets import PRESETS
 
 FUN, I2V_14B = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]
 SMALL = DiTConfig(

@@ -21,10 +21,10 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
-from longtake.models.weights import save_dit, to_diffusers_key
 from longtake.rng import Draws
 from longtake.toy.metrics import measure
 from longtake.toy.world import sample_world
+from longtake.weights.load import save_dit, to_diffusers_key
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -15,9 +15,9 @@ from longtake.config.generation import GenerationConfig
 from longtake.data.formats import open_dataset
 from longtake.errors import ConfigError
 from longtake.models.conditioning import encode_condition, prepare_image
-from longtake.models.weights import save_dit
 from longtake.rng import Draws
 from longtake.toy.world import sample_world
+from longtake.weights.load import save_dit
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import randomize
 
-import longtake.models.weights as weights
+import longtake.weights.load as weights
 from longtake.cli.app import app
 from longtake.config.stage import TOY_ASSETS
 from longtake.errors import CheckpointError, ConfigError, OutputError
-from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
-from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original
-from longtake.models.names import to_diffusers_key
 from longtake.models.sizes import DiTConfig
+from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original
+from longtake.weights.convert import convert
+from longtake.weights.names import to_diffusers_key
 
 NARROW = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "freq_dim": 32}
 I2V = {"model_type": "i2v", "in_channels": 36, "image_dim": 1280}

@@ -15,9 +15,9 @@ from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import config_from_json, load_state, to_diffusers_key, to_original_key
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.load import config_from_json, load_state, to_diffusers_key, to_original_key
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}

@@ -12,11 +12,11 @@ from longtake.config.stage import LoraConfig
 from longtake.models import flops
 from longtake.models.flops import Call, Work
 from longtake.models.lora import add_lora, targets_of
-from longtake.models.lora_files import Adapter, Base
-from longtake.models.presets import PRESETS
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
+from longtake.weights.lora import Adapter, Base
+from longtake.weights.presets import PRESETS
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 FRAMES, BATCH = 7, 2

@@ -11,17 +11,17 @@ from tiny_lora import ALPHA, RANK, adapted, adapter_of, own, stir
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
-from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import add_lora, factors, targets_of
-from longtake.models.lora_files import BASE, CONFIG, WEIGHTS, Base, read_lora, write_adapter
-from longtake.models.presets import PRESETS
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import load_dit, save_dit
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.convert import convert
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.lora import BASE, CONFIG, WEIGHTS, Base, read_lora, write_adapter
+from longtake.weights.presets import PRESETS
 
 ALL = {f"self_attn.{n}" for n in "qkvo"} | {f"cross_attn.{n}" for n in "qkvo"} | {"ffn.0", "ffn.2"}
 IMAGE = {"cross_attn.k_img", "cross_attn.v_img"}

@@ -14,11 +14,11 @@ from test_published import same
 
 from longtake.cli.app import app
 from longtake.errors import CheckpointError, ConfigError
-from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
-from longtake.models.lora_files import CONFIG, WEIGHTS, LowRank, read_lora
-from longtake.models.names import to_diffusers_key
-from longtake.models.weights import load_dit, save_dit
+from longtake.weights.convert import convert
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.lora import CONFIG, WEIGHTS, LowRank, read_lora
+from longtake.weights.names import to_diffusers_key
 
 RANK = 4
 LAYER = "blocks.1.cross_attn.o"

@@ -16,10 +16,10 @@ from test_published import INDEX, WEIGHTS, same, save_config, sharded
 from longtake.errors import CheckpointError
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
-from longtake.models.folders import find_weights
-from longtake.models.names import clean_key
 from longtake.models.pretrained import check_folder, load_strictly
-from longtake.models.weights import load_dit, save_dit
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.locate import find_weights
+from longtake.weights.names import clean_key
 
 State = dict[str, torch.Tensor]
 
@@ -247,7 +247,7 @@ def test_relatives_and_quantised_weights_are_named(extra: State, message: str, t
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_values_that_are_not_finite_are_refused(value: float, suffix: str, tiny_model: Callable[..., VideoDiT],
                                                 tmp_path: Path) -> None:  # fmt: skip
-    from longtake.models.convert import convert
+    from longtake.weights.convert import convert
 
     model = tiny_model()
     model.blocks[1].ffn[2].bias.data[3] = value

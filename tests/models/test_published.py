@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longtake.errors import CheckpointError
-from longtake.models import presets
-from longtake.models.convert import convert
 from longtake.models.dit import VideoDiT
-from longtake.models.hub import is_hub_name
-from longtake.models.model_json import config_to_json
-from longtake.models.names import to_diffusers_key
-from longtake.models.weights import load_dit, save_dit
+from longtake.weights import presets
+from longtake.weights.config_json import config_to_json
+from longtake.weights.convert import convert
+from longtake.weights.hub import is_hub_name
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.names import to_diffusers_key
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"

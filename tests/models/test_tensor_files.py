@@ -3,7 +3,7 @@
 import torch
 from safetensors import safe_open
 
-from longtake.models.tensor_files import save_tensors
+from longtake.weights.tensor_files import save_tensors
 
 
 def test_a_file_has_the_permissions_of_any_other_new_file(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import longtake
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT
-from longtake.models.weights import (
+from longtake.weights.load import (
     check_state,
     clean_key,
     config_from_json,

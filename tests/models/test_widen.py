@@ -12,9 +12,9 @@ from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.models.widen import widen
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.widen import widen
 
 
 def wide_config(model: VideoDiT, **changes) -> DiTConfig:

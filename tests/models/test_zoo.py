@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_dit_parity import published_table
 
 from longtake.errors import CheckpointError, ConfigError
-from longtake.models.convert import convert
-from longtake.models.presets import PRESETS, fitting_presets, model_config
-from longtake.models.weights import load_dit, open_dit
+from longtake.weights.convert import convert
+from longtake.weights.load import load_dit, open_dit
+from longtake.weights.presets import PRESETS, fitting_presets, model_config
 
 # Specification A.1: preset -> (parameters, tensors); None where the table gives a rounded number
 COUNTS = {

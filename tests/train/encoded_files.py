@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, stage_config
 
 from longtake.models.encoders import TextEncoder
-from longtake.models.weights import save_dit
 from longtake.run_folder import latest_checkpoint
+from longtake.weights.load import save_dit
 
 ROWS = 6
 

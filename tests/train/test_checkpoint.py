@@ -16,12 +16,12 @@ from tiny_stage import save_student, stage_config
 from longtake import run_folder as runs
 from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
-from longtake.models.published import open_published
 from longtake.train import checkpoint
 from longtake.train.checkpoint import latest_checkpoint, load_checkpoint
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
 from longtake.train.state import TrainState
+from longtake.weights.read import open_published
 
 
 def assert_same(one: TrainState, other: TrainState) -> None:

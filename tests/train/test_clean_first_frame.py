@@ -22,11 +22,11 @@ from longtake.inference.pipeline import load_encoders
 from longtake.models.cache import CacheView
 from longtake.models.conditioning import prepare_image
 from longtake.models.dit import VideoDiT
-from longtake.models.weights import save_dit
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
+from longtake.weights.load import save_dit
 
 PICTURE = sample_world(5, 0).render(1)[0]
 

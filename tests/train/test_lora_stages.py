@@ -14,12 +14,12 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.lora import factors
-from longtake.models.lora_files import BASE, CONFIG, WEIGHTS
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import load_dit, save_dit
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.lora import BASE, CONFIG, WEIGHTS
 
 LORA = {"rank": 2, "alpha": 4}
 SLOTS = 2 * 12 * 2  # layers, linear layers of an i2v block, factors

@@ -10,14 +10,14 @@ from tiny_stage import make_model, stage_config
 from longtake.condition import Condition
 from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
-from longtake.models.lora_files import WEIGHTS, read_base
-from longtake.models.weight_identity import weights_identity
-from longtake.models.weights import load_dit, save_dit
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train import networks as train_networks
 from longtake.train.metrics_log import read_rows
 from longtake.train.networks import build_networks
 from longtake.train.stages import run_stage
+from longtake.weights.fingerprint import weights_identity
+from longtake.weights.load import load_dit, save_dit
+from longtake.weights.lora import WEIGHTS, read_base
 
 LORA = {"rank": 2, "alpha": 4}
 

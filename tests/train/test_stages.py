@@ -18,12 +18,12 @@ from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.encoders import ImageEncoder
-from longtake.models.weights import config_to_json, save_dit
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.toy.world import sample_world
 from longtake.train.main import run_job
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
+from longtake.weights.load import config_to_json, save_dit
 
 
 def rows_of(config):

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.models.families import is_wan, refuse_others
-from longtake.models.file_kind import is_pickled
-from longtake.models.folders import INDEX as _INDEX
-from longtake.models.folders import files_in, locate, pickles_in
-from longtake.models.model_json import read_json
-from longtake.models.names import clean_key, is_beside, is_diffusers, original_names
-from longtake.models.tensor_files import check_finite
+from longtake.weights.config_json import read_json
+from longtake.weights.families import is_wan, refuse_others
+from longtake.weights.file_kind import is_pickled
+from longtake.weights.locate import INDEX as _INDEX
+from longtake.weights.locate import files_in, locate, pickles_in
+from longtake.weights.names import clean_key, is_beside, is_diffusers, original_names
+from longtake.weights.tensor_files import check_finite
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from longtake.config.groups import ModelConfig
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT, parameter_type
-from longtake.models.presets import model_config
 from longtake.models.sizes import DiTConfig
-from longtake.models.weights import Opened
+from longtake.weights.load import Opened
+from longtake.weights.presets import model_config
 
 # What may differ between the weights and the sizes they are widened to
 _ADDED = {"model_type", "in_channels", "image_dim", "image_positions"}

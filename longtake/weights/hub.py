@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 
 from longtake.errors import CheckpointError
-from longtake.models.file_kind import GGUF
-from longtake.models.folders import PICKLED, SAFETENSORS, is_hub_name, locate
+from longtake.weights.file_kind import GGUF
+from longtake.weights.locate import PICKLED, SAFETENSORS, is_hub_name, locate
 
 logger = logging.getLogger(__name__)
 

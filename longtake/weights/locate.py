@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.errors import CheckpointError
-from longtake.models.file_kind import is_pickled
-from longtake.models.model_json import read_json
 from longtake.run_folder import MANIFEST, exported_weights, find_checkpoint
+from longtake.weights.config_json import read_json
+from longtake.weights.file_kind import is_pickled
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
 SAFETENSORS = (".safetensors",)

@@ -14,8 +14,8 @@ from typing import Any
 
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
-from longtake.models.file_kind import is_pointer
 from longtake.models.sizes import DiTConfig
+from longtake.weights.file_kind import is_pointer
 
 FILE = "config.json"
 

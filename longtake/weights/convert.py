@@ -14,13 +14,13 @@ from torch import Tensor
 
 from longtake.config.generation import RULES_FILE
 from longtake.errors import ConfigError
-from longtake.models.model_json import config_to_diffusers, config_to_json, config_to_original, write_config
-from longtake.models.names import to_diffusers_key
-from longtake.models.published import INDEX, Published
 from longtake.models.sizes import DiTConfig
-from longtake.models.tensor_files import check_finite, save_tensors
-from longtake.models.weights import open_with_updates
 from longtake.outputs import check_new_folder, publish_folder
+from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
+from longtake.weights.load import open_with_updates
+from longtake.weights.names import to_diffusers_key
+from longtake.weights.read import INDEX, Published
+from longtake.weights.tensor_files import check_finite, save_tensors
 
 Layout = Literal["original", "diffusers", "longtake"]
 SHARD_BYTES = 5 << 30

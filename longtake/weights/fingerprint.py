@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from longtake.errors import CheckpointError
-from longtake.models.folders import locate
-from longtake.models.hub import local_path
-from longtake.models.lora_files import Base, is_adapter, read_base, scale_text
-from longtake.models.published import Published, open_published
+from longtake.weights.hub import local_path
+from longtake.weights.locate import locate
+from longtake.weights.lora import Base, is_adapter, read_base, scale_text
+from longtake.weights.read import Published, open_published
 
 _THREADS = 8  # hashing leaves the interpreter's lock
 

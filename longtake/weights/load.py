@@ -18,22 +18,22 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT, parameter_type
-from longtake.models.folders import locate
-from longtake.models.hub import local_path
-from longtake.models.lora_files import check_scale, is_adapter, read_base, read_lora
-from longtake.models.model_json import (
+from longtake.models.sizes import DiTConfig
+from longtake.weights.config_json import (
     FILE,
     config_from_json,
     config_to_json,
     read_json,
     write_config,
 )
-from longtake.models.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
-from longtake.models.presets import PRESETS, fitting_presets
-from longtake.models.published import Published, open_published
-from longtake.models.sizes import DiTConfig
-from longtake.models.tensor_files import check_finite, save_tensors
-from longtake.models.weight_identity import check_base
+from longtake.weights.fingerprint import check_base
+from longtake.weights.hub import local_path
+from longtake.weights.locate import locate
+from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
+from longtake.weights.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
+from longtake.weights.presets import PRESETS, fitting_presets
+from longtake.weights.read import Published, open_published
+from longtake.weights.tensor_files import check_finite, save_tensors
 
 __all__ = [
     "check_state",

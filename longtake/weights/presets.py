@@ -15,10 +15,10 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.folders import locate
-from longtake.models.model_json import FILE, config_from_json, read_json
 from longtake.models.sizes import DiTConfig
 from longtake.toy.encoders import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
+from longtake.weights.config_json import FILE, config_from_json, read_json
+from longtake.weights.locate import locate
 
 _SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 _LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.models.families import describe, is_wan
-from longtake.models.lora_scale import ABSENT
-from longtake.models.names import clean_key, original_names, shown_key
-from longtake.models.published import check_type
-from longtake.models.tensor_files import check_finite
+from longtake.weights.families import describe, is_wan
+from longtake.weights.lora_scale import ABSENT
+from longtake.weights.names import clean_key, original_names, shown_key
+from longtake.weights.read import check_type
+from longtake.weights.tensor_files import check_finite
 
 _FACTOR = re.compile(
     r"(?P<module>.+?)[._]lora(_linear_layer)?[._](?P<part>A|B|down|up)(\.(?!weight$|bias$)\w+)?(\.(?P<leaf>weight|bias))?"

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from longtake.config.stage import TOY, resolve_source
 from longtake.errors import CheckpointError, ConfigError
-from longtake.models.file_kind import is_pickled
-from longtake.models.folders import PICKLED, SAFETENSORS, files_in
-from longtake.models.lora_names import Update, assign
-from longtake.models.lora_scale import ABSENT, CONFIG, Settings, settings_from_json, settings_from_metadata
-from longtake.models.model_json import read_json
-from longtake.models.published import pick, read_pickled
-from longtake.models.tensor_files import check_finite, save_tensors
+from longtake.weights.config_json import read_json
+from longtake.weights.file_kind import is_pickled
+from longtake.weights.locate import PICKLED, SAFETENSORS, files_in
+from longtake.weights.lora_names import Update, assign
+from longtake.weights.lora_scale import ABSENT, CONFIG, Settings, settings_from_json, settings_from_metadata
+from longtake.weights.read import pick, read_pickled
+from longtake.weights.tensor_files import check_finite, save_tensors
 
 WEIGHTS, BASE = "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."
