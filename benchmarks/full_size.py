@@ -38,10 +38,10 @@ import torch
 import yaml
 
 from benchmarks.random_files import FULL, TINY, write_encoders, write_lmdb, write_weights
+from longtake.encoders.vae import VideoVAE
 from longtake.errors import LongtakeError
 from longtake.inference.generator import Generator
 from longtake.models.attention import attend, backends
-from longtake.models.vae import VideoVAE
 from longtake.rng import Draws
 from longtake.toy.world import sample_world
 from longtake.train.metrics_log import read_rows

@@ -25,7 +25,7 @@ _HOMES = {
     "decode_image": "longtake.data.images",
     "load_dit": "longtake.weights.load",
     "open_dataset": "longtake.data.formats",
-    "prepare_image": "longtake.models.conditioning",
+    "prepare_image": "longtake.encoders.condition",
     "read_clip": "longtake.data.clips",
     "read_lora": "longtake.weights.lora",
     "read_video": "longtake.inference.video_io",

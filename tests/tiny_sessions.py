@@ -9,8 +9,8 @@ import torch
 from tiny_stage import TEACHER, make_encoders, make_model
 
 from longtake.config.generation import generation_settings
+from longtake.encoders.bundle import Encoders
 from longtake.inference.generator import Generator
-from longtake.models.encoders import Encoders
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.world import sample_world
 

@@ -10,8 +10,8 @@ from tiny_models import randomize
 
 from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.rng import Draws
 from longtake.toy import encoders as toy

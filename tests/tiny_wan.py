@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
 
-from longtake.models.encoders import Encoders, VideoVAE
+from longtake.encoders.bundle import Encoders, VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world

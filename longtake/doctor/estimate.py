@@ -28,12 +28,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.vae import VideoVAE
+from longtake.encoders.window_codec import EncoderCodec
 from longtake.models import attention
 from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import check_heads
-from longtake.models.vae import VideoVAE
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.long import LongTuning
@@ -41,7 +42,6 @@ from longtake.rng import Draws
 from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics_log import Phases
 from longtake.train.networks import Builder
-from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
 from longtake.train.state import TrainState
 from longtake.weights.load import Opened

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from longtake.config.stage import TOY, TOY_ASSETS, StageConfig, resolve_source
+from longtake.encoders.bundle import Encoders
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.plan import StreamPlan
 from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
 from longtake.weights.load import load_dit

@@ -7,10 +7,10 @@ import logging
 from longtake.condition import VideoShape
 from longtake.config.generation import GenerationConfig
 from longtake.devices import memory_bytes
+from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 
 logger = logging.getLogger(__name__)
 

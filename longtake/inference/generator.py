@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.condition import latent_frames, pixel_frames
 from longtake.config.generation import frames_of
 from longtake.config.stage import StageConfig
+from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
 from longtake.inference.fit import check_memory
 from longtake.inference.frames import Frames, fetched, to_frames
@@ -25,7 +26,6 @@ from longtake.inference.session import Look, Session
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
-from longtake.models.conditioning import prepare_image
 from longtake.models.token_split import TokenSplit
 from longtake.outputs import check_output_file
 

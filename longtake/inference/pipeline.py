@@ -14,15 +14,15 @@ from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import usable_device
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.condition import encode_condition, prepare_image
+from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
 from longtake.inference.fit import check_fit
 from longtake.inference.source import Source
-from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit, check_heads
-from longtake.models.vae import DecoderSession, VideoVAE
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser

@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 
 from longtake.config.base import Settings, read_yaml
 from longtake.config.generation import MAX_FRAMES, GenerationConfig, frames_of
+from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, fetched
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_negative, check_prompt
 from longtake.inference.video_io import VIDEO_SUFFIXES
-from longtake.models.conditioning import prepare_image
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:

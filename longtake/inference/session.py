@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
+from longtake.encoders.bundle import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
 from longtake.models.cache import KVCache
-from longtake.models.encoders import DecoderSession
 from longtake.rollout.denoise import Guidance
 from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream

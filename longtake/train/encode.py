@@ -21,9 +21,9 @@ from longtake.data.loader import Batch, Loader, collate
 from longtake.data.order import Pick
 from longtake.data.samples import FileSize, Sample
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.condition import condition_frames, with_mask
 from longtake.errors import DataError
-from longtake.models.conditioning import condition_frames, with_mask
-from longtake.models.encoders import Encoders
 from longtake.objectives.encoded import EncodedBatch
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import Any
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows, differences
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.fingerprint import digest, encoder_files, stamps
 from longtake.errors import DataError
-from longtake.models.encoder_identity import digest, encoder_files, stamps
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.window_codec import EncoderCodec
 from longtake.errors import ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.models.token_split import check_heads
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
@@ -43,7 +44,6 @@ from longtake.train.metrics_log import Phases
 from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
-from longtake.train.picture_codec import EncoderCodec
 from longtake.train.saver import SaveSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState

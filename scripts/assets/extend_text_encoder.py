@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from train_text_encoder import FIELDS, IGNORE, forward, labels_of
 
-from longtake.models.text_encoder import TextEncoder
+from longtake.encoders.text import TextEncoder
 from longtake.toy import encoders as toy
 from longtake.toy.captions import STILL, STOP_WORDS
 from longtake.toy.story import sample_story

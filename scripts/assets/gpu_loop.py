@@ -16,8 +16,8 @@ from muon import Muon
 from torch import Tensor
 from world_pool import Pool
 
+from longtake.encoders.bundle import Encoders
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.weights.load import save_dit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.models.image_encoder import ImageEncoder
+from longtake.encoders.clip import ImageEncoder
 from longtake.toy import encoders as toy
 from longtake.toy.captions import COLOURS, SHAPES
 from longtake.toy.world import SIZE, sample_world, sprite_mask

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
 from longtake.config.stage import StageConfig, load_config
+from longtake.encoders.bundle import Encoders
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
 from longtake.models.contexts import MaskedContext
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.models.layers import Rotation, rope_angles
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos

@@ -23,11 +23,11 @@ from gpu_loop import TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor
 
 from longtake.condition import Condition
+from longtake.encoders.bundle import Encoders
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
-from longtake.models.encoders import Encoders
 from longtake.models.sizes import DiTConfig
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS, shapes_of

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.models.text_encoder import TextEncoder
+from longtake.encoders.text import TextEncoder
 from longtake.toy import encoders as toy
 from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, clause_spans, parse_caption
 from longtake.toy.world import sample_world

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import pixel_frames
-from longtake.models.encoders import Encoders
+from longtake.encoders.bundle import Encoders
 from longtake.toy.story import sample_story
 from longtake.toy.world import CROSS_WIDTH, REACH, SHAPES, SIZE, World, sample_world
 

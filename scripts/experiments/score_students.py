@@ -32,8 +32,8 @@ def score(
     from longtake.condition import pixel_frames
     from longtake.config.stage import TOY_ASSETS, StageConfig, load_config
     from longtake.distributed.mesh import init_mesh
+    from longtake.encoders.bundle import Encoders
     from longtake.evaluation.rows import held_out, score_row, student_row
-    from longtake.models.encoders import Encoders
     from longtake.toy.metrics import summarise
     from longtake.toy.windows import WindowRule
     from longtake.toy.world import sample_world

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from longtake.data.images import decode_image, image_size
+from longtake.encoders.condition import prepare_image
 from longtake.errors import DataError
-from longtake.models.conditioning import prepare_image
 
 RED = np.zeros((8, 12, 3), np.uint8) + np.array([200, 30, 60], np.uint8)
 # The profile that comes with LittleCMS, and one in which the first number is green and the second red.

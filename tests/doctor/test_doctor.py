@@ -21,7 +21,7 @@ from longtake.doctor.estimate import Need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
-from longtake.models.encoders import Encoders, TextEncoder
+from longtake.encoders.bundle import Encoders, TextEncoder
 from longtake.train.encode_set import encode_set
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS

@@ -9,6 +9,8 @@ from tiny_stage import save_student, stage_config
 
 from longtake import Generator
 from longtake.condition import pixel_frames
+from longtake.encoders.bundle import Encoders, ImageEncoder
+from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.inference import generator as module
 from longtake.inference import pipeline
@@ -18,8 +20,6 @@ from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
 from longtake.inference.source import Source
 from longtake.inference.video_io import read_video
-from longtake.models.conditioning import encode_condition, prepare_image
-from longtake.models.encoders import Encoders, ImageEncoder
 from longtake.run_folder import exported_weights, find_checkpoint
 from longtake.toy.world import sample_world
 
@@ -336,7 +336,7 @@ def test_encoders_come_from_the_runs_configuration(workshop, generator):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_frames_that_are_not_finite_are_an_error_and_not_black(generator, value, monkeypatch):
-    from longtake.models.vae import DecoderSession
+    from longtake.encoders.vae import DecoderSession
 
     decode, calls = DecoderSession.decode, []
 

@@ -141,7 +141,7 @@ def test_weights_without_y_start_from_the_clean_first_frame(models, tmp_path):
 # ---- guidance --------------------------------------------------------------------------------------------------------
 def guided_oracle(generator, weight, num_blocks):
     """Latents of guided streaming without a cache: every block sees the whole past, both texts side by side."""
-    from longtake.models.conditioning import encode_condition, prepare_image
+    from longtake.encoders.condition import encode_condition, prepare_image
 
     rules, model, encoders = generator.plan, generator.model, generator.encoders
     picture = prepare_image(PICTURE, 64, 64)[None]

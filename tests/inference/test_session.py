@@ -10,10 +10,10 @@ from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator, open_s
 from torch._subclasses.fake_tensor import FakeTensor
 
 from longtake.condition import Condition
+from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import ConfigError, DataError
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import stream_noise, student_latents
-from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.rollout.denoise import Guidance, commit_block, denoise_block
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_sessions import OTHER, PICTURE, A, B, C, make_generator
 
-from longtake.models.encoders import Encoders
-from longtake.models.vae import VideoVAE
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.vae import VideoVAE
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 
 LOOKS = ((PICTURE, A, B), (OTHER, B, C), (PICTURE[:, ::-1], C, A))

@@ -13,8 +13,8 @@ from longtake import Generator
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig
 from longtake.data.formats import open_dataset
+from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import ConfigError
-from longtake.models.conditioning import encode_condition, prepare_image
 from longtake.rng import Draws
 from longtake.toy.world import sample_world
 from longtake.weights.load import save_dit

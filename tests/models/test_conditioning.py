@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.condition import condition_frames, encode_condition, prepare_image
 from longtake.errors import DataError, ShapeError
-from longtake.models.conditioning import condition_frames, encode_condition, prepare_image
-from longtake.models.encoders import Encoders
 
 torch.set_num_threads(1)
 

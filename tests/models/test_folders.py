@@ -88,5 +88,5 @@ def test_encoders_are_found_in_and_beside_the_weights(tmp_path, place):
 
 
 def test_no_torch_is_needed():
-    code = "import sys, longtake.weights.locate, longtake.models.encoder_identity; assert 'torch' not in sys.modules"
+    code = "import sys, longtake.weights.locate, longtake.encoders.fingerprint; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

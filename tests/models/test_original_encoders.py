@@ -16,9 +16,9 @@ from original_oracles import (
     vae_shapes,
 )
 
+from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
+from longtake.encoders.original import load_image_model, load_text_model, load_vae_module
 from longtake.errors import CheckpointError
-from longtake.models.encoders import Encoders, ImageEncoder, TextEncoder, VideoVAE
-from longtake.models.original_encoders import load_image_model, load_text_model, load_vae_module
 from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)

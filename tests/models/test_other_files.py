@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from test_published import INDEX, WEIGHTS, same, save_config, sharded
 
+from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import CheckpointError
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
-from longtake.models.pretrained import check_folder, load_strictly
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.locate import find_weights
 from longtake.weights.names import clean_key

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from longtake.encoders.bundle import ImageEncoder, TextEncoder, VideoVAE
+from longtake.encoders.condition import condition_frames
 from longtake.errors import ConfigError
-from longtake.models.conditioning import condition_frames
-from longtake.models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)

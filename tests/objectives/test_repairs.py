@@ -12,7 +12,7 @@ from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.condition import Condition
-from longtake.models.encoders import Encoders
+from longtake.encoders.bundle import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
 from longtake.rng import Draws

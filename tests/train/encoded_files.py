@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, stage_config
 
-from longtake.models.encoders import TextEncoder
+from longtake.encoders.bundle import TextEncoder
 from longtake.run_folder import latest_checkpoint
 from longtake.weights.load import save_dit
 

@@ -9,8 +9,8 @@ from tiny_stage import make_encoders
 from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
+from longtake.encoders.condition import encode_condition
 from longtake.errors import DataError
-from longtake.models.conditioning import encode_condition
 from longtake.toy.world import sample_world
 from longtake.train.encode import BatchEncoder, EncodedLoader
 

@@ -10,15 +10,15 @@ from tiny_stage import stage_config, stage_tree
 
 from longtake.config.stage import StageConfig
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.text import TextEncoder
+from longtake.encoders.window_codec import EncoderCodec
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
-from longtake.models.text_encoder import TextEncoder
 from longtake.objectives.long import LongTuning
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
-from longtake.train.picture_codec import EncoderCodec
 from longtake.train.stages import run_stage
 
 LONG = {"num_chunks": [3], "new_frames": 2}

@@ -11,8 +11,8 @@ from tiny_stage import stage_config
 
 from longtake.data.encoded import EncodedRows
 from longtake.distributed.mesh import Mesh
+from longtake.encoders.bundle import Encoders
 from longtake.errors import DataError
-from longtake.models.encoders import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set

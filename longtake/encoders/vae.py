@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from longtake.condition import pixel_frames
+from longtake.encoders.original import load_vae_module
+from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import CheckpointError, ShapeError
 from longtake.models.attention import ONE_THREAD
-from longtake.models.original_encoders import load_vae_module
-from longtake.models.pretrained import check_folder, load_strictly
 
 # A guard against searching for ever, not a size of any model: Wan2.1 needs 29.
 _MAX_STEADY_INDEX = 512

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.data.images import fit_image, open_image, upright_rgb
+from longtake.encoders.bundle import Encoders, VideoVAE
 from longtake.errors import DataError, ShapeError
-from longtake.models.encoders import Encoders, VideoVAE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.encoders.original import load_text_model
+from longtake.encoders.strict import check_folder, load_strictly, quiet, reading
 from longtake.errors import CheckpointError, ConfigError, DataError, printable
 from longtake.models.attention import ONE_THREAD
-from longtake.models.original_encoders import load_text_model
-from longtake.models.pretrained import check_folder, load_strictly, quiet, reading
 from longtake.weights.locate import tokenizer_places
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.encoders.original import load_image_model
+from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.attention import ONE_THREAD
-from longtake.models.original_encoders import load_image_model
-from longtake.models.pretrained import check_folder, load_strictly
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

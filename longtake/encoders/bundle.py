@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from longtake.models.image_encoder import ImageEncoder
-from longtake.models.text_encoder import TextEncoder, clean_prompt
-from longtake.models.vae import DecoderSession, EncoderSession, VideoVAE
+from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.text import TextEncoder, clean_prompt
+from longtake.encoders.vae import DecoderSession, EncoderSession, VideoVAE
 from longtake.weights.locate import encoder_paths
 
 __all__ = [

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from longtake.config.stage import StageConfig
-from longtake.models.conditioning import condition_frames
-from longtake.models.encoders import Encoders
-from longtake.models.image_encoder import ImageEncoder
-from longtake.models.vae import DecoderSession, VideoVAE
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.condition import condition_frames
+from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.rollout.long_stream import Picture
 from longtake.weights.locate import encoder_paths
 

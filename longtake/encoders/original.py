@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from longtake.encoders.strict import check_keys
 from longtake.errors import CheckpointError
-from longtake.models.pretrained import check_keys
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.read import read_pickled
 from longtake.weights.tensor_files import check_finite
