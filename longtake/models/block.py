@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longtake.models import attention
 from longtake.models.attention import Attention
-from longtake.models.contexts import CrossContext, SelfContext
+from longtake.models.context import CrossContext, SelfContext
 from longtake.models.layers import RMSNorm, layer_norm
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from longtake.models import attention
 from longtake.models.block import Block, run_block
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
-from longtake.models.contexts import CachedContext, CrossContext, MaskedContext, SelfContext
+from longtake.models.context import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
 from longtake.models.sizes import DiTConfig

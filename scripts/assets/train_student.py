@@ -27,7 +27,7 @@ from longtake.config.stage import StageConfig, load_config
 from longtake.encoders.bundle import Encoders
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
-from longtake.models.contexts import MaskedContext
+from longtake.models.context import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import Rotation, rope_angles
 from longtake.objectives.base import Objective
