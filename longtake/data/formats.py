@@ -150,13 +150,13 @@ def _open_texts(path: Path) -> Dataset:
 
 
 def _open_tars(path: Path, num_frames: int | None, sizes: Sizes, fps: float | None) -> Dataset:
-    from longtake.data.tar_shards import TarShards
+    from longtake.data.tar import TarShards
 
     return TarShards(path, num_frames, sizes, fps)
 
 
 def _open_lmdb(path: Path, sizes: Sizes) -> Dataset:
-    from longtake.data.lmdb_shards import LmdbShards
+    from longtake.data.lmdb import LmdbShards
 
     return LmdbShards(path, sizes)
 

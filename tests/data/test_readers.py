@@ -12,7 +12,7 @@ from PIL import Image
 from longtake.data.clips import read_clip
 from longtake.data.formats import detect_kind, open_dataset
 from longtake.data.images import decode_image, fit_image
-from longtake.data.lmdb_shards import LmdbShards
+from longtake.data.lmdb import LmdbShards
 from longtake.errors import ConfigError, DataError
 
 lmdb = pytest.importorskip("lmdb")
