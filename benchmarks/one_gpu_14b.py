@@ -33,10 +33,10 @@ from torch import Tensor
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.encoded import EncodedBatch
+from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.train import stages
 from longtake.train.loop import LoopSettings, RunInfo, train

@@ -46,12 +46,12 @@ from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchro
 from benchmarks.random_files import FULL, TINY, Sizes
 from longtake.condition import Condition
 from longtake.config.groups import ParallelConfig
-from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.execution import Execution
 from longtake.models.token_split import TokenSplit
+from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser

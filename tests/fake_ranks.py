@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from PIL import Image
 from longtake.cli.app import main
 from longtake.data.file_rows import list_files, read_table
 from longtake.data.formats import open_dataset
-from longtake.distributed.mesh import launched
 from longtake.encoders.strict import reading
 from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.outputs import check_own
+from longtake.parallel.mesh import launched
 from longtake.train.metrics_log import read_rows
 from longtake.weights.config_json import read_json
 from longtake.weights.lora_scale import number

@@ -53,7 +53,7 @@ ENTRANCES = {
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
 TORCH_FREE = BASE - {"randomness"} | ENTRANCES
 PROCESS_GROUP = ("distributed/", "train/", "data/loader.py", "evaluation/run.py", "doctor/estimate.py")
-ENVIRONMENT = ("cli.py", "distributed/mesh.py")
+ENVIRONMENT = ("cli.py", "parallel/mesh.py")
 
 
 def relative(path: Path) -> str:

@@ -16,7 +16,7 @@ import yaml
 from tiny_stage import stage_tree
 
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage

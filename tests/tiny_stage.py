@@ -9,10 +9,10 @@ import torch
 from tiny_models import randomize
 
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
+from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world

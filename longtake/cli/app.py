@@ -213,8 +213,8 @@ def generate(
             return
         if decode_device is not None:
             raise ConfigError("--decode-device is for one video; leave it out, or --inputs and --samples")
-        from longtake.distributed.mesh import init_mesh
         from longtake.inference.batch import Length, Pair, check_apart, generate_many, read_pairs
+        from longtake.parallel.mesh import init_mesh
 
         if inputs is None:
             assert image is not None and prompt is not None
@@ -252,7 +252,7 @@ class _Ranks:
 @contextmanager
 def _one_video(device: str | None, sequence_parallel: int | None) -> Iterator[_Ranks]:
     """The processes of torchrun, all of which make one video, or this process alone."""
-    from longtake.distributed.mesh import init_mesh, launched
+    from longtake.parallel.mesh import init_mesh, launched
 
     _, world_size, _ = launched()
     if world_size == 1 and sequence_parallel in (None, 1):

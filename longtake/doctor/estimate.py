@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.vae import VideoVAE
 from longtake.encoders.window_codec import EncoderCodec
 from longtake.models import attention
@@ -38,6 +37,7 @@ from longtake.models.token_split import check_heads
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.long import LongTuning
+from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics_log import Phases

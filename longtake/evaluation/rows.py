@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longtake.condition import Condition, pixel_frames
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition
 from longtake.errors import ConfigError
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.dit import VideoDiT
+from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import WorldScores, measure

@@ -13,7 +13,6 @@ import yaml
 
 from longtake.condition import pixel_frames
 from longtake.config.stage import EvaluationConfig
-from longtake.distributed.mesh import Mesh, init_mesh
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.evaluation import report
@@ -34,6 +33,7 @@ from longtake.evaluation.rows import (
 from longtake.evaluation.subject import Student, Subject, load_frozen, of_models, of_run
 from longtake.models.dit import VideoDiT
 from longtake.outputs import check_output_folder
+from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import summarise
 from longtake.toy.windows import WindowRule

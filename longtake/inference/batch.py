@@ -26,7 +26,7 @@ from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
-    from longtake.distributed.mesh import Mesh
+    from longtake.parallel.mesh import Mesh
 
 MAX_VIDEOS = 1_000_000  # of one start
 

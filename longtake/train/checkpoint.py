@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from longtake import run_folder as runs
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
 from longtake.train.facts import compare_facts, flat
 from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors

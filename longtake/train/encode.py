@@ -20,11 +20,11 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.loader import Batch, Loader, collate
 from longtake.data.order import Pick
 from longtake.data.samples import FileSize, Sample
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import condition_frames, with_mask
 from longtake.errors import DataError
 from longtake.objectives.encoded import EncodedBatch
+from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows, differences
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.fingerprint import digest, encoder_files, stamps
 from longtake.errors import DataError
+from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from longtake.config.groups import ProfileConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
-from longtake.distributed.mesh import Mesh
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
+from longtake.parallel.mesh import Mesh
 from longtake.rollout.work import loras, model_work, passes
 
 logger = logging.getLogger(__name__)

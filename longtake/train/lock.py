@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.parallel.mesh import Mesh
 
 LOCK = ".lock"  # in the folder; its text says who has it, or was killed while it had it
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)

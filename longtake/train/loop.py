@@ -22,10 +22,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import average_gradients
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
+from longtake.parallel.fsdp import average_gradients
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
 from longtake.train.checkpoint import resume
 from longtake.train.gauges import Gauges, Trace

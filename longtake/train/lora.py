@@ -13,10 +13,10 @@ from torch import Tensor
 
 from longtake.config.groups import LoraConfig
 from longtake.config.stage import TOY, StageConfig
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora, is_factor, targets_of
+from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.run_folder import LORA, checkpoint_name, checkpoints_folder
 from longtake.weights.fingerprint import weights_identity

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from longtake.config.stage import JobConfig, StageConfig, dump
-from longtake.distributed.mesh import Mesh, init_mesh, restarts
 from longtake.evaluation.run import evaluate
 from longtake.outputs import check_output_folder
+from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run

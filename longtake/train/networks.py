@@ -1,6 +1,6 @@
 """The networks of a stage: opened, made fit, sharded, and only then filled; separate ones, or roles of a shared base.
 
-No rank holds a network whole (`distributed/materialize.py`); random first weights are the exception.
+No rank holds a network whole (`parallel/materialize.py`); random first weights are the exception.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from longtake.config.groups import LoraConfig, ModelConfig
 from longtake.config.stage import StageConfig
-from longtake.distributed.materialize import materialize
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import gathered, parallelize
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.parallel.fsdp import gathered, parallelize
+from longtake.parallel.materialize import materialize
+from longtake.parallel.mesh import Mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import read_manifest

@@ -12,7 +12,7 @@ from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
 from longtake.data.order import Buckets, nearest_buckets
 from longtake.data.samples import Dataset, FileSize, Sizes
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.encode import EncodedLoader, RowEncoder
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from longtake.config.groups import CriticConfig, OptimConfig
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.window_codec import EncoderCodec
 from longtake.errors import ConfigError
@@ -26,6 +25,7 @@ from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_stream import PictureCodec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

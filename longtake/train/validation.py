@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation import report
 from longtake.evaluation.rows import Row, Videos, held_out, score_row, student_row, teacher_row, truth
 from longtake.models.dit import VideoDiT
+from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import summarise
 from longtake.toy.world import SIZE

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.metrics_log import Phases
 
 logger = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ def score(
 
     from longtake.condition import pixel_frames
     from longtake.config.stage import TOY_ASSETS, StageConfig, load_config
-    from longtake.distributed.mesh import init_mesh
     from longtake.encoders.bundle import Encoders
     from longtake.evaluation.rows import held_out, score_row, student_row
+    from longtake.parallel.mesh import init_mesh
     from longtake.toy.metrics import summarise
     from longtake.toy.windows import WindowRule
     from longtake.toy.world import sample_world

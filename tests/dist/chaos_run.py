@@ -30,7 +30,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 (imported once, before the forks)
 
 from longtake import run_folder as runs
-from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.errors import CheckpointError
 from longtake.train.watchdog import WatchdogSettings
 

@@ -24,8 +24,8 @@ from tiny_models import make_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.data.order import batch_rows
-from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.distributed.parallelize import gathered, parallelize
+from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.parallel.fsdp import gathered, parallelize
 from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid

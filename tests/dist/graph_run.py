@@ -17,7 +17,7 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_model
 
 from longtake.config.groups import ParallelConfig
-from longtake.distributed.mesh import init_mesh
+from longtake.parallel.mesh import init_mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 
 

@@ -15,8 +15,8 @@ from dit_run import BATCH, FRAMES, MICRO, RULES, Batches, make_dit
 from safetensors.torch import save_file
 from tiny_lora import adapted, adapter_of
 
-from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.parallel.fsdp import parallelize
 from longtake.models.lora import factors
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.rng import Draws

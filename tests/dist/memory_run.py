@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_stage import stage_config
 
-from longtake.distributed.materialize import materialize
-from longtake.distributed.mesh import Mesh, init_mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.parallel.materialize import materialize
+from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.parallel.fsdp import parallelize
 from longtake.errors import CheckpointError
 from longtake.weights.load import open_weights
 from longtake.train.networks import build_networks

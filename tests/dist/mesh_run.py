@@ -16,7 +16,7 @@ from tiny_stage import stage_tree
 
 from longtake.config.stage import StageConfig
 from longtake.toy.world import sample_world
-from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator, Source
 from longtake.inference.sampling import student_latents
 from longtake.train.stages import run_stage

@@ -12,7 +12,7 @@ import torch
 from tiny_stage import make_workshop, stage_config
 
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh, init_mesh
+from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.stages import run_stage
 
 LORA = {"rank": 2, "alpha": 4}

@@ -22,8 +22,8 @@ from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_model, relative_error
 
 from longtake.config.groups import ParallelConfig
-from longtake.distributed.mesh import init_mesh
-from longtake.distributed.sequence import SequenceParallel
+from longtake.parallel.mesh import init_mesh
+from longtake.parallel.ulysses import SequenceParallel
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.rollout.cuda_graphs import CUDAGraphRunner

@@ -6,7 +6,7 @@ import sys
 import yaml
 from tiny_stage import stage_config, stage_tree
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.encode_set import encode_set
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_model
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.models.sizes import DiTConfig
 from longtake.models.lora import factors
 from longtake.weights.lora import Base, write_adapter

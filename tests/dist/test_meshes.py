@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train.metrics_log import read_rows
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.parallel.mesh import Mesh
+from longtake.parallel.fsdp import parallelize
 from longtake.train.checkpoint import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, Window, iteration

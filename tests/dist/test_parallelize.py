@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from longtake.distributed import parallelize as module
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
+from longtake.parallel import fsdp as module
+from longtake.parallel.mesh import Mesh
+from longtake.parallel.fsdp import parallelize
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser

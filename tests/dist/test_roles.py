@@ -8,7 +8,7 @@ import roles_run
 import torch
 from safetensors.torch import load_file
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 

@@ -11,7 +11,7 @@ from fake_ranks import FakeMesh
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.config.groups import ParallelConfig
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.models.execution import Execution
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 from safetensors.torch import load_file
 
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from longtake.cli.app import app
 from longtake.config.stage import TOY_ASSETS
 from longtake.data.encoded import EMPTY_TEXT, INDEX
-from longtake.distributed.mesh import Mesh
 from longtake.doctor import run as module
 from longtake.doctor.estimate import Need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
 from longtake.encoders.bundle import Encoders, TextEncoder
+from longtake.parallel.mesh import Mesh
 from longtake.train.encode_set import encode_set
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS

@@ -10,7 +10,6 @@ from fake_ranks import on_ranks
 from PIL import Image
 from tiny_stage import make_encoders, make_model, save_student, stage_config
 
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation import report
 from longtake.evaluation.rows import (
@@ -28,6 +27,7 @@ from longtake.evaluation.run import evaluate, evaluate_models
 from longtake.evaluation.subject import trained_stages
 from longtake.inference.export import export
 from longtake.inference.video_io import read_video
+from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import summarise
 from longtake.toy.world import sample_world

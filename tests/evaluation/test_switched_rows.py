@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from tiny_stage import make_encoders, make_model, save_student, stage_config
 
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
 from longtake.evaluation import report
 from longtake.evaluation import rows as rows_module
 from longtake.evaluation.rows import frozen, held_out, score_row, scorer_processes, student_row, truth
 from longtake.evaluation.run import evaluate
+from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import summarise
 from longtake.toy.story import sample_story

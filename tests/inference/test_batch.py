@@ -11,10 +11,10 @@ from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, DataError
 from longtake.inference.batch import Length, Pair, generate_many, read_pairs
 from longtake.inference.generator import Generator, Source, generate_file
+from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 
 WORLDS = [sample_world(3, k) for k in range(3)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
 from longtake.errors import CacheError
+from longtake.parallel.fsdp import parallelize
+from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out

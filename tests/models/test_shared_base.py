@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_lora import adapter_of, stir
 
-from longtake.distributed.mesh import Mesh
-from longtake.distributed.parallelize import parallelize
 from longtake.models.lora import add_lora, first_factors, inject_lora
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.parallel.fsdp import parallelize
+from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser

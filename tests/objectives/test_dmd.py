@@ -9,10 +9,10 @@ from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
 from longtake.config.groups import CriticConfig, FlowConfig
-from longtake.distributed.mesh import Mesh
 from longtake.errors import TrainingError
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan, warp
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser

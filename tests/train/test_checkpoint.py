@@ -14,8 +14,8 @@ import torch
 from tiny_stage import save_student, stage_config
 
 from longtake import run_folder as runs
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
+from longtake.parallel.mesh import Mesh
 from longtake.train import checkpoint
 from longtake.train.checkpoint import latest_checkpoint, load_checkpoint
 from longtake.train.metrics_log import read_rows

@@ -15,13 +15,13 @@ from longtake import Generator
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
 from longtake.inference.pipeline import load_encoders
 from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
+from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows

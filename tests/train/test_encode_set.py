@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition
 from longtake.errors import ConfigError, DataError
+from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 from longtake.train import encode_set as module
 from longtake.train.encode import BatchEncoder

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
-from longtake.distributed.mesh import Mesh
 from longtake.errors import DataError
+from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
@@ -77,7 +77,7 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 from longtake.config.stage import StageConfig
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.stages import run_stage
 import json
 for tree in json.loads(sys.argv[1]):

@@ -14,9 +14,9 @@ from tiny_stage import TEACHER, stage_config
 
 from longtake.config.groups import ProfileConfig
 from longtake.devices import DEVICES, find_device
-from longtake.distributed.mesh import Mesh
 from longtake.models import flops
 from longtake.models.flops import Call
+from longtake.parallel.mesh import Mesh
 from longtake.train import metrics_log
 from longtake.train.gauges import Gauges, Trace, operations_of, stage_gauges
 from longtake.train.metrics_log import Phases, read_rows

@@ -13,8 +13,8 @@ from encoded_files import config_of
 from tiny_stage import stage_config
 
 from longtake.config.stage import JobConfig
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.parallel.mesh import Mesh
 from longtake.train import lock
 from longtake.train.encode_set import encode_set
 from longtake.train.lock import LOCK, only_run
@@ -25,7 +25,7 @@ from longtake.train.stages import run_stage
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from longtake.distributed.mesh import Mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.lock import only_run
 with only_run(Path(sys.argv[1]), Mesh(), "x"):
     child = os.fork()

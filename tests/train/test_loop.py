@@ -14,9 +14,9 @@ import tiny_run
 import torch
 from fake_ranks import on_ranks
 
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny_stage import make_model, stage_config
 
 from longtake import Generator
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.lora import factors
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage

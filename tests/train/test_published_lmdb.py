@@ -10,10 +10,10 @@ import torch
 from tiny_stage import stage_config
 
 from longtake.data.encoded import EncodedRows
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import Encoders
 from longtake.errors import DataError
 from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows

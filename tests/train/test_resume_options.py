@@ -11,8 +11,8 @@ from tiny_stage import stage_config, stage_tree
 from longtake import run_folder as runs
 from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
+from longtake.parallel.mesh import Mesh
 from longtake.train.facts import compare_facts, facts, resume_facts, rows_fact
 from longtake.train.metrics_log import read_rows
 from longtake.train.saver import Saver

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 
 from longtake import run_folder as runs
-from longtake.distributed.mesh import Mesh
 from longtake.errors import CheckpointError
+from longtake.parallel.mesh import Mesh
 from longtake.train import checkpoint, saver
 from longtake.train.checkpoint import Snapshot
 from longtake.train.loop import Hooks
@@ -206,7 +206,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     script = (
         "import sys, time; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path; import tiny_run\n"
-        "from longtake.train import checkpoint; from longtake.distributed.mesh import Mesh\n"
+        "from longtake.train import checkpoint; from longtake.parallel.mesh import Mesh\n"
         "def hang(*_): print('saving', flush=True); time.sleep(60)\n"
         "checkpoint._write_state = hang\n"
         "tiny_run.run(Path(sys.argv[1]), Mesh(), steps=100000)\n"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tiny_stage import make_model, stage_config
 
 from longtake.condition import Condition
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train import networks as train_networks
 from longtake.train.metrics_log import read_rows

@@ -14,10 +14,10 @@ from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tr
 
 from longtake import Generator
 from longtake.config.stage import JobConfig
-from longtake.distributed.mesh import Mesh
 from longtake.encoders.bundle import ImageEncoder
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.toy.world import sample_world
 from longtake.train.main import run_job

@@ -8,8 +8,8 @@ import tiny_run
 from fake_ranks import on_ranks
 
 from longtake.config.stage import WatchdogConfig
-from longtake.distributed.mesh import Mesh
 from longtake.errors import ConfigError
+from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
 from longtake.train.metrics_log import Phases
 from longtake.train.watchdog import Seen, Watchdog, WatchdogSettings, report

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from longtake.distributed.mesh import Mesh, init_mesh, restarts
-from longtake.distributed.parallelize import parallelize
 from longtake.objectives.base import LossResult
+from longtake.parallel.fsdp import parallelize
+from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.train.ema import EMASettings
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from longtake.distributed.mesh import Mesh
 from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
+from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

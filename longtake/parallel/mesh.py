@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longtake.config.groups import ParallelConfig
 from longtake.devices import usable_device
-from longtake.distributed.sequence import SequenceParallel
 from longtake.errors import ConfigError, LongtakeError, TrainingError
+from longtake.parallel.ulysses import SequenceParallel
 from longtake.rollout.cuda_graphs import forget_all
 
 T = TypeVar("T")
