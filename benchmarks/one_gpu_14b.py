@@ -35,7 +35,7 @@ from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.train import stages

@@ -27,8 +27,8 @@ from benchmarks.random_files import FULL, TINY
 from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdSettings
-from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout import denoise

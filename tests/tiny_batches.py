@@ -10,7 +10,7 @@ from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH
 from longtake.condition import Condition, MaskLayout
 from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 

@@ -7,7 +7,7 @@ from tiny_models import IMAGE_TOKENS
 from torch import Tensor
 
 from longtake.models.sizes import DiTConfig
-from longtake.rollout.long_stream import Picture
+from longtake.rollout.long_video import Picture
 
 STRIDE = 4
 

@@ -34,9 +34,9 @@ from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.models.token_split import check_heads
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd
-from longtake.objectives.encoded import EncodedBatch
-from longtake.objectives.long import LongTuning
+from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.train.loop import LoopSettings, Window, iteration

@@ -12,7 +12,7 @@ from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.condition import condition_frames
 from longtake.encoders.vae import DecoderSession, VideoVAE
-from longtake.rollout.long_stream import Picture
+from longtake.rollout.long_video import Picture
 from longtake.weights.locate import encoder_paths
 
 

@@ -17,7 +17,7 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Phase
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan

@@ -14,7 +14,7 @@ from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.rng import Draws
 
 

@@ -16,7 +16,7 @@ from longtake.condition import Condition, MaskLayout
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
 from longtake.objectives.base import LossResult, Phase
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
 from longtake.rng import Draws

@@ -1,6 +1,6 @@
 """Which calls of which network one iteration of a stage makes, and what they cost: the utilisation that training logs.
 
-The calls are those of `rollout/self_forcing.py`, `rollout/long_stream.py` and the objectives; tests count them there.
+The calls are those of `rollout/self_forcing.py`, `rollout/long_video.py` and the objectives; tests count them there.
 Not counted: encoders and VAE, the rebuild of a cache where a prompt changes, and the unconditional text of a batch.
 """
 

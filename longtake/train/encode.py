@@ -23,7 +23,7 @@ from longtake.data.samples import FileSize, Sample
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import condition_frames, with_mask
 from longtake.errors import DataError
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)

@@ -23,12 +23,12 @@ from longtake.models.token_split import check_heads
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
-from longtake.objectives.long import LongSchedule, LongTuning
+from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
-from longtake.rollout.long_stream import PictureCodec
+from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
 from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings

@@ -31,8 +31,8 @@ from longtake.models.context import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import Rotation, rope_angles
 from longtake.objectives.base import Objective
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
-from longtake.objectives.encoded import EncodedBatch
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.rng import Draws
 from longtake.rollout.cuda_graphs import CUDAGraphRunner

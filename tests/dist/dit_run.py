@@ -31,7 +31,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import Draws
 from longtake.rollout.self_forcing import roll_out

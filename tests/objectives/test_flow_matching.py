@@ -7,7 +7,7 @@ from tiny_models import make_tiny_model
 
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise
-from longtake.objectives.encoded import EncodedBatch
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import FlowMatching, clip_sigma, drop_captions
 from longtake.rng import Draws
 

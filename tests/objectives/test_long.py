@@ -11,7 +11,7 @@ from tiny_models import make_tiny_model
 from longtake.errors import ConfigError, DataError
 from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
-from longtake.objectives.long import LongSchedule, LongTuning
+from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser

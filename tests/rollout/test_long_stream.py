@@ -14,7 +14,7 @@ from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
-from longtake.rollout.long_stream import LongStream, Switch
+from longtake.rollout.long_video import LongStream, Switch
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents

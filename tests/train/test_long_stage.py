@@ -13,7 +13,7 @@ from longtake.encoders.text import TextEncoder
 from longtake.encoders.window_codec import EncoderCodec
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
-from longtake.objectives.long import LongTuning
+from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.toy.world import sample_world

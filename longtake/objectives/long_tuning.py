@@ -15,12 +15,12 @@ from longtake.condition import Condition
 from longtake.errors import ConfigError, DataError
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
+from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
-from longtake.objectives.encoded import EncodedBatch
 from longtake.plan import StreamPlan
 from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
-from longtake.rollout.long_stream import LongStream, PictureCodec, Switch, Window
+from longtake.rollout.long_video import LongStream, PictureCodec, Switch, Window
 from longtake.rollout.self_forcing import RollOut
 
 
