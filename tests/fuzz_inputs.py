@@ -14,10 +14,10 @@ from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders, stage_tree
 
 from longtake.config.stage import StageConfig
+from longtake.encodings.write import encode
 from longtake.inference.export import export
 from longtake.models.lora import factors
 from longtake.toy.files import write_world
-from longtake.train.encode_set import encode
 from longtake.train.main import run
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import save_dit

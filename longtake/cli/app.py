@@ -114,7 +114,7 @@ def encode(
         resolved = load_config(config, overrides or [])
         if not isinstance(resolved, StageConfig):
             raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
-        from longtake.train.encode_set import encode as run
+        from longtake.encodings.write import encode as run
 
         given = given_options(dtype=dtype, rows_per_shard=rows_per_shard, overwrite=overwrite or None)
         report = run(resolved, output, **given)

@@ -12,8 +12,8 @@ from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
 from longtake.data.order import Buckets, nearest_buckets
 from longtake.data.samples import Dataset, FileSize, Sizes
+from longtake.encodings.encode import EncodedLoader, RowEncoder
 from longtake.parallel.mesh import Mesh
-from longtake.train.encode import EncodedLoader, RowEncoder
 
 logger = logging.getLogger(__name__)
 

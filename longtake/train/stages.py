@@ -16,6 +16,8 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.window_codec import EncoderCodec
+from longtake.encodings.encode import BatchEncoder, RowEncoder, StoredEncoder
+from longtake.encodings.key import check_encoded
 from longtake.errors import ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
@@ -32,8 +34,6 @@ from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
 from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings
-from longtake.train.encode import BatchEncoder, RowEncoder, StoredEncoder
-from longtake.train.encoded_key import check_encoded
 from longtake.train.facts import facts, resume_facts, rows_fact
 from longtake.train.gauges import Gauges, Trace, stage_gauges
 from longtake.train.lock import only_run

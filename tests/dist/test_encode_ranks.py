@@ -7,7 +7,7 @@ import yaml
 from tiny_stage import stage_config, stage_tree
 
 from longtake.parallel.mesh import Mesh
-from longtake.train.encode_set import encode_set
+from longtake.encodings.write import encode_set
 
 
 def torchrun(*arguments):

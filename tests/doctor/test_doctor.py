@@ -21,8 +21,8 @@ from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
 from longtake.encoders.bundle import Encoders, TextEncoder
+from longtake.encodings.write import encode_set
 from longtake.parallel.mesh import Mesh
-from longtake.train.encode_set import encode_set
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS
 

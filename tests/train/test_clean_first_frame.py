@@ -16,6 +16,7 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.encoders.condition import prepare_image
+from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
 from longtake.inference.pipeline import load_encoders
@@ -23,7 +24,6 @@ from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 from longtake.weights.load import save_dit

@@ -10,9 +10,9 @@ from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
 from longtake.encoders.condition import encode_condition
+from longtake.encodings.encode import BatchEncoder, EncodedLoader
 from longtake.errors import DataError
 from longtake.toy.world import sample_world
-from longtake.train.encode import BatchEncoder, EncodedLoader
 
 SHAPE = VideoShape(16, 32, 3)
 ROWS = 6

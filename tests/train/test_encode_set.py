@@ -25,12 +25,12 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition
+from longtake.encodings import write as module
+from longtake.encodings.encode import BatchEncoder
+from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train import encode_set as module
-from longtake.train.encode import BatchEncoder
-from longtake.train.encode_set import encode_set
 from longtake.train.stages import run_stage
 
 

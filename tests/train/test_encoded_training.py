@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
+from longtake.encodings.write import encode_set
 from longtake.errors import DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 

@@ -13,10 +13,10 @@ from encoded_files import config_of
 from tiny_stage import stage_config
 
 from longtake.config.stage import JobConfig
+from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train import lock
-from longtake.train.encode_set import encode_set
 from longtake.train.lock import LOCK, only_run
 from longtake.train.main import run_job
 from longtake.train.stages import run_stage

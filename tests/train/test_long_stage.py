@@ -11,13 +11,13 @@ from tiny_stage import stage_config, stage_tree
 from longtake.config.stage import StageConfig
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.window_codec import EncoderCodec
+from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
 from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.toy.world import sample_world
-from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 

@@ -5,11 +5,11 @@ import torch
 from encoded_files import from_cache, rounding
 from tiny_stage import stage_config
 
+from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
-from longtake.train.encode_set import encode_set
 from longtake.train.stages import run_stage
 
 NEGATIVE = "three red squares"

@@ -11,11 +11,11 @@ from tiny_stage import stage_config
 
 from longtake.data.encoded import EncodedRows
 from longtake.encoders.bundle import Encoders
+from longtake.encodings.write import encode_set
 from longtake.errors import DataError
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.encode_set import encode_set
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import run_stage
 

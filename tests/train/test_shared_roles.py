@@ -96,7 +96,7 @@ def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, m
 
 
 def test_encoders_are_let_go_when_every_row_is_encoded(workshop, tmp_path, monkeypatch):
-    from longtake.train.encode import BatchEncoder
+    from longtake.encodings.encode import BatchEncoder
 
     released = []
     monkeypatch.setattr(BatchEncoder, "release", lambda self: released.append(self.__dict__.pop("encoders")))

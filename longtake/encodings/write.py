@@ -40,12 +40,12 @@ from longtake.data.loader import BadRows, collate
 from longtake.data.order import Buckets, Pick
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.fingerprint import encoder_files
+from longtake.encodings.encode import BatchEncoder
+from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
-from longtake.train.encode import BatchEncoder
-from longtake.train.encoded_key import contents_of, encoders_key, sizes_key
 from longtake.train.facts import rows_fact
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage_data import find_buckets, open_data
