@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tiny_models import randomize
 
+from longtake.checkpoint.save import save_checkpoint
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.dit import VideoDiT
@@ -16,7 +17,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
-from longtake.train.checkpoint import save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings
 from longtake.train.stages import facts

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from longtake.checkpoint.invariants import rows_fact
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import (
     EMPTY_TEXT,
@@ -46,7 +47,6 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
-from longtake.train.facts import rows_fact
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage_data import find_buckets, open_data
 from longtake.train.stages import check_strides

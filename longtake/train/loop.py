@@ -22,15 +22,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from longtake.checkpoint.async_save import Saver, SaveSettings
+from longtake.checkpoint.save import resume
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import Objective
 from longtake.parallel.fsdp import average_gradients
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
-from longtake.train.checkpoint import resume
 from longtake.train.gauges import Gauges, Trace
 from longtake.train.metrics_log import MetricsLog, Phases
-from longtake.train.saver import Saver, SaveSettings
 from longtake.train.state import TrainState
 from longtake.train.watchdog import Watchdog, WatchdogSettings
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longtake.checkpoint.invariants import facts
 from longtake.config.groups import LoraConfig, ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
@@ -30,7 +31,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import read_manifest
-from longtake.train.facts import facts
 from longtake.train.lora import adapt, earlier_values, first_values
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import Opened, open_weights

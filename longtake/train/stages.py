@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from longtake.checkpoint.async_save import SaveSettings
+from longtake.checkpoint.invariants import facts, resume_facts, rows_fact
+from longtake.checkpoint.save import refuse_other_facts
 from longtake.config.groups import CriticConfig, OptimConfig
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
@@ -32,9 +35,7 @@ from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
-from longtake.train.checkpoint import refuse_other_facts
 from longtake.train.ema import EMASettings
-from longtake.train.facts import facts, resume_facts, rows_fact
 from longtake.train.gauges import Gauges, Trace, stage_gauges
 from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
@@ -44,7 +45,6 @@ from longtake.train.metrics_log import Phases
 from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
-from longtake.train.saver import SaveSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
 from longtake.train.validation import Validation, can_validate

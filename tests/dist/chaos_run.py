@@ -183,7 +183,7 @@ def list_saves(folder: Path) -> list[str]:
 def starved(folder: Path, mesh: Mesh) -> None:
     """From step 4 on, rank 1 may write no file of more than a kilobyte: a full disk that no check can foresee."""
     if mesh.rank == 1:
-        from longtake.train import checkpoint
+        from longtake.checkpoint import save as checkpoint
 
         write = checkpoint._write_state
 
@@ -202,7 +202,7 @@ def starved(folder: Path, mesh: Mesh) -> None:
 
 def unchecked(folder: Path, mesh: Mesh) -> None:
     """The disk is full when the save has begun: the check before it saw room."""
-    from longtake.train import saver
+    from longtake.checkpoint import async_save as saver
 
     saver.check_space = lambda *_: None
     train(folder, mesh, steps=12)

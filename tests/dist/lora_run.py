@@ -24,7 +24,7 @@ from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
-from longtake.train.saver import SaveSettings
+from longtake.checkpoint.async_save import SaveSettings
 from longtake.train.stages import InPrecision
 from longtake.train.state import TrainState
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longtake.parallel.mesh import Mesh
 from longtake.parallel.fsdp import parallelize
-from longtake.train.checkpoint import load_checkpoint, save_checkpoint
+from longtake.checkpoint.save import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics_log import Phases

@@ -14,10 +14,10 @@ import torch
 from tiny_stage import save_student, stage_config
 
 from longtake import run_folder as runs
+from longtake.checkpoint import save as checkpoint
+from longtake.checkpoint.save import latest_checkpoint, load_checkpoint
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
-from longtake.train import checkpoint
-from longtake.train.checkpoint import latest_checkpoint, load_checkpoint
 from longtake.train.metrics_log import read_rows
 from longtake.train.stages import load_weights, run_stage
 from longtake.train.state import TrainState

@@ -14,6 +14,7 @@ import tiny_run
 import torch
 from fake_ranks import on_ranks
 
+from longtake.checkpoint.async_save import SaveSettings
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
 from longtake.parallel.mesh import Mesh
@@ -22,7 +23,6 @@ from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
 from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
-from longtake.train.saver import SaveSettings
 
 
 def test_rows_hold_the_published_names(tmp_path):

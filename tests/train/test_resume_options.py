@@ -9,13 +9,13 @@ import torch
 from tiny_stage import stage_config, stage_tree
 
 from longtake import run_folder as runs
+from longtake.checkpoint.async_save import Saver
+from longtake.checkpoint.invariants import compare_facts, facts, resume_facts, rows_fact
 from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
-from longtake.train.facts import compare_facts, facts, resume_facts, rows_fact
 from longtake.train.metrics_log import read_rows
-from longtake.train.saver import Saver
 from longtake.train.stages import run_stage
 
 LONG = {"stage": "long", "long": {"num_chunks": [3], "new_frames": 2, "switch_frames": [3]}}

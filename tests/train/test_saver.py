@@ -15,15 +15,15 @@ import torch
 from safetensors import safe_open
 
 from longtake import run_folder as runs
+from longtake.checkpoint.async_save import Saver, SaveSettings
+from longtake.checkpoint.save import Snapshot
+from longtake.checkpoint.shards import Piece, StateFiles, write_safetensors
+from longtake.checkpoint.staging import Staging, available_bytes
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.train import checkpoint, saver
-from longtake.train.checkpoint import Snapshot
 from longtake.train.loop import Hooks
 from longtake.train.metrics_log import read_rows
-from longtake.train.saver import Saver, SaveSettings
-from longtake.train.shard_files import Piece, StateFiles, write_safetensors
-from longtake.train.staging import Staging, available_bytes
 
 
 def names(folder):

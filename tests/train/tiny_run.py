@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from longtake.checkpoint.async_save import SaveSettings
 from longtake.objectives.base import LossResult
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.train.ema import EMASettings
 from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
-from longtake.train.saver import SaveSettings
 from longtake.train.state import TrainState
 
 WIDTH, BATCH = 5, 4
@@ -137,7 +137,7 @@ def run(
 
 def kill_in_save(step: int) -> None:
     """From now on this process kills itself in the middle of the save of `step`."""
-    from longtake.train import checkpoint
+    from longtake.checkpoint import save as checkpoint
 
     original = checkpoint._synced_record
 

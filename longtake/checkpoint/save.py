@@ -1,6 +1,6 @@
 """Saves and resumes training: sharded safetensors through torch.distributed.checkpoint, published atomically.
 
-Reading uses torch's safetensors reader and writing `longtake.train.shard_files`, so that a checkpoint holds no pickle
+Reading uses torch's safetensors reader and writing `longtake.checkpoint.shards`, so that a checkpoint holds no pickle
 at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
 everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
 rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside the training to `train.saver`.
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from longtake import run_folder as runs
+from longtake.checkpoint.invariants import compare_facts, flat
+from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
+from longtake.checkpoint.staging import local
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
-from longtake.train.facts import compare_facts, flat
-from longtake.train.shard_files import ShardWriter, StagedPlanner, StateFiles, write_safetensors
-from longtake.train.staging import local
 from longtake.train.state import TrainState
 from longtake.weights.load import clean_name, config_to_json
 from longtake.weights.lora import Adapter, write_adapter

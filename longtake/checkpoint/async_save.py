@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longtake import run_folder as runs
+from longtake.checkpoint.save import Snapshot, check_space, write_checkpoint, written_here
+from longtake.checkpoint.staging import Staging, fits_in_host_memory
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
-from longtake.train.checkpoint import Snapshot, check_space, write_checkpoint, written_here
-from longtake.train.staging import Staging, fits_in_host_memory
 from longtake.train.state import TrainState
 
 SAVES = "saves.jsonl"  # in the stage folder: what each save took
