@@ -44,7 +44,7 @@ from longtake.inference.generator import Generator
 from longtake.models.attention import attend, backends
 from longtake.rng import Draws
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("rates", "files", "encode", "train", "generate")

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from benchmarks.full_size import STEPS, Run, files, windows_of
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 RANK, TINY_RANK = 256, 4
 ITERATIONS = 10  # at least

@@ -38,9 +38,9 @@ from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
-from longtake.train import stages
+from longtake.train import stage as stages
 from longtake.train.loop import LoopSettings, RunInfo, train
-from longtake.train.metrics_log import Phases, read_rows
+from longtake.train.metrics import Phases, read_rows
 from longtake.train.networks import Builder
 from longtake.weights.load import Opened
 from longtake.weights.presets import PRESETS

@@ -32,7 +32,7 @@ import yaml
 
 from benchmarks import full_size
 from longtake.run_folder import checkpoints_folder, list_checkpoints, verify_checkpoint
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 NAME = "save_stall"
 

@@ -56,7 +56,7 @@ from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 from longtake.weights.load import load_dit
 
 PARTS = ("files", "train", "passes", "generate")

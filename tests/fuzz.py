@@ -352,7 +352,7 @@ def main() -> None:
 PRELOADED = [
     "torch", "av", "PIL.Image", "diffusers", "transformers", "safetensors.torch", "lmdb", "tiny_stage", "longtake.cli.app", "longtake.inference.script",
     "longtake.inference.batch", "longtake.inference.export", "longtake.inference.play", "longtake.evaluation.run", "longtake.doctor.run",
-    "longtake.weights.convert", "longtake.train.main", "longtake.encodings.write", "longtake.toy.files", "fuzz_inputs",
+    "longtake.weights.convert", "longtake.train.job", "longtake.encodings.write", "longtake.toy.files", "fuzz_inputs",
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from longtake.encodings.write import encode
 from longtake.inference.export import export
 from longtake.models.lora import factors
 from longtake.toy.files import write_world
-from longtake.train.main import run
+from longtake.train.job import run
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import save_dit
 from longtake.weights.lora import Base, write_adapter

@@ -36,7 +36,7 @@ def called(monkeypatch):
 
         monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: record}))
 
-    stub("longtake.train.main", "run")
+    stub("longtake.train.job", "run")
     stub("longtake.inference.generator", "generate_file")
     stub("longtake.evaluation.run", "evaluate")
     stub("longtake.toy.files", "write_world")
@@ -259,7 +259,7 @@ def test_errors_are_one_message_and_an_exit_code(monkeypatch):
     def fail(config):
         raise DataError("row 3 is broken")
 
-    monkeypatch.setitem(sys.modules, "longtake.train.main", types.SimpleNamespace(run=fail))
+    monkeypatch.setitem(sys.modules, "longtake.train.job", types.SimpleNamespace(run=fail))
     result = invoke("train", RECIPE)
     assert result.exit_code == 1 and result.output == "DataError: row 3 is broken\n"
     assert isinstance(invoke("--debug", "train", RECIPE).exception, DataError)

@@ -18,7 +18,7 @@ from longtake.errors import CheckpointError, ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.outputs import check_own
 from longtake.parallel.mesh import launched
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 from longtake.weights.config_json import read_json
 from longtake.weights.lora_scale import number
 from longtake.weights.read import open_published

@@ -18,8 +18,8 @@ from tiny_stage import stage_tree
 from longtake.config.stage import StageConfig
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 
 ROOT = Path(__file__).parent.parent
 NODES, SBATCH = ROOT / "scripts" / "train_nodes.sh", ROOT / "scripts" / "slurm" / "train.sbatch"

@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from longtake.run_folder import latest_checkpoint, read_manifest
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"

@@ -17,7 +17,7 @@ from longtake.data.encoded import read_index
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 from longtake.weights.lora import is_adapter, read_base
 
 ROOT = Path(__file__).parent.parent

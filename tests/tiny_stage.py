@@ -19,7 +19,7 @@ from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings
-from longtake.train.stages import facts
+from longtake.train.stage import facts
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
 

@@ -85,7 +85,7 @@ def train(
         if check:
             typer.echo(dump(resolved), nl=False)
             return
-        from longtake.train.main import run
+        from longtake.train.job import run
 
         run(resolved)
 

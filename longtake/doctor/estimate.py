@@ -40,9 +40,9 @@ from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import Draws
 from longtake.train.loop import LoopSettings, Window, iteration
-from longtake.train.metrics_log import Phases
+from longtake.train.metrics import Phases
 from longtake.train.networks import Builder
-from longtake.train.stages import InPrecision, for_long_videos, make_objective, make_state
+from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
 from longtake.train.state import TrainState
 from longtake.weights.load import Opened
 

@@ -29,9 +29,9 @@ from longtake.objectives.base import Objective
 from longtake.parallel.fsdp import average_gradients
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
-from longtake.train.gauges import Gauges, Trace
-from longtake.train.metrics_log import MetricsLog, Phases
+from longtake.train.metrics import MetricsLog, Phases
 from longtake.train.state import TrainState
+from longtake.train.throughput import Gauges, Trace
 from longtake.train.watchdog import Watchdog, WatchdogSettings
 
 logger = logging.getLogger(__name__)

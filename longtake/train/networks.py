@@ -31,7 +31,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import read_manifest
-from longtake.train.lora import adapt, earlier_values, first_values
+from longtake.train.adapters import adapt, earlier_values, first_values
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import Opened, open_weights
 from longtake.weights.locate import find_weights

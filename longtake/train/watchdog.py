@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longtake.parallel.mesh import Mesh
-from longtake.train.metrics_log import Phases
+from longtake.train.metrics import Phases
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
 from longtake.checkpoint.async_save import SaveSettings
-from longtake.train.stages import InPrecision
+from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
 
 

@@ -19,7 +19,7 @@ from longtake.parallel.fsdp import parallelize
 from longtake.errors import CheckpointError
 from longtake.weights.load import open_weights
 from longtake.train.networks import build_networks
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 LORA = {"rank": 2, "alpha": 4}
 VARIANTS = {

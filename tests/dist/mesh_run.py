@@ -19,7 +19,7 @@ from longtake.toy.world import sample_world
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.inference.generator import Generator, Source
 from longtake.inference.sampling import student_latents
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 STEPS, FRAMES, WORLD = 5, 9, sample_world(3, 0)
 STAGES: dict[str, dict[str, Any]] = {

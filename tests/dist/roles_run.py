@@ -13,7 +13,7 @@ from tiny_stage import make_workshop, stage_config
 
 from longtake.config.stage import StageConfig
 from longtake.parallel.mesh import Mesh, init_mesh
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 LORA = {"rank": 2, "alpha": 4}
 CRITIC = {"lr": 1e-3, "updates_per_generator": 2}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longtake import run_folder as runs
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 HERE = Path(__file__).parent
 

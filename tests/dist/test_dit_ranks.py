@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 
 @pytest.fixture(scope="module")

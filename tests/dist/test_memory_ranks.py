@@ -21,7 +21,7 @@ from longtake.weights.config_json import config_to_json, write_config
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import save_dit
 from longtake.run_folder import latest_checkpoint
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 LARGE = DiTConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=8, text_dim=64, text_len=8)
 

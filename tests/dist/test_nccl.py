@@ -18,7 +18,7 @@ from longtake.parallel.fsdp import parallelize
 from longtake.checkpoint.save import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, Window, iteration
-from longtake.train.metrics_log import Phases
+from longtake.train.metrics import Phases
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 
 def rows(folder):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 
 def torchrun(folder, *arguments, ranks=2, restarts=0):

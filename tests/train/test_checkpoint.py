@@ -18,8 +18,8 @@ from longtake.checkpoint import save as checkpoint
 from longtake.checkpoint.save import latest_checkpoint, load_checkpoint
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import load_weights, run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import load_weights, run_stage
 from longtake.train.state import TrainState
 from longtake.weights.read import open_published
 

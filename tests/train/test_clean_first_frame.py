@@ -24,8 +24,8 @@ from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 from longtake.weights.load import save_dit
 
 PICTURE = sample_world(5, 0).render(1)[0]

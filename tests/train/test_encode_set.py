@@ -31,7 +31,7 @@ from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from longtake.encodings.write import encode_set
 from longtake.errors import DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 
 # Student's videos of 3 latents are matched, real ones of 5 are learnt beside.
 REAL_VIDEOS = {
@@ -78,7 +78,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 from longtake.config.stage import StageConfig
 from longtake.parallel.mesh import Mesh
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 import json
 for tree in json.loads(sys.argv[1]):
     run_stage(StageConfig.from_tree(tree), Mesh())

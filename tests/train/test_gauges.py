@@ -17,10 +17,10 @@ from longtake.devices import DEVICES, find_device
 from longtake.models import flops
 from longtake.models.flops import Call
 from longtake.parallel.mesh import Mesh
-from longtake.train import metrics_log
-from longtake.train.gauges import Gauges, Trace, operations_of, stage_gauges
-from longtake.train.metrics_log import Phases, read_rows
-from longtake.train.stages import run_stage
+from longtake.train import metrics as metrics_log
+from longtake.train.metrics import Phases, read_rows
+from longtake.train.stage import run_stage
+from longtake.train.throughput import Gauges, Trace, operations_of, stage_gauges
 
 
 class Steps:

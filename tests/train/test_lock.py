@@ -17,9 +17,9 @@ from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train import lock
+from longtake.train.job import run_job
 from longtake.train.lock import LOCK, only_run
-from longtake.train.main import run_job
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 # Takes the lock, forks a child that outlives it, says so, and waits.
 HOLDER = """

@@ -18,8 +18,8 @@ from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 
 LONG = {"num_chunks": [3], "new_frames": 2}
 

@@ -21,7 +21,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
-from longtake.train.metrics_log import MetricsLog, Phases, cut_from, read_rows
+from longtake.train.metrics import MetricsLog, Phases, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
 

@@ -15,8 +15,8 @@ from longtake.evaluation.run import evaluate
 from longtake.models.lora import factors
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import load_weights, run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import load_weights, run_stage
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.lora import BASE, CONFIG, WEIGHTS
@@ -96,7 +96,7 @@ def test_training_moves_the_updates_and_never_the_base(workshop, log, tmp_path):
     """Both factors move in both networks, the average lies between; the base in memory is that of the files."""
     config = config_of(workshop, tmp_path, "distill", critic={"lora": {"rank": 3}, "updates_per_generator": 1})
     base = {}
-    from longtake.train import stages
+    from longtake.train import stage as stages
 
     networks, *_ = stages._networks(config, Mesh())
     start = {name: factors(network.state_dict()) for name, network in networks.items()}

@@ -10,7 +10,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 NEGATIVE = "three red squares"
 FLOW = {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 3.0, "negative_prompt": NEGATIVE}

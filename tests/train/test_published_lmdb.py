@@ -16,8 +16,8 @@ from longtake.errors import DataError
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 
 lmdb = pytest.importorskip("lmdb")
 WRITER = Path(__file__).parent / "published_lmdb.py"

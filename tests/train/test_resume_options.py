@@ -15,8 +15,8 @@ from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import run_stage
+from longtake.train.metrics import read_rows
+from longtake.train.stage import run_stage
 
 LONG = {"stage": "long", "long": {"num_chunks": [3], "new_frames": 2, "switch_frames": [3]}}
 BUCKETS = {"data": {"path": "d", "buckets": [[64, 64], [64, 96]]}}
@@ -63,7 +63,7 @@ def test_a_stage_is_refused_other_rows_and_goes_on_with_its_own(workshop, tmp_pa
     for wrong, number in ((lines[:-1], 5), (lines[::-1], 6), ([*lines, lines[0].replace("red", "blue")], 7)):
         (data / "metadata.jsonl").write_text("".join(wrong))
         with monkeypatch.context() as patch:
-            patch.setattr("longtake.train.stages._networks", None)  # nothing is built before it
+            patch.setattr("longtake.train.stage._networks", None)  # nothing is built before it
             with pytest.raises(CheckpointError, match=rf"rows='6 \(.*this run has '{number} .*give data.path the rows"):
                 run_stage(config, Mesh())
     (data / "metadata.jsonl").write_text("".join(lines))

@@ -23,7 +23,7 @@ from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.train import checkpoint, saver
 from longtake.train.loop import Hooks
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 
 
 def names(folder):

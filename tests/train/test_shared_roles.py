@@ -12,9 +12,9 @@ from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train import networks as train_networks
-from longtake.train.metrics_log import read_rows
+from longtake.train.metrics import read_rows
 from longtake.train.networks import build_networks
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.lora import WEIGHTS, read_base

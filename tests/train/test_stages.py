@@ -20,9 +20,9 @@ from longtake.evaluation.run import evaluate
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.toy.world import sample_world
-from longtake.train.main import run_job
-from longtake.train.metrics_log import read_rows
-from longtake.train.stages import load_weights, run_stage
+from longtake.train.job import run_job
+from longtake.train.metrics import read_rows
+from longtake.train.stage import load_weights, run_stage
 from longtake.weights.load import config_to_json, save_dit
 
 
@@ -347,7 +347,7 @@ def test_a_job_runs_its_stages_evaluates_and_trains_nothing_twice(workshop, tmp_
     written = {"evaluation.md", "evaluation.json", "evaluation.png", "contact_sheet.png", "job.yaml"}
     assert written <= {path.name for path in tmp_path.iterdir()}
     before = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in job.stages}
-    monkeypatch.setattr("longtake.train.main.evaluate", lambda *_, **__: "the table")
+    monkeypatch.setattr("longtake.train.job.evaluate", lambda *_, **__: "the table")
     with caplog.at_level(logging.INFO, logger="longtake"):
         run_job(job, Mesh())
     assert "Stage start is complete" in caplog.text and "Stage student is complete" in caplog.text

@@ -11,7 +11,7 @@ from longtake.config.stage import WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
-from longtake.train.metrics_log import Phases
+from longtake.train.metrics import Phases
 from longtake.train.watchdog import Seen, Watchdog, WatchdogSettings, report
 
 

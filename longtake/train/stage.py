@@ -35,18 +35,18 @@ from longtake.rng import Draws
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
+from longtake.train.adapters import facts_of
 from longtake.train.ema import EMASettings
-from longtake.train.gauges import Gauges, Trace, stage_gauges
 from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
-from longtake.train.lora import facts_of
-from longtake.train.metrics_log import Phases
+from longtake.train.metrics import Phases
 from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
+from longtake.train.throughput import Gauges, Trace, stage_gauges
 from longtake.train.validation import Validation, can_validate
 from longtake.train.watchdog import WatchdogSettings
 from longtake.weights.load import open_dit

@@ -14,7 +14,7 @@ from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run
-from longtake.train.stages import run_stage
+from longtake.train.stage import run_stage
 
 logger = logging.getLogger(__name__)
 
