@@ -30,7 +30,7 @@ from longtake.evaluation.rows import (
     truth,
     vae_round_trip,
 )
-from longtake.evaluation.subject import Student, Subject, load_frozen, of_models, of_run
+from longtake.evaluation.target import Student, Subject, load_frozen, of_models, of_run
 from longtake.models.dit import VideoDiT
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh

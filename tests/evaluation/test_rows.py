@@ -24,7 +24,7 @@ from longtake.evaluation.rows import (
     vae_round_trip,
 )
 from longtake.evaluation.run import evaluate, evaluate_models
-from longtake.evaluation.subject import trained_stages
+from longtake.evaluation.target import trained_stages
 from longtake.inference.export import export
 from longtake.inference.video_io import read_video
 from longtake.parallel.mesh import Mesh
