@@ -9,51 +9,33 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "longtake"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {
-    "errors",
-    "json_text",
-    "plan",
-    "structs",
-    "config",
-    "config_base",
-    "config_groups",
-    "config_generation",
-    "config_run",
-    "randomness",
-    "runs",
-    "devices",
-    "outputs",
-}
-BELOW_ROLLOUT = BASE | {"flow", "models", "data"}
+BASE = {"errors", "json_text", "plan", "condition", "config", "rng", "run_folder", "devices", "outputs"}
+BELOW_ROLLOUT = BASE | {"flow", "models", "weights", "encoders", "data", "toy"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
+TRAINING = INFERENCE | {"objectives", "parallel", "encodings", "checkpoint", "train"}
 # What each part of the package may import; a part may always import itself.
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "flow": BASE,
     "data": BASE,
-    "models": BELOW_ROLLOUT,
-    "distributed": BASE | {"models", "rollout"},  # whose captured graphs hold the group that is left
+    "toy": BASE | {"data"},
+    **dict.fromkeys(("models", "weights", "encoders"), BELOW_ROLLOUT),
+    "parallel": BASE | {"models", "weights", "rollout"},  # whose captured graphs hold the group that is left
     "rollout": BELOW_ROLLOUT,
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,
-    "evaluation": INFERENCE | {"evaluation", "distributed"},
+    "evaluation": INFERENCE | {"parallel"},
     "serve": INFERENCE,
-    "train": INFERENCE | {"objectives", "distributed", "evaluation"},
-    "doctor": INFERENCE | {"objectives", "distributed", "train"},  # it runs a training without data; nobody imports it
+    **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
+    "train": TRAINING | {"evaluation"},
+    "doctor": TRAINING,  # it runs a training without data; nobody imports it
 }
-ENTRANCES = {
-    "__init__",
-    "__main__",
-    "cli",
-    "cli_common",
-    "cli_play",
-    "cli_world",
-}  # they import what they start, each lazily
+ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily
 
 HEAVY = {"diffusers", "transformers", "peft", "gradio", "av", "lmdb", "matplotlib", "wandb", "tensorboard"}
-TORCH_FREE = BASE - {"randomness"} | ENTRANCES
-PROCESS_GROUP = ("distributed/", "train/", "data/loader.py", "evaluation/run.py", "doctor/estimate.py")
-ENVIRONMENT = ("cli.py", "parallel/mesh.py")
+TORCH_FREE = BASE - {"rng"} | ENTRANCES
+PROCESS_GROUP = ("parallel/", "train/", "checkpoint/", "data/loader.py", "evaluation/run.py", "doctor/estimate.py")
+ENVIRONMENT = ("cli/app.py", "parallel/mesh.py")
 
 
 def relative(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""What a stopped training leaves and a resumed one finds."""

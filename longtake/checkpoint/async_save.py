@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.checkpoint.save import Snapshot, check_space, write_checkpoint, written_here
 from longtake.checkpoint.staging import Staging, fits_in_host_memory
 from longtake.errors import ConfigError
@@ -128,7 +128,7 @@ class Saver:
             self._error = error
 
     def _log(self, step: int, times: Mapping[str, float]) -> None:
-        files = runs.read_manifest(self.folder / runs.checkpoint_name(step))["files"]
+        files = run_folder.read_manifest(self.folder / run_folder.checkpoint_name(step))["files"]
         line = {
             "step": step,
             "mode": "sync" if self._staging is None else "async",

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.checkpoint.invariants import compare_facts, flat
 from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.checkpoint.staging import local
@@ -96,7 +96,7 @@ def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> lis
     network, adapter = state.networks[name], state.adapters.get(name)
     names = [clean_name(key) for key in (factors(network.state_dict()) if adapter else network.state_dict())]
     own = {key: f"networks.{name}.{key}" for key in names}
-    end, config = runs.LORA if adapter else "", _config_json(getattr(network, "config", None))
+    end, config = run_folder.LORA if adapter else "", _config_json(getattr(network, "config", None))
     found = [Export(f"{name}{end}", own, config, adapter)]
     if name in state.ema:
         average = {key: f"ema.{name}.{key}" for key in names if f"ema.{name}.{key}" in tensors}
@@ -139,8 +139,8 @@ def write_checkpoint(
     keep: int,
 ) -> Path:
     """As `save_checkpoint`, of a snapshot; also in a thread, on a `mesh` whose collectives are that thread's own."""
-    final = folder / runs.checkpoint_name(snapshot.step)
-    temporary = folder / (runs.TEMPORARY + final.name)
+    final = folder / run_folder.checkpoint_name(snapshot.step)
+    temporary = folder / (run_folder.TEMPORARY + final.name)
     mesh.on_main(lambda: _make_empty(temporary))
     try:
         records = _write_state(snapshot, temporary / "state", mesh)
@@ -148,7 +148,7 @@ def write_checkpoint(
         files = {f"state/{name}": record for name, record in records.items()}
         files |= {name: record for part in parts for name, record in part.items()}
         manifest = {
-            "format_version": runs.FORMAT_VERSION,
+            "format_version": run_folder.FORMAT_VERSION,
             **snapshot.entries,
             **{key: facts[key] for key in sorted(facts)},
             "world_size": mesh.world_size,
@@ -172,9 +172,9 @@ def check_space(snapshot: Snapshot, folder: Path, mesh: Mesh) -> None:
         needed, free = snapshot.size_bytes, shutil.disk_usage(folder).free
         if needed <= free:
             return
-        kept = len(runs.list_checkpoints(folder))
+        kept = len(run_folder.list_checkpoints(folder))
         raise CheckpointError(
-            f"{runs.checkpoint_name(snapshot.step)} needs {_gib(needed)} in {folder} and {_gib(free)} are free; "
+            f"{run_folder.checkpoint_name(snapshot.step)} needs {_gib(needed)} in {folder} and {_gib(free)} are free; "
             f"nothing was written and the {kept} checkpoints there are intact. Free space, or lower keep_checkpoints "
             "(the new one is written before the oldest is removed), and start the same command again"
         )
@@ -210,9 +210,9 @@ def refuse_other_facts(folder: Path, facts: Mapping[str, Any], mesh: Mesh) -> No
     """Raises what `resume` will of `facts`, before anything is built; the checkpoint is read later, or another one."""
 
     def compare() -> None:
-        newest = runs.list_checkpoints(folder)[-1:]
-        if newest and (newest[0] / runs.MANIFEST).is_file():
-            compare_facts(runs.read_manifest(newest[0]), facts, newest[0])
+        newest = run_folder.list_checkpoints(folder)[-1:]
+        if newest and (newest[0] / run_folder.MANIFEST).is_file():
+            compare_facts(run_folder.read_manifest(newest[0]), facts, newest[0])
 
     mesh.on_main(compare)
 
@@ -225,7 +225,7 @@ def load_checkpoint(
     Args: `verify` checks every file's checksum first; `facts`, values that the manifest must hold.
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
-    manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: runs.read_manifest(path))
+    manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: run_folder.read_manifest(path))
     unknown = compare_facts(manifest, {"seed": state.seed, **(facts or {})}, path)
     if unknown and mesh.is_main:
         logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
@@ -247,10 +247,10 @@ def load_checkpoint(
 
 def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
     """As `runs.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
-    manifest = mesh.on_main(lambda: runs.check_listing(path))
+    manifest = mesh.on_main(lambda: run_folder.check_listing(path))
     # The largest first, so that the shares are about equal.
     names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["size_bytes"], name))
-    mesh.every(lambda: runs.check_contents(path, manifest, names[mesh.rank :: mesh.world_size]))
+    mesh.every(lambda: run_folder.check_contents(path, manifest, names[mesh.rank :: mesh.world_size]))
     return manifest
 
 
@@ -340,10 +340,10 @@ def _clean_and_find(folder: Path, mesh: Mesh) -> Path | None:
     """The newest checkpoint that is as it was saved, after what is of no use was removed; all ranks call it."""
 
     def clean() -> list[Path]:
-        for leftover in folder.glob(runs.TEMPORARY + "*"):
+        for leftover in folder.glob(run_folder.TEMPORARY + "*"):
             logger.warning("Removing %s, which an interrupted run left behind", leftover)
             shutil.rmtree(leftover)
-        return runs.list_checkpoints(folder)
+        return run_folder.list_checkpoints(folder)
 
     published = mesh.on_main(clean)
     damaged: list[Path] = []
@@ -375,14 +375,14 @@ def _set_aside(damaged: list[Path], newest: Path) -> None:
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`."""
-    (temporary / runs.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(temporary / runs.MANIFEST)
+    (temporary / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _sync(temporary / run_folder.MANIFEST)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _sync(path)
     os.rename(temporary, final)
     _sync(final.parent)
-    for old in runs.list_checkpoints(final.parent)[:-keep]:
-        doomed = old.with_name(runs.TEMPORARY + "deleted-" + old.name)  # renamed first: never half a checkpoint
+    for old in run_folder.list_checkpoints(final.parent)[:-keep]:
+        doomed = old.with_name(run_folder.TEMPORARY + "deleted-" + old.name)  # renamed first: never half a checkpoint
         old.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -395,7 +395,7 @@ def _make_empty(folder: Path) -> None:
 
 def _synced_record(path: Path) -> dict[str, Any]:
     _sync(path)
-    return runs.file_record(path)
+    return run_folder.file_record(path)
 
 
 def _sync(path: Path) -> None:

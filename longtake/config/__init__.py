@@ -1,0 +1,1 @@
+"""Every configuration value: its name, type, default, meaning and rules."""

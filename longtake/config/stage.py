@@ -58,7 +58,7 @@ __all__ = [
     *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
 ]
 
-TOY_ASSETS = Path(__file__).parent / "assets" / "toy"
+TOY_ASSETS = Path(__file__).parents[1] / "assets" / "toy"
 TOY = "toy"
 
 

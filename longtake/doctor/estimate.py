@@ -28,7 +28,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
-from longtake.encoders.window_codec import EncoderCodec
 from longtake.models import attention
 from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
@@ -44,6 +43,7 @@ from longtake.train.metrics import Phases
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
 from longtake.train.state import TrainState
+from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import Opened
 
 # Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or

@@ -1,0 +1,1 @@
+"""Rows encoded once and kept: made, written, recognised, read in place of the encoders."""

@@ -1,0 +1,1 @@
+"""The toy world: made, written, and measured with exact truth."""

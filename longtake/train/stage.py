@@ -18,7 +18,6 @@ from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.encoders.bundle import Encoders
-from longtake.encoders.window_codec import EncoderCodec
 from longtake.encodings.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.encodings.key import check_encoded
 from longtake.errors import ConfigError
@@ -49,6 +48,7 @@ from longtake.train.state import TrainState
 from longtake.train.throughput import Gauges, Trace, stage_gauges
 from longtake.train.validation import Validation, can_validate
 from longtake.train.watchdog import WatchdogSettings
+from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import open_dit
 from longtake.weights.locate import image_token_count
 from longtake.weights.lora import Adapter

@@ -1,0 +1,1 @@
+"""Weights on disk, in every published layout: found, read, named, written."""

@@ -23,13 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "train"), str(Path(__file__).parents[1])]
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_run
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 (imported once, before the forks)
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.errors import CheckpointError
 from longtake.train.watchdog import WatchdogSettings
@@ -104,13 +104,13 @@ class Life:
 
 
 def published(folder: Path) -> list[Path]:
-    return runs.list_checkpoints(folder / "checkpoints")
+    return run_folder.list_checkpoints(folder / "checkpoints")
 
 
 def check_published(folder: Path) -> None:
     """Raises CheckpointError when something published is not whole."""
     for path in published(folder):
-        runs.verify_checkpoint(path)
+        run_folder.verify_checkpoint(path)
 
 
 def damage(folder: Path, how: str) -> str:
@@ -130,7 +130,7 @@ def damage(folder: Path, how: str) -> str:
         case "manifest":
             (newest / "manifest.json").write_text("{")
     try:
-        runs.verify_checkpoint(newest)
+        run_folder.verify_checkpoint(newest)
     except CheckpointError:
         return f"{how} {newest.name}"
     raise AssertionError(f"{how} was not noticed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.train.metrics import read_rows
 
 HERE = Path(__file__).parent
@@ -35,9 +35,9 @@ def test_kills_and_damaged_checkpoints_change_no_bit(tmp_path, kills):
     story = run(tmp_path, "--kills", kills, "--seed", kills)["story"]
     assert sum("SIG" in line for line in story) == kills
     assert {"flipped", "missing", "manifest"} <= {line.split()[0] for line in story}
-    whole, ended = (runs.latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "run"))
+    whole, ended = (run_folder.latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "run"))
     assert whole.name == ended.name == f"step_{10 * kills + 10:06d}"
-    one, other = runs.read_manifest(whole), runs.read_manifest(ended)
+    one, other = run_folder.read_manifest(whole), run_folder.read_manifest(ended)
     assert one["skipped"] == other["skipped"] == 2
     assert one["files"] == other["files"] and len(one["files"]) == 6  # sizes and checksums
     assert losses(tmp_path / "whole") == losses(tmp_path / "run"), story

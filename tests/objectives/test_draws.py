@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from test_long import make_long
+from test_long_tuning import make_long
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_model
 

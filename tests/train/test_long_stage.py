@@ -10,7 +10,6 @@ from tiny_stage import stage_config, stage_tree
 
 from longtake.config.stage import StageConfig
 from longtake.encoders.text import TextEncoder
-from longtake.encoders.window_codec import EncoderCodec
 from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
@@ -20,6 +19,7 @@ from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.toy.world import sample_world
 from longtake.train.metrics import read_rows
 from longtake.train.stage import run_stage
+from longtake.train.window_codec import EncoderCodec
 
 LONG = {"num_chunks": [3], "new_frames": 2}
 

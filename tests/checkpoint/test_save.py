@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from tiny_stage import save_student, stage_config
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.checkpoint import save as checkpoint
 from longtake.checkpoint.save import latest_checkpoint, load_checkpoint
 from longtake.errors import CheckpointError
@@ -54,7 +54,7 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(tmp_path):
 def test_retention_manifest_and_a_finished_run(tmp_path):
     state = tiny_run.run(tmp_path, Mesh())
     assert names(tmp_path) == ["step_000006", "step_000008"]
-    manifest = runs.verify_checkpoint(tmp_path / "checkpoints/step_000008")
+    manifest = run_folder.verify_checkpoint(tmp_path / "checkpoints/step_000008")
     assert (
         manifest["step"] == 8 and manifest["data_position"] == 8 * tiny_run.BATCH and manifest["config"] == {"steps": 8}
     )
@@ -117,7 +117,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(tmp_path, caplog, damage)
         case "add":
             (newest / "state/extra.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError):
-        runs.verify_checkpoint(newest)
+        run_folder.verify_checkpoint(newest)
     assert latest_checkpoint(newest.parent).name == "step_000006"
     assert "step_000008" in caplog.text
     assert_same(whole, tiny_run.run(tmp_path, Mesh()))
@@ -157,7 +157,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
         (path / "state" / name).write_bytes(pickle.dumps(Bomb()))
     (path / "generator/model.safetensors").write_bytes(pickle.dumps(Bomb()))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"] = {name: runs.file_record(path / name) for name in runs.files_of(path)}
+    manifest["files"] = {name: run_folder.file_record(path / name) for name in run_folder.files_of(path)}
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
@@ -190,10 +190,10 @@ def test_another_seed_or_rope_is_not_a_resume(tmp_path):
 def test_the_average_is_exported_beside_the_weights(tmp_path):
     state = tiny_run.run(tmp_path, Mesh(), steps=6)
     path = latest_checkpoint(tmp_path / "checkpoints")
-    assert runs.exported_weights(path).name == "generator_ema"
-    assert json.loads((runs.exported_weights(path) / "config.json").read_text()) == {"width": tiny_run.WIDTH}
-    own = tiny_run.read_tensors(runs.exported_weights(path, prefer_ema=False))
-    average = tiny_run.read_tensors(runs.exported_weights(path))
+    assert run_folder.exported_weights(path).name == "generator_ema"
+    assert json.loads((run_folder.exported_weights(path) / "config.json").read_text()) == {"width": tiny_run.WIDTH}
+    own = tiny_run.read_tensors(run_folder.exported_weights(path, prefer_ema=False))
+    average = tiny_run.read_tensors(run_folder.exported_weights(path))
     wanted = state.networks["generator"].state_dict()
     assert own.keys() == average.keys() == wanted.keys()
     assert all(torch.equal(own[key], value) for key, value in wanted.items())
@@ -201,7 +201,7 @@ def test_the_average_is_exported_beside_the_weights(tmp_path):
     assert all(torch.equal(average[key], trained.get(key, value)) for key, value in wanted.items())
     assert not torch.equal(average["head.weight"], own["head.weight"])
     with pytest.raises(CheckpointError, match="holds no exported network 'critic'"):
-        runs.exported_weights(path, "critic")
+        run_folder.exported_weights(path, "critic")
 
 
 def test_initialisation_takes_weights_only(workshop, tmp_path):
@@ -215,7 +215,7 @@ def test_initialisation_takes_weights_only(workshop, tmp_path):
     config = stage_config(workshop, tmp_path, "causal", **changes)
     run_stage(config, Mesh())
     path = latest_checkpoint(config.folder / "checkpoints")
-    manifest = runs.read_manifest(path)
+    manifest = run_folder.read_manifest(path)
     assert (manifest["step"], manifest["data_position"]) == (1, 4)
     moments = [value for key, value in tiny_run.read_tensors(path / "state").items() if key.endswith(".step")]
     assert moments and all(value == 1 for value in moments)

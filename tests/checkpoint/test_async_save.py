@@ -14,14 +14,14 @@ import tiny_run
 import torch
 from safetensors import safe_open
 
-from longtake import run_folder as runs
+from longtake import run_folder
+from longtake.checkpoint import async_save, save
 from longtake.checkpoint.async_save import Saver, SaveSettings
 from longtake.checkpoint.save import Snapshot
 from longtake.checkpoint.shards import Piece, StateFiles, write_safetensors
 from longtake.checkpoint.staging import Staging, available_bytes
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
-from longtake.train import checkpoint, saver
 from longtake.train.loop import Hooks
 from longtake.train.metrics import read_rows
 
@@ -31,7 +31,7 @@ def names(folder):
 
 
 def records(path):
-    return runs.read_manifest(path)["files"]
+    return run_folder.read_manifest(path)["files"]
 
 
 def make_saver(state, folder, **settings):
@@ -54,8 +54,8 @@ def test_both_modes_leave_the_same_files(tmp_path):
 def test_the_copy_is_not_touched_by_what_comes_after(tmp_path, monkeypatch):
     """The writer is held back until the weights have changed; the second save waits for it and has the new ones."""
     state, _ = tiny_run.build(Mesh())
-    go, write = threading.Event(), checkpoint._write_state
-    monkeypatch.setattr(checkpoint, "_write_state", lambda *given: go.wait(10) and write(*given))
+    go, write = threading.Event(), save._write_state
+    monkeypatch.setattr(save, "_write_state", lambda *given: go.wait(10) and write(*given))
     writer = make_saver(state, tmp_path, keep=2)
     before = {name: value.detach().clone() for name, value in state.tensors().items()}
     state.step = 1
@@ -63,7 +63,7 @@ def test_the_copy_is_not_touched_by_what_comes_after(tmp_path, monkeypatch):
     with torch.no_grad():
         for value in state.tensors().values():
             value.add_(1)
-    assert not runs.list_checkpoints(tmp_path / "checkpoints")
+    assert not run_folder.list_checkpoints(tmp_path / "checkpoints")
     state.step = 2
     threading.Timer(0.2, go.set).start()
     writer.save(last=True)
@@ -75,7 +75,7 @@ def test_the_copy_is_not_touched_by_what_comes_after(tmp_path, monkeypatch):
 
 def test_an_error_in_the_background_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
     """At step 4, not at the next save; and the training's own error is not hidden behind it."""
-    seen, write = [], checkpoint._write_state
+    seen, write = [], save._write_state
 
     def fail(snapshot, *rest):
         if snapshot.step == 3:
@@ -88,7 +88,7 @@ def test_an_error_in_the_background_stops_the_run_at_the_next_step(tmp_path, mon
             time.sleep(0.3)
         return {}
 
-    monkeypatch.setattr(checkpoint, "_write_state", fail)
+    monkeypatch.setattr(save, "_write_state", fail)
     with pytest.raises(OSError, match="the disk went away"):
         tiny_run.run(tmp_path, Mesh(), hooks=Hooks(evaluate=evaluate))
     assert seen == [0, 4] and names(tmp_path) == []
@@ -103,7 +103,7 @@ def test_an_error_in_the_background_stops_the_run_at_the_next_step(tmp_path, mon
 
 
 def test_an_error_of_the_training_leaves_the_save_complete(tmp_path, monkeypatch):
-    write = checkpoint._write_state
+    write = save._write_state
 
     def slowly(*given):
         time.sleep(0.3)
@@ -114,11 +114,11 @@ def test_an_error_of_the_training_leaves_the_save_complete(tmp_path, monkeypatch
             raise ZeroDivisionError("inside")
         return {}
 
-    monkeypatch.setattr(checkpoint, "_write_state", slowly)
+    monkeypatch.setattr(save, "_write_state", slowly)
     with pytest.raises(ZeroDivisionError):
         tiny_run.run(tmp_path, Mesh(), hooks=Hooks(evaluate=broken))
     assert names(tmp_path) == ["step_000003"]
-    runs.verify_checkpoint(tmp_path / "checkpoints/step_000003")
+    run_folder.verify_checkpoint(tmp_path / "checkpoints/step_000003")
 
 
 def usage(free):
@@ -150,7 +150,7 @@ def test_no_room_on_the_disk_is_told_before_anything_is_written(tmp_path, monkey
 
 def test_the_size_is_that_of_the_files(tmp_path):
     state, _ = tiny_run.build(Mesh())
-    expected = Snapshot.of(state, ("generator",)).size_bytes - checkpoint.SPARE_BYTES
+    expected = Snapshot.of(state, ("generator",)).size_bytes - save.SPARE_BYTES
     state.step = 1
     writer = make_saver(state, tmp_path)
     writer.save()
@@ -166,20 +166,20 @@ def test_the_size_is_that_of_the_files(tmp_path):
 def test_exports_of_the_last_checkpoint_only(tmp_path):
     tiny_run.run(tmp_path, Mesh(), export="last", steps=8)
     newest, before = tmp_path / "checkpoints/step_000008", tmp_path / "checkpoints/step_000006"
-    assert runs.exports_of(newest) == ["generator", "generator_ema"] and runs.exports_of(before) == []
+    assert run_folder.exports_of(newest) == ["generator", "generator_ema"] and run_folder.exports_of(before) == []
     with pytest.raises(CheckpointError, match="with checkpoint.export=last only"):
-        runs.exported_weights(before)
+        run_folder.exported_weights(before)
     shutil.rmtree(newest)
-    assert runs.latest_checkpoint(tmp_path / "checkpoints") == before
+    assert run_folder.latest_checkpoint(tmp_path / "checkpoints") == before
     with pytest.raises(CheckpointError, match="no complete checkpoint of a student"):
-        runs.find_checkpoint(tmp_path)
+        run_folder.find_checkpoint(tmp_path)
     tiny_run.run(tmp_path, Mesh())  # it goes on from one without
-    assert runs.find_checkpoint(tmp_path) == newest
+    assert run_folder.find_checkpoint(tmp_path) == newest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_completely_before_the_end(tmp_path, monkeypatch, number):
-    write = checkpoint._write_state
+    write = save._write_state
 
     def slowly(*given):
         time.sleep(0.3)
@@ -190,14 +190,14 @@ def test_a_signal_saves_completely_before_the_end(tmp_path, monkeypatch, number)
             os.kill(os.getpid(), number)
         return {}
 
-    monkeypatch.setattr(checkpoint, "_write_state", slowly)
+    monkeypatch.setattr(save, "_write_state", slowly)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         tiny_run.run(tmp_path, Mesh(), hooks=Hooks(evaluate=evaluate), export="last")
     assert stopped.value.code == 128 + number
     assert names(tmp_path) == ["step_000003", "step_000004"]
-    runs.verify_checkpoint(tmp_path / "checkpoints/step_000004")
-    assert runs.exports_of(tmp_path / "checkpoints/step_000004")
+    run_folder.verify_checkpoint(tmp_path / "checkpoints/step_000004")
+    assert run_folder.exports_of(tmp_path / "checkpoints/step_000004")
     assert signal.getsignal(signal.SIGINT) is before and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -206,12 +206,12 @@ def test_a_second_signal_ends_at_once(tmp_path):
     script = (
         "import sys, time; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path; import tiny_run\n"
-        "from longtake.train import checkpoint; from longtake.parallel.mesh import Mesh\n"
+        "from longtake.checkpoint import save; from longtake.parallel.mesh import Mesh\n"
         "def hang(*_): print('saving', flush=True); time.sleep(60)\n"
-        "checkpoint._write_state = hang\n"
+        "save._write_state = hang\n"
         "tiny_run.run(Path(sys.argv[1]), Mesh(), steps=100000)\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)
@@ -244,7 +244,7 @@ def test_staging_keeps_its_memory_and_every_type():
 
 def test_a_host_without_the_memory_saves_synchronously(tmp_path, monkeypatch, caplog):
     assert available_bytes() > 2**20
-    monkeypatch.setattr(saver, "fits_in_host_memory", lambda *_: False)
+    monkeypatch.setattr(async_save, "fits_in_host_memory", lambda *_: False)
     tiny_run.run(tmp_path, Mesh(), steps=3)
     assert "host memory is too small for checkpoint.mode=async" in caplog.text
     assert [row["mode"] for row in read_rows(tmp_path / "saves.jsonl")] == ["sync"]
@@ -261,7 +261,7 @@ def test_written_files_are_safetensors_of_any_type(tmp_path):
     }
     pieces = [Piece(key, value.dtype, tuple(value.shape), lambda value=value: value) for key, value in tensors.items()]
     record = write_safetensors(tmp_path / "x.safetensors", pieces, {"format": "pt"})
-    assert record == runs.file_record(tmp_path / "x.safetensors")
+    assert record == run_folder.file_record(tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
         for key, value in tensors.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_published import same
+from test_read import same
 
 from longtake.cli.app import app
 from longtake.errors import CheckpointError, ConfigError

@@ -8,7 +8,7 @@ import tiny_run
 import torch
 from tiny_stage import stage_config, stage_tree
 
-from longtake import run_folder as runs
+from longtake import run_folder
 from longtake.checkpoint.async_save import Saver
 from longtake.checkpoint.invariants import compare_facts, facts, resume_facts, rows_fact
 from longtake.config.stage import StageConfig
@@ -70,8 +70,8 @@ def test_a_stage_is_refused_other_rows_and_goes_on_with_its_own(workshop, tmp_pa
     data.rename(tmp_path / "moved")
     moved = config.data.model_copy(update={"path": str(tmp_path / "moved")})
     run_stage(config.model_copy(update={"data": moved}), Mesh())  # elsewhere, and with another batch size
-    newest = runs.latest_checkpoint(config.folder / "checkpoints")
-    assert runs.read_manifest(newest)["data_position"] == 6 and "earlier version" not in caplog.text
+    newest = run_folder.latest_checkpoint(config.folder / "checkpoints")
+    assert run_folder.read_manifest(newest)["data_position"] == 6 and "earlier version" not in caplog.text
 
 
 def test_a_checkpoint_without_these_facts_is_resumed_with_one_warning(tmp_path, caplog):
@@ -116,7 +116,7 @@ def test_a_student_of_one_step_is_trained(workshop, tmp_path, stage):
     flow = {"steps": [1.0], "shift": 3.0, "guidance": 1.0}
     config = stage_config(workshop, tmp_path, stage, flow=flow, max_steps=1, save_every=1)
     run_stage(config, Mesh())
-    assert runs.latest_checkpoint(config.folder / "checkpoints").name == "step_000001"
+    assert run_folder.latest_checkpoint(config.folder / "checkpoints").name == "step_000001"
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_published import INDEX, WEIGHTS, same, save_config, sharded
+from test_read import INDEX, WEIGHTS, same, save_config, sharded
 
 from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import CheckpointError
