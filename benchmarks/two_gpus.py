@@ -50,7 +50,7 @@ from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.execution import Execution
-from longtake.models.token_split import TokenSplit
+from longtake.models.sequence_parallel import SequenceParallel
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import EAGER_PASSES, CUDAGraphRunner
@@ -231,16 +231,16 @@ def _fresh(cache: KVCache, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return again
 
 
-def exchanges(sizes: Sizes, split: TokenSplit, mesh: Mesh, repeats: int) -> dict[str, Any]:
+def exchanges(sizes: Sizes, split: SequenceParallel, mesh: Mesh, repeats: int) -> dict[str, Any]:
     """Milliseconds of both exchanges of all layers, nothing else, for a block and for a clip."""
     share = split.share(sizes.tokens)
     result = {}
     for frames in (BLOCK, sizes.num_latent_frames):
         shape = (1, frames, sizes.tokens, sizes.dit.num_heads, sizes.dit.head_width)
-        q = share.take(torch.randn(shape, device=mesh.device).bfloat16())
+        q = shard.shard(torch.randn(shape, device=mesh.device).bfloat16())
 
         def work(q: Tensor = q) -> Tensor:
-            return share.to_tokens(share.to_heads(q, q, q)[0])
+            return shard.to_tokens(shard.to_heads(q, q, q)[0])
 
         seconds = timed_together(work, mesh, repeats)
         result[f"exchanges of {sizes.dit.num_layers} layers, {frames} frames, ms"] = (

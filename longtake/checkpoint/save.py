@@ -2,7 +2,7 @@
 
 Reading uses torch's safetensors reader and writing `longtake.checkpoint.shards`, so that a checkpoint holds no pickle
 at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
-everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
+everything that is no tensor). NoSplit weights for inference are put together from the shards that were just written: no
 rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside the training to `train.saver`.
 """
 

@@ -31,8 +31,8 @@ from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
 from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
+from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
-from longtake.models.token_split import check_heads
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.long_tuning import LongTuning

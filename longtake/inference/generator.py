@@ -26,7 +26,7 @@ from longtake.inference.session import Look, Session
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
-from longtake.models.token_split import TokenSplit
+from longtake.models.sequence_parallel import SequenceParallel
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Generator(Pipeline):
         Memory does not grow with the length: nothing but the window, the decoder's features and one block is kept.
 
         Args: `image` of any size, cropped to the model's aspect and resized; `num_frames` pixel frames in all, None =
-        for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the unconditional side
+        for ever. NoSplit blocks are generated and the last one is cut. `negative` is the text of the unconditional side
         of guidance (default: none). `ahead` begins a block before the one before it is fetched, so that on a GPU
         fetching and what the caller does overlap with the next block; frames come a block later. The same arguments
         give the same frames.
@@ -215,7 +215,7 @@ def generate_file(
     seed: int = 0,
     negative: str | None = None,
     device: str | None = None,
-    split: TokenSplit | None = None,
+    split: SequenceParallel | None = None,
     decode_device: str | None = None,
     overwrite: bool = False,
 ) -> GenerationReport:

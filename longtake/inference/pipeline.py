@@ -22,7 +22,7 @@ from longtake.inference.fit import check_fit
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
-from longtake.models.token_split import TokenSplit, check_heads
+from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
@@ -66,7 +66,7 @@ class Pipeline:
         source: Source,
         device: str | torch.device | None = None,
         *,
-        split: TokenSplit | None = None,
+        split: SequenceParallel | None = None,
         decode_device: str | torch.device | None = None,
         graphs: bool = True,
     ) -> Self:
@@ -137,7 +137,7 @@ class Pipeline:
         return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
 
 
-def _second_device(name: str | torch.device, split: TokenSplit | None) -> torch.device:
+def _second_device(name: str | torch.device, split: SequenceParallel | None) -> torch.device:
     """The device that decodes. Raises: ConfigError when there is none such, or several processes share the calls."""
     if split is not None:
         raise ConfigError(

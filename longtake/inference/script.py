@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longtake.inference.session import Session
-    from longtake.models.token_split import TokenSplit
+    from longtake.models.sequence_parallel import SequenceParallel
 
 
 def _check_prompt(text: str) -> None:
@@ -232,7 +232,7 @@ def generate_story(
     output: str | Path,
     *,
     device: str | None = None,
-    split: TokenSplit | None = None,
+    split: SequenceParallel | None = None,
     decode_device: str | None = None,
     overwrite: bool = False,
     **given: Any,

@@ -37,11 +37,11 @@ class SelfAttention(nn.Module):
         entries, heads = x.shape[1], (self.num_heads, -1)
         q, k = self.norm_q(self.q(x)).unflatten(-1, heads), self.norm_k(self.k(x)).unflatten(-1, heads)
         # From here on all tokens of the call, and where processes share them, some of the heads: [B, E * L, n, K].
-        q, k, v = (t.flatten(1, 2) for t in context.share.to_heads(q, k, self.v(x).unflatten(-1, heads)))
+        q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, self.v(x).unflatten(-1, heads)))
         q = context.query(q)
         k, v, mask = context.extend(layer, k, v)
         out = self.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
-        return self.o(context.share.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
+        return self.o(context.shard.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
 
 
 class CrossAttention(nn.Module):

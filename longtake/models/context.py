@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.models.attention import FrameMask, block_mask
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.layers import Rotation
-from longtake.models.token_split import WHOLE, Share
+from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
 
 
 class Projection(Protocol):
@@ -27,7 +27,7 @@ class SelfContext:
     `share` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
     """
 
-    def __init__(self, query: Rotation, key: Rotation, share: Share = WHOLE) -> None:
+    def __init__(self, query: Rotation, key: Rotation, share: TokenShard = NO_SPLIT) -> None:
         self.query, self.key, self.share = query, key, share
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
@@ -38,7 +38,7 @@ class MaskedContext(SelfContext):
     """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
 
     def __init__(
-        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, share: Share = WHOLE
+        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, share: TokenShard = NO_SPLIT
     ) -> None:
         super().__init__(query, key, share)
         self.mask, self.key_entry = mask, key_entry
@@ -54,7 +54,7 @@ class MaskedContext(SelfContext):
 class CachedContext(SelfContext):
     """The attended past of each block, from the cache, before its own keys and values, which a commit stores."""
 
-    def __init__(self, query: Rotation, key: Rotation, view: CacheView, share: Share = WHOLE) -> None:
+    def __init__(self, query: Rotation, key: Rotation, view: CacheView, share: TokenShard = NO_SPLIT) -> None:
         super().__init__(query, key, share)
         self.view = view
         self.mask = block_mask(view.blocks, view.cache.tokens_per_frame)

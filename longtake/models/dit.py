@@ -27,8 +27,8 @@ from longtake.models.call_checks import check_call
 from longtake.models.context import CachedContext, CrossContext, MaskedContext, SelfContext
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
-from longtake.models.token_split import WHOLE, Share, check_heads
 from longtake.plan import StreamPlan
 
 # Parts that Wan computes in float32; their weights stay there.
@@ -195,7 +195,7 @@ class VideoDiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
         _, ph, pw = self.config.patch_size
-        return self._unpatchify(seen.share.whole(self.head(hidden, e)), height // ph, width // pw)
+        return self._unpatchify(seen.shard.all_gather(self.head(hidden, e)), height // ph, width // pw)
 
     def _run(
         self,
@@ -227,7 +227,7 @@ class VideoDiT(nn.Module):
         rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
         angles = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
         split = self.execution.split
-        share = WHOLE if split is None else split.share(rows * columns)
+        share = NO_SPLIT if split is None else split.share(rows * columns)
         if isinstance(context, CacheView):
             query = Rotation(angles(context.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
@@ -264,7 +264,7 @@ class VideoDiT(nn.Module):
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
 
-    def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, share: Share) -> Tensor:
+    def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, share: TokenShard) -> Tensor:
         """Latents and condition frames -> this process's tokens [B, E, l, D] in (frame, row, column) order, float32."""
         if frames is not None:
             index = frame_index.clamp(max=frames.shape[1] - 1)
@@ -273,7 +273,7 @@ class VideoDiT(nn.Module):
         patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, E, C, rows, ph, columns, pw]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, E, L, C * ph * pw]
         weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(share.take(patches).to(weight.dtype), weight, self.patch_embedding.bias).float()
+        return F.linear(shard.shard(patches).to(weight.dtype), weight, self.patch_embedding.bias).float()
 
     def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """[B, E, L, ph * pw * C_out], channel fastest -> [B, E, C_out, H, W]."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longtake.models.recompute import Contexts, keep_attention, together
-from longtake.models.token_split import TokenSplit
+from longtake.models.sequence_parallel import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Execution:
     `around`, contexts of a block's forward and of its recomputation, which may come when another adapter is on.
     """
 
-    split: TokenSplit | None = None
+    split: SequenceParallel | None = None
     recompute: bool | str = False
     around: Callable[[], Contexts] | None = None
 

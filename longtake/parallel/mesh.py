@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longtake.config.groups import ParallelConfig
 from longtake.devices import usable_device
 from longtake.errors import ConfigError, LongtakeError, TrainingError
-from longtake.parallel.ulysses import SequenceParallel
+from longtake.parallel.ulysses import Ulysses
 from longtake.rollout.cuda_graphs import forget_all
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Mesh:
     device_mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
     parameter_mesh: DeviceMesh | None = None
-    sequence: SequenceParallel | None = None
+    sequence: Ulysses | None = None
     whole_weights: bool = False
 
     def __enter__(self) -> Mesh:
@@ -108,7 +108,7 @@ class Mesh:
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "sequence"))
         if parallel.sequence == 1:
             return replace(self, device_mesh=mesh, parameter_mesh=mesh["replicate", "shard"])
-        sequence = SequenceParallel(mesh["sequence"])
+        sequence = Ulysses(mesh["sequence"])
         if whole:
             return replace(self, device_mesh=mesh, sequence=sequence, whole_weights=True)
         # Made anew rather than by flattening axes of `mesh`, for which torch has no public way.

@@ -28,12 +28,12 @@ from longtake.errors import ShapeError
 _TOKENS = 2  # the axis of [B, E, L, ...]
 
 
-class SequenceParallel:
+class Ulysses:
     """The `size` ranks of a one-dimensional mesh, of which this is number `rank`."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
-        self._shares: dict[int, TokenShare] = {}
+        self._shares: dict[int, UlyssesShard] = {}
 
     @property
     def leads(self) -> bool:
@@ -51,17 +51,17 @@ class SequenceParallel:
         dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
         return bool(found)
 
-    def share(self, tokens: int) -> TokenShare:
+    def share(self, tokens: int) -> UlyssesShard:
         """This rank's part of calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         if tokens not in self._shares:
-            self._shares[tokens] = TokenShare(self, tokens)
+            self._shares[tokens] = UlyssesShard(self, tokens)
         return self._shares[tokens]
 
 
-class TokenShare:
+class UlyssesShard:
     """This rank's part of calls with `tokens` tokens a frame; the first ranks have one more where it is uneven."""
 
-    def __init__(self, ranks: SequenceParallel, tokens: int) -> None:
+    def __init__(self, ranks: Ulysses, tokens: int) -> None:
         if tokens < ranks.size:
             raise ShapeError(
                 f"{tokens} tokens a frame cannot be split over {ranks.size} ranks; lower parallel.sequence to {tokens} "
@@ -106,7 +106,7 @@ class _ToHeads(torch.autograd.Function):
     """Some tokens of all heads -> all tokens of some heads, of several tensors in one exchange; gradients go back."""
 
     @staticmethod
-    def forward(ctx: Any, share: TokenShare, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, share: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.share = share
         return _to_heads(tensors, share)
 
@@ -119,7 +119,7 @@ class _ToTokens(torch.autograd.Function):
     """The way back."""
 
     @staticmethod
-    def forward(ctx: Any, share: TokenShare, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, share: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.share = share
         return _to_tokens(tensors, share)
 
@@ -128,14 +128,14 @@ class _ToTokens(torch.autograd.Function):
         return None, *_to_heads(grads, ctx.share)
 
 
-def _to_heads(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
+def _to_heads(tensors: Sequence[Tensor], share: UlyssesShard) -> tuple[Tensor, ...]:
     """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, each."""
     batch, entries, _, heads, width = tensors[0].shape
     shape = (batch, entries, sum(share.sizes), heads // share.ranks.size, width)
     return _exchange(tensors, shape, share, share._heads, share._tokens)
 
 
-def _to_tokens(tensors: Sequence[Tensor], share: TokenShare) -> tuple[Tensor, ...]:
+def _to_tokens(tensors: Sequence[Tensor], share: UlyssesShard) -> tuple[Tensor, ...]:
     """[B, E, L, n, K] of some heads -> [B, E, l, N, K] of some tokens, each."""
     batch, entries, _, heads, width = tensors[0].shape
     shape = (batch, entries, share.size, heads * share.ranks.size, width)
@@ -147,7 +147,7 @@ _Part = Callable[[Tensor, int], Tensor]
 
 
 def _exchange(
-    tensors: Sequence[Tensor], shape: tuple[int, ...], share: TokenShare, sent: _Part, got: _Part
+    tensors: Sequence[Tensor], shape: tuple[int, ...], share: UlyssesShard, sent: _Part, got: _Part
 ) -> tuple[Tensor, ...]:
     """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)` of a tensor of `shape` each.
 
@@ -179,7 +179,7 @@ class _Take(torch.autograd.Function):
     """This rank's tokens. Backward gives every rank the gradient of all tokens, for what is whole before the split."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: TokenShare) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: UlyssesShard) -> Tensor:
         ctx.share = share
         return x.narrow(_TOKENS, share.start, share.size).contiguous()
 
@@ -192,7 +192,7 @@ class _Whole(torch.autograd.Function):
     """The tokens of all ranks. Backward keeps this rank's, times the ranks over which gradients will be averaged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: TokenShare) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: UlyssesShard) -> Tensor:
         ctx.share = share
         return _gather(x, share)
 
@@ -202,7 +202,7 @@ class _Whole(torch.autograd.Function):
         return grad.narrow(_TOKENS, share.start, share.size) * share.ranks.size, None
 
 
-def _gather(x: Tensor, share: TokenShare) -> Tensor:
+def _gather(x: Tensor, share: UlyssesShard) -> Tensor:
     """The tokens of all ranks, from each rank's."""
     most = share.sizes[0]
     padding = [0, 0] * (x.ndim - 1 - _TOKENS) + [0, most - share.size]

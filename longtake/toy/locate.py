@@ -92,7 +92,7 @@ def _membership(planes: NDArray[np.float32], world: World) -> NDArray[np.float32
     """[C + 1, T * SIZE * SIZE] how much each pixel belongs to each colour of COLOURS, and last to the background."""
     palette = np.array([PALETTE[colour] for colour in COLOURS], np.float32)
     background = _background(world)
-    # Squared distances without the pixel's own square, which is in all of them. Whole numbers below 2^24: exact.
+    # Squared distances without the pixel's own square, which is in all of them. NoSplit numbers below 2^24: exact.
     distance = np.empty((len(COLOURS) + 1, planes.shape[1]), np.float32)
     np.matmul(-2 * palette, planes, out=distance[:-1])
     distance[:-1] += (palette * palette).sum(1)[:, None]
@@ -115,7 +115,7 @@ def _background(world: World) -> NDArray[np.float32]:
 
 
 def _coarse_positions(member: NDArray[np.float32], world: World) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Whole-pixel centres [T, S, 2] of least squared difference to the template; share of its area in its colour."""
+    """NoSplit-pixel centres [T, S, 2] of least squared difference to the template; share of its area in its colour."""
     own = [member[COLOURS.index(sprite.colour)] for sprite in world.sprites]
     frames = len(own[0])
     positions = np.zeros((frames, len(own), 2))

@@ -23,7 +23,7 @@ from longtake.encodings.key import check_encoded
 from longtake.errors import ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
-from longtake.models.token_split import check_heads
+from longtake.models.sequence_parallel import check_heads
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching

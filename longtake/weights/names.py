@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from longtake.errors import CheckpointError
 
-# Whole modules, not substrings: `norm2` and `norm3` swap meaning between the two formats.
+# NoSplit modules, not substrings: `norm2` and `norm3` swap meaning between the two formats.
 _TOP = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",

@@ -23,7 +23,7 @@ from tiny_models import make_tiny_condition, make_tiny_model, relative_error
 
 from longtake.config.groups import ParallelConfig
 from longtake.parallel.mesh import init_mesh
-from longtake.parallel.ulysses import SequenceParallel
+from longtake.parallel.ulysses import Ulysses
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
@@ -44,34 +44,34 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def exchanges(ranks: SequenceParallel, tokens: int) -> dict[str, bool]:
+def exchanges(ranks: Ulysses, tokens: int) -> dict[str, bool]:
     """Each function of a share against slices of the whole, forward and backward; equal to the last bit."""
     share, first = ranks.share(tokens), sum(ranks.share(tokens).sizes[: ranks.rank])
     n, last = HEADS // ranks.size, first + ranks.share(tokens).size
     heads = slice(n * ranks.rank, n * (ranks.rank + 1))
     whole = [numbers(seed, 2, 3, tokens, HEADS, 5) for seed in range(3)]
     mine = [x[:, :, first:last].clone().requires_grad_() for x in whole]
-    got = share.to_heads(*mine)
-    back = share.to_tokens(got[0])
+    got = shard.to_heads(*mine)
+    back = shard.to_tokens(got[0])
     result = {
         "own memory": len({x.untyped_storage().data_ptr() for x in got}) == len(got),
         "heads": all(torch.equal(a, b[:, :, :, heads]) for a, b in zip(got, whole)),
         "tokens": torch.equal(back, mine[0]),
-        "whole": torch.equal(share.whole(mine[0]), whole[0]),
-        "take": torch.equal(share.take(whole[0]), mine[0]),
+        "whole": torch.equal(shard.all_gather(mine[0]), whole[0]),
+        "take": torch.equal(shard.shard(whole[0]), mine[0]),
     }
     # The gradient of an exchange is the other exchange of the gradient.
     grads = [numbers(10 + seed, *x.shape) for seed, x in enumerate(whole)]
     sum((a * g[:, :, :, heads]).sum() for a, g in zip(got, grads)).backward()
     result["heads backward"] = all(torch.equal(x.grad, g[:, :, first:last]) for x, g in zip(mine, grads))
     some = whole[0][:, :, :, heads].clone().requires_grad_()
-    (share.to_tokens(some) * grads[0][:, :, first:last]).sum().backward()
+    (shard.to_tokens(some) * grads[0][:, :, first:last]).sum().backward()
     result["tokens backward"] = torch.equal(some.grad, grads[0][:, :, :, heads])
     # The whole: this rank's gradient, times the ranks over which it will be averaged; back before the split.
     piece, x = mine[1].detach().requires_grad_(), whole[1].clone().requires_grad_()
-    (share.whole(piece) * grads[1]).sum().backward()
+    (shard.all_gather(piece) * grads[1]).sum().backward()
     result["whole backward"] = torch.equal(piece.grad, ranks.size * grads[1][:, :, first:last])
-    (share.whole(share.take(x)) * grads[1]).sum().backward()
+    (shard.all_gather(shard.shard(x)) * grads[1]).sum().backward()
     result["take backward"] = torch.equal(x.grad, grads[1])
     return result
 
@@ -97,7 +97,7 @@ def check(name: str, model: VideoDiT, plain: VideoDiT, use: Callable[[VideoDiT],
     return errors
 
 
-def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> dict[str, float]:
+def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str, float]:
     """The three uses of the transformer against one process."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
     model = model.executed(Execution(ranks))
@@ -153,7 +153,7 @@ def passes(ranks: SequenceParallel, size: tuple[int, int], **autocast: bool) -> 
     return errors
 
 
-def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
+def cache_rules(ranks: Ulysses) -> dict[str, object]:
     """What a cache holds on this rank, and that its rules hold."""
     model, plain = (make_tiny_model(True, num_heads=HEADS) for _ in range(2))
     model = model.executed(Execution(ranks))
@@ -182,7 +182,7 @@ def cache_rules(ranks: SequenceParallel) -> dict[str, object]:
     }
 
 
-def recorded(ranks: SequenceParallel) -> dict[str, object]:
+def recorded(ranks: Ulysses) -> dict[str, object]:
     """Streamed passes that are recorded and replayed, against those that Python makes; what one rank cannot record,
     no rank replays.
     """

@@ -105,11 +105,11 @@ def test_ranks_are_divided_or_refused():
 
 def test_one_process_does_nothing_more(monkeypatch):
     """No group, no copy: the tensors of attention are those of the projections."""
-    from longtake.models.token_split import WHOLE
+    from longtake.models.sequence_parallel import NO_SPLIT
 
     x = torch.randn(1, 2, 3, 4)
-    assert WHOLE.take(x) is WHOLE.whole(x) is WHOLE.to_tokens(x) is x
-    assert all(a is b for a, b in zip(WHOLE.to_heads(x, x, x), (x, x, x)))
+    assert NO_SPLIT.take(x) is NO_SPLIT.whole(x) is NO_SPLIT.to_tokens(x) is x
+    assert all(a is b for a, b in zip(NO_SPLIT.to_heads(x, x, x), (x, x, x)))
     model = make_tiny_model()
     assert model.execution.split is None and Mesh().sequence is None and Mesh().leads_sequence
     monkeypatch.setattr(torch.distributed, "all_to_all_single", None)

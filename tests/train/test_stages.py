@@ -1,4 +1,4 @@
-"""Whole stages on the smallest real parts: files -> readers -> encoders -> objective -> checkpoints -> generator."""
+"""NoSplit stages on the smallest real parts: files -> readers -> encoders -> objective -> checkpoints -> generator."""
 
 import json
 import logging

@@ -1,6 +1,6 @@
 """Which tokens of each frame this process computes: all of them, or its share where a group of processes splits them.
 
-The transformer asks a `Share` at four places (`VideoDiT.forward`, `SelfAttention.forward`) and knows nothing else of
+The transformer asks a `TokenShard` at four places (`VideoDiT.forward`, `SelfAttention.forward`) and knows nothing else of
 it; `parallel/ulysses.py` has the one that communicates. This file must know no process group.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from longtake.errors import ConfigError
 
 
-class Share(Protocol):
+class TokenShard(Protocol):
     """The part of this process in calls of one number of tokens a frame.
 
     `l` are its tokens of a frame and `n` its heads, of `L` and `N` in all. Processes of a group make the same calls in
@@ -37,7 +37,7 @@ class Share(Protocol):
         ...
 
 
-class TokenSplit(Protocol):
+class SequenceParallel(Protocol):
     """A group of `size` processes that splits the tokens of each frame, and in attention the heads."""
 
     @property
@@ -54,7 +54,7 @@ class TokenSplit(Protocol):
         """Whether all processes of the group are `fine`; all of them call it."""
         ...
 
-    def share(self, tokens: int) -> Share:
+    def share(self, tokens: int) -> TokenShard:
         """The part of this process in calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         ...
 
@@ -69,7 +69,7 @@ def check_heads(num_heads: int, processes: int) -> None:
         )
 
 
-class Whole:
+class NoSplit:
     """The share of a process that computes everything: nothing happens."""
 
     def take(self, x: Tensor) -> Tensor:
@@ -85,4 +85,4 @@ class Whole:
         return x
 
 
-WHOLE = Whole()
+NO_SPLIT = NoSplit()
