@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
         """x [B, E, l, D] -> the same: this process's tokens of each frame."""
         entries, heads = x.shape[1], (self.num_heads, -1)
         q, k = self.norm_q(self.q(x)).unflatten(-1, heads), self.norm_k(self.k(x)).unflatten(-1, heads)
-        # From here on all tokens of the call, and where processes share them, some of the heads: [B, E * L, n, K].
+        # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
         q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, self.v(x).unflatten(-1, heads)))
         q = context.query(q)
         k, v, mask = context.extend(layer, k, v)

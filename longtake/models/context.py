@@ -27,8 +27,8 @@ class SelfContext:
     `share` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
     """
 
-    def __init__(self, query: Rotation, key: Rotation, share: TokenShard = NO_SPLIT) -> None:
-        self.query, self.key, self.share = query, key, share
+    def __init__(self, query: Rotation, key: Rotation, shard: TokenShard = NO_SPLIT) -> None:
+        self.query, self.key, self.shard = query, key, share
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         return self.key(k), v, None
@@ -38,9 +38,9 @@ class MaskedContext(SelfContext):
     """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
 
     def __init__(
-        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, share: TokenShard = NO_SPLIT
+        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, shard: TokenShard = NO_SPLIT
     ) -> None:
-        super().__init__(query, key, share)
+        super().__init__(query, key, shard)
         self.mask, self.key_entry = mask, key_entry
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
@@ -54,8 +54,8 @@ class MaskedContext(SelfContext):
 class CachedContext(SelfContext):
     """The attended past of each block, from the cache, before its own keys and values, which a commit stores."""
 
-    def __init__(self, query: Rotation, key: Rotation, view: CacheView, share: TokenShard = NO_SPLIT) -> None:
-        super().__init__(query, key, share)
+    def __init__(self, query: Rotation, key: Rotation, view: CacheView, shard: TokenShard = NO_SPLIT) -> None:
+        super().__init__(query, key, shard)
         self.view = view
         self.mask = block_mask(view.blocks, view.cache.tokens_per_frame)
 

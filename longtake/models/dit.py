@@ -191,7 +191,7 @@ class VideoDiT(nn.Module):
         """The network itself; of the condition's `frames`, entry e reads number `frame_index[e]`."""
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, frames, frame_index, seen.share)
+        hidden = self._embed_patches(x, frames, frame_index, seen.shard)
         for layer, block in enumerate(self.blocks):
             hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
         _, ph, pw = self.config.patch_size
@@ -227,20 +227,20 @@ class VideoDiT(nn.Module):
         rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
         angles = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
         split = self.execution.split
-        share = NO_SPLIT if split is None else split.share(rows * columns)
+        shard = NO_SPLIT if split is None else split.shard(rows * columns)
         if isinstance(context, CacheView):
             query = Rotation(angles(context.query_position))
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
             key = Rotation(angles(context.key_position)) if context.cache.rope == "relative" else query
-            return context.frame_index, CachedContext(query, key, context, share)
+            return context.frame_index, CachedContext(query, key, context, shard)
         if isinstance(context, MaskLayout):
             kit = self._mask_kit(context, rows * columns, x.device)
             query, key = Rotation(angles(kit["frame_index"])), Rotation(angles(kit["key_position"]))
             entry = None if context.plain_keys else kit["key_entry"]
-            return kit["frame_index"], MaskedContext(query, key, kit["mask"], entry, share)
+            return kit["frame_index"], MaskedContext(query, key, kit["mask"], entry, shard)
         frame_index = torch.arange(x.shape[1], device=x.device)
         query = Rotation(angles(frame_index))
-        return frame_index, SelfContext(query, query, share)
+        return frame_index, SelfContext(query, query, shard)
 
     def _cross_context(self, condition: Condition, context: MaskLayout | CacheView | None) -> CrossContext:
         """Where cross-attention finds the condition: context tokens [B, M, D], from which each block makes keys and
@@ -264,7 +264,7 @@ class VideoDiT(nn.Module):
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))
         return e, modulation.unflatten(-1, (6, -1))
 
-    def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, share: TokenShard) -> Tensor:
+    def _embed_patches(self, x: Tensor, frames: Tensor | None, frame_index: Tensor, shard: TokenShard) -> Tensor:
         """Latents and condition frames -> this process's tokens [B, E, l, D] in (frame, row, column) order, float32."""
         if frames is not None:
             index = frame_index.clamp(max=frames.shape[1] - 1)

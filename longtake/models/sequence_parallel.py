@@ -20,11 +20,11 @@ class TokenShard(Protocol):
     the same order, on equal inputs.
     """
 
-    def take(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """Its tokens [B, E, l, ...] of [B, E, L, ...]."""
         ...
 
-    def whole(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """All tokens [B, E, L, ...], from the [B, E, l, ...] of each process."""
         ...
 
@@ -54,7 +54,7 @@ class SequenceParallel(Protocol):
         """Whether all processes of the group are `fine`; all of them call it."""
         ...
 
-    def share(self, tokens: int) -> TokenShard:
+    def shard(self, tokens: int) -> TokenShard:
         """The part of this process in calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         ...
 
@@ -72,10 +72,10 @@ def check_heads(num_heads: int, processes: int) -> None:
 class NoSplit:
     """The share of a process that computes everything: nothing happens."""
 
-    def take(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         return x
 
-    def whole(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return x
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ class Ulysses:
         dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
         return bool(found)
 
-    def share(self, tokens: int) -> UlyssesShard:
+    def shard(self, tokens: int) -> UlyssesShard:
         """This rank's part of calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
         if tokens not in self._shares:
             self._shares[tokens] = UlyssesShard(self, tokens)
@@ -72,13 +72,13 @@ class UlyssesShard:
         self.sizes = [least + (rank < more) for rank in range(ranks.size)]
         self.start, self.size = sum(self.sizes[: ranks.rank]), self.sizes[ranks.rank]
 
-    def take(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """[B, E, L, ...] -> [B, E, l, ...]."""
-        return _Take.apply(x, self)
+        return _Shard.apply(x, self)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """[B, E, l, ...] -> [B, E, L, ...] on every rank."""
-        return _Whole.apply(x, self)
+        return _AllGather.apply(x, self)
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three of [B, E, l, N, K] -> three of [B, E, L, n, K], in one exchange."""
@@ -106,40 +106,40 @@ class _ToHeads(torch.autograd.Function):
     """Some tokens of all heads -> all tokens of some heads, of several tensors in one exchange; gradients go back."""
 
     @staticmethod
-    def forward(ctx: Any, share: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.share = share
-        return _to_heads(tensors, share)
+    def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shard = share
+        return _to_heads(tensors, shard)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_to_tokens(grads, ctx.share)
+        return None, *_to_tokens(grads, ctx.shard)
 
 
 class _ToTokens(torch.autograd.Function):
     """The way back."""
 
     @staticmethod
-    def forward(ctx: Any, share: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.share = share
-        return _to_tokens(tensors, share)
+    def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shard = share
+        return _to_tokens(tensors, shard)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_to_heads(grads, ctx.share)
+        return None, *_to_heads(grads, ctx.shard)
 
 
-def _to_heads(tensors: Sequence[Tensor], share: UlyssesShard) -> tuple[Tensor, ...]:
+def _to_heads(tensors: Sequence[Tensor], shard: UlyssesShard) -> tuple[Tensor, ...]:
     """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, each."""
     batch, entries, _, heads, width = tensors[0].shape
-    shape = (batch, entries, sum(share.sizes), heads // share.ranks.size, width)
-    return _exchange(tensors, shape, share, share._heads, share._tokens)
+    shape = (batch, entries, sum(shard.sizes), heads // shard.ranks.size, width)
+    return _exchange(tensors, shape, shard, shard._heads, shard._tokens)
 
 
-def _to_tokens(tensors: Sequence[Tensor], share: UlyssesShard) -> tuple[Tensor, ...]:
+def _to_tokens(tensors: Sequence[Tensor], shard: UlyssesShard) -> tuple[Tensor, ...]:
     """[B, E, L, n, K] of some heads -> [B, E, l, N, K] of some tokens, each."""
     batch, entries, _, heads, width = tensors[0].shape
-    shape = (batch, entries, share.size, heads * share.ranks.size, width)
-    return _exchange(tensors, shape, share, share._tokens, share._heads)
+    shape = (batch, entries, shard.size, heads * shard.ranks.size, width)
+    return _exchange(tensors, shape, shard, shard._tokens, shard._heads)
 
 
 # part(x, rank) -> what one rank sends or has of x, a view
@@ -147,14 +147,14 @@ _Part = Callable[[Tensor, int], Tensor]
 
 
 def _exchange(
-    tensors: Sequence[Tensor], shape: tuple[int, ...], share: UlyssesShard, sent: _Part, got: _Part
+    tensors: Sequence[Tensor], shape: tuple[int, ...], shard: UlyssesShard, sent: _Part, got: _Part
 ) -> tuple[Tensor, ...]:
     """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)` of a tensor of `shape` each.
 
     A rank's own part is copied once, while the others travel. Each result has memory of its own: backward keeps one of
     three, and should not keep the others with it.
     """
-    ranks, others = share.ranks, share._others
+    ranks, others = shard.ranks, shard._others
     out = tuple(x.new_empty(shape) for x in tensors)
     sizes_out, sizes_in = [0] * ranks.size, [0] * ranks.size
     for rank in others:
@@ -175,38 +175,38 @@ def _exchange(
     return out
 
 
-class _Take(torch.autograd.Function):
+class _Shard(torch.autograd.Function):
     """This rank's tokens. Backward gives every rank the gradient of all tokens, for what is whole before the split."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: UlyssesShard) -> Tensor:
-        ctx.share = share
-        return x.narrow(_TOKENS, share.start, share.size).contiguous()
+    def forward(ctx: Any, x: Tensor, shard: UlyssesShard) -> Tensor:
+        ctx.shard = share
+        return x.narrow(_TOKENS, shard.start, shard.size).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather(grad, ctx.share) / ctx.share.ranks.size, None
+        return _gather(grad, ctx.shard) / ctx.shard.ranks.size, None
 
 
-class _Whole(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """The tokens of all ranks. Backward keeps this rank's, times the ranks over which gradients will be averaged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: UlyssesShard) -> Tensor:
-        ctx.share = share
-        return _gather(x, share)
+    def forward(ctx: Any, x: Tensor, shard: UlyssesShard) -> Tensor:
+        ctx.shard = share
+        return _gather(x, shard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        share = ctx.share
-        return grad.narrow(_TOKENS, share.start, share.size) * share.ranks.size, None
+        shard = ctx.share
+        return grad.narrow(_TOKENS, shard.start, shard.size) * shard.ranks.size, None
 
 
-def _gather(x: Tensor, share: UlyssesShard) -> Tensor:
+def _gather(x: Tensor, shard: UlyssesShard) -> Tensor:
     """The tokens of all ranks, from each rank's."""
-    most = share.sizes[0]
-    padding = [0, 0] * (x.ndim - 1 - _TOKENS) + [0, most - share.size]
+    most = shard.sizes[0]
+    padding = [0, 0] * (x.ndim - 1 - _TOKENS) + [0, most - shard.size]
     mine = F.pad(x, padding).contiguous()  # equally many from every rank: not every backend takes others
-    parts = [torch.empty_like(mine) for _ in share.sizes]
-    dist.all_gather(parts, mine, group=share.ranks.group)
-    return torch.cat([part.narrow(_TOKENS, 0, size) for part, size in zip(parts, share.sizes)], _TOKENS)
+    parts = [torch.empty_like(mine) for _ in shard.sizes]
+    dist.all_gather(parts, mine, group=shard.ranks.group)
+    return torch.cat([part.narrow(_TOKENS, 0, size) for part, size in zip(parts, shard.sizes)], _TOKENS)

@@ -1,4 +1,4 @@
-"""Each rank's part of the test of passes that ranks share and record as CUDA graphs, for `test_nccl`."""
+"""Each rank's part of the test of passes that ranks shard and record as CUDA graphs, for `test_nccl`."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
 
 
 def exchanges(ranks: Ulysses, tokens: int) -> dict[str, bool]:
-    """Each function of a share against slices of the whole, forward and backward; equal to the last bit."""
-    share, first = ranks.share(tokens), sum(ranks.share(tokens).sizes[: ranks.rank])
+    """Each function of a shard against slices of the whole, forward and backward; equal to the last bit."""
+    shard, first = ranks.share(tokens), sum(ranks.share(tokens).sizes[: ranks.rank])
     n, last = HEADS // ranks.size, first + ranks.share(tokens).size
     heads = slice(n * ranks.rank, n * (ranks.rank + 1))
     whole = [numbers(seed, 2, 3, tokens, HEADS, 5) for seed in range(3)]
@@ -177,7 +177,7 @@ def cache_rules(ranks: Ulysses) -> dict[str, object]:
     out.sum().backward()
     return {
         "error": relative_error(ours, theirs[:, :, :, :, n * ranks.rank : n * (ranks.rank + 1)]),
-        "share of bytes": caches[0].size_bytes / caches[1].size_bytes,
+        "shard of bytes": caches[0].size_bytes / caches[1].size_bytes,
         "refused": refused,
     }
 

@@ -1,5 +1,5 @@
 """The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with a resume; and where there are two GPUs,
-passes that they share, recorded.
+passes that they shard, recorded.
 """
 
 import json

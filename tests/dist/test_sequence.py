@@ -54,7 +54,7 @@ def test_a_layer_takes_two_exchanges(seen):
 
 def test_a_cache_holds_the_heads_of_its_rank_and_keeps_its_rules(seen):
     for rank in seen:
-        assert rank["cache"]["error"] < 1e-6 and rank["cache"]["share of bytes"] == 1 / len(seen)
+        assert rank["cache"]["error"] < 1e-6 and rank["cache"]["shard of bytes"] == 1 / len(seen)
         assert rank["cache"]["refused"]
 
 
