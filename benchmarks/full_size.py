@@ -42,7 +42,7 @@ from longtake.encoders.vae import VideoVAE
 from longtake.errors import LongtakeError
 from longtake.inference.generator import Generator
 from longtake.models.attention import attend, backends
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.toy.world import sample_world
 from longtake.train.metrics import read_rows
 
@@ -229,7 +229,7 @@ def telling_seed(iterations: int) -> int:
     """A seed with which generator updates, and critic updates alone, stop at as many different steps as possible."""
 
     def told(seed: int) -> int:
-        exits = {step: Draws(seed).integer(step, "exit_step", 0, len(STEPS)) for step in range(1, iterations + 1)}
+        exits = {step: KeyedRNG(seed).integer(step, "exit_step", 0, len(STEPS)) for step in range(1, iterations + 1)}
         return len({(step % GENERATOR_EVERY == 0, exit_step) for step, exit_step in exits.items()})
 
     return max(range(200), key=told)

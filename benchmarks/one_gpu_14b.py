@@ -37,7 +37,7 @@ from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.train import stage as stages
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.metrics import Phases, read_rows
@@ -106,7 +106,7 @@ def last_exit_seed() -> int:
     """A seed with which every iteration stops at the last denoising step."""
     last = len(STEPS) - 1
     exits = (
-        (seed, {Draws(seed).integer(step, "exit_step", 0, len(STEPS)) for step in range(ITERATIONS)})
+        (seed, {KeyedRNG(seed).integer(step, "exit_step", 0, len(STEPS)) for step in range(ITERATIONS)})
         for seed in range(10**4)
     )
     return next(seed for seed, found in exits if found == {last})
@@ -234,7 +234,7 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     trained, real, adapters, student = RandomWeights(case, config, mesh).build()
     assert real is not None
     phases = Phases()
-    dmd = stages.make_objective(config, student, trained, real, Draws(config.seed), phases)
+    dmd = stages.make_objective(config, student, trained, real, KeyedRNG(config.seed), phases)
     watched = Watched(dmd, device)
     state = stages.make_state(config, dict(trained), adapters)
     objective = stages.InPrecision(watched, mesh, bf16=True)

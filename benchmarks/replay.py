@@ -30,7 +30,7 @@ from longtake.models.execution import Execution
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout import denoise
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
@@ -118,7 +118,7 @@ def main() -> None:
     plan = StreamPlan(4, 1, 13, 5, sigmas=SIGMAS)
     seeds = {}
     for wanted in map(int, given.exits.split(",")):
-        draws = next(seed for seed in range(99) if Draws(seed).integer(0, "exit_step", 0, 4) == wanted)
+        draws = next(seed for seed in range(99) if KeyedRNG(seed).integer(0, "exit_step", 0, 4) == wanted)
         seeds[wanted] = draws
     results = []
     gradients = {}
@@ -126,7 +126,7 @@ def main() -> None:
         for exit_step, seed in seeds.items():
             kind = Packed if name.startswith("packed") else Dmd
             denoiser = Denoiser(student, graphs=graphs, batched_exits=name == "joined")
-            objective = kind(denoiser, critic, teacher, Draws(seed), plan, frames, DmdSettings(5.0, 3.0))
+            objective = kind(denoiser, critic, teacher, KeyedRNG(seed), plan, frames, DmdSettings(5.0, 3.0))
             times = []
             for repeat in range(given.repeats + 2):
                 if is_cuda and repeat == 2:

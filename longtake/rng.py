@@ -15,7 +15,7 @@ from torch import Tensor
 _SHARED = -1  # the "sample index" of draws that all samples and ranks share
 
 
-class Draws:
+class KeyedRNG:
     """Random numbers of one seed.
 
     `step` counts iterations, `purpose` names what is drawn ("noise", "sigma", "exit_step", ...), `index` is the global

@@ -6,7 +6,7 @@ import torch
 
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import add_lora, targets_of
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.weights.lora import Adapter, Base
 
 RANK, ALPHA = 3, 6.0
@@ -21,7 +21,7 @@ def adapter_of(model: VideoDiT, targets: list[str] | None = None, base: Base | N
 def adapted(model: VideoDiT, targets: list[str] | None = None, seed: int = 0) -> VideoDiT:
     """`model` itself, with fresh updates."""
     adapter = adapter_of(model, targets)
-    return add_lora(model, adapter.pattern, adapter.rank, adapter.alpha, Draws(seed), "generator lora_A")
+    return add_lora(model, adapter.pattern, adapter.rank, adapter.alpha, KeyedRNG(seed), "generator lora_A")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoV
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.train.ema import EMASettings
@@ -119,7 +119,7 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
     if ema:
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                parameter.add_(Draws(seed).noise(0, name, [0], parameter.shape)[0], alpha=0.05)
+                parameter.add_(KeyedRNG(seed).noise(0, name, [0], parameter.shape)[0], alpha=0.05)
     save_checkpoint(
         state,
         config.folder / "checkpoints",

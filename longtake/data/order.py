@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from longtake.data.samples import Dataset, Sizes, nearest_size
 from longtake.errors import ConfigError, DataError
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 
 _UPDATES_A_DRAW = 1024
 
@@ -27,7 +27,7 @@ _UPDATES_A_DRAW = 1024
 @lru_cache(maxsize=16)
 def order(seed: int, epoch: int, num_rows: int, bucket: int = 0) -> NDArray[np.int64]:
     """The order of the rows of a bucket in an epoch, a permutation of 0..num_rows-1 (read-only)."""
-    generator = Draws(seed).generator(epoch, "order", bucket)
+    generator = KeyedRNG(seed).generator(epoch, "order", bucket)
     permutation = torch.randperm(num_rows, generator=generator).numpy()
     permutation.flags.writeable = False
     return permutation
@@ -90,7 +90,7 @@ class Buckets:
         chunk, place = divmod(update, _UPDATES_A_DRAW)
         while len(drawn) <= chunk:
             numbers = torch.rand(
-                _UPDATES_A_DRAW, generator=Draws(seed).generator(len(drawn), "bucket", 0), dtype=torch.float64
+                _UPDATES_A_DRAW, generator=KeyedRNG(seed).generator(len(drawn), "bucket", 0), dtype=torch.float64
             )
             drawn.append(np.array([bisect_right(self._shares, number) for number in numbers.tolist()]))
         bucket = int(drawn[chunk][place])

@@ -37,7 +37,7 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.train.loop import LoopSettings, Window, iteration
 from longtake.train.metrics import Phases
 from longtake.train.networks import Builder
@@ -228,7 +228,7 @@ class _Parts(Phases):
         yield
 
 
-class _Chosen(Draws):
+class _Chosen(KeyedRNG):
     """Random numbers whose integers are chosen. A roll-out stops at its second step: a later one does as the second
     did, holding nothing more; the student's own history is made, and videos are the longest.
     """

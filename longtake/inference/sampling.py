@@ -17,7 +17,7 @@ from longtake.flow.sampler import euler
 from longtake.flow.schedule import sampling_sigmas
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import RollOutNoise
 from longtake.rollout.stream import stream_switched
@@ -27,7 +27,7 @@ def stream_noise(
     seed: int, videos: Sequence[int], channels: int, size: tuple[int, int], device: torch.device | str
 ) -> RollOutNoise:
     """Noise of a stream as a function of (seed, video, absolute frame, denoising step)."""
-    draws = Draws(seed)
+    draws = KeyedRNG(seed)
 
     def noise(start: int, end: int, step: int) -> Tensor:
         return draws.noise(step, "stream", videos, (end - start, channels, *size), device, part=start)
@@ -90,7 +90,7 @@ def teacher_latents(
     model generate frame 0 from `y` (Wan2.1 models).
     """
     device = condition.text.device
-    draws = Draws(seed)
+    draws = KeyedRNG(seed)
     noise = draws.noise(0, "teacher", videos, (num_frames, model.config.out_channels, *size), device)
     unconditional = condition.with_text(empty_text)
 

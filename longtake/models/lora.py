@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 
 DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
 
@@ -39,7 +39,7 @@ def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]
     return tuple(name for name in known if wanted is None or name in wanted)
 
 
-def add_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, draws: Draws, purpose: str) -> VideoDiT:
+def add_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, draws: KeyedRNG, purpose: str) -> VideoDiT:
     """`model` with updates on the layers whose whole name matches `pattern`; nothing else is trained any more.
 
     Call it after the weights were loaded. On the meta device, call `inject_lora` before sharding and fill in
@@ -78,7 +78,7 @@ def inject_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, name: st
     return model
 
 
-def first_factors(model: VideoDiT, draws: Draws, purpose: str, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+def first_factors(model: VideoDiT, draws: KeyedRNG, purpose: str, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
     """Yields (parameter name, first value) of all factors called `name`, float32 on the CPU.
 
     A is uniform in +-1 / sqrt(inputs) (PEFT's own start) and a function of the seed of `draws`, `purpose` and the

@@ -21,7 +21,7 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import clip_sigma
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
 
@@ -86,7 +86,7 @@ class Dmd:
         generator: Denoiser,
         critic: VideoDiT,
         real: VideoDiT,
-        draws: Draws,
+        draws: KeyedRNG,
         plan: StreamPlan,
         num_frames: int,
         settings: DmdSettings,

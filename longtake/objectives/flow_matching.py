@@ -15,7 +15,7 @@ from longtake.flow.schedule import training_sigma
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import LossResult
 from longtake.objectives.batch import EncodedBatch
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 
 
 def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Tensor:
@@ -46,7 +46,7 @@ class FlowMatching:
     """
 
     def __init__(
-        self, model: VideoDiT, draws: Draws, *, shift: float, caption_dropout: float, first_frame_clean: bool
+        self, model: VideoDiT, draws: KeyedRNG, *, shift: float, caption_dropout: float, first_frame_clean: bool
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": model}
         self.model, self.draws = model, draws
@@ -73,7 +73,7 @@ class FlowMatching:
         return LossResult(loss, {"generator_loss": loss.detach()})
 
 
-def drop_captions(batch: EncodedBatch, draws: Draws, step: int, share: float) -> Condition:
+def drop_captions(batch: EncodedBatch, draws: KeyedRNG, step: int, share: float) -> Condition:
     """The batch's condition with the empty prompt in a random `share` of the samples."""
     if share <= 0:
         return batch.condition

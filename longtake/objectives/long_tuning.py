@@ -18,7 +18,7 @@ from longtake.objectives.base import Phase
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import LongStream, PictureCodec, Switch, Window
 from longtake.rollout.self_forcing import RollOut
@@ -46,7 +46,7 @@ class LongSchedule:
     """
 
     def __init__(
-        self, draws: Draws, horizon: int, new_frames: int, lengths: Sequence[int], switches: Sequence[int] = ()
+        self, draws: KeyedRNG, horizon: int, new_frames: int, lengths: Sequence[int], switches: Sequence[int] = ()
     ) -> None:
         for length in lengths:
             if length < horizon or (length - horizon) % new_frames:
@@ -95,7 +95,7 @@ class LongTuning(Dmd):
         generator: Denoiser,
         critic: VideoDiT,
         real: VideoDiT,
-        draws: Draws,
+        draws: KeyedRNG,
         plan: StreamPlan,
         settings: DmdSettings,
         schedule: LongSchedule,

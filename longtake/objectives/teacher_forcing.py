@@ -19,7 +19,7 @@ from longtake.objectives.base import LossResult, Phase
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import remake
 
@@ -49,7 +49,7 @@ class TeacherForcing:
     def __init__(
         self,
         denoiser: Denoiser,
-        draws: Draws,
+        draws: KeyedRNG,
         plan: StreamPlan,
         *,
         shift: float,

@@ -235,14 +235,14 @@ def _layers(
 def _cover(
     colour: NDArray[np.float32], index: int, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
 ) -> NDArray[np.float32]:
-    """Draws the sprites in front of sprite `index` over `colour`."""
+    """KeyedRNG the sprites in front of sprite `index` over `colour`."""
     return _draw(colour, range(index + 1, len(masks)), where, masks, world)
 
 
 def _draw(
     colour: NDArray[np.float32], sprites: range, where: NDArray[np.intp], masks: list[NDArray[np.float32]], world: World
 ) -> NDArray[np.float32]:
-    """Draws `sprites` over `colour` [3, ...], in place."""
+    """KeyedRNG `sprites` over `colour` [3, ...], in place."""
     for sprite in sprites:
         colour += (world.colours[sprite][:, None, None, None] - colour) * masks[sprite].take(where)
     return colour

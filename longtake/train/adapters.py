@@ -17,7 +17,7 @@ from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora, is_factor, targets_of
 from longtake.parallel.mesh import Mesh
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.run_folder import LORA, checkpoint_name, checkpoints_folder
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import Opened
@@ -63,7 +63,7 @@ def first_values(
     network: VideoDiT, name: str, config: StageConfig, called: str = DEFAULT
 ) -> Iterator[tuple[str, Tensor]]:
     """First values of the updates of the network `name`, the same whether it is one of its own or a role."""
-    return first_factors(network, Draws(config.seed), f"{name} lora_A", called)
+    return first_factors(network, KeyedRNG(config.seed), f"{name} lora_A", called)
 
 
 def earlier_values(

@@ -30,7 +30,7 @@ from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.parallel.mesh import Mesh
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
@@ -134,7 +134,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
             **parts,
         )
     phases = Phases(mesh.device)
-    inner = make_objective(config, student, networks, real, Draws(config.seed), phases)
+    inner = make_objective(config, student, networks, real, KeyedRNG(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
     if config.stage == "long":
@@ -239,7 +239,7 @@ def make_objective(
     student: Denoiser,
     networks: dict[str, VideoDiT],
     real: VideoDiT | None,
-    draws: Draws,
+    draws: KeyedRNG,
     phases: Phases,
 ) -> Objective:
     """What the stage trains its networks by, but for long videos. Args: `real`, the frozen score."""

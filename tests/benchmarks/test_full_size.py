@@ -66,9 +66,9 @@ def test_the_stage_at_full_size_is_the_recipe(full_size, tmp_path):
 
 
 def test_each_exit_step_has_a_generator_update(full_size):
-    from longtake.rng import Draws
+    from longtake.rng import KeyedRNG
 
-    draws = Draws(full_size.telling_seed(20))
+    draws = KeyedRNG(full_size.telling_seed(20))
     assert {draws.integer(step, "exit_step", 0, 4) for step in (5, 10, 15, 20)} == {0, 1, 2, 3}
 
 

@@ -29,7 +29,7 @@ def test_the_cases_are_what_they_say(one_gpu, tmp_path):
     assert one_gpu.CASES["1.3b"].rank == 256 and one_gpu.CASES["1.3b"].sizes.dit.dim == 1536
     whole = one_gpu.stage(one_gpu.CASES["1.3b-whole"], "whole", tmp_path)
     assert whole.lora is None and whole.roles == "separate"
-    draws = one_gpu.Draws(config.seed)
+    draws = one_gpu.KeyedRNG(config.seed)
     assert [draws.integer(step, "exit_step", 0, 4) for step in range(2)] == [3, 3]
 
 

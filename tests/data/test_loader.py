@@ -11,7 +11,7 @@ from longtake.data.loader import Loader, collate
 from longtake.data.order import batch_rows, order, sample_at
 from longtake.data.samples import Sample
 from longtake.errors import ConfigError, DataError
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 
 
 class Memory:
@@ -140,32 +140,32 @@ def test_pictures_of_different_sizes_are_refused():
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():
-    draws = Draws(11)
+    draws = KeyedRNG(11)
     whole = draws.noise(4, "noise", range(8), (2, 3))
     split = torch.cat([draws.noise(4, "noise", [i], (2, 3)) for i in range(8)])
     assert torch.equal(whole, split)
     assert torch.equal(draws.uniform(4, "sigma", range(8))[5:], draws.uniform(4, "sigma", [5, 6, 7]))
-    assert torch.equal(Draws(11).noise(4, "noise", [3], (2, 3)), whole[3:4])
+    assert torch.equal(KeyedRNG(11).noise(4, "noise", [3], (2, 3)), whole[3:4])
 
 
 def test_draws_differ_by_every_part_of_the_key():
     noise = [
-        Draws(1).noise(0, "a", [0], (64,)),
-        Draws(2).noise(0, "a", [0], (64,)),
-        Draws(1).noise(1, "a", [0], (64,)),
-        Draws(1).noise(0, "b", [0], (64,)),
-        Draws(1).noise(0, "a", [1], (64,)),
-        Draws(1).noise(0, "a", [0], (64,), part=1),
+        KeyedRNG(1).noise(0, "a", [0], (64,)),
+        KeyedRNG(2).noise(0, "a", [0], (64,)),
+        KeyedRNG(1).noise(1, "a", [0], (64,)),
+        KeyedRNG(1).noise(0, "b", [0], (64,)),
+        KeyedRNG(1).noise(0, "a", [1], (64,)),
+        KeyedRNG(1).noise(0, "a", [0], (64,), part=1),
     ]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(noise, 2))
 
 
 def test_draws_have_their_distributions():
-    draws = Draws(0)
+    draws = KeyedRNG(0)
     u = draws.uniform(0, "u", range(4000), low=0.2, high=0.6)
     assert u.dtype == torch.float32 and u.min() >= 0.2 and u.max() <= 0.6 and abs(u.mean() - 0.4) < 0.01
     n = draws.noise(0, "n", range(100), (50,), dtype=torch.float64)
     assert n.dtype == torch.float64 and abs(n.mean()) < 0.05 and abs(n.std() - 1) < 0.05
     k = [draws.integer(step, "exit", 0, 4) for step in range(400)]
-    assert set(k) == {0, 1, 2, 3} and k == [Draws(0).integer(step, "exit", 0, 4) for step in range(400)]
+    assert set(k) == {0, 1, 2, 3} and k == [KeyedRNG(0).integer(step, "exit", 0, 4) for step in range(400)]
     assert all(60 < k.count(i) < 140 for i in range(4))

@@ -33,7 +33,7 @@ from longtake.objectives.base import LossResult, Objective
 from longtake.objectives.dmd import Dmd, DmdSettings
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.teacher_forcing import TeacherForcing
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.self_forcing import roll_out
 from longtake.train.loop import LoopSettings, RunInfo, train
 from longtake.train.optim import OptimizerSettings
@@ -102,8 +102,8 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
         networks[2].requires_grad_(False)
     networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
-        return Dmd(Denoiser(networks[0]), *networks[1:], Draws(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
-    return TeacherForcing(Denoiser(networks[0]), Draws(3), RULES, shift=5.0, caption_dropout=0.5)
+        return Dmd(Denoiser(networks[0]), *networks[1:], KeyedRNG(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
+    return TeacherForcing(Denoiser(networks[0]), KeyedRNG(3), RULES, shift=5.0, caption_dropout=0.5)
 
 
 def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: bool = False) -> Seen:
@@ -138,7 +138,7 @@ def counted_projections():
 
 def stream(mesh: Mesh) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Latents of two roll-outs without gradient by sample index; projections of each layer in each roll-out."""
-    model, draws = parallelize(make_dit(4), mesh), Draws(5)
+    model, draws = parallelize(make_dit(4), mesh), KeyedRNG(5)
     latents, projections = {}, []
     for group in batch_rows(1, ROWS, 0, BATCH, rank=mesh.rank, world_size=mesh.world_size, micro=MICRO):
         batch = make_batch(make_dit(0), [pick.index for pick in group], FRAMES)
@@ -201,7 +201,7 @@ def gathers(mesh: Mesh) -> dict[str, list[int]]:
     batch = make_batch(make_dit(0), [0, 1], FRAMES)
 
     def noise(start: int, end: int, step: int) -> torch.Tensor:
-        return Draws(5).noise(start, "stream", batch.indices, (end - start, 16, *batch.latent_size), part=step)
+        return KeyedRNG(5).noise(start, "stream", batch.indices, (end - start, 16, *batch.latent_size), part=step)
 
     def unrolled(student: Denoiser) -> torch.Tensor:
         return roll_out(student, batch.condition, batch.first_latent, noise, RULES, FRAMES, batch.latent_size).latents

@@ -19,7 +19,7 @@ from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.models.lora import factors
 from longtake.objectives.dmd import Dmd, DmdSettings
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, RunInfo, train
@@ -44,7 +44,7 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         Denoiser(networks["generator"]),
         networks["critic"],
         real,
-        Draws(3),
+        KeyedRNG(3),
         RULES,
         FRAMES,
         DmdSettings(shift=5.0, guidance=4.0),

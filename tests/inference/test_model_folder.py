@@ -21,7 +21,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.toy.metrics import measure
 from longtake.toy.world import sample_world
 from longtake.weights.load import save_dit, to_diffusers_key
@@ -150,7 +150,7 @@ def guided_oracle(generator, weight, num_blocks):
     plan = rules
     for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
         layout = replace(plan, window_frames=None, rope=rules.rope).causal_layout(end)
-        draws = Draws(0)
+        draws = KeyedRNG(0)
         shape = (end - start, model.config.out_channels, 8, 8)
         x = draws.noise(0, "stream", [0], shape, part=start)
         for step, sigma in enumerate(rules.sigmas):

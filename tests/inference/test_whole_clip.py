@@ -15,7 +15,7 @@ from longtake.config.generation import GenerationConfig
 from longtake.data.formats import open_dataset
 from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import ConfigError
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.toy.world import sample_world
 from longtake.weights.load import save_dit
 
@@ -32,7 +32,7 @@ def euler_by_hand(generator, frames, seed, negative):
     if model.config.condition_channels:
         condition, first = encode_condition(encoders, prepare_image(PICTURE, 64, 64)[None], [WORLD.caption]), None
     other = condition.with_text(encoders.text.encode([negative]))
-    x = Draws(seed).noise(0, "teacher", [0], (frames, model.config.out_channels, 8, 8), "cpu")
+    x = KeyedRNG(seed).noise(0, "teacher", [0], (frames, model.config.out_channels, 8, 8), "cpu")
     sigmas = [3 * u / (1 + 2 * u) for u in (1, 2 / 3, 1 / 3, 0)]
     for now, following in zip(sigmas, sigmas[1:]):
         level = torch.full((1, frames), now)

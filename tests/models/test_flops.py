@@ -13,7 +13,7 @@ from longtake.models import flops
 from longtake.models.flops import Call, Work
 from longtake.models.lora import add_lora, targets_of
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.weights.lora import Adapter, Base
 from longtake.weights.presets import PRESETS
@@ -94,7 +94,7 @@ def test_a_cached_block_with_a_window(model, graded):
 def test_low_rank_updates(model, targets):
     lora = LoraConfig(rank=3, targets=targets)
     adapter = Adapter(3, 3.0, targets_of(model, targets), Base("toy", ""))
-    add_lora(model, adapter.pattern, 3, 3.0, Draws(0), "test")
+    add_lora(model, adapter.pattern, 3, 3.0, KeyedRNG(0), "test")
     call, condition = call_of(model), make_tiny_condition(model)
     ran, velocity = counted(lambda: model(make_tiny_latents(FRAMES), torch.full((BATCH,), 0.5), condition))
     assert ran == flops.forward(model.config, call, lora).total

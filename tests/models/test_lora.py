@@ -15,7 +15,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import add_lora, factors, targets_of
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.convert import convert
 from longtake.weights.fingerprint import weights_identity
@@ -75,7 +75,7 @@ def test_the_first_values_follow_seed_purpose_and_layer_alone(tiny_model):
     some = values(adapted(tiny_model(seed=5), ["ffn.2", "self_attn.q"]))
     assert len(some) == 8 and all(torch.equal(one[name], value) for name, value in some.items())
     other = values(adapted(tiny_model(), seed=1))
-    critic = values(add_lora(tiny_model(), r"blocks\.\d+\.ffn\.0", RANK, ALPHA, Draws(0), "critic lora_A"))
+    critic = values(add_lora(tiny_model(), r"blocks\.\d+\.ffn\.0", RANK, ALPHA, KeyedRNG(0), "critic lora_A"))
     firsts = [name for name in one if ".lora_A." in name]
     assert not any(torch.equal(one[name], other[name]) for name in firsts)
     assert not any(torch.equal(one[name], critic[name]) for name in critic if ".lora_A." in name)
@@ -95,7 +95,7 @@ def test_trained_numbers_at_full_size(preset, numbers, tensors):
     config = PRESETS[preset]
     with torch.device("meta"):
         model = VideoDiT(config)
-        add_lora(model, adapter_of(model).pattern, 256, 256.0, Draws(0), "x")
+        add_lora(model, adapter_of(model).pattern, 256, 256.0, KeyedRNG(0), "x")
     square, mlp = 2 * config.dim, config.dim + config.ffn_dim
     closed = config.num_layers * 256 * ((8 if config.image_dim is None else 10) * square + 2 * mlp)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
 NAMES = ("generator", "critic")
@@ -25,9 +25,9 @@ def make(tiny_model, recompute=False, targets=None, switch=None):
         inject_lora(base, adapter.pattern, 3, 6.0, name)
         parameters = dict(base.named_parameters())
         with torch.no_grad():
-            for key, value in first_factors(base, Draws(0), f"{name} lora_A", name):
+            for key, value in first_factors(base, KeyedRNG(0), f"{name} lora_A", name):
                 parameters[key].copy_(value)
-        own[name] = stir(add_lora(tiny_model(True), adapter.pattern, 3, 6.0, Draws(0), f"{name} lora_A"), seed)
+        own[name] = stir(add_lora(tiny_model(True), adapter.pattern, 3, 6.0, KeyedRNG(0), f"{name} lora_A"), seed)
         own[name] = parallelize(own[name], Mesh(), recompute=recompute)
     shared = SharedBase(parallelize(base, Mesh(), recompute=recompute), switch)
     roles = {name: AdapterView(shared, name) for name in NAMES} | {"teacher": AdapterView(shared, None)}

@@ -14,7 +14,7 @@ from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, 
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan, warp
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.train.loop import nonfinite
 
@@ -26,7 +26,7 @@ def make_dmd(i2v=True, rules=RULES, seed=3, phase=None, **settings):
     settings = DmdSettings(**{"shift": 5.0, "guidance": 4.0} | settings)
     options = {} if phase is None else {"phase": phase}
     student, *scores = networks
-    return Dmd(Denoiser(student), *scores, Draws(seed), rules, FRAMES if i2v else 6, settings, **options)
+    return Dmd(Denoiser(student), *scores, KeyedRNG(seed), rules, FRAMES if i2v else 6, settings, **options)
 
 
 def watched(dmd, monkeypatch):
@@ -56,7 +56,7 @@ def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     noisy, sigma = critic["x"].double(), critic["sigma"].double()[:, :, None, None, None]
 
     # one level a clip, frame 0 noised like the rest; the noise of the sample
-    noise = Draws(3).noise(0, "generator_noise", batch.indices, x.shape[1:]).double()
+    noise = KeyedRNG(3).noise(0, "generator_noise", batch.indices, x.shape[1:]).double()
     assert (critic["sigma"] == critic["sigma"][:, :1]).all() and not critic["graded"]
     torch.testing.assert_close(noisy, (1 - sigma) * x.double() + sigma * noise, rtol=0, atol=1e-6)
     for call in (cond, uncond):
@@ -189,7 +189,7 @@ def test_critic_loss_uses_the_velocity_as_it_comes(monkeypatch):
     batch = make_batch(dmd.generator.model, [4, 9])
     result = dmd.loss("critic", batch, 1)
     (call,), x = calls["critic"], made[0].latents
-    noise = Draws(3).noise(1, "critic_noise", batch.indices, x.shape[1:])
+    noise = KeyedRNG(3).noise(1, "critic_noise", batch.indices, x.shape[1:])
     assert torch.equal(result.loss, (call["out"] - (noise - x))[:, 1:].square().mean())
     (grad,) = torch.autograd.grad(result.loss, call["out"], retain_graph=True)
     torch.testing.assert_close(grad[:, 1:], 2 * (call["out"] - noise + x)[:, 1:] / x[:, 1:].numel())

@@ -10,13 +10,13 @@ from tiny_models import make_tiny_model
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
 
 def forcing(model):
     return TeacherForcing(
-        Denoiser(model), Draws(0), RULES, shift=5.0, caption_dropout=0.5, own_history=OwnHistory(1.0, 0)
+        Denoiser(model), KeyedRNG(0), RULES, shift=5.0, caption_dropout=0.5, own_history=OwnHistory(1.0, 0)
     )
 
 
@@ -25,14 +25,14 @@ def make(kind):
         return make_long(ratio=1)
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
     if kind == "teacher":
-        return FlowMatching(networks[0], Draws(0), shift=5.0, caption_dropout=0.5, first_frame_clean=False)
+        return FlowMatching(networks[0], KeyedRNG(0), shift=5.0, caption_dropout=0.5, first_frame_clean=False)
     if kind == "causal":
         return forcing(networks[0])
     settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=1)
     return Dmd(
         Denoiser(networks[0]),
         *networks[1:],
-        Draws(0),
+        KeyedRNG(0),
         RULES,
         7,
         settings,
@@ -42,7 +42,7 @@ def make(kind):
 
 @pytest.mark.parametrize("kind", ["teacher", "causal", "distill", "long"])
 def test_every_iteration_draws_its_own_numbers_and_each_once(kind, monkeypatch):
-    drawn, generator = Counter(), Draws.generator
+    drawn, generator = Counter(), KeyedRNG.generator
 
     def spy(self, step, purpose, index, part=0):
         drawn[step, purpose, index, part] += 1
@@ -50,7 +50,7 @@ def test_every_iteration_draws_its_own_numbers_and_each_once(kind, monkeypatch):
 
     objective = make(kind)
     batch = make_batch(objective.networks["generator"], [4, 9])
-    monkeypatch.setattr(Draws, "generator", spy)
+    monkeypatch.setattr(KeyedRNG, "generator", spy)
     for step in range(5):  # of long tuning one sequence and two chunks of the next
         drawn.clear()
         for turn in objective.turns(step):

@@ -9,11 +9,11 @@ from longtake.errors import TrainingError
 from longtake.flow.path import add_noise
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.flow_matching import FlowMatching, clip_sigma, drop_captions
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 
 
 def objective(model, *, dropout=0.0, clean=False, seed=3):
-    return FlowMatching(model, Draws(seed), shift=3.0, caption_dropout=dropout, first_frame_clean=clean)
+    return FlowMatching(model, KeyedRNG(seed), shift=3.0, caption_dropout=dropout, first_frame_clean=clean)
 
 
 def test_clip_sigma_of_both_kinds_of_model():
@@ -31,7 +31,7 @@ def test_loss_is_the_mean_error_of_the_velocity(clean, monkeypatch):
     calls = record(model, monkeypatch)
     result = objective(model, clean=clean).loss("generator", batch, 5)
     (call,) = calls
-    noise = Draws(3).noise(5, "noise", [4, 9], batch.latents.shape[1:])
+    noise = KeyedRNG(3).noise(5, "noise", [4, 9], batch.latents.shape[1:])
     sigma = call["sigma"]
     assert sigma.shape == (2, 7) and (sigma[:, 1:] == sigma[:, 1:2]).all() and sigma[0, 1] != sigma[1, 1]
     assert torch.equal(sigma[:, 0], torch.zeros(2) if clean else sigma[:, 1])
@@ -67,15 +67,15 @@ def test_draws_do_not_depend_on_how_the_batch_is_split():
 def test_caption_dropout_keeps_its_share_and_is_a_function_of_step_and_sample():
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, list(range(400)), 1)
-    condition = drop_captions(batch, Draws(0), 1, 0.25)
+    condition = drop_captions(batch, KeyedRNG(0), 1, 0.25)
     dropped = (condition.text == batch.empty_text).all(2).all(1)
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.07)
     assert torch.equal(condition.text[~dropped], batch.condition.text[~dropped])
     # the picture stays, whoever loses the caption (guidance keeps y and CLIP tokens)
     assert condition.frames is batch.condition.frames and condition.image is batch.condition.image
-    again = drop_captions(make_batch(model, list(range(100, 140)), 1), Draws(0), 1, 0.25)
+    again = drop_captions(make_batch(model, list(range(100, 140)), 1), KeyedRNG(0), 1, 0.25)
     assert torch.equal((again.text == batch.empty_text[:40]).all(2).all(1), dropped[100:140])
-    other = drop_captions(batch, Draws(0), 2, 0.25)
+    other = drop_captions(batch, KeyedRNG(0), 2, 0.25)
     assert not torch.equal((other.text == batch.empty_text).all(2).all(1), dropped)
 
 
@@ -83,7 +83,7 @@ def test_caption_dropout_keeps_its_share_and_is_a_function_of_step_and_sample():
 def test_caption_dropout_of_none_and_of_all(share, same):
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [1, 2, 3])
-    text = drop_captions(batch, Draws(0), 0, share).text
+    text = drop_captions(batch, KeyedRNG(0), 0, share).text
     assert torch.equal(text, batch.condition.text if same else batch.empty_text)
 
 

@@ -13,7 +13,7 @@ from longtake.models.execution import Execution
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.train.long_batches import LongBatches
 
@@ -22,7 +22,7 @@ HORIZON, NEW = 7, 4
 
 def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
-    draws = Draws(3)
+    draws = KeyedRNG(3)
     schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
     settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio, head_start=head_start)
     return LongTuning(
@@ -53,16 +53,16 @@ def train(long, batch, steps):
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
 def test_each_iteration_is_one_chunk_and_sequences_follow_each_other():
-    schedule = LongSchedule(Draws(0), 7, 4, [15])
+    schedule = LongSchedule(KeyedRNG(0), 7, 4, [15])
     places = [schedule.at(step) for step in range(9)]
     assert [(p.sequence, p.chunk, p.begin) for p in places] == [(s, c, 3 * s) for s in range(3) for c in range(3)]
     assert [schedule.end_frame(p.chunk) for p in places] == [7, 11, 15] * 3
     assert {p.length for p in places} == {15} and {p.switch for p in places} == {None}
-    assert LongSchedule(Draws(0), 7, 4, [15]).at(8) == places[8], "nothing depends on what was asked before"
+    assert LongSchedule(KeyedRNG(0), 7, 4, [15]).at(8) == places[8], "nothing depends on what was asked before"
 
 
 def test_lengths_and_switches_are_drawn_for_each_sequence():
-    schedule = LongSchedule(Draws(1), 7, 4, [7, 11, 19], [5, 9, 13])
+    schedule = LongSchedule(KeyedRNG(1), 7, 4, [7, 11, 19], [5, 9, 13])
     starts = [p for p in (schedule.at(step) for step in range(400)) if p.chunk == 0]
     assert {p.length for p in starts} == {7, 11, 19}
     assert all(p.switch in {7: (5,), 11: (5, 9), 19: (5, 9, 13)}[p.length] for p in starts)
@@ -72,7 +72,7 @@ def test_lengths_and_switches_are_drawn_for_each_sequence():
 
 
 def test_each_length_and_each_switch_comes_equally_often():
-    schedule = LongSchedule(Draws(1), 7, 4, [7, 11], [3, 5])
+    schedule = LongSchedule(KeyedRNG(1), 7, 4, [7, 11], [3, 5])
     starts = [p for p in (schedule.at(step) for step in range(900)) if p.chunk == 0]
     for value in ("length", "switch"):
         counts = Counter(getattr(place, value) for place in starts)
@@ -82,8 +82,8 @@ def test_each_length_and_each_switch_comes_equally_often():
 def test_lengths_that_do_not_fit_are_refused():
     for length, fix in ((14, "11 or 15"), (16, "15 or 19"), (5, "7 or 11"), (1, "7 or 11")):
         with pytest.raises(ConfigError, match=f"{length} latents.*horizon=7.*new_frames=4; set it to {fix}"):
-            LongSchedule(Draws(0), 7, 4, [15, length])
-    assert LongSchedule(Draws(0), 7, 4, [7]).at(3).sequence == 3  # one chunk is the least
+            LongSchedule(KeyedRNG(0), 7, 4, [15, length])
+    assert LongSchedule(KeyedRNG(0), 7, 4, [7]).at(3).sequence == 3  # one chunk is the least
 
 
 @pytest.mark.parametrize(("chunks", "ratio"), [(3, 2), (5, 5), (4, 2), (12, 5)])
@@ -142,7 +142,7 @@ def test_only_new_frames_have_a_loss():
 
 def test_the_first_chunk_is_plain_distillation():
     long = make_long()
-    plain = Dmd(long.generator, long.critic, long.real, Draws(3), RULES, HORIZON, long.settings)
+    plain = Dmd(long.generator, long.critic, long.real, KeyedRNG(3), RULES, HORIZON, long.settings)
     batch = batch_of(long)
     for (turn, loss, grads), (other_turn, other, expected) in zip(train(long, batch, [0]), train(plain, batch, [0])):
         assert turn == other_turn and loss == pytest.approx(other, rel=1e-6)
@@ -252,7 +252,7 @@ class Counting:
 
 
 def test_micro_batches_last_a_sequence():
-    schedule = LongSchedule(Draws(0), 7, 4, [15])
+    schedule = LongSchedule(KeyedRNG(0), 7, 4, [15])
 
     def make():
         return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8, accumulation=2)

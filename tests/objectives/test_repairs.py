@@ -15,7 +15,7 @@ from longtake.condition import Condition
 from longtake.encoders.bundle import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
 
@@ -112,7 +112,7 @@ def test_a_y_goes_to_both_halves_of_teacher_forcing(broken, monkeypatch):
     batch = make_batch(model, [4, 9])
     frames = batch.condition.frames.clone()
     frames[:, broken] += 1
-    objective = TeacherForcing(Denoiser(model), Draws(0), RULES, shift=3.0)
+    objective = TeacherForcing(Denoiser(model), KeyedRNG(0), RULES, shift=3.0)
     for condition in (batch.condition, replace(batch.condition, frames=frames)):
         objective.loss("generator", replace(batch, condition=condition), 0)
     changed = (outputs[0] != outputs[1]).flatten(2).any(2)

@@ -10,13 +10,13 @@ from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.rollout.self_forcing import remake, roll_out
 
 
 def objective(model, rules=RULES, **options):
-    return TeacherForcing(Denoiser(model), Draws(3), rules, **{"shift": 3.0} | options)
+    return TeacherForcing(Denoiser(model), KeyedRNG(3), rules, **{"shift": 3.0} | options)
 
 
 def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=5, **options):
@@ -34,7 +34,7 @@ def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypa
     x, sigma = call["x"], call["sigma"]
     assert x.shape[1] == 14 and torch.equal(x[:, :7], clean) and (sigma[:, :7] == 0).all()
     assert torch.equal(x[:, 7], clean[:, 0]) and (sigma[:, 7] == 0).all()
-    noise = Draws(3).noise(5, "noise", batch.indices, clean.shape[1:])
+    noise = KeyedRNG(3).noise(5, "noise", batch.indices, clean.shape[1:])
     assert torch.equal(x[:, 7:], add_noise(clean, noise, sigma[:, 7:]))
     error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
     torch.testing.assert_close(result.loss, error)
@@ -46,7 +46,7 @@ def test_text_to_video_scores_every_frame(monkeypatch):
     model = make_tiny_model()
     rules = StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
-    noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
+    noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     assert (call["sigma"][:, 6:] > 0).all()
     torch.testing.assert_close(result.loss, (call["out"][:, 6:] - (noise - batch.latents)).square().mean())
 
@@ -70,7 +70,7 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     rules = StreamPlan(2, first, window, 0 if not i2v else sink, rope, sigmas=RULES.sigmas)
     frames = 9 if i2v else 8
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=frames)
-    noise = Draws(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
+    noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
     errors = []
     for start, end in rules.blocks(0, frames):
@@ -124,7 +124,7 @@ def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
     context, noisy = call["x"][:, :7], call["x"][:, 7:]
     assert torch.equal(context[:, 0], clean[:, 0]) and torch.equal(context[:, 5:], clean[:, 5:])  # picture, last block
     assert ((context - clean)[:, 1:5].abs().amax((2, 3, 4)) > 1e-3).all() and not context.requires_grad
-    noise = Draws(3).noise(5, "noise", batch.indices, clean.shape[1:])
+    noise = KeyedRNG(3).noise(5, "noise", batch.indices, clean.shape[1:])
     assert torch.equal(noisy, add_noise(clean, noise, call["sigma"][:, 7:]))
     error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
     torch.testing.assert_close(result.loss, error)

@@ -12,7 +12,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from longtake.errors import ConfigError
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_video import LongStream, Switch
 from longtake.rollout.recache import LatentHistory, recache
@@ -24,7 +24,7 @@ T2V = StreamPlan(2, 2, 6, 2, sigmas=RULES.sigmas)
 
 
 def noise(start, end, step):
-    return Draws(0).noise(step, "x", [0, 1], (end - start, 4, 4, 6), part=start)
+    return KeyedRNG(0).noise(step, "x", [0, 1], (end - start, 4, 4, 6), part=start)
 
 
 def make(i2v=True, switch=None, rules=RULES, batched=False, recompute=False, **options):

@@ -8,7 +8,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.flow.path import clean_from_velocity
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.replay import packed_replay, recompute_on_backward
 from longtake.rollout.self_forcing import roll_out
@@ -74,7 +74,7 @@ def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
     calls = record(model, monkeypatch)
 
     def noise(start, end, step):
-        return Draws(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
+        return KeyedRNG(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
 
     made = roll_out(Denoiser(model), condition, make_tiny_latents(1, seed=7), noise, rules, 9, SIZE, exit_step=2)
     exits = [call["x"] for call in calls if call["sigma"][0] == SIGMAS[2]]

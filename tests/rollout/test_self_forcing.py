@@ -11,7 +11,7 @@ from longtake.condition import pixel_frames
 from longtake.errors import CacheError, ConfigError
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, denoise_block
 from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import stream_latents
@@ -26,7 +26,7 @@ def rules(first=1, window=5, sink=1, rope="relative", sigmas=SIGMAS):
 
 def noise_at(start, end, step):
     """Noise of absolute frames and a denoising step, two samples."""
-    return Draws(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
+    return KeyedRNG(5).noise(0, "noise", [0, 1], (end - start, 4, *SIZE), part=10 * start + step)
 
 
 def scene(i2v=True, **changes):

@@ -16,7 +16,7 @@ from longtake.models.flops import Work, forward
 from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.rng import Draws
+from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 
@@ -70,7 +70,7 @@ def dmd_of(config, i2v):
     flow = config.flow
     settings = DmdSettings(flow.shift, flow.guidance, updates_per_generator=config.critic.updates_per_generator)
     student, *scores = networks
-    return Dmd(Denoiser(student), *scores, Draws(SEED), config.stream_plan, config.video.num_latent_frames, settings)
+    return Dmd(Denoiser(student), *scores, KeyedRNG(SEED), config.stream_plan, config.video.num_latent_frames, settings)
 
 
 def total(found, networks, config, *phases):
@@ -146,12 +146,12 @@ def test_teacher_and_causal():
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
     config = config_of("teacher")
-    objective = FlowMatching(model, Draws(SEED), shift=3.0, caption_dropout=0.0, first_frame_clean=False)
+    objective = FlowMatching(model, KeyedRNG(SEED), shift=3.0, caption_dropout=0.0, first_frame_clean=False)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, result = counted(lambda: objective.loss("generator", batch, 0))
     assert found.graded and ran == forward(model.config, found.call).total
     config = config_of("causal")
-    causal = TeacherForcing(Denoiser(model), Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
+    causal = TeacherForcing(Denoiser(model), KeyedRNG(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal.loss("generator", batch, 0))
     assert ran == forward(model.config, found.call).total
@@ -162,7 +162,12 @@ def test_own_history_costs_its_share_of_a_roll_out():
     config = config_of("causal", own_history={"share": 1.0, "from_step": 2})
     batch = make_batch(model, [4, 9], 7)
     causal = TeacherForcing(
-        Denoiser(model), Draws(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0, own_history=OwnHistory(1.0, 2)
+        Denoiser(model),
+        KeyedRNG(SEED),
+        config.stream_plan,
+        shift=3.0,
+        caption_dropout=0.0,
+        own_history=OwnHistory(1.0, 2),
     )
     *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))
