@@ -40,7 +40,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train import stage as stages
 from longtake.train.loop import LoopSettings, RunInfo, train
-from longtake.train.metrics import Phases, read_rows
+from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.networks import Builder
 from longtake.weights.load import Opened
 from longtake.weights.presets import PRESETS
@@ -233,7 +233,7 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     mesh, config = Mesh(device=device), stage(case, name, folder)
     trained, real, adapters, student = RandomWeights(case, config, mesh).build()
     assert real is not None
-    phases = Phases()
+    phases = PhaseTimer()
     dmd = stages.make_objective(config, student, trained, real, KeyedRNG(config.seed), phases)
     watched = Watched(dmd, device)
     state = stages.make_state(config, dict(trained), adapters)

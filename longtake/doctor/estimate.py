@@ -39,7 +39,7 @@ from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train.loop import LoopSettings, Window, iteration
-from longtake.train.metrics import Phases
+from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
 from longtake.train.state import TrainState
@@ -207,7 +207,7 @@ def _keeps_values(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> b
     return not dtype.is_floating_point if dtype is not None else not any(isinstance(x, float) for x in args)
 
 
-class _Parts(Phases):
+class _Parts(PhaseTimer):
     """Tells the meter which part of which update runs."""
 
     def __init__(self, meter: Meter) -> None:

@@ -29,9 +29,9 @@ from longtake.objectives.base import Objective
 from longtake.parallel.fsdp import average_gradients
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
-from longtake.train.metrics import MetricsLog, Phases
+from longtake.train.metrics import MetricsLog, PhaseTimer
 from longtake.train.state import TrainState
-from longtake.train.throughput import Gauges, Trace
+from longtake.train.throughput import Throughput, Trace
 from longtake.train.watchdog import Watchdog, WatchdogSettings
 
 logger = logging.getLogger(__name__)
@@ -114,20 +114,20 @@ def train(
     mesh: Mesh,
     info: RunInfo | None = None,
     hooks: Hooks | None = None,
-    phases: Phases | None = None,
-    gauges: Gauges | None = None,
+    phases: PhaseTimer | None = None,
+    throughput: Throughput | None = None,
     trace: Trace | None = None,
 ) -> None:
     """Trains until `settings.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
 
-    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `gauges`, rates for the rows; `trace`,
+    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `throughput`, rates for the rows; `trace`,
     a profiler.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite (and may not
     be skipped); CheckpointError on every rank when a checkpoint cannot be written; SystemExit (128 + the signal) after
     SIGTERM or SIGINT, once the state is saved.
     """
-    info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or Phases(mesh.device)
-    gauges = gauges or Gauges()
+    info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or PhaseTimer(mesh.device)
+    throughput = throughput or Throughput()
     with Watchdog(mesh, settings.watchdog, phases, lambda: state.step):
         checkpoints = checkpoints_folder(folder)
         facts = {"config": info.config, "facts": info.facts}
@@ -170,14 +170,14 @@ def train(
                 iteration(state, objective, batches, settings, mesh, phases, window)
                 seconds = time.perf_counter() - started
                 window.add({"seconds": seconds})
-                gauges.add(step, seconds, state.data_position - before)
-                row = _row(step, settings, state, mesh, phases, window, gauges)
+                throughput.add(step, seconds, state.data_position - before)
+                row = _row(step, settings, state, mesh, phases, window, throughput)
                 if row:
                     log.scalars(step, row)
                 log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
 
 
-def _look(step: int, settings: LoopSettings, hooks: Hooks, phases: Phases, log: MetricsLog) -> None:
+def _look(step: int, settings: LoopSettings, hooks: Hooks, phases: PhaseTimer, log: MetricsLog) -> None:
     """What is measured and shown after `step` iterations."""
     if hooks.evaluate and _due(step, settings.validate_every, settings.max_steps):
         with phases("evaluate"):
@@ -188,16 +188,22 @@ def _look(step: int, settings: LoopSettings, hooks: Hooks, phases: Phases, log: 
 
 
 def _row(
-    step: int, settings: LoopSettings, state: TrainState, mesh: Mesh, phases: Phases, window: Window, gauges: Gauges
+    step: int,
+    settings: LoopSettings,
+    state: TrainState,
+    mesh: Mesh,
+    phases: PhaseTimer,
+    window: Window,
+    throughput: Throughput,
 ) -> dict[str, float]:
     """The row that is due after iteration `step`, else nothing."""
     if not _due(step + 1, settings.log_every, settings.max_steps):
         return {}
-    # Phases are summed over the row's iterations, evaluation and saving included.
+    # PhaseTimer are summed over the row's iterations, evaluation and saving included.
     window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
     window.add({f"seconds_of/{name}": seconds for name, seconds in phases.take_wholes().items()})
     with phases("agree"):
-        row = window.take(mesh) | gauges.take(mesh)
+        row = window.take(mesh) | throughput.take(mesh)
     if settings.on_nonfinite == "skip":
         row["skipped_updates"] = state.skipped
     return row
@@ -220,7 +226,7 @@ def _stop(number: int, step: int, last: int, *, saved: bool) -> None:
 
 
 @contextmanager
-def _complete_saves(saver: Saver | None, phases: Phases) -> Iterator[None]:
+def _complete_saves(saver: Saver | None, phases: PhaseTimer) -> Iterator[None]:
     """However the inside ends, afterwards the save that had begun is complete."""
     failing = True
     try:
@@ -241,7 +247,7 @@ def iteration(
     batches: Batches,
     settings: LoopSettings,
     mesh: Mesh,
-    phases: Phases,
+    phases: PhaseTimer,
     window: Window,
 ) -> None:
     """One iteration: each network of `turns` is updated once, all on the same micro-batches."""

@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 _MOST_MARKS = 4096  # kept before they are read, which on a GPU waits for the last one
 
 
-class Phases:
+class PhaseTimer:
     """Seconds spent in each named phase since they were last taken: `with phases("rollout"): ...`.
 
-    Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
+    PhaseTimer do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
     events on its current stream and read when they are taken: kernels count where they run, not where they were
-    queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
+    queued, and nothing waits before `take`. PhaseTimer are also ranges of a profiler's trace.
 
     `current` is the innermost phase that this process is in now, `last` the one that it completed last; both by the
     clock of the process, None before the first. `observer` is told the name at the begin (True) and the end (False) of

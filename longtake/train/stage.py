@@ -39,13 +39,13 @@ from longtake.train.ema import EMASettings
 from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
 from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
-from longtake.train.metrics import Phases
+from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
 from longtake.train.optim import OptimizerSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
-from longtake.train.throughput import Gauges, Trace, stage_gauges
+from longtake.train.throughput import Throughput, Trace, stage_throughput
 from longtake.train.validation import Validation, can_validate
 from longtake.train.watchdog import WatchdogSettings
 from longtake.train.window_codec import EncoderCodec
@@ -133,7 +133,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
             empty_prompt=config.flow.negative_prompt,
             **parts,
         )
-    phases = Phases(mesh.device)
+    phases = PhaseTimer(mesh.device)
     inner = make_objective(config, student, networks, real, KeyedRNG(config.seed), phases)
     loaded = make_batches(config, dataset, encoder, mesh)
     batches: Batches = loaded
@@ -187,18 +187,18 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
         info=info,
         hooks=hooks,
         phases=phases,
-        gauges=_gauges(config, networks, real, inner, mesh),
+        throughput=_gauges(config, networks, real, inner, mesh),
         trace=Trace(config.profile, config.folder, mesh),
     )
 
 
 def _gauges(
     config: StageConfig, networks: dict[str, VideoDiT], real: VideoDiT | None, objective: Objective, mesh: Mesh
-) -> Gauges:
+) -> Throughput:
     sizes = {name: network.config for name, network in networks.items()}
     if real is not None:
         sizes["teacher"] = real.config
-    return stage_gauges(config, sizes, objective, mesh, image_token_count(config.encoders_folder))
+    return stage_throughput(config, sizes, objective, mesh, image_token_count(config.encoders_folder))
 
 
 def _check_parallel(config: StageConfig) -> None:
@@ -240,7 +240,7 @@ def make_objective(
     networks: dict[str, VideoDiT],
     real: VideoDiT | None,
     draws: KeyedRNG,
-    phases: Phases,
+    phases: PhaseTimer,
 ) -> Objective:
     """What the stage trains its networks by, but for long videos. Args: `real`, the frozen score."""
     clean = config.model.image_condition == "i2v" and config.model.first_frame_sigma == "zero"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-class Gauges:
+class Throughput:
     """Counts samples, seconds and operations between two rows of `metrics.jsonl`.
 
     Args: `operations(step)`, model operations of one rank in an iteration; `peak`, operations a second that its device
@@ -67,10 +67,10 @@ def _memory(mesh: Mesh) -> dict[str, float]:
     return row
 
 
-def stage_gauges(
+def stage_throughput(
     config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, mesh: Mesh, image_tokens: int
-) -> Gauges:
-    """The gauges of a stage. Args: `sizes` of its networks by `generator`, `critic`, `teacher`."""
+) -> Throughput:
+    """The throughput of a stage. Args: `sizes` of its networks by `generator`, `critic`, `teacher`."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
@@ -78,7 +78,7 @@ def stage_gauges(
             peak = device.peak(config.precision)
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
-    return Gauges(operations_of(config, sizes, objective, mesh.world_size, image_tokens), peak)
+    return Throughput(operations_of(config, sizes, objective, mesh.world_size, image_tokens), peak)
 
 
 def operations_of(
@@ -110,8 +110,8 @@ def operations_of(
 class Trace:
     """Records some iterations with the PyTorch profiler into `folder`/profile, one Chrome trace a rank.
 
-    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. Phases
-    (`metrics_log.Phases`) appear by their names.
+    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. PhaseTimer
+    (`metrics_log.PhaseTimer`) appear by their names.
     """
 
     def __init__(self, settings: ProfileConfig, folder: Path, mesh: Mesh) -> None:

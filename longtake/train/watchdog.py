@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longtake.parallel.mesh import Mesh
-from longtake.train.metrics import Phases
+from longtake.train.metrics import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Watchdog:
         self,
         mesh: Mesh,
         settings: WatchdogSettings,
-        phases: Phases,
+        phases: PhaseTimer,
         step: Callable[[], int],
         end: Callable[[], None] | None = None,
     ) -> None:

@@ -18,7 +18,7 @@ from longtake.parallel.fsdp import parallelize
 from longtake.checkpoint.save import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
 from longtake.train.loop import LoopSettings, Window, iteration
-from longtake.train.metrics import Phases
+from longtake.train.metrics import PhaseTimer
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 
@@ -44,7 +44,7 @@ def iterate(state, objective, mesh, count):
     rows, window = CudaRows(mesh), Window()
     rows.seek(state.data_position)
     for _ in range(count):
-        iteration(state, objective, rows, LoopSettings(9), mesh, Phases(), window)
+        iteration(state, objective, rows, LoopSettings(9), mesh, PhaseTimer(), window)
     return window.take(mesh)
 
 

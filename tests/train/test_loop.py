@@ -21,7 +21,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.loop import Hooks, LoopSettings
-from longtake.train.metrics import MetricsLog, Phases, cut_from, read_rows
+from longtake.train.metrics import MetricsLog, PhaseTimer, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
 
 
@@ -72,9 +72,9 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
 
     rows = tiny_run.Rows(Mesh())
     for _ in range(4):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
+        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), Window())
     with pytest.raises(TrainingError):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), Phases(), Window())
+        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), Window())
     for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
         assert torch.equal(a, b)
     assert state.step == 4
@@ -87,7 +87,7 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
     from longtake.train.loop import Window, iteration
 
     with pytest.raises(TrainingError, match="step 0, critic"):
-        iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), Phases(), Window())
+        iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), PhaseTimer(), Window())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -1,4 +1,4 @@
-"""Phases, rates, utilisation and the profiler's trace."""
+"""PhaseTimer, rates, utilisation and the profiler's trace."""
 
 import gzip
 import json
@@ -18,9 +18,9 @@ from longtake.models import flops
 from longtake.models.flops import Call
 from longtake.parallel.mesh import Mesh
 from longtake.train import metrics as metrics_log
-from longtake.train.metrics import Phases, read_rows
+from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
-from longtake.train.throughput import Gauges, Trace, operations_of, stage_gauges
+from longtake.train.throughput import Throughput, Trace, operations_of, stage_throughput
 
 
 class Steps:
@@ -47,7 +47,7 @@ def clock(monkeypatch):
 
 # ---- phases -----------------------------------------------------------------------------------------------------------
 def test_phases_do_not_overlap_and_add_up(clock):
-    phases = Phases()
+    phases = PhaseTimer()
     assert phases.current is None and phases.last is None
     with phases("forward"):  # mark 1; 0 to 1 is in no phase
         with phases("rollout"):
@@ -64,14 +64,14 @@ def test_phases_do_not_overlap_and_add_up(clock):
 
 
 def test_a_phase_that_fails_ends(clock):
-    phases = Phases()
+    phases = PhaseTimer()
     with pytest.raises(ValueError), phases("forward"), phases("rollout"):
         raise ValueError
     assert phases.current is None and phases.last == "forward" and phases.take()["rollout"] == 1
 
 
 def test_wholes_count_whatever_is_inside(clock):
-    phases = Phases()
+    phases = PhaseTimer()
     with phases.whole("critic"), phases("forward"), phases("rollout"):
         pass
     assert phases.take_wholes() == {"critic": 5.0} and phases.take_wholes() == {}
@@ -79,7 +79,7 @@ def test_wholes_count_whatever_is_inside(clock):
 
 def test_marks_do_not_pile_up(clock, monkeypatch):
     monkeypatch.setattr(metrics_log, "_MOST_MARKS", 10)
-    phases = Phases()
+    phases = PhaseTimer()
     for _ in range(50):
         with phases("data"):
             pass
@@ -87,7 +87,7 @@ def test_marks_do_not_pile_up(clock, monkeypatch):
 
 
 def test_the_wall_clock_is_the_default():
-    phases = Phases(torch.device("cpu"))
+    phases = PhaseTimer(torch.device("cpu"))
     with phases("data"):
         time.sleep(0.02)
     assert 0.02 <= phases.take()["data"] < 1
@@ -100,7 +100,7 @@ def test_events_count_kernels_where_they_run():
     a = torch.randn(8192, 8192, device=device)
     a @ a
     torch.cuda.synchronize()
-    phases = Phases(device)
+    phases = PhaseTimer(device)
     with phases("product"):
         for _ in range(20):
             a @ a
@@ -112,21 +112,21 @@ def test_events_count_kernels_where_they_run():
 
 # ---- rates ------------------------------------------------------------------------------------------------------------
 def test_rows_tell_samples_and_utilisation(monkeypatch):
-    gauges = Gauges(lambda step: 1e12 * (step + 1), peak=4e12)
-    gauges.add(0, 1.0, 8)
-    gauges.add(1, 2.0, 8)
-    row = gauges.take(Mesh())
+    throughput = Throughput(lambda step: 1e12 * (step + 1), peak=4e12)
+    throughput.add(0, 1.0, 8)
+    throughput.add(1, 2.0, 8)
+    row = throughput.take(Mesh())
     assert row["speed/samples_per_second"] == pytest.approx(16 / 3)
     assert row["speed/model_tflops"] == pytest.approx(1) and row["speed/mfu"] == pytest.approx(1 / 4)
-    assert gauges.take(Mesh()) == {}  # nothing was done since
-    unknown = Gauges(lambda step: 1e12)
+    assert throughput.take(Mesh()) == {}  # nothing was done since
+    unknown = Throughput(lambda step: 1e12)
     unknown.add(0, 1.0, 1)
     assert "speed/mfu" not in unknown.take(Mesh())
 
     def slowest(mesh):
-        gauges = Gauges()
-        gauges.add(0, 1.0 + mesh.rank, 6)
-        return gauges.take(mesh)
+        throughput = Throughput()
+        throughput.add(0, 1.0 + mesh.rank, 6)
+        return throughput.take(mesh)
 
     assert on_ranks(slowest) == [{"speed/samples_per_second": 3.0}] * 2
 
@@ -136,7 +136,7 @@ def test_memory_reserved_is_read_before_the_peaks_are_reset(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: read.append("reserved") or 3 << 30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: read.append("allocated") or 2 << 30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: read.append("reset"))
-    row = Gauges().take(replace(Mesh(), device=torch.device("cuda")))
+    row = Throughput().take(replace(Mesh(), device=torch.device("cuda")))
     assert row == {"memory_reserved_gib": 3, "memory_gib": 2} and read == ["reserved", "allocated", "reset"]
 
 
@@ -153,8 +153,8 @@ def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog
     for name, known in (("Test 1", False), ("NVIDIA H200", True)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         with caplog.at_level("INFO"):
-            gauges = stage_gauges(config, sizes, None, mesh, 17)
-        assert (gauges._peak is not None) == known
+            throughput = stage_throughput(config, sizes, None, mesh, 17)
+        assert (throughput._peak is not None) == known
     assert "speed/mfu is not logged: the peak rate of Test 1 is not known" in caplog.text
 
 

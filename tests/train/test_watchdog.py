@@ -11,7 +11,7 @@ from longtake.config.stage import WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
-from longtake.train.metrics import Phases
+from longtake.train.metrics import PhaseTimer
 from longtake.train.watchdog import Seen, Watchdog, WatchdogSettings, report
 
 
@@ -66,7 +66,7 @@ class Store:
 
 def hang(mesh, store, blocked):
     """Both ranks fetch; then rank 1 sleeps in its roll-out while rank 0 waits for it a phase later."""
-    phases, ended = Phases(), threading.Event()
+    phases, ended = PhaseTimer(), threading.Event()
     settings = WatchdogSettings(0.3, 0.3)
     watchdog = Watchdog(mesh, settings, phases, lambda: 12, end=ended.set)
     watchdog.mesh = type("WithStore", (), {"rank": mesh.rank, "world_size": 2, "store": lambda self, name: store})()
@@ -94,7 +94,7 @@ def test_a_hang_of_one_rank_is_reported_once_with_its_name(caplog):
 
 def watch(seconds, slow, work):
     """True when `work(phases)` was ended."""
-    phases, ended = Phases(), threading.Event()
+    phases, ended = PhaseTimer(), threading.Event()
     with Watchdog(Mesh(), WatchdogSettings(seconds, slow), phases, lambda: 0, end=ended.set):
         work(phases)
         return ended.is_set()
