@@ -38,7 +38,7 @@ from longtake.objectives.dmd import Dmd
 from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.train.loop import LoopSettings, Window, iteration
+from longtake.train.loop import LoopSettings, MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
@@ -377,7 +377,7 @@ def trace(
             state.step = _busiest(inner)
             kept = _kept([*networks.values(), *([] if real is None else [real])], state)
             settings = LoopSettings(state.step + 1, accumulation)
-            iteration(state, objective, batches, settings, mesh, phases, Window())
+            iteration(state, objective, batches, settings, mesh, phases, MetricWindow())
         exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]

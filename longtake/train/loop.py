@@ -146,7 +146,7 @@ def train(
         log = MetricsLog(
             folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb
         )
-        window = Window()
+        window = MetricWindow()
         with (
             closing(log),
             closing(trace) if trace else nullcontext(),
@@ -193,7 +193,7 @@ def _row(
     state: TrainState,
     mesh: Mesh,
     phases: PhaseTimer,
-    window: Window,
+    window: MetricWindow,
     throughput: Throughput,
 ) -> dict[str, float]:
     """The row that is due after iteration `step`, else nothing."""
@@ -248,7 +248,7 @@ def iteration(
     settings: LoopSettings,
     mesh: Mesh,
     phases: PhaseTimer,
-    window: Window,
+    window: MetricWindow,
 ) -> None:
     """One iteration: each network of `turns` is updated once, all on the same micro-batches."""
     step = state.step
@@ -315,7 +315,7 @@ def _skip_or_stop(state: TrainState, problem: str, settings: LoopSettings, turn:
         logger.warning("%s; the update is skipped (%d of %d)", problem, state.skipped, settings.max_skipped)
 
 
-class Window:
+class MetricWindow:
     """The metrics since the last row."""
 
     def __init__(self) -> None:

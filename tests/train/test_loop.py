@@ -68,13 +68,13 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
     before = tiny_run.run(tmp_path / "before", Mesh(), steps=4, save_every=1)
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step_000003"
     state, objective = tiny_run.build(Mesh(), nan_at=4)
-    from longtake.train.loop import Window, iteration
+    from longtake.train.loop import MetricWindow, iteration
 
     rows = tiny_run.Rows(Mesh())
     for _ in range(4):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), Window())
+        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
     with pytest.raises(TrainingError):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), Window())
+        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
     for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
         assert torch.equal(a, b)
     assert state.step == 4
@@ -84,10 +84,10 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
     state, objective = tiny_run.build(Mesh())
     parameter = state.networks["critic"].head.bias
     parameter.register_hook(lambda grad: grad * math.inf)
-    from longtake.train.loop import Window, iteration
+    from longtake.train.loop import MetricWindow, iteration
 
     with pytest.raises(TrainingError, match="step 0, critic"):
-        iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), PhaseTimer(), Window())
+        iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
