@@ -22,7 +22,7 @@ from longtake.inference.fit import check_memory
 from longtake.inference.frames import Frames, fetched, to_frames
 from longtake.inference.pipeline import Pipeline, check_negative, check_prompt, check_seed
 from longtake.inference.sampling import teacher_latents
-from longtake.inference.session import Look, Session
+from longtake.inference.session import Session, SessionInputs
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
@@ -125,7 +125,7 @@ class Generator(Pipeline):
         check_memory(self.model, self.encoders, self.settings, kept, layers, self.plan.block_frames)
         return Session(
             self,
-            Look(check_prompt(prompt), self.prepare(image)),
+            SessionInputs(check_prompt(prompt), self.prepare(image)),
             seed=check_seed(seed),
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class SessionInputs:
     """What the frames should follow: a prompt, the scene's own picture and, or None, another one to move towards.
 
     Pictures are [1, 3, h, w] in [-1, 1].
@@ -44,25 +44,25 @@ class Look:
     picture: Tensor
     target: Tensor | None = None
 
-    def same_pictures(self, other: Look) -> bool:
+    def same_pictures(self, other: SessionInputs) -> bool:
         return self.picture is other.picture and self.target is other.target
 
 
 @dataclass
-class Standing:
+class SessionState:
     """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
 
-    `look`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the first;
+    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the first;
     `scene` counts cuts; `num_frames` pixel frames given out.
     """
 
-    look: Look
+    inputs: SessionInputs
     stream: LatentStream | None = None
     decoder: DecoderSession | None = None
     scene: int = -1
     num_frames: int = 0
 
-    def copy(self, clones: dict[int, KVCache] | None = None) -> Standing:
+    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
         """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
 
         def clone(cache: KVCache) -> KVCache:
@@ -85,7 +85,7 @@ class Session:
     def __init__(
         self,
         generator: Pipeline,
-        look: Look,
+        inputs: SessionInputs,
         *,
         seed: int,
         negative: str,
@@ -94,26 +94,26 @@ class Session:
     ) -> None:
         self.generator, self.seed, self.negative = generator, seed, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
-        self.standing = Standing(look)
-        self._history: tuple[Standing, ...] = ()  # the latest ones, never changed
+        self.state = SessionState(inputs)
+        self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
-        self.wanted, self.cut = look, True
+        self.wanted, self.cut = inputs, True
 
     # ---- where it stands --------------------------------------------------------------------------------------------
     @property
     def num_frames(self) -> int:
         """Pixel frames given out so far."""
-        return self.standing.num_frames
+        return self.state.num_frames
 
     @property
     def position(self) -> int:
         """Latent frames of the running scene so far."""
-        return 0 if self.standing.stream is None else self.standing.stream.position
+        return 0 if self.state.stream is None else self.state.stream.position
 
     @property
     def scene(self) -> int:
         """Number of the running scene, from 0; -1 before the first frame."""
-        return self.standing.scene
+        return self.state.scene
 
     @property
     def rewindable(self) -> int:
@@ -146,7 +146,7 @@ class Session:
 
     @image.setter
     def image(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> None:
-        self.wanted, self.cut = Look(self.wanted.prompt, self.generator.prepare(image)), True
+        self.wanted, self.cut = SessionInputs(self.wanted.prompt, self.generator.prepare(image)), True
 
     @property
     def image_target(self) -> NDArray[np.uint8] | None:
@@ -178,9 +178,9 @@ class Session:
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
         are not finite.
         """
-        frames, standing = self._made()
+        frames, state = self._made()
         array = frames.array()
-        self._advance(standing)
+        self._advance(state)
         return array
 
     def begin(self) -> Frames:
@@ -188,29 +188,29 @@ class Session:
 
         Raises: as `next`.
         """
-        frames, standing = self._made()
-        self._advance(standing)
+        frames, state = self._made()
+        self._advance(state)
         return frames
 
-    def _advance(self, standing: Standing) -> None:
+    def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
-        history = (*self._history, self.standing)[-self.history_blocks :] if self.history_blocks else ()
-        self.standing, self._history, self.cut = standing, history, False  # at once, whatever interrupts
+        history = (*self._history, self.state)[-self.history_blocks :] if self.history_blocks else ()
+        self.state, self._history, self.cut = state, history, False  # at once, whatever interrupts
 
     @torch.no_grad()
-    def _made(self) -> tuple[Frames, Standing]:
+    def _made(self) -> tuple[Frames, SessionState]:
         """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
         if self.cut:
-            standing = self._new_scene()
+            state = self._new_scene()
         else:
-            standing = self.standing.copy()
-            if self.wanted.prompt != standing.look.prompt or not self.wanted.same_pictures(standing.look):
-                self._change(standing)
-        assert standing.stream is not None and standing.decoder is not None
-        frames = Frames(standing.decoder.decode(standing.stream.next())[0], standing.num_frames)
-        standing.num_frames += len(frames)
-        return frames, standing
+            state = self.state.copy()
+            if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
+                self._change(state)
+        assert state.stream is not None and state.decoder is not None
+        frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        state.num_frames += len(frames)
+        return frames, state
 
     def _check_length(self) -> None:
         most = self.max_latent_frames
@@ -220,16 +220,16 @@ class Session:
                 "larger max_frames, or set `image` for a new scene"
             )
 
-    def _new_scene(self) -> Standing:
-        generator, standing = self.generator, self.standing
+    def _new_scene(self) -> SessionState:
+        generator, state = self.generator, self.state
         condition, first_latent = generator.condition(self.wanted.picture, self.wanted.prompt)
-        scene, unconditional = standing.scene + 1, self._unconditional(condition)
-        caches = [] if standing.stream is None or self.history_blocks else standing.stream.caches
+        scene, unconditional = state.scene + 1, self._unconditional(condition)
+        caches = [] if state.stream is None or self.history_blocks else state.stream.caches
         for cache in caches:
             cache.clear()
         stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
-        look, decoder = replace(self.wanted, target=None), generator.new_decoder()
-        new = Standing(look, stream, decoder, scene, standing.num_frames)
+        inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
+        new = SessionState(inputs, stream, decoder, scene, state.num_frames)
         if self.wanted.target is not None:
             self._change(new)
         return new
@@ -267,18 +267,18 @@ class Session:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
         return LatentStream(denoiser, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
-    def _change(self, standing: Standing) -> None:
+    def _change(self, state: SessionState) -> None:
         """Another prompt or target within the scene."""
-        wanted, stream = self.wanted, standing.stream
+        wanted, stream = self.wanted, state.stream
         assert stream is not None
-        if wanted.same_pictures(standing.look):
+        if wanted.same_pictures(state.inputs):
             condition = stream.condition.with_text(self.generator.encoders.text.encode([wanted.prompt]))
         else:
             condition, _ = self.generator.condition(wanted.picture, wanted.prompt)
             if wanted.target is not None:
                 condition = self._towards(condition, wanted.target)
         stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
-        standing.look = wanted
+        state.inputs = wanted
 
     def _towards(self, condition: Condition, target: Tensor) -> Condition:
         other, _ = self.generator.condition(target, self.wanted.prompt)
@@ -302,7 +302,7 @@ class Session:
         """
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
-        other.standing = self.standing.copy(clones)
+        other.state = self.state.copy(clones)
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
@@ -319,7 +319,7 @@ class Session:
                 f"more than history_blocks={self.history_blocks}"
             )
         past, history = self._history[-num_blocks], self._history[:-num_blocks]
-        self.standing, self._history, self.wanted, self.cut = past, history, past.look, past.stream is None
+        self.state, self._history, self.wanted, self.cut = past, history, past.inputs, past.stream is None
 
     def save(self, path: str | Path) -> None:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
@@ -329,14 +329,14 @@ class Session:
         """
         if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
-        if self.standing.stream is not None:
-            self.standing.stream.return_to_cache()
+        if self.state.stream is not None:
+            self.state.stream.return_to_cache()
         values, tensors = self._written()
         write_session(Path(path), values, tensors, self.generator)
 
     def _written(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that `restored` needs: values that JSON can say, and tensors."""
-        standing = self.standing
+        state = self.state
         pictures: list[Tensor] = []
 
         def number(picture: Tensor | None) -> int | None:
@@ -348,8 +348,8 @@ class Session:
             return next(index for index, other in enumerate(pictures) if other is picture)
 
         looks = {
-            name: {"prompt": look.prompt, "picture": number(look.picture), "target": number(look.target)}
-            for name, look in (("look", standing.look), ("wanted", self.wanted))
+            name: {"prompt": inputs.prompt, "picture": number(inputs.picture), "target": number(inputs.target)}
+            for name, inputs in (("inputs", state.inputs), ("wanted", self.wanted))
         }
         tensors = {f"picture.{index}": picture for index, picture in enumerate(pictures)}
         values: dict[str, Any] = {
@@ -358,15 +358,15 @@ class Session:
             "seed": self.seed,
             "negative": self.negative,
             "max_latent_frames": self.max_latent_frames,
-            "scene": standing.scene,
-            "num_frames": standing.num_frames,
+            "scene": state.scene,
+            "num_frames": state.num_frames,
             "position": self.position,
             "caches": [],
             "decoder": None,
         }
-        if standing.stream is None or standing.decoder is None:
+        if state.stream is None or state.decoder is None:
             return values, tensors
-        stream = standing.stream
+        stream = state.stream
         for name in ("text", "image", "frames"):
             if (part := getattr(stream.condition, name)) is not None:
                 tensors[f"condition.{name}"] = part
@@ -379,7 +379,7 @@ class Session:
             frames = cache.attended_frames(block)
             tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
             values["caches"].append({"position": cache.position, "frames": frames})
-        features, values["decoder"] = standing.decoder.state()
+        features, values["decoder"] = state.decoder.state()
         return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
 
     @classmethod
@@ -391,24 +391,24 @@ class Session:
             tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
         ]
 
-        def look(name: str) -> Look:
+        def inputs(name: str) -> SessionInputs:
             own, target = values[name]["picture"], values[name]["target"]
-            return Look(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
+            return SessionInputs(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
 
         session = cls(
             generator,
-            look("look"),
+            inputs("inputs"),
             seed=values["seed"],
             negative=values["negative"],
             history_blocks=history_blocks,
             max_latent_frames=values["max_latent_frames"],
         )
         if values["decoder"] is not None:
-            session.standing = session._standing_of(values, tensors)
-        session.wanted, session.cut = look("wanted"), values["cut"]
+            session.state = session._state_of(values, tensors)
+        session.wanted, session.cut = inputs("wanted"), values["cut"]
         return session
 
-    def _standing_of(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> Standing:
+    def _state_of(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> SessionState:
         text = tensors["condition.text"]
         condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
         unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
@@ -425,7 +425,7 @@ class Session:
         stream.pending = blocks[-1][1] if values["pending"] else None
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
-        return Standing(self.wanted, stream, decoder, values["scene"], values["num_frames"])
+        return SessionState(self.wanted, stream, decoder, values["scene"], values["num_frames"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def test_a_change_that_failed_in_place_can_be_taken_back(kind):
     session = open_session(generator, history_blocks=0)
     take(session, 4)
     untouched, anew = take(session.fork(), 2), session.fork()
-    stream = anew.standing.stream
+    stream = anew.state.stream
     stream.change(stream.condition)
     again = take(anew, 2)  # of two layers and this window the same frames, but for rounding
     session.prompt = B
