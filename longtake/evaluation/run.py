@@ -30,7 +30,7 @@ from longtake.evaluation.rows import (
     truth,
     vae_round_trip,
 )
-from longtake.evaluation.target import Student, Subject, load_frozen, of_models, of_run
+from longtake.evaluation.target import EvalTarget, Student, load_frozen, of_models, of_run
 from longtake.models.dit import VideoDiT
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh
@@ -92,7 +92,7 @@ def evaluate(
     settings = settings or _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
     folder = Path(output) if output is not None else run
-    return measure_subject(of_run(run), settings, folder, mesh or init_mesh(device))
+    return measure_target(of_run(run), settings, folder, mesh or init_mesh(device))
 
 
 def evaluate_models(
@@ -106,44 +106,44 @@ def evaluate_models(
 ) -> EvaluationReport:
     """As `evaluate`, of exported weights: folders as `of_models` takes them, also `toy`; the report is in `output`."""
     settings = EvaluationConfig.from_tree(dict(overrides or {}))
-    return measure_subject(of_models(models, teacher), settings, Path(output), mesh or init_mesh(device))
+    return measure_target(of_models(models, teacher), settings, Path(output), mesh or init_mesh(device))
 
 
-def measure_subject(subject: Subject, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
+def measure_target(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
     """Makes and scores the videos of every row, and writes the report to `folder`."""
     mesh.on_main(lambda: check_output_folder(folder))
-    frames = settings.num_latent_frames or subject.num_latent_frames
-    _check_switches(settings.switch_frames, frames, subject.students)
-    encoders = subject.encoders(mesh.device)
-    rows = _rows(subject, settings, frames, mesh)
-    batches = _worlds(encoders, subject, settings, frames, mesh)
+    frames = settings.num_latent_frames or target.num_latent_frames
+    _check_switches(settings.switch_frames, frames, target.students)
+    encoders = target.encoders(mesh.device)
+    rows = _rows(target, settings, frames, mesh)
+    batches = _worlds(encoders, target, settings, frames, mesh)
     summaries: dict[str, dict[str, Any]] = {}
     shown: dict[str, Videos] = {}
-    windows = frames > subject.num_latent_frames or bool(settings.switch_frames)
-    rule = _window_rule(subject, encoders) if windows else None
+    windows = frames > target.num_latent_frames or bool(settings.switch_frames)
+    rule = _window_rule(target, encoders) if windows else None
     total = len(rows) * len(batches) * settings.batch_size * batches[0].num_frames
     with scorer_processes(total, mesh) as scorers:
         for name, scores, videos in iterate(rows, batches, mesh, rule=rule, scorers=scorers):
             summaries[name] = summarise(scores)
             shown[name] = videos
         if settings.open_worlds:
-            further = _worlds(encoders, subject, settings, frames, mesh, only_open=True)
+            further = _worlds(encoders, target, settings, frames, mesh, only_open=True)
             whole = {name: row for name, row in rows.items() if not _is_broken(name)}
             for name, scores, _ in iterate(whole, further, mesh, scorers=scorers):
                 summaries[name]["open_worlds"] = {
                     key: value for key, value in summarise(scores).items() if key != "curves"
                 }
-    sheet = (*_SHEET_ROWS, *(student.name for student in subject.students))
+    sheet = (*_SHEET_ROWS, *(student.name for student in target.students))
     result = EvaluationReport(summaries, folder)
     mesh.on_main(
-        lambda: _write(result, {name: shown[name] for name in sheet if name in shown}, settings, subject.fps, frames)
+        lambda: _write(result, {name: shown[name] for name in sheet if name in shown}, settings, target.fps, frames)
     )
     return result
 
 
 def _worlds(
     encoders: Encoders,
-    subject: Subject,
+    target: EvalTarget,
     settings: EvaluationConfig,
     frames: int,
     mesh: Mesh,
@@ -160,7 +160,7 @@ def _worlds(
         num_worlds=settings.open_worlds if only_open else settings.num_worlds,
         num_latent_frames=frames,
         batch_size=settings.batch_size,
-        with_y=subject.with_y,
+        with_y=target.with_y,
         only=list(islice(is_open, settings.open_worlds)) if only_open else None,
         switch_frames=[] if only_open else settings.switch_frames,
     )
@@ -170,11 +170,11 @@ def _is_broken(row: str) -> bool:
     return row.endswith(tuple(_BROKEN.values())) or row.endswith(_NO_REBUILD)
 
 
-def _window_rule(subject: Subject, encoders: Encoders) -> WindowRule:
+def _window_rule(target: EvalTarget, encoders: Encoders) -> WindowRule:
     """Windows of the training clips' length; a new caption must be followed from two blocks after the switch on."""
-    stride, plan = encoders.vae.temporal_stride, subject.result.plan
+    stride, plan = encoders.vae.temporal_stride, target.result.plan
     settle = 2 * plan.block_frames * stride if plan else 0
-    return WindowRule(pixel_frames(subject.num_latent_frames, stride), settle)
+    return WindowRule(pixel_frames(target.num_latent_frames, stride), settle)
 
 
 def _check_switches(switch_frames: list[int], frames: int, students: Sequence[Student]) -> None:
@@ -196,8 +196,8 @@ def _check_switches(switch_frames: list[int], frames: int, students: Sequence[St
         )
 
 
-def _rows(subject: Subject, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, Row]:
-    result, seed, switched = subject.result, settings.seed, bool(settings.switch_frames)
+def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, Row]:
+    result, seed, switched = target.result, settings.seed, bool(settings.switch_frames)
     rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
 
     def bidirectional(model: VideoDiT) -> Row:
@@ -205,30 +205,30 @@ def _rows(subject: Subject, settings: EvaluationConfig, frames: int, mesh: Mesh)
             model,
             seed=seed,
             num_steps=settings.teacher_steps,
-            shift=subject.shift,
+            shift=target.shift,
             guidance=settings.teacher_guidance,
-            first_frame_clean=not subject.with_y,
+            first_frame_clean=not target.with_y,
         )
 
-    if subject.teacher is not None:
-        teacher = subject.teacher(mesh.device)
+    if target.teacher is not None:
+        teacher = target.teacher(mesh.device)
         if switched:
             logger.info("No row of the bidirectional teacher: it cannot change its caption half-way")
-        elif frames == subject.num_latent_frames:
+        elif frames == target.num_latent_frames:
             rows["teacher"] = bidirectional(teacher)
             rows[f"teacher, {_BROKEN['text']}"] = broken_row(rows["teacher"], "text")
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
         if result.plan is not None:
             rows["teacher, causal"] = student_row(Denoiser(teacher), result.plan, seed=seed)
-    for student in subject.students:
+    for student in target.students:
         model = load_frozen(student.weights, mesh.device)
         plan = student.plan
         rows[student.name] = bidirectional(model) if plan is None else student_row(Denoiser(model), plan, seed=seed)
         if switched and plan is not None:
             rows[f"{student.name}{_NO_REBUILD}"] = student_row(Denoiser(model), plan, seed=seed, rebuild=False)
     if settings.ablations and result.plan is not None and not switched:
-        present = {"y": subject.with_y, "clip": subject.with_tokens, "text": True}
+        present = {"y": target.with_y, "clip": target.with_tokens, "text": True}
         for broken, label in _BROKEN.items():
             if present[broken]:
                 rows[f"{result.name}, {label}"] = broken_row(rows[result.name], broken)

@@ -35,7 +35,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """What is measured.
 
     Fields: `students`, in the order of training, the last of which is the result; `teacher` loads the bidirectional
@@ -63,7 +63,7 @@ def load_frozen(weights: Path, device: torch.device) -> VideoDiT:
     return load_dit(weights, device).eval().requires_grad_(False)
 
 
-def of_run(run: Path) -> Subject:
+def of_run(run: Path) -> EvalTarget:
     """All stages of a log folder, or one stage folder, and the teacher that they started from.
 
     Raises: CheckpointError when nothing there was trained, ConfigError for a text-to-video model.
@@ -79,7 +79,7 @@ def of_run(run: Path) -> Subject:
         weights = find_weights(resolve_source(source or "", logdir), logdir).path
         return widened_as_asked(load_frozen(weights, device), last.model, last.seed).requires_grad_(False)
 
-    return Subject(
+    return EvalTarget(
         students=tuple(
             Student(config.name, exported_weights(path), None if config.stage == "teacher" else config.stream_plan)
             for path, config in stages
@@ -94,7 +94,7 @@ def of_run(run: Path) -> Subject:
     )
 
 
-def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -> Subject:
+def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -> EvalTarget:
     """Folders of weights with their `generation.yaml`, as `longtake export` writes them; rows are named like them.
 
     Args: `models`, also `toy` for the student that ships with the package; the last one is the result; `teacher`, a
@@ -115,7 +115,7 @@ def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -
     weights = None if teacher is None else find_weights(TOY_ASSETS / "teacher" if str(teacher) == TOY else teacher).path
     last, settings = sources[-1], sources[-1].settings
     (with_y, with_tokens) = kinds.pop()
-    return Subject(
+    return EvalTarget(
         students=tuple(
             Student(name, source.weights, source.settings.stream_plan)
             for name, source in zip(names, sources, strict=True)

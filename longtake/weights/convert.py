@@ -19,7 +19,7 @@ from longtake.outputs import check_new_folder, publish_folder
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.weights.load import open_with_updates
 from longtake.weights.names import to_diffusers_key
-from longtake.weights.read import INDEX, Published
+from longtake.weights.read import INDEX, CheckpointReader
 from longtake.weights.tensor_files import check_finite, save_tensors
 
 Layout = Literal["original", "diffusers", "longtake"]
@@ -80,7 +80,7 @@ def convert(
     return [target / name for name in written]
 
 
-def _write(published: Published, names: Mapping[str, str], folder: Path, shard_bytes: int) -> list[str]:
+def _write(published: CheckpointReader, names: Mapping[str, str], folder: Path, shard_bytes: int) -> list[str]:
     """Writes the shards, and their index when there are several; returns the file names."""
     shards = list(_plan(published, shard_bytes))
     files = [f"{_STEM}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -103,7 +103,7 @@ def _write(published: Published, names: Mapping[str, str], folder: Path, shard_b
     return files
 
 
-def _plan(published: Published, shard_bytes: int) -> Iterator[list[str]]:
+def _plan(published: CheckpointReader, shard_bytes: int) -> Iterator[list[str]]:
     """Names of the tensors of each shard, in the order in which they are stored."""
     shard: list[str] = []
     used = 0

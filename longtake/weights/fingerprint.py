@@ -12,7 +12,7 @@ from longtake.errors import CheckpointError
 from longtake.weights.hub import local_path
 from longtake.weights.locate import locate
 from longtake.weights.lora import Base, is_adapter, read_base, scale_text
-from longtake.weights.read import Published, open_published
+from longtake.weights.read import CheckpointReader, open_published
 
 _THREADS = 8  # hashing leaves the interpreter's lock
 
@@ -41,7 +41,7 @@ def check_base(folder: Path, base: Base) -> Path:
     return path
 
 
-def _lines(published: Published) -> str:
+def _lines(published: CheckpointReader) -> str:
     names = sorted(published.tensors)
 
     def digests(part: int) -> dict[str, str]:

@@ -32,7 +32,7 @@ from longtake.weights.locate import locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
 from longtake.weights.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
 from longtake.weights.presets import PRESETS, fitting_presets
-from longtake.weights.read import Published, open_published
+from longtake.weights.read import CheckpointReader, open_published
 from longtake.weights.tensor_files import check_finite, save_tensors
 
 __all__ = [
@@ -89,7 +89,7 @@ def load_state(model: VideoDiT, state: Mapping[str, Tensor], source: object) -> 
     model.load_state_dict(dict(state), strict=True)
 
 
-def open_dit(source: str | Path, network: str | None = None) -> tuple[Published, VideoDiT]:
+def open_dit(source: str | Path, network: str | None = None) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
     Args: as `load_dit`.
@@ -137,7 +137,7 @@ def open_weights(source: str | Path) -> Opened:
     return Opened(model, partial(published.read, check=False), lambda name: str(published.tensors.get(name, name)))
 
 
-def _open_adapter(folder: Path) -> tuple[Published, VideoDiT]:
+def _open_adapter(folder: Path) -> tuple[CheckpointReader, VideoDiT]:
     """The base of a folder of low-rank updates, with these merged as it is read."""
     published, model = open_dit(check_base(folder, read_base(folder)))
     updates = read_lora(folder, published.shapes())
@@ -151,7 +151,7 @@ def open_with_updates(
     lora_scale: float | None,
     *,
     unmerge: bool = False,
-) -> tuple[Published, VideoDiT]:
+) -> tuple[CheckpointReader, VideoDiT]:
     """As `open_dit`, with the updates of a file merged into (or taken out of) what is read. Raises: ConfigError too."""
     check_scale(lora_scale, lora)
     published, model = open_dit(source, network)
@@ -163,11 +163,11 @@ def open_with_updates(
     return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
 
 
-def _no_image_branch(published: Published) -> bool:
+def _no_image_branch(published: CheckpointReader) -> bool:
     return not any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
 
 
-def _recognised(published: Published, file: Path) -> DiTConfig:
+def _recognised(published: CheckpointReader, file: Path) -> DiTConfig:
     """The sizes of the preset that has exactly these tensors, for weights without a `config.json`."""
     fitting = fitting_presets(published.shapes())
     if not fitting:

@@ -31,7 +31,7 @@ _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
-# Published repositories: weights of a transformer together with its encoders
+# CheckpointReader repositories: weights of a transformer together with its encoders
 HUB_REPOSITORIES = (
     "alibaba-pai/Wan2.1-Fun-1.3B-InP",
     "Wan-AI/Wan2.1-T2V-1.3B",

@@ -57,7 +57,7 @@ class Stored:
 
 
 @dataclass
-class Published:
+class CheckpointReader:
     """The tensors of a transformer on disk, under original Wan names; `diffusers`: whether its own names are those.
 
     `updates` are applied to each tensor as it is read, in this order: (name, tensor) -> tensor.
@@ -104,7 +104,7 @@ class Published:
                 raise _damaged(file, error) from error
 
 
-def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> Published:
+def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> CheckpointReader:
     """What a local file or folder holds; only headers are read.
 
     Args: `network`, which one of a file that holds several (`generator`, `generator_ema`, `critic`, ...); default: the
@@ -130,7 +130,7 @@ def open_published(path: Path, network: str | None = None, *, updates: bool = Fa
     return published
 
 
-def _named(path: Path, rows: list[Stored], pickled: Mapping[Path, Mapping[str, Tensor]]) -> Published:
+def _named(path: Path, rows: list[Stored], pickled: Mapping[Path, Mapping[str, Tensor]]) -> CheckpointReader:
     """Gives the rows original names. Raises: CheckpointError when two of them mean the same parameter."""
     rows = [row for row in rows if row.shape or "." in row.key]  # a counter is no parameter
     if is_wan(clean_key(row.key) for row in rows if not is_beside(row.key)):
@@ -147,7 +147,7 @@ def _named(path: Path, rows: list[Stored], pickled: Mapping[Path, Mapping[str, T
             )
         cleaned[name] = row
     names = original_names(cleaned)
-    return Published(path, {names[key]: row for key, row in cleaned.items()}, is_diffusers(cleaned), pickled)
+    return CheckpointReader(path, {names[key]: row for key, row in cleaned.items()}, is_diffusers(cleaned), pickled)
 
 
 # ---- folders and safetensors -----------------------------------------------------------------------------------------

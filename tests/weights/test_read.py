@@ -1,4 +1,4 @@
-"""Published layouts: pipelines, indices, `torch.save` files of students, low-rank updates, names of the hub."""
+"""CheckpointReader layouts: pipelines, indices, `torch.save` files of students, low-rank updates, names of the hub."""
 
 from __future__ import annotations
 
