@@ -119,7 +119,7 @@ def run(
     hooks, wandb, trace = options.pop("hooks", Hooks()), options.pop("wandb", None), options.pop("trace", None)
     save = SaveSettings(keep=2, mode=options.pop("mode", "async"), export=options.pop("export", "every"))
     loop = options.pop("loop", {})
-    facts = options.pop("facts", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
+    invariants = options.pop("invariants", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
         state,
@@ -128,7 +128,7 @@ def run(
         LoopSettings(steps, accumulation, save_every=save_every, save=save, validate_every=4, **loop),
         folder=folder,
         mesh=mesh,
-        info=RunInfo({"steps": steps}, facts, wandb=wandb, progress=False),
+        info=RunInfo({"steps": steps}, invariants, wandb=wandb, progress=False),
         hooks=hooks,
         trace=trace,
     )

@@ -19,7 +19,7 @@ from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings
-from longtake.train.stage import facts
+from longtake.train.stage import invariants
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
 
@@ -125,7 +125,7 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
         config.folder / "checkpoints",
         mesh=Mesh(),
         config=config.model_dump(),
-        facts=facts(config),
+        invariants=invariants(config),
         keep=3,
         export=("generator",),
     )

@@ -55,10 +55,10 @@ class Saver:
         *,
         mesh: Mesh,
         config: Mapping[str, Any],
-        facts: Mapping[str, Any],
+        invariants: Mapping[str, Any],
     ) -> None:
         self.folder, self.settings, self.mesh = folder, settings, mesh
-        self._state, self._config, self._facts = state, config, facts
+        self._state, self._config, self._invariants = state, config, invariants
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
         # Refused now rather than after hours.
@@ -121,7 +121,9 @@ class Saver:
         start, mesh = time.perf_counter(), self._beside
         try:
             keep = self.settings.keep
-            write_checkpoint(snapshot, self.folder, mesh=mesh, config=self._config, facts=self._facts, keep=keep)
+            write_checkpoint(
+                snapshot, self.folder, mesh=mesh, config=self._config, invariants=self._invariants, keep=keep
+            )
             times["write"] = time.perf_counter() - start
             mesh.on_main(lambda: self._log(snapshot.step, times))
         except Exception as error:  # noqa: BLE001 (raised again by `wait`, in the thread of the training)

@@ -16,7 +16,7 @@ from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
 from longtake.errors import CheckpointError
 
-# What to do about facts that cannot simply be set back
+# What to do about invariants that cannot simply be set back
 _FIXES = {
     "base": "name the weights that it was trained on in init_from (and critic.init_from)",
     "lora": "set rank, alpha and targets back",
@@ -25,7 +25,7 @@ _FIXES = {
 }
 
 
-def facts(config: StageConfig) -> dict[str, Any]:
+def invariants(config: StageConfig) -> dict[str, Any]:
     """What must not change between a run, its resumption and its use: stored in every manifest."""
     return {
         "rope": config.rope,
@@ -37,8 +37,8 @@ def facts(config: StageConfig) -> dict[str, Any]:
     }
 
 
-def resume_facts(config: StageConfig, rows: str) -> dict[str, Any]:
-    """What must not change beside `facts` where a run is resumed: values by dotted key, and the `rows` of the data."""
+def resume_invariants(config: StageConfig, rows: str) -> dict[str, Any]:
+    """What must not change beside `invariants` where a run is resumed: values by dotted key, and the `rows` of the data."""
     keys = ["seed", "stage", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
     keys += ["model.preset"] * (config.init_from is None)
     if config.data.buckets is not None or config.stage == "long":
@@ -49,7 +49,7 @@ def resume_facts(config: StageConfig, rows: str) -> dict[str, Any]:
     return {key: values[key] for key in keys} | {"rows": rows}
 
 
-def rows_fact(dataset: Dataset) -> str:
+def rows_invariant(dataset: Dataset) -> str:
     """Number and identity of the rows of a data set, in their order; an encoded set without bad rows has those of the
     set that it was made from.
     """
@@ -62,7 +62,7 @@ def rows_fact(dataset: Dataset) -> str:
 
 
 def compare_facts(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> list[str]:
-    """Names of the facts that a manifest of an earlier version does not hold.
+    """Names of the invariants that a manifest of an earlier version does not hold.
 
     Raises: CheckpointError that names each fact which the run at `path` has otherwise.
     """

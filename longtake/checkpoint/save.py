@@ -116,17 +116,19 @@ def save_checkpoint(
     *,
     mesh: Mesh,
     config: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    invariants: Mapping[str, Any],
     keep: int,
     export: tuple[str, ...] = (),
 ) -> Path:
     """The published checkpoint of `state` in `folder`; all ranks call it and wait until it is there.
 
-    Args: `config`, the resolved configuration; `facts`, what must be equal when the run is resumed (rope, block plan,
+    Args: `config`, the resolved configuration; `invariants`, what must be equal when the run is resumed (rope, block plan,
     fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
     Raises: CheckpointError on every rank when a file cannot be written; older checkpoints stay as they were.
     """
-    return write_checkpoint(Snapshot.of(state, export), folder, mesh=mesh, config=config, facts=facts, keep=keep)
+    return write_checkpoint(
+        Snapshot.of(state, export), folder, mesh=mesh, config=config, invariants=invariants, keep=keep
+    )
 
 
 def write_checkpoint(
@@ -135,7 +137,7 @@ def write_checkpoint(
     *,
     mesh: Mesh,
     config: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    invariants: Mapping[str, Any],
     keep: int,
 ) -> Path:
     """As `save_checkpoint`, of a snapshot; also in a thread, on a `mesh` whose collectives are that thread's own."""
@@ -150,7 +152,7 @@ def write_checkpoint(
         manifest = {
             "format_version": run_folder.FORMAT_VERSION,
             **snapshot.entries,
-            **{key: facts[key] for key in sorted(facts)},
+            **{key: invariants[key] for key in sorted(invariants)},
             "world_size": mesh.world_size,
             "torch_version": torch.__version__,
             "config": dict(config),
@@ -187,18 +189,18 @@ def _gib(size_bytes: int) -> str:
 
 
 def resume(
-    state: TrainState, folder: Path, *, mesh: Mesh, config: Mapping[str, Any], facts: Mapping[str, Any]
+    state: TrainState, folder: Path, *, mesh: Mesh, config: Mapping[str, Any], invariants: Mapping[str, Any]
 ) -> Path | None:
     """The checkpoint that `state` continues from, or None for a fresh run; all ranks call it.
 
     Takes everything: weights, optimizers, averages, step, data position. What a killed run left half-written is
     removed; a damaged newest checkpoint is set aside under `damaged-...` with a warning.
-    Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other `facts`.
+    Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other `invariants`.
     """
     path = _clean_and_find(folder, mesh)
     if path is None:
         return None
-    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, facts=facts)
+    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, invariants=invariants)
     now, before = flat(config), flat(manifest["config"])
     changed = sorted(key for key, value in now.items() if before.get(key, value) != value)
     if changed and mesh.is_main:
@@ -206,27 +208,27 @@ def resume(
     return path
 
 
-def refuse_other_facts(folder: Path, facts: Mapping[str, Any], mesh: Mesh) -> None:
-    """Raises what `resume` will of `facts`, before anything is built; the checkpoint is read later, or another one."""
+def refuse_other_facts(folder: Path, invariants: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raises what `resume` will of `invariants`, before anything is built; the checkpoint is read later, or another one."""
 
     def compare() -> None:
         newest = run_folder.list_checkpoints(folder)[-1:]
         if newest and (newest[0] / run_folder.MANIFEST).is_file():
-            compare_facts(run_folder.read_manifest(newest[0]), facts, newest[0])
+            compare_facts(run_folder.read_manifest(newest[0]), invariants, newest[0])
 
     mesh.on_main(compare)
 
 
 def load_checkpoint(
-    state: TrainState, path: Path, *, mesh: Mesh, verify: bool = True, facts: Mapping[str, Any] | None = None
+    state: TrainState, path: Path, *, mesh: Mesh, verify: bool = True, invariants: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The manifest of the checkpoint at `path`, after `state` took all of it.
 
-    Args: `verify` checks every file's checksum first; `facts`, values that the manifest must hold.
+    Args: `verify` checks every file's checksum first; `invariants`, values that the manifest must hold.
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
     manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: run_folder.read_manifest(path))
-    unknown = compare_facts(manifest, {"seed": state.seed, **(facts or {})}, path)
+    unknown = compare_facts(manifest, {"seed": state.seed, **(invariants or {})}, path)
     if unknown and mesh.is_main:
         logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.checkpoint.invariants import rows_fact
+from longtake.checkpoint.invariants import rows_invariant
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import (
     EMPTY_TEXT,
@@ -137,7 +137,7 @@ def _encode_set(
     request = {
         **config.data.model_dump(include={"path", "on_bad_row"}),
         "num_rows": len(dataset),
-        "rows": mesh.on_main(lambda: rows_fact(dataset)),
+        "rows": mesh.on_main(lambda: rows_invariant(dataset)),
         "dtype": dtype,
         "rows_per_shard": rows_per_shard,
         "batch_size": config.micro_batch_size,

@@ -102,7 +102,7 @@ def earlier_values(
 def facts_of(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """What a resumed run must share: sizes of the updates (`lora`), and the identity of what they are added to."""
     return {
-        "lora": {name: adapter.facts() for name, adapter in adapters.items()} or None,
+        "lora": {name: adapter.invariants() for name, adapter in adapters.items()} or None,
         "base": {name: adapter.base.identity for name, adapter in adapters.items()} or None,
     }
 

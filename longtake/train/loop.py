@@ -94,12 +94,12 @@ class Hooks:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is written beside the weights: the resolved `config`; `facts` that a resumed run must share (rope, block
+    """What is written beside the weights: the resolved `config`; `invariants` that a resumed run must share (rope, block
     plan, fps); `wandb`, keyword arguments of `wandb.init` or None.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    invariants: Mapping[str, Any] = field(default_factory=dict)
     wandb: Mapping[str, Any] | None = None
     progress: bool = True
 
@@ -130,16 +130,16 @@ def train(
     throughput = throughput or Throughput()
     with Watchdog(mesh, settings.watchdog, phases, lambda: state.step):
         checkpoints = checkpoints_folder(folder)
-        facts = {"config": info.config, "facts": info.facts}
+        invariants = {"config": info.config, "invariants": info.invariants}
         with phases("resume"):
-            resumed = resume(state, checkpoints, mesh=mesh, **facts)
+            resumed = resume(state, checkpoints, mesh=mesh, **invariants)
         if resumed is not None and mesh.is_main:
             logger.info("Resuming %s", resumed)
         first, last = state.step, settings.max_steps
         if first >= last:
             logger.info("%s: all %d iterations are done", folder, last)
             return
-        saver = Saver(state, checkpoints, settings.save, mesh=mesh, **facts) if settings.save_every > 0 else None
+        saver = Saver(state, checkpoints, settings.save, mesh=mesh, **invariants) if settings.save_every > 0 else None
         if hooks.start:
             hooks.start()
         batches.seek(state.data_position)

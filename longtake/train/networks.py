@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.checkpoint.invariants import facts
+from longtake.checkpoint.invariants import invariants
 from longtake.config.groups import LoraConfig, ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
@@ -280,7 +280,7 @@ def _check_same_rules(source: Path, config: StageConfig) -> None:
     manifest = read_manifest(checkpoint)
     if manifest["config"].get("stage") == "teacher":
         return
-    for key, value in facts(config).items():
+    for key, value in invariants(config).items():
         if (before := manifest.get(key)) != json.loads(json.dumps(value)):
             raise ConfigError(
                 f"{key}={value!r} is not that of init_from={config.init_from}, {before!r}; set it to that"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from longtake.checkpoint.async_save import SaveSettings
-from longtake.checkpoint.invariants import facts, resume_facts, rows_fact
+from longtake.checkpoint.invariants import invariants, resume_invariants, rows_invariant
 from longtake.checkpoint.save import refuse_other_facts
 from longtake.config.groups import CriticConfig, OptimConfig
 from longtake.config.stage import StageConfig, dump
@@ -54,7 +54,7 @@ from longtake.weights.locate import image_token_count
 from longtake.weights.lora import Adapter
 from longtake.weights.presets import model_config
 
-__all__ = ["InPrecision", "facts", "for_long_videos", "load_weights", "run_stage", "weights_folder"]
+__all__ = ["InPrecision", "invariants", "for_long_videos", "load_weights", "run_stage", "weights_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
 
 
 def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
-    must_stay = facts(config) | resume_facts(config, mesh.on_main(lambda: rows_fact(dataset)))
+    must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(dataset)))
     refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters, student = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None

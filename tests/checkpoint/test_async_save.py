@@ -35,7 +35,7 @@ def records(path):
 
 
 def make_saver(state, folder, **settings):
-    return Saver(state, folder / "checkpoints", SaveSettings(**settings), mesh=Mesh(), config={}, facts={})
+    return Saver(state, folder / "checkpoints", SaveSettings(**settings), mesh=Mesh(), config={}, invariants={})
 
 
 def test_both_modes_leave_the_same_files(tmp_path):

@@ -10,7 +10,7 @@ from tiny_stage import stage_config, stage_tree
 
 from longtake import run_folder
 from longtake.checkpoint.async_save import Saver
-from longtake.checkpoint.invariants import compare_facts, facts, resume_facts, rows_fact
+from longtake.checkpoint.invariants import compare_facts, invariants, resume_invariants, rows_invariant
 from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.errors import CheckpointError
@@ -25,7 +25,7 @@ BUCKETS = {"data": {"path": "d", "buckets": [[64, 64], [64, 96]]}}
 def all_facts(workshop, tmp_path, stage, changes, rows="8 (ab)"):
     tree = stage_tree(workshop, tmp_path, stage) | {"data": {"path": "d"}}
     config = StageConfig.from_tree(tree | changes)
-    return {"config": config.model_dump(), **facts(config), **resume_facts(config, rows)}
+    return {"config": config.model_dump(), **invariants(config), **resume_invariants(config, rows)}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_would_change_its_meaning_in_silence_is_refused(workshop, tmp_path,
     before = json.loads(json.dumps(all_facts(workshop, tmp_path, stage, base)))
     now = all_facts(workshop, tmp_path, stage, base | change)
     now.pop("config")
-    for manifest in (before, {"config": before["config"]}):  # of this version, and of one without these facts
+    for manifest in (before, {"config": before["config"]}):  # of this version, and of one without these invariants
         with pytest.raises(CheckpointError, match=named):
             compare_facts(manifest, now, tmp_path)
 
@@ -75,8 +75,8 @@ def test_a_stage_is_refused_other_rows_and_goes_on_with_its_own(workshop, tmp_pa
 
 
 def test_a_checkpoint_without_these_facts_is_resumed_with_one_warning(tmp_path, caplog):
-    tiny_run.run(tmp_path, Mesh(), steps=3, facts={})
-    tiny_run.run(tmp_path, Mesh(), facts={"rows": "8 (ab)", "data.buckets": None})
+    tiny_run.run(tmp_path, Mesh(), steps=3, invariants={})
+    tiny_run.run(tmp_path, Mesh(), invariants={"rows": "8 (ab)", "data.buckets": None})
     assert caplog.text.count("is of an earlier version and does not say, so not compared: rows, data.buckets") == 1
 
 
@@ -90,14 +90,16 @@ def test_rows_are_known_by_their_number_order_and_text(tmp_path, name):
     import format_files
 
     def fact(folder, number):
-        return rows_fact(open_dataset(format_files.write(name, tmp_path / folder, number), num_frames=5))
+        return rows_invariant(open_dataset(format_files.write(name, tmp_path / folder, number), num_frames=5))
 
     first = fact("a", 6)
     assert first.startswith("6 (") and fact("b", 6) == first and fact("c", 4) != first
 
 
 def test_an_encoded_set_has_the_rows_that_it_was_made_from(workshop, whole):
-    assert rows_fact(open_dataset(whole)) == rows_fact(open_dataset(workshop / "data" / "clips", num_frames=17))
+    assert rows_invariant(open_dataset(whole)) == rows_invariant(
+        open_dataset(workshop / "data" / "clips", num_frames=17)
+    )
 
 
 def test_warm_up_counts_the_steps_of_each_optimizer(tmp_path):

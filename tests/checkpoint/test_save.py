@@ -184,7 +184,7 @@ def test_another_seed_or_rope_is_not_a_resume(tmp_path):
     with pytest.raises(CheckpointError, match="seed=1 and this run has 2"):
         tiny_run.run(tmp_path, Mesh(), seed=2)
     with pytest.raises(CheckpointError, match="rope='relative' and this run has 'absolute'"):
-        tiny_run.run(tmp_path, Mesh(), facts={"rope": "absolute"})
+        tiny_run.run(tmp_path, Mesh(), invariants={"rope": "absolute"})
 
 
 def test_the_average_is_exported_beside_the_weights(tmp_path):

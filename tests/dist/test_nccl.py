@@ -59,7 +59,7 @@ def test_fsdp_over_nccl_equals_one_device_and_resumes(tmp_path, monkeypatch):
         state, objective = build(mesh, None)
         iterate(state, objective, mesh, 2)
         assert state.networks["generator"].head.weight.dtype == torch.float32
-        path = save_checkpoint(state, tmp_path, mesh=mesh, config={}, facts={}, keep=1, export=("generator",))
+        path = save_checkpoint(state, tmp_path, mesh=mesh, config={}, invariants={}, keep=1, export=("generator",))
         other, again = build(mesh, None)
         load_checkpoint(other, path, mesh=mesh)
         assert iterate(state, objective, mesh, 2) == iterate(other, again, mesh, 2)

@@ -75,8 +75,8 @@ def test_causal_stage_leaves_what_it_should(workshop, log):
     assert (config.folder / "contact_sheet.png").stat().st_size > 0
     assert {path.name for path in (config.folder / "samples").iterdir()} >= {"step_000000_0.mp4", "step_000003_0.mp4"}
     manifest = read_manifest(latest_checkpoint(config.folder / "checkpoints"))
-    facts = {"step": 3, "data_position": 12, "rope": "relative", "fps": 16, "shift": 3.0, "steps": [1.0, 0.5]}
-    assert {key: manifest[key] for key in facts} == facts and manifest["plan"] == config.plan.model_dump()
+    invariants = {"step": 3, "data_position": 12, "rope": "relative", "fps": 16, "shift": 3.0, "steps": [1.0, 0.5]}
+    assert {key: manifest[key] for key in invariants} == invariants and manifest["plan"] == config.plan.model_dump()
 
 
 def test_distill_stage_logs_the_published_names(workshop, log):
