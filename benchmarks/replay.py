@@ -125,7 +125,7 @@ def main() -> None:
     for name in given.ways.split(";"):
         for exit_step, seed in seeds.items():
             kind = Packed if name.startswith("packed") else Dmd
-            denoiser = Denoiser(student, graphs=graphs, batched_exits=name == "joined")
+            denoiser = Denoiser(student, graphs=graphs, batched_exit_backward=name == "joined")
             objective = kind(denoiser, critic, teacher, KeyedRNG(seed), plan, frames, DmdSettings(5.0, 3.0))
             times = []
             for repeat in range(given.repeats + 2):

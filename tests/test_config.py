@@ -242,8 +242,8 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
 )
 def test_where_exit_steps_are_joined(tmp_path, changes, alone, shared):
     config = stage(tmp_path, *changes, base=DISTILL)
-    assert [config.joins_exits(whole=True, sequence=n) for n in (1, 2)] == [alone, shared]
-    assert not any(config.joins_exits(whole=False, sequence=n) for n in (1, 2))
+    assert [config.batches_exit_backward(whole=True, sequence=n) for n in (1, 2)] == [alone, shared]
+    assert not any(config.batches_exit_backward(whole=False, sequence=n) for n in (1, 2))
 
 
 def test_a_new_teacher_starts_from_random_weights(tmp_path):

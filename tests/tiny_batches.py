@@ -58,7 +58,7 @@ def record(model: VideoDiT | Denoiser, monkeypatch: Any) -> list[dict[str, Any]]
             "mask": context if isinstance(context, MaskLayout) else None,
             "commit": view is not None and view.commit,
             "position": None if view is None else view.cache.position,
-            "graded": torch.is_grad_enabled(),
+            "with_grad": torch.is_grad_enabled(),
             "blocks": 0 if view is None else len(view.blocks),
         }
         call["out"] = forward(x, sigma, condition, context)

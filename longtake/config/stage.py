@@ -286,7 +286,7 @@ class StageConfig(Settings):
         """
         return self.activation_checkpointing != "selective"
 
-    def joins_exits(self, *, whole: bool, sequence: int) -> bool:
+    def batches_exit_backward(self, *, whole: bool, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds
         `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU with full
         activation checkpointing, but not with low-rank updates, which are there to save memory.

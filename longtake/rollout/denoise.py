@@ -32,7 +32,7 @@ class Denoiser:
     It moves caches on, keeps the condition's keys and values there, replays captured passes, lends one cache to one
     roll-out after another, and says how roll-outs get their gradient. The network and the cache know nothing of it.
 
-    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call); `batched_exits`
+    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call); `batched_exit_backward`
     has the exit steps of a roll-out recomputed and differentiated together in the end; `gathering`, entered around
     several calls between which no weight changes: sharded weights are gathered once for them.
     """
@@ -42,16 +42,21 @@ class Denoiser:
         model: VideoDiT,
         *,
         graphs: CUDAGraphRunner | None = None,
-        batched_exits: bool = False,
+        batched_exit_backward: bool = False,
         gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.model, self.graphs, self.batched_exits, self.gathered = model, graphs, batched_exits, gathering
+        self.model, self.graphs, self.batched_exit_backward, self.gathered = (
+            model,
+            graphs,
+            batched_exit_backward,
+            gathering,
+        )
         self._pool: tuple[tuple, KVCache] | None = None
 
     @property
     def rereads(self) -> bool:
         """Whether the backward of a roll-out reads the cache again: what it attended to must stay there until then."""
-        return bool(self.model.execution.recompute) or self.batched_exits
+        return bool(self.model.execution.recompute) or self.batched_exit_backward
 
     def lend_cache(
         self, plan: StreamPlan, batch_size: int, size: tuple[int, int], max_frames: int, spare_frames: int = 0

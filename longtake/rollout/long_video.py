@@ -141,7 +141,7 @@ class LongStream:
                     self.plan.sigmas,
                     exit_step=exit_step,
                     with_grad=wanted,
-                    exits=exits if wanted and self.denoiser.batched_exits else None,
+                    exits=exits if wanted and self.denoiser.batched_exit_backward else None,
                 )
                 new.append(block)
                 self._pending = block.detach()

@@ -54,7 +54,7 @@ def roll_out(
     reread = denoiser.rereads and (with_grad or denoiser.graphs is not None)  # one cache for both
     cache = denoiser.lend_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
     blocks: list[Tensor] = []
-    exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exits else None
+    exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exit_backward else None
     with denoiser.gathered():
         if first_latent is not None:
             commit_block(denoiser, cache, condition, first_latent)

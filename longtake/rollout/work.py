@@ -20,13 +20,13 @@ GENERATOR, CRITIC, TEACHER = "generator", "critic", "teacher"
 class Pass:
     """`times` equal calls of one network, in the phase of `train/loop.py` that they belong to.
 
-    `graded`: a backward follows each of them. `ahead` False: their forward is that of other passes.
+    `with_grad`: a backward follows each of them. `ahead` False: their forward is that of other passes.
     """
 
     network: str
     phase: str
     call: Call
-    graded: bool = False
+    with_grad: bool = False
     times: float = 1.0
     ahead: bool = True
 
@@ -54,27 +54,27 @@ def passes(
 
     Args: `networks`, sizes by `generator`, `critic`, `teacher`; in distill and long `update_generator` says whether the
     iteration updates the student, and `exit_step` where roll-outs stop; `chunk` of long tuning;
-    `together`, where the exit steps of a roll-out have one backward (`Denoiser.batched_exits`).
+    `together`, where the exit steps of a roll-out have one backward (`Denoiser.batched_exit_backward`).
     """
     clips = {name: clip_call(config, network, batch, image_tokens) for name, network in networks.items()}
     if config.stage == "teacher":
-        return [Pass(GENERATOR, "forward", clips[GENERATOR], graded=True)]
+        return [Pass(GENERATOR, "forward", clips[GENERATOR], with_grad=True)]
     if config.stage == "causal":
         return [*remake_passes(config, clips[GENERATOR]), forced_pass(config, clips[GENERATOR])]
     clip = clips[GENERATOR]
-    found = list(roll_out_passes(config, clip, exit_step, graded=update_generator, chunk=chunk, together=together))
+    found = list(roll_out_passes(config, clip, exit_step, with_grad=update_generator, chunk=chunk, together=together))
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
         if config.real_videos.weight:
             found.append(forced_pass(config, clips[GENERATOR]))
-    return [*found, Pass(CRITIC, "scores", clips[CRITIC], graded=True)]
+    return [*found, Pass(CRITIC, "scores", clips[CRITIC], with_grad=True)]
 
 
 def forced_pass(config: StageConfig, clip: Call) -> Pass:
     """Teacher forcing on the rows' videos."""
     layout = config.stream_plan.teacher_forcing_layout(config.clip_shape.num_latent_frames)
-    return Pass(GENERATOR, "forward", clip.masked(layout), graded=True)
+    return Pass(GENERATOR, "forward", clip.masked(layout), with_grad=True)
 
 
 def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
@@ -98,7 +98,7 @@ def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
 
 
 def roll_out_passes(
-    config: StageConfig, clip: Call, exit_step: int, *, graded: bool, chunk: int = 0, together: bool = False
+    config: StageConfig, clip: Call, exit_step: int, *, with_grad: bool, chunk: int = 0, together: bool = False
 ) -> Iterator[Pass]:
     """Denoising and context passes of a roll-out; of long tuning, those of one chunk of a running video."""
     plan = config.stream_plan
@@ -123,12 +123,12 @@ def roll_out_passes(
     for block in denoised:
         call = one(block, with_context=fresh)
         yield Pass(GENERATOR, "rollout", replace(call, with_context=False), times=exit_step)
-        apart = graded and not together
-        yield Pass(GENERATOR, "rollout", replace(call, with_context=apart or fresh), graded=apart)
+        apart = with_grad and not together
+        yield Pass(GENERATOR, "rollout", replace(call, with_context=apart or fresh), with_grad=apart)
         fresh = False
-    if graded and together:
+    if with_grad and together:
         joined = Call.joined([one(block, with_context=True) for block in denoised])
-        yield Pass(GENERATOR, "rollout", joined, graded=True, ahead=False)
+        yield Pass(GENERATOR, "rollout", joined, with_grad=True, ahead=False)
 
 
 def loras(config: StageConfig) -> dict[str, LoraConfig | None]:
@@ -148,6 +148,6 @@ def model_work(
         network, lora = networks[each.network], updates[each.network]
         if each.ahead:
             total[each.phase] = total.get(each.phase, Work()) + forward(network, each.call, lora) * each.times
-        if each.graded:
+        if each.with_grad:
             total["backward"] = total.get("backward", Work()) + backward(network, each.call, lora) * each.times
     return total

@@ -166,7 +166,7 @@ class Builder:
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
-            batched_exits=config.joins_exits(whole=mesh.fsdp_mesh is None, sequence=sequence),
+            batched_exit_backward=config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence),
             gathering=partial(gathered, sharded) if once else nullcontext,
         )
 

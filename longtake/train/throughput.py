@@ -95,7 +95,7 @@ def operations_of(
         options: dict[str, Any] = {}
         if config.distils:
             options = {"update_generator": "generator" in inner.turns(step), "exit_step": inner.exit_step(step)}
-            options["together"] = inner.generator.batched_exits
+            options["together"] = inner.generator.batched_exit_backward
         if config.stage == "long":
             options["chunk"] = inner.schedule.at(step).chunk
         key = tuple(options.values())

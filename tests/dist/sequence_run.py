@@ -140,7 +140,7 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
             return numbers(10 * start + step, 2, end - start, 4, *size)
 
         return roll_out(
-            Denoiser(m, batched_exits=batched), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
+            Denoiser(m, batched_exit_backward=batched), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
         ).latents
 
     for rope in layouts:

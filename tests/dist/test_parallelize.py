@@ -89,7 +89,7 @@ def test_compiled_blocks_whose_exit_steps_are_joined(tiny_model, tiny_condition)
     found = []
     for compiled in (True, False):
         model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
-        student = Denoiser(model, batched_exits=compiled)
+        student = Denoiser(model, batched_exit_backward=compiled)
         condition = tiny_condition(model)
         out = roll_out(student, condition, noise(0, 1, 9), noise, rules, 5, (4, 6), with_grad=True).latents
         out.square().mean().backward()

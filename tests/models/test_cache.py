@@ -79,9 +79,9 @@ def test_graded_commit_is_refused_and_graded_calls_never_write() -> None:
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("blocks, window, sink", [([1, 4, 4, 4], 9, 3), ([3, 3, 3, 3], 6, 0), ([1, 4, 4], 9, 5)])
-def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope: str) -> None:
+def test_empty_slots_are_never_attended(blocks, window, sink, with_grad: bool, rope: str) -> None:
     # N.12: everything that was not committed is poisoned; any read of it would surface as nan.
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
@@ -101,7 +101,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, graded: bool, rope
     for frames in blocks:
         x = make_tiny_latents(frames, seed=done)
         counts.clear()
-        with torch.set_grad_enabled(graded):
+        with torch.set_grad_enabled(with_grad):
             assert bool(Denoiser(model)(x, torch.ones(2), condition, cache).isfinite().all())
         assert counts == [min(done + frames, window)] * model.config.num_layers
         assert bool(_commit(model, cache, condition, x).isfinite().all())
@@ -159,9 +159,9 @@ def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
         next(blocks)
     assert again.calls == steady.calls  # the same operators, whatever the position
     x, sigma = make_tiny_latents(4), torch.ones(2)
-    with _Watch() as graded:
+    with _Watch() as with_grad:
         Denoiser(model)(x, sigma, condition, cache).sum().backward()
-    assert graded.waits == [] and graded.largest < cache.size_bytes
+    assert with_grad.waits == [] and with_grad.largest < cache.size_bytes
 
 
 def test_the_watch_sees_what_it_must_see() -> None:

@@ -64,8 +64,8 @@ def test_masked_pass(model, rope):
     assert call.pairs == pairs
 
 
-@pytest.mark.parametrize("graded", [False, True])
-def test_a_cached_block_with_a_window(model, graded):
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_a_cached_block_with_a_window(model, with_grad):
     """Past frames that fit the window, and the context's keys and values once without gradient."""
     condition = make_tiny_condition(model)
     cache = model.new_cache(StreamPlan(2, 1, 5, 1), BATCH, (HEIGHT, WIDTH))
@@ -76,16 +76,16 @@ def test_a_cached_block_with_a_window(model, graded):
     commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
     past = len(replace(PLAN, window_frames=5, sink_frames=1).attended(5, 7))
     assert past == 3  # the sink, and two frames before
-    call = first.cached(2, past, with_context=graded)
+    call = first.cached(2, past, with_context=with_grad)
     noise = make_tiny_latents(2)
     ran, out = counted(
         lambda: denoise_block(
-            Denoiser(model), cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, with_grad=graded
+            Denoiser(model), cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, with_grad=with_grad
         )
     )
     passes = [first.cached(2, past, with_context=False), call]
     assert ran == sum(flops.forward(model.config, each).total for each in passes)
-    if graded:
+    if with_grad:
         ran, _ = counted(lambda: out.sum().backward())
         assert ran == flops.backward(model.config, call).total
 

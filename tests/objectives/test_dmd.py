@@ -57,7 +57,7 @@ def test_gradient_is_the_finite_formula(i2v, monkeypatch):
 
     # one level a clip, frame 0 noised like the rest; the noise of the sample
     noise = KeyedRNG(3).noise(0, "generator_noise", batch.indices, x.shape[1:]).double()
-    assert (critic["sigma"] == critic["sigma"][:, :1]).all() and not critic["graded"]
+    assert (critic["sigma"] == critic["sigma"][:, :1]).all() and not critic["with_grad"]
     torch.testing.assert_close(noisy, (1 - sigma) * x.double() + sigma * noise, rtol=0, atol=1e-6)
     for call in (cond, uncond):
         assert torch.equal(call["x"], critic["x"]) and torch.equal(call["sigma"], critic["sigma"])
@@ -197,7 +197,7 @@ def test_critic_loss_uses_the_velocity_as_it_comes(monkeypatch):
     result.loss.backward()
     assert all(p.grad is None for p in dmd.generator.model.parameters())
     assert all(p.grad is not None for p in dmd.critic.parameters())
-    assert calls["real"] == [] and not any(call["graded"] for call in calls["generator"])
+    assert calls["real"] == [] and not any(call["with_grad"] for call in calls["generator"])
     assert set(result.metrics) == {"critic_loss", "exit_step"}
 
 
@@ -261,8 +261,8 @@ def test_exit_step_is_one_number_for_all_blocks_samples_and_ranks(monkeypatch):
         assert result.metrics["exit_step"] == steps[7]
         by_block = Counter(call["position"] for call in calls["generator"] if not call["commit"])
         assert by_block == dict.fromkeys((1, 3, 5), steps[7] + 1)
-        graded = [call["sigma"][0].item() for call in calls["generator"] if call["graded"]]
-        assert graded == pytest.approx([RULES.sigmas[steps[7]]] * 3)
+        with_grad = [call["sigma"][0].item() for call in calls["generator"] if call["with_grad"]]
+        assert with_grad == pytest.approx([RULES.sigmas[steps[7]]] * 3)
 
 
 @pytest.mark.parametrize("turn", ["generator", "critic"])

@@ -193,16 +193,16 @@ def test_the_past_is_generated_again_without_gradient(monkeypatch):
     calls = record(long.generator, monkeypatch)
     long.loss("generator", batch_of(long), 2)
     assert [call["position"] for call in calls if call["commit"]] == [0, 1, 3, 5, 7, 9, 11]
-    assert [call["position"] for call in calls if call["graded"]] == [11, 13]
+    assert [call["position"] for call in calls if call["with_grad"]] == [11, 13]
 
 
-@pytest.mark.parametrize("option", ["recompute", "batched_exits"])
+@pytest.mark.parametrize("option", ["recompute", "batched_exit_backward"])
 def test_the_cache_is_larger_where_backward_computes_again_and_there_alone(option, monkeypatch):
     found, sizes = [], []
     for recomputed in (False, True):
         long = make_long(ratio=1, lengths=(11,))
-        if option == "batched_exits":
-            long.generator.batched_exits = recomputed
+        if option == "batched_exit_backward":
+            long.generator.batched_exit_backward = recomputed
         else:
             long.generator.model = long.generator.model.executed(Execution(recompute=recomputed))
         new_cache = long.generator.model.new_cache

@@ -28,7 +28,7 @@ def test_a_both_conditions_reach_the_generator_in_every_call_and_both_scores_in_
 
     dmd.loss("generator", batch, step)
     generator = calls["generator"]
-    kinds = [("context" if c["commit"] else "exit" if c["graded"] else "denoise", c["position"]) for c in generator]
+    kinds = [("context" if c["commit"] else "exit" if c["with_grad"] else "denoise", c["position"]) for c in generator]
     blocks = [[("denoise", start)] * 3 + [("exit", start)] for start in (1, 3, 5)]
     assert kinds == [
         ("context", 0),
@@ -138,7 +138,7 @@ def broken_conditions(condition):
         yield f"swapped {name}", Condition(**parts | {name: tensor.roll(1, 0)})
 
 
-@pytest.mark.parametrize("way", ["bidirectional", "masked", "cached", "graded"])
+@pytest.mark.parametrize("way", ["bidirectional", "masked", "cached", "with_grad"])
 def test_breaking_each_condition_changes_the_velocity(way):
     """Bar 3: neither text, nor CLIP tokens, nor y can be bypassed, in any of the ways the model is called."""
     model = make_tiny_model(i2v=True)
@@ -154,7 +154,7 @@ def test_breaking_each_condition_changes_the_velocity(way):
         cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
         with torch.no_grad():
             Denoiser(model)(picture, torch.zeros(2), condition, cache, commit=True)
-        with torch.set_grad_enabled(way == "graded"):
+        with torch.set_grad_enabled(way == "with_grad"):
             return Denoiser(model)(x, sigma, condition, cache)
 
     right = velocity(condition).detach()

@@ -97,7 +97,7 @@ def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
 def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
     """The first one too, which makes the keys and values of a condition."""
     model, tape = make_tiny_model(i2v=i2v), Tape()
-    denoiser = Denoiser(model, graphs=CUDAGraphRunner(tape), batched_exits=together)
+    denoiser = Denoiser(model, graphs=CUDAGraphRunner(tape), batched_exit_backward=together)
     condition = make_tiny_condition(model)
     plan = StreamPlan(2, 1 if i2v else 2)
     rules = replace(plan, window_frames=6, sink_frames=2, sigmas=RULES.sigmas)
@@ -120,7 +120,7 @@ def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
 def test_a_graded_roll_out_keeps_its_cache_until_its_backward(together):
     model = make_tiny_model(i2v=True)
     model = model.executed(Execution(recompute=True))
-    denoiser = Denoiser(model, graphs=CUDAGraphRunner(Tape()), batched_exits=together)
+    denoiser = Denoiser(model, graphs=CUDAGraphRunner(Tape()), batched_exit_backward=together)
     condition = make_tiny_condition(model)
 
     def gradients(between):
@@ -347,7 +347,7 @@ def test_exit_steps_together_from_replayed_passes(bf16):
     found = {}
     for together in (False, True):
         model = make_tiny_model(i2v=True).cuda().executed(Execution(recompute=True))
-        denoiser = Denoiser(model, batched_exits=together)
+        denoiser = Denoiser(model, batched_exit_backward=together)
         denoiser.graphs = CUDAGraphRunner() if together else None
         condition = make_tiny_condition(model).to("cuda")
         for _ in range(5):

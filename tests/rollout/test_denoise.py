@@ -48,8 +48,8 @@ def test_levels_and_renoising_follow_the_steps(scene, exit_step, monkeypatch):
 def test_the_cache_is_only_read(scene):
     model, cache, condition = scene
     keys, held = cache.keys.clone(), cache.held_frames
-    for graded in (False, True):
-        denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, with_grad=graded)
+    for with_grad in (False, True):
+        denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, with_grad=with_grad)
     assert torch.equal(cache.keys, keys) and cache.held_frames == held and cache.position == 1
 
 
@@ -58,7 +58,7 @@ def test_gradient_flows_through_the_exit_step_alone(scene, exit_step, monkeypatc
     model, cache, condition = scene
     calls = record(model, monkeypatch)
     clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, exit_step=exit_step, with_grad=True)
-    assert [call["graded"] for call in calls] == [False] * exit_step + [True]
+    assert [call["with_grad"] for call in calls] == [False] * exit_step + [True]
     assert [call["out"].requires_grad for call in calls] == [False] * exit_step + [True]
     assert not calls[-1]["x"].requires_grad
     (mine,) = torch.autograd.grad(clean.square().sum(), model.blocks[0].self_attn.q.weight)
@@ -90,7 +90,7 @@ def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
     clean = make_tiny_latents(2).requires_grad_()
     commit_block(Denoiser(model), cache, condition, clean)
     (call,) = calls
-    assert call["commit"] and not call["graded"] and call["sigma"].tolist() == [0.0, 0.0]
+    assert call["commit"] and not call["with_grad"] and call["sigma"].tolist() == [0.0, 0.0]
     assert torch.equal(call["x"], clean) and not call["x"].requires_grad
     assert cache.position == 3 and cache.held_frames == [0, 1, 2] and not cache.keys.requires_grad
 

@@ -34,7 +34,7 @@ def make(i2v=True, switch=None, rules=RULES, batched=False, recompute=False, **o
     codec = TinyCodec(model.config)
     horizon = HORIZON if i2v else 6
     stream = LongStream(
-        Denoiser(model, batched_exits=batched),
+        Denoiser(model, batched_exit_backward=batched),
         condition,
         first,
         rules,

@@ -35,7 +35,9 @@ def scene(i2v=True, **changes):
 
 
 def unroll(model, condition, picture, frames=7, *, rules=rules(), noise=noise_at, batched=False, **options):  # noqa: B008
-    return roll_out(Denoiser(model, batched_exits=batched), condition, picture, noise, rules, frames, SIZE, **options)
+    return roll_out(
+        Denoiser(model, batched_exit_backward=batched), condition, picture, noise, rules, frames, SIZE, **options
+    )
 
 
 def test_the_given_picture_is_frame_zero_committed_clean_and_never_generated(monkeypatch):
@@ -51,7 +53,7 @@ def test_the_given_picture_is_frame_zero_committed_clean_and_never_generated(mon
     assert made.generated.tolist() == [False] + [True] * 6
     first = calls[0]
     assert first["commit"] and torch.equal(first["x"], picture) and first["sigma"].tolist() == [0.0, 0.0]
-    assert not first["graded"]
+    assert not first["with_grad"]
     assert {start for start, _ in asked} == {1, 3, 5}  # no noise for frame 0: nothing generates it
 
 
@@ -71,7 +73,7 @@ def test_number_and_order_of_the_calls(exit_step, monkeypatch):
     steps = [(False, sigma, step == last) for step, sigma in enumerate(SIGMAS[: last + 1])]
     commit = (True, 0.0, False)
     expected = [commit, *steps, commit, *steps, commit, *steps]
-    seen = [(call["commit"], pytest.approx(call["sigma"][0].item()), call["graded"]) for call in calls]
+    seen = [(call["commit"], pytest.approx(call["sigma"][0].item()), call["with_grad"]) for call in calls]
     assert expected == seen
 
 
@@ -96,7 +98,7 @@ def test_gradient_stays_inside_its_own_block(checkpointing, window):
         leaves[start, step] = noise_at(start, end, step).requires_grad_()
         return leaves[start, step]
 
-    # With the exit at step 0 the noise itself is the input of the graded call.
+    # With the exit at step 0 the noise itself is the input of the with_grad call.
     made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=0, with_grad=True)
     for start in (1, 3, 5):
         loss = made.latents[:, start : start + 2].square().sum()
@@ -127,17 +129,17 @@ def test_recomputation_gives_the_same_gradient_with_eviction(rope):  # spec N.7
 
 
 @pytest.mark.parametrize(
-    ("option", "graded", "spare"),
+    ("option", "with_grad", "spare"),
     [
         (None, True, 0),
         ("activation_checkpointing", False, 0),
         ("activation_checkpointing", True, 1),
-        ("batched_exits", True, 1),
+        ("batched_exit_backward", True, 1),
     ],
 )
 @pytest.mark.parametrize(("window", "evicted"), [(9, 0), (8, 0), (5, 2), (None, 0)])
 def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
-    option, graded, spare, window, evicted, monkeypatch
+    option, with_grad, spare, window, evicted, monkeypatch
 ):
     model, condition, picture = scene(num_layers=1)
     model = model.executed(Execution(recompute=option == "activation_checkpointing"))
@@ -149,18 +151,18 @@ def test_the_cache_keeps_what_is_evicted_for_a_backward_that_computes_again(
         picture,
         7,
         rules=rules(window=window),
-        batched=option == "batched_exits",
+        batched=option == "batched_exit_backward",
         exit_step=0,
-        with_grad=graded,
+        with_grad=with_grad,
     )
     (cache,) = caches
     frames = cache.size_bytes // cache.stored([0])[0].nbytes // 2
-    assert frames == (window or 7) + spare * evicted and made.latents.requires_grad == graded
+    assert frames == (window or 7) + spare * evicted and made.latents.requires_grad == with_grad
 
 
 @pytest.mark.parametrize("i2v", [True, False])
 def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
-    """One graded call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""
+    """One with_grad call of all blocks in the end, at their own steps; the video is that of the steps without gradient."""
     model, condition, picture = scene(i2v)
     model = model.executed(Execution(recompute=True))
     plan = rules(first=1 if i2v else 2)
@@ -169,7 +171,7 @@ def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
     calls = record(model, monkeypatch)
     made = unroll(model, condition, picture, frames, rules=plan, batched=True, exit_step=1, with_grad=True).latents
     assert torch.equal(made.detach(), plain) and made.requires_grad
-    assert [call["graded"] for call in calls] == [False] * (len(calls) - 1) + [True]
+    assert [call["with_grad"] for call in calls] == [False] * (len(calls) - 1) + [True]
     *plain_calls, last = calls
     steps = [call for call in plain_calls if call["sigma"][0] == SIGMAS[1]]
     assert last["blocks"] == 3 and torch.equal(last["x"], torch.cat([call["x"] for call in steps], 1))
@@ -179,7 +181,7 @@ def test_exit_steps_that_have_their_gradient_together(i2v, monkeypatch):
 def test_what_blocks_read_together_is_kept_until_backward():
     """A cache that would lose it refuses; afterwards it may be lost, and is when the roll-out is dropped."""
     model, condition, picture = scene()
-    denoiser = Denoiser(model, batched_exits=True)
+    denoiser = Denoiser(model, batched_exit_backward=True)
     cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
     sigma, block = torch.full((2,), 0.5), make_tiny_latents(2)
 
@@ -210,9 +212,9 @@ def test_what_blocks_read_together_is_kept_until_backward():
 def test_graded_and_plain_roll_outs_make_the_same_video():
     model, condition, picture = scene()
     plain = unroll(model, condition, picture, exit_step=2)
-    graded = unroll(model, condition, picture, exit_step=2, with_grad=True)
-    assert not plain.latents.requires_grad and graded.latents.requires_grad
-    torch.testing.assert_close(graded.latents.detach(), plain.latents)
+    with_grad = unroll(model, condition, picture, exit_step=2, with_grad=True)
+    assert not plain.latents.requires_grad and with_grad.latents.requires_grad
+    torch.testing.assert_close(with_grad.latents.detach(), plain.latents)
 
 
 def test_the_picture_receives_no_gradient():

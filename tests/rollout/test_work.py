@@ -108,7 +108,7 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step)
     """But for embeddings and head; the blocks are recomputed once."""
     config = config_of("distill", critic={"updates_per_generator": 2})
     dmd = dmd_of(config, True)
-    dmd.generator = Denoiser(dmd.generator.model.executed(Execution(recompute=True)), batched_exits=True)
+    dmd.generator = Denoiser(dmd.generator.model.executed(Execution(recompute=True)), batched_exit_backward=True)
     networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
     batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(step), together=True)
@@ -149,7 +149,7 @@ def test_teacher_and_causal():
     objective = FlowMatching(model, KeyedRNG(SEED), shift=3.0, caption_dropout=0.0, first_frame_clean=False)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, result = counted(lambda: objective.loss("generator", batch, 0))
-    assert found.graded and ran == forward(model.config, found.call).total
+    assert found.with_grad and ran == forward(model.config, found.call).total
     config = config_of("causal")
     causal = TeacherForcing(Denoiser(model), KeyedRNG(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
@@ -212,8 +212,8 @@ def test_long_tuning_goes_on_where_the_chunk_before_ended():
     """The first chunk is a roll-out; a later one commits what was left and denoises its own frames alone."""
     config = config_of("long", long={"num_chunks": [3], "new_frames": 4})
     clip = clip_call(config, make_tiny_model(i2v=True).config, 2, IMAGE_TOKENS)
-    first = list(roll_out_passes(config, clip, 2, graded=False))
-    later = list(roll_out_passes(config, clip, 2, graded=False, chunk=2))
+    first = list(roll_out_passes(config, clip, 2, with_grad=False))
+    later = list(roll_out_passes(config, clip, 2, with_grad=False, chunk=2))
     assert sum(each.call.entries for each in first if each.times == 1) == 1 + 2 * 2 + 3 * 2
     assert [(each.call.entries, each.times) for each in later] == [(2, 1), (2, 1)] + [(2, 2), (2, 1)] * 2
     assert {each.call.pairs for each in later} == {2 * 5 * 36}  # the window is full

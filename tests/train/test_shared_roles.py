@@ -175,5 +175,5 @@ def test_exit_steps_are_joined_as_the_configuration_says(workshop, tmp_path):
         ({"activation_checkpointing": "selective"}, False),
     ):
         built = build_networks(stage_config(workshop, tmp_path, "distill", **changes), Mesh())
-        assert built.student.batched_exits == joined, changes
-    assert not build_networks(config_of(workshop, tmp_path, **full), Mesh()).student.batched_exits
+        assert built.student.batched_exit_backward == joined, changes
+    assert not build_networks(config_of(workshop, tmp_path, **full), Mesh()).student.batched_exit_backward

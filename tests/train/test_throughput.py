@@ -190,7 +190,7 @@ def test_more_operations_in_iterations_that_update_the_student(workshop, tmp_pat
     config = stage_config(workshop, tmp_path, "distill")
 
     class Told:
-        generator = SimpleNamespace(batched_exits=False)
+        generator = SimpleNamespace(batched_exit_backward=False)
 
         def turns(self, step):
             return ["generator", "critic"] if step == 0 else ["critic"]
