@@ -58,7 +58,7 @@ class Denoiser:
         """Whether the backward of a roll-out reads the cache again: what it attended to must stay there until then."""
         return bool(self.model.execution.recompute) or self.batched_exit_backward
 
-    def lend_cache(
+    def pooled_cache(
         self, plan: StreamPlan, batch_size: int, size: tuple[int, int], max_frames: int, spare_frames: int = 0
     ) -> KVCache:
         """As `VideoDiT.new_cache`, for one roll-out: with `graphs`, the cache that the roll-out before had, cleared,

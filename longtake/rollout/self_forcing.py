@@ -52,7 +52,7 @@ def roll_out(
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
     evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
     reread = denoiser.rereads and (with_grad or denoiser.graphs is not None)  # one cache for both
-    cache = denoiser.lend_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
+    cache = denoiser.pooled_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
     blocks: list[Tensor] = []
     exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exit_backward else None
     with denoiser.gathered():
@@ -100,7 +100,7 @@ def remake(
     """
     made = clean.float().clone()
     batch, frames, _, height, width = made.shape
-    cache = denoiser.lend_cache(plan, batch, (height, width), frames)
+    cache = denoiser.pooled_cache(plan, batch, (height, width), frames)
     with denoiser.gathered():
         for part, (start, end) in enumerate(plan.blocks(0, frames)):
             if end == frames:
