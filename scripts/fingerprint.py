@@ -33,7 +33,7 @@ MORE = {
     "teacher": [],
     "causal": [],
     "distill": ["critic.updates_per_generator=2"],
-    "long": ["critic.updates_per_generator=2", "critic.head_start=0", "long.num_chunks=[3]"],
+    "long": ["critic.updates_per_generator=2", "critic.critic_warmup_steps=0", "long.num_chunks=[3]"],
 }
 # Scalars that measure the machine, not the training.
 TIMES = ("second", "per_s", "mfu", "util", "gib", "bytes", "memory", "time", "flops", "phase", "wait", "stall")

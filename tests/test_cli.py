@@ -82,10 +82,10 @@ NOT_DEFAULT = {
         "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
         "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
         "decay_steps": 5,
-        "updates_per_generator": 3, "head_start": 2, "init_from": "./critic",
+        "updates_per_generator": 3, "critic_warmup_steps": 2, "init_from": "./critic",
     },
     "own_history": {"from_step": 0},
-    "real_videos": {"weight": 0.5, "num_latent_frames": 12},
+    "data_loss": {"weight": 0.5, "num_latent_frames": 12},
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
@@ -130,7 +130,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     written = dict(leaves(NOT_DEFAULT))
     # Refused there, of no effect in distill and with t2v; see below.
     fixed_by_stage = {"caption_dropout", "model.widen", "long.num_chunks", "long.new_frames", "long.switch_frames"}
-    fixed_by_stage |= {"own_history.share"}
+    fixed_by_stage |= {"error_recycling.share"}
     fixed_by_stage |= {"parallel.weights"}  # refused beside replicas
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - fixed_by_stage
@@ -143,7 +143,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     changed |= {"model": {"widen": True}, "roles": "separate"}
     changed |= {"parallel": {"weights": "whole"}}
     changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
-    changed |= {"real_videos": {}}
+    changed |= {"data_loss": {}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
@@ -151,7 +151,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     changed |= {"stage": "causal", "own_history": {"share": 0.25}, "caption_dropout": 0.0}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
-    assert called["run"][0][0].own_history.share == 0.25
+    assert called["run"][0][0].error_recycling.share == 0.25
     changed |= {"own_history": {}}
     written_long = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
     changed |= {"stage": "long", "teacher": "toy", "caption_dropout": 0.0, "long": written_long, "model": {}}

@@ -196,33 +196,33 @@ def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
         stage(tmp_path, "teacher=null", base=DISTILL)
     with pytest.raises(ConfigError, match="caption_dropout=0.1 has no effect"):
         stage(tmp_path, "caption_dropout=0.1", base=DISTILL)
-    with pytest.raises(ConfigError, match="own_history.share=0.1 belongs to stage causal"):
-        stage(tmp_path, "own_history.share=0.1", base=DISTILL)
-    with pytest.raises(ConfigError, match="real_videos.weight=0.5 belongs to stages distill and long, this is stage"):
-        stage(tmp_path, "real_videos.weight=0.5")
+    with pytest.raises(ConfigError, match="error_recycling.share=0.1 belongs to stage causal"):
+        stage(tmp_path, "error_recycling.share=0.1", base=DISTILL)
+    with pytest.raises(ConfigError, match="data_loss.weight=0.5 belongs to stages distill and long, this is stage"):
+        stage(tmp_path, "data_loss.weight=0.5")
     with pytest.raises(
-        ConfigError, match="own_history.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
+        ConfigError, match="error_recycling.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
     ):
-        stage(tmp_path, "own_history.share=0.5", "own_history.from_step=4")
+        stage(tmp_path, "error_recycling.share=0.5", "error_recycling.from_step=4")
     assert stage(tmp_path, "flow.steps=[1.0]", base=DISTILL).flow.steps == [1.0]
 
 
 def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
     plain = stage(tmp_path, base=DISTILL)
     assert not plain.learns_from_videos and plain.clip_shape == plain.video.shape
-    changes = ["real_videos.weight=1", "data.kind=clips"]
+    changes = ["data_loss.weight=1", "data.kind=clips"]
     same = stage(tmp_path, *changes, base=DISTILL)
     assert same.learns_from_videos and same.clip_shape == same.video.shape
-    longer = stage(tmp_path, *changes, "real_videos.num_latent_frames=13", base=DISTILL)
+    longer = stage(tmp_path, *changes, "data_loss.num_latent_frames=13", base=DISTILL)
     assert (longer.clip_shape.num_latent_frames, longer.video.num_latent_frames) == (13, 9)
-    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=13 has no effect while real_videos.weight=0"):
-        stage(tmp_path, "real_videos.num_latent_frames=13", base=DISTILL)
-    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=1 leaves nothing to learn"):
-        stage(tmp_path, *changes, "real_videos.num_latent_frames=1", base=DISTILL)
-    with pytest.raises(ConfigError, match="real_videos.num_latent_frames=12 .* block"):
-        stage(tmp_path, *changes, "real_videos.num_latent_frames=12", base=DISTILL)
-    with pytest.raises(ConfigError, match="data.kind=images has no motion .* stage distill with real_videos.weight"):
-        stage(tmp_path, "real_videos.weight=1", "data.kind=images", base=DISTILL)
+    with pytest.raises(ConfigError, match="data_loss.num_latent_frames=13 has no effect while data_loss.weight=0"):
+        stage(tmp_path, "data_loss.num_latent_frames=13", base=DISTILL)
+    with pytest.raises(ConfigError, match="data_loss.num_latent_frames=1 leaves nothing to learn"):
+        stage(tmp_path, *changes, "data_loss.num_latent_frames=1", base=DISTILL)
+    with pytest.raises(ConfigError, match="data_loss.num_latent_frames=12 .* block"):
+        stage(tmp_path, *changes, "data_loss.num_latent_frames=12", base=DISTILL)
+    with pytest.raises(ConfigError, match="data.kind=images has no motion .* stage distill with data_loss.weight"):
+        stage(tmp_path, "data_loss.weight=1", "data.kind=images", base=DISTILL)
 
 
 def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):

@@ -74,7 +74,7 @@ def test_yaml_that_is_no_text_says_how_to_quote(file, value):
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999", "1e-320"])
 def test_numbers_are_finite(file, value):
-    keys = ["optim.lr", "flow.guidance", "flow.shift", "optim.eps", "watchdog.slow_seconds", "real_videos.weight"]
+    keys = ["optim.lr", "flow.guidance", "flow.shift", "optim.eps", "watchdog.slow_seconds", "data_loss.weight"]
     for key in keys if value != "1e-320" else ["flow.shift"]:
         with pytest.raises(ConfigError, match=f"{key}: got|must be"):
             load_config(file, [f"{key}={value}"])

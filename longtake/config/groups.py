@@ -289,7 +289,7 @@ class CriticConfig(OptimConfig):
 
     lr: float = Field(default=2e-5, gt=0, description="learning rate")
     updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
-    head_start: int = Field(
+    critic_warmup_steps: int = Field(
         default=0,
         ge=0,
         description="first iterations, in which the critic alone is trained, on the student as it begins",
@@ -300,7 +300,7 @@ class CriticConfig(OptimConfig):
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
 
 
-class HistoryConfig(Settings):
+class ErrorRecyclingConfig(Settings):
     """Causal training after the student's own version of earlier frames: it learns to correct its errors."""
 
     share: float = Field(
@@ -314,7 +314,7 @@ class HistoryConfig(Settings):
     )
 
 
-class RealVideosConfig(Settings):
+class DataLossConfig(Settings):
     """Teacher forcing on real videos beside distribution matching, which by itself fades long videos."""
 
     weight: float = Field(

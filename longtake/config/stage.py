@@ -30,10 +30,11 @@ from longtake.config.base import (
 from longtake.config.groups import (
     CriticConfig,
     DataConfig,
+    DataLossConfig,
     EmaConfig,
+    ErrorRecyclingConfig,
     EvaluationConfig,
     FlowConfig,
-    HistoryConfig,
     LongConfig,
     LoraConfig,
     ModelConfig,
@@ -41,7 +42,6 @@ from longtake.config.groups import (
     ParallelConfig,
     PlanConfig,
     ProfileConfig,
-    RealVideosConfig,
     ValidationConfig,
     VideoConfig,
     WandbConfig,
@@ -100,8 +100,10 @@ class StageConfig(Settings):
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
     critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
     long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
-    own_history: HistoryConfig = Field(default=HistoryConfig(), description=HistoryConfig.__doc__)
-    real_videos: RealVideosConfig = Field(default=RealVideosConfig(), description=RealVideosConfig.__doc__)
+    error_recycling: ErrorRecyclingConfig = Field(
+        default=ErrorRecyclingConfig(), description=ErrorRecyclingConfig.__doc__
+    )
+    data_loss: DataLossConfig = Field(default=DataLossConfig(), description=DataLossConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
     precision: Literal["fp32", "bf16"] = Field(
@@ -168,17 +170,17 @@ class StageConfig(Settings):
                     "video.num_latent_frames=1 leaves nothing to generate after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
-            if self.real_videos.num_latent_frames == 1:
+            if self.data_loss.num_latent_frames == 1:
                 raise ConfigError(
-                    "real_videos.num_latent_frames=1 leaves nothing to learn after the given picture; "
+                    "data_loss.num_latent_frames=1 leaves nothing to learn after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
         blocks = self.plan.stream()
         blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
-        if self.real_videos.num_latent_frames is not None:
-            blocks.check(self.real_videos.num_latent_frames, "real_videos.num_latent_frames")
+        if self.data_loss.num_latent_frames is not None:
+            blocks.check(self.data_loss.num_latent_frames, "data_loss.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
         self.data.check_buckets(self.video)
@@ -197,7 +199,7 @@ class StageConfig(Settings):
             if source == self.name:
                 raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
         if self.learns_from_videos and self.data.kind in ("images", "texts"):
-            where = f"stage {self.stage}" + (" with real_videos.weight" if self.distils else "")
+            where = f"stage {self.stage}" + (" with data_loss.weight" if self.distils else "")
             raise ConfigError(
                 f"data.kind={self.data.kind} has no motion to learn from in {where}; use clips, webdataset or lmdb"
             )
@@ -223,25 +225,25 @@ class StageConfig(Settings):
                 f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it, or "
                 "give empty quotes ''"
             )
-        if self.stage != "causal" and self.own_history.share:
+        if self.stage != "causal" and self.error_recycling.share:
             raise ConfigError(
-                f"own_history.share={self.own_history.share} belongs to stage causal, this is stage {self.stage}; set "
+                f"error_recycling.share={self.error_recycling.share} belongs to stage causal, this is stage {self.stage}; set "
                 "it to 0"
             )
-        if self.own_history.share and self.own_history.from_step >= len(self.flow.steps):
+        if self.error_recycling.share and self.error_recycling.from_step >= len(self.flow.steps):
             raise ConfigError(
-                f"own_history.from_step={self.own_history.from_step} must be below the {len(self.flow.steps)} "
+                f"error_recycling.from_step={self.error_recycling.from_step} must be below the {len(self.flow.steps)} "
                 f"flow.steps; set it to {len(self.flow.steps) - 1} or less"
             )
-        if not self.distils and self.real_videos.weight:
+        if not self.distils and self.data_loss.weight:
             raise ConfigError(
-                f"real_videos.weight={self.real_videos.weight} belongs to stages distill and long, this is stage "
+                f"data_loss.weight={self.data_loss.weight} belongs to stages distill and long, this is stage "
                 f"{self.stage}; set it to 0"
             )
-        if self.real_videos.num_latent_frames is not None and not self.real_videos.weight:
+        if self.data_loss.num_latent_frames is not None and not self.data_loss.weight:
             raise ConfigError(
-                f"real_videos.num_latent_frames={self.real_videos.num_latent_frames} has no effect while "
-                "real_videos.weight=0; remove it, or give a weight (stages distill and long)"
+                f"data_loss.num_latent_frames={self.data_loss.num_latent_frames} has no effect while "
+                "data_loss.weight=0; remove it, or give a weight (stages distill and long)"
             )
         if self.stage != "long" and self.long is not None:
             raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
@@ -266,7 +268,7 @@ class StageConfig(Settings):
     @property
     def learns_from_videos(self) -> bool:
         """Whether rows must be videos, or latents of videos."""
-        return not self.distils or self.real_videos.weight > 0
+        return not self.distils or self.data_loss.weight > 0
 
     @property
     def stream_plan(self) -> StreamPlan:
@@ -276,7 +278,7 @@ class StageConfig(Settings):
     @property
     def clip_shape(self) -> VideoShape:
         """Sizes of the videos that rows are read as."""
-        frames = self.real_videos.num_latent_frames
+        frames = self.data_loss.num_latent_frames
         return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
 
     @property
@@ -426,7 +428,7 @@ class JobConfig(Settings):
         needed = stage.clip_shape.num_pixel_frames
         reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.learns_from_videos
         if reads_clips and world.num_frames < needed:
-            name = "real_videos" if stage.distils else "video"
+            name = "data_loss" if stage.distils else "video"
             raise ConfigError(
                 f"{name}.num_latent_frames={stage.clip_shape.num_latent_frames} needs clips of {needed} frames and the "
                 f"job writes data.num_frames={world.num_frames}; set data.num_frames={needed}"

@@ -390,7 +390,7 @@ def _busiest(objective: Any) -> int:
         chunk = objective.schedule.at(step).chunk if isinstance(objective, LongTuning) else 1
         return "generator" not in objective.turns(step), chunk == 0, chunk
 
-    first = objective.settings.head_start if isinstance(objective, Dmd) else 0
+    first = objective.settings.critic_warmup_steps if isinstance(objective, Dmd) else 0
     return min(range(first, first + 200), key=order)
 
 

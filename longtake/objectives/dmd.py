@@ -30,7 +30,7 @@ from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
 class DmdSettings:
     """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond).
 
-    In the first `head_start` iterations the critic alone is trained: it begins as another network than a student that
+    In the first `critic_warmup_steps` iterations the critic alone is trained: it begins as another network than a student that
     has been trained already, and its first scores would lead that one astray.
     """
 
@@ -39,12 +39,12 @@ class DmdSettings:
     sigma_min: float = 0.02
     sigma_max: float = 0.98
     updates_per_generator: int = 5
-    head_start: int = 0
+    critic_warmup_steps: int = 0
     first_frame_clean: bool = False
 
 
 @dataclass(frozen=True)
-class RealVideos:
+class DataLoss:
     """Teacher forcing of the same student on the rows' own videos, and the weight of its loss in the student's updates.
 
     Distribution matching settles what captions leave open, and fades long videos the longer it goes on; teacher forcing
@@ -91,28 +91,28 @@ class Dmd:
         num_frames: int,
         settings: DmdSettings,
         *,
-        real_videos: RealVideos | None = None,
+        data_loss: DataLoss | None = None,
         phase: Phase = nullcontext,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"generator": generator.model, "critic": critic}
         self.generator, self.critic = generator, critic
         self.real = real.eval().requires_grad_(False)
         self.draws, self.plan, self.num_frames, self.settings = draws, plan, num_frames, settings
-        self.real_videos, self.phase = real_videos, phase
+        self.data_loss, self.phase = data_loss, phase
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
-        """The critic always; the generator in every `updates_per_generator`-th iteration from `head_start` on."""
-        return self._turns(step, step - self.settings.head_start)
+        """The critic always; the generator in every `updates_per_generator`-th iteration from `critic_warmup_steps` on."""
+        return self._turns(step, step - self.settings.critic_warmup_steps)
 
     def _turns(self, step: int, count: int) -> list[str]:
         """With the generator where `count` is a multiple of `updates_per_generator`, but for the head start."""
-        due = step >= self.settings.head_start and count % self.settings.updates_per_generator == 0
+        due = step >= self.settings.critic_warmup_steps and count % self.settings.updates_per_generator == 0
         return ["generator", "critic"] if due else ["critic"]
 
     def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
-        """Generator: the DMD loss through a roll-out, and that of `real_videos`. Critic: flow matching on the
-        student's videos. Raises: TrainingError when `real_videos` are wanted and the batch has none.
+        """Generator: the DMD loss through a roll-out, and that of `data_loss`. Critic: flow matching on the
+        student's videos. Raises: TrainingError when `data_loss` are wanted and the batch has none.
         """
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
@@ -140,10 +140,10 @@ class Dmd:
             "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
             "exit_step": float(self.exit_step(step)),
         }
-        if self.real_videos is not None:
-            forced = self.real_videos.objective.loss("generator", batch, step).loss
-            loss = loss + self.real_videos.weight * forced
-            metrics["real_videos_loss"] = forced.detach()
+        if self.data_loss is not None:
+            forced = self.data_loss.objective.loss("generator", batch, step).loss
+            loss = loss + self.data_loss.weight * forced
+            metrics["data_loss"] = forced.detach()
         return LossResult(loss, metrics)
 
     def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:

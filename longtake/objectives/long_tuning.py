@@ -16,7 +16,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.models.dit import VideoDiT
 from longtake.objectives.base import Phase
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
@@ -101,11 +101,11 @@ class LongTuning(Dmd):
         schedule: LongSchedule,
         codec: PictureCodec,
         *,
-        real_videos: RealVideos | None = None,
+        data_loss: DataLoss | None = None,
         phase: Phase = nullcontext,
     ) -> None:
         super().__init__(
-            generator, critic, real, draws, plan, schedule.horizon, settings, real_videos=real_videos, phase=phase
+            generator, critic, real, draws, plan, schedule.horizon, settings, data_loss=data_loss, phase=phase
         )
         self.schedule, self.codec = schedule, codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}

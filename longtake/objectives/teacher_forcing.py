@@ -21,14 +21,14 @@ from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
-from longtake.rollout.self_forcing import remake
+from longtake.rollout.self_forcing import recycle
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
 
 @dataclass(frozen=True)
-class OwnHistory:
-    """In a `share` of the iterations the context is the student's own version of the video (`rollout.remake`).
+class ErrorRecycling:
+    """In a `share` of the iterations the context is the student's own version of the video (`rollout.recycle`).
 
     Each block is made again from a denoising step drawn from `from_step` on. The first generated block never begins
     at step 0: what a picture and a caption leave open is decided there, and the video that is learnt has decided it.
@@ -41,7 +41,7 @@ class OwnHistory:
 class TeacherForcing:
     """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
 
-    With `own_history` the context is at times what the student itself would have made of the video; the loss is
+    With `error_recycling` the context is at times what the student itself would have made of the video; the loss is
     against the real video as ever. So it learns to correct errors, where clean context alone teaches to go on from
     exact frames, which a roll-out never sees.
     """
@@ -54,14 +54,14 @@ class TeacherForcing:
         *,
         shift: float,
         caption_dropout: float = 0.0,
-        own_history: OwnHistory = OwnHistory(),
+        error_recycling: ErrorRecycling = ErrorRecycling(),
         phase: Phase = nullcontext,
     ) -> None:
         self.denoiser, self.model = denoiser, denoiser.model
         self.networks: dict[str, nn.Module] = {"generator": self.model}
         self.draws, self.plan = draws, plan
         self.shift, self.caption_dropout = shift, caption_dropout
-        self.own_history, self.phase = own_history, phase
+        self.error_recycling, self.phase = error_recycling, phase
         self._layouts: dict[int, MaskLayout] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -90,11 +90,11 @@ class TeacherForcing:
     def remakes(self, step: int) -> bool:
         """Whether iteration `step` has the student's own version of the video as context; the same on every rank."""
         drawn = self.draws.integer(step, "own_history", 0, SHARE_PARTS)
-        return drawn < self.own_history.share * SHARE_PARTS
+        return drawn < self.error_recycling.share * SHARE_PARTS
 
     def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
         """The denoising step from which each block is made again."""
-        low, steps = self.own_history.from_step, len(self.plan.sigmas)
+        low, steps = self.error_recycling.from_step, len(self.plan.sigmas)
         found = []
         for block in range(num_blocks):
             least = min(max(low, 1), steps - 1) if block == first_generated else low
@@ -115,7 +115,7 @@ class TeacherForcing:
 
         with self.phase("rollout"):
             starts = self.starts(step, len(blocks), 1 if given else 0)
-            return remake(self.denoiser, condition, clean, noise, self.plan, starts, with_picture=given)
+            return recycle(self.denoiser, condition, clean, noise, self.plan, starts, with_picture=given)
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""

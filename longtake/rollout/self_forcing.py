@@ -81,7 +81,7 @@ def roll_out(
 
 
 @torch.no_grad()
-def remake(
+def recycle(
     denoiser: Denoiser,
     condition: Condition,
     clean: Tensor,

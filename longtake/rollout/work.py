@@ -66,7 +66,7 @@ def passes(
     if update_generator:
         guided = 1 if config.flow.guidance == 1 else 2
         found += [Pass(CRITIC, "scores", clips[CRITIC]), Pass(TEACHER, "scores", clips[TEACHER], times=guided)]
-        if config.real_videos.weight:
+        if config.data_loss.weight:
             found.append(forced_pass(config, clips[GENERATOR]))
     return [*found, Pass(CRITIC, "scores", clips[CRITIC], with_grad=True)]
 
@@ -78,8 +78,8 @@ def forced_pass(config: StageConfig, clip: Call) -> Pass:
 
 
 def remake_passes(config: StageConfig, clip: Call) -> Iterator[Pass]:
-    """The student's own version of the real clip (`rollout.remake`), of which an iteration makes its share."""
-    plan, own = config.stream_plan, config.own_history
+    """The student's own version of the real clip (`rollout.recycle`), of which an iteration makes its share."""
+    plan, own = config.stream_plan, config.error_recycling
     frames, steps = config.video.num_latent_frames, len(config.flow.steps)
     given = 1 if config.model.image_condition == "i2v" else 0
     fresh, first = True, True

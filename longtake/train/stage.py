@@ -25,10 +25,10 @@ from longtake.inference.pipeline import load_encoders
 from longtake.models.dit import VideoDiT
 from longtake.models.sequence_parallel import check_heads
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.long_tuning import LongSchedule, LongTuning
-from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
@@ -260,7 +260,7 @@ def make_objective(
             config.stream_plan,
             shift=flow.shift,
             caption_dropout=config.caption_dropout,
-            own_history=OwnHistory(config.own_history.share, config.own_history.from_step),
+            error_recycling=ErrorRecycling(config.error_recycling.share, config.error_recycling.from_step),
             phase=phases,
         )
     assert real is not None and config.critic is not None
@@ -270,12 +270,12 @@ def make_objective(
         sigma_min=flow.sigma_min,
         sigma_max=flow.sigma_max,
         updates_per_generator=config.critic.updates_per_generator,
-        head_start=config.critic.head_start,
+        critic_warmup_steps=config.critic.critic_warmup_steps,
         first_frame_clean=clean,
     )
-    plan, real_videos = config.stream_plan, None
-    if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
+    plan, data_loss = config.stream_plan, None
+    if weight := config.data_loss.weight:
+        data_loss = DataLoss(TeacherForcing(student, draws, plan, shift=flow.shift), weight)
     return Dmd(
         student,
         networks["critic"],
@@ -284,7 +284,7 @@ def make_objective(
         plan,
         config.video.num_latent_frames,
         settings,
-        real_videos=real_videos,
+        data_loss=data_loss,
         phase=phases,
     )
 
@@ -306,7 +306,7 @@ def for_long_videos(
         dmd.settings,
         schedule,
         codec,
-        real_videos=dmd.real_videos,
+        data_loss=dmd.data_loss,
         phase=dmd.phase,
     )
     return tuning, LongBatches(

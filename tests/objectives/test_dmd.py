@@ -10,7 +10,7 @@ from tiny_models import make_tiny_model
 
 from longtake.config.groups import CriticConfig, FlowConfig
 from longtake.errors import TrainingError
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos, dmd_gradient, dmd_loss
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings, dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan, warp
@@ -101,7 +101,7 @@ def test_gradient_and_loss_on_numbers():
 def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics():
     plain, dmd = make_dmd(), make_dmd()
     forced = TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0)
-    dmd.real_videos = RealVideos(forced, 0.25)
+    dmd.data_loss = DataLoss(forced, 0.25)
     batch = make_batch(dmd.generator.model, [4, 9], FRAMES)
     weights = list(dmd.generator.model.parameters())
 
@@ -113,7 +113,7 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
     real = forced.loss("generator", batch, 3).loss
     torch.testing.assert_close(found.loss, alone.loss + 0.25 * real)
     assert found.metrics["generator_loss"] == alone.metrics["generator_loss"]
-    torch.testing.assert_close(found.metrics["real_videos_loss"], real.detach())
+    torch.testing.assert_close(found.metrics["data_loss"], real.detach())
     alone = torch.autograd.grad(alone.loss, list(plain.generator.model.parameters()), allow_unused=True)
     for mine, matched, taught in zip(gradients(found.loss), alone, gradients(real)):
         torch.testing.assert_close(mine, (0 if matched is None else matched) + 0.25 * taught, rtol=1e-4, atol=1e-6)
@@ -122,7 +122,7 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
 
 def test_real_videos_may_be_longer_than_what_is_matched():
     dmd = make_dmd()
-    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0), 1.0)
+    dmd.data_loss = DataLoss(TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0), 1.0)
     batch = make_batch(dmd.generator.model, [4, 9], FRAMES + 4)
     assert dmd.loss("generator", batch, 0).loss.isfinite() and dmd.loss("critic", batch, 0).loss.isfinite()
     with pytest.raises(TrainingError, match="teacher forcing learns from videos and its data have none"):
@@ -244,7 +244,7 @@ def test_turns_are_one_generator_update_in_five():
     assert dmd.turns(0) == ["generator", "critic"] and dmd.turns(1) == ["critic"]
     assert [make_dmd(updates_per_generator=1).turns(step) for step in (0, 1)] == [["generator", "critic"]] * 2
     assert set(dmd.networks) == {"generator", "critic"}
-    late = make_dmd(updates_per_generator=2, head_start=3)
+    late = make_dmd(updates_per_generator=2, critic_warmup_steps=3)
     assert [len(late.turns(step)) for step in range(8)] == [1, 1, 1, 2, 1, 2, 1, 2]
 
 
@@ -299,7 +299,7 @@ def test_the_defaults_are_those_of_a_recipe():
     flow, critic, settings = FlowConfig(), CriticConfig(), DmdSettings(shift=5.0, guidance=4.0)
     assert (settings.sigma_min, settings.sigma_max) == (flow.sigma_min, flow.sigma_max)
     assert settings.updates_per_generator == critic.updates_per_generator
-    assert settings.head_start == critic.head_start and not settings.first_frame_clean
+    assert settings.critic_warmup_steps == critic.critic_warmup_steps and not settings.first_frame_clean
 
 
 # ---- failure and timing ----------------------------------------------------------------------------------------------

@@ -7,16 +7,16 @@ from test_long_tuning import make_long
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_model
 
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
-from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
 
 def forcing(model):
     return TeacherForcing(
-        Denoiser(model), KeyedRNG(0), RULES, shift=5.0, caption_dropout=0.5, own_history=OwnHistory(1.0, 0)
+        Denoiser(model), KeyedRNG(0), RULES, shift=5.0, caption_dropout=0.5, error_recycling=ErrorRecycling(1.0, 0)
     )
 
 
@@ -36,7 +36,7 @@ def make(kind):
         RULES,
         7,
         settings,
-        real_videos=RealVideos(forcing(networks[0]), 0.5),
+        data_loss=DataLoss(forcing(networks[0]), 0.5),
     )
 
 

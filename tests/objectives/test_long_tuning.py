@@ -10,7 +10,7 @@ from tiny_models import make_tiny_model
 
 from longtake.errors import ConfigError, DataError
 from longtake.models.execution import Execution
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import KeyedRNG
@@ -20,11 +20,13 @@ from longtake.train.long_batches import LongBatches
 HORIZON, NEW = 7, 4
 
 
-def make_long(lengths=(15,), switches=(), ratio=2, head_start=0, **options):
+def make_long(lengths=(15,), switches=(), ratio=2, critic_warmup_steps=0, **options):
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
     draws = KeyedRNG(3)
     schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
-    settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=ratio, head_start=head_start)
+    settings = DmdSettings(
+        shift=5.0, guidance=4.0, updates_per_generator=ratio, critic_warmup_steps=critic_warmup_steps
+    )
     return LongTuning(
         Denoiser(networks[0]), *networks[1:], draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options
     )
@@ -93,7 +95,7 @@ def test_the_generator_learns_from_every_chunk(chunks, ratio):
     assert all(turn[-1] == "critic" for turn in turns)
     trained = [long.schedule.at(step).chunk for step, turn in enumerate(turns) if "generator" in turn]
     assert sorted(trained) == list(range(chunks))
-    late = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio, head_start=4)
+    late = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio, critic_warmup_steps=4)
     assert [late.turns(step) for step in range(4)] == [["critic"]] * 4
     assert [late.turns(step) for step in range(4, 15)] == [long.turns(step) for step in range(4, 15)]
 
@@ -160,7 +162,7 @@ def test_the_critic_learns_from_the_videos_of_the_generators_turn(monkeypatch):
 
 def test_each_iteration_has_an_exit_step_and_noise_of_its_own(monkeypatch):
     """By its own number: the same chunk of the next sequence stops elsewhere and begins from other noise."""
-    long = make_long(ratio=100, head_start=100)
+    long = make_long(ratio=100, critic_warmup_steps=100)
     calls, exits, begun = record(long.generator, monkeypatch), [], []
     batch = batch_of(long)
     for step in range(12):
@@ -273,7 +275,7 @@ def test_micro_batches_last_a_sequence():
 def test_real_videos_are_learnt_beside_every_chunk():
     long, plain = make_long(ratio=1), make_long(ratio=1)
     forced = TeacherForcing(long.generator, long.draws, RULES, shift=5.0)
-    long.real_videos = RealVideos(forced, 0.5)
+    long.data_loss = DataLoss(forced, 0.5)
     batch = batch_of(long)
     for step in range(3):
         found, alone = (each.loss("generator", batch, step).loss for each in (long, plain))

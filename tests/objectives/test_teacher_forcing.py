@@ -5,14 +5,14 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 
-from longtake.config.groups import HistoryConfig
+from longtake.config.groups import ErrorRecyclingConfig
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
-from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block
-from longtake.rollout.self_forcing import remake, roll_out
+from longtake.rollout.self_forcing import recycle, roll_out
 
 
 def objective(model, rules=RULES, **options):
@@ -110,13 +110,13 @@ def test_data_without_videos_is_refused():
 
 
 # ---- the student's own version as context ------------------------------------------------------------------------------
-OWN = OwnHistory(share=1.0, from_step=0)
+OWN = ErrorRecycling(share=1.0, from_step=0)
 
 
 def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
-    own = objective(model, own_history=OWN)
+    own = objective(model, error_recycling=OWN)
     calls = record(model, monkeypatch)
     result = own.loss("generator", batch, 5)
     call, clean = calls[-1], batch.latents
@@ -142,7 +142,7 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *clean.shape[2:], generator=generator)
 
-    made = remake(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
+    made = recycle(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
     with torch.no_grad():
         cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
         commit_block(Denoiser(model), cache, condition, clean[:, :1])
@@ -165,20 +165,20 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
 
-    made = remake(Denoiser(model), batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
+    made = recycle(Denoiser(model), batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
     rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
     torch.testing.assert_close(made[:, :5], rolled[:, :5])
 
 
 def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numbers():
-    causal = objective(make_tiny_model(i2v=True), own_history=OwnHistory(0.3, 0))
+    causal = objective(make_tiny_model(i2v=True), error_recycling=ErrorRecycling(0.3, 0))
     share = sum(causal.remakes(step) for step in range(2000)) / 2000
     assert abs(share - 0.3) < 0.04
     starts = torch.tensor([causal.starts(step, 4, 1) for step in range(300)])
     steps = len(RULES.sigmas)
     assert set(starts[:, 1].tolist()) == set(range(1, steps))  # what is open is decided by the real video
     assert set(starts[:, 2].tolist()) == set(range(steps))
-    late = objective(make_tiny_model(i2v=True), own_history=OwnHistory(1.0, steps - 1))
+    late = objective(make_tiny_model(i2v=True), error_recycling=ErrorRecycling(1.0, steps - 1))
     assert {tuple(late.starts(step, 4, 1)) for step in range(50)} == {(steps - 1,) * 4}
     assert not any(objective(make_tiny_model(i2v=True)).remakes(step) for step in range(100))
 
@@ -187,7 +187,7 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
 def test_the_first_generated_block_of_the_own_history_never_begins_from_noise_alone(i2v, monkeypatch):
     model = make_tiny_model(i2v=i2v)
     rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
-    causal, calls, begun = objective(model, rules, own_history=OWN), record(model, monkeypatch), []
+    causal, calls, begun = objective(model, rules, error_recycling=OWN), record(model, monkeypatch), []
     batch = make_batch(model, [4], 7 if i2v else 6)
     for step in range(12):
         calls.clear()
@@ -207,18 +207,18 @@ def test_a_share_of_none_is_never_and_of_all_is_always():
 
     model = make_tiny_model(i2v=True)
     for share, expected in ((0.0, [False, False]), (5e-7, [True, False]), (1.0, [True, True])):
-        causal = TeacherForcing(Denoiser(model), Lowest(), RULES, shift=3.0, own_history=OwnHistory(share))
+        causal = TeacherForcing(Denoiser(model), Lowest(), RULES, shift=3.0, error_recycling=ErrorRecycling(share))
         assert [causal.remakes(step) for step in (0, 1)] == expected
 
 
 def test_the_defaults_are_those_of_a_recipe():
-    recipe, own = HistoryConfig(), OwnHistory()
+    recipe, own = ErrorRecyclingConfig(), ErrorRecycling()
     assert (own.share, own.from_step) == (recipe.share, recipe.from_step)
 
 
 def test_own_history_does_not_depend_on_how_the_batch_is_split():
     model = make_tiny_model(i2v=True)
-    causal = objective(model, own_history=OWN)
+    causal = objective(model, error_recycling=OWN)
     whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss
     parts = [causal.loss("generator", make_batch(model, part), 2).loss for part in ([3, 4], [5, 6])]
     torch.testing.assert_close(whole, sum(parts) / 2)

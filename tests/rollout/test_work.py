@@ -13,9 +13,9 @@ from longtake.config.stage import StageConfig
 from longtake.models import flops
 from longtake.models.execution import Execution
 from longtake.models.flops import Work, forward
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
-from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
+from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
@@ -123,11 +123,9 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step)
 
 
 def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_student():
-    config = config_of(
-        "distill", data={"path": "x", "kind": "clips"}, real_videos={"weight": 1, "num_latent_frames": 9}
-    )
+    config = config_of("distill", data={"path": "x", "kind": "clips"}, data_loss={"weight": 1, "num_latent_frames": 9})
     dmd = dmd_of(config, True)
-    dmd.real_videos = RealVideos(TeacherForcing(dmd.generator, dmd.draws, dmd.plan, shift=5.0), 1.0)
+    dmd.data_loss = DataLoss(TeacherForcing(dmd.generator, dmd.draws, dmd.plan, shift=5.0), 1.0)
     networks = {"generator": dmd.generator.model.config, "critic": dmd.critic.config, "teacher": dmd.real.config}
     batch = make_batch(dmd.generator.model, [4, 9], 9)
     ran, result = counted(lambda: dmd.loss("generator", batch, 0))
@@ -159,7 +157,7 @@ def test_teacher_and_causal():
 
 def test_own_history_costs_its_share_of_a_roll_out():
     model = make_tiny_model(i2v=True)
-    config = config_of("causal", own_history={"share": 1.0, "from_step": 2})
+    config = config_of("causal", error_recycling={"share": 1.0, "from_step": 2})
     batch = make_batch(model, [4, 9], 7)
     causal = TeacherForcing(
         Denoiser(model),
@@ -167,12 +165,12 @@ def test_own_history_costs_its_share_of_a_roll_out():
         config.stream_plan,
         shift=3.0,
         caption_dropout=0.0,
-        own_history=OwnHistory(1.0, 2),
+        error_recycling=ErrorRecycling(1.0, 2),
     )
     *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))
     assert ran == sum(forward(model.config, each.call).total * each.times for each in own)
-    half = config_of("causal", own_history={"share": 0.5, "from_step": 2})
+    half = config_of("causal", error_recycling={"share": 0.5, "from_step": 2})
     *less, _ = passes(half, {"generator": model.config}, 2, IMAGE_TOKENS)
     assert [each.times for each in less] == [each.times / 2 for each in own]
 
@@ -183,7 +181,7 @@ def test_own_history_costs_its_share_of_a_roll_out():
 @pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
 def test_own_history_costs_the_mean_over_the_steps_that_blocks_begin_from(i2v, from_step, first, later):
     """Of three steps; the block that is generated first begins at the second one or later."""
-    config = config_of("causal", i2v, own_history={"share": 1.0, "from_step": from_step})
+    config = config_of("causal", i2v, error_recycling={"share": 1.0, "from_step": from_step})
     *own, _ = passes(config, {"generator": make_tiny_model(i2v=i2v).config}, 2, IMAGE_TOKENS)
     picture = [1] if i2v else []
     assert [each.times for each in own] == [*picture, first, 1, later, 1]

@@ -25,7 +25,7 @@ from longtake.train.stage import run_stage
 # Student's videos of 3 latents are matched, real ones of 5 are learnt beside.
 REAL_VIDEOS = {
     "video": {"height": 64, "width": 64, "num_latent_frames": 3},
-    "real_videos": {"weight": 0.5, "num_latent_frames": 5},
+    "data_loss": {"weight": 0.5, "num_latent_frames": 5},
 }
 
 
@@ -41,7 +41,7 @@ def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_pa
         run_stage(config, Mesh())
         rows = [row for row in read_rows(config.folder / "metrics.jsonl") if "generator_loss" in row]
         losses[name] = [row["generator_loss"] for row in rows]
-        assert all(("real_videos_loss" in row) == bool(more) for row in rows)
+        assert all(("data_loss" in row) == bool(more) for row in rows)
         if name != "exact":
             weights = weights_of(config)
             losses[name, "weights"] = weights

@@ -47,7 +47,7 @@ def test_accumulation_does_not_change_the_run(tmp_path):
 
 
 def test_a_loss_that_the_objective_reports_is_logged_as_it_is(tmp_path, monkeypatch):
-    """What is minimised may be more than what has that name (`real_videos`), in one micro-batch or in several."""
+    """What is minimised may be more than what has that name (`data_loss`), in one micro-batch or in several."""
     plain = tiny_run.TwoPlayers.loss
 
     def reported(self, turn, batch, step):
