@@ -35,12 +35,12 @@ def adapt(
     config: StageConfig,
     mesh: Mesh,
     *,
-    called: str = DEFAULT,
+    adapter_name: str = DEFAULT,
     identity: str | None = None,
 ) -> Adapter:
     """Adds low-rank updates to a network whose weights are still to be read; all ranks call it, before sharding.
 
-    Args: `weights`, the base; `called`, the name of the updates in the network, where it gets several; `identity` of
+    Args: `weights`, the base; `adapter_name`, the name of the updates in the network, where it gets several; `identity` of
     the base where it is known. Their first values are those of `first_values`.
     Raises: ConfigError when the weights need training that low-rank updates cannot give, or targets are not known.
     """
@@ -50,26 +50,28 @@ def adapt(
     alpha = float(settings.rank) if settings.alpha is None else settings.alpha
     known = identity or mesh.on_main(lambda: weights_identity(weights))
     adapter = Adapter(settings.rank, alpha, targets, Base(_reference(weights, config), known))
-    if called == DEFAULT:
+    if adapter_name == DEFAULT:
         network.requires_grad_(False)
-    inject_lora(network, adapter.pattern, adapter.rank, alpha, called)
+    inject_lora(network, adapter.pattern, adapter.rank, alpha, adapter_name)
     if mesh.is_main:
-        trained = sum(p.numel() for key, p in network.named_parameters() if is_factor(key) and f".{called}." in key)
+        trained = sum(
+            p.numel() for key, p in network.named_parameters() if is_factor(key) and f".{adapter_name}." in key
+        )
         logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, trained)
     return adapter
 
 
 def first_values(
-    network: VideoDiT, name: str, config: StageConfig, called: str = DEFAULT
+    network: VideoDiT, name: str, config: StageConfig, adapter_name: str = DEFAULT
 ) -> Iterator[tuple[str, Tensor]]:
     """First values of the updates of the network `name`, the same whether it is one of its own or a role."""
-    return first_factors(network, KeyedRNG(config.seed), f"{name} lora_A", called)
+    return first_factors(network, KeyedRNG(config.seed), f"{name} lora_A", adapter_name)
 
 
 def earlier_values(
-    network: VideoDiT, folder: Path, adapter: Adapter, source: str, called: str = DEFAULT
+    network: VideoDiT, folder: Path, adapter: Adapter, source: str, adapter_name: str = DEFAULT
 ) -> Iterator[tuple[str, Tensor]]:
-    """The updates in `folder` as first values of those called `called`; both are of the same base.
+    """The updates in `folder` as first values of those called `adapter_name`; both are of the same base.
 
     Args: `source`, key and value of the configuration that names the folder.
     Raises: ConfigError, before anything is yielded, when they are of another rank or scale, or of other layers.
@@ -93,7 +95,7 @@ def earlier_values(
             "same lora.targets, or roles=separate"
         )
     return (
-        (f"{name.removesuffix('.weight')}.lora_{part}.{called}.weight", factor.float())
+        (f"{name.removesuffix('.weight')}.lora_{part}.{adapter_name}.weight", factor.float())
         for name, pair in stored.factors.items()
         for part, factor in zip("AB", pair)
     )

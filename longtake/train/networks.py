@@ -142,11 +142,13 @@ class Builder:
             assert lora is not None
             own = self.weights(name)
             self._check_base(name, own, base, identity)
-            found = self.adapters[name] = adapt(opened, name, lora, base, config, mesh, called=name, identity=identity)
+            found = self.adapters[name] = adapt(
+                opened, name, lora, base, config, mesh, adapter_name=name, identity=identity
+            )
             if own != base and is_adapter(own):
-                updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", called=name))
+                updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", adapter_name=name))
             else:
-                updates.append(first_values(opened.model, name, config, called=name))
+                updates.append(first_values(opened.model, name, config, adapter_name=name))
         switch = AdapterSwitch()
         opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
         shared = SharedBase(self._filled(opened, *updates), switch)
