@@ -233,7 +233,7 @@ def _fresh(cache: KVCache, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def exchanges(sizes: Sizes, split: SequenceParallel, mesh: Mesh, repeats: int) -> dict[str, Any]:
     """Milliseconds of both exchanges of all layers, nothing else, for a block and for a clip."""
-    share = split.share(sizes.tokens)
+    shard = split.shard(sizes.tokens)
     result = {}
     for frames in (BLOCK, sizes.num_latent_frames):
         shape = (1, frames, sizes.tokens, sizes.dit.num_heads, sizes.dit.head_width)

@@ -84,7 +84,7 @@ NOT_DEFAULT = {
         "decay_steps": 5,
         "updates_per_generator": 3, "critic_warmup_steps": 2, "init_from": "./critic",
     },
-    "own_history": {"from_step": 0},
+    "error_recycling": {"from_step": 0},
     "data_loss": {"weight": 0.5, "num_latent_frames": 12},
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
@@ -148,11 +148,11 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
     assert called["run"][0][0].parallel.weights == "whole"
-    changed |= {"stage": "causal", "own_history": {"share": 0.25}, "caption_dropout": 0.0}
+    changed |= {"stage": "causal", "error_recycling": {"share": 0.25}, "caption_dropout": 0.0}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert called["run"][0][0].error_recycling.share == 0.25
-    changed |= {"own_history": {}}
+    changed |= {"error_recycling": {}}
     written_long = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
     changed |= {"stage": "long", "teacher": "toy", "caption_dropout": 0.0, "long": written_long, "model": {}}
     path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))

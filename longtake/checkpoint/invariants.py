@@ -38,7 +38,7 @@ def invariants(config: StageConfig) -> dict[str, Any]:
 
 
 def resume_invariants(config: StageConfig, rows: str) -> dict[str, Any]:
-    """What must not change beside `invariants` where a run is resumed: values by dotted key, and the `rows` of the data."""
+    """What must not change beside `invariants` in a resumed run: values by dotted key, and the `rows` of the data."""
     keys = ["seed", "stage", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
     keys += ["model.preset"] * (config.init_from is None)
     if config.data.buckets is not None or config.stage == "long":

@@ -122,8 +122,8 @@ def save_checkpoint(
 ) -> Path:
     """The published checkpoint of `state` in `folder`; all ranks call it and wait until it is there.
 
-    Args: `config`, the resolved configuration; `invariants`, what must be equal when the run is resumed (rope, block plan,
-    fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
+    Args: `config`, the resolved configuration; `invariants`, what must be equal when the run is resumed (rope, block
+    plan, fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
     Raises: CheckpointError on every rank when a file cannot be written; older checkpoints stay as they were.
     """
     return write_checkpoint(
@@ -195,7 +195,8 @@ def resume(
 
     Takes everything: weights, optimizers, averages, step, data position. What a killed run left half-written is
     removed; a damaged newest checkpoint is set aside under `damaged-...` with a warning.
-    Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other `invariants`.
+    Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other
+    `invariants`.
     """
     path = _clean_and_find(folder, mesh)
     if path is None:
@@ -208,8 +209,8 @@ def resume(
     return path
 
 
-def refuse_other_facts(folder: Path, invariants: Mapping[str, Any], mesh: Mesh) -> None:
-    """Raises what `resume` will of `invariants`, before anything is built; the checkpoint is read later, or another one."""
+def refuse_other_invariants(folder: Path, invariants: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raises what `resume` will of `invariants`, before anything is built; the checkpoint is read later or not."""
 
     def compare() -> None:
         newest = run_folder.list_checkpoints(folder)[-1:]

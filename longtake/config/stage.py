@@ -227,8 +227,8 @@ class StageConfig(Settings):
             )
         if self.stage != "causal" and self.error_recycling.share:
             raise ConfigError(
-                f"error_recycling.share={self.error_recycling.share} belongs to stage causal, this is stage {self.stage}; set "
-                "it to 0"
+                f"error_recycling.share={self.error_recycling.share} belongs to stage causal, this is stage "
+                f"{self.stage}; set it to 0"
             )
         if self.error_recycling.share and self.error_recycling.from_step >= len(self.flow.steps):
             raise ConfigError(

@@ -52,8 +52,8 @@ class SessionInputs:
 class SessionState:
     """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
 
-    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the first;
-    `scene` counts cuts; `num_frames` pixel frames given out.
+    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
+    first; `scene` counts cuts; `num_frames` pixel frames given out.
     """
 
     inputs: SessionInputs

@@ -24,11 +24,11 @@ class Projection(Protocol):
 class SelfContext:
     """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache.
 
-    `share` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
+    `shard` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
     """
 
     def __init__(self, query: Rotation, key: Rotation, shard: TokenShard = NO_SPLIT) -> None:
-        self.query, self.key, self.shard = query, key, share
+        self.query, self.key, self.shard = query, key, shard
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         return self.key(k), v, None

@@ -1,7 +1,7 @@
 """Which tokens of each frame this process computes: all of them, or its share where a group of processes splits them.
 
-The transformer asks a `TokenShard` at four places (`VideoDiT.forward`, `SelfAttention.forward`) and knows nothing else of
-it; `parallel/ulysses.py` has the one that communicates. This file must know no process group.
+The transformer asks a `TokenShard` at four places (`VideoDiT.forward`, `SelfAttention.forward`) and knows nothing else
+of it; `parallel/ulysses.py` has the one that communicates. This file must know no process group.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
 class DmdSettings:
     """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond).
 
-    In the first `critic_warmup_steps` iterations the critic alone is trained: it begins as another network than a student that
-    has been trained already, and its first scores would lead that one astray.
+    In the first `critic_warmup_steps` iterations the critic alone is trained: it begins as another network than a
+    student that has been trained already, and its first scores would lead that one astray.
     """
 
     shift: float
@@ -102,7 +102,7 @@ class Dmd:
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
-        """The critic always; the generator in every `updates_per_generator`-th iteration from `critic_warmup_steps` on."""
+        """The critic always; after `critic_warmup_steps` the generator in every `updates_per_generator`-th one too."""
         return self._turns(step, step - self.settings.critic_warmup_steps)
 
     def _turns(self, step: int, count: int) -> list[str]:

@@ -107,7 +107,7 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shard = share
+        ctx.shard = shard
         return _to_heads(tensors, shard)
 
     @staticmethod
@@ -120,7 +120,7 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shard = share
+        ctx.shard = shard
         return _to_tokens(tensors, shard)
 
     @staticmethod
@@ -180,7 +180,7 @@ class _Shard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: UlyssesShard) -> Tensor:
-        ctx.shard = share
+        ctx.shard = shard
         return x.narrow(_TOKENS, shard.start, shard.size).contiguous()
 
     @staticmethod
@@ -193,7 +193,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: UlyssesShard) -> Tensor:
-        ctx.shard = share
+        ctx.shard = shard
         return _gather(x, shard)
 
     @staticmethod

@@ -32,9 +32,10 @@ class Denoiser:
     It moves caches on, keeps the condition's keys and values there, replays captured passes, lends one cache to one
     roll-out after another, and says how roll-outs get their gradient. The network and the cache know nothing of it.
 
-    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call); `batched_exit_backward`
-    has the exit steps of a roll-out recomputed and differentiated together in the end; `gathering`, entered around
-    several calls between which no weight changes: sharded weights are gathered once for them.
+    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call);
+    `batched_exit_backward` has the exit steps of a roll-out recomputed and differentiated together in the end;
+    `gathering`, entered around several calls between which no weight changes: sharded weights are gathered once for
+    them.
     """
 
     def __init__(

@@ -40,8 +40,8 @@ def adapt(
 ) -> Adapter:
     """Adds low-rank updates to a network whose weights are still to be read; all ranks call it, before sharding.
 
-    Args: `weights`, the base; `adapter_name`, the name of the updates in the network, where it gets several; `identity` of
-    the base where it is known. Their first values are those of `first_values`.
+    Args: `weights`, the base; `adapter_name`, the name of the updates in the network, where it gets several; `identity`
+    of the base where it is known. Their first values are those of `first_values`.
     Raises: ConfigError when the weights need training that low-rank updates cannot give, or targets are not known.
     """
     network = opened.model
@@ -104,7 +104,7 @@ def earlier_values(
 def facts_of(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """What a resumed run must share: sizes of the updates (`lora`), and the identity of what they are added to."""
     return {
-        "lora": {name: adapter.invariants() for name, adapter in adapters.items()} or None,
+        "lora": {name: adapter.facts() for name, adapter in adapters.items()} or None,
         "base": {name: adapter.base.identity for name, adapter in adapters.items()} or None,
     }
 

@@ -94,8 +94,8 @@ class Hooks:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is written beside the weights: the resolved `config`; `invariants` that a resumed run must share (rope, block
-    plan, fps); `wandb`, keyword arguments of `wandb.init` or None.
+    """What is written beside the weights: the resolved `config`; `invariants` that a resumed run must share (rope,
+    block plan, fps); `wandb`, keyword arguments of `wandb.init` or None.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -120,8 +120,8 @@ def train(
 ) -> None:
     """Trains until `settings.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
 
-    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `throughput`, rates for the rows; `trace`,
-    a profiler.
+    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `throughput`, rates for the rows;
+    `trace`, a profiler.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite (and may not
     be skipped); CheckpointError on every rank when a checkpoint cannot be written; SystemExit (128 + the signal) after
     SIGTERM or SIGINT, once the state is saved.

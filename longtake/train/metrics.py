@@ -30,7 +30,7 @@ _MOST_MARKS = 4096  # kept before they are read, which on a GPU waits for the la
 class PhaseTimer:
     """Seconds spent in each named phase since they were last taken: `with phases("rollout"): ...`.
 
-    PhaseTimer do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
+    Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
     events on its current stream and read when they are taken: kernels count where they run, not where they were
     queued, and nothing waits before `take`. PhaseTimer are also ranges of a profiler's trace.

@@ -12,7 +12,7 @@ from torch import nn
 
 from longtake.checkpoint.async_save import SaveSettings
 from longtake.checkpoint.invariants import invariants, resume_invariants, rows_invariant
-from longtake.checkpoint.save import refuse_other_facts
+from longtake.checkpoint.save import refuse_other_invariants
 from longtake.config.groups import CriticConfig, OptimConfig
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
@@ -109,7 +109,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
 
 def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
     must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(dataset)))
-    refuse_other_facts(checkpoints_folder(config.folder), must_stay, mesh)
+    refuse_other_invariants(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters, student = _networks(config, mesh)
     with_tokens = networks["generator"].config.image_dim is not None
     encoders: Encoders | None = None

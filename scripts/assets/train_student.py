@@ -32,15 +32,15 @@ from longtake.models.dit import VideoDiT
 from longtake.models.layers import Rotation, rope_angles
 from longtake.objectives.base import Objective
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import Dmd, DmdSettings, RealVideos
-from longtake.objectives.teacher_forcing import OwnHistory, TeacherForcing
-from longtake.rng import Draws
+from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
+from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
+from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import load_dit
 
 
-class DeviceDraws(Draws):
+class DeviceDraws(KeyedRNG):
     """Random numbers drawn on the device, and none of them ever again."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class DeviceDraws(Draws):
         dtype: torch.dtype = torch.float32,
         part: int = 0,
     ) -> Tensor:
-        """As `Draws.noise`, but for where it is drawn."""
+        """As `KeyedRNG.noise`, but for where it is drawn."""
         return torch.randn(len(indices), *shape, device=self.device, dtype=dtype)
 
     def uniform(
@@ -70,7 +70,7 @@ class DeviceDraws(Draws):
         dtype: torch.dtype = torch.float32,
         part: int = 0,
     ) -> Tensor:
-        """As `Draws.uniform`, but for where it is drawn."""
+        """As `KeyedRNG.uniform`, but for where it is drawn."""
         return low + (high - low) * torch.rand(len(indices), device=self.device, dtype=dtype)
 
 
@@ -141,9 +141,9 @@ def load_networks(
     graphs = CUDAGraphRunner() if device.type == "cuda" and args.graphs else None
     denoiser = Denoiser(student, graphs=graphs)
     if config.stage == "causal":
-        own = config.own_history
+        own = config.error_recycling
         causal = TeacherForcing(
-            denoiser, draws, plan, shift=flow.shift, own_history=OwnHistory(own.share, own.from_step)
+            denoiser, draws, plan, shift=flow.shift, error_recycling=ErrorRecycling(own.share, own.from_step)
         )
         if args.compile:
             shape = config.video.shape
@@ -157,14 +157,14 @@ def load_networks(
         flow.sigma_min,
         flow.sigma_max,
         config.critic.updates_per_generator,
-        args.head_start,
+        args.critic_warmup_steps,
     )
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
-    real_videos = None
-    if weight := config.real_videos.weight:
-        real_videos = RealVideos(TeacherForcing(denoiser, draws, plan, shift=flow.shift), weight)
+    data_loss = None
+    if weight := config.data_loss.weight:
+        data_loss = DataLoss(TeacherForcing(denoiser, draws, plan, shift=flow.shift), weight)
     frames = config.video.num_latent_frames
-    dmd = Dmd(denoiser, critic, real, draws, plan, frames, settings, real_videos=real_videos)
+    dmd = Dmd(denoiser, critic, real, draws, plan, frames, settings, data_loss=data_loss)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained

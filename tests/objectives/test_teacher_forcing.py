@@ -113,7 +113,7 @@ def test_data_without_videos_is_refused():
 OWN = ErrorRecycling(share=1.0, from_step=0)
 
 
-def test_own_history_is_the_context_and_the_real_video_the_target(monkeypatch):
+def test_error_recycling_is_the_context_and_the_real_video_the_target(monkeypatch):
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
     own = objective(model, error_recycling=OWN)
@@ -184,7 +184,7 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
 
 
 @pytest.mark.parametrize("i2v", [True, False])
-def test_the_first_generated_block_of_the_own_history_never_begins_from_noise_alone(i2v, monkeypatch):
+def test_the_first_generated_block_of_error_recycling_never_begins_from_noise_alone(i2v, monkeypatch):
     model = make_tiny_model(i2v=i2v)
     rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
     causal, calls, begun = objective(model, rules, error_recycling=OWN), record(model, monkeypatch), []
@@ -216,7 +216,7 @@ def test_the_defaults_are_those_of_a_recipe():
     assert (own.share, own.from_step) == (recipe.share, recipe.from_step)
 
 
-def test_own_history_does_not_depend_on_how_the_batch_is_split():
+def test_error_recycling_does_not_depend_on_how_the_batch_is_split():
     model = make_tiny_model(i2v=True)
     causal = objective(model, error_recycling=OWN)
     whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss

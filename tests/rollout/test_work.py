@@ -155,7 +155,7 @@ def test_teacher_and_causal():
     assert ran == forward(model.config, found.call).total
 
 
-def test_own_history_costs_its_share_of_a_roll_out():
+def test_error_recycling_costs_its_share_of_a_roll_out():
     model = make_tiny_model(i2v=True)
     config = config_of("causal", error_recycling={"share": 1.0, "from_step": 2})
     batch = make_batch(model, [4, 9], 7)
@@ -179,7 +179,7 @@ def test_own_history_costs_its_share_of_a_roll_out():
     ("from_step", "first", "later"), [(0, 1.5, 2.0), (1, 1.5, 1.5), (2, 1.0, 1.0)], ids=["noise", "one", "last"]
 )
 @pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-def test_own_history_costs_the_mean_over_the_steps_that_blocks_begin_from(i2v, from_step, first, later):
+def test_error_recycling_costs_the_mean_over_the_steps_that_blocks_begin_from(i2v, from_step, first, later):
     """Of three steps; the block that is generated first begins at the second one or later."""
     config = config_of("causal", i2v, error_recycling={"share": 1.0, "from_step": from_step})
     *own, _ = passes(config, {"generator": make_tiny_model(i2v=i2v).config}, 2, IMAGE_TOKENS)
