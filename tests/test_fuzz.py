@@ -77,7 +77,7 @@ def test_pointers_are_no_captions_and_no_tables(tmp_path):
     for name in ("a.txt", "list.csv", "list.jsonl", "a.tar"):
         (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(DataError, match="no caption: it is a Git LFS pointer"):
-        list_files(tmp_path, "images")[0].check()
+        list_files(tmp_path, "images")[0].read_prompts()
     for name in ("list.csv", "list.jsonl"):
         with pytest.raises(DataError, match="no table: it is a Git LFS pointer"):
             list(read_table(tmp_path / name))

@@ -158,8 +158,8 @@ class DataConfig(Settings):
     """Where a stage reads its samples."""
 
     path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
-    kind: Literal["auto", "images", "clips", "texts", "webdataset", "lmdb", "encoded"] = Field(
-        default="auto", description="format; `auto` looks into the folder"
+    kind: str = Field(
+        default="auto", description="format: images, clips, texts, webdataset, lmdb, encoded; `auto` looks into the folder"
     )
     buckets: list[list[int]] | None = Field(
         default=None,

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longtake.data.rows import AS_STORED, Format, PictureSpec, ShardEnds
 from longtake.data.samples import Sample
 from longtake.errors import DataError
 from longtake.json_text import parse_json
@@ -64,11 +63,6 @@ def checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard_{number:05d}.safetensors"
-
-
-def is_encoded(path: Path) -> bool:
-    """Whether a folder is an encoded set, complete or not, damaged or not."""
-    return (path / INDEX).is_file() and ((path / EMPTY_TEXT).is_file() or any(path.glob("shard_*.safetensors")))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def read_shard_rows(file: Path) -> dict[str, Any]:
         return parse_json(shard.metadata()[_ROWS])
 
 
-class EncodedRows:
+class EncodedRows(Format):
     """The rows of a complete encoded set, as a data set whose samples have encodings and no pictures.
 
     Encodings come as float32 (bfloat16 and float16 widen exactly); text is padded with zero rows to `key["text_len"]`.
@@ -125,18 +119,11 @@ class EncodedRows:
     Raises: DataError when the set is incomplete, of another version, or a shard is missing or of another size.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        index = read_index(path)
-        if index.get("format") != FORMAT or index.get("version") != VERSION:
-            raise DataError(
-                f"{path / INDEX} has format {index.get('format')!r} version {index.get('version')!r}; this version of "
-                f"Longtake reads {FORMAT!r} version {VERSION}: write the set again with `longtake encode`"
-            )
-        if not index.get("complete"):
-            raise DataError(f"{path} is not complete; the same `longtake encode` command goes on with it")
-        if missing := [name for name in ("key", "files", "shards") if name not in index]:
-            raise _damaged(path / INDEX, "", f" (it has no {missing[0]})")
+    LAYOUT = "what `longtake encode` wrote: index.json and shard_*.safetensors"
+
+    def __init__(self, path: Path, spec: PictureSpec = AS_STORED) -> None:
+        super().__init__(path, spec)
+        index = _complete_index(path)
         self.key: dict[str, Any] = index["key"]
         self.files: dict[str, Any] = index["files"]
         made_from = index.get("request", {}).get("rows")
@@ -149,12 +136,17 @@ class EncodedRows:
                     f"{file} is missing or not of {shard['size_bytes']} bytes; remove it and run the same "
                     "`longtake encode` command, which writes it again"
                 )
-        self._ends = list(accumulate(shard["num_rows"] for shard in self._shards))
-        if not self._ends or not self._ends[-1]:
+        self._ends = ShardEnds(shard["num_rows"] for shard in self._shards)
+        if not len(self):
             raise DataError(f"{path} has no rows")
 
+    @classmethod
+    def lies_at(cls, path: Path) -> bool:
+        """Whether a folder is an encoded set, complete or not, damaged or not."""
+        return (path / INDEX).is_file() and ((path / EMPTY_TEXT).is_file() or any(path.glob("shard_*.safetensors")))
+
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._ends)
 
     @property
     def empty_text(self) -> NDArray[np.float32]:
@@ -166,13 +158,12 @@ class EncodedRows:
             return self._padded(text)
 
     def __getitem__(self, row: int) -> Sample:
-        shard, local = self._place(row)
-        file = self.path / shard["file"]
-        prefix = f"{local:06d}."
+        number, local = self._ends.place(row)
+        file = self.path / self._shards[number]["file"]
         with _opened(file) as stored:
             about = parse_json(stored.metadata()[_ROWS])["rows"][local]
             names = [_text_key(k) for k in range(len(about["prompts"]))] + self.key["contents"]
-            tensors = {name: stored.get_tensor(prefix + name) for name in names}
+            tensors = {name: stored.get_tensor(f"{local:06d}.{name}") for name in names}
             if about.pop(_CHECKSUM, None) not in (None, checksum(about, tensors)):
                 raise _damaged(file, f"row {local} of ")
         extras = {
@@ -184,11 +175,9 @@ class EncodedRows:
 
     def pixel_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the pictures that the row was encoded from; None in sets of text alone."""
-        if "sizes" not in self.key:
-            return None
-        shard, local = self._place(row)
-        height, width = self.key["sizes"][shard["buckets"][local]]
-        return height, width
+        number, local = self._ends.place(row)
+        sizes = self.key.get("sizes")
+        return None if sizes is None else tuple(sizes[self._shards[number]["buckets"][local]])
 
     def identities(self) -> Iterable[str]:
         """Name and prompts of each row. Raises: DataError when a shard cannot be read."""
@@ -196,17 +185,24 @@ class EncodedRows:
             for row in read_shard_rows(self.path / shard["file"])["rows"]:
                 yield json.dumps([row["name"], row["prompts"]])
 
-    def _place(self, row: int) -> tuple[dict[str, Any], int]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = bisect_right(self._ends, row)
-        shard = self._shards[number]
-        return shard, row - (self._ends[number] - shard["num_rows"])
-
     def _padded(self, text: Tensor) -> NDArray[np.float32]:
         padded = torch.zeros(self.key["text_len"], text.shape[1])
         padded[: len(text)] = text.float()
         return padded.numpy()
+
+
+def _complete_index(path: Path) -> dict[str, Any]:
+    index = read_index(path)
+    if index.get("format") != FORMAT or index.get("version") != VERSION:
+        raise DataError(
+            f"{path / INDEX} has format {index.get('format')!r} version {index.get('version')!r}; this version of "
+            f"Longtake reads {FORMAT!r} version {VERSION}: write the set again with `longtake encode`"
+        )
+    if not index.get("complete"):
+        raise DataError(f"{path} is not complete; the same `longtake encode` command goes on with it")
+    if missing := [name for name in ("key", "files", "shards") if name not in index]:
+        raise _damaged(path / INDEX, "", f" (it has no {missing[0]})")
+    return index
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

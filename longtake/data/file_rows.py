@@ -12,12 +12,11 @@ a row that raises when it is read. This file must know no picture and no video.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +61,17 @@ class FileRow:
     caption: Path | None = None
     problem: str | None = None
 
-    def check(self) -> tuple[Path, tuple[str, ...]]:
-        """File and prompts. Raises: DataError when the row cannot be used."""
+    def find_file(self) -> Path:
+        """The file, under the name that it has on disk. Raises: DataError when the row cannot be used."""
         if self.problem is not None or self.file is None:
             raise DataError(f"{self.where}: {self.problem}")
-        return _as_it_lies(self.file), self.prompts or read_caption(self.caption, self.where)
+        return _as_it_lies(self.file)
+
+    def read_prompts(self) -> tuple[str, ...]:
+        """The prompts. Raises: DataError when the row, or its caption, cannot be used."""
+        if self.problem is not None:
+            raise DataError(f"{self.where}: {self.problem}")
+        return self.prompts or _read_caption(self.caption, self.where)
 
 
 def list_files(path: Path, kind: str) -> list[FileRow]:
@@ -97,13 +102,6 @@ def table_of(path: Path) -> Path | None:
     if len(found) > 1:
         raise DataError(f"{path} holds {' and '.join(TABLES)}; keep one of them")
     return found[0] if found else None
-
-
-def identities(rows: Iterable[FileRow], folder: Path) -> Iterator[str]:
-    """Yields the name of each row's file in `folder`, and the prompts that are known without reading a caption."""
-    for row in rows:
-        file = row.file or row.caption
-        yield json.dumps([file and os.path.relpath(file, folder), row.prompts])
 
 
 def caption_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
@@ -162,38 +160,39 @@ def _as_it_lies(file: Path) -> Path:
 
 def _pair(file_root: Path, caption_root: Path, kind: str) -> list[FileRow]:
     """One row a name that has a file or a caption, in the order of names."""
-    by_name: dict[str, tuple[list[Path], list[Path], list[Path]]] = defaultdict(lambda: ([], [], []))
     present = files_below(file_root)
-    captions = files_below(caption_root, (CAPTION_SUFFIX,))
-    named_files = [path for path in present if path.suffix.lower() in SUFFIXES[kind]]
-    others = [path for path in present if path.suffix.lower() not in (*SUFFIXES[kind], CAPTION_SUFFIX)]
-    parts = ((file_root, named_files), (caption_root, captions), (file_root, others))
-    for place, (root, paths) in enumerate(parts):
-        for path in paths:
-            by_name[same_name(path.relative_to(root).with_suffix("").as_posix())][place].append(path)
+    files = _by_name(file_root, (path for path in present if path.suffix.lower() in SUFFIXES[kind]))
+    captions = _by_name(caption_root, files_below(caption_root, (CAPTION_SUFFIX,)))
+    others = _by_name(file_root, (p for p in present if p.suffix.lower() not in (*SUFFIXES[kind], CAPTION_SUFFIX)))
     rows = []
-    wanted = ((name, found) for name, found in sorted(by_name.items()) if found[0] or found[1])
-    for number, (name, (named, texts, rest)) in enumerate(wanted):
-        where = f"{file_root} row {number} ({(named or texts)[0].name})"
+    for number, name in enumerate(sorted({*files, *captions})):
+        named, texts = files.get(name, []), captions.get(name, [])
         problem = None
         if len(named) > 1 or len(texts) > 1:
             names = ", ".join(path.name for path in (named if len(named) > 1 else texts))
             problem = f"the files {names} share one name; keep one"
+        elif not named and name in others:
+            problem = (
+                f"{others[name][0].name} beside caption {texts[0]} is of no kind that {kind} are read from "
+                f"({', '.join(SUFFIXES[kind])}); convert it"
+            )
         elif not named:
             problem = f"caption {texts[0]} has no file of its name; add the file or remove the caption"
-            if rest:
-                problem = (
-                    f"{rest[0].name} beside caption {texts[0]} is of no kind that {kind} are read from "
-                    f"({', '.join(SUFFIXES[kind])}); convert it"
-                )
         elif not texts:
             problem = f"caption {caption_root / (name + CAPTION_SUFFIX)} is missing; every file needs one"
+        where = f"{file_root} row {number} ({(named or texts)[0].name})"
         rows.append(FileRow(where, named[0] if named else None, caption=texts[0] if texts else None, problem=problem))
     return rows
 
 
-def read_caption(file: Path | None, where: str) -> tuple[str, ...]:
-    """The prompts in a caption file, one a line. Raises: DataError naming `where` when there is none."""
+def _by_name(root: Path, paths: Iterable[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        found[same_name(path.relative_to(root).with_suffix("").as_posix())].append(path)
+    return found
+
+
+def _read_caption(file: Path | None, where: str) -> tuple[str, ...]:
     assert file is not None
     try:
         return split_caption(file.read_bytes(), f"{where}: caption {file}")
@@ -201,23 +200,22 @@ def read_caption(file: Path | None, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: caption {file} cannot be read ({error.strerror})") from error
 
 
-def split_caption(data: bytes, where: str) -> tuple[str, ...]:
-    """The prompts in the bytes of a caption. Raises: DataError naming `where` when they are no text or empty."""
+def split_caption(data: bytes, where: str, *, lines: bool = True) -> tuple[str, ...]:
+    """The prompts in the bytes of a caption, one for each of its `lines` or one in all.
+
+    Raises: DataError naming `where` when they are no text or empty.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text ({error})") from error
     if what := what_it_is(data):
         raise DataError(f"{where} is no caption: {what}")
-    prompts = prompt_lines(text)
-    if not prompts:
+    # `splitlines` would also cut at characters that nobody sees as an end.
+    parts = re.split(r"\r\n|\r|\n", text) if lines else [text]
+    if not (prompts := tuple(part.strip() for part in parts if part.strip())):
         raise DataError(f"{where} is empty; every row needs a prompt")
     return prompts
-
-
-def prompt_lines(text: str) -> tuple[str, ...]:
-    """The lines of a text that hold something. `splitlines` would also cut at characters that nobody sees as an end."""
-    return tuple(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip())
 
 
 def what_it_is(source: Path | bytes) -> str | None:
@@ -236,21 +234,19 @@ def read_table(path: Path) -> Iterator[FileRow]:
     file = table_of(path)
     assert file is not None
     known = FILE_KEYS if file == path else FILE_KEYS[:1]
-    read = read_csv if file.suffix.lower() == ".csv" else read_jsonl
-    for where, entry, problem in read(file, (*known, "switch_frames")):
-        if entry is None:
-            yield FileRow(where, problem=problem)
-            continue
+    for where, entry, problem in read_objects(file, (*known, "switch_frames")):
         keys = [key for key in known if key in entry]
         name = entry[keys[0]] if keys else None
-        if len(keys) != 1 or not isinstance(name, str) or not name:
+        if problem:
+            yield FileRow(where, problem=problem)
+        elif len(keys) != 1 or not isinstance(name, str) or not name:
             yield FileRow(where, problem=_key_problem(keys, [key for key in FILE_KEYS if key in entry], file))
-            continue
-        prompts, fault = prompts_of(entry)
-        named = file.parent / name
-        if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
-            named = Path(name)  # musubi-tuner takes them from where it is started
-        yield FileRow(where, named, prompts, problem=fault)
+        else:
+            prompts, fault = prompts_of(entry)
+            named = file.parent / name
+            if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
+                named = Path(name)  # musubi-tuner takes them from where it is started
+            yield FileRow(where, named, prompts, problem=fault)
 
 
 def _key_problem(keys: list[str], present: list[str], file: Path) -> str:
@@ -265,75 +261,131 @@ def names_files(file: Path) -> bool:
     """Whether this is a `.jsonl` or `.csv` file whose rows are files with captions, by its first object."""
     if file.suffix.lower() not in TABLE_SUFFIXES:
         return False
-    rows = read_csv(file) if file.suffix.lower() == ".csv" else read_jsonl(file)
-    entry = next((entry for _, entry, _ in rows if entry is not None), {})
+    entry = next((entry for _, entry, problem in read_objects(file) if not problem), {})
     return any(key in entry for key in FILE_KEYS)
 
 
-def read_jsonl(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-    """Yields (where, object, problem) of each line that is not empty; a line that is no object has a problem.
+def kind_of_files(path: Path) -> str | None:
+    """Whether a folder or table holds `images` or `clips` with captions; None: neither.
+
+    Raises: DataError when a folder holds both, or a table none.
+    """
+    if path.is_file() and not names_files(path):
+        return None
+    if table_of(path) is not None:
+        return _kind_of_table(path)
+    kinds = [kind for kind in SUFFIXES if caption_folders(path, kind) is not None]
+    if not kinds:
+        present = {file.suffix.lower() for file in files_below(path)}
+        kinds = [kind for kind, suffixes in SUFFIXES.items() if present & set(suffixes)]
+    if len(kinds) > 1:
+        raise DataError(f"{path} holds both pictures and clips ({contents(path)}); set data.kind to one of them")
+    return kinds[0] if kinds else None
+
+
+def _kind_of_table(table: Path) -> str:
+    problem = ""
+    for row in read_table(table):
+        for kind, suffixes in SUFFIXES.items():
+            if row.file is not None and row.file.suffix.lower() in suffixes:
+                return kind
+        problem = problem or (f"; {row.where}: {row.problem}" if row.problem else "")
+    known = ", ".join((*SUFFIXES["images"], *SUFFIXES["clips"]))
+    raise DataError(f"{table} names no picture and no video ({known}){problem}")
+
+
+def contents(path: Path) -> str:
+    """What a folder holds, in words: how many files of each suffix, and its sub-folders."""
+    entries = sorted(path.iterdir())
+    folders = [entry.name + "/" for entry in entries if entry.is_dir()]
+    files = Counter(entry.suffix or entry.name for entry in entries if not entry.is_dir())
+    parts = [f"{number} x {suffix}" for suffix, number in sorted(files.items())[:12]]
+    return ", ".join([*parts, *folders[:12], *(["..."] if len(folders) > 12 or len(files) > 12 else [])]) or "nothing"
+
+
+def text_rows(path: Path) -> list[FileRow]:
+    """The rows of `prompts.txt` (one prompt a line), of `rows.jsonl` (`{"prompts": [...]}` or `{"text": "..."}`), or
+    of a folder of text files (one row a file, several lines are several prompts).
+
+    Lines of white space are no rows. Raises: DataError when there is no row, or a text file is not UTF-8.
+    """
+    if path.is_dir():
+        files = enumerate(files_below(path, (CAPTION_SUFFIX,)))
+        rows = [FileRow(f"{path} row {row} ({file.name})", caption=file) for row, file in files]
+    elif path.suffix.lower() == ".jsonl":
+        rows = []
+        for where, entry, problem in read_objects(path, ()):
+            prompts, fault = ((), problem) if problem else prompts_of(entry)
+            rows.append(FileRow(where, prompts=prompts, problem=fault))
+    else:
+        lines = enumerate(_text_of(path).split("\n"), start=1)
+        kept = enumerate((number, line.strip()) for number, line in lines if line.strip())
+        rows = [FileRow(f"{path} row {row} (line {number})", prompts=(line,)) for row, (number, line) in kept]
+    if not rows:
+        raise DataError(f"{path} has no prompt; it needs one a line, or one text file a prompt in a folder")
+    return rows
+
+
+def _text_of(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # line ends of all systems become \n
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error})") from error
+    if what := what_it_is(file):
+        raise DataError(f"{file} holds no prompts: {what}")
+    return text
+
+
+def read_objects(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yields (where, object, problem) of each line of a `.jsonl` or `.csv` file that is not empty; an object with a
+    problem is empty.
 
     Args: `known`, the keys that the caller reads beside the prompts'; others are named in one warning.
+    Raises: DataError when a CSV file is no text, or no table.
     """
-    _check_table(file)
+    if what := what_it_is(file):
+        raise DataError(f"{file} is no table: {what}")
     unread: set[str] = set()
-    row = 0
+    lines = _csv_lines(file) if file.suffix.lower() == ".csv" else _json_lines(file)
+    for row, (number, entry) in enumerate(lines):
+        where = f"{file} row {row} (line {number})"
+        if isinstance(entry, str):
+            yield where, {}, entry
+            continue
+        if known is not None:
+            unread |= entry.keys() - set(known) - set([key for key in PROMPT_KEYS if key in entry][:1])
+        yield where, entry, ""
+    if unread:
+        logger.warning("%s: the values of %s are not read", file, ", ".join(sorted(unread)))
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields line number and object, or what is wrong with the line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where, row = f"{file} row {row} (line {number})", row + 1
-            try:
-                entry = parse_json(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
-                yield where, None, f"is not valid JSON ({error})"
-                continue
-            if not isinstance(entry, dict):
-                yield where, None, "must be a JSON object, one a line"
-                continue
-            unread |= _unread(entry, known)
-            yield where, entry, ""
-    _say_unread(file, unread)
+            if line.strip():
+                try:
+                    entry = parse_json(line)
+                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
+                    yield number, f"is not valid JSON ({error})"
+                    continue
+                yield number, entry if isinstance(entry, dict) else "must be a JSON object, one a line"
 
 
-def read_csv(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-    """The same of a CSV file with a line of column names; empty values are none. Raises: DataError: it is no text."""
-    _check_table(file)
-    unread: set[str] = set()
+def _csv_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The same of a CSV file with a line of column names; empty values are none."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             names = reader.fieldnames or ()
             if twice := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"{file} has the column {twice[0]!r} twice; keep one")
-            for row, values in enumerate(reader):
-                where = f"{file} row {row} (line {reader.line_num})"
-                if None in values:
-                    yield where, None, "has more values than there are columns; quote those that hold commas"
-                    continue
+            for values in reader:
+                surplus = "has more values than there are columns; quote those that hold commas"
                 entry = {key: value for key, value in values.items() if value}
-                unread |= _unread(entry, known)
-                yield where, entry, ""
+                yield reader.line_num, surplus if None in values else entry
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file in UTF-8 ({error})") from error
-    _say_unread(file, unread)
-
-
-def _check_table(file: Path) -> None:
-    if what := what_it_is(file):
-        raise DataError(f"{file} is no table: {what}")
-
-
-def _unread(entry: dict[str, Any], known: Iterable[str] | None) -> set[str]:
-    if known is None:
-        return set()
-    prompt_keys = [key for key in PROMPT_KEYS if key in entry]
-    return entry.keys() - set(known) - set(prompt_keys[:1])
-
-
-def _say_unread(file: Path, keys: set[str]) -> None:
-    if keys:
-        logger.warning("%s: the values of %s are not read", file, ", ".join(sorted(keys)))
 
 
 def prompts_of(entry: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:

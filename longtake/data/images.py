@@ -1,19 +1,17 @@
-"""Pictures: decoding as viewers show them, fitting to a size, and folders of picture files with captions."""
+"""Pictures: decoding as viewers show them, and fitting to a size."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from longtake.data.file_rows import identities, list_files, what_it_is
-from longtake.data.samples import Sample, Sizes, nearest_size
+from longtake.data.file_rows import what_it_is
+from longtake.data.samples import Sizes, nearest_size
 from longtake.errors import DataError
 
 # What Pillow raises for bytes that are no whole picture; it has no common base class for them.
@@ -131,37 +129,3 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         raise ValueError(f"its colour profile is damaged: {error}") from error
     assert shown is not None
     return shown
-
-
-class ImageFolder:
-    """A folder of pictures with captions, in any of the ways of `file_rows.py`."""
-
-    def __init__(self, path: Path, sizes: Sizes = ()) -> None:
-        self.path = path
-        self.sizes = sizes
-        self._rows = list_files(path, "images")
-
-    def identities(self) -> Iterable[str]:
-        """Names of the files, and prompts that are known without reading a caption."""
-        return identities(self._rows, self.path)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> Sample:
-        file, prompts = self._rows[row].check()
-        where = self._rows[row].where
-        image = decode_image(self._bytes(row, file), f"{where}: image {file}", self.sizes)
-        return Sample(file.stem, prompts[0], image, prompts=prompts, where=where)
-
-    def pixel_size(self, row: int) -> tuple[int, int]:
-        """(height, width) of the picture on disk, upright. Raises: DataError."""
-        file, _ = self._rows[row].check()
-        return image_size(self._bytes(row, file), f"{self._rows[row].where}: image {file}")
-
-    def _bytes(self, row: int, file: Path) -> bytes:
-        try:
-            return file.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            why = getattr(error, "strerror", None) or error
-            raise DataError(f"{self._rows[row].where}: image {file} cannot be read ({why})") from error

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import re
 import threading
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.file_rows import prompt_lines
-from longtake.data.images import decode_image, fit_pixels, image_size
-from longtake.data.samples import Sample, Sizes
+from longtake.data.file_rows import split_caption
+from longtake.data.images import fit_pixels
+from longtake.data.rows import AS_STORED, Picture, PictureSpec, Rows, ShardEnds
 from longtake.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,61 +50,37 @@ class _Shard:
     latents_shape: tuple[int, ...] | None = None
 
 
-class LmdbShards:
+class LmdbShards(Rows):
     """The rows of one LMDB folder or of all `shard*` folders in it, in the order of their numbers.
 
-    Args: `sizes` to bring pictures to; `published_image_shape` [h, w, 3] of raw pictures in the published layout.
+    Args: `published_image_shape` [h, w, 3] of raw pictures in the published layout.
     Raises: DataError when there is no database, or one that is damaged or of an unknown format version.
     """
+
+    LAYOUT = "data.mdb, or shard*/data.mdb"
 
     def __init__(
         self,
         path: Path,
-        sizes: Sizes = (),
+        spec: PictureSpec = AS_STORED,
         published_image_shape: tuple[int, int, int] = PUBLISHED_IMAGE_SHAPE,
     ) -> None:
-        self.path = path
-        self.sizes = sizes
+        super().__init__(path, spec)
         self.published_image_shape = published_image_shape
-        folders = [path] if (path / "data.mdb").is_file() else sorted(path.glob("shard*"), key=_shard_order)
-        folders = [folder for folder in folders if (folder / "data.mdb").is_file()]
-        if not folders:
+        if not (folders := _databases(path)):
             raise DataError(f"{path} holds no LMDB: it needs data.mdb, or shard*/data.mdb")
         self._shards = [_inspect(folder) for folder in folders]
-        self._ends = list(accumulate(shard.num_rows for shard in self._shards))
+        self._ends = ShardEnds(shard.num_rows for shard in self._shards)
         if not len(self):
             raise DataError(f"{path} has no rows")
 
+    @classmethod
+    def lies_at(cls, path: Path) -> bool:
+        """Whether there are databases."""
+        return bool(_databases(path))
+
     def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, row: int) -> Sample:
-        shard, local, where = self._place(row)
-        raw = _read(shard.path, _row_keys(local))
-        prompts = _prompts(raw, f"prompts_{local}_data", where, lines=shard.is_own)
-        image = None
-        if shard.has_images:
-            data = _needed(raw, f"img_{local}_data", where)
-            key = f"{where}: img_{local}_data"
-            image = decode_image(data, key, self.sizes) if shard.is_own else self._raw_image(data, key)
-        extras = {}
-        for name in ENCODINGS:
-            if raw.get(f"{name}_{local}_data") is not None:
-                extras[name] = _encoding(raw, name, local, shard, where)
-        if not extras and image is None:
-            raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
-        name = f"{local:06d}" if len(self._shards) == 1 else f"{shard.path.name}_{local:06d}"
-        return Sample(name=name, prompt=prompts[0], image=image, extras=extras, prompts=prompts, where=where)
-
-    def pixel_size(self, row: int) -> tuple[int, int] | None:
-        """(height, width) of the stored picture, upright; None in shards without pictures. Raises: DataError."""
-        shard, local, where = self._place(row)
-        if not shard.has_images:
-            return None
-        if not shard.is_own:
-            return self.published_image_shape[:2]
-        key = f"img_{local}_data"
-        return image_size(_needed(_read(shard.path, [key]), key, where), f"{where}: {key}")
+        return len(self._ends)
 
     def identities(self) -> Iterable[str]:
         """The prompts of each row as they are stored. Raises: DataError when a shard cannot be read."""
@@ -114,28 +88,66 @@ class LmdbShards:
             keys = [f"prompts_{row}_data" for row in range(shard.num_rows)]
             yield from map(repr, _read(shard.path, keys).values())
 
-    def _place(self, row: int) -> tuple[_Shard, int, str]:
-        """The shard of a row, the row's number in it, and both in words."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = bisect_right(self._ends, row)
-        shard = self._shards[number]
-        local = row - (self._ends[number] - shard.num_rows)
-        return shard, local, f"{shard.path} row {local}"
+    def place(self, row: int) -> tuple[str, str]:
+        """The number, with the shard where there are several; folder and row in words."""
+        shard, local, where = self._find(row)
+        return f"{local:06d}" if len(self._shards) == 1 else f"{shard.path.name}_{local:06d}", where
 
-    def _raw_image(self, data: bytes, where: str) -> NDArray[np.uint8]:
-        pixels = _numbers(data, self.published_image_shape, "uint8", where)
-        return fit_pixels(pixels, self.sizes)
+    def prompts(self, row: int) -> tuple[str, ...]:
+        """One a line in the own format, always one in published layouts. Raises: DataError."""
+        shard, local, where = self._find(row)
+        key = f"prompts_{local}_data"
+        return split_caption(_needed(_read(shard.path, [key]), key, where), f"{where}: {key}", lines=shard.is_own)
+
+    def picture(self, row: int) -> Picture | None:
+        """The stored picture; None in shards without pictures. Raises: DataError."""
+        shard, local, where = self._find(row)
+        if not shard.has_images:
+            return None
+        key = f"img_{local}_data"
+        data, label = _needed(_read(shard.path, [key]), key, where), f"{where}: {key}"
+        return Picture(data, label) if shard.is_own else _RawPicture(data, label, shape=self.published_image_shape)
+
+    def extras(self, row: int) -> dict[str, NDArray]:
+        """The stored encodings. Raises: DataError when one is damaged, or when a row has neither them nor a picture."""
+        shard, local, where = self._find(row)
+        raw = _read(shard.path, [f"{name}_{local}_{part}" for name in ENCODINGS for part in ("data", "shape", "dtype")])
+        names = [name for name in ENCODINGS if raw[f"{name}_{local}_data"] is not None]
+        if not names and not shard.has_images:
+            raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
+        return {name: _encoding(raw, name, local, shard, where) for name in names}
+
+    def pixel_size(self, row: int) -> tuple[int, int] | None:
+        """As `Rows.pixel_size`; raw pictures, all of one size, need not be read for it."""
+        shard, _, _ = self._find(row)
+        return self.published_image_shape[:2] if shard.has_images and not shard.is_own else super().pixel_size(row)
+
+    def _find(self, row: int) -> tuple[_Shard, int, str]:
+        """The shard of a row, the row's number in it, and both in words."""
+        number, local = self._ends.place(row)
+        return self._shards[number], local, f"{self._shards[number].path} row {local}"
+
+
+@dataclass(frozen=True)
+class _RawPicture(Picture):
+    """Raw RGB of one fixed shape [h, w, 3]."""
+
+    shape: tuple[int, ...] = ()
+
+    def read(self, spec: PictureSpec) -> NDArray:
+        """As of other pictures."""
+        return fit_pixels(_numbers(self._bytes(), self.shape, "uint8", self.label), spec.sizes)
+
+
+def _databases(path: Path) -> list[Path]:
+    """The folders of databases at a path, in the order of their numbers."""
+    folders = [path] if (path / "data.mdb").is_file() else sorted(path.glob("shard*"), key=_shard_order)
+    return [folder for folder in folders if (folder / "data.mdb").is_file()]
 
 
 def _shard_order(folder: Path) -> tuple[int, str]:
     digits = "".join(c for c in folder.name if c.isdigit())
     return int(digits or 0), folder.name  # shard_2 before shard_10
-
-
-def _row_keys(row: int) -> list[str]:
-    keys = [f"img_{row}_data", f"prompts_{row}_data"]
-    return keys + [f"{name}_{row}_{part}" for name in ENCODINGS for part in ("data", "shape", "dtype")]
 
 
 @contextmanager
@@ -208,17 +220,6 @@ def _needed(raw: dict[str, bytes | None], key: str, where: str) -> bytes:
     if data is None:
         raise DataError(f"{where}: key {key} is missing")
     return data
-
-
-def _prompts(raw: dict[str, bytes | None], key: str, where: str, *, lines: bool) -> tuple[str, ...]:
-    """The prompts of a row: one a line in the own format, always one in published layouts."""
-    try:
-        text = _needed(raw, key, where).decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {key} is not UTF-8 text ({error})") from error
-    if not text:
-        raise DataError(f"{where}: {key} is empty; every row needs a prompt")
-    return prompt_lines(text) if lines else (text,)
 
 
 def _encoding(raw: dict[str, bytes | None], name: str, row: int, shard: _Shard, where: str) -> NDArray:

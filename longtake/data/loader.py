@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from torch import Tensor
 from longtake.data.order import Buckets, Pick, batch_rows
 from longtake.data.samples import Dataset, FileSize, Sample
 from longtake.errors import DataError
-
-if TYPE_CHECKING:
-    from longtake.config.stage import DataConfig  # pydantic is not needed to load data
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +109,7 @@ class BadRows:
             ) from error
 
 
+@dataclass(kw_only=True)
 class Loader:
     """What one rank reads: the rows of its micro-batches at a position, and the sample of a row.
 
@@ -122,58 +119,22 @@ class Loader:
     Raises: DataError for a bad row, or with `on_bad_row="skip"` for too many of them; ConfigError for the batch size.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        seed: int,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        on_bad_row: str = "fail",
-        max_bad_share: float = 0.01,
-        workers: int = 0,
-        buckets: Buckets | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.position = 0
-        self.workers = workers
-        self.buckets = buckets or Buckets.whole(len(dataset))
-        self.bad = BadRows(len(dataset), on_bad_row, max_bad_share)
-        self.picks(0)  # a batch size that does not divide is refused now, not at the first batch
+    dataset: Dataset = field(kw_only=False)
+    seed: int
+    batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    on_bad_row: str = "fail"
+    max_bad_share: float = 0.01
+    workers: int = 0
+    buckets: Buckets = None  # type: ignore[assignment]
+    position: int = field(default=0, init=False)
 
-    @classmethod
-    def from_config(
-        cls,
-        dataset: Dataset,
-        data: DataConfig,
-        *,
-        seed: int,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        buckets: Buckets | None = None,
-    ) -> Loader:
-        """A loader that treats bad rows as the configuration says."""
-        return cls(
-            dataset,
-            seed=seed,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            on_bad_row=data.on_bad_row,
-            max_bad_share=data.max_bad_share,
-            workers=data.num_workers,
-            buckets=buckets,
-        )
+    def __post_init__(self) -> None:
+        self.buckets = self.buckets or Buckets.whole(len(self.dataset))
+        self.bad = BadRows(len(self.dataset), self.on_bad_row, self.max_bad_share)
+        self.picks(0)  # a batch size that does not divide is refused now, not at the first batch
 
     @property
     def num_bad_rows(self) -> int:
@@ -186,15 +147,8 @@ class Loader:
 
     def picks(self, position: int) -> list[list[Pick]]:
         """Rows and global sample indices of this rank's micro-batches of the update at `position`."""
-        return batch_rows(
-            self.seed,
-            self.buckets,
-            position,
-            self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            micro=self.micro_batch_size,
-        )
+        share = {"rank": self.rank, "world_size": self.world_size, "micro": self.micro_batch_size}
+        return batch_rows(self.seed, self.buckets, position, self.batch_size, **share)
 
     def size_of(self, row: int) -> FileSize | None:
         """The size that the pictures of a row's bucket are brought to; None without buckets."""

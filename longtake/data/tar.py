@@ -14,13 +14,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from longtake.data.clips import clip_size, read_clip
 from longtake.data.file_rows import prompts_of, same_name, split_caption, visible_files, what_it_is
-from longtake.data.images import decode_image, image_size
-from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES, Sample, Sizes
-from longtake.errors import ConfigError, DataError
+from longtake.data.rows import AS_STORED, Picture, PictureSpec, Rows
+from longtake.data.samples import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from longtake.errors import DataError
 from longtake.json_text import parse_json
 
 CAPTION_FIELDS = ("txt", "caption", "json")
@@ -38,73 +36,68 @@ class _TarRow:
     twice: set[str] = field(default_factory=set)  # fields of which the shard has several
 
 
-class TarShards:
+class TarShards(Rows):
     """The rows of one tar file or of all `*.tar` in a folder, in the order of names and of their first members.
 
     A row holds one picture or one video (by its suffix) and `txt` (one prompt a line) or `json` (`prompts`, `text`,
     `prompt` or `caption`). Other fields are left alone.
-    Args: as `ClipFolder`; `num_frames` is needed where rows are videos.
     Raises: DataError when there is no row, or a shard is no whole uncompressed tar file.
     """
 
-    def __init__(self, path: Path, num_frames: int | None = None, sizes: Sizes = (), fps: float | None = None) -> None:
-        self.path, self.num_frames, self.sizes, self.fps = path, num_frames, sizes, fps
+    LAYOUT = "*.tar, or one .tar file"
+
+    def __init__(self, path: Path, spec: PictureSpec = AS_STORED) -> None:
+        super().__init__(path, spec)
         shards = [path] if path.is_file() else visible_files(path, ".tar")
         with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
             self._rows = [row for rows in pool.map(_index, shards) for row in rows]
         if not self._rows:
             raise DataError(f"{path} has no rows: it needs *.tar with members such as 0001.jpg and 0001.txt")
 
+    @classmethod
+    def lies_at(cls, path: Path) -> bool:
+        """Whether there are tar files."""
+        return path.suffix.lower() == ".tar" if path.is_file() else bool(visible_files(path, ".tar"))
+
+    @classmethod
+    def takes_file(cls, path: Path) -> bool:
+        """Of any name."""
+        return True
+
     def __len__(self) -> int:
         return len(self._rows)
-
-    def __getitem__(self, row: int) -> Sample:
-        found, where = self._rows[row], self._where(row)
-        if found.twice:
-            raise DataError(f"{where}: has {', '.join(sorted(found.twice))} twice; give each row a name of its own")
-        prompts = self._prompts(found, where)
-        kind, name = self._picture(found, where)
-        data = self._bytes(found, name, where)
-        label = f"{where}: {name}"
-        video = None
-        if kind == "clip":
-            if self.num_frames is None:
-                raise ConfigError(f"{self.path} holds clips; say how many frames to read with num_frames")
-            video = read_clip(data, self.num_frames, sizes=self.sizes, fps=self.fps, where=label)
-        image = decode_image(data, label, self.sizes) if video is None else video[0]
-        return Sample(found.name.replace("/", "_"), prompts[0], image, video, prompts=prompts, where=where)
-
-    def pixel_size(self, row: int) -> tuple[int, int]:
-        """(height, width) of the picture or of the first frame, upright. Raises: DataError."""
-        found, where = self._rows[row], self._where(row)
-        kind, name = self._picture(found, where)
-        data, label = self._bytes(found, name, where), f"{where}: {name}"
-        return image_size(data, label) if kind == "image" else clip_size(data, label)
 
     def identities(self) -> Iterable[str]:
         """Shard and name of each row, and its fields with their sizes."""
         for row in self._rows:
             yield f"{row.shard.name} {row.name} {[(name, size) for name, (_, size) in row.fields.items()]}"
 
-    def _where(self, row: int) -> str:
-        return f"{self._rows[row].shard} row {row} ({self._rows[row].name})"
+    def place(self, row: int) -> tuple[str, str]:
+        """The name without folders, and shard and row in words."""
+        found = self._rows[row]
+        return found.name.replace("/", "_"), f"{found.shard} row {row} ({found.name})"
 
-    def _picture(self, row: _TarRow, where: str) -> tuple[Literal["image", "clip"], str]:
-        """Kind and field of the row's one picture or video."""
-        suffixes: dict[Literal["image", "clip"], tuple[str, ...]] = {"image": IMAGE_SUFFIXES, "clip": CLIP_SUFFIXES}
-        found = [(kind, name) for kind, ends in suffixes.items() for name in row.fields if _suffix(name) in ends]
+    def picture(self, row: int) -> Picture:
+        """The row's one picture or video. Raises: DataError."""
+        fields, (_, where) = self._rows[row].fields, self.place(row)
+        found = [name for name in fields if _suffix(name) in IMAGE_SUFFIXES + CLIP_SUFFIXES]
         if len(found) != 1:
             raise DataError(
-                f"{where}: has the fields {', '.join(row.fields)}; it needs exactly one picture or video "
+                f"{where}: has the fields {', '.join(fields)}; it needs exactly one picture or video "
                 f"({', '.join(IMAGE_SUFFIXES + CLIP_SUFFIXES)})"
             )
-        return found[0]
+        (name,) = found
+        return Picture(self._bytes(row, name), f"{where}: {name}", is_clip=_suffix(name) in CLIP_SUFFIXES)
 
-    def _prompts(self, row: _TarRow, where: str) -> tuple[str, ...]:
-        name = next((name for name in CAPTION_FIELDS if name in row.fields), None)
+    def prompts(self, row: int) -> tuple[str, ...]:
+        """Of the first caption field. Raises: DataError."""
+        found, (_, where) = self._rows[row], self.place(row)
+        if found.twice:
+            raise DataError(f"{where}: has {', '.join(sorted(found.twice))} twice; give each row a name of its own")
+        name = next((name for name in CAPTION_FIELDS if name in found.fields), None)
         if name is None:
             raise DataError(f"{where}: has no caption; it needs one of the fields {', '.join(CAPTION_FIELDS)}")
-        data = self._bytes(row, name, where)
+        data = self._bytes(row, name)
         if name != "json":
             return split_caption(data, f"{where}: {name}")
         try:
@@ -116,15 +109,16 @@ class TarShards:
             raise DataError(f"{where}: json: {problem}")
         return prompts
 
-    def _bytes(self, row: _TarRow, name: str, where: str) -> bytes:
-        offset, size = row.fields[name]
+    def _bytes(self, row: int, name: str) -> bytes:
+        found, (_, where) = self._rows[row], self.place(row)
+        offset, size = found.fields[name]
         try:
             # Opened anew: no file position is shared by threads or forked workers.
-            with row.shard.open("rb") as file:
+            with found.shard.open("rb") as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise DataError(f"{where}: {row.shard} cannot be read ({error.strerror})") from error
+            raise DataError(f"{where}: {found.shard} cannot be read ({error.strerror})") from error
         if len(data) != size:
             raise DataError(f"{where}: {name} is cut off ({len(data)} of {size} bytes); the shard has changed")
         return data

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.config.stage import JobConfig, StageConfig, is_path
-from longtake.data.encoded import is_encoded
+from longtake.data.encoded import EncodedRows
 from longtake.data.formats import detect_kind
 from longtake.doctor.estimate import Sizes
 from longtake.errors import CheckpointError, LongtakeError
@@ -67,7 +67,7 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     if teacher is not None:
         networks |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
     # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
-    stored = is_encoded(Path(config.data.path))
+    stored = EncodedRows.lies_at(Path(config.data.path))
     wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
     if generator.image_dim is None:
         wanted.discard("image_encoder")

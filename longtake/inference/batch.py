@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.config.generation import frames_of
-from longtake.data.file_rows import FileRow, list_files, prompts_of, read_jsonl
+from longtake.data.file_rows import FileRow, list_files, prompts_of, read_objects
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import GenerationReport, Generator, Source, num_pixel_frames
 from longtake.inference.generator import write_video as write_one
@@ -92,9 +92,9 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 def _read_lines(file: Path) -> list[Pair]:
     pairs = []
-    for row, (where, entry, problem) in enumerate(read_jsonl(file, ("image",))):
+    for row, (where, entry, problem) in enumerate(read_objects(file, ("image",))):
         name = f"{row:05d}"
-        if entry is None:
+        if problem:
             pairs.append(Pair(name, where, problem=problem))
             continue
         image = entry.get("image")
@@ -112,7 +112,7 @@ def _read_lines(file: Path) -> list[Pair]:
 
 def _pair(name: str, row: FileRow) -> Pair:
     try:
-        image, prompts = row.check()
+        image, prompts = row.find_file(), row.read_prompts()
     except DataError as error:
         return Pair(name, row.where, problem=str(error).removeprefix(f"{row.where}: "))
     if len(prompts) > 1:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.data.clips import open_video
 from longtake.data.h264 import add_h264, encode
-from longtake.data.video_frames import open_video
 from longtake.errors import DataError, OutputError, ShapeError
 from longtake.outputs import check_output_file, free_name, partial_name, writing
 

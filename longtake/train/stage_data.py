@@ -55,14 +55,16 @@ def find_buckets(config: StageConfig, dataset: Dataset, mesh: Mesh) -> Buckets:
 
 def make_batches(config: StageConfig, dataset: Dataset, encoder: RowEncoder, mesh: Mesh) -> EncodedLoader:
     """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""
-    loader = Loader.from_config(
+    loader = Loader(
         dataset,
-        config.data,
         seed=config.seed,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch(mesh.world_size),
         rank=mesh.data_rank,
         world_size=mesh.num_data_ranks,
+        on_bad_row=config.data.on_bad_row,
+        max_bad_share=config.data.max_bad_share,
+        workers=config.data.num_workers,
         buckets=find_buckets(config, dataset, mesh),
     )
     # Rows of an encoded set are read faster than they are remembered for nothing.
