@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.toy import encoders as toy
 from longtake.toy.world import sample_world
 from longtake.weights.load import save_dit
 from longtake.weights.presets import PRESETS
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "assets"))
+
+import toy_encoders as toy  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders, stage_tree
 
+from longtake.config.groups import WorldConfig
 from longtake.config.stage import StageConfig
 from longtake.encodings.write import encode
 from longtake.inference.export import export
@@ -28,7 +29,7 @@ def make(root: Path) -> None:
     """Writes all into the folder `root`, to which the paths in recipes are relative."""
     save_encoders(make_encoders(), root / "encoders")
     save_dit(TEACHER, make_model().state_dict(), root / "teacher")
-    write_world(root / "data", 2, seed=0, num_frames=17, formats=("images", "clips", "lmdb"))
+    write_world(root / "data", WorldConfig(num_worlds=2, num_frames=17))
     Image.new("RGB", (64, 64), (200, 60, 30)).save(root / "in.png")
     (root / "clip.mp4").write_bytes(mp4(9, (64, 64)))
     stage, distill = (_recipe(kind) for kind in ("causal", "distill"))

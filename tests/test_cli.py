@@ -214,12 +214,12 @@ def test_given_options_reach_the_function(called):
     for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):
         assert invoke(*command, *wrong).exit_code == 2
     invoke("world", "w", "--num-worlds", "3", "--format", "lmdb", "--format", "images")
-    args, kwargs = called["write_world"]
-    assert args == (Path("w"), 3) and kwargs["formats"] == ["lmdb", "images"] and kwargs["seed"] == 0
-    assert kwargs["switch_frames"] == [] and not kwargs["stops"]
+    (folder, asked), kwargs = called["write_world"]
+    assert folder == Path("w") and (asked.num_worlds, asked.formats, asked.seed) == (3, ["lmdb", "images"], 0)
+    assert asked.switch_frames == [] and not asked.stops and not kwargs["overwrite"]
     assert invoke("world", "w", "--format", "gif").exit_code == 2
     invoke("world", "w", "--switch", "65", "--switch", "129", "--stops")
-    assert called["write_world"][1]["switch_frames"] == [65, 129] and called["write_world"][1]["stops"]
+    assert called["write_world"][0][1].switch_frames == [65, 129] and called["write_world"][0][1].stops
     invoke("evaluate", "--run", "r", "--switch", "17")
     assert called["evaluate"][1]["overrides"] == {"switch_frames": [17]}
 

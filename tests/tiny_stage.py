@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from tiny_models import randomize
+from toy_assets import toy
 
 from longtake.checkpoint.save import save_checkpoint
+from longtake.config.groups import WorldConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.train.ema import EMASettings
 from longtake.train.optim import OptimizerSettings
@@ -70,7 +71,7 @@ def make_workshop(folder: Path) -> Path:
     """A folder with `encoders/`, `teacher/` and `data/` (6 worlds of 17 frames, as images and clips)."""
     save_encoders(make_encoders(), folder / "encoders")
     save_dit(TEACHER, make_model().state_dict(), folder / "teacher")
-    write_world(folder / "data", 6, seed=0, num_frames=17, formats=("images", "clips"))
+    write_world(folder / "data", WorldConfig(num_worlds=6, num_frames=17, formats=["images", "clips"]))
     return folder
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
+from toy_assets import toy
 
+from longtake.config.groups import WorldConfig
 from longtake.encoders.bundle import Encoders, VideoVAE
 from longtake.models.sizes import DiTConfig
-from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
 from longtake.toy.world import sample_world
 from longtake.weights.config_json import config_to_json
@@ -74,4 +75,4 @@ def write_data(folder: Path) -> None:
     """`photos/`, `prompts.txt`, and `world/clips/` that are long enough for every recipe."""
     write_photos(folder / "photos")
     (folder / "prompts.txt").write_text("\n".join(sample_world(0, k).caption for k in range(3)))
-    write_world(folder / "world", 1, seed=0, num_frames=121, formats=("clips",))
+    write_world(folder / "world", WorldConfig(num_worlds=1, num_frames=121, formats=["clips"]))

@@ -108,14 +108,5 @@ def world(
             switch_frames=switch or None,
         )
         settings = WorldConfig.from_tree(given)
-        written = write_world(
-            folder,
-            settings.num_worlds,
-            seed=settings.seed,
-            num_frames=settings.num_frames,
-            formats=settings.formats,
-            switch_frames=settings.switch_frames,
-            stops=settings.stops,
-            **given_options(overwrite=overwrite or None),
-        )
+        written = write_world(folder, settings, overwrite=overwrite)
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")

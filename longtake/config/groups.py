@@ -159,7 +159,8 @@ class DataConfig(Settings):
 
     path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
     kind: str = Field(
-        default="auto", description="format: images, clips, texts, webdataset, lmdb, encoded; `auto` looks into the folder"
+        default="auto",
+        description="format (docs/formats.md): images, clips, texts ...; `auto` looks into the folder",
     )
     buckets: list[list[int]] | None = Field(
         default=None,

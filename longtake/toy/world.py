@@ -15,26 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.toy.captions import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    SIZES,
-    SPEEDS,
-    STILL,
-    VOCABULARY,
-    Clause,
-    clause_spans,
-    parse_caption,
-    tokenize,
-    write_caption,
-)
-
-__all__ = [
-    "COLOURS", "CROSS_WIDTH", "DIRECTIONS", "FPS", "PALETTE", "RADII", "REACH", "SHAPES", "SIZE", "SIZES", "SPEEDS",
-    "SPEED_PX", "STILL", "VOCABULARY", "Clause", "Segment", "Sprite", "World", "clause_spans", "parse_caption",
-    "sample_world", "sprite_mask", "sprite_patch", "tokenize",
-]  # fmt: skip
+from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, Clause, pick, write_caption
 
 SIZE = 64
 FPS = 16
@@ -206,7 +187,13 @@ def sprite_patch(
     Returns `(where, dx, dy)`: [T, P, P] indices into the flattened pixels [T * SIZE * SIZE], and the offsets of those
     pixels from the centre, [T, 1, P] and [T, P, 1].
     """
-    half = math.ceil(sprite_reach(shape, radius)) + margin
+    return square_patch(math.ceil(sprite_reach(shape, radius)) + margin, centres)
+
+
+def square_patch(
+    half: int, centres: NDArray[np.floating]
+) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]:
+    """The same of a patch that reaches `half` pixels from its middle."""
     nearest = np.rint(centres).astype(np.intp)
     offsets = np.arange(-half, half + 1)
     columns, rows = ((nearest[:, axis, None] + offsets) % SIZE for axis in (0, 1))
@@ -246,10 +233,10 @@ def sample_world(seed: int, index: int) -> World:
     number = int(rng.integers(1, 4))
     colours = rng.permutation(len(COLOURS))[:number]
     open_sprite = int(rng.integers(number)) if rng.random() < OPEN_SHARE else -1
-    kinds = [(_pick(SHAPES, rng), COLOURS[c], _pick(SIZES, rng)) for c in colours]
+    kinds = [(pick(SHAPES, rng), COLOURS[c], pick(SIZES, rng)) for c in colours]
     starts = _sample_starts([sprite_reach(shape, RADII[size]) for shape, _, size in kinds], rng)
     sprites = tuple(
-        Sprite(*kind, x=float(x), y=float(y), direction=_pick(tuple(DIRECTIONS), rng), speed=_pick(SPEEDS, rng),
+        Sprite(*kind, x=float(x), y=float(y), direction=pick(tuple(DIRECTIONS), rng), speed=pick(SPEEDS, rng),
                is_open=position == open_sprite)
         for position, (kind, (x, y)) in enumerate(zip(kinds, starts))
     )  # fmt: skip
@@ -260,10 +247,6 @@ def sample_world(seed: int, index: int) -> World:
 def toroidal_offset(offset: NDArray[np.float64]) -> NDArray[np.float64]:
     """The shortest equivalent of an offset in pixels on the torus, each component in [-SIZE/2, SIZE/2)."""
     return (offset + SIZE / 2) % SIZE - SIZE / 2
-
-
-def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
-    return options[int(rng.integers(len(options)))]
 
 
 def _sample_starts(reaches: list[float], rng: np.random.Generator) -> NDArray[np.float64]:

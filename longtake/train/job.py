@@ -44,16 +44,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
 
     def prepare() -> None:
         (logdir / "job.yaml").write_text(dump(config))
-        if (data := config.data) is not None:
-            write_world(
-                config.data_folder,
-                data.num_worlds,
-                seed=data.seed,
-                num_frames=data.num_frames,
-                formats=tuple(data.formats),
-                switch_frames=data.switch_frames,
-                stops=data.stops,
-            )
+        if config.data is not None:
+            write_world(config.data_folder, config.data)
 
     mesh.on_main(prepare)
     for name, stage in config.stages.items():

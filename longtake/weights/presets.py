@@ -16,7 +16,6 @@ from torch import Tensor
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.toy.encoders import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
 from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.locate import locate
 
@@ -33,9 +32,9 @@ PRESETS: dict[str, DiTConfig] = {
         model_type="i2v",
         in_channels=36,
         out_channels=16,
-        text_dim=TEXT_WIDTH,
-        text_len=TEXT_LEN,
-        image_dim=IMAGE_WIDTH,
+        text_dim=64,
+        text_len=48,
+        image_dim=64,
     ),
     "wan2.1-t2v-1.3b": _SMALL,
     "wan2.1-fun-1.3b-inp": replace(_SMALL, model_type="i2v", in_channels=36, image_dim=1280),

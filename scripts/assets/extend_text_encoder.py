@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+import toy_encoders as toy
 from torch import Tensor, nn
 from train_text_encoder import FIELDS, IGNORE, forward, labels_of
 
 from longtake.encoders.text import TextEncoder
-from longtake.toy import encoders as toy
 from longtake.toy.captions import STILL, STOP_WORDS
 from longtake.toy.story import sample_story
 from longtake.toy.world import sample_world

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import toy_encoders as toy
 from torch import Tensor, nn
 
 from longtake.encoders.clip import ImageEncoder
-from longtake.toy import encoders as toy
 from longtake.toy.captions import COLOURS, SHAPES
 from longtake.toy.world import SIZE, sample_world, sprite_mask
 

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import toy_encoders as toy
+from caption_parser import clause_spans, parse_caption
 from torch import Tensor, nn
 
 from longtake.encoders.text import TextEncoder
-from longtake.toy import encoders as toy
-from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL, clause_spans, parse_caption
+from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, STILL
 from longtake.toy.world import sample_world
 
 TRAIN_SEED, HELD_OUT_SEED = 72_001, 72_002

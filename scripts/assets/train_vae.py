@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import toy_encoders as toy
 from muon import Muon
 from torch import Tensor
 
-from longtake.toy import encoders as toy
 from longtake.toy.world import sample_world
 
 TRAIN_SEED, HELD_OUT_SEED = 71_001, 71_002

@@ -15,11 +15,11 @@ from original_oracles import (
     t5_shapes,
     vae_shapes,
 )
+from toy_assets import toy
 
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.encoders.original import load_image_model, load_text_model, load_vae_module
 from longtake.errors import CheckpointError
-from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)
 T5, CLIP = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

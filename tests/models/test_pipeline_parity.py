@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_assets import toy
 
 from longtake.encoders.bundle import ImageEncoder, TextEncoder, VideoVAE
 from longtake.encoders.condition import condition_frames
 from longtake.errors import ConfigError
-from longtake.toy import encoders as toy
 
 torch.set_num_threads(1)
 STATISTICS = {"latents_mean": np.linspace(-0.5, 0.5, 16).tolist(), "latents_std": np.linspace(0.5, 2, 16).tolist()}

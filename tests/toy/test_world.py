@@ -6,24 +6,13 @@ import os
 
 import numpy as np
 import pytest
+from toy_assets import clause_spans, parse_caption, tokenize
 
+from longtake.config.groups import WorldConfig
 from longtake.errors import ConfigError, DataError
-from longtake.toy.files import read_worlds, write_lmdb_shard, write_world
-from longtake.toy.world import (
-    DIRECTIONS,
-    FPS,
-    SIZE,
-    SPEED_PX,
-    SPEEDS,
-    VOCABULARY,
-    Clause,
-    clause_spans,
-    parse_caption,
-    sample_world,
-    sprite_reach,
-    tokenize,
-    toroidal_offset,
-)
+from longtake.toy.captions import VOCABULARY, Clause
+from longtake.toy.files import write_world
+from longtake.toy.world import DIRECTIONS, FPS, SIZE, SPEED_PX, SPEEDS, sample_world, sprite_reach, toroidal_offset
 
 WORLDS = [sample_world(7, index) for index in range(400)]
 
@@ -132,9 +121,11 @@ def test_a_folder_is_written_once_and_reads_back(tmp_path):
     av, lmdb = pytest.importorskip("av"), pytest.importorskip("lmdb")
     from PIL import Image
 
-    folder = write_world(tmp_path / "data", 3, seed=5, num_frames=9)
-    worlds = read_worlds(folder)
-    assert [(w.seed, w.index) for w in worlds] == [(5, 0), (5, 1), (5, 2)]
+    asked = WorldConfig(num_worlds=3, seed=5, num_frames=9)
+    folder = write_world(tmp_path / "data", asked)
+    worlds = [sample_world(5, index) for index in range(3)]
+    rows = [json.loads(line) for line in (folder / "worlds.jsonl").read_text().splitlines()]
+    assert rows == [{"seed": 5, "index": w.index, "caption": w.caption} for w in worlds]
     assert sorted(os.listdir(folder)) == ["clips", "images", "lmdb", "world.json", "worlds.jsonl"]
     assert os.listdir(tmp_path) == ["data"]  # nothing temporary is left
     for name, suffix in (("images", "png"), ("clips", "mp4")):
@@ -153,21 +144,23 @@ def test_a_folder_is_written_once_and_reads_back(tmp_path):
         picture = np.asarray(Image.open(io.BytesIO(read.get(b"img_2_data"))))
     assert np.array_equal(picture, worlds[2].render(1)[0])
     before = (folder / "world.json").stat().st_mtime_ns
-    write_world(folder, 3, seed=5, num_frames=9)
+    write_world(folder, asked)
     assert (folder / "world.json").stat().st_mtime_ns == before
 
 
+PICTURES = WorldConfig(num_worlds=1, seed=5, num_frames=2, formats=["images"])
+
+
 def test_other_contents_are_never_overwritten(tmp_path):
-    folder = write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
+    folder = write_world(tmp_path / "data", PICTURES)
     with pytest.raises(DataError, match="asked for"):
-        write_world(folder, 1, seed=6, num_frames=1, formats=("images",))
+        write_world(folder, PICTURES.model_copy(update={"seed": 6}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"world\.json"):
-        write_world(tmp_path / "mine", 1, seed=5, num_frames=1, formats=("images",))
+        write_world(tmp_path / "mine", PICTURES)
     with pytest.raises(ConfigError, match="formats"):
-        write_world(tmp_path / "new", 1, seed=5, num_frames=1, formats=("gif",))
-    assert not (tmp_path / "new").exists()
+        WorldConfig.from_tree({"formats": ["gif"]})
 
 
 def test_a_failed_write_leaves_nothing_and_leftovers_of_killed_runs_go(tmp_path, monkeypatch):
@@ -181,47 +174,13 @@ def test_a_failed_write_leaves_nothing_and_leftovers_of_killed_runs_go(tmp_path,
 
     monkeypatch.setattr(files, "_write_images", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
+        write_world(tmp_path / "data", PICTURES)
     assert os.listdir(tmp_path) == []
-
-
-def test_worlds_of_another_generator_are_refused(tmp_path):
-    folder = write_world(tmp_path / "data", 1, seed=5, num_frames=1, formats=("images",))
-    (folder / "worlds.jsonl").write_text('{"seed": 5, "index": 0, "caption": "a red circle"}\n')
-    with pytest.raises(DataError, match="generator"):
-        read_worlds(folder)
-
-
-def test_lmdb_shard_keeps_arrays_of_any_dtype_and_grows(tmp_path):
-    lmdb, torch = pytest.importorskip("lmdb"), pytest.importorskip("torch")
-    from longtake.toy.files import encode_png
-
-    image = encode_png(WORLDS[0].render(1)[0])
-    latents = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4)
-    rows = [
-        {"img": image, "prompts": "ü", "latents": latents, "clip": np.ones((2, 5), np.float16)},
-        {"img": image, "prompts": "b", "y": np.zeros(20_000_000, np.float32)},  # more than the map's first size
-    ]
-    assert write_lmdb_shard(tmp_path / "shard_00", rows) == 2
-    with lmdb.open(str(tmp_path / "shard_00"), readonly=True, lock=False) as env, env.begin() as read:
-        assert read.get(b"prompts_0_data").decode() == "ü"
-        assert (read.get(b"latents_0_shape"), read.get(b"latents_0_dtype")) == (b"2 3 4", b"bfloat16")
-        back = torch.frombuffer(bytearray(read.get(b"latents_0_data")), dtype=torch.bfloat16).reshape(2, 3, 4)
-        assert torch.equal(back, latents)
-        assert (read.get(b"clip_0_shape"), read.get(b"clip_0_dtype")) == (b"2 5", b"float16")
-        assert len(read.get(b"y_1_data")) == 80_000_000
-    with pytest.raises(DataError, match="exists"):
-        write_lmdb_shard(tmp_path / "shard_00", rows)
-    with pytest.raises(DataError, match="columns"):
-        write_lmdb_shard(tmp_path / "shard_01", [{"img": image}])
-    with pytest.raises(DataError, match="PNG"):
-        write_lmdb_shard(tmp_path / "shard_01", [{"img": b"text", "prompts": "x"}])
-    assert os.listdir(tmp_path) == ["shard_00"]
 
 
 def test_clips_are_the_same_bytes_every_time(tmp_path):
     # x264's default rate control is not reproducible; a run's losses would depend on when its data were written.
     for name in ("a", "b", "c"):
-        write_world(tmp_path / name, 8, seed=3, num_frames=17, formats=["clips"])
+        write_world(tmp_path / name, WorldConfig(num_worlds=8, seed=3, num_frames=17, formats=["clips"]))
     written = [[p.read_bytes() for p in sorted((tmp_path / n / "clips").glob("*.mp4"))] for n in ("a", "b", "c")]
     assert written[0] == written[1] == written[2]

@@ -1,6 +1,6 @@
-"""Library models of the encoders at toy size: the one place where the toy sizes are written down.
+"""Library models of the encoders at toy size, for the programs that train the shipped weights, and for tests.
 
-Used by the scripts that train the shipped toy weights and by tests. Must know no path and no training.
+Must know no path and no training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build_tokenizer() -> Any:
 
     words = [PAD, END, UNKNOWN, *sorted(VOCABULARY), *STOP_WORDS]  # the last came later
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    # As `longtake.toy.captions.tokenize`: full stops carry nothing.
+    # As `caption_parser.tokenize`: full stops carry nothing.
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\."), " ")])
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     core.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, words.index(END))])
