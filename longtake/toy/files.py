@@ -209,13 +209,12 @@ def _write_clip(path: Path, world: World, num_frames: int) -> None:
 def _write_shards(folder: Path, worlds: list[World]) -> None:
     import lmdb
 
-    for shard, start in enumerate(range(0, len(worlds), _ROWS_A_SHARD)):
-        rows, path = worlds[start : start + _ROWS_A_SHARD], folder / f"shard_{shard:02d}"
+    for number, start in enumerate(range(0, len(worlds), _ROWS_A_SHARD)):
+        rows, path = worlds[start : start + _ROWS_A_SHARD], folder / f"shard_{number:02d}"
         entries = {"longtake_format": FORMAT_VERSION, "num_rows": str(len(rows)).encode()}
         for i, world in enumerate(rows):
             entries[f"img_{i}_data"] = encode_png(world.render(1)[0])
             entries[f"prompts_{i}_data"] = "\n".join(segment.caption for segment in world.segments).encode()
-        database = lmdb.open(str(path), map_size=_SHARD_BYTES, lock=False)
-        with writing(path), database, database.begin(write=True) as transaction:
+        with writing(path), lmdb.open(str(path), map_size=_SHARD_BYTES, lock=False) as db, db.begin(write=True) as out:
             for key, value in entries.items():
-                transaction.put(key.encode(), value)
+                out.put(key.encode(), value)

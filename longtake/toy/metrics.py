@@ -21,18 +21,13 @@ from longtake.toy.truth import (
     Truth,
     anchored_truth,
     counted_steps,
+    nanmean,
+    number,
     resolve_open,
     true_ways,
     what_is_kept,
 )
-from longtake.toy.windows import (
-    WindowRule,
-    WindowScores,
-    measure_windows,
-    nanmean,
-    number,
-    summarise_windows,
-)
+from longtake.toy.windows import WindowRule, WindowScores, measure_windows, summarise_windows
 from longtake.toy.world import SIZE, World, toroidal_offset
 
 # Mean distance of a uniformly random position from the true one on the torus: SIZE (sqrt 2 + ln(1 + sqrt 2)) / 6.
@@ -71,10 +66,6 @@ class WorldScores:
     open_moved: bool
     windows: WindowScores | None = None
 
-    @property
-    def first_frame_psnr(self) -> float:
-        return float(self.psnr[0])
-
 
 def measure(world: World, video: NDArray[np.uint8], rule: WindowRule | None = None) -> WorldScores:
     """Scores of `video`, uint8 [T, SIZE, SIZE, 3], against the truth of `world`; with `rule` also window by window.
@@ -90,15 +81,11 @@ def measure(world: World, video: NDArray[np.uint8], rule: WindowRule | None = No
     truth = anchored_truth(resolved, seen)
     offset = toroidal_offset(seen.positions - truth.positions)
     error = np.where(seen.found, np.hypot(offset[..., 0], offset[..., 1]), MISSING_PX)
-    kept = what_is_kept(world, seen, truth)
     motion = _motion(resolved, seen, truth)
     saturation, contrast = _saturation(video), _contrast(video)
     chosen = next((k for k, sprite in enumerate(world.sprites) if sprite.is_open), None)
     return WorldScores(
         position_error=np.where(truth.scored, error, np.nan),
-        shape_kept=kept.shape,
-        colour_kept=kept.colour,
-        count_kept=kept.count,
         psnr=_psnr(video, world.draw(truth.positions)),
         saturation=saturation,
         contrast=contrast,
@@ -106,6 +93,7 @@ def measure(world: World, video: NDArray[np.uint8], rule: WindowRule | None = No
         open_moved=chosen is not None and motion["sprite_stopped"][chosen] == 0,
         windows=None if rule is None else measure_windows(world, seen, saturation, contrast, rule),
         **motion,
+        **what_is_kept(world, seen, truth),
     )
 
 
@@ -168,38 +156,36 @@ def summarise(scores: list[WorldScores]) -> dict[str, Any]:
     """
     if not scores:
         raise ShapeError("summarise got no scores; it needs those of at least one world")
-    errors = _per_world([s.position_error for s in scores])
     chosen = [s.chosen_motion[0] for s in scores if s.chosen_motion and s.open_moved]
     directions = Counter(chosen)
     num_open = sum(s.chosen_motion is not None for s in scores)
-    mean, half = _mean_and_interval(errors)
+    error, half = _mean_and_interval(_per_world(scores, "position_error"))
     windows = [s.windows for s in scores if s.windows is not None]
-    names = ("position_error", "motion_ratio", "stopped", "shape_kept", "colour_kept", "count_kept", "psnr",
-             "saturation", "contrast")  # fmt: skip
+    kept, light = ("shape_kept", "colour_kept", "count_kept"), ("saturation", "contrast")
+    means = {name: number(nanmean(_per_world(scores, name))) for name in (*kept, *light)}
     return {
         "num_worlds": len(scores),
-        "position_error_px": number(mean),
-        "position_error_ci95_px": [number(mean - half), number(mean + half)],
-        "motion_ratio": number(nanmean(_per_world([s.sprite_motion_ratio for s in scores]))),
-        "stop_rate": number(nanmean(_per_world([s.sprite_stopped for s in scores]))),
-        "shape_kept": number(nanmean(_per_world([s.shape_kept for s in scores]))),
-        "colour_kept": number(nanmean(_per_world([s.colour_kept for s in scores]))),
-        "count_kept": number(nanmean(_per_world([s.count_kept for s in scores]))),
-        "first_frame_psnr_db": number(float(np.mean([s.first_frame_psnr for s in scores]))),
-        "saturation": number(nanmean(_per_world([s.saturation for s in scores]))),
-        "contrast": number(nanmean(_per_world([s.contrast for s in scores]))),
+        "position_error_px": number(error),
+        "position_error_ci95_px": [number(error - half), number(error + half)],
+        "motion_ratio": number(nanmean(_per_world(scores, "sprite_motion_ratio"))),
+        "stop_rate": number(nanmean(_per_world(scores, "sprite_stopped"))),
+        **means,
+        "first_frame_psnr_db": number(float(np.mean([s.psnr[0] for s in scores]))),
         "num_open_worlds": num_open,
         "num_open_moved": directions.total(),
         "open_entropy_bits": _entropy_bits(directions),
         "open_entropy_ci95_bits": _entropy_interval(chosen),
         "open_stop_rate": 1 - directions.total() / num_open if num_open else None,
-        "curves": {name: _curve([getattr(s, name) for s in scores]) for name in names},
+        "curves": {
+            name: _curve([getattr(s, name) for s in scores])
+            for name in ("position_error", "motion_ratio", "stopped", *kept, "psnr", *light)
+        },
         **({"windows": summarise_windows(windows)} if len(windows) == len(scores) else {}),
     }
 
 
-def _per_world(values: list[Floats]) -> Floats:
-    return np.array([nanmean(value) for value in values])
+def _per_world(scores: list[WorldScores], name: str) -> Floats:
+    return np.array([nanmean(getattr(s, name)) for s in scores])
 
 
 def _mean_and_interval(values: Floats) -> tuple[float, float]:

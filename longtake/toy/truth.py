@@ -6,24 +6,15 @@ from where it *is*. This file must know no model and no mean.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.toy.captions import COLOURS, DIRECTIONS, SHAPES, SPEEDS, STILL
 from longtake.toy.locate import EXTRA_SHARE, Located
-from longtake.toy.world import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    SIZE,
-    SPEEDS,
-    STILL,
-    Sprite,
-    World,
-    motion_velocity,
-    toroidal_offset,
-)
+from longtake.toy.world import SIZE, Sprite, World, motion_velocity, toroidal_offset
 
 SCORED_VISIBILITY = 0.5
 MAX_GAP = 16  # frames; over a longer gap the shortest way on the torus may be the wrong one for the fastest sprite
@@ -157,25 +148,18 @@ def _with_motion(sprite: Sprite, motion: Motion | None) -> Sprite:
     return replace(sprite, direction=motion[0], speed=motion[1])
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What of a world is still there: `shape`, `colour` [T, S] and `count` [T], 0 or 1; NaN where not scored."""
-
-    shape: Floats
-    colour: Floats
-    count: Floats
-
-
-def what_is_kept(world: World, seen: Located, truth: Truth) -> Kept:
-    """Shape and colour of each sprite, and the number of sprites, in each frame."""
+def what_is_kept(world: World, seen: Located, truth: Truth) -> dict[str, Floats]:
+    """`shape_kept` and `colour_kept` [T, S] of each sprite, and `count_kept` [T]: 0 or 1 in each frame, NaN where not
+    scored.
+    """
     shapes = np.array([SHAPES.index(sprite.shape) for sprite in world.sprites])
     colours = np.array([COLOURS.index(sprite.colour) for sprite in world.sprites])
     missing = (truth.scored & ~seen.found).any(1)
-    return Kept(
-        shape=np.where(truth.scored, seen.shape == shapes, np.nan),
-        colour=np.where(truth.scored, seen.colour == colours, np.nan),
-        count=(~missing & (seen.extra < EXTRA_SHARE)).astype(np.float64),
-    )
+    return {
+        "shape_kept": np.where(truth.scored, seen.shape == shapes, np.nan),
+        "colour_kept": np.where(truth.scored, seen.colour == colours, np.nan),
+        "count_kept": (~missing & (seen.extra < EXTRA_SHARE)).astype(np.float64),
+    }
 
 
 def counted_steps(seen: Located, truth: Truth) -> tuple[Floats, Floats]:
@@ -194,3 +178,14 @@ def true_ways(steps: Floats, truth: Truth) -> Floats:
     velocity = truth.velocity[1:]
     speed = np.hypot(velocity[..., 0], velocity[..., 1])
     return np.divide((steps * velocity).sum(-1), speed, out=np.zeros_like(speed), where=speed > 0)
+
+
+def nanmean(values: Floats) -> float:
+    """The mean of the finite values, NaN without any and without a warning."""
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if kept.size else math.nan
+
+
+def number(value: float) -> float | None:
+    """A number for JSON, None in place of NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -7,27 +7,17 @@ first frame with the window before. What is to be seen of a sprite follows from 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from longtake.errors import ShapeError
+from longtake.toy import truth as true
+from longtake.toy.captions import STILL
 from longtake.toy.locate import Located
-from longtake.toy.truth import (
-    Floats,
-    Truth,
-    counted_steps,
-    measured_velocity,
-    motion_window,
-    nearest_motion,
-    resolve_open,
-    tracked_truth,
-    true_ways,
-    what_is_kept,
-)
-from longtake.toy.world import STILL, World
+from longtake.toy.truth import Floats, Truth, nanmean, number
+from longtake.toy.world import World
 
 MIN_STEPS = 8  # frames in which a sprite must be due for its motion in a window to be measured
 
@@ -77,26 +67,18 @@ def measure_windows(
 
     An open motion is that of its segment's first window: later windows are held to the same one.
     """
-    total = len(seen.positions)
-    world = resolve_open(world, seen.positions, num_frames=rule.num_frames, settle=rule.settle_frames)
-    truth = tracked_truth(world, seen)
-    kept = what_is_kept(world, seen, truth)
-    steps, distance = counted_steps(seen, truth)
-    along = true_ways(steps, truth)
-    spans = [
-        slice(start, start + rule.num_frames - 1) for start in rule.starts(total)
-    ]  # of steps; step t leads into frame t + 1
-    mean = lambda values: np.array([nanmean(values[1:][span]) for span in spans])  # noqa: E731
+    world = true.resolve_open(world, seen.positions, num_frames=rule.num_frames, settle=rule.settle_frames)
+    truth = true.tracked_truth(world, seen)
+    steps, distance = true.counted_steps(seen, truth)
+    along = true.true_ways(steps, truth)
+    # Of steps; step t leads into frame t + 1.
+    spans = [slice(start, start + rule.num_frames - 1) for start in rule.starts(len(seen.positions))]
+    curves = true.what_is_kept(world, seen, truth) | {"saturation": saturation, "contrast": contrast}
+    switches, sprites = range(len(world.switches)), len(world.sprites)
     return WindowScores(
-        motion_ratio=np.array([_ratio(along[span], distance[span]) for span in spans]).reshape(len(spans), -1),
-        shape_kept=mean(kept.shape),
-        colour_kept=mean(kept.colour),
-        count_kept=mean(kept.count),
-        saturation=mean(saturation),
-        contrast=mean(contrast),
-        follows=np.array(
-            [follow_switch(world, seen, truth, number + 1, rule) for number in range(len(world.switches))]
-        ).reshape(len(world.switches), len(world.sprites)),
+        motion_ratio=np.array([_ratio(along[span], distance[span]) for span in spans]).reshape(len(spans), sprites),
+        follows=np.array([follow_switch(world, seen, truth, k + 1, rule) for k in switches]).reshape(-1, sprites),
+        **{name: np.array([nanmean(values[1:][span]) for span in spans]) for name, values in curves.items()},
     )
 
 
@@ -109,29 +91,20 @@ def follow_switch(world: World, seen: Located, truth: Truth, number: int, rule: 
     but standing still. A sprite that is due in fewer than MIN_STEPS frames of the window (covered, or the video ends)
     is not scored; one that is found in less than half of the frames in which it is due does not follow.
     """
-    window = motion_window(world, number, len(seen.positions), num_frames=rule.num_frames, settle=rule.settle_frames)
+    window = true.motion_window(
+        world, number, len(seen.positions), num_frames=rule.num_frames, settle=rule.settle_frames
+    )
     due = truth.scored[window]
     found = due & seen.found[window]
     follows = np.full(len(world.sprites), np.nan)
     for index, sprite in enumerate(world.segments[number].sprites):
         if due[:, index].sum() <= MIN_STEPS:
             continue
-        motion = nearest_motion(measured_velocity(seen.positions[window, index]))
+        motion = true.nearest_motion(true.measured_velocity(seen.positions[window, index]))
         told = ("", STILL) if sprite.speed == STILL else (sprite.direction, sprite.speed)
         obeys = motion is not None and (motion[1] != STILL if sprite.is_open else motion == told)
         follows[index] = obeys and found[:, index].sum() >= due[:, index].sum() / 2
     return follows
-
-
-def nanmean(values: Floats) -> float:
-    """The mean of the finite values, NaN without any and without a warning."""
-    kept = values[np.isfinite(values)]
-    return float(kept.mean()) if kept.size else math.nan
-
-
-def number(value: float) -> float | None:
-    """A number for JSON, None in place of NaN."""
-    return float(value) if math.isfinite(value) else None
 
 
 def summarise_windows(scores: list[WindowScores]) -> dict[str, Any]:
@@ -145,29 +118,20 @@ def summarise_windows(scores: list[WindowScores]) -> dict[str, Any]:
     shapes = {(len(s.count_kept), len(s.follows)) for s in scores}
     if len(shapes) != 1:
         raise ShapeError(f"window scores of {sorted(shapes)} windows and switches cannot be averaged; they must agree")
-    motion = [np.array([nanmean(window) for window in s.motion_ratio]) for s in scores]
+    columns = {
+        "motion_ratio": [np.array([nanmean(window) for window in s.motion_ratio]) for s in scores],
+        **{name: [getattr(s, name) for s in scores] for name in ("shape_kept", "colour_kept", "count_kept")},
+    }
+    brightness = {name: np.array([getattr(s, name) for s in scores]).mean(0) for name in ("saturation", "contrast")}
     follows = [np.concatenate(switch) for switch in zip(*(s.follows for s in scores))]
-    everyone = np.concatenate(follows) if follows else np.empty(0)
+    everyone = np.concatenate([*follows, []])
     return {
-        "motion_ratio": _column_means(motion),
-        **{
-            name: _column_means([getattr(s, name) for s in scores])
-            for name in ("shape_kept", "colour_kept", "count_kept")
-        },
-        **{name: _relative([getattr(s, name) for s in scores]) for name in ("saturation", "contrast")},
+        **{name: [number(nanmean(column)) for column in np.array(rows).T] for name, rows in columns.items()},
+        **{name: [number(v / m[0]) if m[0] > 0 else None for v in m] for name, m in brightness.items()},
         "follow_share": number(nanmean(everyone)),
         "num_followers": int(np.isfinite(everyone).sum()),
         "follow_shares": [number(nanmean(switch)) for switch in follows],
     }
-
-
-def _column_means(rows: list[Floats]) -> list[float | None]:
-    return [number(nanmean(column)) for column in np.array(rows).T]
-
-
-def _relative(rows: list[Floats]) -> list[float | None]:
-    means = np.array(rows).mean(0)
-    return [number(value / means[0]) if means[0] > 0 else None for value in means]
 
 
 def _ratio(along: Floats, distance: Floats) -> Floats:
