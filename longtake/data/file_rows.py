@@ -205,17 +205,26 @@ def split_caption(data: bytes, where: str, *, lines: bool = True) -> tuple[str, 
 
     Raises: DataError naming `where` when they are no text or empty.
     """
+    text = _decoded(data, where)
+    parts = _lines(text) if lines else [text]
+    if not (prompts := tuple(part.strip() for part in parts if part.strip())):
+        raise DataError(f"{where} is empty; every row needs a prompt")
+    return prompts
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text ({error})") from error
     if what := what_it_is(data):
         raise DataError(f"{where} is no caption: {what}")
+    return text
+
+
+def _lines(text: str) -> list[str]:
     # `splitlines` would also cut at characters that nobody sees as an end.
-    parts = re.split(r"\r\n|\r|\n", text) if lines else [text]
-    if not (prompts := tuple(part.strip() for part in parts if part.strip())):
-        raise DataError(f"{where} is empty; every row needs a prompt")
-    return prompts
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def what_it_is(source: Path | bytes) -> str | None:
@@ -318,22 +327,12 @@ def text_rows(path: Path) -> list[FileRow]:
             prompts, fault = ((), problem) if problem else prompts_of(entry)
             rows.append(FileRow(where, prompts=prompts, problem=fault))
     else:
-        lines = enumerate(_text_of(path).split("\n"), start=1)
+        lines = enumerate(_lines(_decoded(path.read_bytes(), str(path))), start=1)
         kept = enumerate((number, line.strip()) for number, line in lines if line.strip())
         rows = [FileRow(f"{path} row {row} (line {number})", prompts=(line,)) for row, (number, line) in kept]
     if not rows:
         raise DataError(f"{path} has no prompt; it needs one a line, or one text file a prompt in a folder")
     return rows
-
-
-def _text_of(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # line ends of all systems become \n
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error})") from error
-    if what := what_it_is(file):
-        raise DataError(f"{file} holds no prompts: {what}")
-    return text
 
 
 def read_objects(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -43,16 +43,21 @@ def open_dataset(
     if (height is None) != (width is None):
         raise ConfigError(f"height={height} and width={width} must be given together")
     sizes = buckets or (() if height is None or width is None else (FileSize(height, width),))
+    return find_format(path, kind)(path, PictureSpec(sizes, num_frames, fps))
+
+
+def find_format(path: Path, kind: str = "auto") -> type[Format]:
+    """The class that opens what lies at a path. Raises: DataError, ConfigError as `open_dataset`."""
     if not path.exists():
         raise DataError(f"data folder {path} does not exist; write it (`longtake world`) or set data.path")
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{path} is a pipe or a device, which is read once; write what it gives to a file first")
     if kind != "auto" and kind not in FORMATS:
         raise ConfigError(f"data.kind={kind} must be auto or one of {', '.join(FORMATS)}")
-    kind = detect_kind(path) if kind == "auto" else kind
-    if path.is_file() and not _format(kind).takes_file(path):
+    found = _format(detect_kind(path) if kind == "auto" else kind)
+    if path.is_file() and not found.takes_file(path):
         raise DataError(f"data.path={path} is a file, and data.kind={kind} needs a folder")
-    return _format(kind)(path, PictureSpec(sizes, num_frames, fps))
+    return found
 
 
 def detect_kind(path: Path) -> str:

@@ -8,9 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from longtake.config.stage import JobConfig, StageConfig, is_path
 from longtake.data.encoded import EncodedRows
-from longtake.data.formats import detect_kind
+from longtake.data.formats import find_format
 from longtake.doctor.estimate import Sizes
 from longtake.errors import CheckpointError, LongtakeError
 from longtake.models.sizes import DiTConfig
@@ -35,9 +38,9 @@ class Findings:
     where a file tells it.
     """
 
-    sizes: Sizes
-    encoder_bytes: int
-    image_tokens: int
+    sizes: Sizes = field(default_factory=dict)
+    encoder_bytes: int = 0
+    image_tokens: int = 0
     vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -48,58 +51,50 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
 
     Raises: ConfigError when `model.preset` is not known.
     """
-    missing: list[str] = []
-    notes: list[str] = []
+    found = Findings()
     critic = config.critic.init_from if config.critic is not None else None
     sources = {"init_from": config.init_from, "teacher": config.teacher, "critic.init_from": critic}
-    sizes: dict[str, DiTConfig] = {}
-    for key, source in sources.items():
-        if source is not None:
-            found = _weights(key, source, config, job, missing, notes)
-            if found is None:  # a folder named like a preset, or the preset that the stage names
-                name = Path(source).name.lower()
-                preset = name if name in PRESETS else config.model.preset
-                notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
-            sizes[key] = found or model_config(preset)
+    named = {key: source for key, source in sources.items() if source is not None}
+    sizes = {key: _sizes(key, source, config, job, found) for key, source in named.items()}
     generator = sizes.get("init_from") or model_config(config.model.preset)
-    teacher = sizes.get("teacher")
-    networks = {"generator": generator}
-    if teacher is not None:
-        networks |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
+    found.sizes = {"generator": generator}
+    if (teacher := sizes.get("teacher")) is not None:
+        found.sizes |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
     # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
     stored = EncodedRows.lies_at(Path(config.data.path))
     wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
     if generator.image_dim is None:
         wanted.discard("image_encoder")
-    encoder_bytes = 0 if stored and config.stage != "long" else _encoders(config, wanted, missing)
-    _data(config, job, missing)
-    tokens = image_token_count(config.encoders_folder)
-    return Findings(networks, encoder_bytes, tokens, _vae(config.encoders_folder), missing, notes)
+    if not stored or config.stage == "long":
+        found.encoder_bytes = _encoders(config, wanted, found)
+    _data(config, job, found)
+    found.image_tokens, found.vae = image_token_count(config.encoders_folder), _vae(config.encoders_folder)
+    return found
 
 
-def _weights(
-    key: str, source: str, config: StageConfig, job: JobConfig | None, missing: list[str], notes: list[str]
-) -> DiTConfig | None:
-    """Sizes of the weights that a source means; None, and a line in `missing` or `notes`, where they are not there."""
+def _sizes(key: str, source: str, config: StageConfig, job: JobConfig | None, found: Findings) -> DiTConfig:
+    """Sizes of the weights that a source means; guessed where they are not there, which is noted."""
     path = config.source(source)
     if job is not None and source in job.stages and not path.is_dir():
         return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
     repository = hub_repository(path)
     try:
-        found = find_weights(path, config.logdir)
-        if found.path.exists():
-            return open_dit(found.path)[1].config  # from the heads of its files
-        if repository is None or path.as_posix().startswith(repository):
-            notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
-            return None
-        raise CheckpointError(f"{path} does not exist")
+        weights = find_weights(path, config.logdir)
+        if weights.path.exists():
+            return open_dit(weights.path)[1].config  # from the heads of its files
+        if repository is not None and not path.as_posix().startswith(repository):
+            raise CheckpointError(f"{path} does not exist")
+        found.notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
         published = hub_repository(path)
         hint = f"; get it with `hf download {published} --local-dir {path}`" if published else ""
         hint = hint if is_path(source) else "; train that stage first"
-        missing.append(f"weights {key}={source}: {path} {reason}{hint}")
-        return None
+        found.missing.append(f"weights {key}={source}: {path} {reason}{hint}")
+    # A folder named like a preset, or the preset that the stage names
+    preset = path.name.lower() if path.name.lower() in PRESETS else config.model.preset
+    found.notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
+    return model_config(preset)
 
 
 def _vae(folder: Path) -> dict[str, Any]:
@@ -109,10 +104,11 @@ def _vae(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("_")}
 
 
-def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int:
+def _encoders(config: StageConfig, wanted: set[str], found: Findings) -> int:
+    """Bytes of the encoders that are there, as they are loaded."""
     folder = config.encoders_folder
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
-    missing += [f"encoders: {what}" for what in absent]
+    found.missing += [f"encoders: {what}" for what in absent]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
     half = {"text_encoder"} if config.model.text_precision == "bf16" else set()
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
@@ -123,23 +119,20 @@ def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int:
 def _elements(file: Path, part: EncoderPart) -> int:
     """Numbers in a weight file, from its header alone (safetensors) or without reading the data (a .pth)."""
     if file.suffix == ".safetensors":
-        with file.open("rb") as data:
-            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
-        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    import torch
-
+        with safe_open(file, framework="pt") as opened:
+            return sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
 
 
-def _data(config: StageConfig, job: JobConfig | None, missing: list[str]) -> None:
+def _data(config: StageConfig, job: JobConfig | None, found: Findings) -> None:
     path = Path(config.data.path)
     if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
         return
     if not path.exists():
-        missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
-    elif config.data.kind == "auto":
-        try:
-            detect_kind(path)
-        except LongtakeError as error:
-            missing.append(f"data: {error}")
+        found.missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
+        return
+    try:
+        find_format(path, config.data.kind)
+    except LongtakeError as error:
+        found.missing.append(f"data: {error}")
