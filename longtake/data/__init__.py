@@ -1,1 +1,1 @@
-"""data."""
+"""Data sets on disk in every known format: recognised, read, put in order, handed out in batches."""

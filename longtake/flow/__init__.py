@@ -1,1 +1,1 @@
-"""flow."""
+"""The mathematics of flow matching: path, noise levels, sampler."""

@@ -1,1 +1,1 @@
-"""inference."""
+"""From weights of any origin to frames: streams, sessions, scripts, files."""

@@ -1,1 +1,1 @@
-"""models."""
+"""Wan's transformer, its attention, and the key/value cache that it streams with."""

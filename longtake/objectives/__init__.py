@@ -1,1 +1,1 @@
-"""objectives."""
+"""What networks are trained by."""

@@ -1,1 +1,1 @@
-"""rollout."""
+"""One network as it streams, with and without gradient."""

@@ -1,1 +1,1 @@
-"""train."""
+"""A stage: built from its configuration, and the one loop that trains it."""
