@@ -39,26 +39,18 @@ class KeyedRNG:
         indices: Sequence[int],
         shape: Sequence[int],
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         part: int = 0,
     ) -> Tensor:
-        """Standard normal numbers [B, *shape], one row for each global sample index."""
+        """Standard normal numbers, float32 [B, *shape], one row for each global sample index."""
         rows = [torch.randn(tuple(shape), generator=self.generator(step, purpose, i, part)) for i in indices]
-        return torch.stack(rows).to(device=device, dtype=dtype)
+        return torch.stack(rows).to(device)
 
     def uniform(
-        self,
-        step: int,
-        purpose: str,
-        indices: Sequence[int],
-        low: float = 0.0,
-        high: float = 1.0,
-        dtype: torch.dtype = torch.float32,
-        part: int = 0,
+        self, step: int, purpose: str, indices: Sequence[int], dtype: torch.dtype = torch.float32, part: int = 0
     ) -> Tensor:
-        """Uniform numbers [B] in [low, high), one for each global sample index, on the CPU."""
+        """Uniform numbers [B] in [0, 1), one for each global sample index, on the CPU."""
         rows = [torch.rand((), generator=self.generator(step, purpose, i, part), dtype=torch.float64) for i in indices]
-        return (low + (high - low) * torch.stack(rows)).to(dtype)
+        return torch.stack(rows).to(dtype)
 
     def integer(self, step: int, purpose: str, low: int, high: int, part: int = 0) -> int:
         """One integer in [low, high), shared by all samples and equal on all ranks."""

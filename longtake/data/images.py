@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,15 @@ from longtake.errors import DataError
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _MOVING = ("GIF", "PNG", "WEBP", "AVIF")  # of several pictures in these files viewers show all, one after the other
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+@contextmanager
+def _refusing(what: str, fix: str = "") -> Iterator[None]:
+    """What Pillow raises inside becomes a DataError."""
+    try:
+        yield
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{what} ({error}){fix}") from error
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
@@ -52,28 +63,21 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     Raises: DataError naming `where`.
     """
     opened = open_image(data, where)
-    try:
+    with _refusing(f"{where}: its EXIF cannot be read"):
         lies = opened.getexif().get(0x0112, 1) >= 5  # orientations that exchange height and width
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{where}: its EXIF cannot be read ({error})") from error
     return (opened.width, opened.height) if lies else (opened.height, opened.width)
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
     """The picture in the bytes of a file, not decoded yet. Raises: DataError naming `where`."""
-    try:
+    with _refusing(f"{where}: {len(data)} bytes cannot be decoded as a picture"):
         try:
             return Image.open(io.BytesIO(data))
         except UnidentifiedImageError:
-            if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
-                raise
-            _read_heic(where)
-            return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        why = what_it_is(data) or "no format that Pillow knows"
-        raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({why})") from error
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{where}: {len(data)} bytes cannot be decoded as a picture ({error})") from error
+            if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+                _read_heic(where)
+                return Image.open(io.BytesIO(data))
+            raise ValueError(what_it_is(data) or "no format that Pillow knows") from None
 
 
 def _read_heic(where: str) -> None:
@@ -89,24 +93,18 @@ def upright_rgb(image: Image.Image, where: str) -> Image.Image:
 
     Raises: DataError naming `where` when the file is damaged, moves, or has more than 8 bits a channel.
     """
-    try:
+    with _refusing(f"{where} cannot be decoded as a picture", "; give a whole PNG, JPEG or WebP file"):
         image.load()  # a truncated file is found here
         number = getattr(image, "n_frames", 1) if image.format in _MOVING else 1
         profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS as error:
-        raise DataError(
-            f"{where} cannot be decoded as a picture ({error}); give a whole PNG, JPEG or WebP file"
-        ) from error
     if number > 1:
         raise DataError(f"{where} moves: it holds {number} pictures; give a still one, or a video file")
     if image.mode[0] in "IF":  # 16 and 32 bits a channel: PIL would clip, not scale
         raise DataError(f"{where} has {image.mode} pixels; only 8 bits a channel are read: convert it to 8-bit RGB")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    try:
+    with _refusing(f"{where}: its {image.mode} colours cannot be shown", "; convert it to sRGB"):
         image = _in_srgb(image, profile) if profile else image.convert("RGB")
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{where}: its {image.mode} colours cannot be shown ({error}); convert it to sRGB") from error
     if alpha is None:
         return image
     image.putalpha(alpha)

@@ -30,7 +30,7 @@ from longtake.errors import DataError
 if TYPE_CHECKING:
     import lmdb
 
-FORMAT_KEY, FORMAT_VERSION = b"longtake_format", b"1"
+FORMAT_VERSION = b"1"
 ENCODINGS = ("latents", "y", "clip", "text")
 PUBLISHED_IMAGE_SHAPE = (480, 832, 3)  # the published layout stores no picture size; this is the only one in use
 
@@ -182,18 +182,16 @@ def _read(folder: Path, keys: list[str]) -> dict[str, bytes | None]:
 
 
 def _inspect(folder: Path) -> _Shard:
-    head = _read(folder, ["longtake_format", "num_rows", "latents_shape"])
-    version = head["longtake_format"]
+    version, rows, latents = _read(folder, ["longtake_format", "num_rows", "latents_shape"]).values()
+    if version == FORMAT_VERSION:
+        return _Shard(folder, _shape(rows, f"{folder}: num_rows")[0], is_own=True, has_images=True)
     if version is not None:
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{folder} has longtake_format={version!r} and this version reads {FORMAT_VERSION!r}; update longtake"
-            )
-        rows = _shape(head["num_rows"], f"{folder}: num_rows")
-        return _Shard(folder, rows[0], is_own=True, has_images=True)
+        raise DataError(
+            f"{folder} has longtake_format={version!r} and this version reads {FORMAT_VERSION!r}; update longtake"
+        )
     last_image = _last_row(folder, "img_")
-    if head["latents_shape"] is not None:
-        count, *shape = _shape(head["latents_shape"], f"{folder}: latents_shape")
+    if latents is not None:
+        count, *shape = _shape(latents, f"{folder}: latents_shape")
         return _Shard(folder, count, is_own=False, has_images=last_image >= 0, latents_shape=tuple(shape))
     if last_image < 0:
         raise DataError(f"{folder} has no rows: neither longtake_format, nor latents_shape, nor img_ keys")

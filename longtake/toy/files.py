@@ -125,21 +125,20 @@ def _already_written(folder: Path, request: dict[str, Any], overwrite: bool) -> 
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    stamp = folder / STAMP
-    if not stamp.is_file():
-        raise DataError(f"{folder} exists and is no folder of write_world (no {STAMP}); name an empty or a new folder")
     try:
-        present = parse_json(stamp.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{stamp} is not readable ({error}); delete {folder} or name another folder") from error
-    if present != request:
-        if overwrite:
-            check_own(folder, _OWN)
-            return False
+        present = parse_json((folder / STAMP).read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"
-        )
-    return True
+            f"{folder} exists and is no folder of write_world ({STAMP}: {error}); name an empty or a new folder"
+        ) from error
+    if present == request:
+        return True
+    if overwrite:
+        check_own(folder, _OWN)
+        return False
+    raise DataError(
+        f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"
+    )
 
 
 def _partial_prefix(folder: Path) -> str:

@@ -162,10 +162,11 @@ def test_draws_differ_by_every_part_of_the_key():
 
 def test_draws_have_their_distributions():
     draws = KeyedRNG(0)
-    u = draws.uniform(0, "u", range(4000), low=0.2, high=0.6)
-    assert u.dtype == torch.float32 and u.min() >= 0.2 and u.max() <= 0.6 and abs(u.mean() - 0.4) < 0.01
-    n = draws.noise(0, "n", range(100), (50,), dtype=torch.float64)
-    assert n.dtype == torch.float64 and abs(n.mean()) < 0.05 and abs(n.std() - 1) < 0.05
+    u = draws.uniform(0, "u", range(4000))
+    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.02 and abs(u.std() - 12**-0.5) < 0.01
+    n = draws.noise(0, "n", range(100), (50,))
+    assert n.dtype == torch.float32 and abs(n.mean()) < 0.05 and abs(n.std() - 1) < 0.05
     k = [draws.integer(step, "exit", 0, 4) for step in range(400)]
     assert set(k) == {0, 1, 2, 3} and k == [KeyedRNG(0).integer(step, "exit", 0, 4) for step in range(400)]
     assert all(60 < k.count(i) < 140 for i in range(4))
