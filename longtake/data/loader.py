@@ -109,13 +109,13 @@ class BadRows:
             ) from error
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Loader:
     """What one rank reads: the rows of its micro-batches at a position, and the sample of a row.
 
     `position` is that of the next update: store it, and `seek` it to go on from there. Args: `on_bad_row`,
     `max_bad_share` as in `DataConfig`; `workers`, how many threads may call `read` at once; `buckets` of the rows, by
-    default one of all.
+    default one of all. Fields: `bad` rows that this rank has met so far.
     Raises: DataError for a bad row, or with `on_bad_row="skip"` for too many of them; ConfigError for the batch size.
     """
 
@@ -128,18 +128,13 @@ class Loader:
     on_bad_row: str = "fail"
     max_bad_share: float = 0.01
     workers: int = 0
-    buckets: Buckets = None  # type: ignore[assignment]
+    buckets: Buckets = None  # type: ignore[assignment]  # one of all rows
     position: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.buckets = self.buckets or Buckets.whole(len(self.dataset))
         self.bad = BadRows(len(self.dataset), self.on_bad_row, self.max_bad_share)
         self.picks(0)  # a batch size that does not divide is refused now, not at the first batch
-
-    @property
-    def num_bad_rows(self) -> int:
-        """Different bad rows that this rank has met so far."""
-        return len(self.bad)
 
     def seek(self, position: int) -> None:
         """Makes the update at `position` the next one."""

@@ -64,7 +64,7 @@ def _truth(world: World, positions: Floats) -> Truth:
     velocity = np.empty_like(positions)
     for segment in world.segments:
         velocity[segment.frame :] = segment.velocity
-    return Truth(positions, velocity, world.visibility_at(positions) >= SCORED_VISIBILITY)
+    return Truth(positions, velocity, world.visibility(positions) >= SCORED_VISIBILITY)
 
 
 def _drift(world: World, seen: Located) -> Floats:

@@ -145,12 +145,8 @@ class World:
             flat[where] = (under + (colour - under) * mask + 0.5).astype(np.uint8)
         return video
 
-    def visibility(self, num_frames: int) -> NDArray[np.float64]:
-        """[T, S] share of each sprite's area that no later sprite covers."""
-        return self.visibility_at(self.positions(num_frames))
-
-    def visibility_at(self, centres: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The same of sprites at `centres` [T, S, 2]."""
+    def visibility(self, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[T, S] share of each sprite's area that no later sprite covers, of sprites at `centres` [T, S, 2]."""
         free = np.ones(len(centres) * SIZE * SIZE, np.float32)
         visible = np.ones(centres.shape[:2])
         for index in reversed(range(len(self.sprites))):

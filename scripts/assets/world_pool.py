@@ -78,7 +78,7 @@ def wanted_world(
 
 def is_hidden(world: World, centres: np.ndarray, visibility: float) -> bool:
     """Whether less than `visibility` of some sprite is to be seen in some frame."""
-    return len(world.sprites) > 1 and bool(world.visibility_at(centres).min() < visibility)
+    return len(world.sprites) > 1 and bool(world.visibility(centres).min() < visibility)
 
 
 def sample(task: Task) -> Sampled:

@@ -19,7 +19,7 @@ from longtake.toy.world import World, sample_world
 
 def crosses(world: World, num_frames: int) -> bool:
     """Whether a sprite hides a tenth or more of another one within the clip."""
-    return len(world.sprites) > 1 and bool(world.visibility(num_frames).min() < 0.9)
+    return len(world.sprites) > 1 and bool(world.visibility(world.positions(num_frames)).min() < 0.9)
 
 
 def choose(seed: int, num_worlds: int, crossing: float, is_open: float, num_frames: int) -> list[World]:

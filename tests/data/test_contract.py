@@ -93,9 +93,9 @@ def test_a_bad_row_is_named_counted_and_replaced_or_fatal(name, tmp_path):
     assert "data.on_bad_row=skip" in str(error.value)
     skipping = make(dataset, on_bad_row="skip", max_bad_share=0.2)
     row, sample = skipping.read(2)
-    assert (row, sample.prompt) == (3, "prompt 3") and skipping.num_bad_rows == 1
+    assert (row, sample.prompt) == (3, "prompt 3") and len(skipping.bad) == 1
     skipping.read(2)
-    assert skipping.num_bad_rows == 1  # each row counts once
+    assert len(skipping.bad) == 1  # each row counts once
     with pytest.raises(DataError, match=r"1 of 6 rows are bad, more than data.max_bad_share=0.1"):
         make(dataset, on_bad_row="skip", max_bad_share=0.1).read(2)
 

@@ -119,7 +119,7 @@ def test_skip_replaces_a_bad_row_by_the_next_good_one(workers):
     for a, b in zip(clean, repaired, strict=True):
         assert b.indices == a.indices
         assert b.rows == [replaced.get(row, row) for row in a.rows]
-    assert loader.num_bad_rows == 3
+    assert len(loader.bad) == 3
     ranks = [make(Memory(bad=[5, 6, 19]), rank=r, world_size=2, **skipping) for r in range(2)]
     rank = [batch for loader in ranks for batch in update(loader)]
     rows = dict(zip(sum((b.indices for b in rank), []), sum((b.rows for b in rank), [])))

@@ -90,7 +90,7 @@ def test_sampling_covers_everything_with_the_promised_shares():
 def test_sprites_of_a_world_differ_in_colour_and_start_apart():
     for world in WORLDS:
         assert len({s.colour for s in world.sprites}) == len(world.sprites)
-        assert world.visibility(1).min() > 0.999
+        assert world.visibility(world.positions(1)).min() > 0.999
         starts = world.positions(1)[0]
         for i, a in enumerate(world.sprites):
             for j, b in enumerate(world.sprites[:i]):
