@@ -34,8 +34,9 @@ from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
 from longtake.train.state import TrainState
-from longtake.weights.load import clean_name, config_to_json
+from longtake.weights.config_json import config_to_json
 from longtake.weights.lora import Adapter, write_adapter
+from longtake.weights.names import clean_name
 
 __all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 

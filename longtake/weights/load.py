@@ -19,38 +19,14 @@ from torch import Tensor
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.sizes import DiTConfig
-from longtake.weights.config_json import (
-    FILE,
-    config_from_json,
-    config_to_json,
-    read_json,
-    write_config,
-)
+from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
-from longtake.weights.hub import local_path
-from longtake.weights.locate import locate
+from longtake.weights.locate import local_path, locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
-from longtake.weights.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
+from longtake.weights.names import shown_key
 from longtake.weights.presets import PRESETS, fitting_presets
 from longtake.weights.read import CheckpointReader, open_published
-from longtake.weights.tensor_files import check_finite, save_tensors
-
-__all__ = [
-    "check_state",
-    "Opened",
-    "clean_key",
-    "clean_name",
-    "config_from_json",
-    "config_to_json",
-    "is_diffusers",
-    "load_dit",
-    "load_state",
-    "open_dit",
-    "open_weights",
-    "save_dit",
-    "to_diffusers_key",
-    "to_original_key",
-]
+from longtake.weights.tensor_files import check_finite, misfits, save_tensors, shapes_in
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +38,11 @@ def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *,
 
     Args: `diffusers`, whether keys are listed under their diffusers names.
     """
-    own = model.state_dict()
-    groups = {
-        "missing": dict.fromkeys(own.keys() - state.keys(), ""),
-        "surplus": dict.fromkeys(state.keys() - own.keys(), ""),
-        "reshaped": {
-            key: f" {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        },
-    }
-    problems = []
-    for group, keys in groups.items():
-        listed = sorted((shown_key(key) if diffusers else key) + what for key, what in keys.items())
-        if listed:
-            problems.append(f"{group} ({len(keys)}): {', '.join(listed[:12])}{', ...' if len(keys) > 12 else ''}")
+    groups = misfits(shapes_in(model.state_dict()), shapes_in(state), shown_key if diffusers else str)
+    problems = [
+        f"{group} ({len(keys)}): {', '.join(keys[:12])}{', ...' if len(keys) > 12 else ''}"
+        for group, keys in groups.items()
+    ]
     if problems:
         fitting = fitting_presets(state)
         hint = f". The tensors are those of {' or '.join(fitting)}: config.json should be, too" if fitting else ""
@@ -97,24 +63,36 @@ def open_dit(source: str | Path, network: str | None = None) -> tuple[Checkpoint
     """
     path = locate(local_path(source))
     if is_adapter(path) and network is None:
-        return _open_adapter(path)
+        return open_with_updates(check_base(path, read_base(path)), None, path, None)
     published = open_published(path, network)  # first, since it says what the weights of others are
-    file = (path if path.is_dir() else path.parent) / FILE
-    data = read_json(file) if file.exists() else {}
-    config = config_from_json(data, file) if file.exists() else None
-    if config is None:
-        config = _recognised(published, file)
-    elif config.model_type == "i2v" and "image_dim" not in data and _no_image_branch(published):
-        # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
-        config = dataclasses.replace(config, image_dim=None, image_positions=None)
-    if config.num_layers > max(1000, len(published.tensors)):  # before a model of that size is made
-        raise CheckpointError(
-            f"{file} says num_layers={config.num_layers}, and {path} has {len(published.tensors)} tensors; use its own"
-        )
+    config = _sizes(published, (path if path.is_dir() else path.parent) / FILE)
     with torch.device("meta"):
         model = VideoDiT(config)
     check_state(published.shapes(), model, path, diffusers=published.diffusers)
     return published, model
+
+
+def _sizes(published: CheckpointReader, file: Path) -> DiTConfig:
+    """The sizes in `config.json`; without one, those of the preset that has exactly these tensors."""
+    if not file.exists():
+        if not (fitting := fitting_presets(published.shapes())):
+            raise CheckpointError(
+                f"{file} does not exist, and the tensors of {published.path} are those of no preset "
+                f"({', '.join(PRESETS)}); put the config.json of the model beside its weights"
+            )
+        logger.info("%s has no config.json; its tensors are those of %s", published.path, " or ".join(fitting))
+        return PRESETS[fitting[0]]
+    data, count = read_json(file), len(published.tensors)
+    config = config_from_json(data, file)
+    if config.num_layers > max(1000, count):  # before a model of that size is made
+        raise CheckpointError(
+            f"{file} says num_layers={config.num_layers}, and {published.path} has {count} tensors; use its own"
+        )
+    with_image = any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
+    if config.model_type == "i2v" and "image_dim" not in data and not with_image:
+        # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
+        return dataclasses.replace(config, image_dim=None, image_positions=None)
+    return config
 
 
 @dataclass(frozen=True)
@@ -137,20 +115,8 @@ def open_weights(source: str | Path) -> Opened:
     return Opened(model, partial(published.read, check=False), lambda name: str(published.tensors.get(name, name)))
 
 
-def _open_adapter(folder: Path) -> tuple[CheckpointReader, VideoDiT]:
-    """The base of a folder of low-rank updates, with these merged as it is read."""
-    published, model = open_dit(check_base(folder, read_base(folder)))
-    updates = read_lora(folder, published.shapes())
-    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
-
-
 def open_with_updates(
-    source: str | Path,
-    network: str | None,
-    lora: str | Path | None,
-    lora_scale: float | None,
-    *,
-    unmerge: bool = False,
+    source: str | Path, network: str | None, lora: str | Path | None, lora_scale: float | None, *, unmerge: bool = False
 ) -> tuple[CheckpointReader, VideoDiT]:
     """As `open_dit`, with the updates of a file merged into (or taken out of) what is read. Raises: ConfigError too."""
     check_scale(lora_scale, lora)
@@ -158,25 +124,8 @@ def open_with_updates(
     if lora is None:
         return published, model
     updates = read_lora(lora, published.shapes(), scale=lora_scale)
-    if unmerge:
-        updates = dataclasses.replace(updates, sign=-1)
-    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
-
-
-def _no_image_branch(published: CheckpointReader) -> bool:
-    return not any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
-
-
-def _recognised(published: CheckpointReader, file: Path) -> DiTConfig:
-    """The sizes of the preset that has exactly these tensors, for weights without a `config.json`."""
-    fitting = fitting_presets(published.shapes())
-    if not fitting:
-        raise CheckpointError(
-            f"{file} does not exist, and the tensors of {published.path} are those of no preset "
-            f"({', '.join(PRESETS)}); put the config.json of the model beside its weights"
-        )
-    logger.info("%s has no config.json; its tensors are those of %s", published.path, " or ".join(fitting))
-    return PRESETS[fitting[0]]
+    merge = dataclasses.replace(updates, sign=-1 if unmerge else 1).merge
+    return dataclasses.replace(published, updates=(*published.updates, merge)), model
 
 
 def load_dit(

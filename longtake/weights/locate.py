@@ -8,6 +8,7 @@ Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wa
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from pathlib import Path
 from longtake.errors import CheckpointError
 from longtake.run_folder import MANIFEST, exported_weights, find_checkpoint
 from longtake.weights.config_json import read_json
-from longtake.weights.file_kind import is_pickled
+from longtake.weights.file_kind import GGUF, is_pickled
+
+logger = logging.getLogger(__name__)
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
 SAFETENSORS = (".safetensors",)
@@ -31,7 +34,10 @@ _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
-# CheckpointReader repositories: weights of a transformer together with its encoders
+# An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
+_FETCHED = ("config.json", "diffusion_pytorch_model*.safetensors*", "transformer/*")
+_TRANSFORMERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
+# Published repositories: weights of a transformer together with its encoders
 HUB_REPOSITORIES = (
     "alibaba-pai/Wan2.1-Fun-1.3B-InP",
     "Wan-AI/Wan2.1-T2V-1.3B",
@@ -143,6 +149,57 @@ def locate(path: Path) -> Path:
         if (path / "transformer").is_dir():
             return path / "transformer"
     return path
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+def local_path(source: str | Path) -> Path:
+    """The local path that a source means; a repository on the hub is downloaded (or found in its cache) first.
+
+    Args: `source`, a path, or OWNER/NAME, with a folder or a file of the repository behind it if it holds several
+    transformers (`Wan-AI/Wan2.2-T2V-A14B/high_noise_model`, `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`).
+    Raises: CheckpointError when there is nothing.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not is_hub_name(source):
+        raise CheckpointError(
+            f"{path} does not exist; give a folder or a file of weights, or OWNER/NAME of a repository on the Hugging "
+            "Face hub"
+        )
+    owner, name, *rest = path.as_posix().split("/")
+    if rest and rest[-1].lower().endswith(".gguf"):
+        raise CheckpointError(f"{source} {GGUF}")
+    logger.info("%s is no local path; asking the Hugging Face hub for %s/%s", source, owner, name)
+    root = _download(f"{owner}/{name}", _patterns("/".join(rest)))
+    if not rest:
+        locate(root)  # before gigabytes of the wrong one of two transformers are fetched
+        root = _download(f"{owner}/{name}", _FETCHED)
+    found = root.joinpath(*rest)
+    if not found.exists():
+        raise CheckpointError(f"{'/'.join(rest)} is not in the repository {owner}/{name} of the Hugging Face hub")
+    return found
+
+
+def _patterns(part: str) -> tuple[str, ...]:
+    """The files to ask for first: those of the part that was named, or the configurations of all transformers."""
+    if part.lower().endswith((*SAFETENSORS, *PICKLED)):
+        folder = part.rpartition("/")[0]
+        return (part, f"{folder}/config.json" if folder else "config.json")
+    if part:
+        return (f"{part}/config.json", f"{part}/*.safetensors", f"{part}/*.safetensors.index.json")
+    return ("config.json", *(f"{folder}/config.json" for folder in _TRANSFORMERS))
+
+
+def _download(repository: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # all errors of the hub and of the network are among these
+        raise CheckpointError(
+            f"{repository} is neither a local path nor could it be fetched from the Hugging Face hub: {error}"
+        ) from error
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------

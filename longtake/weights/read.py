@@ -13,6 +13,7 @@ import shlex
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError
 from longtake.weights.config_json import read_json
-from longtake.weights.families import is_wan, refuse_others
-from longtake.weights.file_kind import is_pickled
+from longtake.weights.file_kind import is_pickled, is_wan, refuse_others
 from longtake.weights.locate import INDEX as _INDEX
 from longtake.weights.locate import files_in, locate, pickles_in
 from longtake.weights.names import clean_key, is_beside, is_diffusers, original_names
@@ -87,8 +87,6 @@ class CheckpointReader:
             yield name, tensor
 
     def _stored(self, names: Iterable[str] | None) -> Iterator[tuple[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
         by_file: dict[Path, list[str]] = {}
         for name in self.tensors if names is None else names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -96,12 +94,9 @@ class CheckpointReader:
             if file in self._pickled:
                 yield from ((name, self._pickled[file][self.tensors[name].key].detach()) for name in held)
                 continue
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in held:
-                        yield name, opened.get_tensor(self.tensors[name].key)
-            except (SafetensorError, OSError) as error:
-                raise _damaged(file, error) from error
+            with open_safetensors(file) as opened:
+                for name in held:
+                    yield name, opened.get_tensor(self.tensors[name].key)
 
 
 def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> CheckpointReader:
@@ -211,23 +206,24 @@ def _check_present(folder: Path, wanted: list[str]) -> None:
 
 
 def _header(file: Path) -> list[Stored]:
+    with open_safetensors(file) as opened:
+        views = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        types = {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()}
+        return [Stored(file, key, tuple(view.get_shape()), types[key]) for key, view in views.items()]
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """The open file. Raises: CheckpointError where it, or what is read of it, is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    rows = []
     try:
         with safe_open(file, framework="pt") as opened:
-            for key in list(opened.keys()):
-                view = opened.get_slice(key)
-                rows.append(Stored(file, key, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())))
+            yield opened
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-    return rows
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file} cannot be read as safetensors: {error}; it is damaged or cut short: download it again"
-    )
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors: {error}; it is damaged or cut short: download it again"
+        ) from error
 
 
 def check_type(dtype: object, what: object) -> None:

@@ -32,37 +32,21 @@ def widen(model: VideoDiT, config: DiTConfig, generator: torch.Generator) -> Vid
     Raises: ConfigError when the model already has condition channels, or when `config` differs in more than those
     and the image branch.
     """
-    wide = _wider(model, config)
-    matrix = model.state_dict()["blocks.0.cross_attn.k.weight"]
-    state = {}
-    for name, tensor in _widened(model.state_dict().items(), wide, generator):
-        new = name not in model.state_dict()
-        state[name] = tensor.to(matrix.device, parameter_type(name, matrix.dtype)) if new else tensor
+    wide, old = _wider(model, config), model.state_dict()
+    matrix = old["blocks.0.cross_attn.k.weight"]
+    state = {
+        name: tensor if name in old else tensor.to(matrix.device, parameter_type(name, matrix.dtype))
+        for name, tensor in _widened(old.items(), wide, generator)
+    }
     wide.load_state_dict(state, assign=True)
     return wide.requires_grad_(True)
-
-
-def widen_opened(opened: Opened, config: DiTConfig, seed: int) -> Opened:
-    """As `widen`, for weights that are still to be read; the same seed draws the same."""
-    wide = _wider(opened.model, config)
-
-    def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        wanted = None if names is None else set(names)
-        old = None if wanted is None else [name for name in opened.model.state_dict() if name in wanted]
-        for name, tensor in _widened(opened.read(old), wide, torch.Generator().manual_seed(seed)):
-            if wanted is None or name in wanted:
-                yield name, tensor
-
-    return Opened(wide, read, opened.place)
 
 
 def _wider(model: VideoDiT, config: DiTConfig) -> VideoDiT:
     """A model of the new sizes on the meta device. Raises: ConfigError."""
     old = model.config
-    other = sorted(
-        name for name, value in config.to_dict().items() if name not in _ADDED and value != old.to_dict()[name]
-    )
-    if other:
+    changed = [name for name, value in config.to_dict().items() if value != getattr(old, name)]
+    if other := sorted(set(changed) - _ADDED):
         listed = ", ".join(f"{name}={getattr(old, name)} (not {getattr(config, name)})" for name in other)
         raise ConfigError(
             f"the weights cannot be widened to these sizes, they have {listed}; name a preset of that size"
@@ -99,15 +83,26 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
 
 def widened_as_asked(model: VideoDiT, settings: ModelConfig, seed: int) -> VideoDiT:
     """`model`, widened to the sizes of `settings.preset` where `settings.widen` asks for it and it is text-to-video."""
-    if not _asked(model, settings):
-        return model
-    return widen(model, model_config(settings.preset), torch.Generator().manual_seed(seed))
+    sizes = _asked(model, settings)
+    return model if sizes is None else widen(model, sizes, torch.Generator().manual_seed(seed))
 
 
 def opened_as_asked(opened: Opened, settings: ModelConfig, seed: int) -> Opened:
-    """As `widened_as_asked`, for weights that are still to be read."""
-    return widen_opened(opened, model_config(settings.preset), seed) if _asked(opened.model, settings) else opened
+    """As `widened_as_asked`, for weights that are still to be read; the same seed draws the same."""
+    sizes = _asked(opened.model, settings)
+    if sizes is None:
+        return opened
+    wide = _wider(opened.model, sizes)
+
+    def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(wide.state_dict() if names is None else names)
+        old = opened.read([name for name in opened.model.state_dict() if name in wanted])
+        for name, tensor in _widened(old, wide, torch.Generator().manual_seed(seed)):
+            if name in wanted:
+                yield name, tensor
+
+    return Opened(wide, read, opened.place)
 
 
-def _asked(model: VideoDiT, settings: ModelConfig) -> bool:
-    return settings.widen and not model.config.condition_channels
+def _asked(model: VideoDiT, settings: ModelConfig) -> DiTConfig | None:
+    return model_config(settings.preset) if settings.widen and not model.config.condition_channels else None

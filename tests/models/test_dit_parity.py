@@ -17,7 +17,9 @@ from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.load import config_from_json, load_state, to_diffusers_key, to_original_key
+from longtake.weights.config_json import config_from_json
+from longtake.weights.load import load_state
+from longtake.weights.names import to_diffusers_key, to_original_key
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}

@@ -14,17 +14,9 @@ from safetensors.torch import load_file, save_file
 import longtake
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT
-from longtake.weights.load import (
-    check_state,
-    clean_key,
-    config_from_json,
-    config_to_json,
-    load_dit,
-    load_state,
-    save_dit,
-    to_diffusers_key,
-    to_original_key,
-)
+from longtake.weights.config_json import config_from_json, config_to_json
+from longtake.weights.load import check_state, load_dit, load_state, save_dit
+from longtake.weights.names import clean_key, to_diffusers_key, to_original_key
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
