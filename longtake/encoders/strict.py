@@ -14,16 +14,15 @@ from typing import Any
 from longtake.errors import CheckpointError
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.locate import files_in
-from longtake.weights.tensor_files import check_finite
+from longtake.weights.tensor_files import Shapes, check_finite, misfits
 
 
 def check_folder(folder: str | Path, what: str) -> Path:
     """`folder` as a path. Raises: CheckpointError unless it holds `config.json` and safetensors weights."""
     path = Path(folder)
     if not path.is_dir():
-        raise CheckpointError(
-            f"the {what} folder {path} does not exist; give a folder with config.json and *.safetensors"
-        )
+        fix = "give a folder with config.json and *.safetensors"
+        raise CheckpointError(f"the {what} folder {path} does not exist; {fix}")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path / 'config.json'} is missing; the {what} folder needs it beside its weights")
     if not files_in(path):
@@ -74,31 +73,17 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
         )
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "surplus": sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore)),
-        "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
-    }
-    _refuse(problems, folder, model_class.__name__)
+    surplus = [key for key in info["unexpected_keys"] if not key.startswith(ignore)]
+    problems = {"missing": info["missing_keys"], "surplus": surplus, "reshaped": map(str, info["mismatched_keys"])}
+    _refuse({group: sorted(keys) for group, keys in problems.items()}, folder, model_class.__name__)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, f"{name} of {folder}")
     return model.eval()
 
 
-def check_keys(
-    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], source: Path, model: str
-) -> None:
+def check_keys(expected: Shapes, got: Shapes, source: Path, model: str) -> None:
     """Raises CheckpointError that lists the keys of `got` that are missing, surplus or of another shape."""
-    problems = {
-        "missing": sorted(expected.keys() - got.keys()),
-        "surplus": sorted(got.keys() - expected.keys()),
-        "reshaped": [
-            f"{key} {got[key]} instead of {expected[key]}"
-            for key in sorted(expected.keys() & got.keys())
-            if got[key] != expected[key]
-        ],
-    }
-    _refuse(problems, source, model)
+    _refuse(misfits(expected, got), source, model)
 
 
 def _refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
