@@ -1,6 +1,6 @@
 """The three frozen encoders that surround the transformer, loaded from one folder.
 
-The classes live in `vae.py`, `text_encoder.py` and `image_encoder.py`; this file bundles them.
+The classes live in `vae.py`, `text.py` and `clip.py`; this file bundles them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,9 @@ from pathlib import Path
 import torch
 
 from longtake.encoders.clip import ImageEncoder
-from longtake.encoders.text import TextEncoder, clean_prompt
-from longtake.encoders.vae import DecoderSession, EncoderSession, VideoVAE
+from longtake.encoders.text import TextEncoder
+from longtake.encoders.vae import VideoVAE
 from longtake.weights.locate import encoder_paths
-
-__all__ = [
-    "DecoderSession",
-    "EncoderSession",
-    "Encoders",
-    "ImageEncoder",
-    "TextEncoder",
-    "VideoVAE",
-    "clean_prompt",
-]
 
 
 @dataclass(frozen=True, eq=False)

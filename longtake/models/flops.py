@@ -24,30 +24,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Operations, by kind of kernel; can be added and multiplied by a number."""
-
-    products: float = 0.0
-    attention: float = 0.0
-    attention_backward: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All operations that the mathematics needs."""
-        return self.products + self.attention + self.attention_backward
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.attention_backward + other.attention_backward,
-        )
-
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.products * factor, self.attention * factor, self.attention_backward * factor)
-
-
-@dataclass(frozen=True)
 class Call:
     """Sizes of one call: `batch` videos of `entries` frames with `tokens` each.
 
@@ -177,12 +153,11 @@ def _products(config: DiTConfig, call: Call, lora: LoraConfig | None) -> tuple[f
     return f1 + rest * f2 + f3, b1 + rest * b2 + b3
 
 
-def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:
+def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> float:
     """One forward, with unmerged low-rank updates where `lora` is given."""
-    return Work(_products(config, call, lora)[0], config.num_layers * _attention(config, call))
+    return _products(config, call, lora)[0] + config.num_layers * _attention(config, call)
 
 
-def backward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:
+def backward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> float:
     """The backward of one forward in which all weights are trained, or their low-rank updates; no recomputation."""
-    attention = config.num_layers * _attention_backward(config, call, lora)
-    return Work(_products(config, call, lora)[1], attention_backward=attention)
+    return _products(config, call, lora)[1] + config.num_layers * _attention_backward(config, call, lora)

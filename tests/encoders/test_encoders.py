@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import longtake
-from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE, clean_prompt
+from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
+from longtake.encoders.text import clean_prompt
 from longtake.errors import CheckpointError, DataError, ShapeError
 from longtake.toy import encoders as toy
 from longtake.toy.world import sample_world
