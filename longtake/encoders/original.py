@@ -227,10 +227,8 @@ def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype) 
     nested = any(key.startswith("encoder.downsamples.0.downsamples.") for key in file.state)
     channels = file.shape("conv2.weight", 5)[0]
     if channels not in _VAE_STATISTICS:
-        raise CheckpointError(
-            f"{path} has conv2.weight of {channels} latent channels, whose mean and std are not published; "
-            f"use a VAE of {' or '.join(map(str, _VAE_STATISTICS))} channels"
-        )
+        known = " or ".join(map(str, _VAE_STATISTICS))
+        raise CheckpointError(f"{path}: {channels} latent channels, whose mean and std are not published; use {known}")
     width, pixels = file.shape("encoder.conv1.weight", 5)[:2]
     with torch.device("meta"):
         module = AutoencoderKLWan(

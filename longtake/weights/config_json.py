@@ -15,7 +15,7 @@ from typing import Any
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
 from longtake.models.sizes import DiTConfig
-from longtake.weights.file_kind import is_pointer
+from longtake.weights.file_kind import POINTER
 
 FILE = "config.json"
 # Fields of DiTConfig that a format calls otherwise, and those that its config.json does not hold: Wan's takes them for
@@ -128,12 +128,14 @@ def _expressed(fields: dict[str, Any], read: DiTConfig, config: DiTConfig, what:
 
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
+    data = b""
     try:
-        return parse_json(file.read_bytes())
+        data = file.read_bytes()
+        return parse_json(data)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        why = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer(file) else error
+        why = "it is a Git LFS pointer: run `git lfs pull`" if data.startswith(POINTER) else error
         raise CheckpointError(f"{file} is not valid JSON: {why}") from error
 
 

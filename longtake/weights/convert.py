@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from longtake.config.generation import RULES_FILE
 from longtake.errors import ConfigError
 from longtake.models.sizes import DiTConfig
-from longtake.outputs import check_new_folder, publish_folder
+from longtake.outputs import check_new_folder, new_folder
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.weights.load import open_with_updates
 from longtake.weights.names import to_diffusers_key
@@ -63,20 +62,13 @@ def convert(
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
     published, model = open_with_updates(source, network, lora, lora_scale, unmerge=unmerge)
     fields = _CONFIGS[to](model.config)
-    partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target, overwrite=overwrite) as folder:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
-        written = _write(published, names, partial, shard_bytes)
-        write_config(partial, fields)
+        written = _write(published, names, folder, shard_bytes)
+        write_config(folder, fields)
         here = Path(source)  # a name on the hub is no path
         if (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
-            shutil.copyfile(rules, partial / RULES_FILE)
-        _sync(partial)
-        publish_folder(partial, target, overwrite=overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.copyfile(rules, folder / RULES_FILE)
     return [target / name for name in written]
 
 
@@ -114,12 +106,3 @@ def _plan(published: CheckpointReader, shard_bytes: int) -> Iterator[list[str]]:
         shard.append(name)
         used += stored.size_bytes
     yield shard
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -18,9 +18,9 @@ GGUF = (
     "is GGUF, whose quantised weights are not read; take the .safetensors of the same model, or make them: diffusers' "
     "WanTransformer3DModel.from_single_file with a GGUFQuantizationConfig, dequantize(), save_pretrained(FOLDER)"
 )
-_POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"
 _BEGINNINGS = {
-    _POINTER: "is a Git LFS pointer, which stands for the weights; run `git lfs pull` in its "
+    POINTER: "is a Git LFS pointer, which stands for the weights; run `git lfs pull` in its "
     "repository, or get it with `hf download`",
     b"GGUF": GGUF,
     b"\x00\x05\x16\x07": "is an AppleDouble file, in which macOS keeps notes on the file of that name without `._`; "
@@ -84,12 +84,6 @@ def is_pickled(file: Path) -> bool:
     raise CheckpointError(f"{file} {_what(head)}")
 
 
-def is_pointer(file: Path) -> bool:
-    """True for a Git LFS pointer."""
-    with file.open("rb") as opened:
-        return opened.read(len(_POINTER)) == _POINTER
-
-
 def _what(head: bytes) -> str:
     if not head:
         return f"is empty (0 bytes); {_AGAIN}"
@@ -122,24 +116,17 @@ def refuse_others(names: Iterable[str], source: object) -> None:
     """Raises CheckpointError that says what the tensors are, unless they are the plain ones of a Wan transformer."""
     names = list(names)
     if found := next((name for name in names if _UPDATES.match(name)), None):
-        raise CheckpointError(
-            f"{source} holds low-rank updates, not weights ({found}); give the base as the source and it as the "
-            f"updates (lora): longtake convert BASE FOLDER --to longtake --lora {source}"
-        )
+        fix = f"give the base, and this as its updates: longtake convert BASE FOLDER --to longtake --lora {source}"
+        raise CheckpointError(f"{source} holds low-rank updates, not weights ({found}); {fix}")
     if found := next((name for name in names if _QUANTISED.fullmatch(name)), None):
-        raise CheckpointError(
-            f"{source} holds quantised weights with scales ({found}), as ComfyUI's `scaled` fp8 files do, and these "
-            "are not read; take the bf16, fp16 or fp32 file of the same model"
-        )
+        what = f"quantised weights with scales ({found}), as ComfyUI's `scaled` fp8 files do"
+        raise CheckpointError(f"{source} holds {what}; take the bf16, fp16 or fp32 file of the same model")
     what = describe(names)
     if is_wan(names) and what is None:
         return
     got = ", ".join(sorted(names)[:3]) or "nothing"
     if is_wan(names):
-        raise CheckpointError(
-            f"{source} holds {what}, whose additional layers are not computed here; give plain text-to-video or "
-            "image-to-video weights of Wan"
-        )
+        raise CheckpointError(f"{source} holds {what}, whose additional layers are not computed; give plain Wan")
     encoder = " (name the folder of the encoders with --encoders)" if what in _ENCODERS else ""
     raise CheckpointError(
         f"{source} holds {what or 'something else'}{encoder}, not a Wan transformer: expected are names such as "

@@ -49,12 +49,6 @@ def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *,
         raise CheckpointError(f"{source} does not fit the model; " + "; ".join(problems) + hint)
 
 
-def load_state(model: VideoDiT, state: Mapping[str, Tensor], source: object) -> None:
-    """Copies a state dict (original names) into a model, strictly; float types are converted."""
-    check_state(state, model, source)
-    model.load_state_dict(dict(state), strict=True)
-
-
 def open_dit(source: str | Path, network: str | None = None) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
@@ -109,10 +103,23 @@ class Opened:
     place: Callable[[str], str]
 
 
-def open_weights(source: str | Path) -> Opened:
-    """Weights that are read later, whole or by slices; `source` as that of `load_dit`. Raises: CheckpointError."""
+def open_weights(source: str | Path, *, check: bool = False) -> Opened:
+    """Weights that are read later, whole or by slices; `source` as that of `load_dit`, `check` as of `read`.
+
+    Raises: CheckpointError.
+    """
     published, model = open_dit(source)
-    return Opened(model, partial(published.read, check=False), lambda name: str(published.tensors.get(name, name)))
+    return Opened(model, partial(published.read, check=check), lambda name: str(published.tensors.get(name, name)))
+
+
+def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:
+    """The model with its weights, one tensor read after the other. Args: as `load_dit`."""
+    state = {
+        name: tensor.to(device, parameter_type(name, dtype or torch.float32), copy=True)
+        for name, tensor in opened.read(None)
+    }
+    opened.model.load_state_dict(state, assign=True)
+    return opened.model.requires_grad_(True)
 
 
 def open_with_updates(
@@ -148,12 +155,7 @@ def load_dit(
     Raises: CheckpointError listing missing, surplus or reshaped keys, or naming a tensor that is not finite.
     """
     published, model = open_with_updates(path, network, lora, lora_scale)
-    state = {
-        name: tensor.to(device, parameter_type(name, dtype or torch.float32), copy=True)
-        for name, tensor in published.read()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    return load_opened(Opened(model, published.read, str), device, dtype)
 
 
 def save_dit(

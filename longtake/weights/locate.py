@@ -31,6 +31,7 @@ _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transforme
 # Networks in a checkpoint, the average first
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
 _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
+_ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
@@ -108,16 +109,13 @@ def find_weights(source: str | Path, logdir: str | Path | None = None) -> Weight
         return _in_folder(path)
     if is_hub_name(source) and not (logdir is not None and path.is_relative_to(logdir)):
         return WeightSource(path)
-    raise CheckpointError(
-        f"{path} does not exist; give a folder or file of weights, a training run, or OWNER/NAME of a repository on "
-        "the Hugging Face hub"
-    )
+    raise CheckpointError(f"{path} does not exist; give a folder or file of weights, a training run, or {_ON_THE_HUB}")
 
 
 def _in_folder(folder: Path) -> WeightSource:
     if (folder / MANIFEST).is_file():
         return WeightSource(exported_weights(folder), folder)
-    place = locate(folder)
+    place, places = locate(folder), ("transformer", *_NETWORKS)
     for found in (place, *(folder / name for name in _NETWORKS)):
         if files_in(found, (*SAFETENSORS, f".safetensors{INDEX}")):
             return WeightSource(found, _checkpoint_of(found))
@@ -127,8 +125,7 @@ def _in_folder(folder: Path) -> WeightSource:
         if files_in(place, (*PICKLED, ".gguf", f".bin{INDEX}")):
             return WeightSource(place)  # reading says what they hold
         raise CheckpointError(
-            f"{folder} holds no *.safetensors, nor do transformer, {', '.join(_NETWORKS)} in it, and as a training "
-            f"run: {error}"
+            f"{folder} holds no *.safetensors, nor do {', '.join(places)} in it, and as a training run: {error}"
         ) from error
     return WeightSource(exported_weights(checkpoint), checkpoint)
 
@@ -163,10 +160,7 @@ def local_path(source: str | Path) -> Path:
     if path.exists():
         return path
     if not is_hub_name(source):
-        raise CheckpointError(
-            f"{path} does not exist; give a folder or a file of weights, or OWNER/NAME of a repository on the Hugging "
-            "Face hub"
-        )
+        raise CheckpointError(f"{path} does not exist; give a folder or a file of weights, or {_ON_THE_HUB}")
     owner, name, *rest = path.as_posix().split("/")
     if rest and rest[-1].lower().endswith(".gguf"):
         raise CheckpointError(f"{source} {GGUF}")

@@ -117,9 +117,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, Tensor], *, scale: float | 
     for name, update in updates.items():
         problems += _misfit(name, update, shapes)
     if problems:
-        raise CheckpointError(
-            f"the low-rank updates in {path} do not fit the base ({len(problems)} problems): {'; '.join(problems[:12])}"
-        )
+        listed = "; ".join(problems[:12])
+        raise CheckpointError(f"the updates in {path} do not fit the base ({len(problems)} problems): {listed}")
     pairs = {name: (u.a, u.b) for name, u in updates.items() if u.a is not None and u.b is not None}
     settings = _settings(file, metadata) if scale is None else Settings(fixed=float(scale))
     alphas = {name: u.alpha if scale is None else ABSENT for name, u in updates.items()}
@@ -134,10 +133,8 @@ def _differences(
     held = {name: update for name, update in updates.items() if update.difference is not None}
     plain = not all(update.scaled for update in held.values())
     if scale is not None and plain and any(u.alpha is not ABSENT for u in updates.values()):
-        raise ConfigError(
-            f"lora_scale={scale:g} stands for alpha / rank, and {file} holds an alpha of its own and differences "
-            "without one; leave lora_scale out"
-        )
+        why = f"{file} holds an alpha of its own and differences without one"
+        raise ConfigError(f"lora_scale={scale:g} stands for alpha / rank, and {why}; leave lora_scale out")
     found = {}
     for name, update in held.items():
         weight = f"{name.removesuffix('.bias')}.weight"
@@ -176,10 +173,8 @@ def _file_of(path: Path) -> Path:
     named = [path / name for name in _FILES if (path / name).is_file()]
     files = named or files_in(path, (*SAFETENSORS, *PICKLED))
     if not named and len(files) != 1:
-        raise CheckpointError(
-            f"{path} holds {', '.join(file.name for file in files[:8]) or 'no file of tensors'} and no {WEIGHTS}; give "
-            "the file of the low-rank updates"
-        )
+        held = ", ".join(file.name for file in files[:8]) or "no file of tensors"
+        raise CheckpointError(f"{path} holds {held} and no {WEIGHTS}; give the file of the low-rank updates")
     return files[0]
 
 
@@ -316,10 +311,9 @@ class Base:
         else:
             path = resolve_source(TOY, folder) if self.source == TOY else Path(self.source)
         if (self.source.startswith("..") or path.is_absolute()) and not path.exists():
-            raise CheckpointError(
-                f"the updates in {folder} belong to the weights at {path}, which are not there; put them back, or "
-                f"merge by hand: longtake convert BASE TARGET --to longtake --lora {folder}"
-            )
+            fix = f"put them back, or merge by hand: longtake convert BASE TARGET --to longtake --lora {folder}"
+            what = f"the updates in {folder} belong to the weights at {path}, which are not there"
+            raise CheckpointError(f"{what}; {fix}")
         return path
 
 

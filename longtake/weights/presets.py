@@ -20,23 +20,14 @@ from longtake.toy.encoders import IMAGE_WIDTH, TEXT_LEN, TEXT_WIDTH
 from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.locate import locate
 
+_TOY = DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=TEXT_WIDTH, text_len=TEXT_LEN)
 _SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_MIDDLE = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
 _LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_LARGE = replace(_LARGE, model_type="i2v", in_channels=36, image_dim=1280)
 
 PRESETS: dict[str, DiTConfig] = {
-    "toy": DiTConfig(
-        dim=128,
-        ffn_dim=512,
-        num_heads=4,
-        num_layers=6,
-        model_type="i2v",
-        in_channels=36,
-        out_channels=16,
-        text_dim=TEXT_WIDTH,
-        text_len=TEXT_LEN,
-        image_dim=IMAGE_WIDTH,
-    ),
+    "toy": replace(_TOY, model_type="i2v", in_channels=36, image_dim=IMAGE_WIDTH),
     "wan2.1-t2v-1.3b": _SMALL,
     "wan2.1-fun-1.3b-inp": replace(_SMALL, model_type="i2v", in_channels=36, image_dim=1280),
     "wan2.1-t2v-14b": _LARGE,
@@ -46,9 +37,7 @@ PRESETS: dict[str, DiTConfig] = {
     # One preset for both experts; i2v has y, but neither CLIP tokens nor their branch.
     "wan2.2-t2v-a14b": _LARGE,
     "wan2.2-i2v-a14b": replace(_LARGE, model_type="i2v", in_channels=36),
-    "wan2.2-ti2v-5b": DiTConfig(
-        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, model_type="ti2v", in_channels=48, out_channels=48
-    ),
+    "wan2.2-ti2v-5b": replace(_MIDDLE, model_type="ti2v", in_channels=48, out_channels=48),
 }
 
 

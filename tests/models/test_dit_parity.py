@@ -8,7 +8,7 @@ import math
 import oracle
 import pytest
 import torch
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
+from tiny_models import load_state, make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError, ShapeError
@@ -18,7 +18,6 @@ from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.config_json import config_from_json
-from longtake.weights.load import load_state
 from longtake.weights.names import to_diffusers_key, to_original_key
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_lora import add_lora
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_condition, make_tiny_latents, make_tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longtake.config.stage import LoraConfig
 from longtake.models import flops
 from longtake.models.flops import Call
-from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora import targets_of
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block

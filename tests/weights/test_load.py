@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import load_state
 
 import longtake
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT
 from longtake.weights.config_json import config_from_json, config_to_json
-from longtake.weights.load import check_state, load_dit, load_state, save_dit
+from longtake.weights.load import check_state, load_dit, save_dit
 from longtake.weights.names import clean_key, to_diffusers_key, to_original_key
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
