@@ -154,7 +154,7 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which gets the name `folder` once all of it is on the disk, and goes when something fails.
+    """A folder to write into: it gets the name `folder` when all of it is on the disk, and goes when something fails.
 
     Args: `overwrite`, as of `publish_folder`.
     """

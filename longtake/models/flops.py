@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Call:
     """Sizes of one call: `batch` videos of `entries` frames with `tokens` each.
 
-    Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `context_tokens` of text (padded) and
+    Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `text_tokens`, padded, and
     `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call.
     """
 
@@ -43,11 +43,6 @@ class Call:
     def all_tokens(self) -> int:
         """Tokens of all videos and frames."""
         return self.batch * self.entries * self.tokens
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that cross-attention sees."""
-        return self.text_tokens + self.image_tokens
 
     @classmethod
     def bidirectional(cls, batch: int, frames: int, tokens: int, text_tokens: int, image_tokens: int = 0) -> Call:
@@ -128,7 +123,7 @@ def _outside(config: DiTConfig, call: Call, lora: LoraConfig | None) -> Iterator
 
 def _attention(config: DiTConfig, call: Call) -> float:
     """One block's forward: scores and weighted values, of both attentions."""
-    cross = call.entries * call.tokens * call.context_tokens
+    cross = call.entries * call.tokens * (call.text_tokens + call.image_tokens)
     return 4.0 * config.dim * call.batch * (call.pairs + cross)
 
 

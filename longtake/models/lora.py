@@ -30,9 +30,8 @@ def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]
     # Where a layer has updates already, its own weight is one level deeper.
     known = tuple(name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
     if unknown := sorted(set(wanted or ()) - set(known)):
-        raise ConfigError(
-            f"lora.targets names {', '.join(unknown)}; the linear layers of a block are {', '.join(known)}"
-        )
+        names, layers = ", ".join(unknown), ", ".join(known)
+        raise ConfigError(f"lora.targets names {names}; the linear layers of a block are {layers}")
     return tuple(name for name in known if wanted is None or name in wanted)
 
 

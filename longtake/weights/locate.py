@@ -37,23 +37,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "
 
 # An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
 _FETCHED = ("config.json", "diffusion_pytorch_model*.safetensors*", "transformer/*")
-_TRANSFORMERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
+_TRANSFORMERS = [folder for pair in _EXPERTS for folder in pair]
 # Published repositories: weights of a transformer together with its encoders
+_IN_BOTH_LAYOUTS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P", "Wan2.2-TI2V-5B")
 HUB_REPOSITORIES = (
     "alibaba-pai/Wan2.1-Fun-1.3B-InP",
-    "Wan-AI/Wan2.1-T2V-1.3B",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "Wan-AI/Wan2.1-T2V-14B",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "Wan-AI/Wan2.1-I2V-14B-480P",
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-    "Wan-AI/Wan2.1-I2V-14B-720P",
-    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
     "Wan-AI/Wan2.1-FLF2V-14B-720P",
-    "Wan-AI/Wan2.2-TI2V-5B",
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "Wan-AI/Wan2.2-T2V-A14B",
     "Wan-AI/Wan2.2-I2V-A14B",
+    *(f"Wan-AI/{name}{layout}" for name in _IN_BOTH_LAYOUTS for layout in ("", "-Diffusers")),
 )
 
 
@@ -218,32 +210,22 @@ class EncoderPart:
 
     def wanted(self, root: Path) -> str:
         """What is missing, and the command that gets it."""
-        ways = " or ".join(
-            f"`hf download {repository} {' '.join((file, *self.beside))} --local-dir {root}`"
-            for file, repository in self.originals.items()
-        )
+        fetched = {
+            file: f"{repository} {' '.join((file, *self.beside))}" for file, repository in self.originals.items()
+        }
+        ways = " or ".join(f"`hf download {what} --local-dir {root}`" for what in fetched.values())
         files = " or ".join(self.originals)
         return f"the {self.name} ({files}, or {self.folder}/ of a diffusers repository; get it with {ways})"
 
 
+_TOKENIZER = tuple((TOKENIZER_FOLDER / file).as_posix() for file in _TOKENIZER_FILES)
+_VAES = {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
+_T5 = {"models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B"}
+_CLIP = {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P"}
 ENCODER_PARTS = (
-    EncoderPart(
-        "vae", "VAE", "vae", {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
-    ),
-    EncoderPart(
-        "text",
-        "text encoder",
-        "text_encoder",
-        {"models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B"},
-        tuple((TOKENIZER_FOLDER / file).as_posix() for file in _TOKENIZER_FILES),
-    ),
-    EncoderPart(
-        "image",
-        "image encoder",
-        "image_encoder",
-        {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P"},
-        prefix="visual.",
-    ),
+    EncoderPart("vae", "VAE", "vae", _VAES),
+    EncoderPart("text", "text encoder", "text_encoder", _T5, beside=_TOKENIZER),
+    EncoderPart("image", "image encoder", "image_encoder", _CLIP, prefix="visual."),
 )
 
 
@@ -264,13 +246,11 @@ def find_encoders(model: str | Path) -> Path:
     path = Path(model).expanduser()
     root = path if path.is_dir() else path.parent
     places = [root, root / "encoders", root.parent, root.parent / "encoders"]
-    for place in places:
-        if ENCODER_PARTS[0].places(place):
-            return place
-    raise CheckpointError(
-        f"no encoders were found in {', '.join(map(str, places))} (vae/, text_encoder/ and image_encoder/, or "
-        f"{next(iter(ENCODER_PARTS[0].originals))} and the files published with it); name their folder with --encoders"
-    )
+    if found := next((place for place in places if ENCODER_PARTS[0].places(place)), None):
+        return found
+    looked, original = ", ".join(map(str, places)), next(iter(_VAES))
+    wanted = f"vae/, text_encoder/ and image_encoder/, or {original} and the files published with it"
+    raise CheckpointError(f"no encoders were found in {looked} ({wanted}); name their folder with --encoders")
 
 
 def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:
@@ -281,14 +261,14 @@ def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPath
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"the encoder folder {root} does not exist; give the folder of a Wan model")
-    parts = _parts(with_image)
-    if missing := [part.wanted(root) for part in parts if not part.places(root)]:
+    if missing := [part.wanted(root) for part in _parts(with_image) if not part.places(root)]:
         raise CheckpointError(f"{root} lacks {'; '.join(missing)}")
-    for part in parts:
-        if len(places := part.places(root)) > 1:
+    found: dict[str, Path] = {}
+    for part in _parts(with_image):
+        found[part.key], *others = places = part.places(root)
+        if others:
             names = " and ".join(place.name for place in places)
             raise CheckpointError(f"{root} holds more than one {part.name}, {names}; keep one of them there")
-    found = {part.key: part.places(root)[0] for part in parts}
     return EncoderPaths(found["vae"], found["text"], found.get("image"))
 
 
