@@ -152,6 +152,15 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
 
 
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into: it gets the name `folder` when all of it is on the disk, and goes when something fails.
@@ -164,11 +173,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path)
         publish_folder(partial, folder, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

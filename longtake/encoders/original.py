@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from longtake.encoders.strict import check_keys
+from longtake.encoders.strict import refuse
 from longtake.errors import CheckpointError
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.read import read_pickled
-from longtake.weights.tensor_files import check_finite, shapes_in
+from longtake.weights.tensor_files import check_finite, misfits, shapes_in
 
 # Names of the library's modules (regular expressions) -> the original's. What follows a module stays.
 _T5 = {
@@ -135,7 +135,7 @@ class _Original:
             first, *rest = own[key].shape
             ones = (1,) * _LEADING.get(source, 0)
             expected[source] = (*ones, 3 * first if _PACKED.search(key) else first, *rest)
-        check_keys(expected, shapes_in(self.state), self.path, type(model).__name__)
+        refuse(misfits(expected, shapes_in(self.state)), self.path, type(model).__name__)
         placed = {key: self.state[key].to(device=device, dtype=dtype) for key in expected}
         for key, tensor in placed.items():
             check_finite(tensor, f"{key} of {self.path}")

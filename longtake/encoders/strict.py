@@ -14,7 +14,7 @@ from typing import Any
 from longtake.errors import CheckpointError
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.locate import files_in
-from longtake.weights.tensor_files import Shapes, check_finite, misfits
+from longtake.weights.tensor_files import check_finite
 
 
 def check_folder(folder: str | Path, what: str) -> Path:
@@ -75,18 +75,14 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         )
     surplus = [key for key in info["unexpected_keys"] if not key.startswith(ignore)]
     problems = {"missing": info["missing_keys"], "surplus": surplus, "reshaped": map(str, info["mismatched_keys"])}
-    _refuse({group: sorted(keys) for group, keys in problems.items()}, folder, model_class.__name__)
+    refuse({group: sorted(keys) for group, keys in problems.items()}, folder, model_class.__name__)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, f"{name} of {folder}")
     return model.eval()
 
 
-def check_keys(expected: Shapes, got: Shapes, source: Path, model: str) -> None:
-    """Raises CheckpointError that lists the keys of `got` that are missing, surplus or of another shape."""
-    _refuse(misfits(expected, got), source, model)
-
-
-def _refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
+def refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
+    """Raises CheckpointError that lists groups of keys of `source`, unless there are none."""
     found = [f"{len(keys)} {name}: {', '.join(keys[:20])}" for name, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the weights in {source} do not fit {model}; keys {'; '.join(found)}")

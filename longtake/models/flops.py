@@ -140,12 +140,10 @@ def _attention_backward(config: DiTConfig, call: Call, lora: LoraConfig | None) 
 
 def _products(config: DiTConfig, call: Call, lora: LoraConfig | None) -> tuple[float, float]:
     """Forward and backward of all matrix products."""
-    blocks = [list(_block(config, call, first=first, lora=lora)) for first in (True, False)]
-    costs = [[product(lora) for product in block] for block in blocks]
-    costs.append([product(lora) for product in _outside(config, call, lora)])
-    (f1, b1), (f2, b2), (f3, b3) = ((sum(f for f, _ in part), sum(b for _, b in part)) for part in costs)
-    rest = config.num_layers - 1
-    return f1 + rest * f2 + f3, b1 + rest * b2 + b3
+    first, later = (list(_block(config, call, first=first, lora=lora)) for first in (True, False))
+    products = [*first, *(config.num_layers - 1) * later, *_outside(config, call, lora)]
+    costs = [product(lora) for product in products]
+    return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
 
 def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> float:

@@ -70,10 +70,8 @@ def first_factors(model: VideoDiT, draws: KeyedRNG, purpose: str, name: str = DE
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = 1 / math.sqrt(a.shape[1])
         generator = draws.generator(0, f"{purpose} {layer_name}", 0)
-        yield (
-            f"{layer_name}.lora_A.{name}.weight",
-            torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator),
-        )
+        start = torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        yield f"{layer_name}.lora_A.{name}.weight", start
         yield f"{layer_name}.lora_B.{name}.weight", torch.zeros(b.shape, device="cpu")
 
 

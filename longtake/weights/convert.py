@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from longtake.config.generation import RULES_FILE
 from longtake.errors import ConfigError
-from longtake.models.sizes import DiTConfig
 from longtake.outputs import check_new_folder, new_folder
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
-from longtake.weights.load import open_with_updates
+from longtake.weights.load import open_dit
 from longtake.weights.names import to_diffusers_key
 from longtake.weights.read import INDEX, CheckpointReader
 from longtake.weights.tensor_files import check_finite, save_tensors
@@ -26,11 +25,7 @@ SHARD_BYTES = 5 << 30
 _STEM = "diffusion_pytorch_model"
 # That are written here
 WEIGHT_FILES = (f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", "config.json", RULES_FILE)
-_CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
-    "original": config_to_original,
-    "diffusers": config_to_diffusers,
-    "longtake": config_to_json,
-}
+_CONFIGS = {"original": config_to_original, "diffusers": config_to_diffusers, "longtake": config_to_json}
 
 
 def convert(
@@ -60,7 +55,7 @@ def convert(
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
-    published, model = open_with_updates(source, network, lora, lora_scale, unmerge=unmerge)
+    published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
     fields = _CONFIGS[to](model.config)
     with new_folder(target, overwrite=overwrite) as folder:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}

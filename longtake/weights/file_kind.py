@@ -23,6 +23,7 @@ _BEGINNINGS = {
     POINTER: "is a Git LFS pointer, which stands for the weights; run `git lfs pull` in its "
     "repository, or get it with `hf download`",
     b"GGUF": GGUF,
+    b"PK\x03\x04": f"is a torch.save file or a zip archive that is cut short; {_AGAIN}",
     b"\x00\x05\x16\x07": "is an AppleDouble file, in which macOS keeps notes on the file of that name without `._`; "
     "give that one",
     b"<": f"is a page of HTML or XML and no weights: the download failed; {_AGAIN}",
@@ -91,8 +92,6 @@ def _what(head: bytes) -> str:
     for beginning, what in _BEGINNINGS.items():
         if head.startswith(beginning) or text.startswith(beginning):
             return what
-    if head[:4] == b"PK\x03\x04":
-        return f"is a torch.save file or a zip archive that is cut short; {_AGAIN}"
     return (
         f"holds no weights (it begins with {head[:8]!r}) and cannot be read as safetensors or as a file of torch.save; "
         "give a .safetensors, .pt, .pth, .bin or .ckpt file"

@@ -49,39 +49,48 @@ def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *,
         raise CheckpointError(f"{source} does not fit the model; " + "; ".join(problems) + hint)
 
 
-def open_dit(source: str | Path, network: str | None = None) -> tuple[CheckpointReader, VideoDiT]:
+def open_dit(
+    source: str | Path,
+    network: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float | None = None,
+    *,
+    unmerge: bool = False,
+) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
-    Args: as `load_dit`.
-    Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing.
+    Args: as `load_dit`; `unmerge` takes the updates out of what is read.
+    Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing; ConfigError.
     """
+    check_scale(lora_scale, lora)
     path = locate(local_path(source))
     if is_adapter(path) and network is None:
-        return open_with_updates(check_base(path, read_base(path)), None, path, None)
-    published = open_published(path, network)  # first, since it says what the weights of others are
-    config = _sizes(published, (path if path.is_dir() else path.parent) / FILE)
-    with torch.device("meta"):
-        model = VideoDiT(config)
-    check_state(published.shapes(), model, path, diffusers=published.diffusers)
-    return published, model
+        published, model = open_dit(check_base(path, read_base(path)), lora=path)
+    else:
+        published = open_published(path, network)  # first, since it says what the weights of others are
+        with torch.device("meta"):
+            model = VideoDiT(_sizes(published, (path if path.is_dir() else path.parent) / FILE))
+        check_state(published.shapes(), model, path, diffusers=published.diffusers)
+    if lora is None:
+        return published, model
+    updates = read_lora(lora, published.shapes(), scale=lora_scale)
+    merge = dataclasses.replace(updates, sign=-1 if unmerge else 1).merge
+    return dataclasses.replace(published, updates=(*published.updates, merge)), model
 
 
 def _sizes(published: CheckpointReader, file: Path) -> DiTConfig:
     """The sizes in `config.json`; without one, those of the preset that has exactly these tensors."""
     if not file.exists():
         if not (fitting := fitting_presets(published.shapes())):
-            raise CheckpointError(
-                f"{file} does not exist, and the tensors of {published.path} are those of no preset "
-                f"({', '.join(PRESETS)}); put the config.json of the model beside its weights"
-            )
+            what = f"the tensors of {published.path} are those of no preset ({', '.join(PRESETS)})"
+            raise CheckpointError(f"{file} does not exist, and {what}; put the model's config.json beside its weights")
         logger.info("%s has no config.json; its tensors are those of %s", published.path, " or ".join(fitting))
         return PRESETS[fitting[0]]
     data, count = read_json(file), len(published.tensors)
     config = config_from_json(data, file)
     if config.num_layers > max(1000, count):  # before a model of that size is made
-        raise CheckpointError(
-            f"{file} says num_layers={config.num_layers}, and {published.path} has {count} tensors; use its own"
-        )
+        what = f"num_layers={config.num_layers}, and {published.path} has {count} tensors"
+        raise CheckpointError(f"{file} says {what}; use its own")
     with_image = any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
     if config.model_type == "i2v" and "image_dim" not in data and not with_image:
         # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
@@ -114,25 +123,10 @@ def open_weights(source: str | Path, *, check: bool = False) -> Opened:
 
 def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:
     """The model with its weights, one tensor read after the other. Args: as `load_dit`."""
-    state = {
-        name: tensor.to(device, parameter_type(name, dtype or torch.float32), copy=True)
-        for name, tensor in opened.read(None)
-    }
+    wide = dtype or torch.float32
+    state = {name: value.to(device, parameter_type(name, wide), copy=True) for name, value in opened.read(None)}
     opened.model.load_state_dict(state, assign=True)
     return opened.model.requires_grad_(True)
-
-
-def open_with_updates(
-    source: str | Path, network: str | None, lora: str | Path | None, lora_scale: float | None, *, unmerge: bool = False
-) -> tuple[CheckpointReader, VideoDiT]:
-    """As `open_dit`, with the updates of a file merged into (or taken out of) what is read. Raises: ConfigError too."""
-    check_scale(lora_scale, lora)
-    published, model = open_dit(source, network)
-    if lora is None:
-        return published, model
-    updates = read_lora(lora, published.shapes(), scale=lora_scale)
-    merge = dataclasses.replace(updates, sign=-1 if unmerge else 1).merge
-    return dataclasses.replace(published, updates=(*published.updates, merge)), model
 
 
 def load_dit(
@@ -154,7 +148,7 @@ def load_dit(
     `lora`, a file or folder of low-rank updates that are merged; `lora_scale` = alpha / rank, as in `read_lora`.
     Raises: CheckpointError listing missing, surplus or reshaped keys, or naming a tensor that is not finite.
     """
-    published, model = open_with_updates(path, network, lora, lora_scale)
+    published, model = open_dit(path, network, lora, lora_scale)
     return load_opened(Opened(model, published.read, str), device, dtype)
 
 

@@ -210,10 +210,8 @@ class EncoderPart:
 
     def wanted(self, root: Path) -> str:
         """What is missing, and the command that gets it."""
-        fetched = {
-            file: f"{repository} {' '.join((file, *self.beside))}" for file, repository in self.originals.items()
-        }
-        ways = " or ".join(f"`hf download {what} --local-dir {root}`" for what in fetched.values())
+        fetched = [" ".join((repository, file, *self.beside)) for file, repository in self.originals.items()]
+        ways = " or ".join(f"`hf download {files} --local-dir {root}`" for files in fetched)
         files = " or ".join(self.originals)
         return f"the {self.name} ({files}, or {self.folder}/ of a diffusers repository; get it with {ways})"
 

@@ -48,10 +48,8 @@ class Settings:
         if alpha is ABSENT:
             stated, where = self._of(self.ranks, module, self.rank), f"{self.source}: alpha of {module}"
             if stated is not None and stated != rank:
-                raise CheckpointError(
-                    f"{self.source} says rank {stated}, and the factors of {module} have rank {rank}: they do not "
-                    "belong together; put the right files together, or give the scale (alpha / rank) yourself"
-                )
+                what = f"rank {stated}, and the factors of {module} have rank {rank}: they do not belong together"
+                raise CheckpointError(f"{self.source} says {what}; give the right file, or the scale yourself")
             alpha = self._of(self.alphas, module, self.alpha)
         if alpha is ABSENT:
             return self.fixed

@@ -93,13 +93,6 @@ def to_diffusers_key(key: str) -> str:
     return renamed
 
 
-def to_original_key(key: str) -> str:
-    """The original Wan name of a diffusers key. Raises: CheckpointError when the key is none."""
-    if (renamed := _renamed(key, _TO_ORIGINAL)) is None:
-        raise CheckpointError(f"{key!r} is not a parameter name of diffusers' WanTransformer3DModel")
-    return renamed
-
-
 def shown_key(key: str) -> str:
     """The diffusers name of an original Wan key, or the key itself when it is none."""
     return _renamed(key, _TO_DIFFUSERS) or key

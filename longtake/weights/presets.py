@@ -58,11 +58,7 @@ def fitting_presets(state: Mapping[str, Tensor]) -> list[str]:
     patch = state.get("patch_embedding.weight")
     size = None if patch is None else tuple(patch.shape[:2])
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    return [
-        name
-        for name, config in PRESETS.items()
-        if size == (config.dim, config.in_channels) and shapes == shapes_of(config)
-    ]
+    return [name for name, c in PRESETS.items() if size == (c.dim, c.in_channels) and shapes == shapes_of(c)]
 
 
 def shapes_of(config: DiTConfig) -> dict[str, torch.Size]:

@@ -154,15 +154,15 @@ def _files(folder: Path) -> tuple[Path | None, list[Path]]:
         indices = files_in(folder, (suffix + _INDEX,))
         if len(indices) > 1:
             raise CheckpointError(f"{folder} holds {len(indices)} indices, {[i.name for i in indices]}; keep one")
-        for index in indices:
-            wanted = sorted(set(_places(index).values()))
+        if indices:
+            wanted = sorted(set(_places(indices[0]).values()))
             _check_present(folder, wanted)
             if strangers := [file.name for file in files if file.name not in wanted]:
                 raise CheckpointError(
                     f"{folder} holds {', '.join(strangers[:8])}, which its index does not name; remove them, or give "
                     "the path of one file"
                 )
-            return index, [folder / name for name in wanted]
+            return indices[0], [folder / name for name in wanted]
     files = found[".safetensors"] or found[".bin"]
     shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     for stem, _, number, suffix in {match.groups() for match in shards}:
@@ -234,13 +234,13 @@ def read_pickled(file: Path) -> Mapping[Any, Any]:
             data = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         if code := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error)):
-            raise CheckpointError(
-                f"{file} holds {code[1]} beside its tensors, which is not loaded since that could execute what is in "
-                "the file; where it was made, or if you trust it, save its state dict alone, best as safetensors"
-            ) from error
-        first = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
-        fix = "download it again, or save its state dict as safetensors where it was made"
-        raise CheckpointError(f"{file} cannot be read by torch.load(weights_only=True): {first}; {fix}") from error
+            what = f"holds {code[1]} beside its tensors, which is not loaded since it could execute what is in the file"
+            fix = "where it was made, or if you trust it, save its state dict alone, best as safetensors"
+        else:
+            first = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
+            what = f"cannot be read by torch.load(weights_only=True): {first}"
+            fix = "download it again, or save its state dict as safetensors where it was made"
+        raise CheckpointError(f"{file} {what}; {fix}") from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{file} holds a {type(data).__name__}; it must hold a dict of tensors")
     return data
@@ -262,16 +262,16 @@ def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: s
         meant = [place for place in held if not set(place.split(".")) & set(_NOT_MEANT)]
         named = ([place for place in held if choice in place.split(".")] for choice in choices)
         found = list(held) if len(held) == 1 else next(filter(None, named), meant)
-    told = f", not {asked}" if asked else ""
+    told, names = f", not {asked}" if asked else "", ", ".join(sorted(held))
     if not held:
         raise CheckpointError(f"{file} holds no weights{told}; give a file with the state dict of a network")
-    if len(found) != 1 and not any(held):
+    if len(found) != 1 and not names:
         raise CheckpointError(f"{file} holds one network without a name{told}; leave network out")
     if len(found) != 1:
         command = f"`longtake convert {shlex.quote(str(file))} FOLDER --to longtake --network NAME`, and give FOLDER"
-        raise CheckpointError(f"{file} holds {', '.join(sorted(held))}{told}; name one of them, as in {command}")
+        raise CheckpointError(f"{file} holds {names}{told}; name one of them, as in {command}")
     if len(held) > 1:
-        logger.info("%s holds %s; taking %s", file, ", ".join(sorted(held)), found[0])
+        logger.info("%s holds %s; taking %s", file, names, found[0])
     return held[found[0]]
 
 

@@ -22,8 +22,7 @@ def is_finite(tensor: Tensor) -> bool:
 def not_finite(what: str) -> CheckpointError:
     """The error about values that are nan or infinite; `what` names the tensor and its file."""
     return CheckpointError(
-        f"{what} holds values that are not finite (nan or inf): its training diverged or the file is damaged; use "
-        "another one"
+        f"{what} holds values that are not finite (nan or inf): training diverged or the file is damaged; use another"
     )
 
 
