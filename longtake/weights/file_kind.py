@@ -118,8 +118,8 @@ def refuse_others(names: Iterable[str], source: object) -> None:
         fix = f"give the base, and this as its updates: longtake convert BASE FOLDER --to longtake --lora {source}"
         raise CheckpointError(f"{source} holds low-rank updates, not weights ({found}); {fix}")
     if found := next((name for name in names if _QUANTISED.fullmatch(name)), None):
-        what = f"quantised weights with scales ({found}), as ComfyUI's `scaled` fp8 files do"
-        raise CheckpointError(f"{source} holds {what}; take the bf16, fp16 or fp32 file of the same model")
+        kind = f"quantised weights with scales ({found}), as ComfyUI's `scaled` fp8 files do"
+        raise CheckpointError(f"{source} holds {kind}; take the bf16, fp16 or fp32 file of the same model")
     what = describe(names)
     if is_wan(names) and what is None:
         return

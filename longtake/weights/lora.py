@@ -130,13 +130,14 @@ def _differences(
     updates: Mapping[str, Update], scales: Mapping[str, float], scale: float | None, file: Path
 ) -> dict[str, Tensor]:
     """Differences times what counts for them: the scale that is given, or that of their layer for PEFT's biases."""
-    held = {name: update for name, update in updates.items() if update.difference is not None}
-    plain = not all(update.scaled for update in held.values())
+    plain = any(u.difference is not None and not u.scaled for u in updates.values())
     if scale is not None and plain and any(u.alpha is not ABSENT for u in updates.values()):
         why = f"{file} holds an alpha of its own and differences without one"
         raise ConfigError(f"lora_scale={scale:g} stands for alpha / rank, and {why}; leave lora_scale out")
     found = {}
-    for name, update in held.items():
+    for name, update in updates.items():
+        if update.difference is None:
+            continue
         weight = f"{name.removesuffix('.bias')}.weight"
         if update.scaled and weight not in scales:
             raise CheckpointError(f"{file} holds lora_B of {name} and no factors of {weight}; use another file")
