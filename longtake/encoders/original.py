@@ -72,8 +72,13 @@ _VAE_NESTED = {
     r"decoder\.up_blocks\.(\d)\.upsampler": r"decoder.upsamples.\1.upsamples.3",
 }
 # What a part of a name inside a residual block of the VAE is called; no other names have such parts.
-_INSIDE = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-_INSIDE |= {"conv_shortcut": "shortcut"}
+_INSIDE = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
 # Mean and standard deviation of each latent channel, by their number: no weights, and in no file. Those of Wan2.1's 16
 # channels are the library's own.
 _MEAN_OF_48 = (

@@ -128,12 +128,12 @@ def _expressed(fields: dict[str, Any], read: DiTConfig, config: DiTConfig, what:
 
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
-    data = b""
     try:
         data = file.read_bytes()
-        return parse_json(data)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        return parse_json(data)
     except ValueError as error:
         why = "it is a Git LFS pointer: run `git lfs pull`" if data.startswith(POINTER) else error
         raise CheckpointError(f"{file} is not valid JSON: {why}") from error

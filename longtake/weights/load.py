@@ -1,6 +1,6 @@
 """Reading and writing transformer weights: every published layout, strict, executing nothing.
 
-Where tensors lie is known by `published`, their names by `names`, `config.json` by `model_json`; this file brings them
+Where tensors lie is known by `read`, their names by `names`, `config.json` by `config_json`; this file brings them
 into a model.
 """
 
