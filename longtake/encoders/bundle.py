@@ -31,7 +31,6 @@ class Encoders:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
-        text_len: int | None = None,
         with_image: bool = True,
         clip_preprocess: str = "original",
         text_dtype: torch.dtype | None = None,
@@ -47,6 +46,6 @@ class Encoders:
         image = paths.image
         return cls(
             VideoVAE.load(paths.vae, device),
-            TextEncoder.load(paths.text, device, text_dtype or dtype, text_len=text_len),
+            TextEncoder.load(paths.text, device, text_dtype or dtype),
             None if image is None else ImageEncoder.load(image, device, dtype, preprocess=clip_preprocess),
         )

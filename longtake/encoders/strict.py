@@ -50,9 +50,8 @@ def reading(failed: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # a wrong value may raise anything; a panic of Rust is no Exception
-        if isinstance(error, MemoryError) or not (
-            isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        ):
+        theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not theirs:
             raise
         raise CheckpointError(f"{failed}: {' '.join(str(error).split())[:400]}") from error
 

@@ -114,8 +114,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Tensor], *, scale: float | 
     file = _file_of(Path(path).expanduser())
     state, metadata = _read(file)
     updates, problems = _assigned(state, shapes, file)
-    for name, update in updates.items():
-        problems += _misfit(name, update, shapes)
+    problems += [problem for name, update in updates.items() for problem in _misfit(name, update, shapes)]
     if problems:
         listed = "; ".join(problems[:12])
         raise CheckpointError(f"the updates in {path} do not fit the base ({len(problems)} problems): {listed}")
@@ -167,10 +166,10 @@ def _misfit(name: str, update: Update, shapes: Mapping[str, Tensor]) -> list[str
 
 
 def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist; give the file of the low-rank updates")
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give the file of the low-rank updates")
     named = [path / name for name in _FILES if (path / name).is_file()]
     files = named or files_in(path, (*SAFETENSORS, *PICKLED))
     if not named and len(files) != 1:
