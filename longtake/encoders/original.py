@@ -112,7 +112,7 @@ class _Original:
         if not is_pickled(path):
             raise CheckpointError(f"{path} is safetensors; original files of Wan's encoders are those of torch.save")
         state = read_pickled(path)
-        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
             raise CheckpointError(f"{path} holds something else than tensors by name; it is no original Wan encoder")
         self.path, self.state = path, {name: value for name, value in state.items() if not name.startswith(skip)}
 

@@ -116,6 +116,7 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
     }
+    fields = dict(sorted(fields.items()))  # as diffusers writes them
     return _expressed(fields, config_from_json(fields), config, "the diffusers format")
 
 
