@@ -46,12 +46,6 @@ def refusal(error: BaseException) -> str | None:
     return f"{os.strerror(number)}; {_FIXES[number]}" if number in _FIXES else None
 
 
-def cannot_write(path: str | Path, error: BaseException) -> OutputError | None:
-    """The error that names `path`; None where `error` is not the disk's."""
-    said = refusal(error)
-    return None if said is None else OutputError(f"{path} cannot be written: {said}")
-
-
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """What the disk refuses below, in whatever words of whichever library, becomes an OutputError that names `path`."""
@@ -60,10 +54,9 @@ def writing(path: str | Path) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as error:
-        told = cannot_write(path, error)
-        if told is None:
+        if (said := refusal(error)) is None:
             raise
-        raise told from None
+        raise OutputError(f"{path} cannot be written: {said}") from None
 
 
 def partial_name(path: Path) -> Path:
@@ -78,11 +71,7 @@ def free_name(path: Path) -> Path:
 
 
 def check_output_file(
-    path: str | Path,
-    *,
-    suffixes: Sequence[str] = (),
-    inputs: Sequence[str | Path | None] = (),
-    overwrite: bool = False,
+    path: str | Path, *, suffixes: Sequence[str] = (), inputs: Sequence[str | Path | None] = (), overwrite: bool = False
 ) -> Path:
     """The path of a file that will be written, when it can be.
 
@@ -92,10 +81,8 @@ def check_output_file(
     """
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
-        raise ConfigError(
-            f"{path} must end in {' or '.join(suffixes)}, which is what is written; call it "
-            f"{path.with_suffix(suffixes[0]) if path.name else path / f'video{suffixes[0]}'}"
-        )
+        fix = path.with_suffix(suffixes[0]) if path.name else path / f"video{suffixes[0]}"
+        raise ConfigError(f"{path} must end in {' or '.join(suffixes)}, which is what is written; call it {fix}")
     for given in inputs:
         if given is not None and _same(path, given):
             raise ConfigError(f"{path} is in use ({given}) and would be lost; give the output another name")
@@ -143,9 +130,7 @@ def check_new_folder(
             raise ConfigError(f"{path} is in use ({given}) and would be lost; give the output another name")
     if os.path.lexists(path):
         if not overwrite:
-            raise ConfigError(
-                f"{path} exists already; give the name of a folder that does not, or --overwrite to replace it"
-            )
+            raise ConfigError(f"{path} exists already; give the name of a new folder, or --overwrite to replace it")
         if not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; give the name of a folder")
         check_own(path, own)
@@ -161,11 +146,37 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
     """
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    foreign = [
-        name for name in names if not any(name.count("/") == like.count("/") and fnmatch(name, like) for like in own)
-    ]
+    known = [(name, like) for name in names for like in own if name.count("/") == like.count("/")]
+    foreign = sorted(set(names) - {name for name, like in known if fnmatch(name, like)})
     if foreign:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into: it gets the name `folder` when all of it is on the disk, and goes when something fails.
+
+    Args: `overwrite`, as of `publish_folder`.
+    """
+    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        publish_folder(partial, folder, overwrite=overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish_folder(partial: Path, folder: Path, *, overwrite: bool = False) -> None:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import torch
 
 from longtake.models.dit import VideoDiT
-from longtake.models.lora import add_lora, targets_of
+from longtake.models.lora import first_factors, inject_lora, targets_of
 from longtake.rng import KeyedRNG
 from longtake.weights.lora import Adapter, Base
 
 RANK, ALPHA = 3, 6.0
+
+
+def add_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, draws: KeyedRNG, purpose: str) -> VideoDiT:
+    """`model` with updates on the layers whose whole name matches `pattern`; nothing else is trained any more.
+
+    Call it after the weights were loaded.
+    """
+    inject_lora(model.requires_grad_(False), pattern, rank, alpha)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in first_factors(model, draws, purpose):
+            parameters[name].copy_(value)
+    return model
 
 
 def adapter_of(model: VideoDiT, targets: list[str] | None = None, base: Base | None = None) -> Adapter:

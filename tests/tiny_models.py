@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
+from longtake.weights.load import check_state
 
 HEIGHT, WIDTH, IMAGE_TOKENS = 4, 6, 5
 TINY: dict[str, Any] = {
@@ -35,6 +37,12 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
         else:
             parameter.copy_(0.3 * noise)
+
+
+def load_state(model: VideoDiT, state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Copies a state dict (original names) into a model, strictly; float types are converted."""
+    check_state(state, model, source)
+    model.load_state_dict(dict(state), strict=True)
 
 
 def make_tiny_model(i2v: bool = False, seed: int = 0, **changes: Any) -> VideoDiT:

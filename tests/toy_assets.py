@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.text import TextEncoder
+from longtake.encoders.vae import VideoVAE
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "assets"))
 

@@ -31,11 +31,13 @@ from longtake.checkpoint.staging import local
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
+from longtake.outputs import sync
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
 from longtake.train.state import TrainState
-from longtake.weights.load import clean_name, config_to_json
+from longtake.weights.config_json import config_to_json
 from longtake.weights.lora import Adapter, write_adapter
+from longtake.weights.names import clean_name
 
 __all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 
@@ -379,11 +381,11 @@ def _set_aside(damaged: list[Path], newest: Path) -> None:
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`."""
     (temporary / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(temporary / run_folder.MANIFEST)
+    sync(temporary / run_folder.MANIFEST)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        _sync(path)
+        sync(path)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     for old in run_folder.list_checkpoints(final.parent)[:-keep]:
         doomed = old.with_name(run_folder.TEMPORARY + "deleted-" + old.name)  # renamed first: never half a checkpoint
         old.rename(doomed)
@@ -397,13 +399,5 @@ def _make_empty(folder: Path) -> None:
 
 
 def _synced_record(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return run_folder.file_record(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,6 @@
 """The three frozen encoders that surround the transformer, loaded from one folder.
 
-The classes live in `vae.py`, `text_encoder.py` and `image_encoder.py`; this file bundles them.
+The classes live in `vae.py`, `text.py` and `clip.py`; this file bundles them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,9 @@ from pathlib import Path
 import torch
 
 from longtake.encoders.clip import ImageEncoder
-from longtake.encoders.text import TextEncoder, clean_prompt
-from longtake.encoders.vae import DecoderSession, EncoderSession, VideoVAE
+from longtake.encoders.text import TextEncoder
+from longtake.encoders.vae import VideoVAE
 from longtake.weights.locate import encoder_paths
-
-__all__ = [
-    "DecoderSession",
-    "EncoderSession",
-    "Encoders",
-    "ImageEncoder",
-    "TextEncoder",
-    "VideoVAE",
-    "clean_prompt",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +31,6 @@ class Encoders:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
-        text_len: int | None = None,
         with_image: bool = True,
         clip_preprocess: str = "original",
         text_dtype: torch.dtype | None = None,
@@ -57,6 +46,6 @@ class Encoders:
         image = paths.image
         return cls(
             VideoVAE.load(paths.vae, device),
-            TextEncoder.load(paths.text, device, text_dtype or dtype, text_len=text_len),
+            TextEncoder.load(paths.text, device, text_dtype or dtype),
             None if image is None else ImageEncoder.load(image, device, dtype, preprocess=clip_preprocess),
         )

@@ -23,6 +23,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
+def check_image(image: Tensor) -> None:
+    """Raises ShapeError unless `image` is a batch of pictures as encoders take it."""
+    if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        got = f"{image.dtype} {tuple(image.shape)}"
+        raise ShapeError(f"an image must be a float tensor [B, 3, h, w] in [-1, 1]; got {got}")
+
+
 def _stretch(image: Tensor, size: int) -> Tensor:
     # The resize overshoots at edges; clamping would be better, but the released models never saw it.
     return F.interpolate(image, size=(size, size), mode="bicubic", align_corners=False, antialias=False)
@@ -104,10 +111,7 @@ class ImageEncoder:
         Args: `image` [B, 3, h, w] in [-1, 1], any size.
         Raises: ShapeError.
         """
-        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            raise ShapeError(
-                f"an image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
-            )
+        check_image(image)
         with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
             pixels = self.preprocess(image.to(self.device)).to(self.dtype)
             return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float()

@@ -15,6 +15,7 @@ from torch import Tensor
 from longtake.condition import Condition
 from longtake.data.images import fit_image, open_image, upright_rgb
 from longtake.encoders.bundle import Encoders, VideoVAE
+from longtake.encoders.clip import check_image
 from longtake.errors import DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ def condition_frames(vae: VideoVAE, image: Tensor, num_latent_frames: int | None
     Raises: ShapeError.
     Source: Wan2.1 image-to-video; spec B.3.
     """
-    if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-        raise ShapeError(
-            f"image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
-        )
+    check_image(image)
     session = vae.encoder_session()
     latents = [session.encode(image[:, None])]
     grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)

@@ -6,16 +6,15 @@ Must know no torch: a machine that trains from stored encodings need not have th
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from longtake.run_folder import file_records
 from longtake.weights.locate import ENCODER_PARTS, TOKENIZER_FOLDER
 
 # The tokenizer is part of the text encoder, wherever it lies.
 _MORE = {"text": ("tokenizer", TOKENIZER_FOLDER.as_posix())}
 _SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model", ".txt")
-_THREADS = 8  # hashing leaves the interpreter's lock
 
 
 def encoder_files(folder: Path) -> dict[str, list[Path]]:
@@ -41,9 +40,6 @@ def stamps(folder: Path, files: list[Path]) -> dict[str, Any]:
 def digest(folder: Path, files: list[Path]) -> str:
     """SHA-256 over names and contents of the files."""
 
-    def one(file: Path) -> str:
-        with (folder / file).open("rb") as opened:
-            return f"{file.as_posix()} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return hashlib.sha256("".join(pool.map(one, files)).encode()).hexdigest()
+    records = file_records(folder, [file.as_posix() for file in files])
+    lines = "".join(f"{name} {record['sha256']}\n" for name, record in records.items())
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The encoders' original Wan files (`.pth`) as models of transformers and diffusers: key names, sizes, strict loading.
 
-Sizes are read from the shapes in the file; what no shape tells is the published value. Must know no folder layout and
-no tokenizer.
+Sizes are read from the shapes in the file; what no shape tells is the published value, which often is the library's
+default. Must know no folder layout and no tokenizer.
 Source of names and formulas: Wan-Video/Wan2.1 `wan/modules/{t5,clip,vae}.py`, Wan-Video/Wan2.2 `wan/modules/vae2_2.py`
 and huggingface/diffusers `scripts/convert_wan_to_diffusers.py`; spec B.1, B.4, C.1 and C.2.
 """
@@ -10,138 +10,156 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
-from longtake.encoders.strict import check_keys
+from longtake.encoders.strict import refuse
 from longtake.errors import CheckpointError
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.read import read_pickled
-from longtake.weights.tensor_files import check_finite
+from longtake.weights.tensor_files import check_finite, misfits, shapes_in
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_T5_MAX_DISTANCE = 128
+# Names of the library's modules (regular expressions) -> the original's. What follows a module stays.
+_T5 = {
+    r"shared|encoder\.embed_tokens": "token_embedding",
+    r"encoder\.final_layer_norm": "norm",
+    r"encoder\.block\.(\d+)\.layer\.0\.layer_norm": r"blocks.\1.norm1",
+    r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])": r"blocks.\1.attn.\2",
+    r"encoder\.block\.(\d+)\.layer\.0\..+_attention_bias": r"blocks.\1.pos_embedding.embedding",
+    r"encoder\.block\.(\d+)\.layer\.1\.layer_norm": r"blocks.\1.norm2",
+    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0": r"blocks.\1.ffn.gate.0",
+    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1": r"blocks.\1.ffn.fc1",
+    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo": r"blocks.\1.ffn.fc2",
+}
+_CLIP = {
+    r"embeddings\.class_embedding": "visual.cls_embedding",
+    r"embeddings\.patch_embedding": "visual.patch_embedding",
+    r"embeddings\.position_embedding\.weight": "visual.pos_embedding",
+    r"pre_layrnorm": "visual.pre_norm",
+    r"post_layernorm": "visual.post_norm",
+    r"encoder\.layers\.(\d+)\.layer_norm(\d)": r"visual.transformer.\1.norm\2",
+    r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj": r"visual.transformer.\1.attn.to_qkv",
+    r"encoder\.layers\.(\d+)\.self_attn\.out_proj": r"visual.transformer.\1.attn.proj",
+    r"encoder\.layers\.(\d+)\.mlp\.fc1": r"visual.transformer.\1.mlp.0",
+    r"encoder\.layers\.(\d+)\.mlp\.fc2": r"visual.transformer.\1.mlp.2",
+}
 _CLIP_HEADS = 16
 _CLIP_OTHER_PARTS = ("textual.", "log_scale", "visual.head")  # the text tower and what joins both
-_VAE_MULTIPLIERS = [1, 2, 4, 4]  # of the width, a block each
-_VAE_RES_BLOCKS = 2  # in a block of the encoder; the decoder has one more
-_VAE_TEMPORAL = [False, True, True]  # which of the encoder's blocks halve the frames
-# Mean and standard deviation of each latent channel: no weights, and in no file; by the number of channels.
-_VAE_STATISTICS = {
-    16: (
-        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
-        + [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
-        + [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
-    ),
-    48: (
-        [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891]
-        + [0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502]
-        + [-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723]
-        + [-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
-        [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901]
-        + [0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659]
-        + [0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944]
-        + [0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744],
-    ),
+_VAE = {
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
+    r"(encoder|decoder)\.conv_in": r"\1.conv1",
+    r"(encoder|decoder)\.mid_block\.resnets\.0": r"\1.middle.0",
+    r"(encoder|decoder)\.mid_block\.attentions\.0": r"\1.middle.1",
+    r"(encoder|decoder)\.mid_block\.resnets\.1": r"\1.middle.2",
+    r"(encoder|decoder)\.norm_out": r"\1.head.0",
+    r"(encoder|decoder)\.conv_out": r"\1.head.2",
 }
+# Wan2.1 has one list, where the resampling follows the residuals of a block (3 in each of the decoder's 4) ...
+_VAE_FLAT = {
+    r"encoder\.down_blocks": "encoder.downsamples",
+    **{rf"decoder\.up_blocks\.{b}\.resnets\.{n}": f"decoder.upsamples.{4 * b + n}" for b in range(4) for n in range(3)},
+    **{rf"decoder\.up_blocks\.{b}\.upsamplers\.0": f"decoder.upsamples.{4 * b + 3}" for b in range(3)},
+}
+# ... and Wan2.2 a list in each block (of 2 residuals in the encoder).
+_VAE_NESTED = {
+    r"encoder\.down_blocks\.(\d)\.resnets": r"encoder.downsamples.\1.downsamples",
+    r"encoder\.down_blocks\.(\d)\.downsampler": r"encoder.downsamples.\1.downsamples.2",
+    r"decoder\.up_blocks\.(\d)\.resnets": r"decoder.upsamples.\1.upsamples",
+    r"decoder\.up_blocks\.(\d)\.upsampler": r"decoder.upsamples.\1.upsamples.3",
+}
+# What a part of a name inside a residual block of the VAE is called; no other names have such parts.
+_INSIDE = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+# Mean and standard deviation of each latent channel, by their number: no weights, and in no file. Those of Wan2.1's 16
+# channels are the library's own.
+_MEAN_OF_48 = (
+    [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891]
+    + [0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502]
+    + [-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723]
+    + [-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667]
+)
+_STD_OF_48 = (
+    [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901]
+    + [0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659]
+    + [0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944]
+    + [0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]
+)
+_VAE_STATISTICS = {16: {}, 48: {"latents_mean": _MEAN_OF_48, "latents_std": _STD_OF_48}}
+# Library parameters that are one third of a packed original, and originals with axes of size 1 in front
+_PACKED = re.compile(r"\.([qkv])_proj\.")
+_LEADING = {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
 
 
-class _Origin(NamedTuple):
-    """Where a library parameter comes from: an original key, or one third (0 q, 1 k, 2 v) of a packed one.
-
-    `leading` counts the axes of size 1 that the original has in front.
-    """
-
-    key: str
-    third: int | None = None
-    leading: int = 0
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-def read_original(path: Path) -> dict[str, Tensor]:
+class _Original:
     """The tensors of a `.pth` file, mapped into memory and read only when they are used; nothing is unpickled.
 
+    Args: `skip`, beginnings of the names of tensors that are not wanted.
     Raises: CheckpointError when the file is missing, damaged, or holds anything but tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give an original Wan file or a folder in the library's format")
-    if not is_pickled(path):
-        raise CheckpointError(f"{path} is safetensors; original files of Wan's encoders are those of torch.save")
-    state = dict(read_pickled(path))
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds something else than tensors by name; it is no original Wan encoder")
-    return state
+
+    def __init__(self, path: Path, skip: tuple[str, ...] = ()) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; give an original Wan file or a folder of the library's")
+        if not is_pickled(path):
+            raise CheckpointError(f"{path} is safetensors; original files of Wan's encoders are those of torch.save")
+        state = read_pickled(path)
+        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+            raise CheckpointError(f"{path} holds something else than tensors by name; it is no original Wan encoder")
+        self.path, self.state = path, {name: value for name, value in state.items() if not name.startswith(skip)}
+
+    def shape(self, key: str, axes: int) -> torch.Size:
+        """The shape of a tensor that tells sizes. Raises: CheckpointError when it is missing or has other axes."""
+        if key not in self.state or self.state[key].ndim != axes:
+            found = f"has shape {tuple(self.state[key].shape)}" if key in self.state else "is missing"
+            raise CheckpointError(f"{self.path} is no such encoder of Wan: {key} {found}, and must have {axes} axes")
+        return self.state[key].shape
+
+    def count(self, prefix: str) -> int:
+        """How many numbered modules follow `prefix`."""
+        matches = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in self.state)
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+    def fill(self, model: Any, names: Mapping[str, str], device: torch.device | str, dtype: torch.dtype) -> Any:
+        """`model`, built on the meta device, with the tensors of the file, each converted once; in eval mode.
+
+        Raises: CheckpointError that lists missing, surplus and reshaped keys by their original names.
+        """
+        own = model.state_dict()
+        origins = {key: _origin(key, names) for key in own}
+        expected: dict[str, tuple[int, ...]] = {}
+        for key, source in origins.items():
+            first, *rest = own[key].shape
+            ones = (1,) * _LEADING.get(source, 0)
+            expected[source] = (*ones, 3 * first if _PACKED.search(key) else first, *rest)
+        refuse(misfits(expected, shapes_in(self.state)), self.path, type(model).__name__)
+        placed = {key: self.state[key].to(device=device, dtype=dtype) for key in expected}
+        for key, tensor in placed.items():
+            check_finite(tensor, f"{key} of {self.path}")
+        tensors = {}
+        for key, source in origins.items():
+            packed = _PACKED.search(key)
+            tensor = placed[source].chunk(3)["qkv".index(packed[1])] if packed else placed[source]
+            tensors[key] = tensor.reshape(own[key].shape)
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
 
 
-def _shape(state: Mapping[str, Tensor], key: str, axes: int, path: Path) -> torch.Size:
-    """The shape of a tensor that tells sizes. Raises: CheckpointError when it is missing or has other axes."""
-    if key not in state or state[key].ndim != axes:
-        found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
-        raise CheckpointError(f"{path} is no such encoder of Wan: {key} {found}, and must have {axes} axes")
-    return state[key].shape
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules follow `prefix`."""
-    numbers = {int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))}
-    return max(numbers) + 1 if numbers else 0
-
-
-def _fill(
-    model: Any,
-    origin: Callable[[str], _Origin],
-    state: Mapping[str, Tensor],
-    path: Path,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Any:
-    """`model`, built on the meta device, with the tensors of `state`, each converted once.
-
-    Raises: CheckpointError that lists missing, surplus and reshaped keys by their original names.
-    """
-    own = model.state_dict()
-    origins = {key: origin(key) for key in own}
-    expected: dict[str, tuple[int, ...]] = {}
-    for key, (source, third, leading) in origins.items():
-        first, *rest = own[key].shape
-        expected[source] = (1,) * leading + (first if third is None else 3 * first, *rest)
-    check_keys(expected, {key: tuple(tensor.shape) for key, tensor in state.items()}, path, type(model).__name__)
-    placed = {key: state[key].to(device=device, dtype=dtype) for key in expected}
-    for key, tensor in placed.items():
-        check_finite(tensor, f"{key} of {path}")
-    tensors = {}
-    for key, (source, third, _) in origins.items():
-        tensor = placed[source] if third is None else placed[source].chunk(3)[third]
-        tensors[key] = tensor.reshape(own[key].shape)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
-
-
-# ---- umT5 -----------------------------------------------------------------------------------------------------------
-_T5_BLOCK = {
-    "layer.0.layer_norm": "norm1",
-    "layer.0.SelfAttention.q": "attn.q",
-    "layer.0.SelfAttention.k": "attn.k",
-    "layer.0.SelfAttention.v": "attn.v",
-    "layer.0.SelfAttention.o": "attn.o",
-    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-    "layer.1.layer_norm": "norm2",
-    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
-    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
-    "layer.1.DenseReluDense.wo": "ffn.fc2",
-}
-
-
-def _t5_origin(key: str) -> _Origin:
-    if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)\.weight", key):
-        return _Origin(f"blocks.{match[1]}.{_T5_BLOCK[match[2]]}.weight")
-    return _Origin("norm.weight" if key == "encoder.final_layer_norm.weight" else "token_embedding.weight")
+def _origin(key: str, names: Mapping[str, str]) -> str:
+    """The original name of a library's parameter."""
+    key = key.removeprefix("vision_model.")  # some versions of transformers put CLIP one level deeper
+    matches = ((re.match(rf"(?:{module})(?=\.|$)", key), name) for module, name in names.items())
+    match, name = next((match, name) for match, name in matches if match)
+    inside = [_INSIDE.get(part, part) for part in key[match.end() :].split(".")]
+    return match.expand(name) + ".".join(inside)
 
 
 def load_text_model(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -151,58 +169,24 @@ def load_text_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
-    state = read_original(path)
-    vocabulary, width = _shape(state, "token_embedding.weight", 2, path)
-    inner, _ = _shape(state, "blocks.0.attn.q.weight", 2, path)
-    buckets, heads = _shape(state, "blocks.0.pos_embedding.embedding.weight", 2, path)
-    hidden, _ = _shape(state, "blocks.0.ffn.fc1.weight", 2, path)
+    file = _Original(path)
+    vocabulary, width = file.shape("token_embedding.weight", 2)
+    buckets, heads = file.shape("blocks.0.pos_embedding.embedding.weight", 2)
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
-        d_kv=inner // heads,
-        d_ff=hidden,
-        num_layers=_count(state, "blocks."),
+        d_kv=file.shape("blocks.0.attn.q.weight", 2)[0] // heads,
+        d_ff=file.shape("blocks.0.ffn.fc1.weight", 2)[0],
+        num_layers=file.count("blocks."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=_T5_MAX_DISTANCE,
         dropout_rate=0.0,
-        layer_norm_epsilon=1e-6,
-        feed_forward_proj="gated-gelu",
     )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
-    _fill(model, _t5_origin, state, path, device, dtype)
+    file.fill(model, _T5, device, dtype)
     model.set_input_embeddings(model.get_input_embeddings())  # one table under two names
     return model
-
-
-# ---- CLIP -----------------------------------------------------------------------------------------------------------
-_CLIP_TOP = {
-    "embeddings.class_embedding": _Origin("visual.cls_embedding", leading=2),
-    "embeddings.patch_embedding.weight": _Origin("visual.patch_embedding.weight"),
-    "embeddings.position_embedding.weight": _Origin("visual.pos_embedding", leading=1),
-    **{f"pre_layrnorm.{leaf}": _Origin(f"visual.pre_norm.{leaf}") for leaf in ("weight", "bias")},
-    **{f"post_layernorm.{leaf}": _Origin(f"visual.post_norm.{leaf}") for leaf in ("weight", "bias")},
-}
-_CLIP_BLOCK = {
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    "self_attn.out_proj": "attn.proj",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.2",
-}
-_CLIP_PACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-
-def _clip_origin(key: str) -> _Origin:
-    key = key.removeprefix("vision_model.")  # some versions of transformers put the model one level deeper
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
-    if match is None:
-        return _CLIP_TOP[key]
-    block, module, leaf = f"visual.transformer.{match[1]}", match[2], match[3]
-    if module in _CLIP_PACKED:
-        return _Origin(f"{block}.attn.to_qkv.{leaf}", third=_CLIP_PACKED.index(module))
-    return _Origin(f"{block}.{_CLIP_BLOCK[module]}.{leaf}")
 
 
 def load_image_model(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -213,72 +197,27 @@ def load_image_model(path: Path, device: torch.device | str, dtype: torch.dtype)
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    state = {key: value for key, value in read_original(path).items() if not key.startswith(_CLIP_OTHER_PARTS)}
-    width, _, patch, _ = _shape(state, "visual.patch_embedding.weight", 4, path)
-    tokens = _shape(state, "visual.pos_embedding", 3, path)[1]
-    hidden, _ = _shape(state, "visual.transformer.0.mlp.0.weight", 2, path)
+    file = _Original(path, skip=_CLIP_OTHER_PARTS)
+    width, _, patch, _ = file.shape("visual.patch_embedding.weight", 4)
+    tokens = file.shape("visual.pos_embedding", 3)[1]
     if width % _CLIP_HEADS:
         raise CheckpointError(f"{path}: the width {width} of the image encoder is no multiple of {_CLIP_HEADS} heads")
     config = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=_count(state, "visual.transformer."),
+        intermediate_size=file.shape("visual.transformer.0.mlp.0.weight", 2)[0],
+        num_hidden_layers=file.count("visual.transformer."),
         num_attention_heads=_CLIP_HEADS,
         image_size=patch * math.isqrt(tokens - 1),
         patch_size=patch,
         hidden_act="gelu",
-        layer_norm_eps=1e-5,
     )
     with torch.device("meta"):
         model = CLIPVisionModel(config)
-    _fill(model, _clip_origin, state, path, device, dtype)
+    file.fill(model, _CLIP, device, dtype)
     for module in model.modules():
         if hasattr(module, "position_ids"):  # counted, not stored, and still on the meta device
             module.position_ids = torch.arange(tokens, device=device)[None]
     return model
-
-
-# ---- VAE ------------------------------------------------------------------------------------------------------------
-_VAE_RESIDUAL = {
-    "norm1": "residual.0",
-    "conv1": "residual.2",
-    "norm2": "residual.3",
-    "conv2": "residual.6",
-    "conv_shortcut": "shortcut",
-}
-
-
-def _vae_places(nested: bool) -> dict[str, str]:
-    """Original names of the library's modules, without what lies inside a residual block.
-
-    Wan2.2 (`nested`) has a list in each block; Wan2.1 has one list, where the resampling follows a block's residuals.
-    """
-    places = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
-    for half in ("encoder", "decoder"):
-        places |= {f"{half}.conv_in": f"{half}.conv1", f"{half}.mid_block.attentions.0": f"{half}.middle.1"}
-        places |= {f"{half}.norm_out": f"{half}.head.0", f"{half}.conv_out": f"{half}.head.2"}
-        places |= {f"{half}.mid_block.resnets.{n}": f"{half}.middle.{2 * n}" for n in range(2)}
-    down, up = _VAE_RES_BLOCKS, _VAE_RES_BLOCKS + 1
-    for block in range(len(_VAE_MULTIPLIERS)):
-        inner, outer = f"encoder.down_blocks.{block}", f"decoder.up_blocks.{block}"
-        if nested:
-            places |= {f"{inner}.resnets.{n}": f"encoder.downsamples.{block}.downsamples.{n}" for n in range(down)}
-            places |= {f"{outer}.resnets.{n}": f"decoder.upsamples.{block}.upsamples.{n}" for n in range(up)}
-            places[f"{inner}.downsampler"] = f"encoder.downsamples.{block}.downsamples.{down}"
-            places[f"{outer}.upsampler"] = f"decoder.upsamples.{block}.upsamples.{up}"
-        else:
-            for n in range(block * (down + 1), (block + 1) * (down + 1)):
-                places[f"encoder.down_blocks.{n}"] = f"encoder.downsamples.{n}"
-            places |= {f"{outer}.resnets.{n}": f"decoder.upsamples.{block * (up + 1) + n}" for n in range(up)}
-            places[f"{outer}.upsamplers.0"] = f"decoder.upsamples.{block * (up + 1) + up}"
-    return places
-
-
-def _vae_origin(key: str, places: Mapping[str, str]) -> _Origin:
-    parts = key.split(".")
-    cut = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in places)
-    inside = [_VAE_RESIDUAL.get(part, part) for part in parts[cut:]]
-    return _Origin(".".join([places[".".join(parts[:cut])], *inside]))
 
 
 def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -289,33 +228,22 @@ def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype) 
     """
     from diffusers import AutoencoderKLWan
 
-    state = read_original(path)
-    nested = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
-    channels = _shape(state, "conv2.weight", 5, path)[0]
+    file = _Original(path)
+    nested = any(key.startswith("encoder.downsamples.0.downsamples.") for key in file.state)
+    channels = file.shape("conv2.weight", 5)[0]
     if channels not in _VAE_STATISTICS:
-        raise CheckpointError(
-            f"{path} has conv2.weight of {channels} latent channels, whose mean and std are not published; "
-            f"use a VAE of {' or '.join(map(str, _VAE_STATISTICS))} channels"
-        )
-    width, pixels = _shape(state, "encoder.conv1.weight", 5, path)[:2]
-    mean, std = _VAE_STATISTICS[channels]
-    patch = 2 if nested else None
+        known = " or ".join(map(str, _VAE_STATISTICS))
+        raise CheckpointError(f"{path}: {channels} latent channels, whose mean and std are not published; use {known}")
+    width, pixels = file.shape("encoder.conv1.weight", 5)[:2]
     with torch.device("meta"):
         module = AutoencoderKLWan(
             base_dim=width,
-            decoder_base_dim=_shape(state, "decoder.head.0.gamma", 4, path)[0],
+            decoder_base_dim=file.shape("decoder.head.0.gamma", 4)[0],
             z_dim=channels,
-            dim_mult=_VAE_MULTIPLIERS,
-            num_res_blocks=_VAE_RES_BLOCKS,
-            temperal_downsample=_VAE_TEMPORAL,
-            latents_mean=mean,
-            latents_std=std,
             is_residual=nested,
             in_channels=pixels,
-            out_channels=_shape(state, "decoder.head.2.weight", 5, path)[0],
-            patch_size=patch,
-            scale_factor_temporal=2 ** sum(_VAE_TEMPORAL),
-            scale_factor_spatial=2 ** (len(_VAE_MULTIPLIERS) - 1) * (patch or 1),
+            out_channels=file.shape("decoder.head.2.weight", 5)[0],
+            **({"patch_size": 2, "scale_factor_spatial": 16} if nested else {}),
+            **_VAE_STATISTICS[channels],
         )
-    places = _vae_places(nested)
-    return _fill(module, lambda key: _vae_origin(key, places), state, path, device, dtype)
+    return file.fill(module, _VAE | (_VAE_NESTED if nested else _VAE_FLAT), device, dtype)

@@ -21,9 +21,8 @@ def check_folder(folder: str | Path, what: str) -> Path:
     """`folder` as a path. Raises: CheckpointError unless it holds `config.json` and safetensors weights."""
     path = Path(folder)
     if not path.is_dir():
-        raise CheckpointError(
-            f"the {what} folder {path} does not exist; give a folder with config.json and *.safetensors"
-        )
+        fix = "give a folder with config.json and *.safetensors"
+        raise CheckpointError(f"the {what} folder {path} does not exist; {fix}")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path / 'config.json'} is missing; the {what} folder needs it beside its weights")
     if not files_in(path):
@@ -51,9 +50,8 @@ def reading(failed: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # a wrong value may raise anything; a panic of Rust is no Exception
-        if isinstance(error, MemoryError) or not (
-            isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        ):
+        theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not theirs:
             raise
         raise CheckpointError(f"{failed}: {' '.join(str(error).split())[:400]}") from error
 
@@ -74,34 +72,16 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
         )
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "surplus": sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore)),
-        "reshaped": sorted(str(key) for key in info["mismatched_keys"]),
-    }
-    _refuse(problems, folder, model_class.__name__)
+    surplus = [key for key in info["unexpected_keys"] if not key.startswith(ignore)]
+    problems = {"missing": info["missing_keys"], "surplus": surplus, "reshaped": map(str, info["mismatched_keys"])}
+    refuse({group: sorted(keys) for group, keys in problems.items()}, folder, model_class.__name__)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, f"{name} of {folder}")
     return model.eval()
 
 
-def check_keys(
-    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], source: Path, model: str
-) -> None:
-    """Raises CheckpointError that lists the keys of `got` that are missing, surplus or of another shape."""
-    problems = {
-        "missing": sorted(expected.keys() - got.keys()),
-        "surplus": sorted(got.keys() - expected.keys()),
-        "reshaped": [
-            f"{key} {got[key]} instead of {expected[key]}"
-            for key in sorted(expected.keys() & got.keys())
-            if got[key] != expected[key]
-        ],
-    }
-    _refuse(problems, source, model)
-
-
-def _refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
+def refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:
+    """Raises CheckpointError that lists groups of keys of `source`, unless there are none."""
     found = [f"{len(keys)} {name}: {', '.join(keys[:20])}" for name, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the weights in {source} do not fit {model}; keys {'; '.join(found)}")

@@ -42,10 +42,8 @@ def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
 
     place = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
     if place is None:
-        raise CheckpointError(
-            f"no tokenizer_config.json in {' or '.join(map(str, places))}; put the tokenizer's files there "
-            "(those of google/umt5-xxl, which each Wan repository holds)"
-        )
+        looked, files = " or ".join(map(str, places)), "those of google/umt5-xxl, which each Wan repository holds"
+        raise CheckpointError(f"no tokenizer_config.json in {looked}; put the tokenizer's files there ({files})")
     with quiet("transformers"), reading(f"the tokenizer in {place} cannot be loaded"):
         return AutoTokenizer.from_pretrained(place, local_files_only=True), place
 
@@ -94,10 +92,8 @@ class TextEncoder:
             # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
             model = load_strictly(UMT5EncoderModel, path, dtype=dtype, ignore_mismatched_sizes=True)
         if len(tokenizer) > model.config.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer in {place} has {len(tokenizer)} tokens and the text encoder in {path} only "
-                f"{model.config.vocab_size}; take both from the same release"
-            )
+            both = f"{len(tokenizer)} tokens and the text encoder in {path} only {model.config.vocab_size}"
+            raise CheckpointError(f"the tokenizer in {place} has {both}; take both from the same release")
         if text_len is None:
             stated = tokenizer.model_max_length
             text_len = stated if stated < _LONGEST_STATED_LEN else WAN_TEXT_LEN
@@ -143,11 +139,10 @@ class TextEncoder:
 
     def _say_cut(self, places: list[str]) -> None:
         """Names each prompt once, however often it is encoded."""
-        for place in places:
-            if place in self._cut:
-                continue
-            self._cut.add(place)
-            if len(self._cut) <= _MOST_NAMED:
+        new = [place for place in dict.fromkeys(places) if place not in self._cut]
+        for number, place in enumerate(new, len(self._cut)):
+            if number < _MOST_NAMED:
                 log.warning("%s fills all %d tokens of the text encoder and may have been cut", place, self.text_len)
-            elif len(self._cut) == _MOST_NAMED + 1:
+            elif number == _MOST_NAMED:
                 log.warning("Further prompts fill the text encoder too; they are not named")
+        self._cut.update(new)

@@ -19,7 +19,7 @@ from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
-from longtake.weights.load import load_dit
+from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.presets import model_config
 from longtake.weights.widen import widened_as_asked
@@ -77,7 +77,8 @@ def of_run(run: Path) -> EvalTarget:
         # By name within the log folder where it lies now: it may have been moved since.
         logdir = checkpoint.parents[2]
         weights = find_weights(resolve_source(source or "", logdir), logdir).path
-        return widened_as_asked(load_frozen(weights, device), last.model, last.seed).requires_grad_(False)
+        opened = widened_as_asked(open_weights(weights, check=True), last.model, last.seed)
+        return load_opened(opened, device).eval().requires_grad_(False)
 
     return EvalTarget(
         students=tuple(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ import torch
 from longtake.config.generation import write_rules
 from longtake.errors import ConfigError
 from longtake.inference.source import Source
-from longtake.outputs import check_new_folder, publish_folder
+from longtake.outputs import check_new_folder, new_folder
 from longtake.weights.convert import WEIGHT_FILES
 from longtake.weights.load import load_dit, save_dit
 
@@ -32,12 +30,7 @@ def export(run: str | Path, target: str | Path, *, dtype: str = "bfloat16", over
     source = Source.of_run(run)
     check_new_folder(target, own=WEIGHT_FILES, inputs=[run, source.weights], overwrite=overwrite)
     model = load_dit(source.weights)
-    partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_dit(model.config, model.state_dict(), partial, DTYPES[dtype])
-        write_rules(partial, source.settings)
-        publish_folder(partial, target, overwrite=overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(target, overwrite=overwrite) as folder:
+        save_dit(model.config, model.state_dict(), folder, DTYPES[dtype])
+        write_rules(folder, source.settings)
     return target

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.encoders.bundle import DecoderSession
+from longtake.encoders.vae import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt

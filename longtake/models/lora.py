@@ -22,42 +22,24 @@ from longtake.rng import KeyedRNG
 DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
 
 
-def linear_layers(model: VideoDiT) -> tuple[str, ...]:
-    """Names of all linear layers inside a block: 10, or 12 with an image branch."""
+def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The linear layers of a block that `wanted` names, in the model's order; all (10, or 12 with an image branch) for
+    None. Raises: ConfigError.
+    """
     linear = (name for name, module in model.blocks[0].named_modules() if isinstance(module, nn.Linear))
     # Where a layer has updates already, its own weight is one level deeper.
-    return tuple(name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
-
-
-def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The linear layers of a block that `wanted` names, in the model's order; all for None. Raises: ConfigError."""
-    known = linear_layers(model)
+    known = tuple(name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
     if unknown := sorted(set(wanted or ()) - set(known)):
-        raise ConfigError(
-            f"lora.targets names {', '.join(unknown)}; the linear layers of a block are {', '.join(known)}"
-        )
+        names, layers = ", ".join(unknown), ", ".join(known)
+        raise ConfigError(f"lora.targets names {names}; the linear layers of a block are {layers}")
     return tuple(name for name in known if wanted is None or name in wanted)
-
-
-def add_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, draws: KeyedRNG, purpose: str) -> VideoDiT:
-    """`model` with updates on the layers whose whole name matches `pattern`; nothing else is trained any more.
-
-    Call it after the weights were loaded. On the meta device, call `inject_lora` before sharding and fill in
-    `first_factors` after it.
-    """
-    inject_lora(model.requires_grad_(False), pattern, rank, alpha)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in first_factors(model, draws, purpose):
-            parameters[name].copy_(value)
-    return model
 
 
 def inject_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, name: str = DEFAULT) -> VideoDiT:
     """`model` with updates called `name` on the layers whose whole name matches `pattern`, of no value yet.
 
-    A model may get several, each under its own name; the last one is on. The factors are float32 on the device of the
-    weights, whatever the type of these, and are trained.
+    Call it before sharding, and fill in `first_factors` after it. A model may get several, each under its own name; the
+    last one is on. The factors are float32 on the device of the weights, whatever the type of these, and are trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -88,10 +70,8 @@ def first_factors(model: VideoDiT, draws: KeyedRNG, purpose: str, name: str = DE
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = 1 / math.sqrt(a.shape[1])
         generator = draws.generator(0, f"{purpose} {layer_name}", 0)
-        yield (
-            f"{layer_name}.lora_A.{name}.weight",
-            torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator),
-        )
+        start = torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        yield f"{layer_name}.lora_A.{name}.weight", start
         yield f"{layer_name}.lora_B.{name}.weight", torch.zeros(b.shape, device="cpu")
 
 

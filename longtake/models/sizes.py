@@ -32,9 +32,7 @@ class DiTConfig:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of an even width")
         if self.patch_size[0] != 1:
-            raise ConfigError(
-                f"patch_size={self.patch_size} must be 1 in time: a frame is the unit of blocks and caches"
-            )
+            raise ConfigError(f"patch_size={self.patch_size} must be 1 in time: blocks consist of whole frames")
 
     @property
     def head_width(self) -> int:

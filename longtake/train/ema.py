@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longtake.weights.load import clean_name
+from longtake.weights.names import clean_name
 
 
 @dataclass(frozen=True)

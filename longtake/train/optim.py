@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from longtake.weights.load import clean_name
+from longtake.weights.names import clean_name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

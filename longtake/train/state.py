@@ -11,8 +11,8 @@ from longtake.errors import ConfigError
 from longtake.models.lora import factors
 from longtake.train.ema import EMA, EMASettings
 from longtake.train.optim import NetworkOptimizer, OptimizerSettings
-from longtake.weights.load import clean_name
 from longtake.weights.lora import Adapter
+from longtake.weights.names import clean_name
 
 
 @dataclass

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
 from longtake.models.sizes import DiTConfig
-from longtake.weights.file_kind import is_pointer
+from longtake.weights.file_kind import POINTER
 
 FILE = "config.json"
+# Fields of DiTConfig that a format calls otherwise, and those that its config.json does not hold: Wan's takes them for
+# granted, diffusers' holds other fields that they follow from.
+_IN_WAN = {"in_channels": "in_dim", "out_channels": "out_dim"}
+_NOT_IN_WAN = ("text_dim", "image_dim", "image_positions", "patch_size")
+_IN_DIFFUSERS = {"num_heads": "num_attention_heads", "image_positions": "pos_embed_seq_len"}
+_NOT_IN_DIFFUSERS = ("model_type", "dim", "text_len")
+_OPTIONAL_IN_DIFFUSERS = ("image_dim", "image_positions", "patch_size", "eps")
+_SIZES = [field.name for field in dataclasses.fields(DiTConfig)]
 
 
-def config_from_json(data: Mapping[str, Any], file: Path | str = "config.json") -> DiTConfig:
+def config_from_json(data: Mapping[str, Any], file: Path | str = FILE) -> DiTConfig:
     """Model sizes from a Wan or diffusers `config.json`. Raises: CheckpointError when a size is missing or wrong."""
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{file} holds a {type(data).__name__}; it must be the object of a Wan transformer")
@@ -42,53 +50,27 @@ def config_from_json(data: Mapping[str, Any], file: Path | str = "config.json") 
     return config
 
 
+def _fields(data: Mapping[str, Any], names: Mapping[str, str], optional: Sequence[str]) -> dict[str, Any]:
+    """The fields of DiTConfig that `data` holds under these names. Raises: KeyError for one that must be there."""
+    held = {size: names.get(size, size) for size in _SIZES}
+    return {size: data[name] for size, name in held.items() if name in data or size not in optional}
+
+
 def _from_diffusers(data: Mapping[str, Any]) -> DiTConfig:
-    heads = data["num_attention_heads"]
-    config = DiTConfig(
-        dim=heads * data["attention_head_dim"],
-        ffn_dim=data["ffn_dim"],
-        num_heads=heads,
-        num_layers=data["num_layers"],
-        in_channels=data["in_channels"],
-        out_channels=data["out_channels"],
-        text_dim=data["text_dim"],
-        freq_dim=data["freq_dim"],
-        image_dim=data.get("image_dim"),
-        image_positions=data.get("pos_embed_seq_len"),
-        patch_size=tuple(data.get("patch_size", (1, 2, 2))),
-        eps=data.get("eps", 1e-6),
-    )
-    return dataclasses.replace(config, model_type=_type_of(config))
-
-
-def _type_of(config: DiTConfig) -> str:
-    """Wan's name of the kind of model, which diffusers does not store."""
-    if config.image_positions is not None:
-        return "flf2v"
+    found = _fields(data, _IN_DIFFUSERS, _NOT_IN_DIFFUSERS + _OPTIONAL_IN_DIFFUSERS)
+    config = DiTConfig(**{**found, "dim": found["num_heads"] * data["attention_head_dim"]})
+    kind = "ti2v" if config.out_channels == 48 else "t2v"  # Wan's name of the kind, which diffusers does not store
     if config.image_dim is not None or config.condition_channels > 0:
-        return "i2v"
-    return "ti2v" if config.out_channels == 48 else "t2v"
+        kind = "i2v"
+    return dataclasses.replace(config, model_type=kind if config.image_positions is None else "flf2v")
 
 
 def _from_original(data: Mapping[str, Any]) -> DiTConfig:
-    model_type = data["model_type"]
-    has_image = model_type in ("i2v", "flf2v")
-    return DiTConfig(
-        dim=data["dim"],
-        ffn_dim=data["ffn_dim"],
-        num_heads=data["num_heads"],
-        num_layers=data["num_layers"],
-        model_type=model_type,
-        in_channels=data["in_dim"],
-        out_channels=data["out_dim"],
-        text_dim=data.get("text_dim", 4096),
-        text_len=data["text_len"],
-        freq_dim=data["freq_dim"],
-        image_dim=data.get("image_dim", 1280 if has_image else None),
-        image_positions=data.get("image_positions", 514 if model_type == "flf2v" else None),
-        patch_size=tuple(data.get("patch_size", (1, 2, 2))),
-        eps=data["eps"],
-    )
+    found = _fields(data, _IN_WAN, _NOT_IN_WAN)
+    granted = {"image_dim": 1280} if found["model_type"] in ("i2v", "flf2v") else {}
+    if found["model_type"] == "flf2v":
+        granted["image_positions"] = 514
+    return DiTConfig(**granted | found)
 
 
 def config_to_json(config: DiTConfig) -> dict[str, Any]:
@@ -96,29 +78,14 @@ def config_to_json(config: DiTConfig) -> dict[str, Any]:
 
     The patch is named where it is not that of every Wan model, so that files written before stay the same.
     """
-    return {
-        **_original_fields(config),
-        "text_dim": config.text_dim,
-        "image_dim": config.image_dim,
-        "image_positions": config.image_positions,
-        **({} if config.patch_size == (1, 2, 2) else {"patch_size": list(config.patch_size)}),
-    }
+    granted = {name: getattr(config, name) for name in _NOT_IN_WAN if name != "patch_size"}
+    patch = {} if config.patch_size == (1, 2, 2) else {"patch_size": list(config.patch_size)}
+    return _original_fields(config) | granted | patch
 
 
 def _original_fields(config: DiTConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "WanModel",
-        "model_type": config.model_type,
-        "dim": config.dim,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "in_dim": config.in_channels,
-        "out_dim": config.out_channels,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "text_len": config.text_len,
-        "eps": config.eps,
-    }
+    stored = {_IN_WAN.get(name, name): getattr(config, name) for name in _SIZES if name not in _NOT_IN_WAN}
+    return {"_class_name": "WanModel", **stored}
 
 
 def config_to_original(config: DiTConfig) -> dict[str, Any]:
@@ -138,35 +105,24 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
     Raises: CheckpointError naming a size that diffusers takes for granted and that is another one here.
     """
+    stored = {_IN_DIFFUSERS.get(name, name): getattr(config, name) for name in _SIZES if name not in _NOT_IN_DIFFUSERS}
     fields = {
         "_class_name": "WanTransformer3DModel",
+        **stored,
+        "patch_size": list(config.patch_size),
         "added_kv_proj_dim": None if config.image_dim is None else config.dim,
         "attention_head_dim": config.head_width,
         "cross_attn_norm": True,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": config.image_dim,
-        "in_channels": config.in_channels,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_channels,
-        "patch_size": list(config.patch_size),
-        "pos_embed_seq_len": config.image_positions,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
-        "text_dim": config.text_dim,
     }
+    fields = dict(sorted(fields.items()))  # as diffusers writes them
     return _expressed(fields, config_from_json(fields), config, "the diffusers format")
 
 
 def _expressed(fields: dict[str, Any], read: DiTConfig, config: DiTConfig, what: str) -> dict[str, Any]:
-    lost = [
-        f"{name}={value!r} (it would be read as {getattr(read, name)!r})"
-        for name, value in config.to_dict().items()
-        if getattr(read, name) != value
-    ]
-    if lost:
+    pairs = ((name, value, getattr(read, name)) for name, value in config.to_dict().items())
+    if lost := [f"{name}={value!r} (it would be read as {other!r})" for name, value, other in pairs if other != value]:
         raise CheckpointError(f"{what} cannot say {', '.join(lost)}; convert to longtake, whose config.json can")
     return fields
 
@@ -174,11 +130,13 @@ def _expressed(fields: dict[str, Any], read: DiTConfig, config: DiTConfig, what:
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises: CheckpointError when it cannot be read."""
     try:
-        return parse_json(file.read_bytes())
+        data = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        return parse_json(data)
     except ValueError as error:
-        why = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer(file) else error
+        why = "it is a Git LFS pointer: run `git lfs pull`" if data.startswith(POINTER) else error
         raise CheckpointError(f"{file} is not valid JSON: {why}") from error
 
 

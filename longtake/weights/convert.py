@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from longtake.config.generation import RULES_FILE
 from longtake.errors import ConfigError
-from longtake.models.sizes import DiTConfig
-from longtake.outputs import check_new_folder, publish_folder
+from longtake.outputs import check_new_folder, new_folder
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
-from longtake.weights.load import open_with_updates
+from longtake.weights.load import open_dit
 from longtake.weights.names import to_diffusers_key
 from longtake.weights.read import INDEX, CheckpointReader
 from longtake.weights.tensor_files import check_finite, save_tensors
@@ -27,11 +25,7 @@ SHARD_BYTES = 5 << 30
 _STEM = "diffusion_pytorch_model"
 # That are written here
 WEIGHT_FILES = (f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", "config.json", RULES_FILE)
-_CONFIGS: dict[str, Callable[[DiTConfig], dict[str, Any]]] = {
-    "original": config_to_original,
-    "diffusers": config_to_diffusers,
-    "longtake": config_to_json,
-}
+_CONFIGS = {"original": config_to_original, "diffusers": config_to_diffusers, "longtake": config_to_json}
 
 
 def convert(
@@ -61,22 +55,15 @@ def convert(
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
-    published, model = open_with_updates(source, network, lora, lora_scale, unmerge=unmerge)
+    published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
     fields = _CONFIGS[to](model.config)
-    partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target, overwrite=overwrite) as folder:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
-        written = _write(published, names, partial, shard_bytes)
-        write_config(partial, fields)
+        written = _write(published, names, folder, shard_bytes)
+        write_config(folder, fields)
         here = Path(source)  # a name on the hub is no path
         if (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
-            shutil.copyfile(rules, partial / RULES_FILE)
-        _sync(partial)
-        publish_folder(partial, target, overwrite=overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.copyfile(rules, folder / RULES_FILE)
     return [target / name for name in written]
 
 
@@ -114,12 +101,3 @@ def _plan(published: CheckpointReader, shard_bytes: int) -> Iterator[list[str]]:
         shard.append(name)
         used += stored.size_bytes
     yield shard
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

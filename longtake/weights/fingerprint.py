@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from longtake.errors import CheckpointError
-from longtake.weights.hub import local_path
-from longtake.weights.locate import locate
+from longtake.weights.locate import local_path, locate
 from longtake.weights.lora import Base, is_adapter, read_base, scale_text
 from longtake.weights.read import CheckpointReader, open_published
 
@@ -33,10 +32,10 @@ def check_base(folder: Path, base: Base) -> Path:
     """Where the base of a folder of updates lies. Raises: CheckpointError when other weights are there now."""
     path = base.path(folder)
     if (found := weights_identity(path)) != base.identity:
+        fix = f"put the former back, or merge by hand: longtake convert {path} TARGET --to longtake --lora {folder}"
         raise CheckpointError(
             f"the updates in {folder} were trained on weights with the SHA-256 {base.identity[:16]}, and those at "
-            f"{path} have {found[:16]}; put the former back, or merge by hand: longtake convert {path} TARGET --to "
-            f"longtake --lora {folder}"
+            f"{path} have {found[:16]}; {fix}"
         )
     return path
 

@@ -1,6 +1,6 @@
 """Reading and writing transformer weights: every published layout, strict, executing nothing.
 
-Where tensors lie is known by `published`, their names by `names`, `config.json` by `model_json`; this file brings them
+Where tensors lie is known by `read`, their names by `names`, `config.json` by `config_json`; this file brings them
 into a model.
 """
 
@@ -19,38 +19,14 @@ from torch import Tensor
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.sizes import DiTConfig
-from longtake.weights.config_json import (
-    FILE,
-    config_from_json,
-    config_to_json,
-    read_json,
-    write_config,
-)
+from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
-from longtake.weights.hub import local_path
-from longtake.weights.locate import locate
+from longtake.weights.locate import local_path, locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
-from longtake.weights.names import clean_key, clean_name, is_diffusers, shown_key, to_diffusers_key, to_original_key
+from longtake.weights.names import shown_key
 from longtake.weights.presets import PRESETS, fitting_presets
 from longtake.weights.read import CheckpointReader, open_published
-from longtake.weights.tensor_files import check_finite, save_tensors
-
-__all__ = [
-    "check_state",
-    "Opened",
-    "clean_key",
-    "clean_name",
-    "config_from_json",
-    "config_to_json",
-    "is_diffusers",
-    "load_dit",
-    "load_state",
-    "open_dit",
-    "open_weights",
-    "save_dit",
-    "to_diffusers_key",
-    "to_original_key",
-]
+from longtake.weights.tensor_files import check_finite, misfits, save_tensors, shapes_in
 
 logger = logging.getLogger(__name__)
 
@@ -62,59 +38,64 @@ def check_state(state: Mapping[str, Tensor], model: VideoDiT, source: object, *,
 
     Args: `diffusers`, whether keys are listed under their diffusers names.
     """
-    own = model.state_dict()
-    groups = {
-        "missing": dict.fromkeys(own.keys() - state.keys(), ""),
-        "surplus": dict.fromkeys(state.keys() - own.keys(), ""),
-        "reshaped": {
-            key: f" {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        },
-    }
-    problems = []
-    for group, keys in groups.items():
-        listed = sorted((shown_key(key) if diffusers else key) + what for key, what in keys.items())
-        if listed:
-            problems.append(f"{group} ({len(keys)}): {', '.join(listed[:12])}{', ...' if len(keys) > 12 else ''}")
+    groups = misfits(shapes_in(model.state_dict()), shapes_in(state), shown_key if diffusers else str)
+    problems = [
+        f"{group} ({len(keys)}): {', '.join(keys[:12])}{', ...' if len(keys) > 12 else ''}"
+        for group, keys in groups.items()
+    ]
     if problems:
         fitting = fitting_presets(state)
         hint = f". The tensors are those of {' or '.join(fitting)}: config.json should be, too" if fitting else ""
         raise CheckpointError(f"{source} does not fit the model; " + "; ".join(problems) + hint)
 
 
-def load_state(model: VideoDiT, state: Mapping[str, Tensor], source: object) -> None:
-    """Copies a state dict (original names) into a model, strictly; float types are converted."""
-    check_state(state, model, source)
-    model.load_state_dict(dict(state), strict=True)
-
-
-def open_dit(source: str | Path, network: str | None = None) -> tuple[CheckpointReader, VideoDiT]:
+def open_dit(
+    source: str | Path,
+    network: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float | None = None,
+    *,
+    unmerge: bool = False,
+) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
-    Args: as `load_dit`.
-    Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing.
+    Args: as `load_dit`; `unmerge` takes the updates out of what is read.
+    Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing; ConfigError.
     """
+    check_scale(lora_scale, lora)
     path = locate(local_path(source))
     if is_adapter(path) and network is None:
-        return _open_adapter(path)
-    published = open_published(path, network)  # first, since it says what the weights of others are
-    file = (path if path.is_dir() else path.parent) / FILE
-    data = read_json(file) if file.exists() else {}
-    config = config_from_json(data, file) if file.exists() else None
-    if config is None:
-        config = _recognised(published, file)
-    elif config.model_type == "i2v" and "image_dim" not in data and _no_image_branch(published):
+        published, model = open_dit(check_base(path, read_base(path)), lora=path)
+    else:
+        published = open_published(path, network)  # first, since it says what the weights of others are
+        with torch.device("meta"):
+            model = VideoDiT(_sizes(published, (path if path.is_dir() else path.parent) / FILE))
+        check_state(published.shapes(), model, path, diffusers=published.diffusers)
+    if lora is None:
+        return published, model
+    updates = read_lora(lora, published.shapes(), scale=lora_scale)
+    merge = dataclasses.replace(updates, sign=-1 if unmerge else 1).merge
+    return dataclasses.replace(published, updates=(*published.updates, merge)), model
+
+
+def _sizes(published: CheckpointReader, file: Path) -> DiTConfig:
+    """The sizes in `config.json`; without one, those of the preset that has exactly these tensors."""
+    if not file.exists():
+        if not (fitting := fitting_presets(published.shapes())):
+            what = f"the tensors of {published.path} are those of no preset ({', '.join(PRESETS)})"
+            raise CheckpointError(f"{file} does not exist, and {what}; put the model's config.json beside its weights")
+        logger.info("%s has no config.json; its tensors are those of %s", published.path, " or ".join(fitting))
+        return PRESETS[fitting[0]]
+    data, count = read_json(file), len(published.tensors)
+    config = config_from_json(data, file)
+    if config.num_layers > max(1000, count):  # before a model of that size is made
+        what = f"num_layers={config.num_layers}, and {published.path} has {count} tensors"
+        raise CheckpointError(f"{file} says {what}; use its own")
+    with_image = any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
+    if config.model_type == "i2v" and "image_dim" not in data and not with_image:
         # Wan2.2's I2V-A14B calls itself i2v and has y, but neither CLIP tokens nor their branch.
-        config = dataclasses.replace(config, image_dim=None, image_positions=None)
-    if config.num_layers > max(1000, len(published.tensors)):  # before a model of that size is made
-        raise CheckpointError(
-            f"{file} says num_layers={config.num_layers}, and {path} has {len(published.tensors)} tensors; use its own"
-        )
-    with torch.device("meta"):
-        model = VideoDiT(config)
-    check_state(published.shapes(), model, path, diffusers=published.diffusers)
-    return published, model
+        return dataclasses.replace(config, image_dim=None, image_positions=None)
+    return config
 
 
 @dataclass(frozen=True)
@@ -131,52 +112,21 @@ class Opened:
     place: Callable[[str], str]
 
 
-def open_weights(source: str | Path) -> Opened:
-    """Weights that are read later, whole or by slices; `source` as that of `load_dit`. Raises: CheckpointError."""
+def open_weights(source: str | Path, *, check: bool = False) -> Opened:
+    """Weights that are read later, whole or by slices; `source` as that of `load_dit`, `check` as of `read`.
+
+    Raises: CheckpointError.
+    """
     published, model = open_dit(source)
-    return Opened(model, partial(published.read, check=False), lambda name: str(published.tensors.get(name, name)))
+    return Opened(model, partial(published.read, check=check), lambda name: str(published.tensors.get(name, name)))
 
 
-def _open_adapter(folder: Path) -> tuple[CheckpointReader, VideoDiT]:
-    """The base of a folder of low-rank updates, with these merged as it is read."""
-    published, model = open_dit(check_base(folder, read_base(folder)))
-    updates = read_lora(folder, published.shapes())
-    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
-
-
-def open_with_updates(
-    source: str | Path,
-    network: str | None,
-    lora: str | Path | None,
-    lora_scale: float | None,
-    *,
-    unmerge: bool = False,
-) -> tuple[CheckpointReader, VideoDiT]:
-    """As `open_dit`, with the updates of a file merged into (or taken out of) what is read. Raises: ConfigError too."""
-    check_scale(lora_scale, lora)
-    published, model = open_dit(source, network)
-    if lora is None:
-        return published, model
-    updates = read_lora(lora, published.shapes(), scale=lora_scale)
-    if unmerge:
-        updates = dataclasses.replace(updates, sign=-1)
-    return dataclasses.replace(published, updates=(*published.updates, updates.merge)), model
-
-
-def _no_image_branch(published: CheckpointReader) -> bool:
-    return not any(name.startswith("img_emb.") or "_img." in name for name in published.tensors)
-
-
-def _recognised(published: CheckpointReader, file: Path) -> DiTConfig:
-    """The sizes of the preset that has exactly these tensors, for weights without a `config.json`."""
-    fitting = fitting_presets(published.shapes())
-    if not fitting:
-        raise CheckpointError(
-            f"{file} does not exist, and the tensors of {published.path} are those of no preset "
-            f"({', '.join(PRESETS)}); put the config.json of the model beside its weights"
-        )
-    logger.info("%s has no config.json; its tensors are those of %s", published.path, " or ".join(fitting))
-    return PRESETS[fitting[0]]
+def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:
+    """The model with its weights, one tensor read after the other. Args: as `load_dit`."""
+    wide = dtype or torch.float32
+    state = {name: value.to(device, parameter_type(name, wide), copy=True) for name, value in opened.read(None)}
+    opened.model.load_state_dict(state, assign=True)
+    return opened.model.requires_grad_(True)
 
 
 def load_dit(
@@ -198,13 +148,8 @@ def load_dit(
     `lora`, a file or folder of low-rank updates that are merged; `lora_scale` = alpha / rank, as in `read_lora`.
     Raises: CheckpointError listing missing, surplus or reshaped keys, or naming a tensor that is not finite.
     """
-    published, model = open_with_updates(path, network, lora, lora_scale)
-    state = {
-        name: tensor.to(device, parameter_type(name, dtype or torch.float32), copy=True)
-        for name, tensor in published.read()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    published, model = open_dit(path, network, lora, lora_scale)
+    return load_opened(Opened(model, published.read, str), device, dtype)
 
 
 def save_dit(

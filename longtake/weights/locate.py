@@ -8,6 +8,7 @@ Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wa
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from pathlib import Path
 from longtake.errors import CheckpointError
 from longtake.run_folder import MANIFEST, exported_weights, find_checkpoint
 from longtake.weights.config_json import read_json
-from longtake.weights.file_kind import is_pickled
+from longtake.weights.file_kind import GGUF, is_pickled
+
+logger = logging.getLogger(__name__)
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
 SAFETENSORS = (".safetensors",)
@@ -28,25 +31,21 @@ _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transforme
 # Networks in a checkpoint, the average first
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
 _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
+_ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
-# CheckpointReader repositories: weights of a transformer together with its encoders
+# An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
+_FETCHED = ("config.json", "diffusion_pytorch_model*.safetensors*", "transformer/*")
+_TRANSFORMERS = [folder for pair in _EXPERTS for folder in pair]
+# Published repositories: weights of a transformer together with its encoders
+_IN_BOTH_LAYOUTS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P", "Wan2.2-TI2V-5B")
 HUB_REPOSITORIES = (
     "alibaba-pai/Wan2.1-Fun-1.3B-InP",
-    "Wan-AI/Wan2.1-T2V-1.3B",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "Wan-AI/Wan2.1-T2V-14B",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "Wan-AI/Wan2.1-I2V-14B-480P",
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-    "Wan-AI/Wan2.1-I2V-14B-720P",
-    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
     "Wan-AI/Wan2.1-FLF2V-14B-720P",
-    "Wan-AI/Wan2.2-TI2V-5B",
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "Wan-AI/Wan2.2-T2V-A14B",
     "Wan-AI/Wan2.2-I2V-A14B",
+    *(f"Wan-AI/{name}{layout}" for name in _IN_BOTH_LAYOUTS for layout in ("", "-Diffusers")),
 )
 
 
@@ -102,16 +101,13 @@ def find_weights(source: str | Path, logdir: str | Path | None = None) -> Weight
         return _in_folder(path)
     if is_hub_name(source) and not (logdir is not None and path.is_relative_to(logdir)):
         return WeightSource(path)
-    raise CheckpointError(
-        f"{path} does not exist; give a folder or file of weights, a training run, or OWNER/NAME of a repository on "
-        "the Hugging Face hub"
-    )
+    raise CheckpointError(f"{path} does not exist; give a folder or file of weights, a training run, or {_ON_THE_HUB}")
 
 
 def _in_folder(folder: Path) -> WeightSource:
     if (folder / MANIFEST).is_file():
         return WeightSource(exported_weights(folder), folder)
-    place = locate(folder)
+    place, places = locate(folder), ("transformer", *_NETWORKS)
     for found in (place, *(folder / name for name in _NETWORKS)):
         if files_in(found, (*SAFETENSORS, f".safetensors{INDEX}")):
             return WeightSource(found, _checkpoint_of(found))
@@ -121,8 +117,7 @@ def _in_folder(folder: Path) -> WeightSource:
         if files_in(place, (*PICKLED, ".gguf", f".bin{INDEX}")):
             return WeightSource(place)  # reading says what they hold
         raise CheckpointError(
-            f"{folder} holds no *.safetensors, nor do transformer, {', '.join(_NETWORKS)} in it, and as a training "
-            f"run: {error}"
+            f"{folder} holds no *.safetensors, nor do {', '.join(places)} in it, and as a training run: {error}"
         ) from error
     return WeightSource(exported_weights(checkpoint), checkpoint)
 
@@ -143,6 +138,54 @@ def locate(path: Path) -> Path:
         if (path / "transformer").is_dir():
             return path / "transformer"
     return path
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+def local_path(source: str | Path) -> Path:
+    """The local path that a source means; a repository on the hub is downloaded (or found in its cache) first.
+
+    Args: `source`, a path, or OWNER/NAME, with a folder or a file of the repository behind it if it holds several
+    transformers (`Wan-AI/Wan2.2-T2V-A14B/high_noise_model`, `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`).
+    Raises: CheckpointError when there is nothing.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not is_hub_name(source):
+        raise CheckpointError(f"{path} does not exist; give a folder or a file of weights, or {_ON_THE_HUB}")
+    owner, name, *rest = path.as_posix().split("/")
+    if rest and rest[-1].lower().endswith(".gguf"):
+        raise CheckpointError(f"{source} {GGUF}")
+    logger.info("%s is no local path; asking the Hugging Face hub for %s/%s", source, owner, name)
+    root = _download(f"{owner}/{name}", _patterns("/".join(rest)))
+    if not rest:
+        locate(root)  # before gigabytes of the wrong one of two transformers are fetched
+        root = _download(f"{owner}/{name}", _FETCHED)
+    found = root.joinpath(*rest)
+    if not found.exists():
+        raise CheckpointError(f"{'/'.join(rest)} is not in the repository {owner}/{name} of the Hugging Face hub")
+    return found
+
+
+def _patterns(part: str) -> tuple[str, ...]:
+    """The files to ask for first: those of the part that was named, or the configurations of all transformers."""
+    if part.lower().endswith((*SAFETENSORS, *PICKLED)):
+        folder = part.rpartition("/")[0]
+        return (part, f"{folder}/config.json" if folder else "config.json")
+    if part:
+        return (f"{part}/config.json", f"{part}/*.safetensors", f"{part}/*.safetensors.index.json")
+    return ("config.json", *(f"{folder}/config.json" for folder in _TRANSFORMERS))
+
+
+def _download(repository: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # all errors of the hub and of the network are among these
+        raise CheckpointError(
+            f"{repository} is neither a local path nor could it be fetched from the Hugging Face hub: {error}"
+        ) from error
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -167,32 +210,20 @@ class EncoderPart:
 
     def wanted(self, root: Path) -> str:
         """What is missing, and the command that gets it."""
-        ways = " or ".join(
-            f"`hf download {repository} {' '.join((file, *self.beside))} --local-dir {root}`"
-            for file, repository in self.originals.items()
-        )
+        fetched = [" ".join((repository, file, *self.beside)) for file, repository in self.originals.items()]
+        ways = " or ".join(f"`hf download {files} --local-dir {root}`" for files in fetched)
         files = " or ".join(self.originals)
         return f"the {self.name} ({files}, or {self.folder}/ of a diffusers repository; get it with {ways})"
 
 
+_TOKENIZER = tuple((TOKENIZER_FOLDER / file).as_posix() for file in _TOKENIZER_FILES)
+_VAES = {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
+_T5 = {"models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B"}
+_CLIP = {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P"}
 ENCODER_PARTS = (
-    EncoderPart(
-        "vae", "VAE", "vae", {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
-    ),
-    EncoderPart(
-        "text",
-        "text encoder",
-        "text_encoder",
-        {"models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B"},
-        tuple((TOKENIZER_FOLDER / file).as_posix() for file in _TOKENIZER_FILES),
-    ),
-    EncoderPart(
-        "image",
-        "image encoder",
-        "image_encoder",
-        {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P"},
-        prefix="visual.",
-    ),
+    EncoderPart("vae", "VAE", "vae", _VAES),
+    EncoderPart("text", "text encoder", "text_encoder", _T5, beside=_TOKENIZER),
+    EncoderPart("image", "image encoder", "image_encoder", _CLIP, prefix="visual."),
 )
 
 
@@ -213,13 +244,11 @@ def find_encoders(model: str | Path) -> Path:
     path = Path(model).expanduser()
     root = path if path.is_dir() else path.parent
     places = [root, root / "encoders", root.parent, root.parent / "encoders"]
-    for place in places:
-        if ENCODER_PARTS[0].places(place):
-            return place
-    raise CheckpointError(
-        f"no encoders were found in {', '.join(map(str, places))} (vae/, text_encoder/ and image_encoder/, or "
-        f"{next(iter(ENCODER_PARTS[0].originals))} and the files published with it); name their folder with --encoders"
-    )
+    if found := next((place for place in places if ENCODER_PARTS[0].places(place)), None):
+        return found
+    looked, original = ", ".join(map(str, places)), next(iter(_VAES))
+    wanted = f"vae/, text_encoder/ and image_encoder/, or {original} and the files published with it"
+    raise CheckpointError(f"no encoders were found in {looked} ({wanted}); name their folder with --encoders")
 
 
 def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:
@@ -230,14 +259,14 @@ def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPath
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"the encoder folder {root} does not exist; give the folder of a Wan model")
-    parts = _parts(with_image)
-    if missing := [part.wanted(root) for part in parts if not part.places(root)]:
+    if missing := [part.wanted(root) for part in _parts(with_image) if not part.places(root)]:
         raise CheckpointError(f"{root} lacks {'; '.join(missing)}")
-    for part in parts:
-        if len(places := part.places(root)) > 1:
+    found: dict[str, Path] = {}
+    for part in _parts(with_image):
+        found[part.key], *others = places = part.places(root)
+        if others:
             names = " and ".join(place.name for place in places)
             raise CheckpointError(f"{root} holds more than one {part.name}, {names}; keep one of them there")
-    found = {part.key: part.places(root)[0] for part in parts}
     return EncoderPaths(found["vae"], found["text"], found.get("image"))
 
 

@@ -18,6 +18,7 @@ from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
 
 CONFIG = "adapter_config.json"
+ONLY_PLAIN = "only plain updates W + scale B A are read: merge them where they were made and give the whole weights"
 ABSENT = object()  # no alpha, which is another thing than an alpha of null
 _BLOBS = ("lora_adapter_metadata", "adapter_config", "lora_config", "peft_config")
 _RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_dim", "rank", "r")
@@ -47,10 +48,8 @@ class Settings:
         if alpha is ABSENT:
             stated, where = self._of(self.ranks, module, self.rank), f"{self.source}: alpha of {module}"
             if stated is not None and stated != rank:
-                raise CheckpointError(
-                    f"{self.source} says rank {stated}, and the factors of {module} have rank {rank}: they do not "
-                    "belong together; put the right files together, or give the scale (alpha / rank) yourself"
-                )
+                what = f"rank {stated}, and the factors of {module} have rank {rank}: they do not belong together"
+                raise CheckpointError(f"{self.source} says {what}; give the right file, or the scale yourself")
             alpha = self._of(self.alphas, module, self.alpha)
         if alpha is ABSENT:
             return self.fixed
@@ -70,19 +69,17 @@ def number(value: Any, what: str) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not (math.isfinite(found) and found > 0):
-        raise CheckpointError(
-            f"{what} is {'null' if value is None else value}, and the scale (alpha / rank) must be a finite number "
-            "above 0; give it yourself: lora_scale"
-        )
+        shown = "null" if value is None else value
+        rule = "the scale (alpha / rank) must be a finite number above 0; give it yourself: lora_scale"
+        raise CheckpointError(f"{what} is {shown}, and {rule}")
     return found
 
 
 def settings_from_json(fields: Any, source: object) -> Settings:
     """What PEFT's fields say. Raises: CheckpointError for kinds of updates that are more than W + scale B A."""
-    if not isinstance(fields, dict) or not {"r", "lora_alpha"} <= set(fields):
-        kind = (
-            f" (it is of the kind {fields['peft_type']})" if isinstance(fields, dict) and "peft_type" in fields else ""
-        )
+    if not isinstance(fields, dict) or not {"r", "lora_alpha"} <= fields.keys():
+        known = isinstance(fields, dict) and "peft_type" in fields
+        kind = f" (it is of the kind {fields['peft_type']})" if known else ""
         raise CheckpointError(f"{source} must hold r and lora_alpha{kind}; give the scale (alpha / rank) yourself")
     other = [name for name in ("use_dora", "fan_in_fan_out", "use_qalora") if fields.get(name)]
     if str(fields.get("peft_type") or "LORA").upper() != "LORA":
@@ -91,35 +88,29 @@ def settings_from_json(fields: Any, source: object) -> Settings:
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         other.append(f"init_lora_weights={start}, which changes the base")
     if other:
-        raise CheckpointError(
-            f"{source} sets {', '.join(other)}; only plain updates W + scale B A are read: merge them where they were "
-            "made and give the whole weights"
-        )
-    patterns = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise CheckpointError(f"{source} sets {', '.join(other)}; {ONLY_PLAIN}")
+    ranks, alphas = (fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    if not (isinstance(ranks, dict) and isinstance(alphas, dict)):
         raise CheckpointError(f"{source}: rank_pattern and alpha_pattern must be objects; use another file")
-    rank, alpha = number(fields["r"], f"{source}: r"), number(fields["lora_alpha"], f"{source}: lora_alpha")
-    return Settings(source, int(rank), alpha, 1.0, bool(fields.get("use_rslora")), *patterns)
+    rank, alpha = (number(fields[name], f"{source}: {name}") for name in ("r", "lora_alpha"))
+    return Settings(source, int(rank), alpha, 1.0, bool(fields.get("use_rslora")), ranks, alphas)
 
 
 def settings_from_metadata(metadata: Mapping[str, str], file: Path) -> Settings:
     """What the metadata of a safetensors file say. Raises: CheckpointError as `settings_from_json`."""
     source = f"the metadata of {file}"
-    for name in _BLOBS:
-        if name in metadata:
-            try:
-                fields = parse_json(metadata[name])
-            except ValueError as error:
-                raise CheckpointError(f"{source}: {name} is not valid JSON: {error}") from error
-            if isinstance(fields, dict):
-                fields = {key.removeprefix("transformer."): value for key, value in fields.items()}
-            return settings_from_json(fields, source)
+    if name := next((name for name in _BLOBS if name in metadata), None):
+        try:
+            fields = parse_json(metadata[name])
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {name} is not valid JSON: {error}") from error
+        if isinstance(fields, dict):
+            fields = {key.removeprefix("transformer."): value for key, value in fields.items()}
+        return settings_from_json(fields, source)
 
-    def stated(names: tuple[str, ...]) -> float | None:
+    def stated(names: tuple[str, ...], default: Any) -> Any:
         name = next((name for name in names if str(metadata.get(name, "")).lower() not in _NONE), None)
-        return None if name is None else number(metadata[name], f"{source}: {name}")
+        return default if name is None else number(metadata[name], f"{source}: {name}")
 
-    rank, alpha, fixed = stated(_RANKS), stated(_ALPHAS), stated(_SCALES)
-    return Settings(
-        source, None if rank is None else int(rank), ABSENT if alpha is None else alpha, 1.0 if fixed is None else fixed
-    )
+    rank = stated(_RANKS, None)
+    return Settings(source, rank and int(rank), stated(_ALPHAS, ABSENT), stated(_SCALES, 1.0))

@@ -7,11 +7,11 @@ file must know no tensor and no file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from longtake.errors import CheckpointError
 
-# NoSplit modules, not substrings: `norm2` and `norm3` swap meaning between the two formats.
+# Whole modules, not substrings: `norm2` and `norm3` swap meaning between the two formats.
 _TOP = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -40,6 +40,9 @@ _BLOCK = {
     "cross_attn.norm_k_img": "attn2.norm_added_k",
 }
 
+
+_TO_DIFFUSERS = (_TOP, _BLOCK)
+_TO_ORIGINAL = tuple({diffusers: original for original, diffusers in table.items()} for table in _TO_DIFFUSERS)
 
 # What FSDP1, activation checkpointing and compile insert wherever they wrap a module
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
@@ -71,34 +74,28 @@ def is_beside(key: str) -> bool:
     return bool(_BESIDE.match(clean_name(key)))
 
 
-def _renamed(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-    table, prefix, rest = (block, f"blocks.{match[1]}.", match[2]) if match else (top, "", key)
+def _renamed(key: str, tables: Sequence[Mapping[str, str]]) -> str | None:
+    match = re.fullmatch(r"(blocks\.\d+\.)?(.+)", key)
+    if match is None:
+        return None
+    prefix, rest = match[1] or "", match[2]
+    table = tables[1 if prefix else 0]
+    module, _, leaf = rest.rpartition(".")
     if rest in table:
         return prefix + table[rest]
-    module, _, leaf = rest.rpartition(".")
     return f"{prefix}{table[module]}.{leaf}" if module in table else None
 
 
 def to_diffusers_key(key: str) -> str:
     """The diffusers name of an original Wan key. Raises: CheckpointError when the key is none."""
-    renamed = _renamed(key, _TOP, _BLOCK)
-    if renamed is None:
+    if (renamed := _renamed(key, _TO_DIFFUSERS)) is None:
         raise CheckpointError(f"{key!r} is not a parameter name of the original Wan transformer")
-    return renamed
-
-
-def to_original_key(key: str) -> str:
-    """The original Wan name of a diffusers key. Raises: CheckpointError when the key is none."""
-    renamed = _renamed(key, {v: k for k, v in _TOP.items()}, {v: k for k, v in _BLOCK.items()})
-    if renamed is None:
-        raise CheckpointError(f"{key!r} is not a parameter name of diffusers' WanTransformer3DModel")
     return renamed
 
 
 def shown_key(key: str) -> str:
     """The diffusers name of an original Wan key, or the key itself when it is none."""
-    return _renamed(key, _TOP, _BLOCK) or key
+    return _renamed(key, _TO_DIFFUSERS) or key
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
@@ -114,8 +111,6 @@ def original_names(keys: Iterable[str]) -> dict[str, str]:
     keys = list(keys)
     if not is_diffusers(keys):
         return {key: key for key in keys}
-    top, block = {v: k for k, v in _TOP.items()}, {v: k for k, v in _BLOCK.items()}
-    renamed = {key: _renamed(key, top, block) for key in keys}
-    taken = {name for name in renamed.values() if name is not None}
-    unknown = "{} (no name of diffusers)"
-    return {key: name or (unknown.format(key) if key in taken else key) for key, name in renamed.items()}
+    renamed = {key: _renamed(key, _TO_ORIGINAL) for key in keys}
+    taken = set(renamed.values())
+    return {key: name or (f"{key} (no name of diffusers)" if key in taken else key) for key, name in renamed.items()}

@@ -20,6 +20,7 @@ from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.locate import locate
 
 _SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_MIDDLE = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
 _LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_LARGE = replace(_LARGE, model_type="i2v", in_channels=36, image_dim=1280)
 
@@ -45,9 +46,7 @@ PRESETS: dict[str, DiTConfig] = {
     # One preset for both experts; i2v has y, but neither CLIP tokens nor their branch.
     "wan2.2-t2v-a14b": _LARGE,
     "wan2.2-i2v-a14b": replace(_LARGE, model_type="i2v", in_channels=36),
-    "wan2.2-ti2v-5b": DiTConfig(
-        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, model_type="ti2v", in_channels=48, out_channels=48
-    ),
+    "wan2.2-ti2v-5b": replace(_MIDDLE, model_type="ti2v", in_channels=48, out_channels=48),
 }
 
 
@@ -68,11 +67,7 @@ def fitting_presets(state: Mapping[str, Tensor]) -> list[str]:
     patch = state.get("patch_embedding.weight")
     size = None if patch is None else tuple(patch.shape[:2])
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    return [
-        name
-        for name, config in PRESETS.items()
-        if size == (config.dim, config.in_channels) and shapes == shapes_of(config)
-    ]
+    return [name for name, c in PRESETS.items() if size == (c.dim, c.in_channels) and shapes == shapes_of(c)]
 
 
 def shapes_of(config: DiTConfig) -> dict[str, torch.Size]:

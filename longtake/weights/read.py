@@ -13,6 +13,7 @@ import shlex
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from longtake.errors import CheckpointError
 from longtake.weights.config_json import read_json
-from longtake.weights.families import is_wan, refuse_others
-from longtake.weights.file_kind import is_pickled
+from longtake.weights.file_kind import is_pickled, is_wan, refuse_others
 from longtake.weights.locate import INDEX as _INDEX
 from longtake.weights.locate import files_in, locate, pickles_in
 from longtake.weights.names import clean_key, is_beside, is_diffusers, original_names
@@ -87,8 +87,6 @@ class CheckpointReader:
             yield name, tensor
 
     def _stored(self, names: Iterable[str] | None) -> Iterator[tuple[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
         by_file: dict[Path, list[str]] = {}
         for name in self.tensors if names is None else names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -96,12 +94,9 @@ class CheckpointReader:
             if file in self._pickled:
                 yield from ((name, self._pickled[file][self.tensors[name].key].detach()) for name in held)
                 continue
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in held:
-                        yield name, opened.get_tensor(self.tensors[name].key)
-            except (SafetensorError, OSError) as error:
-                raise _damaged(file, error) from error
+            with open_safetensors(file) as opened:
+                for name in held:
+                    yield name, opened.get_tensor(self.tensors[name].key)
 
 
 def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> CheckpointReader:
@@ -112,9 +107,10 @@ def open_published(path: Path, network: str | None = None, *, updates: bool = Fa
     Raises: CheckpointError when files are missing, damaged, contradict their index, or are no Wan transformer.
     """
     path = locate(path)
+    index, files = _files(path) if path.is_dir() else (None, [path])
     rows: list[Stored] = []
     pickled: dict[Path, Mapping[str, Tensor]] = {}
-    for file in _shards(path) if path.is_dir() else [path]:
+    for file in files:
         if is_pickled(file):
             pickled[file] = held = pick(read_pickled(file), file, _NETWORKS, network)
             rows += _rows(file, held)
@@ -122,6 +118,8 @@ def open_published(path: Path, network: str | None = None, *, updates: bool = Fa
             rows += _header(file)
         else:
             raise CheckpointError(f"network={network} was given, and {path} holds one network only; leave it out")
+    if index is not None:
+        _check_index(index, rows)
     published = _named(path, rows, pickled)
     if not updates:
         refuse_others(published.tensors, path)
@@ -141,25 +139,30 @@ def _named(path: Path, rows: list[Stored], pickled: Mapping[Path, Mapping[str, T
     for row in rows:
         name = clean_key(row.key)
         if (other := cleaned.get(name)) is not None:
-            raise CheckpointError(
-                f"{name} is in {other.file.name} (as {other.key}) and in {row.file.name} (as {row.key}) of "
-                f"{row.file.parent}; keep one of them, or give the path of one file"
-            )
+            both = f"{other.file.name} (as {other.key}) and in {row.file.name} (as {row.key})"
+            raise CheckpointError(f"{name} is in {both} of {row.file.parent}; keep one, or give the path of one file")
         cleaned[name] = row
     names = original_names(cleaned)
     return CheckpointReader(path, {names[key]: row for key, row in cleaned.items()}, is_diffusers(cleaned), pickled)
 
 
 # ---- folders and safetensors -----------------------------------------------------------------------------------------
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a folder, all there. Raises: CheckpointError on missing shards or a wrong index."""
+def _files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index, if there is one, and the weight files of a folder. Raises: CheckpointError unless all are there."""
     found = {".safetensors": files_in(folder), ".bin": pickles_in(folder)}
     for suffix, files in found.items():
         indices = files_in(folder, (suffix + _INDEX,))
         if len(indices) > 1:
             raise CheckpointError(f"{folder} holds {len(indices)} indices, {[i.name for i in indices]}; keep one")
         if indices:
-            return _indexed(indices[0], files)
+            wanted = sorted(set(_places(indices[0]).values()))
+            _check_present(folder, wanted)
+            if strangers := [file.name for file in files if file.name not in wanted]:
+                raise CheckpointError(
+                    f"{folder} holds {', '.join(strangers[:8])}, which its index does not name; remove them, or give "
+                    "the path of one file"
+                )
+            return indices[0], [folder / name for name in wanted]
     files = found[".safetensors"] or found[".bin"]
     shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     for stem, _, number, suffix in {match.groups() for match in shards}:
@@ -169,74 +172,57 @@ def _shards(folder: Path) -> list[Path]:
     if not files:
         for file in files_in(folder, (".gguf",)):
             is_pickled(file)  # says what it is
-        raise CheckpointError(
-            f"{folder} holds no safetensors file; give a Wan or diffusers transformer folder, or a .safetensors, .pt, "
-            ".pth, .bin or .ckpt file"
-        )
-    return files
+        known = "a .safetensors, .pt, .pth, .bin or .ckpt file"
+        raise CheckpointError(f"{folder} holds no safetensors file; give the folder of a transformer, or {known}")
+    return None, files
 
 
-def _indexed(index: Path, files: list[Path]) -> list[Path]:
+def _places(index: Path) -> dict[str, str]:
+    """Names of tensors and of the files that hold them, as an index says."""
     data = read_json(index)
     places = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names; download it again")
-    wanted = sorted(set(places.values()))
-    _check_present(index.parent, wanted)
-    if strangers := [file.name for file in files if file.name not in wanted]:
-        raise CheckpointError(
-            f"{index.parent} holds {', '.join(strangers[:8])}, which its index does not name; remove them, or give the "
-            "path of one file"
-        )
-    shards = [index.parent / name for name in wanted]
-    held = {key: file.name for file in shards for key in _keys(file)}
+    return places
+
+
+def _check_index(index: Path, rows: list[Stored]) -> None:
+    places, held = _places(index), {row.key: row.file.name for row in rows}
     if wrong := sorted(key for key in places.keys() | held.keys() if places.get(key) != held.get(key)):
-        key = wrong[0]
-        raise CheckpointError(
-            f"{index} and its shards differ in {len(wrong)} tensors: {key} is in {places.get(key)} by the index and in "
-            f"{held.get(key)} by the files; download them again"
-        )
-    return shards
-
-
-def _keys(file: Path) -> Iterable[str]:
-    return map(str, read_pickled(file)) if is_pickled(file) else (row.key for row in _header(file))
+        first = f"{wrong[0]} is in {places.get(wrong[0])} by the index and in {held.get(wrong[0])} by the files"
+        raise CheckpointError(f"{index} and its shards differ in {len(wrong)} tensors: {first}; download them again")
 
 
 def _check_present(folder: Path, wanted: list[str]) -> None:
     if missing := [name for name in wanted if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} weight files: {', '.join(missing[:8])}; download it again"
-        )
+        count, names = f"{len(missing)} of {len(wanted)}", ", ".join(missing[:8])
+        raise CheckpointError(f"{folder} lacks {count} weight files: {names}; download it again")
 
 
 def _header(file: Path) -> list[Stored]:
+    with open_safetensors(file) as opened:
+        views = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        types = {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()}
+        return [Stored(file, key, tuple(view.get_shape()), types[key]) for key, view in views.items()]
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """The open file. Raises: CheckpointError where it, or what is read of it, is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    rows = []
     try:
         with safe_open(file, framework="pt") as opened:
-            for key in list(opened.keys()):
-                view = opened.get_slice(key)
-                rows.append(Stored(file, key, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())))
+            yield opened
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-    return rows
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file} cannot be read as safetensors: {error}; it is damaged or cut short: download it again"
-    )
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download it again") from error
 
 
 def check_type(dtype: object, what: object) -> None:
     """Raises CheckpointError unless weights of this type are read; `what` names the tensor and its file."""
     if dtype not in _DTYPES.values():
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES.values())
-        raise CheckpointError(
-            f"{what} has type {dtype}; weights must be {known}, not quantised: take such a file of the same model"
-        )
+        raise CheckpointError(f"{what} has type {dtype}; weights must be {known}, not quantised; take such a file")
 
 
 # ---- torch.save files ------------------------------------------------------------------------------------------------
@@ -248,15 +234,13 @@ def read_pickled(file: Path) -> Mapping[Any, Any]:
             data = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         if code := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error)):
-            raise CheckpointError(
-                f"{file} holds {code[1]} beside its tensors, which is not loaded since that could execute what is in "
-                "the file; where it was made, or if you trust it, save its state dict alone, best as safetensors"
-            ) from error
-        first = " ".join(str(error).strip().splitlines()[:1])
-        raise CheckpointError(
-            f"{file} cannot be read by torch.load(weights_only=True): {first or type(error).__name__}; it is damaged "
-            "or holds more than tensors: download it again, or save its state dict as safetensors where it was made"
-        ) from error
+            what = f"holds {code[1]} beside its tensors, which is not loaded since it could execute what is in the file"
+            fix = "where it was made, or if you trust it, save its state dict alone, best as safetensors"
+        else:
+            first = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
+            what = f"cannot be read by torch.load(weights_only=True): {first}"
+            fix = "download it again, or save its state dict as safetensors where it was made"
+        raise CheckpointError(f"{file} {what}; {fix}") from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{file} holds a {type(data).__name__}; it must hold a dict of tensors")
     return data
@@ -278,17 +262,16 @@ def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: s
         meant = [place for place in held if not set(place.split(".")) & set(_NOT_MEANT)]
         named = ([place for place in held if choice in place.split(".")] for choice in choices)
         found = list(held) if len(held) == 1 else next(filter(None, named), meant)
+    told, names = f", not {asked}" if asked else "", ", ".join(sorted(held))
+    if not held:
+        raise CheckpointError(f"{file} holds no weights{told}; give a file with the state dict of a network")
+    if len(found) != 1 and not names:
+        raise CheckpointError(f"{file} holds one network without a name{told}; leave network out")
     if len(found) != 1:
-        names = ", ".join(sorted(held)) if any(held) else "one network without a name" if held else "no weights"
-        fix = "give a file with the state dict of a network"
-        if held:
-            fix = "leave network out"
-        if any(held):
-            command = f"longtake convert {shlex.quote(str(file))} FOLDER --to longtake --network NAME"
-            fix = f"name one of them as network, as in `{command}`, and give FOLDER"
-        raise CheckpointError(f"{file} holds {names}{f', not {asked}' if asked else ''}; {fix}")
+        command = f"`longtake convert {shlex.quote(str(file))} FOLDER --to longtake --network NAME`, and give FOLDER"
+        raise CheckpointError(f"{file} holds {names}{told}; name one of them, as in {command}")
     if len(held) > 1:
-        logger.info("%s holds %s; taking %s", file, ", ".join(sorted(held)), found[0])
+        logger.info("%s holds %s; taking %s", file, names, found[0])
     return held[found[0]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,7 @@ def is_finite(tensor: Tensor) -> bool:
 def not_finite(what: str) -> CheckpointError:
     """The error about values that are nan or infinite; `what` names the tensor and its file."""
     return CheckpointError(
-        f"{what} holds values that are not finite (nan or inf): its training diverged or the file is damaged; use "
-        "another one"
+        f"{what} holds values that are not finite (nan or inf): training diverged or the file is damaged; use another"
     )
 
 
@@ -31,6 +30,23 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """Raises CheckpointError (`not_finite`) unless all values are finite."""
     if not is_finite(tensor):
         raise not_finite(what)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_in(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def misfits(expected: Shapes, got: Shapes, shown: Callable[[str], str] = str) -> dict[str, list[str]]:
+    """Names that are missing, surplus or reshaped in `got`, as `shown`, sorted; a group without any is left out."""
+    both = expected.keys() & got.keys()
+    other = [f"{shown(key)} {got[key]} instead of {expected[key]}" for key in both if got[key] != expected[key]]
+    missing, surplus = (map(shown, a.keys() - b.keys()) for a, b in ((expected, got), (got, expected)))
+    groups = {"missing": sorted(missing), "surplus": sorted(surplus), "reshaped": sorted(other)}
+    return {group: keys for group, keys in groups.items() if keys}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from toy_assets import random_encoders, toy
 
 import longtake
-from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE, clean_prompt
+from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
+from longtake.encoders.text import clean_prompt
 from longtake.errors import CheckpointError, DataError, ShapeError
 from longtake.toy.world import sample_world
 

@@ -24,7 +24,8 @@ from longtake.inference.video_io import read_video
 from longtake.rng import KeyedRNG
 from longtake.toy.metrics import measure
 from longtake.toy.world import sample_world
-from longtake.weights.load import save_dit, to_diffusers_key
+from longtake.weights.load import save_dit
+from longtake.weights.names import to_diffusers_key
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]

@@ -8,7 +8,7 @@ import math
 import oracle
 import pytest
 import torch
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
+from tiny_models import load_state, make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError, ShapeError
@@ -17,7 +17,8 @@ from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.load import config_from_json, load_state, to_diffusers_key, to_original_key
+from longtake.weights.config_json import config_from_json
+from longtake.weights.names import original_names, to_diffusers_key
 
 SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -94,7 +95,7 @@ def test_published_keys_shapes_and_parameter_counts(name: str) -> None:
     state = model.state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == {key: row[0] for key, row in table.items()}
     assert {key: to_diffusers_key(key) for key in state} == {key: row[1] for key, row in table.items()}
-    assert {to_original_key(row[1]) for row in table.values()} == set(state)
+    assert set(original_names(row[1] for row in table.values()).values()) == set(state)
     assert len(state) == tensors
     if parameters is not None:
         assert sum(value.numel() for value in state.values()) == parameters
@@ -130,7 +131,8 @@ def test_velocity_equals_diffusers_with_the_same_random_weights(kind: str, rel) 
     i2v = kind != "t2v"
     theirs = _diffusers_model(i2v, 10 if kind == "flf2v" else None)
     ours = VideoDiT(config_from_json(dict(theirs.config)))
-    load_state(ours, {to_original_key(key): value for key, value in theirs.state_dict().items()}, "diffusers")
+    names = original_names(theirs.state_dict())
+    load_state(ours, {names[key]: value for key, value in theirs.state_dict().items()}, "diffusers")
     assert {to_diffusers_key(key) for key in ours.state_dict()} == set(theirs.state_dict())
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 3, 16, 4, 6, generator=generator)

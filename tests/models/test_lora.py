@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_lora import ALPHA, RANK, adapted, adapter_of, own, stir
+from tiny_lora import ALPHA, RANK, adapted, adapter_of, add_lora, own, stir
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
-from longtake.models.lora import add_lora, factors, targets_of
+from longtake.models.lora import factors, targets_of
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser

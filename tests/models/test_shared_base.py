@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_lora import adapter_of, stir
+from tiny_lora import adapter_of, add_lora, stir
 
-from longtake.models.lora import add_lora, first_factors, inject_lora
+from longtake.models.lora import first_factors, inject_lora
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh

@@ -16,8 +16,8 @@ from longtake.models.dit import VideoDiT
 from longtake.weights import presets
 from longtake.weights.config_json import config_to_json
 from longtake.weights.convert import convert
-from longtake.weights.hub import is_hub_name
 from longtake.weights.load import load_dit, save_dit
+from longtake.weights.locate import is_hub_name
 from longtake.weights.names import to_diffusers_key
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

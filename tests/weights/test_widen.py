@@ -14,7 +14,10 @@ from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.widen import widen
+from longtake.weights import widen as widening
+from longtake.weights.load import Opened, load_opened
+
+SEED = 3
 
 
 def wide_config(model: VideoDiT, **changes) -> DiTConfig:
@@ -22,8 +25,15 @@ def wide_config(model: VideoDiT, **changes) -> DiTConfig:
     return dataclasses.replace(model.config, **added | changes)
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
+def widen(model: VideoDiT, config: DiTConfig, seed: int) -> VideoDiT:
+    """A model in memory as weights that are opened, widened and loaded."""
+    state = model.state_dict()
+
+    def read(names):
+        return ((name, state[name]) for name in names)
+
+    opened = widening.widen(Opened(model, read, str), config, seed)
+    return load_opened(opened, dtype=state["blocks.0.cross_attn.k.weight"].dtype)
 
 
 def conditions(wide: VideoDiT) -> list[Condition]:
@@ -39,7 +49,7 @@ def conditions(wide: VideoDiT) -> list[Condition]:
 @torch.no_grad()
 def test_the_output_is_exactly_that_of_the_text_to_video_model(changes, dtype, tiny_model) -> None:
     model = tiny_model().cast(dtype)
-    wide = widen(model, wide_config(model, **changes), generator())
+    wide = widen(model, wide_config(model, **changes), SEED)
     assert {n: p.dtype for n, p in model.named_parameters()}.items() <= {
         n: p.dtype for n, p in wide.named_parameters()
     }.items()
@@ -54,7 +64,7 @@ def test_the_output_is_exactly_that_of_the_text_to_video_model(changes, dtype, t
 @torch.no_grad()
 def test_streaming_is_the_same_too(tiny_model) -> None:
     model = tiny_model()
-    wide = widen(model, wide_config(model), generator())
+    wide = widen(model, wide_config(model), SEED)
     condition = make_tiny_condition(wide)
     text = Condition(condition.text)
     caches = [net.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6)) for net in (wide, model)]
@@ -67,7 +77,7 @@ def test_streaming_is_the_same_too(tiny_model) -> None:
 
 def test_every_new_part_learns(tiny_model) -> None:
     """Gradients reach the zero parts at once, and what is behind them after one step."""
-    wide = widen(tiny_model(), wide_config(tiny_model()), generator())
+    wide = widen(tiny_model(), wide_config(tiny_model()), SEED)
     condition, x = make_tiny_condition(wide), make_tiny_latents(5)
     optimizer = torch.optim.SGD(wide.parameters(), lr=0.1)
     for step in range(2):
@@ -83,7 +93,7 @@ def test_every_new_part_learns(tiny_model) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights_and_wans_initialisation(tiny_model) -> None:
-    one, two = (widen(tiny_model(), wide_config(tiny_model()), generator()).state_dict() for _ in range(2))
+    one, two = (widen(tiny_model(), wide_config(tiny_model()), SEED).state_dict() for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
     key = one["blocks.0.cross_attn.k_img.weight"]
     assert abs(float(key.std()) / (2 / (32 + 32)) ** 0.5 - 1) < 0.1  # Xavier
@@ -94,7 +104,7 @@ def test_the_same_seed_gives_the_same_weights_and_wans_initialisation(tiny_model
 def test_only_text_to_video_weights_of_the_same_size_widen(tiny_model) -> None:
     model = tiny_model()
     with pytest.raises(ConfigError, match=r"they have dim=32 \(not 64\), num_layers=2 \(not 3\); name a preset"):
-        widen(model, wide_config(model, dim=64, num_layers=3), generator())
+        widen(model, wide_config(model, dim=64, num_layers=3), SEED)
     wide = tiny_model(True)
     with pytest.raises(ConfigError, match="in_channels=12 already; only text-to-video weights widen"):
-        widen(wide, wide_config(model), generator())
+        widen(wide, wide_config(model), SEED)
