@@ -38,7 +38,7 @@ from longtake.objectives.dmd import Dmd
 from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.train.loop import LoopSettings, MetricWindow, iteration
+from longtake.train.loop import MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
@@ -317,14 +317,18 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
 
 
 class _Batches:
-    """Micro-batches of a stage's shapes, each with rows of its own."""
+    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
 
     position = 0
 
-    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
+    def __init__(self, config: StageConfig, size: DiTConfig, accumulation: int, rows: int, image_tokens: int) -> None:
         self._config, self._size, self._rows, self._tokens = config, size, rows, image_tokens
+        self._accumulation = accumulation
 
-    def __next__(self) -> EncodedBatch:
+    def __next__(self) -> list[EncodedBatch]:
+        return [self._micro_batch() for _ in range(self._accumulation)]
+
+    def _micro_batch(self) -> EncodedBatch:
         config, size, rows, shape = self._config, self._size, self._rows, self._config.video.shape
         space = shape.latent_height, shape.latent_width
         self.position += rows
@@ -364,20 +368,19 @@ def trace(
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
         networks, real, adapters, student = _Hollow(config, mesh, sizes, meter).build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
-        batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
-        accumulation = config.accumulation(world_size)
+        accumulation, rows = config.accumulation(world_size), config.micro_batch(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
+        batches: Any = _Batches(config, sizes["generator"], accumulation, rows, image_tokens)
         with meter.fake, meter:
             inner = make_objective(config, student, networks, real, draws, phases)
             if codec is not None:
-                inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
+                inner, _ = for_long_videos(config, inner, codec, batches)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
             state = make_state(config, objective.networks, adapters)
             state.step = _busiest(inner)
             kept = _kept([*networks.values(), *([] if real is None else [real])], state)
-            settings = LoopSettings(state.step + 1, accumulation)
-            iteration(state, objective, batches, settings, mesh, phases, MetricWindow())
+            iteration(state, objective, batches, config, mesh, phases, MetricWindow())
         exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from longtake.checkpoint.async_save import SaveSettings
 from longtake.checkpoint.invariants import invariants, resume_invariants, rows_invariant
-from longtake.checkpoint.save import refuse_other_invariants
+from longtake.checkpoint.save import RunInfo, refuse_other_invariants
 from longtake.config.groups import CriticConfig, OptimConfig
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
@@ -35,19 +34,16 @@ from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import checkpoints_folder
 from longtake.train.adapters import facts_of
-from longtake.train.ema import EMASettings
 from longtake.train.lock import only_run
 from longtake.train.long_batches import LongBatches
-from longtake.train.loop import Batches, Hooks, LoopSettings, RunInfo, train
+from longtake.train.loop import Batches, Hooks, train
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import build_networks as _networks
 from longtake.train.networks import load_weights, weights_folder
-from longtake.train.optim import OptimizerSettings
 from longtake.train.stage_data import make_batches, open_data
 from longtake.train.state import TrainState
-from longtake.train.throughput import Throughput, Trace, stage_throughput
+from longtake.train.throughput import Throughput, stage_throughput
 from longtake.train.validation import Validation, can_validate
-from longtake.train.watchdog import WatchdogSettings
 from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import open_dit
 from longtake.weights.locate import image_token_count
@@ -90,7 +86,7 @@ class InPrecision:
 
 def run_stage(config: StageConfig, mesh: Mesh) -> None:
     """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
-    accumulation = config.accumulation(mesh.world_size)
+    config.accumulation(mesh.world_size)  # refused now rather than after the networks are read
     mesh = mesh.arranged(config.parallel)
     if config.wandb.enabled and find_spec("wandb") is None:  # on every rank, before any of them waits for another
         raise ConfigError(
@@ -104,10 +100,10 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"{config.data.path}; set validate_every=0"
         )
     with only_run(config.folder, mesh, "set another name or logdir"):
-        _train(config, mesh, dataset, accumulation)
+        _train(config, mesh, dataset)
 
 
-def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int) -> None:
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset) -> None:
     must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(dataset)))
     refuse_other_invariants(checkpoints_folder(config.folder), must_stay, mesh)
     networks, real, adapters, student = _networks(config, mesh)
@@ -139,26 +135,10 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
     batches: Batches = loaded
     if config.stage == "long":
         codec = EncoderCodec.of_stage(config, encoders, mesh.device, with_tokens=with_tokens)
-        inner, batches = for_long_videos(config, inner, codec, loaded, accumulation)
+        inner, batches = for_long_videos(config, inner, codec, loaded)
     objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
     state = make_state(config, objective.networks, adapters)
-    settings = LoopSettings(
-        max_steps=config.max_steps,
-        accumulation=accumulation,
-        save_every=config.save_every,
-        save=SaveSettings(config.checkpoint.mode, config.keep_checkpoints, export=config.checkpoint.export),
-        log_every=config.log_every,
-        validate_every=config.validate_every,
-        sample_every=config.validate_every,
-        on_nonfinite=config.on_nonfinite,
-        max_skipped=config.max_skipped,
-        watchdog=WatchdogSettings(config.watchdog.seconds, config.watchdog.slow_seconds),
-    )
-    info = RunInfo(
-        config.model_dump(),
-        must_stay | facts_of(adapters),
-        {"project": config.wandb.project} if config.wandb.enabled else None,
-    )
+    info = RunInfo(config.model_dump(), must_stay | facts_of(adapters))
     validation = None if encoders is None else _validation(config, encoders, state, real, mesh)
 
     def start() -> None:
@@ -181,14 +161,12 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
         state,
         objective,
         batches,
-        settings,
-        folder=config.folder,
+        config,
         mesh=mesh,
         info=info,
         hooks=hooks,
         phases=phases,
         throughput=_gauges(config, networks, real, inner, mesh),
-        trace=Trace(config.profile, config.folder, mesh),
     )
 
 
@@ -290,7 +268,7 @@ def make_objective(
 
 
 def for_long_videos(
-    config: StageConfig, dmd: Objective, codec: PictureCodec, batches: Batches, accumulation: int
+    config: StageConfig, dmd: Objective, codec: PictureCodec, batches: Batches
 ) -> tuple[LongTuning, LongBatches]:
     """The objective and the batches of stage long, from those of distill."""
     assert isinstance(dmd, Dmd) and config.long is not None
@@ -309,33 +287,17 @@ def for_long_videos(
         data_loss=dmd.data_loss,
         phase=dmd.phase,
     )
-    return tuning, LongBatches(
-        batches,
-        lambda step: schedule.at(step).sequence,
-        batch_size=config.batch_size,
-        accumulation=accumulation,
-    )
+    return tuning, LongBatches(batches, lambda step: schedule.at(step).sequence, batch_size=config.batch_size)
 
 
 def make_state(config: StageConfig, networks: dict[str, nn.Module], adapters: dict[str, Adapter]) -> TrainState:
     """The state of a stage before its first iteration, of networks that are already sharded."""
     groups: dict[str, OptimConfig | CriticConfig | None] = {"generator": config.optim, "critic": config.critic}
-    optimizers = {}
-    for name in networks:
-        group = groups[name]
-        assert group is not None
-        optimizers[name] = OptimizerSettings(
-            lr=group.lr,
-            betas=(group.beta1, group.beta2),
-            eps=group.eps,
-            weight_decay=group.weight_decay,
-            warmup_steps=group.warmup_steps,
-            decay_steps=group.decay_steps,
-            total_steps=config.max_steps,
-            max_grad_norm=group.max_grad_norm,
-        )
-    ema = {"generator": EMASettings(config.ema.decay, config.ema.start_step)} if config.ema.enabled else {}
-    return TrainState.build(networks, optimizers, ema, seed=config.seed, adapters=adapters)
+    optimizers = {name: group for name in networks if (group := groups[name]) is not None}
+    averages = {"generator": config.ema} if config.ema.enabled else {}
+    return TrainState.build(
+        networks, optimizers, averages, max_steps=config.max_steps, seed=config.seed, adapters=adapters
+    )
 
 
 def check_strides(config: StageConfig, encoders: Encoders) -> None:

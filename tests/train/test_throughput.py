@@ -213,11 +213,9 @@ def test_a_trace_holds_the_phases_of_the_wanted_iteration(rows):
 
 
 def test_a_run_that_ends_inside_the_recording_writes_what_there_is(tmp_path):
-    trace = Trace(ProfileConfig(num_steps=9, start_step=1), tmp_path, Mesh())
-    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, trace=trace)
+    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, loop={"profile": ProfileConfig(num_steps=9, start_step=1)})
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "step_000001_rank_0.json.gz"
-    trace.close()  # once more does nothing
 
 
 def test_only_wanted_ranks_are_recorded(tmp_path, monkeypatch):
