@@ -149,9 +149,7 @@ def _row(
     """The row that is due after iteration `step`, else nothing."""
     if not _due(step + 1, config.log_every, config.max_steps):
         return {}
-    # Seconds of phases are summed over the row's iterations, evaluation and saving included.
-    window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
-    window.add({f"seconds_of/{name}": seconds for name, seconds in phases.take_wholes().items()})
+    window.add(phases.take())  # summed over the row's iterations, evaluation and saving included
     with phases("agree"):
         row = window.take(mesh) | throughput.take(mesh)
     if config.on_nonfinite == "skip":

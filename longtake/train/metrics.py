@@ -11,10 +11,10 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,106 +34,88 @@ class PhaseTimer:
     Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
     events on its current stream and read when they are taken: kernels count where they run, not where they were
-    queued, and nothing waits before `take`. PhaseTimer are also ranges of a profiler's trace.
+    queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
-    `current` is the innermost phase that this process is in now, `last` the one that it completed last; both by the
-    clock of the process, None before the first. `observer` is told the name at the begin (True) and the end (False) of
-    each phase.
+    The watchdog's thread reads the rest, by the clock of the process: `open`, the phases that it is in now, outermost
+    first; `last`, the one that ended last, and `known`, all that ended; how many `changes` (begins and ends) there
+    were, and when the last was (`changed`, of time.monotonic).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._clock: _Clock = _EventClock() if device is not None and device.type == "cuda" else _WallClock()
-        self._stack: list[str] = []
+        on_gpu = device is not None and device.type == "cuda"
+        self._mark, self._between = (_event, _event_seconds) if on_gpu else (_wall_clock, _wall_seconds)
         self._pieces: list[tuple[str, Any, Any]] = []
         self._wholes: list[tuple[str, Any, Any]] = []
-        self._seconds: dict[str, float] = {}
-        self._since = self._clock.mark()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._since = self._mark()
+        self.open: tuple[str, ...] = ()
         self.last: str | None = None
-        self.observer: Callable[[str, bool], None] | None = None
-
-    @property
-    def current(self) -> str | None:
-        return self._stack[-1] if self._stack else None
+        self.known: set[str] = set()
+        self.changes, self.changed = 0, time.monotonic()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._cut()
-        self._stack.append(name)
-        if self.observer is not None:
-            self.observer(name, True)
+        self._change((*self.open, name))
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self._cut()
-            self._stack.pop()
+            self._change(self.open[:-1])
+            self.known.add(name)
             self.last = name
-            if self.observer is not None:
-                self.observer(name, False)
 
     @contextmanager
     def whole(self, name: str) -> Iterator[None]:
-        """Times everything inside, whatever its phases: for `take_wholes`."""
-        start = self._clock.mark()
+        """Times everything inside, whatever its phases."""
+        start = self._mark()
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self._wholes.append((name, start, self._clock.mark()))
+            self._wholes.append((f"seconds_of/{name}", start, self._mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase, `other` included, and sets all back to zero."""
+        """`seconds/...` of each phase, `other` included, and `seconds_of/...` of each whole; all start anew."""
         self._cut()
         self._read()
-        seconds, self._seconds = self._seconds, {}
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
-    def take_wholes(self) -> dict[str, float]:
-        """Seconds by the names of `whole`, and sets all back to zero."""
-        seconds: defaultdict[str, float] = defaultdict(float)
-        for name, start, end in self._wholes:
-            seconds[name] += self._clock.seconds(start, end)
-        self._wholes.clear()
-        return dict(seconds)
+    def _change(self, now_open: tuple[str, ...]) -> None:
+        self._cut()
+        self.open = now_open
+        self.changes, self.changed = self.changes + 1, time.monotonic()
 
     def _cut(self) -> None:
-        now = self._clock.mark()
-        self._pieces.append((self.current or "other", self._since, now))
+        now, phase = self._mark(), self.open[-1] if self.open else "other"
+        self._pieces.append((f"seconds/{phase}", self._since, now))
         self._since = now
         if len(self._pieces) >= _MOST_MARKS:
             self._read()
 
     def _read(self) -> None:
-        for name, start, end in self._pieces:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock.seconds(start, end)
+        for name, start, end in self._pieces + self._wholes:
+            self._seconds[name] += self._between(start, end)
         self._pieces.clear()
+        self._wholes.clear()
 
 
-class _Clock(Protocol):
-    def mark(self) -> Any: ...
-
-    def seconds(self, start: Any, end: Any) -> float: ...
+_wall_clock = time.perf_counter
 
 
-class _WallClock:
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, start: float, end: float) -> float:
-        return end - start
+def _wall_seconds(start: float, end: float) -> float:
+    return end - start
 
 
-class _EventClock:
-    """Events on the current stream: asking for seconds waits until the later one has happened."""
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+def _event_seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class MetricsLog:

@@ -110,8 +110,8 @@ def operations_of(
 class Trace:
     """Records some iterations with the PyTorch profiler into `folder`/profile, one Chrome trace a rank.
 
-    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. PhaseTimer
-    (`metrics_log.PhaseTimer`) appear by their names.
+    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. Phases
+    (`metrics.PhaseTimer`) appear by their names.
     """
 
     def __init__(self, settings: ProfileConfig, folder: Path, mesh: Mesh) -> None:

@@ -41,40 +41,42 @@ class Steps:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Steps()
-    monkeypatch.setattr(metrics_log, "_WallClock", lambda: clock)
+    monkeypatch.setattr(metrics_log, "_wall_seconds", clock.seconds)
+    monkeypatch.setattr(metrics_log, "_wall_clock", clock.mark)
     return clock
 
 
 # ---- phases -----------------------------------------------------------------------------------------------------------
 def test_phases_do_not_overlap_and_add_up(clock):
     phases = PhaseTimer()
-    assert phases.current is None and phases.last is None
+    assert phases.open == () and phases.last is None
     with phases("forward"):  # mark 1; 0 to 1 is in no phase
         with phases("rollout"):
-            assert phases.current == "rollout"
-        assert phases.current == "forward" and phases.last == "rollout"
+            assert phases.open == ("forward", "rollout") and phases.known == set()
+        assert phases.open == ("forward",) and phases.last == "rollout"
         with phases("scores"):
             pass
     assert clock.read == 0  # nothing is read before it is asked for
     taken = phases.take()  # marks 2 .. 7
-    assert taken == {"other": 2, "forward": 3, "rollout": 1, "scores": 1} and sum(taken.values()) == clock.now
+    assert taken == {"seconds/other": 2, "seconds/forward": 3, "seconds/rollout": 1, "seconds/scores": 1}
+    assert sum(taken.values()) == clock.now
     with phases("data"):
         pass
-    assert phases.take() == {"other": 2, "data": 1}
+    assert phases.take() == {"seconds/other": 2, "seconds/data": 1}
 
 
 def test_a_phase_that_fails_ends(clock):
     phases = PhaseTimer()
     with pytest.raises(ValueError), phases("forward"), phases("rollout"):
         raise ValueError
-    assert phases.current is None and phases.last == "forward" and phases.take()["rollout"] == 1
+    assert phases.open == () and phases.last == "forward" and phases.take()["seconds/rollout"] == 1
 
 
 def test_wholes_count_whatever_is_inside(clock):
     phases = PhaseTimer()
     with phases.whole("critic"), phases("forward"), phases("rollout"):
         pass
-    assert phases.take_wholes() == {"critic": 5.0} and phases.take_wholes() == {}
+    assert phases.take()["seconds_of/critic"] == 5.0 and "seconds_of/critic" not in phases.take()
 
 
 def test_marks_do_not_pile_up(clock, monkeypatch):
@@ -83,14 +85,14 @@ def test_marks_do_not_pile_up(clock, monkeypatch):
     for _ in range(50):
         with phases("data"):
             pass
-    assert len(phases._pieces) < 10 and phases.take() == {"other": 51, "data": 50}
+    assert len(phases._pieces) < 10 and phases.take() == {"seconds/other": 51, "seconds/data": 50}
 
 
 def test_the_wall_clock_is_the_default():
     phases = PhaseTimer(torch.device("cpu"))
     with phases("data"):
         time.sleep(0.02)
-    assert 0.02 <= phases.take()["data"] < 1
+    assert 0.02 <= phases.take()["seconds/data"] < 1
 
 
 @pytest.mark.gpu
@@ -107,7 +109,7 @@ def test_events_count_kernels_where_they_run():
     with phases("wait"):
         torch.cuda.synchronize()
     taken = phases.take()
-    assert taken["product"] > 10 * taken["wait"]
+    assert taken["seconds/product"] > 10 * taken["seconds/wait"]
 
 
 # ---- rates ------------------------------------------------------------------------------------------------------------
