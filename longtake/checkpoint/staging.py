@@ -10,19 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
 SLAB_BYTES = 2**28  # a power of two: torch rounds pinned allocations up to one
 _ALIGNMENT = 64
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Staging:

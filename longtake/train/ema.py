@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from longtake.config.groups import EmaConfig
+from longtake.parallel.materialize import local
 from longtake.weights.load import clean_name
 
 
@@ -26,12 +26,12 @@ class EMA:
         """Takes in the weights after the update of iteration `step`; up to `start_step` the average is the weights."""
         decay = self.config.decay if step > self.config.start_step else 0.0
         for name, p in self._parameters.items():
-            _local(self._average[name]).lerp_(_local(p).to(torch.float32), 1.0 - decay)
+            local(self._average[name]).lerp_(local(p).to(torch.float32), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network computes with the average; afterwards its own weights are back, bit for bit."""
-        own = {name: _local(p).detach().clone() for name, p in self._parameters.items()}
+        own = {name: local(p).detach().clone() for name, p in self._parameters.items()}
         try:
             self._write(self._average)
             yield
@@ -41,12 +41,8 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():
-            _local(p).copy_(_local(values[name]))
+            local(p).copy_(local(values[name]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The average by parameter name; writing into these tensors restores it."""
         return dict(self._average)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from longtake.config.groups import OptimConfig
+from longtake.parallel.materialize import local
 from longtake.weights.load import clean_name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -71,8 +72,8 @@ class NetworkOptimizer:
     def _update(self, names: list[str], step: int) -> None:
         config = self.config
         parameters = [self.parameters[name] for name in names]
-        values, gradients = [_local(p) for p in parameters], [_local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        first, second = ([_local(self._state[name][key]) for name in names] for key in _MOMENTS)
+        values, gradients = [local(p) for p in parameters], [local(p.grad) for p in parameters]  # type: ignore[arg-type]
+        first, second = ([local(self._state[name][key]) for name in names] for key in _MOMENTS)
         fused = values[0].device.type == "cuda"
         adamw(
             values,
@@ -98,8 +99,3 @@ class NetworkOptimizer:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
