@@ -37,11 +37,11 @@ from longtake.data.encoded import (
     write_index,
     write_shard,
 )
-from longtake.data.loader import BadRows, collate
+from longtake.data.loader import BadRows
 from longtake.data.order import Buckets, Pick
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.fingerprint import encoder_files
-from longtake.encodings.encode import BatchEncoder
+from longtake.encodings.encode import BatchEncoder, encode_rows
 from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
@@ -115,58 +115,34 @@ def encode_set(
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     mesh.on_main(lambda: _check_output(output))
     with only_run(output, mesh, "name another folder"):
-        return _encode_set(config, dataset, output, mesh, dtype, rows_per_shard, overwrite)
-
-
-def _encode_set(
-    config: StageConfig,
-    dataset: Dataset,
-    output: Path,
-    mesh: Mesh,
-    dtype: str,
-    rows_per_shard: int,
-    overwrite: bool,
-) -> EncodeReport:
-    folder = config.encoders_folder
-    with_image = config.model.image_condition == "i2v"
-    with_tokens = config.model.with_y and "image" in encoder_files(folder)
-    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
-    check_strides(config, encoders)
-    contents = contents_of(config, with_tokens=with_tokens)
-    buckets = find_buckets(config, dataset, mesh)
-    request = {
-        **config.data.model_dump(include={"path", "on_bad_row"}),
-        "num_rows": len(dataset),
-        "rows": mesh.on_main(lambda: rows_invariant(dataset)),
-        "dtype": dtype,
-        "rows_per_shard": rows_per_shard,
-        "batch_size": config.micro_batch_size,
-    }
-
-    def index() -> dict[str, Any]:
-        digests, files = encoders_key(folder, contents)
-        key = {"encoders": digests, "contents": contents, "text_len": encoders.text.text_len}
-        key |= sizes_key(config, contents)
-        if config.flow.negative_prompt:
-            key["negative_prompt"] = config.flow.negative_prompt
-        head = {"format": FORMAT, "version": VERSION, "complete": False}
-        return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
-
-    encoder = BatchEncoder(
-        encoders,
-        config.clip_shape,
-        with_image=with_image,
-        with_latents="latents" in contents,
-        device=mesh.device,
-        with_y=config.model.with_y,
-        empty_prompt=config.flow.negative_prompt,
-    )
-    missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text, overwrite))
-    writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
-    started = time.perf_counter()
-    _share(mesh, writer, output, missing)
-    seconds = time.perf_counter() - started
-    done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
+        with_tokens = config.model.with_y and "image" in encoder_files(config.encoders_folder)
+        encoders = load_encoders(config, mesh.device, with_image=with_tokens)
+        check_strides(config, encoders)
+        contents = contents_of(config, with_tokens=with_tokens)
+        encoder = BatchEncoder(
+            encoders,
+            config.clip_shape,
+            with_image=config.model.image_condition == "i2v",
+            with_latents="latents" in contents,
+            device=mesh.device,
+            with_y=config.model.with_y,
+            empty_prompt=config.flow.negative_prompt,
+        )
+        buckets = find_buckets(config, dataset, mesh)
+        writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
+        request = {
+            **config.data.model_dump(include={"path", "on_bad_row"}),
+            "num_rows": len(dataset),
+            "rows": mesh.on_main(lambda: rows_invariant(dataset)),
+            "dtype": dtype,
+            "rows_per_shard": rows_per_shard,
+            "batch_size": config.micro_batch_size,
+        }
+        missing = mesh.on_main(lambda: _begin(output, _index(config, encoder, contents, request), encoder, overwrite))
+        started = time.perf_counter()
+        _share(mesh, writer, output, missing)
+        seconds = time.perf_counter() - started
+        done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
     return EncodeReport(
         output,
         num_rows=sum(shard["num_rows"] for shard in done["shards"]),
@@ -176,6 +152,17 @@ def _encode_set(
         seconds=seconds,
         num_ranks=mesh.world_size,
     )
+
+
+def _index(config: StageConfig, encoder: BatchEncoder, contents: list[str], request: dict[str, Any]) -> dict[str, Any]:
+    """The index of a set that holds no shard yet. Reads all weights of the encoders once, for their digests."""
+    digests, files = encoders_key(config.encoders_folder, contents)
+    key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
+    key |= sizes_key(config, contents)
+    if config.flow.negative_prompt:
+        key["negative_prompt"] = config.flow.negative_prompt
+    head = {"format": FORMAT, "version": VERSION, "complete": False}
+    return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
 
 
 def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
@@ -247,27 +234,16 @@ class _ShardWriter:
     def _encode(self, read: list[tuple[int, Sample]]) -> list[EncodedSample]:
         if not read:
             return []
-        # Filled up with repeats to one batch size, which kernels and so the last bits depend on.
-        filled = [read[min(k, len(read) - 1)] for k in range(self.batch_size)]
-        picks = [Pick(index=row, row=row) for row, _ in filled]
-        batch = collate([sample for _, sample in filled], picks, [row for row, _ in filled])
-        stride = self.encoder.shape.temporal_stride
+        picked = [(Pick(index=row, row=row), row, sample) for row, sample in read]
         result = []
-        for (row, sample), encoded in zip(read, self.encoder.rows(batch)):
-            texts = [encoded.text]
+        for (row, sample), encoded in zip(read, encode_rows(self.encoder, picked, self.batch_size)):
+            texts = [encoded["text"]]
             for k, text in enumerate(sample.prompts[1:], start=2):
                 place = f"row {row} ({sample.name}): its prompt {k}"
                 texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
-            parts = {
-                "clip": encoded.image,
-                "y": None if encoded.frames is None else encoded.frames[:, stride:],
-                "first": encoded.first,
-                "latents": encoded.latents,
-            }
-            arrays = {name: part.to("cpu", self.dtype) for name, part in parts.items() if part is not None}
-            assert list(arrays) == self.contents
-            bucket = int(self.buckets.bucket_of_row[row])
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
+            arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.contents}
+            bucket = int(self.buckets.bucket_of_row[row])
             result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
         return result
 
@@ -287,7 +263,7 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
 
 
-def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: bool) -> list[int]:
+def _begin(output: Path, index: dict[str, Any], encoder: BatchEncoder, overwrite: bool) -> list[int]:
     """Numbers of the shards that are missing, of a set that is new or that this request began; with `overwrite`
     another set that is there makes way.
 
@@ -296,7 +272,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
     request = index["request"]
     numbers = range(-(-request["num_rows"] // request["rows_per_shard"]))
     if not (output / INDEX).is_file():
-        write_empty_text(output, real_rows(empty_text[0]).bfloat16())
+        write_empty_text(output, real_rows(encoder.empty_text[0]).bfloat16())
         write_index(output, index)
         return list(numbers)
     present = read_index(output)
@@ -308,7 +284,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
             check_own(output, (INDEX, EMPTY_TEXT, "shard_*.safetensors", LOCK))
             for path in output.glob("[!.]*"):
                 path.unlink()
-            return _begin(output, index, empty_text, overwrite)
+            return _begin(output, index, encoder, overwrite)
         raise DataError(
             f"{output} holds another encoded set: {'; '.join(found)}. Name another folder, or give --overwrite"
         )
