@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,6 @@ def file_record(path: Path) -> dict[str, Any]:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def file_records(
-    folder: Path, names: Sequence[str], record: Callable[[Path], dict[str, Any]] = file_record
-) -> dict[str, dict[str, Any]]:
-    """`record` of several files below a folder, read side by side: hashing leaves the interpreter's lock."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: record(folder / name), names)))
-
-
 def files_of(checkpoint: Path) -> list[str]:
     """Relative names of all files of a checkpoint except its manifest, sorted."""
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
@@ -95,7 +87,7 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
     Raises: CheckpointError naming the first file that is missing, surplus or changed.
     """
-    manifest = check_listing(checkpoint)  # gigabytes are read only when all sizes are right
+    manifest = check_listing(checkpoint)  # first: gigabytes are read only when all sizes are right
     check_contents(checkpoint, manifest, list(manifest["files"]))
     return manifest
 
@@ -122,18 +114,18 @@ def check_listing(checkpoint: str | Path) -> dict[str, Any]:
 
 def check_contents(checkpoint: str | Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
     """Raises CheckpointError when one of these files has another checksum than the manifest says."""
-    now = file_records(Path(checkpoint), names)
-    if changed := [name for name in names if now[name] != manifest["files"][name]]:
-        raise _changed(Path(checkpoint) / changed[0])
+    files = [Path(checkpoint) / name for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:  # side by side: hashing leaves the interpreter's lock
+        for name, file, record in zip(names, files, pool.map(file_record, files)):
+            if record != manifest["files"][name]:
+                raise _changed(file)
 
 
 def _changed(file: Path) -> CheckpointError:
     return CheckpointError(f"{file} is not the file that was saved; use another checkpoint")
 
 
-def latest_checkpoint(
-    folder: str | Path, verify: Callable[[Path], object] = verify_checkpoint, *, with_exports: bool = False
-) -> Path | None:
+def latest_checkpoint(folder: str | Path, *, with_exports: bool = False) -> Path | None:
     """The newest complete checkpoint in `folder`, verified; None when there is none.
 
     A damaged newer one is passed over with a warning that names it; with `with_exports` one without whole weights too.
@@ -143,7 +135,7 @@ def latest_checkpoint(
             logger.warning("%s holds no whole weights (checkpoint.export=last); looking at the one before", path)
             continue
         try:
-            verify(path)
+            verify_checkpoint(path)
         except CheckpointError as error:
             logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
         else:

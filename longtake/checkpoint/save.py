@@ -2,8 +2,8 @@
 
 Reading uses torch's safetensors reader and writing `longtake.checkpoint.shards`, so that a checkpoint holds no pickle
 at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
-everything that is no tensor). NoSplit weights for inference are put together from the shards that were just written: no
-rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside the training to `train.saver`.
+everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
+rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside training to `async_save.py`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from longtake import run_folder
 from longtake.checkpoint.invariants import compare_facts, flat
 from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
-from longtake.checkpoint.staging import local
 from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
+from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
 from longtake.train.state import TrainState
 from longtake.weights.load import clean_name, config_to_json
@@ -73,28 +74,22 @@ class Snapshot:
     step: int
 
     @classmethod
-    def of(cls, state: TrainState, export: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> Snapshot:
-        """The state as it is: without `values` it must not change until the snapshot is written."""
+    def of(cls, state: TrainState, export: tuple[str, ...]) -> Snapshot:
+        """The state as it is, which must not change until the snapshot is written (or has copies as `values`)."""
         tensors = state.tensors()
         return cls(
             tensors,
-            values if values is not None else {name: local(tensor) for name, tensor in tensors.items()},
+            {name: local(tensor) for name, tensor in tensors.items()},
             tuple(one for name in export for one in _exports(state, name, tensors)),
-            {
-                "step": state.step,
-                "data_position": state.data_position,
-                "skipped": state.skipped,
-                "seed": state.seed,
-            },
+            {name: getattr(state, name) for name in ("step", "data_position", "skipped", "seed")},
             state.step,
         )
 
     @property
     def size_bytes(self) -> int:
         """About the size of the checkpoint on disk, all ranks together."""
-        state = sum(value.numel() * value.element_size() for value in self.tensors.values())
-        whole = (self.tensors[name] for export in self.exports for name in export.keys.values())
-        return state + sum(value.numel() * value.element_size() for value in whole) + SPARE_BYTES
+        exported = [self.tensors[name] for export in self.exports for name in export.keys.values()]
+        return sum(tensor.nbytes for tensor in [*self.tensors.values(), *exported]) + SPARE_BYTES
 
 
 def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> list[Export]:
@@ -126,7 +121,7 @@ def save_checkpoint(snapshot: Snapshot, folder: Path, *, mesh: Mesh, info: RunIn
     mesh.on_main(lambda: _make_empty(temporary))
     try:
         records = _write_state(snapshot, temporary / "state", mesh)
-        parts = mesh.every(lambda: _write_exports(snapshot.exports, temporary, mesh))
+        parts = mesh.every(lambda: _write_exports(snapshot, temporary, mesh))
         files = {f"state/{name}": record for name, record in records.items()}
         files |= {name: record for part in parts for name, record in part.items()}
         manifest = {
@@ -179,7 +174,7 @@ def resume(state: TrainState, folder: Path, *, mesh: Mesh, info: RunInfo) -> Pat
     path = _clean_and_find(folder, mesh)
     if path is None:
         return None
-    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, invariants=info.invariants)
+    manifest = load_checkpoint(state, path, mesh=mesh, invariants=info.invariants)
     now, before = flat(info.config), flat(manifest["config"])
     changed = sorted(key for key, value in now.items() if before.get(key, value) != value)
     if mesh.is_main:
@@ -201,21 +196,19 @@ def refuse_other_invariants(folder: Path, invariants: Mapping[str, Any], mesh: M
     mesh.on_main(compare)
 
 
-def load_checkpoint(
-    state: TrainState, path: Path, *, mesh: Mesh, verify: bool = True, invariants: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, after `state` took all of it.
+def load_checkpoint(state: TrainState, path: Path, *, mesh: Mesh, invariants: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`, whose files were verified, after `state` took all of it.
 
-    Args: `verify` checks every file's checksum first; `invariants`, values that the manifest must hold.
+    Args: `invariants`, values that the manifest must hold.
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
-    manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: run_folder.read_manifest(path))
-    unknown = compare_facts(manifest, {"seed": state.seed, **(invariants or {})}, path)
+    manifest = mesh.on_main(lambda: run_folder.read_manifest(path))
+    unknown = compare_facts(manifest, {"seed": state.seed, **invariants}, path)
     if unknown and mesh.is_main:
         logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))
     tensors = state.tensors()
-    mesh.every(lambda: _check_keys(tensors, reader, path))
+    mesh.every(lambda: _check_fit(tensors, reader, path))
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not local(value).isfinite().all()]
     if bad := sorted({name for part in mesh.every(lambda: bad) for name in part}):
@@ -230,7 +223,7 @@ def load_checkpoint(
 
 
 def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
-    """As `runs.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
+    """As `run_folder.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
     manifest = mesh.on_main(lambda: run_folder.check_listing(path))
     # The largest first, so that the shares are about equal.
     names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["size_bytes"], name))
@@ -238,14 +231,14 @@ def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
     return manifest
 
 
-def _write_exports(exports: tuple[Export, ...], checkpoint: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
-    """Writes this rank's share of the exports from the published shards; records by name of the file."""
+def _write_exports(snapshot: Snapshot, checkpoint: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Writes this rank's share of the exports from the shards of all ranks; records by name of the file."""
     records = {}
-    for export in exports[mesh.rank :: mesh.world_size]:
+    for export in snapshot.exports[mesh.rank :: mesh.world_size]:
         folder = checkpoint / export.folder
         folder.mkdir(parents=True)
         state = StateFiles(checkpoint / "state")
-        pieces = [state.piece(name, stored_as) for name, stored_as in export.keys.items()]
+        pieces = [state.piece(name, key, snapshot.tensors[key]) for name, key in export.keys.items()]
         if export.adapter is not None:
             write_adapter(folder, {piece.name: piece.values() for piece in pieces}, export.adapter)
         else:
@@ -295,28 +288,25 @@ def _with_errors(doing: str, work: Callable[[], Any]) -> None:
         raise CheckpointError(f"{doing} failed: {reasons}; check the disk and the folder's permissions") from error
 
 
-def _check_keys(tensors: dict[str, Tensor], reader: dcp.HuggingFaceStorageReader, path: Path) -> None:
-    from safetensors import SafetensorError
-
+def _check_fit(tensors: Mapping[str, Tensor], reader: dcp.HuggingFaceStorageReader, path: Path) -> None:
+    """Raises CheckpointError that names what is missing, surplus or of another shape in the files."""
     try:
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; use another checkpoint") from error
     expected = {key: tuple(value.shape) for key, value in tensors.items()}
-    _raise_on_difference(expected, {key: tuple(meta.size) for key, meta in saved.items()}, path)  # type: ignore[union-attr]
-
-
-def _raise_on_difference(expected: dict[str, tuple], found: dict[str, tuple], path: Path) -> None:
-    missing = sorted(set(expected) - set(found))
-    surplus = sorted(set(found) - set(expected))
-    reshaped = sorted(
-        f"{key} {found[key]} instead of {expected[key]}"
-        for key in set(found) & set(expected)
-        if found[key] != expected[key]
-    )
-    if missing or surplus or reshaped:
-        lists = (("missing", missing), ("surplus", surplus), ("reshaped", reshaped))
-        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:20])}" for kind, keys in lists if keys)
+    found = {key: tuple(meta.size) for key, meta in saved.items()}  # type: ignore[union-attr]
+    differing = {
+        "missing": expected.keys() - found.keys(),
+        "surplus": found.keys() - expected.keys(),
+        "reshaped": {
+            f"{key} {shape} instead of {expected[key]}"
+            for key, shape in found.items()
+            if shape != expected.get(key, shape)
+        },
+    }
+    if any(differing.values()):
+        text = "; ".join(f"{len(ks)} {kind}: {', '.join(sorted(ks)[:20])}" for kind, ks in differing.items() if ks)
         raise CheckpointError(f"{path} does not fit the model: {text}. Use the configuration that it was trained with")
 
 

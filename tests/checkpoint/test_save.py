@@ -150,7 +150,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
         for name in ("load", "loads", "Unpickler"):
             patch.setattr(pickle, name, no_pickle)
         patch.setattr(torch, "load", no_pickle)
-        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh(), invariants={})
 
     for file in (path / "state").iterdir():
         file.write_bytes(pickle.dumps(Bomb()))
@@ -161,7 +161,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
     manifest["files"] = {name: run_folder.file_record(path / name) for name in run_folder.files_of(path)}
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh(), invariants={})
     with pytest.raises(CheckpointError, match="is a file of torch.save and no safetensors"):
         open_published(path / "generator")
     assert not (tmp_path / "exploded").exists()
@@ -175,7 +175,7 @@ def test_loading_is_strict(tmp_path):
     state.networks["generator"].head = torch.nn.Linear(tiny_run.WIDTH, 2)
     del state.ema["generator"]
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(state, path, mesh=Mesh())
+        load_checkpoint(state, path, mesh=Mesh(), invariants={})
     for text in ("1 missing: networks.generator.extra", "surplus: ema.generator", "(3, 5) instead of (2, 5)"):
         assert text in str(error.value)
 
