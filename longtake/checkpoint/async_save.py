@@ -67,7 +67,7 @@ class Saver:
         Raises: CheckpointError on every rank, also for the save before; older checkpoints stay.
         """
         start = time.perf_counter()
-        self.wait()
+        self.wait()  # the one before: its copy is in the memory that this one's will overwrite
         waited = time.perf_counter() - start
         networks = EXPORTED if last or self.config.export == "every" else ()
         snapshot = Snapshot.of(self._state, networks)

@@ -120,7 +120,7 @@ def save_checkpoint(snapshot: Snapshot, folder: Path, *, mesh: Mesh, info: RunIn
     temporary = folder / (run_folder.TEMPORARY + final.name)
     mesh.on_main(lambda: _make_empty(temporary))
     try:
-        records = _write_state(snapshot, temporary / "state", mesh)
+        records = _write_state(snapshot, temporary / "state", mesh)  # until the shards of all ranks are there
         parts = mesh.every(lambda: _write_exports(snapshot, temporary, mesh))
         files = {f"state/{name}": record for name, record in records.items()}
         files |= {name: record for part in parts for name, record in part.items()}
@@ -146,21 +146,17 @@ def check_space(snapshot: Snapshot, folder: Path, mesh: Mesh) -> None:
 
     def check() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        needed, free = snapshot.size_bytes, shutil.disk_usage(folder).free
+        needed, free = snapshot.size_bytes / 2**30, shutil.disk_usage(folder).free / 2**30
         if needed <= free:
             return
-        kept = len(run_folder.list_checkpoints(folder))
+        name, kept = run_folder.checkpoint_name(snapshot.step), len(run_folder.list_checkpoints(folder))
         raise CheckpointError(
-            f"{run_folder.checkpoint_name(snapshot.step)} needs {_gib(needed)} in {folder} and {_gib(free)} are free; "
+            f"{name} needs {needed:.2f} GiB in {folder} and {free:.2f} GiB are free; "
             f"nothing was written and the {kept} checkpoints there are intact. Free space, or lower keep_checkpoints "
             "(the new one is written before the oldest is removed), and start the same command again"
         )
 
     mesh.on_main(check)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def resume(state: TrainState, folder: Path, *, mesh: Mesh, info: RunInfo) -> Path | None:
@@ -207,7 +203,7 @@ def load_checkpoint(state: TrainState, path: Path, *, mesh: Mesh, invariants: Ma
     if unknown and mesh.is_main:
         logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-    tensors = state.tensors()
+    tensors = state.tensors()  # dcp.load writes into them: into the parameters themselves
     mesh.every(lambda: _check_fit(tensors, reader, path))
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not local(value).isfinite().all()]
@@ -253,7 +249,11 @@ def _write_exports(snapshot: Snapshot, checkpoint: Path, mesh: Mesh) -> dict[str
 
 
 def written_here(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """What this rank writes of a state: its shards of all tensors, or some of those that every rank has whole."""
+    """What this rank writes of a state: its shards of all tensors, or some of those that every rank has whole.
+
+    The latter are shared out by their sizes alone, the same on every rank without asking: each tensor is written once,
+    and a rank keeps host memory for copies of its part only.
+    """
     if not mesh.whole_weights:
         return dict(tensors)
     mine, sizes = {}, [0] * mesh.world_size
@@ -348,7 +348,11 @@ def _set_aside(damaged: list[Path], newest: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`."""
+    """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`.
+
+    What the rename shows must be on the disk before it: the files (synced as they were written), then the folders that
+    name them. Otherwise a power cut could leave a published checkpoint with empty files.
+    """
     (temporary / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     _sync(temporary / run_folder.MANIFEST)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:

@@ -199,6 +199,7 @@ class StateFiles:
 
         Args: `like` has its type and whole shape. Raises: CheckpointError when a part is missing.
         """
+        # Parts never overlap, since each was written by one rank: their number of values shows whether one is missing.
         held = sum(prod(along.stop - along.start for along in place) for _, place in self._parts[stored_as])
         if held != like.numel():
             raise CheckpointError(f"{self.folder} holds {held} of {like.numel()} values of {stored_as}; save again")

@@ -32,7 +32,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
 from longtake.train.metrics import MetricsLog, PhaseTimer
 from longtake.train.state import TrainState
-from longtake.train.throughput import Throughput, Trace
+from longtake.train.throughput import Throughput, recorded
 from longtake.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ def train(
             hooks.start()
         batches.seek(state.data_position)
         log = MetricsLog(config.folder, first_step=first, max_steps=last, wandb=config.wandb, enabled=mesh.is_main)
-        trace = Trace(config.profile, config.folder, mesh)
-        with closing(log), closing(trace), _stop_on_signals() as asked, _complete_saves(saver, phases):
+        trace = recorded(config.profile, config.folder, mesh, first)
+        with closing(log), trace as recorder, _stop_on_signals() as asked, _complete_saves(saver, phases):
             for step in range(first, last + 1):
                 _look(step, config, hooks, phases, log)
                 with phases("agree"):
@@ -114,10 +114,10 @@ def train(
                     break
                 if stop:
                     _stop(stop, step, last, saved=saver is not None)
-                trace.at(step)
                 before = state.data_position
                 seconds = iteration(state, objective, batches, config, mesh, phases, window)
                 throughput.add(step, seconds, state.data_position - before)
+                recorder()
                 log.iteration(step, _row(step, config, state, mesh, phases, window, throughput))
 
 
@@ -158,7 +158,11 @@ def _row(
 
 
 def _agree(mesh: Mesh, asked: int, saver: Saver | None) -> int:
-    """The signal that some rank was sent, 0 for none. Raises: on every rank, the error of a save in the background."""
+    """The signal that some rank was sent, 0 for none. Raises: on every rank, the error of a save in the background.
+
+    Asked in every iteration, on all ranks at once: a rank that stopped or failed alone would leave the others waiting
+    in a collective for ever.
+    """
     signals, failures = mesh.gather([asked, bool(saver and saver.failed)]).T.tolist()
     if saver is not None and any(failures):
         saver.wait()
@@ -219,7 +223,7 @@ def iteration(
                 average_gradients(state.networks[turn], mesh)
             with phases("optimizer"):
                 norm = optimizer.gradient_norm()
-        with phases("agree"):
+        with phases("agree"):  # before the step: one rank's NaN would be in all weights after it
             problem = nonfinite(mesh, step, turn, loss, norm)
         if problem is not None:
             optimizer.zero_grad()

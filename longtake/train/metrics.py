@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from longtake.config.groups import WandbConfig
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
 
 logger = logging.getLogger(__name__)
@@ -126,76 +127,65 @@ class MetricsLog:
     from `first_step` on is cut off, so that a resumed run leaves each row once.
 
     Args: `enabled` on rank 0 only.
-    Raises: ConfigError when wandb is asked for and not installed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        first_step: int,
-        max_steps: int,
-        wandb: WandbConfig,
-        enabled: bool,
-    ) -> None:
-        self._file, self._board, self._bar, self._wandb = None, None, None, None
+    def __init__(self, folder: Path, *, first_step: int, max_steps: int, wandb: WandbConfig, enabled: bool) -> None:
+        self._enabled = enabled
         if not enabled:
             return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         cut_from(path, first_step)
         self._file = path.open("a", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
         self._board = SummaryWriter(str(folder), purge_step=first_step)
         self._bar = tqdm(total=max_steps, initial=first_step, desc=folder.name, unit="it", dynamic_ncols=True)
+        self._wandb: Any = None
         if wandb.enabled:
-            self._wandb = _start_wandb(folder, wandb)
+            self._wandb = import_module("wandb")
+            self._wandb.init(dir=str(folder), project=wandb.project)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row. A value that is not finite becomes null, since JSON has no NaN."""
-        if self._file is None:
+        if not self._enabled:
             return
         row = {key: _jsonable(value) for key, value in values.items()}
         self._file.write(json.dumps({"step": step} | row) + "\n")
         numbers = {key: float(value) for key, value in row.items() if isinstance(value, (int, float))}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Shows uint8 `[h, w, 3]` images in TensorBoard (and wandb)."""
-        if self._board is not None:
-            for name, image in images.items():
-                self._board.add_image(name, image, step, dataformats="HWC")
+        if not self._enabled:
+            return
+        for name, image in images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
         if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
+            self._wandb.log({name: self._wandb.Image(image) for name, image in images.items()}, step=step)
 
     def iteration(self, step: int, row: Mapping[str, float]) -> None:
         """Writes the row of an iteration, if it has one, and moves the bar, beside which its losses stand."""
+        if not self._enabled:
+            return
         if row:
             self.scalars(step, row)
-        if self._bar is not None:
-            if row:
-                losses = {key: f"{value:.4g}" for key, value in row.items() if key.endswith("_loss")}
-                self._bar.set_postfix(losses, refresh=False)
-            self._bar.update(1)
+            losses = {key: f"{value:.4g}" for key, value in row.items() if key.endswith("_loss")}
+            self._bar.set_postfix(losses, refresh=False)
+        self._bar.update(1)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._board.close()
+        self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -228,14 +218,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _start_wandb(folder: Path, config: WandbConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            "wandb is switched on and not installed; `pip install wandb`, or leave it off: TensorBoard and "
-            "metrics.jsonl hold the same numbers"
-        ) from error
-    return wandb.init(dir=str(folder), project=config.project)

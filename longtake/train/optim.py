@@ -61,7 +61,10 @@ class NetworkOptimizer:
 
     @torch.no_grad()
     def step(self, step: int, gradient_norm: float) -> None:
-        """Clips by `gradient_norm` (of `gradient_norm()`) and updates the parameters for iteration `step`."""
+        """Clips by `gradient_norm` (of `gradient_norm()`) and updates the parameters for iteration `step`.
+
+        The norm is that over all ranks, so that all shards of a network are scaled alike.
+        """
         if gradient_norm > (limit := self.config.max_grad_norm):
             torch._foreach_mul_(self._gradients(), limit / gradient_norm)
         names = [name for name, p in self.parameters.items() if p.grad is not None]

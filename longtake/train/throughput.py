@@ -8,7 +8,8 @@ nothing that activation checkpointing computes again. Their utilisation is given
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,51 +108,31 @@ def operations_of(
     return operations
 
 
-class Trace:
+@contextmanager
+def recorded(config: ProfileConfig, folder: Path, mesh: Mesh, first_step: int) -> Iterator[Callable[[], None]]:
     """Records some iterations with the PyTorch profiler into `folder`/profile, one Chrome trace a rank.
 
-    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. Phases
-    (`metrics.PhaseTimer`) appear by their names.
+    Inside, the function that it gives is called after each iteration. A run that ends inside the recording leaves what
+    there is. Phases (`metrics.PhaseTimer`) appear by their names. Args: `first_step`, of this process.
     """
+    if config.num_steps == 0 or not (mesh.is_main or config.every_rank):
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
 
-    def __init__(self, settings: ProfileConfig, folder: Path, mesh: Mesh) -> None:
-        self._settings, self._mesh = settings, mesh
-        self._folder = folder / "profile"
-        self._wanted = settings.num_steps > 0 and (mesh.is_main or settings.every_rank)
-        self._first: int | None = None
-        self._profiler: Any = None
-        self._begin = 0
+    file = folder / "profile" / f"step_{first_step + config.start_step:06d}_rank_{mesh.rank}.json.gz"
 
-    def at(self, step: int) -> None:
-        """Starts or ends the recording where iteration `step` is the one to do so."""
-        if not self._wanted:
-            return
-        self._first = step if self._first is None else self._first
-        past = step - self._first - self._settings.start_step
-        if past == 0:
-            self._start(step)
-        elif past == self._settings.num_steps:
-            self.close()
-
-    def _start(self, step: int) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        activities = [ProfilerActivity.CPU]
-        if self._mesh.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._begin = step
-        self._profiler = profile(
-            activities=activities, record_shapes=self._settings.shapes, profile_memory=self._settings.memory
-        )
-        self._profiler.start()
-
-    def close(self) -> None:
-        """Ends the recording, if there is one, and writes it."""
-        if self._profiler is None:
-            return
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"step_{self._begin:06d}_rank_{self._mesh.rank}.json.gz"
+    def write(profiler: profile) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
         logger.info("Wrote the profiler's trace to %s (open it in https://ui.perfetto.dev)", file)
+
+    cuda = [ProfilerActivity.CUDA] if mesh.device.type == "cuda" else []
+    with profile(
+        activities=[ProfilerActivity.CPU, *cuda],
+        schedule=schedule(wait=config.start_step, warmup=0, active=config.num_steps, repeat=1),
+        on_trace_ready=write,
+        record_shapes=config.shapes,
+        profile_memory=config.memory,
+    ) as profiler:
+        yield profiler.step

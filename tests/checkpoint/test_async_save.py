@@ -240,8 +240,6 @@ def test_staging_keeps_its_memory_and_every_type():
     again = staging.copy(tensors)
     assert torch.equal(again["half"], tensors["half"]) and again["half"].dtype == torch.bfloat16
     assert {name: value.data_ptr() for name, value in again.items()} == places
-    grown = {**tensors, "half": torch.randn(9, 9)}
-    assert torch.equal(staging.copy(grown)["half"], grown["half"])
 
 
 def test_a_host_without_the_memory_saves_synchronously(tmp_path, monkeypatch, caplog):

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
 from fake_ranks import on_ranks
+from tiny_stage import stage_config
 
 from longtake.config.groups import EmaConfig, OptimConfig, WandbConfig
 from longtake.config.run import RunConfig
@@ -20,9 +22,10 @@ from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
+from longtake.train import stage
 from longtake.train.ema import EMA
 from longtake.train.loop import Hooks, MetricWindow, iteration
-from longtake.train.metrics import MetricsLog, PhaseTimer, cut_from, read_rows
+from longtake.train.metrics import PhaseTimer, cut_from, read_rows
 from longtake.train.optim import NetworkOptimizer
 
 
@@ -203,11 +206,21 @@ def test_rows_of_an_interrupted_run_are_cut(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
 
 
-def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="wandb is switched on and not installed"):
-        MetricsLog(tmp_path, first_step=0, max_steps=1, wandb=WandbConfig(enabled=True, project="p"), enabled=True)
-    MetricsLog(tmp_path, first_step=0, max_steps=1, wandb=WandbConfig(), enabled=True).close()
+def test_wandb_is_asked_for_and_missing(workshop, tmp_path, monkeypatch):
+    config = stage_config(workshop, tmp_path, "causal", wandb={"enabled": True, "project": "p"})
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb.enabled=true needs the package wandb"):
+        stage.run_stage(config, Mesh())
+
+
+def test_wandb_gets_the_rows(tmp_path, monkeypatch):
+    seen = []
+    wandb = SimpleNamespace(
+        init=lambda **given: seen.append(given), log=lambda row, step: seen.append((step, row)), finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tiny_run.run(tmp_path, Mesh(), steps=1, loop={"wandb": WandbConfig(enabled=True, project="p")})
+    assert seen[0] == {"dir": str(tmp_path), "project": "p"} and seen[1][0] == 0 and "critic_loss" in seen[1][1]
 
 
 def test_settings_refuse_zero():

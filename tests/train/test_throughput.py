@@ -20,7 +20,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.train import metrics as metrics_log
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
-from longtake.train.throughput import Throughput, Trace, operations_of, stage_throughput
+from longtake.train.throughput import Throughput, operations_of, recorded, stage_throughput
 
 
 class Steps:
@@ -220,12 +220,13 @@ def test_a_run_that_ends_inside_the_recording_writes_what_there_is(tmp_path):
     assert file.name == "step_000001_rank_0.json.gz"
 
 
-def test_only_wanted_ranks_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trace, "_start", lambda self, step: started.append((self._mesh.rank, step)))
-    for every, expected in ((False, [(0, 5)]), (True, [(0, 5), (1, 5)])):
-        started = []
+def test_only_wanted_ranks_are_recorded(tmp_path):
+    for every, expected in ((False, {0}), (True, {0, 1})):
+        folder = tmp_path / str(every)
         for rank in (0, 1):
-            trace = Trace(ProfileConfig(num_steps=1, start_step=2, every_rank=every), tmp_path, Mesh(rank, 2))
-            for step in range(3, 9):
-                trace.at(step)
-        assert started == expected
+            config = ProfileConfig(num_steps=1, start_step=2, every_rank=every)
+            with recorded(config, folder, Mesh(rank, 2), 3) as recorder:
+                for _ in range(6):
+                    recorder()
+        files = {f"step_000005_rank_{rank}.json.gz" for rank in expected}
+        assert {file.name for file in (folder / "profile").iterdir()} == files
