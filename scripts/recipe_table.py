@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from longtake.config.stage import StageConfig, load_config
+from longtake.config.job import load_config
+from longtake.config.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STATED = {

@@ -6,17 +6,11 @@ import pytest
 import yaml
 
 from longtake.config.base import describe
-from longtake.config.stage import (
-    TOY_ASSETS,
-    CriticConfig,
-    JobConfig,
-    OptimConfig,
-    StageConfig,
-    dump,
-    load_config,
-    resolve_source,
-)
+from longtake.config.groups import OptimConfig
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import TOY_ASSETS, StageConfig, dump, resolve_source
 from longtake.errors import ConfigError
+from longtake.objectives.dmd import CriticConfig
 
 STAGE = {
     "stage": "causal",

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from longtake.config.base import parse_yaml
-from longtake.config.stage import load_config
+from longtake.config.job import load_config
 from longtake.errors import ConfigError
 
 DISTILL = {"stage": "distill", "name": "s", "logdir": "out", "init_from": "toy", "teacher": "toy", "max_steps": 10}

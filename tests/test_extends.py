@@ -5,7 +5,8 @@ import yaml
 
 from longtake.config.base import read_recipe
 from longtake.config.generation import read_stage
-from longtake.config.stage import JobConfig, StageConfig, dump, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig, dump
 from longtake.errors import ConfigError
 
 

@@ -6,39 +6,81 @@ picture and 36-channel models: `y` goes to both halves, the picture is clean in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from longtake.condition import Condition, MaskLayout
-from longtake.flow.path import add_noise, velocity
-from longtake.flow.schedule import training_sigma
-from longtake.objectives.base import LossResult, Phase
-from longtake.objectives.batch import EncodedBatch
+from longtake.config.base import Settings
+from longtake.config.objective import ObjectiveConfig
+from longtake.errors import ConfigError
+from longtake.objectives.base import LossResult, Objective, Parts, Pass, Phase
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
-from longtake.rollout.self_forcing import recycle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longtake.condition import Condition, MaskLayout
+    from longtake.models.flops import Call
+    from longtake.objectives.batch import EncodedBatch
+    from longtake.rng import KeyedRNG
+    from longtake.rollout.denoise import Denoiser
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
 
-@dataclass(frozen=True)
-class ErrorRecycling:
-    """In a `share` of the iterations the context is the student's own version of the video (`rollout.recycle`).
-
-    Each block is made again from a denoising step drawn from `from_step` on. The first generated block never begins
-    at step 0: what a picture and a caption leave open is decided there, and the video that is learnt has decided it.
+class ErrorRecycling(Settings):
+    """Causal training after the student's own version of earlier frames (`rollout.recycle`): it learns to correct its
+    errors.
     """
 
-    share: float = 0.0
-    from_step: int = 1
+    share: float = Field(
+        default=0.0, ge=0, le=1, description="share of the iterations with such a context; the others have the real one"
+    )
+    # The first generated block never begins at step 0: what a picture and a caption leave open is decided there, and
+    # the video that is learnt has decided it.
+    from_step: int = Field(
+        default=1,
+        ge=0,
+        description="each earlier block is noised to the level of one of the denoising steps, from this one on, and "
+        "made again from there; 0 = also from noise alone, where captions and pictures decide all of the motion",
+    )
 
 
-class TeacherForcing:
+class TeacherForcingConfig(ObjectiveConfig):
+    """Causal training on real videos, clean context before each block."""
+
+    kind: Literal["teacher_forcing"] = "teacher_forcing"
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
+    error_recycling: ErrorRecycling = Field(default=ErrorRecycling(), description=ErrorRecycling.__doc__)
+
+    reference: ClassVar[str | None] = "generator"  # which begins with a teacher's weights
+
+    def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
+        """Raises ConfigError unless there is a denoising step to begin from."""
+        if self.error_recycling.share and self.error_recycling.from_step >= len(plan.sigmas):
+            raise ConfigError(
+                f"objective.error_recycling.from_step={self.error_recycling.from_step} must be below the "
+                f"{len(plan.sigmas)} flow.steps; set it to {len(plan.sigmas) - 1} or less"
+            )
+
+    def build(self, parts: Parts) -> Objective:
+        """The objective."""
+        return TeacherForcing(
+            parts.student,
+            parts.draws,
+            parts.plan,
+            shift=parts.shift,
+            caption_dropout=self.caption_dropout,
+            error_recycling=self.error_recycling,
+            phase=parts.phase,
+        )
+
+
+class TeacherForcing(Objective):
     """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
 
     With `error_recycling` the context is at times what the student itself would have made of the video; the loss is
@@ -54,25 +96,22 @@ class TeacherForcing:
         *,
         shift: float,
         caption_dropout: float = 0.0,
-        error_recycling: ErrorRecycling = ErrorRecycling(),
+        error_recycling: ErrorRecycling | None = None,
         phase: Phase = nullcontext,
     ) -> None:
         self.denoiser, self.model = denoiser, denoiser.model
-        self.networks: dict[str, nn.Module] = {"generator": self.model}
+        self.networks = {"generator": self.model}
         self.draws, self.plan = draws, plan
         self.shift, self.caption_dropout = shift, caption_dropout
-        self.error_recycling, self.phase = error_recycling, phase
+        self.error_recycling, self.phase = error_recycling or ErrorRecycling(), phase
         self._layouts: dict[int, MaskLayout] = {}
 
-    def turns(self, step: int) -> list[str]:
-        """The one network, every iteration."""
-        return ["generator"]
-
-    def discard(self) -> None:
-        """Nothing goes on from one iteration to the next."""
-
-    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+    def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
+        import torch
+
+        from longtake.flow.path import add_noise, velocity
+
         clean = require_latents(batch, "teacher forcing").float()
         frames = clean.shape[1]
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
@@ -101,10 +140,36 @@ class TeacherForcing:
             found.append(self.draws.integer(step, "own_history_step", least, steps, part=block))
         return found
 
+    def passes(self, step: int, clips: Mapping[str, Call], given: int) -> list[Pass]:
+        """The student's own version of the clip, where this iteration makes one, and the loss on both halves."""
+        clip = clips["generator"]
+        return [*self._recycle_passes(step, clip, given), self.forced_pass(clip, clip.entries)]
+
+    def forced_pass(self, clip: Call, num_frames: int) -> Pass:
+        """The call of the loss, on videos of `num_frames` latents."""
+        return Pass("generator", "forward", clip.masked(self._layout(num_frames)), with_grad=True)
+
+    def _recycle_passes(self, step: int, clip: Call, given: int) -> Iterator[Pass]:
+        """As `recycle` makes them; only the first call makes keys and values of the text."""
+        if not self.remakes(step):
+            return
+        blocks = list(self.plan.blocks(0, clip.entries))
+        starts = self.starts(step, len(blocks), given)
+        fresh = True
+        for (start, end), begin in zip(blocks[:-1], starts):
+            call = clip.cached(end - start, len(self.plan.attended(start, end)), with_context=fresh)
+            if start >= given:
+                times = len(self.plan.sigmas) - begin
+                yield Pass("generator", "rollout", replace(call, with_context=False), times=times)
+            yield Pass("generator", "rollout", call)
+            fresh = False
+
     def _history(self, clean: Tensor, condition: Condition, batch: EncodedBatch, step: int) -> Tensor:
         """The context of this iteration, [B, F, C, H, W]."""
         if not self.remakes(step):
             return clean
+        from longtake.rollout.self_forcing import recycle
+
         given = batch.first_latent is not None
         blocks = list(self.plan.blocks(0, clean.shape[1]))
 
@@ -119,6 +184,10 @@ class TeacherForcing:
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
+        import torch
+
+        from longtake.flow.schedule import training_sigma
+
         columns = []
         for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.config.groups import ModelConfig, ValidationConfig, VideoConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation import report
@@ -27,11 +28,10 @@ from longtake.train.state import TrainState
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 
 
-def can_validate(config: StageConfig) -> bool:
+def can_validate(settings: ValidationConfig, every: int, model: ModelConfig, video: VideoConfig) -> bool:
     """Whether a stage asks for validation and can be measured: image-to-video at the size of the embedded world."""
-    size = (config.video.height, config.video.width)
-    asked = config.validate_every > 0 and config.validation.num_worlds > 0
-    return asked and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
+    asked = every > 0 and settings.num_worlds > 0
+    return asked and model.image_condition == "i2v" and (video.height, video.width) == (SIZE, SIZE)
 
 
 class Validation:
@@ -100,7 +100,7 @@ class Validation:
         return {key: float("nan") if summary[key] is None else summary[key] for key in _LOGGED}
 
     def _student(self, model: VideoDiT) -> Row:
-        if self.config.stage == "teacher":
+        if not self.config.objective.causal:
             return self._teacher(model)
         return student_row(Denoiser(model), self.config.stream_plan, seed=self.config.validation.seed)
 

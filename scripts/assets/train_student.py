@@ -23,7 +23,8 @@ from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
-from longtake.config.stage import StageConfig, load_config
+from longtake.config.job import load_config
+from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block

@@ -189,7 +189,8 @@ def run(words: Sequence[object], log: Path, seconds: float | None = None, thread
 
 def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequence[str]) -> None:
     """Writes the scores of one stage's newest checkpoint, with EMA ("ema"), without ("raw") or both."""
-    from longtake.config.stage import StageConfig, load_config
+    from longtake.config.job import load_config
+    from longtake.config.stage import StageConfig
     from longtake.encoders.bundle import Encoders
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.parallel.mesh import init_mesh

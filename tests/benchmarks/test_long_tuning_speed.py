@@ -55,7 +55,7 @@ def test_memory_must_not_depend_on_the_length(long_tuning, run):
 
 
 def test_its_stage_is_what_the_issue_of_long_videos_asks_for(long_tuning, run):
-    from longtake.config.stage import load_config
+    from longtake.config.job import load_config
 
     config = load_config(long_tuning.stage(run, 12, 12, path=str(run.work / "lmdb"), kind="lmdb"))
     assert config.stage == "long" and config.roles == "shared" and config.long.num_chunks == [12]

@@ -38,7 +38,7 @@ def test_rates_are_of_the_same_iterations(two_gpus):
 
 
 def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkeypatch):
-    from longtake.config.stage import load_config
+    from longtake.config.job import load_config
 
     run = two_gpus.Run(two_gpus.parse(["-o", str(tmp_path), "--device", "cpu"]))
     launched = {}

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from longtake.train.long_batches import LongBatches
 from tiny_batches import RULES, make_batch, record
 from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
@@ -15,7 +16,6 @@ from longtake.objectives.long_tuning import LongSchedule, LongTuning
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
-from longtake.train.long_batches import LongBatches
 
 HORIZON, NEW = 7, 4
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 from tiny_batches import make_batch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +19,6 @@ from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
-from longtake.rollout.work import clip_call, loras, model_work, passes, roll_out_passes
 
 SEED = 3
 

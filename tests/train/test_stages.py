@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
 
 from longtake import Generator
-from longtake.config.stage import JobConfig
+from longtake.config.job import JobConfig
 from longtake.encoders.bundle import ImageEncoder
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate

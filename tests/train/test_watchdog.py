@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 from fake_ranks import on_ranks
 
-from longtake.config.stage import WatchdogConfig
+from longtake.config.run import WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks

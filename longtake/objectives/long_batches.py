@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from longtake.train.loop import Batches
-
 
 class LongBatches:
     """Repeats the micro-batches of each sequence of a schedule.
 
-    Args: `batches`, which take `batch_size` samples of all ranks an iteration in `accumulation` micro-batches;
-    `sequence_at`, the number of the sequence of an iteration. `position` counts as if each iteration took new samples,
-    so that it names the iteration.
+    Args: `batches` (`train.loop.Batches`), which take `batch_size` samples of all ranks an iteration in `accumulation`
+    micro-batches; `sequence_at`, the number of the sequence of an iteration. `position` counts as if each iteration
+    took new samples, so that it names the iteration.
     """
 
-    def __init__(
-        self, batches: Batches, sequence_at: Callable[[int], int], *, batch_size: int, accumulation: int
-    ) -> None:
+    def __init__(self, batches: Any, sequence_at: Callable[[int], int], *, batch_size: int, accumulation: int) -> None:
         self.batches, self.sequence_at = batches, sequence_at
         self.batch_size, self.accumulation = batch_size, accumulation
         self._step, self._given = 0, 0
