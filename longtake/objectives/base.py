@@ -38,9 +38,9 @@ class Parts:
     """What an objective is built from.
 
     Fields: `student`, the generator as it streams by `plan`; `trained` and `frozen` networks by name; `draws`, the
-    source of every random number; `shift` of noise levels; `num_frames` latents of a clip; `first_frame_clean`, whether
-    bidirectional models see frame 0 without noise; `codec`, None unless the objective `decodes`; `phase` is entered
-    around parts of an iteration, for timing.
+    source of every random number; `shift` of noise levels; `num_frames` latents of a clip, of which the first `given`
+    (1 or 0) are; `first_frame_clean`, whether bidirectional models see frame 0 without noise; `codec`, None unless the
+    objective `decodes`; `phase` is entered around parts of an iteration, for timing.
     """
 
     student: Denoiser
@@ -50,6 +50,7 @@ class Parts:
     plan: StreamPlan
     shift: float
     num_frames: int
+    given: int = 1
     first_frame_clean: bool = False
     codec: PictureCodec | None = None
     phase: Phase = nullcontext
@@ -81,6 +82,10 @@ class Objective:
 
     networks: dict[str, nn.Module]
 
+    def __init__(self, parts: Parts) -> None:
+        self.networks, self.parts = dict(parts.trained), parts
+        self.draws, self.plan, self.phase = parts.draws, parts.plan, parts.phase
+
     def turns(self, step: int) -> list[str]:
         """Names of the networks that iteration `step` updates, in order; the same on every rank."""
         return ["generator"]
@@ -103,10 +108,10 @@ class Objective:
         """The micro-batches of the iterations, from those of the data in their order (`train.loop.Batches`)."""
         return loaded
 
-    def passes(self, step: int, clips: Mapping[str, Call], given: int) -> Sequence[Pass]:
+    def passes(self, step: int, clips: Mapping[str, Call]) -> Sequence[Pass]:
         """The calls of networks that iteration `step` makes, by which utilisation is logged; none = it is not.
 
-        Args: `clips`, by network, all frames of a clip in one bidirectional call; `given` frames, 1 or 0. Encoders, the
-        VAE and rebuilt caches are not counted.
+        Args: `clips`, by network, all frames of a clip in one bidirectional call. Encoders, the VAE and rebuilt caches
+        are not counted.
         """
         return ()

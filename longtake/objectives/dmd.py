@@ -7,7 +7,6 @@ with sigma exact; the velocity of the critic is used as it comes, never through 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -18,19 +17,16 @@ from longtake.config.groups import LoraConfig, OptimConfig
 from longtake.config.objective import NetworkConfig, ObjectiveConfig
 from longtake.errors import ConfigError
 from longtake.models.flops import Call
-from longtake.objectives.base import LossResult, Objective, Parts, Pass, Phase
+from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import clip_sigma
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longtake.plan import StreamPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longtake.condition import Condition
-    from longtake.models.dit import VideoDiT
     from longtake.objectives.batch import EncodedBatch
-    from longtake.rng import KeyedRNG
-    from longtake.rollout.denoise import Denoiser
     from longtake.rollout.self_forcing import RollOut, RollOutNoise
 
 
@@ -144,18 +140,7 @@ class DmdConfig(ObjectiveConfig):
 
     def build(self, parts: Parts) -> Objective:
         """The objective."""
-        return Dmd(
-            parts.student,
-            parts.trained["critic"],
-            parts.frozen["teacher"],
-            parts.draws,
-            parts.plan,
-            parts.num_frames,
-            self,
-            shift=parts.shift,
-            first_frame_clean=parts.first_frame_clean,
-            phase=parts.phase,
-        )
+        return Dmd(parts, self)
 
 
 def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:
@@ -179,32 +164,15 @@ def dmd_loss(student: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
 class Dmd(Objective):
     """Self-Forcing with distribution matching: `updates_per_generator` critic updates to one generator update.
 
-    Networks: `generator` (causal student) and `critic` (fake score) are trained, `real` is frozen. `shift` and
-    `first_frame_clean` are of the noise that scores are compared at. All random numbers follow (seed, step, purpose,
-    sample); the exit step is one number for all ranks and blocks. `phase` is entered around each roll-out ("rollout")
-    and each call of the scores ("scores"), for timing.
+    Networks: `generator` (causal student) and `critic` (fake score) are trained, `teacher` (real score) is frozen. All
+    random numbers follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks.
     """
 
-    def __init__(
-        self,
-        generator: Denoiser,
-        critic: VideoDiT,
-        real: VideoDiT,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        num_frames: int,
-        settings: DmdConfig,
-        *,
-        shift: float,
-        first_frame_clean: bool = False,
-        phase: Phase = nullcontext,
-    ) -> None:
-        self.networks = {"generator": generator.model, "critic": critic}
-        self.generator, self.critic = generator, critic
-        self.real = real.eval().requires_grad_(False)
-        self.draws, self.plan, self.num_frames, self.settings = draws, plan, num_frames, settings
-        self.shift, self.first_frame_clean, self.phase = shift, first_frame_clean, phase
-        self.data_loss = TeacherForcing(generator, draws, plan, shift=shift) if settings.data_loss.weight else None
+    def __init__(self, parts: Parts, settings: DmdConfig) -> None:
+        super().__init__(parts)
+        self.generator, self.critic, self.settings = parts.student, parts.trained["critic"], settings
+        self.real = parts.frozen["teacher"].eval().requires_grad_(False)
+        self.data_loss = TeacherForcing(parts, TeacherForcingConfig()) if settings.data_loss.weight else None
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -282,7 +250,7 @@ class Dmd(Objective):
                 batch.first_latent,
                 self._roll_out_noise(batch, step),
                 self.plan,
-                self.num_frames,
+                self.parts.num_frames,
                 batch.latent_size,
                 exit_step=self.exit_step(step),
                 with_grad=with_grad,
@@ -308,8 +276,8 @@ class Dmd(Objective):
 
         settings = self.settings
         u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64).to(clean.device)
-        level = training_sigma(u, self.shift, settings.sigma_min, settings.sigma_max)
-        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.first_frame_clean)
+        level = training_sigma(u, self.parts.shift, settings.sigma_min, settings.sigma_max)
+        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
         noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)
         return add_noise(clean.detach(), noise, sigma), sigma, noise
 
@@ -326,10 +294,10 @@ class Dmd(Objective):
         return guided(conditional, self.real(noisy, sigma, unconditional), self.settings.guidance)
 
     # ---- what an iteration costs ----------------------------------------------------------------------------------
-    def passes(self, step: int, clips: Mapping[str, Call], given: int) -> list[Pass]:
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
         """The roll-out, the scores of it where the student is updated, and the critic's own call."""
         update = "generator" in self.turns(step)
-        found = self._roll_out_passes(step, clips["generator"], given, with_grad=update)
+        found = self._roll_out_passes(step, clips["generator"], with_grad=update)
         if update:
             calls = 1 if self.settings.guidance == 1 else 2
             found += [
@@ -337,17 +305,17 @@ class Dmd(Objective):
                 Pass("teacher", "scores", clips["teacher"], times=calls),
             ]
             if self.data_loss is not None:
-                frames = self.settings.data_loss.num_latent_frames or self.num_frames
+                frames = self.settings.data_loss.num_latent_frames or self.parts.num_frames
                 found.append(self.data_loss.forced_pass(clips["generator"], frames))
         return [*found, Pass("critic", "scores", clips["critic"], with_grad=True)]
 
-    def _generated(self, step: int, given: int) -> tuple[int, int]:
+    def _generated(self, step: int) -> tuple[int, int]:
         """First and last (exclusive) frame that the roll-out of an iteration generates."""
-        return given, self.num_frames
+        return self.parts.given, self.parts.num_frames
 
-    def _roll_out_passes(self, step: int, clip: Call, given: int, *, with_grad: bool) -> list[Pass]:
+    def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
         """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
-        plan, (start, end) = self.plan, self._generated(step, given)
+        plan, (start, end) = self.plan, self._generated(step)
         together = with_grad and self.generator.batched_exit_backward
 
         def one(block: tuple[int, int], *, with_context: bool) -> Call:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longtake.condition import Condition
-    from longtake.models.dit import VideoDiT
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
     from longtake.rng import KeyedRNG
@@ -35,13 +34,7 @@ class FlowMatchingConfig(ObjectiveConfig):
 
     def build(self, parts: Parts) -> Objective:
         """The objective."""
-        return FlowMatching(
-            parts.student.model,
-            parts.draws,
-            shift=parts.shift,
-            caption_dropout=self.caption_dropout,
-            first_frame_clean=parts.first_frame_clean,
-        )
+        return FlowMatching(parts, self)
 
 
 def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Tensor:
@@ -66,17 +59,12 @@ def require_latents(batch: EncodedBatch, what: str) -> Tensor:
 class FlowMatching(Objective):
     """Teacher training: predict the velocity of the whole clip at one noise level.
 
-    Args: `shift` warps the uniform noise levels; `caption_dropout` share of samples that see the empty prompt;
-    `first_frame_clean` as in `clip_sigma`. Frame 0 is part of the loss where it is noised: this teacher generates it
-    too, from `y` alone.
+    Frame 0 is part of the loss where it is noised: this teacher generates it too, from `y` alone.
     """
 
-    def __init__(
-        self, model: VideoDiT, draws: KeyedRNG, *, shift: float, caption_dropout: float, first_frame_clean: bool
-    ) -> None:
-        self.networks = {"generator": model}
-        self.model, self.draws = model, draws
-        self.shift, self.caption_dropout, self.first_frame_clean = shift, caption_dropout, first_frame_clean
+    def __init__(self, parts: Parts, settings: FlowMatchingConfig) -> None:
+        super().__init__(parts)
+        self.settings = settings
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity."""
@@ -88,15 +76,16 @@ class FlowMatching(Objective):
         clean = require_latents(batch, "flow matching").float()
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64).to(clean.device)
-        sigma = clip_sigma(training_sigma(u, self.shift), clean.shape[1], first_frame_clean=self.first_frame_clean)
-        condition = drop_captions(batch, self.draws, step, self.caption_dropout)
-        predicted = self.model(add_noise(clean, noise, sigma), sigma, condition)
+        level = training_sigma(u, self.parts.shift)
+        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
+        condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
+        predicted = self.parts.student.model(add_noise(clean, noise, sigma), sigma, condition)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
         return LossResult(loss, {"generator_loss": loss.detach()})
 
-    def passes(self, step: int, clips: Mapping[str, Call], given: int) -> list[Pass]:
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
         """One call of the whole clip."""
         return [Pass("generator", "forward", clips["generator"], with_grad=True)]
 

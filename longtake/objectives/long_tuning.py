@@ -7,25 +7,22 @@ videos; their past is generated again, by the weights as they were saved. Source
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from longtake.errors import ConfigError, DataError
-from longtake.objectives.base import Objective, Parts, Phase
+from longtake.objectives.base import Objective, Parts
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.long_batches import LongBatches
 from longtake.plan import StreamPlan
 
 if TYPE_CHECKING:
     from longtake.condition import Condition
-    from longtake.models.dit import VideoDiT
     from longtake.objectives.batch import EncodedBatch
     from longtake.rng import KeyedRNG
-    from longtake.rollout.denoise import Denoiser
-    from longtake.rollout.long_video import LongStream, PictureCodec, Window
+    from longtake.rollout.long_video import LongStream, Window
     from longtake.rollout.self_forcing import RollOut
 
 
@@ -94,20 +91,7 @@ class LongTuningConfig(DmdConfig):
 
     def build(self, parts: Parts) -> Objective:
         """The objective."""
-        assert parts.codec is not None, "the caller gives a codec where the objective decodes"
-        return LongTuning(
-            parts.student,
-            parts.trained["critic"],
-            parts.frozen["teacher"],
-            parts.draws,
-            parts.plan,
-            LongSchedule(parts.draws, parts.num_frames, self),
-            parts.codec,
-            self,
-            shift=parts.shift,
-            first_frame_clean=parts.first_frame_clean,
-            phase=parts.phase,
-        )
+        return LongTuning(parts, self)
 
 
 @dataclass(frozen=True)
@@ -167,24 +151,10 @@ class LongTuning(Dmd):
     chunks of a sequence.
     """
 
-    def __init__(
-        self,
-        generator: Denoiser,
-        critic: VideoDiT,
-        real: VideoDiT,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        schedule: LongSchedule,
-        codec: PictureCodec,
-        settings: LongTuningConfig,
-        *,
-        shift: float,
-        first_frame_clean: bool = False,
-        phase: Phase = nullcontext,
-    ) -> None:
-        more: dict[str, Any] = {"shift": shift, "first_frame_clean": first_frame_clean, "phase": phase}
-        super().__init__(generator, critic, real, draws, plan, schedule.horizon, settings, **more)
-        self.schedule, self.codec = schedule, codec
+    def __init__(self, parts: Parts, settings: LongTuningConfig) -> None:
+        super().__init__(parts, settings)
+        assert parts.codec is not None, "whoever builds an objective that decodes gives it a codec"
+        self.schedule, self.codec = LongSchedule(parts.draws, parts.num_frames, settings), parts.codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -208,9 +178,9 @@ class LongTuning(Dmd):
         """The chunk that the iteration adds."""
         return self.schedule.at(step).chunk
 
-    def _generated(self, step: int, given: int) -> tuple[int, int]:
+    def _generated(self, step: int) -> tuple[int, int]:
         chunk = self.chunk(step)
-        return self.schedule.end_frame(chunk - 1) if chunk else given, self.schedule.end_frame(chunk)
+        return self.schedule.end_frame(chunk - 1) if chunk else self.parts.given, self.schedule.end_frame(chunk)
 
     def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
         place = self.schedule.at(step)

@@ -7,7 +7,6 @@ picture and 36-channel models: `y` goes to both halves, the picture is clean in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ from pydantic import Field
 from longtake.config.base import Settings
 from longtake.config.objective import ObjectiveConfig
 from longtake.errors import ConfigError
-from longtake.objectives.base import LossResult, Objective, Parts, Pass, Phase
+from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from longtake.condition import Condition, MaskLayout
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
-    from longtake.rng import KeyedRNG
-    from longtake.rollout.denoise import Denoiser
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
@@ -69,15 +66,7 @@ class TeacherForcingConfig(ObjectiveConfig):
 
     def build(self, parts: Parts) -> Objective:
         """The objective."""
-        return TeacherForcing(
-            parts.student,
-            parts.draws,
-            parts.plan,
-            shift=parts.shift,
-            caption_dropout=self.caption_dropout,
-            error_recycling=self.error_recycling,
-            phase=parts.phase,
-        )
+        return TeacherForcing(parts, self)
 
 
 class TeacherForcing(Objective):
@@ -88,22 +77,9 @@ class TeacherForcing(Objective):
     exact frames, which a roll-out never sees.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        *,
-        shift: float,
-        caption_dropout: float = 0.0,
-        error_recycling: ErrorRecycling | None = None,
-        phase: Phase = nullcontext,
-    ) -> None:
-        self.denoiser, self.model = denoiser, denoiser.model
-        self.networks = {"generator": self.model}
-        self.draws, self.plan = draws, plan
-        self.shift, self.caption_dropout = shift, caption_dropout
-        self.error_recycling, self.phase = error_recycling or ErrorRecycling(), phase
+    def __init__(self, parts: Parts, settings: TeacherForcingConfig) -> None:
+        super().__init__(parts)
+        self.denoiser, self.model, self.settings = parts.student, parts.student.model, settings
         self._layouts: dict[int, MaskLayout] = {}
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
@@ -117,7 +93,7 @@ class TeacherForcing(Objective):
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
-        condition = drop_captions(batch, self.draws, step, self.caption_dropout)
+        condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
         both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
         levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
         predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
@@ -129,36 +105,36 @@ class TeacherForcing(Objective):
     def remakes(self, step: int) -> bool:
         """Whether iteration `step` has the student's own version of the video as context; the same on every rank."""
         drawn = self.draws.integer(step, "own_history", 0, SHARE_PARTS)
-        return drawn < self.error_recycling.share * SHARE_PARTS
+        return drawn < self.settings.error_recycling.share * SHARE_PARTS
 
     def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
         """The denoising step from which each block is made again."""
-        low, steps = self.error_recycling.from_step, len(self.plan.sigmas)
+        low, steps = self.settings.error_recycling.from_step, len(self.plan.sigmas)
         found = []
         for block in range(num_blocks):
             least = min(max(low, 1), steps - 1) if block == first_generated else low
             found.append(self.draws.integer(step, "own_history_step", least, steps, part=block))
         return found
 
-    def passes(self, step: int, clips: Mapping[str, Call], given: int) -> list[Pass]:
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
         """The student's own version of the clip, where this iteration makes one, and the loss on both halves."""
         clip = clips["generator"]
-        return [*self._recycle_passes(step, clip, given), self.forced_pass(clip, clip.entries)]
+        return [*self._recycle_passes(step, clip), self.forced_pass(clip, clip.entries)]
 
     def forced_pass(self, clip: Call, num_frames: int) -> Pass:
         """The call of the loss, on videos of `num_frames` latents."""
         return Pass("generator", "forward", clip.masked(self._layout(num_frames)), with_grad=True)
 
-    def _recycle_passes(self, step: int, clip: Call, given: int) -> Iterator[Pass]:
+    def _recycle_passes(self, step: int, clip: Call) -> Iterator[Pass]:
         """As `recycle` makes them; only the first call makes keys and values of the text."""
         if not self.remakes(step):
             return
         blocks = list(self.plan.blocks(0, clip.entries))
-        starts = self.starts(step, len(blocks), given)
+        starts = self.starts(step, len(blocks), self.parts.given)
         fresh = True
         for (start, end), begin in zip(blocks[:-1], starts):
             call = clip.cached(end - start, len(self.plan.attended(start, end)), with_context=fresh)
-            if start >= given:
+            if start >= self.parts.given:
                 times = len(self.plan.sigmas) - begin
                 yield Pass("generator", "rollout", replace(call, with_context=False), times=times)
             yield Pass("generator", "rollout", call)
@@ -191,7 +167,7 @@ class TeacherForcing(Objective):
         columns = []
         for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
-            columns.append(training_sigma(u, self.shift)[:, None].expand(-1, end - start))
+            columns.append(training_sigma(u, self.parts.shift)[:, None].expand(-1, end - start))
         sigma = torch.cat(columns, 1).clone()
         if batch.first_latent is not None:
             sigma[:, 0] = 0.0

@@ -113,6 +113,7 @@ class Builder:
             plan=self.config.stream_plan,
             shift=self.config.flow.shift,
             num_frames=self.config.video.num_latent_frames,
+            given=int(model.image_condition == "i2v"),
             first_frame_clean=model.image_condition == "i2v" and model.first_frame_sigma == "zero",
             codec=codec,
             phase=phase,

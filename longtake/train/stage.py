@@ -192,7 +192,6 @@ class _Run:
             self.mesh,
             precision=config.precision,
             image_tokens=image_token_count(config.encoders_folder),
-            given=int(config.model.image_condition == "i2v"),
         )
         train(
             self.state,

@@ -78,9 +78,8 @@ def stage_throughput(
     *,
     precision: str,
     image_tokens: int,
-    given: int,
 ) -> Throughput:
-    """The throughput of a stage. Args: `sizes` of its networks and their low-rank updates by name; `given` frames."""
+    """The throughput of a stage. Args: `sizes` of its networks and their low-rank updates by name."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
@@ -89,7 +88,7 @@ def stage_throughput(
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
     clips = {name: clip_call(shape, network, batch_size, image_tokens) for name, network in sizes.items()}
-    return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size, given), peak)
+    return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size), peak)
 
 
 def clip_call(shape: VideoShape, network: DiTConfig, batch: int, image_tokens: int) -> Call:
@@ -106,14 +105,13 @@ def operations_of(
     loras: Mapping[str, LoraConfig | None],
     clips: Mapping[str, Call],
     world_size: int,
-    given: int,
 ) -> Callable[[int], float] | None:
     """Model operations of one of `world_size` ranks as a function of the iteration, None where the objective does not
     say which calls it makes. Each forward and each backward counts once.
 
     Buckets of other sizes than `video` count as that size, and encoders, VAE and rebuilt caches do not count.
     """
-    if not objective.passes(0, clips, given):
+    if not objective.passes(0, clips):
         return None
 
     @lru_cache(maxsize=4096)
@@ -122,7 +120,7 @@ def operations_of(
         ahead = forward(size, each.call, lora).total if each.ahead else 0.0
         return each.times * (ahead + (backward(size, each.call, lora).total if each.with_grad else 0.0))
 
-    return lambda step: sum(map(cost, objective.passes(step, clips, given))) / world_size
+    return lambda step: sum(map(cost, objective.passes(step, clips))) / world_size
 
 
 class Trace:
