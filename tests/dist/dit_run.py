@@ -30,9 +30,8 @@ from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.self_forcing import roll_out
 from longtake.train.loop import LoopSettings, RunInfo, train
@@ -102,8 +101,8 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
         networks[2].requires_grad_(False)
     networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
-        return Dmd(Denoiser(networks[0]), *networks[1:], KeyedRNG(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
-    return TeacherForcing(Denoiser(networks[0]), KeyedRNG(3), RULES, shift=5.0, caption_dropout=0.5)
+        return Dmd(parts_of(*networks, plan=RULES, num_frames=FRAMES), DmdConfig(teacher="toy"))
+    return teacher_forcing(networks[0], plan=RULES, caption_dropout=0.5)
 
 
 def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: bool = False) -> Seen:

@@ -18,7 +18,7 @@ from tiny_lora import adapted, adapter_of
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.models.lora import factors
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMASettings
@@ -40,15 +40,8 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
         networks[name] = parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
-    objective = Dmd(
-        Denoiser(networks["generator"]),
-        networks["critic"],
-        real,
-        KeyedRNG(3),
-        RULES,
-        FRAMES,
-        DmdSettings(shift=5.0, guidance=4.0),
-    )
+    parts = parts_of(networks["generator"], networks["critic"], real, plan=RULES, num_frames=FRAMES)
+    objective = Dmd(parts, DmdConfig(teacher="toy"))
     adapters = {name: adapter_of(network) for name, network in networks.items()}
     settings = dict.fromkeys(networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
     state = TrainState.build(networks, settings, {"generator": EMASettings(0.5)}, adapters=adapters)

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from PIL import Image
-from tiny_stage import stage_config, stage_tree
+from tiny_stage import stage_config
 
-from longtake.config.stage import StageConfig
 from longtake.encoders.text import TextEncoder
 from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
@@ -25,9 +24,8 @@ LONG = {"num_chunks": [3], "new_frames": 2}
 
 
 def long_config(workshop, logdir, **changes):
-    tree = stage_tree(workshop, logdir, "distill")
-    tree |= {"stage": "long", "name": "long", "long": LONG, "max_steps": 7, "save_every": 1, "keep_checkpoints": 20}
-    return StageConfig.from_tree(tree | changes)
+    values = LONG | {"max_steps": 7, "save_every": 1, "keep_checkpoints": 20}
+    return stage_config(workshop, logdir, "long", **values | changes)
 
 
 def rows_of(config):
@@ -91,7 +89,8 @@ def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, worksh
 
 def test_pictures_of_windows_are_encoded_as_far_as_a_window_reaches(workshop, tmp_path):
     config = long_config(workshop, tmp_path)
-    codec = EncoderCodec.of_stage(config, None, torch.device("cpu"), with_tokens=True)
+    frames, device = config.video.num_latent_frames, torch.device("cpu")
+    codec = EncoderCodec.of_stage(None, config.encoders_folder, config.model, frames, device, with_tokens=True)
     picture = codec.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
     assert picture.frames.shape[1] == config.video.num_latent_frames <= codec.vae.steady_index
     assert torch.equal(picture.latent, picture.frames[:, :1, 4:]) and picture.tokens.shape[0] == 2
@@ -186,4 +185,4 @@ def test_wrong_settings_are_refused_when_they_are_read(workshop, tmp_path, chang
 
 def test_long_belongs_to_its_stage(workshop, tmp_path):
     with pytest.raises(ConfigError, match="long belongs to stage long, this is stage distill"):
-        stage_config(workshop, tmp_path, "distill", long=LONG)
+        stage_config(workshop, tmp_path, "distill", **LONG)
