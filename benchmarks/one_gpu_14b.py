@@ -2,7 +2,7 @@
 
     python -m benchmarks.one_gpu_14b -o outputs/one_gpu_14b        (in the repository; --tiny rehearses it on a CPU)
 
-Wan2.1-I2V-14B-480P as teacher, critic and student at once: one frozen base in bfloat16 (`shared_base: true`) with low-rank
+Wan2.1-I2V-14B-480P as teacher, critic and student at once: one frozen base in bfloat16 (`shared_base`) with low-rank
 updates on every linear layer of the blocks for student and critic, AdamW and an average of the student's updates in
 float32. 480x832, 21 latents in blocks [1, 4, 4, 4, 4, 4], window 13 with sink 5, full activation checkpointing, batch
 of 1. Beside it, the 1.3B model of that kind, and the same trained whole (three networks, float32 master weights).

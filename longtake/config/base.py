@@ -219,9 +219,9 @@ def split_override(override: str) -> tuple[list[str], str]:
     return path, text.lstrip() if key != key.rstrip() else text  # `a = b`
 
 
-def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[Settings]) -> None:
+def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[Settings]) -> Any:
     """Writes what `text` means for the value of `model` at a dotted path into a nested dict, making the mappings on the
-    way.
+    way, and returns it.
 
     Raises: ConfigError when the path goes through a plain value, or the text is no such value.
     """
@@ -234,6 +234,7 @@ def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[S
             raise ConfigError(f"override {key}: {'.'.join(path[: depth + 1])} is a plain value and has no keys")
         tree = tree[name]
     tree[path[-1]] = value
+    return value
 
 
 def _typed(text: str, kinds: Sequence[Any], where: str) -> Any:
@@ -356,11 +357,11 @@ def _suggestion(loc: tuple[int | str, ...], root: type[Settings], values: Any) -
         elif (inner := nested_model(field.annotation)) is not None:
             owner = inner.chosen(values)
             elsewhere = [kind for kind, other in inner.choices().items() if wrong in other.model_fields]
+    if elsewhere:
+        return f"; it belongs to {prefix}kind={' and '.join(elsewhere)}: remove it, or change the kind"
     familiar = base.familiar_names() | owner.familiar_names()
     if wrong in familiar:
         return f"; here it is {familiar[wrong]}"
-    if elsewhere:
-        return f"; it belongs to {prefix}kind={' and '.join(elsewhere)}: remove it, or change the kind"
     near = [prefix + key for key in difflib.get_close_matches(wrong, owner.model_fields, n=3)]
     leaves: dict[str, list[str]] = {}
     for key, *_ in describe(base):

@@ -108,9 +108,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig 
     for override in overrides:
         keys, text = split_override(override)
         keys = ["stages", *keys] if keys[0] in stages else keys
-        set_path(tree, keys, text, model)
-        sources.append((path, {}))
-        set_path(sources[-1][1], keys, text, model)
+        said = set_path(tree, keys, text, model)
+        for key in reversed(keys):
+            said = {key: said}
+        sources.append((path, said))
     for stage in stages.values():
         if isinstance(stage, dict) and "logdir" in tree:
             stage.setdefault("logdir", tree["logdir"])

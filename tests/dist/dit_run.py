@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 from tiny_batches import make_batch
+from tiny_objectives import parts_of, teacher_forcing
 from tiny_models import make_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import torch
 from dit_run import BATCH, FRAMES, MICRO, RULES, Batches, make_dit
 from safetensors.torch import save_file
+from tiny_objectives import parts_of
 from tiny_lora import adapted, adapter_of
 
 from longtake.parallel.mesh import Mesh, init_mesh

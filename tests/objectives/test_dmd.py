@@ -1,14 +1,14 @@
 """Distribution matching against the finite formulas of spec G (N.11), and what is drawn once for all."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
+from tiny_objectives import parts_of
 
-from longtake.config.groups import CriticConfig
 from longtake.errors import TrainingError
 from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig, dmd_gradient, dmd_loss
 from longtake.parallel.mesh import Mesh
@@ -156,7 +156,7 @@ def test_guidance_of_one_needs_no_unconditional_score(monkeypatch):
 
 @pytest.mark.parametrize("turn", ["generator", "critic"])
 def test_clean_first_frame_of_ti2v_models(turn, monkeypatch):
-    dmd = make_dmd(first_frame_clean=True)
+    dmd = make_dmd(clean=True)
     calls, _ = watched(dmd, monkeypatch)
     batch = make_batch(dmd.generator.model, [4, 9])
     dmd.loss(turn, batch, 0)

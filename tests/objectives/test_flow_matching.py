@@ -92,7 +92,7 @@ def test_caption_dropout_of_none_and_of_all(share, same):
 def test_data_without_videos_is_refused():
     model = make_tiny_model(i2v=True)
     batch: EncodedBatch = make_batch(model, [0], videos=False)
-    with pytest.raises(TrainingError, match="teacher learns from videos"):
+    with pytest.raises(TrainingError, match="flow matching learns from videos"):
         objective(model).loss("generator", batch, 0)
 
 

@@ -140,10 +140,10 @@ def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
     workshop, stories, tmp_path, monkeypatch
 ):
     data = {"path": str(stories), "kind": "images", "num_workers": 0}
-    settings = {"long": LONG | {"switch_frames": [7]}, "max_steps": 3, "data": data}
+    settings = {"switch_frames": [7], "max_steps": 3, "data": data}
     plain = long_config(workshop, tmp_path / "plain", **settings)
     run_stage(plain, Mesh())
-    unswitched = long_config(workshop, tmp_path / "same", **settings | {"long": LONG})
+    unswitched = long_config(workshop, tmp_path / "same", **settings | {"switch_frames": []})
     run_stage(unswitched, Mesh())
     losses = [[row["critic_loss"] for row in rows_of(config)] for config in (plain, unswitched)]
     # The third chunk is under the second prompt; the roll-out of the one before ends where it begins.
@@ -168,14 +168,14 @@ def test_rows_without_a_second_prompt_are_named(workshop, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"long": {"new_frames": 3}}, "long.new_frames=3 must be a multiple of plan.block_frames=2.*set it to 4"),
-        ({"long": {"new_frames": 6}}, "below video.num_latent_frames=5; set it to 4"),
-        ({"long": {"switch_frames": [4]}}, "4 is no block boundary.*set it to 3 or 5"),
-        ({"long": {"switch_frames": [0]}}, "0 is no block boundary after the first block"),
-        ({"long": LONG | {"switch_frames": [3, 9]}}, r"switch_frames=\[9\] are not before the end.*9 latent frames"),
-        ({"long": {"num_chunks": [0]}}, "must all be at least 1"),
-        ({"teacher": None}, "stage long needs a real score"),
-        ({"caption_dropout": 0.1}, "has no effect in stage long"),
+        ({"new_frames": 3}, "objective.new_frames=3 must be a multiple of plan.block_frames=2.*set it to 4"),
+        ({"new_frames": 6}, "below video.num_latent_frames=5; set it to 4"),
+        ({"switch_frames": [4]}, "4 is no block boundary.*set it to 3 or 5"),
+        ({"switch_frames": [0]}, "0 is no block boundary after the first block"),
+        ({"switch_frames": [3, 9]}, r"switch_frames=\[9\] are not before the end.*9 latent frames"),
+        ({"num_chunks": [0]}, "must all be at least 1"),
+        ({"teacher": None}, "objective.teacher: got None"),
+        ({"caption_dropout": 0.1}, "caption_dropout; it belongs to objective.kind=flow_matching and teacher_forcing"),
     ],
 )
 def test_wrong_settings_are_refused_when_they_are_read(workshop, tmp_path, changes, message):
@@ -184,5 +184,5 @@ def test_wrong_settings_are_refused_when_they_are_read(workshop, tmp_path, chang
 
 
 def test_long_belongs_to_its_stage(workshop, tmp_path):
-    with pytest.raises(ConfigError, match="long belongs to stage long, this is stage distill"):
+    with pytest.raises(ConfigError, match="unknown key objective.num_chunks; it belongs to objective.kind=long_tuning"):
         stage_config(workshop, tmp_path, "distill", **LONG)
