@@ -36,11 +36,18 @@ def test_text_is_taken_as_it_is_typed(file, text):
 
 
 def test_quotes_spaces_and_nothing(file):
-    config = load_config(file, ["data.path='2024'", 'objective.negative_prompt="a #b"', "logdir = out put", "lora=null"])
+    config = load_config(
+        file, ["data.path='2024'", 'objective.negative_prompt="a #b"', "logdir = out put", "lora=null"]
+    )
     assert (config.data.path, config.objective.negative_prompt, config.logdir) == ("2024", "a #b", "out put")
     assert load_config(file, ["objective.negative_prompt="]).objective.negative_prompt == ""
     for nothing in ("null", "~", ""):
-        assert load_config(file, ["objective.critic.lr=1e-4", f"objective.critic.init_from={nothing}"]).objective.critic.init_from is None
+        assert (
+            load_config(
+                file, ["objective.critic.lr=1e-4", f"objective.critic.init_from={nothing}"]
+            ).objective.critic.init_from
+            is None
+        )
     assert load_config(file, ["objective.critic.init_from='null'"]).objective.critic.init_from == "null"
     with pytest.raises(ConfigError, match="data.path: got ''"):
         load_config(file, ["data.path="])

@@ -160,7 +160,7 @@ def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
 
 
 def test_rows_without_a_second_prompt_are_named(workshop, tmp_path):
-    config = long_config(workshop, tmp_path, long=LONG | {"switch_frames": [7]})
+    config = long_config(workshop, tmp_path, switch_frames=[7])
     with pytest.raises(DataError, match="has one prompt.*needs two a row"):
         run_stage(config, Mesh())
 

@@ -33,14 +33,14 @@ def newest(config):
     return latest_checkpoint(config.folder / "checkpoints")
 
 
-@pytest.mark.parametrize("order", [("separate", "shared"), ("shared", "separate")])
+@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["then shared", "then apart"])
 def test_a_checkpoint_of_one_kind_resumes_in_the_other(workshop, tmp_path, order):
     first, then = order
-    whole = config_of(workshop, tmp_path / "whole", roles=first, max_steps=4)
+    whole = config_of(workshop, tmp_path / "whole", shared_base=first, max_steps=4)
     run_stage(whole, Mesh())
-    half = config_of(workshop, tmp_path / "half", roles=first, max_steps=2)
+    half = config_of(workshop, tmp_path / "half", shared_base=first, max_steps=2)
     run_stage(half, Mesh())
-    rest = config_of(workshop, tmp_path / "half", roles=then, max_steps=4)
+    rest = config_of(workshop, tmp_path / "half", shared_base=then, max_steps=4)
     run_stage(rest, Mesh())
     for name in ("generator_lora", "generator_ema_lora"):
         one, two = (load_file(newest(config) / name / WEIGHTS) for config in (whole, rest))
@@ -55,7 +55,7 @@ def test_other_weights_than_the_teachers_are_refused(workshop, tmp_path):
     ):
         Builder(config_of(workshop, tmp_path, init_from=str(tmp_path / "other")), Mesh()).build()
     critic = {"lora": {"rank": 3}, "init_from": str(tmp_path / "other")}
-    with pytest.raises(ConfigError, match="and critic.init_from=.* train the critic whole"):
+    with pytest.raises(ConfigError, match="and objective.critic.init_from=.* train the critic whole"):
         Builder(config_of(workshop, tmp_path, critic=critic), Mesh()).build()
     shutil.copytree(workshop / "teacher", tmp_path / "copy")  # the same weights elsewhere are the same
     networks, frozen, *_ = Builder(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh()).build()

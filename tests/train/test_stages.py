@@ -385,5 +385,5 @@ def test_a_stage_starts_from_whatever_generation_takes(workshop, tmp_path):
     run_stage(stage_config(workshop, tmp_path, "causal", init_from=str(pipeline), max_steps=1), Mesh())
     weights = tmp_path / "causal" / "checkpoints" / "step_000001" / "generator"
     with pytest.raises(ConfigError, match=r"shift=4.0 is not that of init_from=.*generator, 3.0; set it to that"):
-        flow = {"steps": [1.0, 0.5], "shift": 4.0, "guidance": 3.0}
+        flow = {"steps": [1.0, 0.5], "shift": 4.0}
         run_stage(stage_config(workshop, tmp_path, "distill", init_from=str(weights), flow=flow), Mesh())
