@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_files import FULL, TINY, Sizes
+from longtake.checkpoint.save import RunInfo
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.models.dit import VideoDiT
@@ -39,7 +40,7 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train import stage as stages
-from longtake.train.loop import LoopSettings, RunInfo, train
+from longtake.train.loop import train
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.networks import Builder
 from longtake.weights.load import Opened
@@ -177,9 +178,9 @@ class Batches:
         """Nothing to do: all micro-batches are equal."""
         self.position = position
 
-    def __next__(self) -> EncodedBatch:
+    def __next__(self) -> list[EncodedBatch]:
         self.position += 1
-        return self.batch
+        return [self.batch]
 
 
 class Watched(Objective):
@@ -237,11 +238,8 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     trained, real = networks.trained, networks.frozen["teacher"]
     phases = PhaseTimer()
     watched = Watched(builder.objective(networks, None, phases), device)
-    state = stages.make_state(
-        config.networks, watched.networks, networks.adapters, config.ema, config.max_steps, config.seed
-    )
+    state = builder.state(watched)
     objective = stages.InPrecision(watched, mesh, bf16=True)
-    settings = LoopSettings(config.max_steps, save_every=0)
     # On the host: copies on the GPU would count as memory of the training.
     before = {key: value.cpu().clone() for key, value in state.tensors().items() if key.endswith(_FACTOR)}
     result: dict[str, Any] = {
@@ -257,10 +255,9 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
         state,
         objective,
         batches,
-        settings,
-        folder=config.folder,
+        config,
         mesh=mesh,
-        info=RunInfo(progress=False),
+        info=RunInfo(),
         phases=phases,
     )
     watched.finish()

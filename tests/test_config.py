@@ -84,7 +84,7 @@ def test_config_is_frozen(tmp_path):
         ("lr=3", r"unknown key lr; did you mean lora or objective.critic.lr or optim.lr"),
         ("denoising_step_list=[1000]", r"unknown key denoising_step_list; here it is flow.steps"),
         ("num_frame_per_block=3", r"here it is plan.block_frames"),
-        ("zzz=3", r"unknown key zzz; the keys of the top level are objective, name"),
+        ("zzz=3", r"unknown key zzz; the keys of the top level are name, logdir"),
         ("optim.lr=-1", r"optim.lr: got -1; must be greater than 0"),
         ("optim.lr=fast", r"optim.lr: got 'fast'; must be a valid number"),
         ("batch_size=true", r"batch_size: got True; must be a valid integer"),

@@ -9,7 +9,7 @@ import torch
 from tiny_models import randomize
 
 from longtake.checkpoint.invariants import invariants
-from longtake.checkpoint.save import save_checkpoint
+from longtake.checkpoint.save import RunInfo, Snapshot, save_checkpoint
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.models.dit import VideoDiT
@@ -18,8 +18,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
-from longtake.train.ema import EMASettings
-from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
 
@@ -125,7 +123,7 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
     """
     network = make_model(seed=seed)
     state = TrainState.build(
-        {"generator": network}, {"generator": OptimizerSettings(1e-3)}, {"generator": EMASettings()} if ema else {}
+        {"generator": network}, {"generator": config.optim}, {"generator": config.ema} if ema else {}, max_steps=1
     )
     state.step = step
     if ema:
@@ -133,13 +131,11 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
             for name, parameter in network.named_parameters():
                 parameter.add_(KeyedRNG(seed).noise(0, name, [0], parameter.shape)[0], alpha=0.05)
     save_checkpoint(
-        state,
+        Snapshot.of(state, ("generator",)),
         config.folder / "checkpoints",
         mesh=Mesh(),
-        config=config.model_dump(),
-        invariants=invariants(config),
+        info=RunInfo(config.model_dump(), invariants(config)),
         keep=3,
-        export=("generator",),
     )
     taken = make_model(seed=seed)
     if not ema:

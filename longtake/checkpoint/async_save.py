@@ -11,60 +11,45 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from longtake import run_folder
-from longtake.checkpoint.save import Snapshot, check_space, write_checkpoint, written_here
+from longtake.checkpoint.save import RunInfo, Snapshot, check_space, save_checkpoint, written_here
 from longtake.checkpoint.staging import Staging, fits_in_host_memory
-from longtake.errors import ConfigError
+from longtake.config.run import CheckpointConfig
 from longtake.parallel.mesh import Mesh
 from longtake.train.state import TrainState
 
 SAVES = "saves.jsonl"  # in the stage folder: what each save took
+EXPORTED = ("generator",)  # networks whose weights are also written whole
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SaveSettings:
-    """How a run is saved.
-
-    Fields: `mode`, beside the training or not; `keep`, how many checkpoints stay; `networks` whose weights are also
-    written whole, in which checkpoints (`export`: every one, or the last of a run or before a stop).
-    """
-
-    mode: Literal["async", "sync"] = "async"
-    keep: int = 3
-    networks: tuple[str, ...] = ("generator",)
-    export: Literal["every", "last"] = "every"
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ConfigError(f"keep={self.keep} must be at least 1; set it to 1 or more")
-
-
 class Saver:
-    """Saves the checkpoints of one stage; every method but `failed` is called by all ranks together."""
+    """Saves the checkpoints of one stage; every method but `failed` is called by all ranks together.
+
+    Args: `keep`, how many checkpoints stay; `info` of every manifest.
+    """
 
     def __init__(
         self,
         state: TrainState,
         folder: Path,
-        settings: SaveSettings,
+        config: CheckpointConfig,
         *,
+        keep: int,
         mesh: Mesh,
-        config: Mapping[str, Any],
-        invariants: Mapping[str, Any],
+        info: RunInfo,
     ) -> None:
-        self.folder, self.settings, self.mesh = folder, settings, mesh
-        self._state, self._config, self._invariants = state, config, invariants
+        self.folder, self.config, self.keep, self.mesh = folder, config, keep, mesh
+        self._state, self._info = state, info
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
         # Refused now rather than after hours.
-        check_space(Snapshot.of(state, settings.networks), folder, mesh)
+        check_space(Snapshot.of(state, EXPORTED), folder, mesh)
         self._staging, self._beside = None, mesh
-        if settings.mode == "async":
+        if config.mode == "async":
             tensors = written_here(state.tensors(), mesh)
             if fits_in_host_memory(tensors, mesh):
                 self._staging, self._beside = Staging(tensors), mesh.beside()
@@ -84,7 +69,7 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - start
-        networks = self.settings.networks if last or self.settings.export == "every" else ()
+        networks = EXPORTED if last or self.config.export == "every" else ()
         snapshot = Snapshot.of(self._state, networks)
         check_space(snapshot, self.folder, self.mesh)
         if self._staging is not None:
@@ -120,10 +105,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, times: dict[str, float]) -> None:
         start, mesh = time.perf_counter(), self._beside
         try:
-            keep = self.settings.keep
-            write_checkpoint(
-                snapshot, self.folder, mesh=mesh, config=self._config, invariants=self._invariants, keep=keep
-            )
+            save_checkpoint(snapshot, self.folder, mesh=mesh, info=self._info, keep=self.keep)
             times["write"] = time.perf_counter() - start
             mesh.on_main(lambda: self._log(snapshot.step, times))
         except Exception as error:  # noqa: BLE001 (raised again by `wait`, in the thread of the training)

@@ -15,7 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,20 @@ from longtake.errors import CheckpointError
 from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import latest_checkpoint
 from longtake.train.state import TrainState
 from longtake.weights.load import clean_name, config_to_json
 from longtake.weights.lora import Adapter, write_adapter
 
-__all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
-
 SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is written beside the weights: the resolved `config`, and the `invariants` that a resumed run must share."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    invariants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,37 +115,12 @@ def _config_json(config: Any) -> dict[str, Any] | None:
     return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
 
 
-def save_checkpoint(
-    state: TrainState,
-    folder: Path,
-    *,
-    mesh: Mesh,
-    config: Mapping[str, Any],
-    invariants: Mapping[str, Any],
-    keep: int,
-    export: tuple[str, ...] = (),
-) -> Path:
-    """The published checkpoint of `state` in `folder`; all ranks call it and wait until it is there.
+def save_checkpoint(snapshot: Snapshot, folder: Path, *, mesh: Mesh, info: RunInfo, keep: int) -> Path:
+    """The published checkpoint of `snapshot` in `folder`; all ranks call it and wait until it is there.
 
-    Args: `config`, the resolved configuration; `invariants`, what must be equal when the run is resumed (rope, block
-    plan, fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
+    Also in a thread, on a `mesh` whose collectives are that thread's own. Args: `keep`, how many checkpoints stay.
     Raises: CheckpointError on every rank when a file cannot be written; older checkpoints stay as they were.
     """
-    return write_checkpoint(
-        Snapshot.of(state, export), folder, mesh=mesh, config=config, invariants=invariants, keep=keep
-    )
-
-
-def write_checkpoint(
-    snapshot: Snapshot,
-    folder: Path,
-    *,
-    mesh: Mesh,
-    config: Mapping[str, Any],
-    invariants: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """As `save_checkpoint`, of a snapshot; also in a thread, on a `mesh` whose collectives are that thread's own."""
     final = folder / run_folder.checkpoint_name(snapshot.step)
     temporary = folder / (run_folder.TEMPORARY + final.name)
     mesh.on_main(lambda: _make_empty(temporary))
@@ -152,10 +132,10 @@ def write_checkpoint(
         manifest = {
             "format_version": run_folder.FORMAT_VERSION,
             **snapshot.entries,
-            **{key: invariants[key] for key in sorted(invariants)},
+            **{key: info.invariants[key] for key in sorted(info.invariants)},
             "world_size": mesh.world_size,
             "torch_version": torch.__version__,
-            "config": dict(config),
+            "config": dict(info.config),
             "files": dict(sorted(files.items())),
         }
         mesh.on_main(lambda: _publish(temporary, final, manifest, keep))
@@ -188,24 +168,25 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
 
 
-def resume(
-    state: TrainState, folder: Path, *, mesh: Mesh, config: Mapping[str, Any], invariants: Mapping[str, Any]
-) -> Path | None:
+def resume(state: TrainState, folder: Path, *, mesh: Mesh, info: RunInfo) -> Path | None:
     """The checkpoint that `state` continues from, or None for a fresh run; all ranks call it.
 
     Takes everything: weights, optimizers, averages, step, data position. What a killed run left half-written is
     removed; a damaged newest checkpoint is set aside under `damaged-...` with a warning.
     Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other
-    `invariants`.
+    invariants.
     """
     path = _clean_and_find(folder, mesh)
     if path is None:
         return None
-    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, invariants=invariants)
-    now, before = flat(config), flat(manifest["config"])
+    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, invariants=info.invariants)
+    now, before = flat(info.config), flat(manifest["config"])
     changed = sorted(key for key, value in now.items() if before.get(key, value) != value)
-    if changed and mesh.is_main:
-        logger.warning("Resuming %s with changed options: %s", path, ", ".join(changed))
+    if mesh.is_main:
+        if changed:
+            logger.warning("Resuming %s with changed options: %s", path, ", ".join(changed))
+        else:
+            logger.info("Resuming %s", path)
     return path
 
 

@@ -27,13 +27,11 @@ from longtake.config.groups import (
     OptimConfig,
     ParallelConfig,
     PlanConfig,
-    ProfileConfig,
     ValidationConfig,
     VideoConfig,
-    WandbConfig,
 )
 from longtake.config.objective import ChosenObjective, NetworkConfig, ObjectiveConfig
-from longtake.config.run import CheckpointConfig, WatchdogConfig
+from longtake.config.run import RunConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 
@@ -41,13 +39,10 @@ TOY_ASSETS = Path(__file__).parents[1] / "assets" / "toy"
 TOY = "toy"
 
 
-class StageConfig(Settings):
+class StageConfig(RunConfig):
     """One training stage."""
 
     objective: ChosenObjective = Field(description=ObjectiveConfig.__doc__)
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
-    logdir: PathText = Field(min_length=1, description="log folder, shared by all stages of a run")
-    seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
     init_from: PathText | None = Field(
         default=None,
         description="weights to start from: name of a stage of the log folder, a path (with a slash), OWNER/NAME on "
@@ -71,7 +66,6 @@ class StageConfig(Settings):
         default=4, gt=0, description="most samples of one forward on one rank; the rest is accumulated"
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
-    max_steps: int = Field(gt=0, description="iterations; of dmd and long_tuning, one update of the critic each")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
@@ -83,23 +77,7 @@ class StageConfig(Settings):
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
         "all but the results of attention",
     )
-    save_every: int = Field(
-        default=100,
-        ge=0,
-        description="iterations between checkpoints; the last step is saved too. 0 = nothing is saved (measurements)",
-    )
-    keep_checkpoints: int = Field(default=2, gt=0, description="checkpoints kept, the newest")
-    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description=CheckpointConfig.__doc__)
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop", description="what a loss or gradient that is not finite does: stop the run, or skip the update"
-    )
-    max_skipped: int = Field(default=10, gt=0, description="updates of a run that on_nonfinite=skip may skip")
-    watchdog: WatchdogConfig = Field(default=WatchdogConfig(), description=WatchdogConfig.__doc__)
-    validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
-    log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
     validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)
-    wandb: WandbConfig = Field(default=WandbConfig(), description=WandbConfig.__doc__)
-    profile: ProfileConfig = Field(default=ProfileConfig(), description=ProfileConfig.__doc__)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -203,11 +181,6 @@ class StageConfig(Settings):
         if not whole or self.activation_checkpointing == "selective":
             return False
         return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
-
-    @property
-    def folder(self) -> Path:
-        """The stage's own folder: checkpoints, metrics and samples."""
-        return Path(self.logdir) / self.name
 
     @property
     def encoders_folder(self) -> Path:

@@ -38,10 +38,10 @@ from longtake.objectives.base import Objective
 from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.train.loop import LoopSettings, MetricWindow, iteration
+from longtake.train.loop import MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
-from longtake.train.stage import InPrecision, make_state
+from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
 from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import Opened
@@ -320,7 +320,7 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
 
 
 class _Batches:
-    """Micro-batches of a stage's shapes, each with rows of its own."""
+    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
 
     position = 0
 
@@ -329,6 +329,7 @@ class _Batches:
         shape: VideoShape,
         num_clip_frames: int | None,
         size: DiTConfig,
+        accumulation: int,
         rows: int,
         image_tokens: int,
         *,
@@ -336,10 +337,14 @@ class _Batches:
         second_prompts: bool,
     ) -> None:
         """Args: `num_clip_frames` of the rows' videos, None where they have none."""
-        self._shape, self._clip_frames, self._size, self._rows = shape, num_clip_frames, size, rows
-        self._tokens, self._with_picture, self._second_prompts = image_tokens, with_picture, second_prompts
+        self._shape, self._clip_frames, self._size = shape, num_clip_frames, size
+        self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
+        self._with_picture, self._second_prompts = with_picture, second_prompts
 
-    def __next__(self) -> EncodedBatch:
+    def __next__(self) -> list[EncodedBatch]:
+        return [self._micro_batch() for _ in range(self._accumulation)]
+
+    def _micro_batch(self) -> EncodedBatch:
         size, rows, shape = self._size, self._rows, self._shape
         space = shape.latent_height, shape.latent_width
         self.position += rows
@@ -383,28 +388,26 @@ def trace(
         builder = _Hollow(config, mesh, sizes=sizes, meter=meter)
         networks = builder.build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
+        accumulation, rows = config.accumulation(world_size), config.micro_batch(world_size)
+        if codec is None:
+            accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
         batches: Any = _Batches(
             config.video.shape,
             config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
             sizes["generator"],
-            config.micro_batch(world_size),
+            accumulation,
+            rows,
             image_tokens,
             with_picture=config.model.image_condition == "i2v",
             second_prompts=config.objective.second_prompts,
         )
-        accumulation = config.accumulation(world_size)
-        if codec is None:
-            accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
-            state = make_state(
-                config.networks, objective.networks, networks.adapters, config.ema, config.max_steps, config.seed
-            )
+            state = builder.state(inner)
             state.step = _busiest(inner)
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)
-            settings = LoopSettings(state.step + 1, accumulation)
-            iteration(state, objective, batches, settings, mesh, phases, MetricWindow())
+            iteration(state, objective, batches, config, mesh, phases, MetricWindow())
         exported = 4 * sum(p.numel() for p in networks.trained["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]

@@ -159,6 +159,8 @@ class StoredEncoder:
     `with_latents` and `with_later` (second prompts) say what the stage needs of it.
     """
 
+    encoders = None
+
     def __init__(
         self,
         dataset: EncodedRows,
@@ -242,7 +244,6 @@ class EncodedLoader:
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
         self._said_unused = False
-        self._pending: list[list[Pick]] = []
 
     @property
     def position(self) -> int:
@@ -260,17 +261,16 @@ class EncodedLoader:
         return len(self._rows) == self.num_rows and self._used_bytes <= self.memory_bytes
 
     def seek(self, position: int) -> None:
-        """Makes the next micro-batch the first one of the update at `position`."""
-        self._pending = []
+        """Makes the update at `position` the next one."""
         self.loader.seek(position)
 
-    def __next__(self) -> EncodedBatch:
-        """The next micro-batch; `position` moves with the last one of an update."""
-        if not self._pending:
-            self._pending = self.loader.picks(self.position)
-        picks = self._pending.pop(0)
-        if not self._pending:
-            self.loader.seek(self.position + self.loader.batch_size)
+    def __next__(self) -> list[EncodedBatch]:
+        """The micro-batches of the next update."""
+        batches = [self._micro_batch(picks) for picks in self.loader.picks(self.position)]
+        self.loader.seek(self.position + self.loader.batch_size)
+        return batches
+
+    def _micro_batch(self, picks: list[Pick]) -> EncodedBatch:
         if missing := {pick.row: pick for pick in picks if pick.row not in self._rows}:
             self._encode(list(missing.values()), len(picks))
         rows = [self._rows[pick.row] for pick in picks]

@@ -104,7 +104,7 @@ class Objective:
         """Which part of videos that go on over several iterations iteration `step` makes; 0 = their beginning."""
         return 0
 
-    def batches(self, loaded: Any, batch_size: int, accumulation: int) -> Any:
+    def batches(self, loaded: Any, batch_size: int) -> Any:
         """The micro-batches of the iterations, from those of the data in their order (`train.loop.Batches`)."""
         return loaded
 

@@ -168,11 +168,9 @@ class LongTuning(Dmd):
         """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""
         self._streams.clear()
 
-    def batches(self, loaded: Any, batch_size: int, accumulation: int) -> LongBatches:
+    def batches(self, loaded: Any, batch_size: int) -> LongBatches:
         """The same micro-batches for all iterations of a sequence."""
-        return LongBatches(
-            loaded, lambda step: self.schedule.at(step).sequence, batch_size=batch_size, accumulation=accumulation
-        )
+        return LongBatches(loaded, lambda step: self.schedule.at(step).sequence, batch_size=batch_size)
 
     def chunk(self, step: int) -> int:
         """The chunk that the iteration adds."""

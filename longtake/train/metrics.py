@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from longtake.config.groups import WandbConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.json_text import parse_json
 
@@ -142,7 +143,7 @@ class MetricsLog:
     iteration (0 is the first), a validation's row the number of completed iterations. What an interrupted run wrote
     from `first_step` on is cut off, so that a resumed run leaves each row once.
 
-    Args: `enabled` on rank 0 only; `wandb`, keyword arguments of `wandb.init` or None.
+    Args: `enabled` on rank 0 only.
     Raises: ConfigError when wandb is asked for and not installed.
     """
 
@@ -150,12 +151,10 @@ class MetricsLog:
         self,
         folder: Path,
         *,
-        enabled: bool = True,
-        first_step: int = 0,
-        max_steps: int = 0,
-        tensorboard: bool = True,
-        progress: bool = True,
-        wandb: Mapping[str, Any] | None = None,
+        first_step: int,
+        max_steps: int,
+        wandb: WandbConfig,
+        enabled: bool,
     ) -> None:
         self._file, self._board, self._bar, self._wandb = None, None, None, None
         if not enabled:
@@ -164,15 +163,12 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         cut_from(path, first_step)
         self._file = path.open("a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
 
-            self._board = SummaryWriter(str(folder), purge_step=first_step)
-        if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=max_steps, initial=first_step, desc=folder.name, unit="it", dynamic_ncols=True)
-        if wandb is not None:
+        self._board = SummaryWriter(str(folder), purge_step=first_step)
+        self._bar = tqdm(total=max_steps, initial=first_step, desc=folder.name, unit="it", dynamic_ncols=True)
+        if wandb.enabled:
             self._wandb = _start_wandb(folder, wandb)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -198,11 +194,14 @@ class MetricsLog:
 
             self._wandb.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
 
-    def advance(self, values: Mapping[str, float]) -> None:
-        """Moves the bar by one iteration; `values` stand beside the remaining time."""
+    def iteration(self, step: int, row: Mapping[str, float]) -> None:
+        """Writes the row of an iteration, if it has one, and moves the bar, beside which its losses stand."""
+        if row:
+            self.scalars(step, row)
         if self._bar is not None:
-            if values:
-                self._bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+            if row:
+                losses = {key: f"{value:.4g}" for key, value in row.items() if key.endswith("_loss")}
+                self._bar.set_postfix(losses, refresh=False)
             self._bar.update(1)
 
     def close(self) -> None:
@@ -249,7 +248,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
+def _start_wandb(folder: Path, config: WandbConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -257,4 +256,4 @@ def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
             "wandb is switched on and not installed; `pip install wandb`, or leave it off: TensorBoard and "
             "metrics.jsonl hold the same numbers"
         ) from error
-    return wandb.init(dir=str(folder), **settings)
+    return wandb.init(dir=str(folder), project=config.project)

@@ -26,6 +26,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT
+from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.objectives.base import Objective, Parts, Phase
 from longtake.parallel.fsdp import gathered, parallelize
@@ -37,8 +38,9 @@ from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import read_manifest, trained_config
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
-from longtake.weights.load import Opened, open_weights
+from longtake.weights.load import Opened, open_dit, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
@@ -120,13 +122,29 @@ class Builder:
         )
         return self.config.objective.build(parts)
 
+    def state(self, objective: Objective) -> TrainState:
+        """The state of the stage before its first iteration, of networks that are already sharded."""
+        config = self.config
+        optimizers = {name: wanted.optim for name, wanted in config.networks.items() if wanted.optim is not None}
+        averages = {"generator": config.ema} if config.ema.enabled else {}
+        return TrainState.build(
+            objective.networks,
+            optimizers,
+            averages,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            adapters=self.adapters,
+        )
+
     def reference(self, networks: Networks) -> VideoDiT | None:
-        """The bidirectional weights beside which the student is measured, None where the objective has none; they are
-        read once more where the stage trains them.
+        """The bidirectional weights beside which the student is measured, None where the objective has none, or where
+        longer videos are measured than they make; they are read once more where the stage trains them.
         """
-        name = self.config.objective.reference
-        if name is None or name in networks.frozen:
-            return None if name is None else networks.frozen[name]
+        name, frames = self.config.objective.reference, self.config.video.num_latent_frames
+        if name is None or self.config.validation.num_latent_frames not in (None, frames):
+            return None
+        if name in networks.frozen:
+            return networks.frozen[name]
         opened = self.open(self.weights(name))
         _fill(opened, self.mesh.device, opened.read(None), self.mesh)
         return opened.model.requires_grad_(False)
@@ -223,6 +241,18 @@ class Builder:
                 f"{what} than {networks[self.base or name].key}={base} ({identity[:16]}); name the same weights or "
                 f"updates of them, train the {name} whole (without lora), or set shared_base=false"
             )
+
+    def check_heads(self) -> None:
+        """Raises ConfigError when the ranks of a sequence group cannot share the heads of each network; from the heads
+        of files, before any network is read.
+        """
+        if (together := self.config.parallel.sequence) == 1:
+            return
+        for name, wanted in self.config.networks.items():
+            sizes = model_config(self.config.model.preset)
+            if wanted.source is not None:
+                sizes = open_dit(self.weights(name))[1].config
+            check_heads(sizes.num_heads, together)
 
     def check_start(self) -> None:
         """Raises ConfigError when a student begins as one that was unrolled by other rules than this stage's."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from longtake.condition import VideoShape
 from longtake.config.groups import DataConfig, VideoConfig
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
@@ -48,27 +49,17 @@ def find_buckets(data: DataConfig, sizes: Sizes, dataset: Dataset, mesh: Mesh) -
     return buckets
 
 
-def make_batches(
-    data: DataConfig,
-    dataset: Dataset,
-    encoder: RowEncoder,
-    mesh: Mesh,
-    buckets: Buckets,
-    *,
-    seed: int,
-    batch_size: int,
-    micro_batch_size: int,
-) -> EncodedLoader:
-    """The micro-batches of this rank."""
+def make_batches(config: StageConfig, dataset: Dataset, encoder: RowEncoder, mesh: Mesh) -> EncodedLoader:
+    """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""
     loader = Loader.from_config(
         dataset,
-        data,
-        seed=seed,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch(mesh.world_size),
         rank=mesh.data_rank,
         world_size=mesh.num_data_ranks,
-        buckets=buckets,
+        buckets=find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh),
     )
     # Rows of an encoded set are read faster than they are remembered for nothing.
     return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if isinstance(dataset, EncodedRows) else {}))

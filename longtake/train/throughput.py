@@ -17,6 +17,7 @@ import torch
 
 from longtake.condition import VideoShape
 from longtake.config.groups import LoraConfig, ProfileConfig
+from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.models.flops import Call, backward, forward
 from longtake.models.sizes import DiTConfig
@@ -69,25 +70,19 @@ def _memory(mesh: Mesh) -> dict[str, float]:
 
 
 def stage_throughput(
-    objective: Objective,
-    sizes: Mapping[str, DiTConfig],
-    loras: Mapping[str, LoraConfig | None],
-    shape: VideoShape,
-    batch_size: int,
-    mesh: Mesh,
-    *,
-    precision: str,
-    image_tokens: int,
+    config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, mesh: Mesh, image_tokens: int
 ) -> Throughput:
-    """The throughput of a stage. Args: `sizes` of its networks and their low-rank updates by name."""
+    """The throughput of a stage. Args: `sizes` of its networks by name; `image_tokens` of a picture."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
         if (device := find_device(name)) is not None:
-            peak = device.peak(precision)
+            peak = device.peak(config.precision)
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
-    clips = {name: clip_call(shape, network, batch_size, image_tokens) for name, network in sizes.items()}
+    shape, batch = config.video.shape, config.batch_size
+    clips = {name: clip_call(shape, network, batch, image_tokens) for name, network in sizes.items()}
+    loras = {name: wanted.lora for name, wanted in config.networks.items()}
     return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size), peak)
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.config.groups import ModelConfig, ValidationConfig, VideoConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation import report
@@ -28,10 +26,11 @@ from longtake.train.state import TrainState
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 
 
-def can_validate(settings: ValidationConfig, every: int, model: ModelConfig, video: VideoConfig) -> bool:
+def can_validate(config: StageConfig) -> bool:
     """Whether a stage asks for validation and can be measured: image-to-video at the size of the embedded world."""
-    asked = every > 0 and settings.num_worlds > 0
-    return asked and model.image_condition == "i2v" and (video.height, video.width) == (SIZE, SIZE)
+    size = (config.video.height, config.video.width)
+    asked = config.validate_every > 0 and config.validation.num_worlds > 0
+    return asked and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
 
 
 class Validation:
@@ -41,15 +40,9 @@ class Validation:
     """
 
     def __init__(
-        self,
-        config: StageConfig,
-        encoders: Encoders,
-        state: TrainState,
-        teacher: VideoDiT | None,
-        mesh: Mesh,
-        folder: Path,
+        self, config: StageConfig, encoders: Encoders, state: TrainState, teacher: VideoDiT | None, mesh: Mesh
     ) -> None:
-        self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, folder
+        self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, config.folder
         self.teacher = teacher
         self._batches: list | None = None
         self._teacher_numbers: dict[str, float] = {}

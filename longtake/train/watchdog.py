@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from longtake.config.run import WatchdogConfig
 from longtake.parallel.mesh import Mesh
 from longtake.train.metrics import PhaseTimer
 
@@ -33,16 +34,6 @@ _COLLECTIVES = os.path.dirname(dist.__file__)
 EXIT_CODE = 124  # that of `timeout`
 # Rightly slow at any time, not only at first
 SLOW_PHASES = frozenset({"resume", "encode", "evaluate", "sample", "checkpoint"})
-
-
-@dataclass(frozen=True)
-class WatchdogSettings:
-    """`seconds` without progress that end the run, 0 = no watchdog; `slow_seconds` for what may take longer: the phases
-    SLOW_PHASES, and every phase until it was completed once in this process (compiling, first allocations).
-    """
-
-    seconds: float = 0.0
-    slow_seconds: float = 7200.0
 
 
 @dataclass(frozen=True)
@@ -74,24 +65,24 @@ class Watchdog:
     def __init__(
         self,
         mesh: Mesh,
-        settings: WatchdogSettings,
+        config: WatchdogConfig,
         phases: PhaseTimer,
         step: Callable[[], int],
         end: Callable[[], None] | None = None,
     ) -> None:
-        self.mesh, self.settings, self.phases, self.step = mesh, settings, phases, step
+        self.mesh, self.config, self.phases, self.step = mesh, config, phases, step
         self._end = end or _end_process
         self._open: tuple[str, ...] = ()
         self._known: set[str] = set()
         self._completed, self._progress, self._changed = "nothing yet", 0, time.monotonic()
         self._main = threading.current_thread().ident
         self._stopped = threading.Event()
-        self.interval = min(10.0, settings.seconds / 5)
+        self.interval = min(10.0, config.seconds / 5)
         self._store: Any = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.settings.seconds > 0:
+        if self.config.seconds > 0:
             self.phases.observer = self.observe
             self._store = self.mesh.store("watchdog")
             self._thread.start()
@@ -119,7 +110,7 @@ class Watchdog:
         """Seconds that nothing may happen for, now."""
         phase = self._open[-1] if self._open else ""
         slow = bool(SLOW_PHASES.intersection(self._open)) or (phase != "" and phase not in self._known)
-        return max(self.settings.seconds, self.settings.slow_seconds) if slow else self.settings.seconds
+        return self.config.slow_seconds if slow else self.config.seconds
 
     def seen(self) -> Seen:
         """What this rank is doing."""
@@ -169,8 +160,8 @@ class Watchdog:
             "checkpoint. If this was no hang, raise watchdog.seconds=%g or watchdog.slow_seconds=%g",
             limit,
             report(seen, silent=sorted(silent), interval=self.interval, now=time.time()),
-            self.settings.seconds,
-            self.settings.slow_seconds,
+            self.config.seconds,
+            self.config.slow_seconds,
         )
 
 

@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from longtake import run_folder
 from longtake.checkpoint import async_save, save
-from longtake.checkpoint.async_save import Saver, SaveSettings
-from longtake.checkpoint.save import Snapshot
+from longtake.checkpoint.async_save import Saver
+from longtake.checkpoint.save import RunInfo, Snapshot
 from longtake.checkpoint.shards import Piece, StateFiles, write_safetensors
 from longtake.checkpoint.staging import Staging, available_bytes
+from longtake.config.run import CheckpointConfig
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
@@ -34,8 +35,9 @@ def records(path):
     return run_folder.read_manifest(path)["files"]
 
 
-def make_saver(state, folder, **settings):
-    return Saver(state, folder / "checkpoints", SaveSettings(**settings), mesh=Mesh(), config={}, invariants={})
+def make_saver(state, folder, *, keep=3, **config):
+    where = folder / "checkpoints"
+    return Saver(state, where, CheckpointConfig(**config), keep=keep, mesh=Mesh(), info=RunInfo())
 
 
 def test_both_modes_leave_the_same_files(tmp_path):

@@ -15,9 +15,10 @@ from tiny_stage import save_student, stage_config
 
 from longtake import run_folder
 from longtake.checkpoint import save as checkpoint
-from longtake.checkpoint.save import latest_checkpoint, load_checkpoint
+from longtake.checkpoint.save import load_checkpoint
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
+from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics import read_rows
 from longtake.train.networks import Builder
 from longtake.train.stage import run_stage

@@ -11,7 +11,7 @@ from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train.optim import NetworkOptimizer
 from longtake.weights.presets import PRESETS
 
 FUN, I2V_14B = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]
@@ -97,7 +97,7 @@ def test_teacher_forcing_holds_what_its_modules_do(workshop, tmp_path, monkeypat
     need = agrees(monkeypatch, config, {"generator": size})
     model = VideoDiT(size)
     weights = sum(p.nbytes for p in model.parameters())
-    moments = sum(t.nbytes for t in NetworkOptimizer(model, OptimizerSettings(1e-3)).tensors().values())
+    moments = sum(t.nbytes for t in NetworkOptimizer(model, config.optim, 1).tensors().values())
     assert need.at_rest == {
         "trained weights": weights,
         "frozen weights": 0,

@@ -241,38 +241,35 @@ def test_a_switch_needs_a_second_prompt():
 
 
 class Counting:
-    """Batches that say where they are: (update, micro-batch)."""
+    """Two micro-batches an update that say where they are: (update, micro-batch)."""
 
     def __init__(self):
-        self.position, self._micro = 0, 0
+        self.position = 0
 
     def seek(self, position):
-        self.position, self._micro = position, 0
+        self.position = position
 
     def __next__(self):
-        batch = self.position // 8, self._micro
-        self._micro += 1
-        if self._micro == 2:
-            self.position, self._micro = self.position + 8, 0
-        return batch
+        update, self.position = self.position // 8, self.position + 8
+        return [(update, 0), (update, 1)]
 
 
 def test_micro_batches_last_a_sequence():
     schedule = schedule_of([3])
 
     def make():
-        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8, accumulation=2)
+        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8)
 
     batches, seen, positions = make(), [], []
     for _ in range(7):
-        seen.append([next(batches), next(batches)])
+        seen.append(next(batches))
         positions.append(batches.position)
     assert seen == [[(s, 0), (s, 1)] for s in (0, 0, 0, 1, 1, 1, 2)]
     assert positions == [8 * k for k in range(1, 8)]
     for step in range(7):  # sought anew, or back and forth in the same object
         for resumed in (make(), batches):
             resumed.seek(8 * step)
-            assert [next(resumed), next(resumed)] == seen[step]
+            assert next(resumed) == seen[step]
             assert resumed.position == 8 * (step + 1)
 
 

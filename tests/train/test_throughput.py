@@ -12,7 +12,6 @@ from fake_ranks import on_ranks
 from tiny_objectives import parts_of
 from tiny_stage import TEACHER, make_model, stage_config
 
-from longtake.condition import VideoShape
 from longtake.config.groups import ProfileConfig
 from longtake.devices import DEVICES, find_device
 from longtake.models import flops
@@ -153,13 +152,15 @@ def test_peaks_are_found_by_the_name_that_torch_reports():
 
 
 def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog):
-    objective = FlowMatching(parts_of(make_model()), FlowMatchingConfig())
+    config, objective = (
+        stage_config(workshop, tmp_path, "teacher", init_from=None),
+        FlowMatching(parts_of(make_model()), FlowMatchingConfig()),
+    )
     mesh, sizes = replace(Mesh(), device=torch.device("cuda")), {"generator": TEACHER}
     for name, known in (("Test 1", False), ("NVIDIA H200", True)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         with caplog.at_level("INFO"):
-            given = objective, sizes, {"generator": None}, VideoShape(64, 64, 5), 4, mesh
-            throughput = stage_throughput(*given, precision="fp32", image_tokens=17)
+            throughput = stage_throughput(config, sizes, objective, mesh, 17)
         assert (throughput._peak is not None) == known
     assert "speed/mfu is not logged: the peak rate of Test 1 is not known" in caplog.text
 
@@ -218,11 +219,9 @@ def test_a_trace_holds_the_phases_of_the_wanted_iteration(rows):
 
 
 def test_a_run_that_ends_inside_the_recording_writes_what_there_is(tmp_path):
-    trace = Trace(ProfileConfig(num_steps=9, start_step=1), tmp_path, Mesh())
-    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, trace=trace)
+    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, loop={"profile": ProfileConfig(num_steps=9, start_step=1)})
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "step_000001_rank_0.json.gz"
-    trace.close()  # once more does nothing
 
 
 def test_only_wanted_ranks_are_recorded(tmp_path, monkeypatch):
