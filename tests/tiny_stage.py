@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tiny_models import randomize
 
+from longtake.checkpoint.invariants import invariants
 from longtake.checkpoint.save import RunInfo, Snapshot, save_checkpoint
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
@@ -17,7 +18,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.toy import encoders as toy
 from longtake.toy.files import write_world
-from longtake.train.stage import invariants
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
 
@@ -72,10 +72,23 @@ def make_workshop(folder: Path) -> Path:
     return folder
 
 
+OF_OBJECTIVE = {"teacher", "critic", "data_loss", "error_recycling", "caption_dropout", "shared_base", "guidance"}
+OF_OBJECTIVE |= {"kind", "negative_prompt", "num_chunks", "new_frames", "switch_frames"}
+# What the stages of these names are trained by
+KINDS = {"teacher": "flow_matching", "causal": "teacher_forcing", "distill": "dmd", "long": "long_tuning"}
+
+
 def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict[str, Any]:
-    """The configuration tree of a tiny stage: 5 latent frames in blocks [1, 2, 2], window 5, 2 denoising steps."""
+    """The configuration tree of a tiny stage: 5 latent frames in blocks [1, 2, 2], window 5, 2 denoising steps.
+
+    Args: `changes`, values of the stage or (`OF_OBJECTIVE`) of its objective, in place of those of the tree.
+    """
+    objective: dict[str, Any] = {"kind": KINDS[stage]}
+    if stage in ("distill", "long"):
+        critic = {"lr": 1e-3, "updates_per_generator": 2}
+        objective |= {"teacher": str(workshop / "teacher"), "critic": critic, "guidance": 3.0}
     tree: dict[str, Any] = {
-        "stage": stage,
+        "objective": objective | {key: changes.pop(key) for key in OF_OBJECTIVE & changes.keys()},
         "name": stage,
         "logdir": str(logdir),
         "seed": 1,
@@ -83,7 +96,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
         "encoders": str(workshop / "encoders"),
         "video": {"height": 64, "width": 64, "num_latent_frames": 5},
         "plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1},
-        "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 3.0},
+        "flow": {"steps": [1.0, 0.5], "shift": 3.0},
         "data": {"path": str(workshop / "data" / "clips"), "kind": "clips", "num_workers": 0},
         "batch_size": 4,
         "micro_batch_size": 2,
@@ -94,8 +107,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
         "validate_every": 0,
         "validation": {"num_worlds": 1, "teacher_steps": 2},
     }
-    if stage == "distill":
-        tree |= {"teacher": str(workshop / "teacher"), "critic": {"lr": 1e-3, "updates_per_generator": 2}}
+    if stage in ("distill", "long"):
         tree["data"] = {"path": str(workshop / "data" / "images"), "kind": "images", "num_workers": 0}
     return tree | changes
 

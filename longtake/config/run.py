@@ -56,7 +56,7 @@ class RunConfig(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
     logdir: PathText = Field(min_length=1, description="log folder, shared by all stages of a run")
     seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
-    max_steps: int = Field(gt=0, description="iterations; in distill and long an iteration is one critic update")
+    max_steps: int = Field(gt=0, description="iterations; of dmd and long_tuning, one update of the critic each")
     save_every: int = Field(
         default=100,
         ge=0,

@@ -21,7 +21,7 @@ from longtake.data.samples import Dataset, FileSize, Sample
 from longtake.errors import DataError
 
 if TYPE_CHECKING:
-    from longtake.config.stage import DataConfig  # pydantic is not needed to load data
+    from longtake.config.groups import DataConfig  # pydantic is not needed to load data
 
 logger = logging.getLogger(__name__)
 

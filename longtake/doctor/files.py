@@ -8,7 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from longtake.config.stage import JobConfig, StageConfig, is_path
+from longtake.config.groups import DataConfig
+from longtake.config.job import JobConfig
+from longtake.config.stage import StageConfig, is_path
 from longtake.data.encoded import is_encoded
 from longtake.data.formats import detect_kind
 from longtake.doctor.estimate import Sizes
@@ -50,47 +52,45 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     """
     missing: list[str] = []
     notes: list[str] = []
-    critic = config.critic.init_from if config.critic is not None else None
-    sources = {"init_from": config.init_from, "teacher": config.teacher, "critic.init_from": critic}
-    sizes: dict[str, DiTConfig] = {}
-    for key, source in sources.items():
-        if source is not None:
-            found = _weights(key, source, config, job, missing, notes)
-            if found is None:  # a folder named like a preset, or the preset that the stage names
-                name = Path(source).name.lower()
-                preset = name if name in PRESETS else config.model.preset
-                notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
-            sizes[key] = found or model_config(preset)
-    generator = sizes.get("init_from") or model_config(config.model.preset)
-    teacher = sizes.get("teacher")
-    networks = {"generator": generator}
-    if teacher is not None:
-        networks |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
-    # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
+    written = {} if job is None else job.stages
+    by_source: dict[str | None, DiTConfig] = {None: model_config(config.model.preset)}
+    for wanted in config.networks.values():
+        if (source := wanted.source) is None or source in by_source:
+            continue
+        if source in written and not config.source(source).is_dir():
+            found: DiTConfig | None = look_at(written[source], job).sizes["generator"]  # written before it is read
+        else:
+            found = _weights(f"{wanted.key}={source}", source, config.source(source), config.logdir, missing, notes)
+        if found is None:  # a folder named like a preset, or the preset that the stage names
+            name = Path(source).name.lower()
+            preset = name if name in PRESETS else config.model.preset
+            notes.append(f"sizes of {wanted.key}={source} are taken from the preset {preset}")
+            found = model_config(preset)
+        by_source[source] = found
+    sizes = {name: by_source[wanted.source] for name, wanted in config.networks.items()}
+    # Training from an encoded set loads no encoder, but those of a window's picture where the objective decodes.
     stored = is_encoded(Path(config.data.path))
-    wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
-    if generator.image_dim is None:
-        wanted.discard("image_encoder")
-    encoder_bytes = 0 if stored and config.stage != "long" else _encoders(config, wanted, missing)
-    _data(config, job, missing)
-    tokens = image_token_count(config.encoders_folder)
-    return Findings(networks, encoder_bytes, tokens, _vae(config.encoders_folder), missing, notes)
+    wanted_parts = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
+    if sizes["generator"].image_dim is None:
+        wanted_parts.discard("image_encoder")
+    folder, encoder_bytes = config.encoders_folder, 0
+    if not stored or config.objective.decodes:
+        encoder_bytes = _encoders(folder, wanted_parts, missing, half_text=config.model.text_precision == "bf16")
+    _data(config.data, job, missing)
+    return Findings(sizes, encoder_bytes, image_token_count(folder), _vae(folder), missing, notes)
 
 
-def _weights(
-    key: str, source: str, config: StageConfig, job: JobConfig | None, missing: list[str], notes: list[str]
-) -> DiTConfig | None:
-    """Sizes of the weights that a source means; None, and a line in `missing` or `notes`, where they are not there."""
-    path = config.source(source)
-    if job is not None and source in job.stages and not path.is_dir():
-        return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
+def _weights(told: str, source: str, path: Path, logdir: str, missing: list[str], notes: list[str]) -> DiTConfig | None:
+    """Sizes of the weights at `path`; None, and a line in `missing` or `notes` that begins with `told`, where they are
+    not there.
+    """
     repository = hub_repository(path)
     try:
-        found = find_weights(path, config.logdir)
+        found = find_weights(path, logdir)
         if found.path.exists():
             return open_dit(found.path)[1].config  # from the heads of its files
         if repository is None or path.as_posix().startswith(repository):
-            notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
+            notes.append(f"{told} is no local path: it will be fetched from the Hugging Face hub")
             return None
         raise CheckpointError(f"{path} does not exist")
     except (LongtakeError, ValueError) as error:
@@ -98,7 +98,7 @@ def _weights(
         published = hub_repository(path)
         hint = f"; get it with `hf download {published} --local-dir {path}`" if published else ""
         hint = hint if is_path(source) else "; train that stage first"
-        missing.append(f"weights {key}={source}: {path} {reason}{hint}")
+        missing.append(f"weights {told}: {path} {reason}{hint}")
         return None
 
 
@@ -109,12 +109,11 @@ def _vae(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("_")}
 
 
-def _encoders(config: StageConfig, wanted: set[str], missing: list[str]) -> int:
-    folder = config.encoders_folder
+def _encoders(folder: Path, wanted: set[str], missing: list[str], *, half_text: bool) -> int:
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
     missing += [f"encoders: {what}" for what in absent]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
-    half = {"text_encoder"} if config.model.text_precision == "bf16" else set()
+    half = {"text_encoder"} if half_text else set()
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
     files = ((file, part) for part in parts for file in encoder_files(folder, part))
     return sum((2 if part.folder in half else 4) * _elements(file, part) for file, part in files)
@@ -132,13 +131,13 @@ def _elements(file: Path, part: EncoderPart) -> int:
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
 
 
-def _data(config: StageConfig, job: JobConfig | None, missing: list[str]) -> None:
-    path = Path(config.data.path)
+def _data(data: DataConfig, job: JobConfig | None, missing: list[str]) -> None:
+    path = Path(data.path)
     if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
         return
     if not path.exists():
         missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
-    elif config.data.kind == "auto":
+    elif data.kind == "auto":
         try:
             detect_kind(path)
         except LongtakeError as error:

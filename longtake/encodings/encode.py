@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,32 +29,28 @@ logger = logging.getLogger(__name__)
 
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
-# mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt.
+# mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt. Which of
+# them a stage reads beside the text are its `contents` (`key.contents_of`).
 EncodedRow = dict[str, Tensor]
 
 
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
-    Args: `with_image` gives the picture's conditions (image-to-video): y and CLIP tokens, or without `with_y` its
-    latent alone; `with_latents` encodes the videos, `with_later` the second prompts. `empty_prompt` is the text of the
-    unconditional side.
+    Args: `contents`, what is encoded beside the text; `empty_prompt`, the text of the unconditional side.
     """
 
     def __init__(
         self,
         encoders: Encoders,
         shape: VideoShape,
+        contents: Sequence[str],
         *,
-        with_image: bool,
-        with_latents: bool,
         device: torch.device,
-        with_y: bool = True,
-        with_later: bool = False,
         empty_prompt: str = "",
     ) -> None:
-        self.encoders, self.shape, self.device, self.with_later = encoders, shape, device, with_later
-        self.with_image, self.with_latents, self.with_y = with_image, with_latents, with_y
+        self.encoders, self.shape, self.contents, self.device = encoders, shape, list(contents), device
+        self.with_image = not {"y", "first"}.isdisjoint(contents)
         self.empty_text = encoders.text.encode([empty_prompt]).to(device)
 
     def check(self, sample: Sample) -> None:
@@ -61,10 +58,10 @@ class BatchEncoder:
         prompt.
         """
         where = sample.where or sample.name
-        _check_prompts(sample, where, with_later=self.with_later)
+        _check_prompts(sample, where, self.contents)
         if self.with_image and sample.image is None:
             raise DataError(f"{where}: has no image; image-to-video needs one a row")
-        if not self.with_latents or sample.video is not None:
+        if "latents" not in self.contents or sample.video is not None:
             return
         stored = sample.extras.get("latents")
         if stored is None:
@@ -78,15 +75,17 @@ class BatchEncoder:
     @torch.no_grad()
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample of a batch whose samples were checked."""
-        parts = {"text": self._texts(batch, batch.prompts, "its prompt")}
-        if self.with_image:
-            assert batch.images is not None
-            parts |= self._given(batch.images.to(self.device))
-        if self.with_latents:
-            parts["latents"] = self._latents(batch)
-        if self.with_later:
-            parts["text_1"] = self._texts(batch, batch.later_prompts, "its second prompt")
-        return _by_row(parts)
+        vae = self.encoders.vae
+        pictures: Any = batch.images.to(self.device) if self.with_image and batch.images is not None else None
+        makers: dict[str, Callable[[], Tensor]] = {
+            "text": lambda: self._texts(batch, batch.prompts, "its prompt"),
+            "clip": lambda: self.encoders.image.encode(pictures),  # type: ignore[union-attr]
+            "y": lambda: condition_frames(vae, pictures)[:, :, self.shape.temporal_stride :],
+            "first": lambda: vae.encode(pictures[:, None]),
+            "latents": lambda: self._latents(batch),
+            "text_1": lambda: self._texts(batch, batch.later_prompts, "its second prompt"),
+        }
+        return _by_row({name: makers[name]() for name in ("text", *self.contents)})
 
     def release(self) -> None:
         """Lets the encoders go, with their memory; nothing can be encoded any more."""
@@ -95,14 +94,6 @@ class BatchEncoder:
     def _texts(self, batch: Batch, prompts: list[str], which: str) -> Tensor:
         places = [f"row {row} ({name}): {which}" for row, name in zip(batch.rows, batch.names)]
         return self.encoders.text.encode(prompts, places=places)
-
-    def _given(self, pictures: Tensor) -> EncodedRow:
-        """How the model is told of the pictures."""
-        if not self.with_y:
-            return {"first": self.encoders.vae.encode(pictures[:, None])}
-        y = condition_frames(self.encoders.vae, pictures)[:, :, self.shape.temporal_stride :]
-        tokens = {} if self.encoders.image is None else {"clip": self.encoders.image.encode(pictures)}
-        return tokens | {"y": y}
 
     def _latents(self, batch: Batch) -> Tensor:
         """Latents of the videos, or those stored with the rows."""
@@ -116,41 +107,24 @@ class BatchEncoder:
 class StoredEncoder:
     """Gives the encodings that an encoded set holds; no encoder is needed.
 
-    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_y`, `with_tokens`,
-    `with_latents` and `with_later` (second prompts) say what the stage needs of it.
+    Args: `dataset`, the set, which was compared with the stage's configuration; `contents`, what the stage reads of it.
     """
 
+    encoders = None
+
     def __init__(
-        self,
-        dataset: EncodedRows,
-        shape: VideoShape,
-        *,
-        with_image: bool,
-        with_tokens: bool,
-        with_latents: bool,
-        device: torch.device,
-        with_y: bool = True,
-        with_later: bool = False,
+        self, dataset: EncodedRows, shape: VideoShape, contents: Sequence[str], *, device: torch.device
     ) -> None:
-        self.shape, self.device, self.with_later = shape, device, with_later
-        wanted = {
-            "text": True,
-            "clip": with_image and with_tokens,
-            "y": with_image and with_y,
-            "first": with_image and not with_y,
-            "latents": with_latents,
-            "text_1": with_later,
-        }
-        self.parts = [name for name, is_wanted in wanted.items() if is_wanted]
+        self.shape, self.contents, self.device = shape, list(contents), device
         self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
 
     def check(self, sample: Sample) -> None:
         """Raises DataError without a second prompt; every row of an encoded set has all else that it was made with."""
-        _check_prompts(sample, sample.where or sample.name, with_later=self.with_later)
+        _check_prompts(sample, sample.where or sample.name, self.contents)
 
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
-        parts = {name: batch.extras[name].to(self.device) for name in self.parts}
+        parts = {name: batch.extras[name].to(self.device) for name in ("text", *self.contents)}
         if "latents" in parts:  # a set's clips may be longer than the stage's
             parts["latents"] = parts["latents"][:, : self.shape.num_latent_frames]
         return _by_row(parts)
@@ -175,8 +149,8 @@ def encode_rows(encoder: RowEncoder, read: Sequence[tuple[Pick, int, Sample]], b
     return encoder.rows(batch)[: len(read)]
 
 
-def _check_prompts(sample: Sample, where: str, *, with_later: bool) -> None:
-    if with_later and len(sample.prompts) < 2:
+def _check_prompts(sample: Sample, where: str, contents: Sequence[str]) -> None:
+    if "text_1" in contents and len(sample.prompts) < 2:
         raise DataError(f"{where}: has one prompt; long.switch_frames needs two a row, or leave it empty")
 
 
@@ -284,7 +258,7 @@ class EncodedLoader:
 
     def _say_unused(self, samples: Sequence[Sample]) -> None:
         """Warns once where rows have more prompts than the stage trains on, such as captions of several paragraphs."""
-        used = 1 + self.encoder.with_later
+        used = 1 + ("text_1" in self.encoder.contents)
         longer = next((sample for sample in samples if len(sample.prompts) > used), None)
         if longer is not None and not self._said_unused:
             self._said_unused = True

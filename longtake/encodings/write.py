@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.checkpoint.invariants import rows_invariant
+from longtake.config.groups import DataConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import (
     EMPTY_TEXT,
@@ -49,7 +50,7 @@ from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage import check_strides
-from longtake.train.stage_data import find_buckets, open_data
+from longtake.train.stage_data import find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,26 +111,22 @@ def encode_set(
     if dtype not in DTYPES or rows_per_shard < 1:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
     mesh.on_main(lambda: check_output_folder(output))
-    dataset = open_data(config)
+    dataset = open_data(config.data, config.video, config.clip_shape)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     mesh.on_main(lambda: _check_output(output))
     with only_run(output, mesh, "name another folder"):
-        with_tokens = config.model.with_y and "image" in encoder_files(config.encoders_folder)
-        encoders = load_encoders(config, mesh.device, with_image=with_tokens)
-        check_strides(config, encoders)
-        contents = contents_of(config, with_tokens=with_tokens)
-        encoder = BatchEncoder(
-            encoders,
-            config.clip_shape,
-            with_image=config.model.image_condition == "i2v",
-            with_latents="latents" in contents,
-            device=mesh.device,
-            with_y=config.model.with_y,
-            empty_prompt=config.flow.negative_prompt,
+        folder, model = config.encoders_folder, config.model
+        with_tokens = model.with_y and "image" in encoder_files(folder)
+        encoders = load_encoders(folder, model, mesh.device, with_image=with_tokens)
+        check_strides(encoders.vae, config.video, folder)
+        contents = contents_of(model, with_tokens=with_tokens, with_latents=config.objective.learns_from_videos)
+        empty_prompt = config.objective.empty_prompt
+        encoder = BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, empty_prompt=empty_prompt)
+        buckets = find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh)
+        writer = _ShardWriter(
+            config.data, config.micro_batch_size, dataset, buckets, encoder, DTYPES[dtype], rows_per_shard
         )
-        buckets = find_buckets(config, dataset, mesh)
-        writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
         request = {
             **config.data.model_dump(include={"path", "on_bad_row"}),
             "num_rows": len(dataset),
@@ -138,11 +135,11 @@ def encode_set(
             "rows_per_shard": rows_per_shard,
             "batch_size": config.micro_batch_size,
         }
-        missing = mesh.on_main(lambda: _begin(output, _index(config, encoder, contents, request), encoder, overwrite))
+        missing = mesh.on_main(lambda: _begin(output, _index(config, encoder, request), encoder, overwrite))
         started = time.perf_counter()
         _share(mesh, writer, output, missing)
         seconds = time.perf_counter() - started
-        done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
+        done = mesh.on_main(lambda: _finish(output, config.data.max_bad_share, -(-len(dataset) // rows_per_shard)))
     return EncodeReport(
         output,
         num_rows=sum(shard["num_rows"] for shard in done["shards"]),
@@ -154,13 +151,14 @@ def encode_set(
     )
 
 
-def _index(config: StageConfig, encoder: BatchEncoder, contents: list[str], request: dict[str, Any]) -> dict[str, Any]:
+def _index(config: StageConfig, encoder: BatchEncoder, request: dict[str, Any]) -> dict[str, Any]:
     """The index of a set that holds no shard yet. Reads all weights of the encoders once, for their digests."""
+    contents = encoder.contents
     digests, files = encoders_key(config.encoders_folder, contents)
     key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
-    key |= sizes_key(config, contents)
-    if config.flow.negative_prompt:
-        key["negative_prompt"] = config.flow.negative_prompt
+    key |= sizes_key(config.model, config.data, config.video, encoder.shape.num_latent_frames, contents)
+    if config.objective.empty_prompt:
+        key["negative_prompt"] = config.objective.empty_prompt
     head = {"format": FORMAT, "version": VERSION, "complete": False}
     return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
 
@@ -180,18 +178,18 @@ class _ShardWriter:
 
     def __init__(
         self,
-        config: StageConfig,
+        data: DataConfig,
+        batch_size: int,
         dataset: Dataset,
         buckets: Buckets,
         encoder: BatchEncoder,
-        contents: list[str],
         dtype: torch.dtype,
         rows_per_shard: int,
     ) -> None:
-        self.dataset, self.buckets, self.encoder, self.contents = dataset, buckets, encoder, contents
+        self.dataset, self.buckets, self.encoder = dataset, buckets, encoder
         self.dtype, self.rows_per_shard = dtype, rows_per_shard
-        self.batch_size, self.threads = config.micro_batch_size, max(1, config.data.num_workers)
-        self.bad = BadRows(len(dataset), config.data.on_bad_row, config.data.max_bad_share)
+        self.batch_size, self.threads = batch_size, max(1, data.num_workers)
+        self.bad = BadRows(len(dataset), data.on_bad_row, data.max_bad_share)
 
     def rows_of(self, shard: int) -> range:
         """Rows of the data set that belong to a shard."""
@@ -242,7 +240,7 @@ class _ShardWriter:
                 place = f"row {row} ({sample.name}): its prompt {k}"
                 texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
-            arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.contents}
+            arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.encoder.contents}
             bucket = int(self.buckets.bucket_of_row[row])
             result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
         return result
@@ -294,7 +292,7 @@ def _begin(output: Path, index: dict[str, Any], encoder: BatchEncoder, overwrite
     return missing
 
 
-def _finish(output: Path, config: StageConfig, num_shards: int) -> dict[str, Any]:
+def _finish(output: Path, max_bad_share: float, num_shards: int) -> dict[str, Any]:
     """The complete index, from the heads of all shards. Raises: DataError when too many rows were bad."""
     index = read_index(output)
     shards, bad = [], []
@@ -308,9 +306,9 @@ def _finish(output: Path, config: StageConfig, num_shards: int) -> dict[str, Any
         )
     num_rows = index["request"]["num_rows"]
     # Each rank counted its own rows only.
-    if len(bad) > config.data.max_bad_share * num_rows or len(bad) == num_rows:
+    if len(bad) > max_bad_share * num_rows or len(bad) == num_rows:
         raise DataError(
-            f"{len(bad)} of {num_rows} rows are bad, more than data.max_bad_share={config.data.max_bad_share}; repair "
+            f"{len(bad)} of {num_rows} rows are bad, more than data.max_bad_share={max_bad_share}; repair "
             f"the data or raise the share, and remove {output}. The last one: {bad[-1]['problem']}"
         )
     index |= {"complete": True, "shards": shards, "bad_rows": bad}

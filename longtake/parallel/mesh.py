@@ -99,7 +99,7 @@ class Mesh:
 
         All ranks call it. Raises: ConfigError when the ranks cannot be divided so.
         """
-        shard, whole = parallel.shard(self.world_size), parallel.weights == "whole"
+        shard, whole = parallel.shard(self.world_size), parallel.data_parallel == "ddp"
         if self.device_mesh is None:
             return self
         if parallel.replicate == parallel.sequence == 1:

@@ -1,6 +1,6 @@
 """What a run does with its machine: samples a second, model FLOP utilisation, memory; and a profiler's trace.
 
-Model operations are those that the mathematics of the stage needs (`rollout/work.py`): each forward and backward once,
+Model operations are those that the mathematics of the stage needs (`Objective.passes`): each forward and backward once,
 nothing that activation checkpointing computes again. Their utilisation is given where the device's peak is known
 (`longtake/devices.py`), and never on a CPU.
 """
@@ -10,18 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from longtake.config.groups import ProfileConfig
+from longtake.condition import VideoShape
+from longtake.config.groups import LoraConfig, ProfileConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
+from longtake.models.flops import Call, backward, forward
 from longtake.models.sizes import DiTConfig
-from longtake.objectives.base import Objective
+from longtake.objectives.base import Objective, Pass
 from longtake.parallel.mesh import Mesh
-from longtake.rollout.work import loras, model_work, passes
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _memory(mesh: Mesh) -> dict[str, float]:
 def stage_throughput(
     config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, mesh: Mesh, image_tokens: int
 ) -> Throughput:
-    """The throughput of a stage. Args: `sizes` of its networks by `generator`, `critic`, `teacher`."""
+    """The throughput of a stage. Args: `sizes` of its networks by name; `image_tokens` of a picture."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
@@ -79,33 +80,42 @@ def stage_throughput(
             peak = device.peak(config.precision)
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
-    return Throughput(operations_of(config, sizes, objective, mesh.world_size, image_tokens), peak)
+    shape, batch = config.video.shape, config.batch_size
+    clips = {name: clip_call(shape, network, batch, image_tokens) for name, network in sizes.items()}
+    loras = {name: wanted.lora for name, wanted in config.networks.items()}
+    return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size), peak)
+
+
+def clip_call(shape: VideoShape, network: DiTConfig, batch: int, image_tokens: int) -> Call:
+    """A training clip in one bidirectional call of `network`; `image_tokens` where it has that branch."""
+    patch = network.patch_size
+    tokens = (shape.latent_height // patch[1]) * (shape.latent_width // patch[2])
+    seen = image_tokens if network.image_dim is not None else 0
+    return Call.bidirectional(batch, shape.num_latent_frames, tokens, network.text_len, seen)
 
 
 def operations_of(
-    config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, world_size: int, image_tokens: int
-) -> Callable[[int], float]:
-    """Model operations of one of `world_size` ranks as a function of the iteration.
+    objective: Objective,
+    sizes: Mapping[str, DiTConfig],
+    loras: Mapping[str, LoraConfig | None],
+    clips: Mapping[str, Call],
+    world_size: int,
+) -> Callable[[int], float] | None:
+    """Model operations of one of `world_size` ranks as a function of the iteration, None where the objective does not
+    say which calls it makes. Each forward and each backward counts once.
 
     Buckets of other sizes than `video` count as that size, and encoders, VAE and rebuilt caches do not count.
     """
-    inner: Any = objective
-    known: dict[tuple[Any, ...], float] = {}
+    if not objective.passes(0, clips):
+        return None
 
-    def operations(step: int) -> float:
-        options: dict[str, Any] = {}
-        if config.distils:
-            options = {"update_generator": "generator" in inner.turns(step), "exit_step": inner.exit_step(step)}
-            options["together"] = inner.generator.batched_exit_backward
-        if config.stage == "long":
-            options["chunk"] = inner.schedule.at(step).chunk
-        key = tuple(options.values())
-        if key not in known:
-            found = passes(config, sizes, config.batch_size, image_tokens, **options)
-            known[key] = sum(work.total for work in model_work(found, sizes, loras(config)).values()) / world_size
-        return known[key]
+    @lru_cache(maxsize=4096)
+    def cost(each: Pass) -> float:
+        size, lora = sizes[each.network], loras[each.network]
+        ahead = forward(size, each.call, lora).total if each.ahead else 0.0
+        return each.times * (ahead + (backward(size, each.call, lora).total if each.with_grad else 0.0))
 
-    return operations
+    return lambda step: sum(map(cost, objective.passes(step, clips))) / world_size
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 from tiny_batches import make_batch
+from tiny_objectives import parts_of, teacher_forcing
 from tiny_models import make_tiny_model
 from tiny_run import where_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,9 +32,8 @@ from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.self_forcing import roll_out
 from longtake.checkpoint.save import RunInfo
@@ -102,8 +102,8 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
         networks[2].requires_grad_(False)
     networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
-        return Dmd(Denoiser(networks[0]), *networks[1:], KeyedRNG(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
-    return TeacherForcing(Denoiser(networks[0]), KeyedRNG(3), RULES, shift=5.0, caption_dropout=0.5)
+        return Dmd(parts_of(*networks, plan=RULES, num_frames=FRAMES), DmdConfig(teacher="toy"))
+    return teacher_forcing(networks[0], plan=RULES, caption_dropout=0.5)
 
 
 def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: bool = False) -> Seen:

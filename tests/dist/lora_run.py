@@ -13,13 +13,14 @@ if __name__ == "__main__":
 import torch
 from dit_run import BATCH, FRAMES, MICRO, RULES, Batches, make_dit
 from safetensors.torch import save_file
+from tiny_objectives import parts_of
 from tiny_lora import adapted, adapter_of
 from tiny_run import where_of
 
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.models.lora import factors
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.checkpoint.save import RunInfo
@@ -41,15 +42,8 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
         networks[name] = parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
-    objective = Dmd(
-        Denoiser(networks["generator"]),
-        networks["critic"],
-        real,
-        KeyedRNG(3),
-        RULES,
-        FRAMES,
-        DmdSettings(shift=5.0, guidance=4.0),
-    )
+    parts = parts_of(networks["generator"], networks["critic"], real, plan=RULES, num_frames=FRAMES)
+    objective = Dmd(parts, DmdConfig(teacher="toy"))
     adapters = {name: adapter_of(network) for name, network in networks.items()}
     optimizers = dict.fromkeys(networks, OptimConfig(lr=1e-3, beta1=0.9, max_grad_norm=0.5))
     averages = {"generator": EmaConfig(decay=0.5, start_step=0)}

@@ -53,9 +53,8 @@ def make(encoders, data=None, *, rank=0, world_size=1, with_image=True, with_lat
     options = {"batch_size": 4, "micro_batch_size": 2} | options
     memory = {"memory_bytes": options.pop("memory_bytes")} if "memory_bytes" in options else {}
     loader = Loader(data or Clips(), seed=7, rank=rank, world_size=world_size, **options)
-    encoder = CountingEncoder(
-        encoders, SHAPE, with_image=with_image, with_latents=with_latents, device=torch.device("cpu")
-    )
+    contents = ["clip", "y"] * with_image + ["latents"] * with_latents
+    encoder = CountingEncoder(encoders, SHAPE, contents, device=torch.device("cpu"))
     return EncodedLoader(loader, encoder, **memory)
 
 

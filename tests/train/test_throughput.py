@@ -4,19 +4,23 @@ import gzip
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny_run
 import torch
 from fake_ranks import on_ranks
-from tiny_stage import TEACHER, stage_config
+from tiny_objectives import parts_of
+from tiny_stage import TEACHER, make_model, stage_config
 
 from longtake.config.groups import ProfileConfig
 from longtake.devices import DEVICES, find_device
 from longtake.models import flops
 from longtake.models.flops import Call
+from longtake.objectives.base import Objective
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.parallel.mesh import Mesh
+from longtake.plan import StreamPlan
 from longtake.train import metrics as metrics_log
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
@@ -150,22 +154,26 @@ def test_peaks_are_found_by_the_name_that_torch_reports():
 
 
 def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog):
-    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+    config, objective = (
+        stage_config(workshop, tmp_path, "teacher", init_from=None),
+        FlowMatching(parts_of(make_model()), FlowMatchingConfig()),
+    )
     mesh, sizes = replace(Mesh(), device=torch.device("cuda")), {"generator": TEACHER}
     for name, known in (("Test 1", False), ("NVIDIA H200", True)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         with caplog.at_level("INFO"):
-            throughput = stage_throughput(config, sizes, None, mesh, 17)
+            throughput = stage_throughput(config, sizes, objective, mesh, 17)
         assert (throughput._peak is not None) == known
     assert "speed/mfu is not logged: the peak rate of Test 1 is not known" in caplog.text
 
 
-def test_operations_are_shared_by_the_ranks(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+def test_operations_are_shared_by_the_ranks():
+    objective = FlowMatching(parts_of(make_model()), FlowMatchingConfig())
     call = Call.bidirectional(4, 5, 16, TEACHER.text_len, 17)
     expected = flops.forward(TEACHER, call).total + flops.backward(TEACHER, call).total
     for ranks in (1, 4):
-        assert operations_of(config, {"generator": TEACHER}, None, ranks, 17)(0) == expected / ranks
+        networks = {"generator": TEACHER}, {"generator": None}, {"generator": call}
+        assert operations_of(objective, *networks, ranks)(0) == expected / ranks
 
 
 @pytest.fixture(scope="module")
@@ -188,21 +196,19 @@ def test_a_stage_logs_its_rates_and_no_utilisation_on_a_cpu(rows):
     assert len(saved) == 1
 
 
-def test_more_operations_in_iterations_that_update_the_student(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "distill")
-
-    class Told:
-        generator = SimpleNamespace(batched_exit_backward=False)
-
-        def turns(self, step):
-            return ["generator", "critic"] if step == 0 else ["critic"]
-
-        def exit_step(self, step):
-            return 1
-
-    sizes = dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
-    operations = operations_of(config, sizes, Told(), 1, 17)
+def test_more_operations_in_iterations_that_update_the_student():
+    dmd = Dmd(parts_of(*(make_model(seed=k) for k in range(3)), plan=StreamPlan(2, 1, 5, 1)), DmdConfig(teacher="toy"))
+    names = ("generator", "critic", "teacher")
+    call = Call.bidirectional(4, 7, 16, TEACHER.text_len, 17)
+    operations = operations_of(dmd, dict.fromkeys(names, TEACHER), dict.fromkeys(names), dict.fromkeys(names, call), 1)
     assert operations(0) > 1.5 * operations(1) == operations(2) * 1.5
+
+
+def test_an_objective_that_does_not_say_its_calls_has_no_utilisation():
+    class Silent(Objective):
+        pass
+
+    assert operations_of(Silent(parts_of(make_model())), {}, {}, {}, 1) is None
 
 
 # ---- the trace --------------------------------------------------------------------------------------------------------

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from longtake.train.loop import Batches
-
 
 class LongBatches:
     """Repeats the micro-batches of each sequence of a schedule.
 
-    Args: `batches`, which take `batch_size` samples of all ranks an update; `sequence_at`, the number of the sequence
-    of an iteration. `position` counts as if each iteration took new samples, so that it names the iteration.
+    Args: `batches` (`train.loop.Batches`), which take `batch_size` samples of all ranks an update; `sequence_at`, the
+    number of the sequence of an iteration. `position` counts as if each iteration took new samples, so that it names
+    the iteration.
     """
 
-    def __init__(self, batches: Batches, sequence_at: Callable[[int], int], *, batch_size: int) -> None:
+    def __init__(self, batches: Any, sequence_at: Callable[[int], int], *, batch_size: int) -> None:
         self.batches, self.sequence_at, self.batch_size = batches, sequence_at, batch_size
         self._step = 0
         self._sequence: int | None = None
