@@ -29,12 +29,11 @@ from longtake import run_folder
 from longtake.checkpoint.invariants import compare_facts, flat
 from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.errors import CheckpointError
-from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
 from longtake.train.state import TrainState
-from longtake.weights.load import clean_name, config_to_json
+from longtake.weights.load import config_to_json
 from longtake.weights.lora import Adapter, write_adapter
 
 SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
@@ -93,13 +92,13 @@ class Snapshot:
 
 
 def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> list[Export]:
-    network, adapter = state.networks[name], state.adapters.get(name)
-    names = [clean_name(key) for key in (factors(network.state_dict()) if adapter else network.state_dict())]
-    own = {key: f"networks.{name}.{key}" for key in names}
-    end, config = run_folder.LORA if adapter else "", _config_json(getattr(network, "config", None))
+    """A network and, where there is one, its average, which lacks what is not trained and takes it from the network."""
+    prefix, adapter = f"networks.{name}.", state.adapters.get(name)
+    own = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    end, config = run_folder.LORA if adapter else "", _config_json(getattr(state.networks[name], "config", None))
     found = [Export(f"{name}{end}", own, config, adapter)]
     if name in state.ema:
-        average = {key: f"ema.{name}.{key}" for key in names if f"ema.{name}.{key}" in tensors}
+        average = {key: f"ema.{name}.{key}" for key in own if f"ema.{name}.{key}" in tensors}
         found.append(Export(f"{name}_ema{end}", own | average, config, adapter))
     return found
 

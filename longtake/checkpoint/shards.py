@@ -16,9 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -144,10 +145,7 @@ class ShardWriter(StorageWriter):
         for item in items:
             assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
             chunk, name = item.tensor_data.chunk, item.index.fqn
-
-            def values(item: WriteItem = item) -> Tensor:
-                return planner.resolve_data(item)  # type: ignore[return-value]
-
+            values = cast("Callable[[], Tensor]", partial(planner.resolve_data, item))
             pieces.append(Piece(name, item.tensor_data.properties.dtype, tuple(chunk.sizes), values))
             offsets[name] = {OFFSETS: list(chunk.offsets)}
         return write_safetensors(file, pieces, {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})

@@ -79,7 +79,7 @@ def fits_in_host_memory(tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
     short = free is not None and needed > free
     if short:
         logger.warning("Copies of the state would take %.1f GiB of %.1f GiB free here", needed / 2**30, free / 2**30)  # type: ignore[operator]
-    return not mesh.any(short)
+    return not mesh.gather([short]).any()
 
 
 def available_bytes() -> int | None:

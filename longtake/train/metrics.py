@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -44,9 +44,9 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device | None = None) -> None:
         on_gpu = device is not None and device.type == "cuda"
-        self._mark, self._between = (_event, _event_seconds) if on_gpu else (_wall_clock, _wall_seconds)
+        self._mark: Callable[[], Any] = _event if on_gpu else _wall_clock
+        self._between: Callable[[Any, Any], float] = _event_seconds if on_gpu else _wall_seconds
         self._pieces: list[tuple[str, Any, Any]] = []
-        self._wholes: list[tuple[str, Any, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._since = self._mark()
         self.open: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class PhaseTimer:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self._wholes.append((f"seconds_of/{name}", start, self._mark()))
+            self._pieces.append((f"seconds_of/{name}", start, self._mark()))
 
     def take(self) -> dict[str, float]:
         """`seconds/...` of each phase, `other` included, and `seconds_of/...` of each whole; all start anew."""
@@ -95,10 +95,9 @@ class PhaseTimer:
             self._read()
 
     def _read(self) -> None:
-        for name, start, end in self._pieces + self._wholes:
+        for name, start, end in self._pieces:
             self._seconds[name] += self._between(start, end)
         self._pieces.clear()
-        self._wholes.clear()
 
 
 _wall_clock = time.perf_counter

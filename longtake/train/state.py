@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from longtake.config.groups import EmaConfig, OptimConfig
-from longtake.errors import ConfigError
 from longtake.models.lora import factors
 from longtake.train.ema import EMA
 from longtake.train.optim import NetworkOptimizer
@@ -50,18 +49,12 @@ class TrainState:
         """The state before the first iteration, of networks that are already sharded.
 
         Args: a group of values for each network's optimizer, and for the averages that are kept; `max_steps`, the
-        iterations of the run. Raises: ConfigError when a network has no optimizer, or a group names no network.
+        iterations of the run.
         """
-        averages = dict(ema or {})
-        if set(optimizers) != set(networks) or not set(averages) <= set(networks):
-            raise ConfigError(
-                f"optimizers for {sorted(optimizers)} and ema for {sorted(averages)} do not fit the trained networks "
-                f"{sorted(networks)}; give each network an optimizer, and name only these"
-            )
         return cls(
             networks=dict(networks),
             optimizers={name: NetworkOptimizer(networks[name], group, max_steps) for name, group in optimizers.items()},
-            ema={name: EMA(networks[name], group) for name, group in averages.items()},
+            ema={name: EMA(networks[name], group) for name, group in (ema or {}).items()},
             seed=seed,
             adapters=dict(adapters or {}),
         )

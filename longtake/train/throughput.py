@@ -47,26 +47,27 @@ class Throughput:
         self._done += self._operations(step) if self._operations is not None else 0.0
 
     def take(self, mesh: Mesh) -> dict[str, float]:
-        """The row's numbers, by the slowest rank's clock, and starts anew; all ranks call it."""
-        mine = self._seconds
-        seconds = max(mesh.every(lambda: mine))
+        """The row's numbers, by the slowest rank's clock and the fullest rank's memory, and starts anew; all ranks call
+        it.
+        """
+        mine = (self._seconds, *_peaks(mesh.device))
+        seconds, *peaks = map(max, zip(*mesh.every(lambda: mine)))
         row = {"speed/samples_per_second": self._samples / seconds} if seconds else {}
         if self._operations is not None and seconds:
             row["speed/model_tflops"] = self._done / seconds / 1e12
             if self._peak is not None:
                 row["speed/mfu"] = self._done / seconds / self._peak
         self._samples = self._seconds = self._done = 0.0
-        return row | _memory(mesh)
+        return row | {name: peak / GIB for name, peak in zip(("memory_reserved_gib", "memory_gib"), peaks)}
 
 
-def _memory(mesh: Mesh) -> dict[str, float]:
-    row = {}
-    if mesh.device.type == "cuda":  # before the peaks are reset
-        mine = torch.cuda.max_memory_reserved(mesh.device)
-        row["memory_reserved_gib"] = max(mesh.every(lambda: mine)) / GIB
-    if (peak := mesh.peak_memory_bytes()) is not None:
-        row["memory_gib"] = peak / GIB
-    return row
+def _peaks(device: torch.device) -> list[float]:
+    """Most bytes that the allocator held and that tensors took since the last call; nothing on a CPU."""
+    if device.type != "cuda":
+        return []
+    peaks = [torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)]
+    torch.cuda.reset_peak_memory_stats(device)
+    return peaks
 
 
 def stage_throughput(
@@ -137,10 +138,11 @@ def recorded(config: ProfileConfig, folder: Path, mesh: Mesh, first_step: int) -
         profiler.export_chrome_trace(str(file))
         logger.info("Wrote the profiler's trace to %s (open it in https://ui.perfetto.dev)", file)
 
+    warm = min(1, config.start_step)  # the first iteration under the profiler is slower: it is not kept
     cuda = [ProfilerActivity.CUDA] if mesh.device.type == "cuda" else []
     with profile(
         activities=[ProfilerActivity.CPU, *cuda],
-        schedule=schedule(wait=config.start_step, warmup=0, active=config.num_steps, repeat=1),
+        schedule=schedule(wait=config.start_step - warm, warmup=warm, active=config.num_steps, repeat=1),
         on_trace_ready=write,
         record_shapes=config.shapes,
         profile_memory=config.memory,

@@ -22,7 +22,7 @@ from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
-from longtake.train import stage
+from longtake.train import stage, throughput
 from longtake.train.ema import EMA
 from longtake.train.loop import Hooks, MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer, cut_from, read_rows
@@ -247,7 +247,7 @@ def test_save_every_zero_saves_nothing(tmp_path, caplog):
 def test_rows_hold_the_peak_of_gpu_memory(tmp_path, monkeypatch):
     """What the device reports, once a row; and no such number on a CPU."""
     peaks = iter([3 << 30, 2 << 30])
-    monkeypatch.setattr(Mesh, "peak_memory_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(throughput, "_peaks", lambda device: [4 << 30, next(peaks)])
     tiny_run.run(tmp_path / "gpu", Mesh(), steps=2)
     monkeypatch.undo()
     tiny_run.run(tmp_path / "cpu", Mesh(), steps=2)
@@ -258,13 +258,14 @@ def test_rows_hold_the_peak_of_gpu_memory(tmp_path, monkeypatch):
 
 def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
     peaks = threading.local()
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 99)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks.value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(peaks, "value", 0))
 
     def work(mesh):
         peaks.value = 10 + mesh.rank
         mesh = replace(mesh, device=torch.device("cuda"))
-        return mesh.peak_memory_bytes(), peaks.value
+        return throughput.Throughput().take(mesh)["memory_gib"] * 2**30, peaks.value
 
     assert on_ranks(work) == [(11, 0)] * 2
-    assert Mesh().peak_memory_bytes() is None
+    assert "memory_gib" not in throughput.Throughput().take(Mesh())
