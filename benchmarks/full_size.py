@@ -197,12 +197,15 @@ def stage(run: Run, window: int, sink: int, iterations: int, **data: Any) -> Pat
     """Writes the configuration of a distillation stage; its path."""
     sizes, weights = run.sizes, str(run.work / "weights")
     tree = {
-        "stage": "distill",
+        "objective": {
+            "kind": "dmd",
+            "teacher": weights,
+            "critic": {"lr": 4e-7, "updates_per_generator": GENERATOR_EVERY},
+        },
         "name": f"window{window}_sink{sink}",
         "logdir": str(run.output),
         "seed": telling_seed(iterations),
         "init_from": weights,
-        "teacher": weights,
         "encoders": str(run.work / "encoders"),
         "model": {"image_condition": "i2v", "text_precision": "bf16"},
         "video": {"height": sizes.height, "width": sizes.width, "num_latent_frames": sizes.num_latent_frames},
@@ -213,7 +216,6 @@ def stage(run: Run, window: int, sink: int, iterations: int, **data: Any) -> Pat
         "micro_batch_size": 1,
         "max_steps": iterations + 1,
         "optim": {"lr": 2e-6},
-        "critic": {"lr": 4e-7, "updates_per_generator": GENERATOR_EVERY},
         "precision": "bf16",
         "activation_checkpointing": True,
         "save_every": 0,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.one_gpu_14b -o outputs/one_gpu_14b        (in the repository; --tiny rehearses it on a CPU)
 
-Wan2.1-I2V-14B-480P as teacher, critic and student at once: one frozen base in bfloat16 (`roles: shared`) with low-rank
+Wan2.1-I2V-14B-480P as teacher, critic and student at once: one frozen base in bfloat16 (`shared_base`) with low-rank
 updates on every linear layer of the blocks for student and critic, AdamW and an average of the student's updates in
 float32. 480x832, 21 latents in blocks [1, 4, 4, 4, 4, 4], window 13 with sink 5, full activation checkpointing, batch
 of 1. Beside it, the 1.3B model of that kind, and the same trained whole (three networks, float32 master weights).
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_files import FULL, TINY, Sizes
+from longtake.checkpoint.save import RunInfo
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.models.dit import VideoDiT
@@ -39,7 +40,7 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train import stage as stages
-from longtake.train.loop import LoopSettings, RunInfo, train
+from longtake.train.loop import train
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.networks import Builder
 from longtake.weights.load import Opened
@@ -75,13 +76,13 @@ def stage(case: Case, name: str, folder: Path) -> StageConfig:
     """The configuration of a case; the paths in it are never opened."""
     sizes, window = case.sizes, case.sizes.windows.split(",")[0].split(":")
     critic: dict[str, Any] = {"lr": 4e-7, "beta1": 0.0}
+    objective: dict[str, Any] = {"kind": "dmd", "teacher": "./random", "critic": critic}
     tree: dict[str, Any] = {
-        "stage": "distill",
+        "objective": objective,
         "name": name,
         "logdir": str(folder),
         "seed": last_exit_seed(),
         "init_from": "./random",
-        "teacher": "./random",
         "video": {"height": sizes.height, "width": sizes.width, "num_latent_frames": sizes.num_latent_frames},
         "plan": {"block_frames": 4, "window_frames": int(window[0]), "sink_frames": int(window[1])},
         "flow": {"steps": STEPS},
@@ -90,14 +91,13 @@ def stage(case: Case, name: str, folder: Path) -> StageConfig:
         "micro_batch_size": 1,
         "max_steps": ITERATIONS,
         "optim": {"lr": 2e-6, "beta1": 0.0},
-        "critic": critic,
         "precision": "bf16",
         "activation_checkpointing": "full",
         "save_every": 0,
         "validate_every": 0,
     }
     if case.rank is not None:
-        tree |= {"roles": "shared", "lora": {"rank": case.rank}}
+        tree["lora"], objective["shared_base"] = {"rank": case.rank}, True
         critic["lora"] = {"rank": case.rank}
     return StageConfig.from_tree(tree)
 
@@ -134,12 +134,14 @@ def random_weights(case: Case, device: torch.device, seed: int) -> Opened:
     return Opened(model, read, str)
 
 
+@dataclass(kw_only=True)
 class RandomWeights(Builder):
     """The networks of a stage as a training builds them, from random weights instead of files."""
 
-    def __init__(self, case: Case, config: StageConfig, mesh: Mesh) -> None:
-        super().__init__(config, mesh)
-        self.case = case
+    case: Case
+
+    def check_start(self) -> None:
+        """There are no files that could be of another stage."""
 
     def weights(self, name: str) -> Path:
         """A name for the weights of a network; one for all that share a base."""
@@ -176,12 +178,12 @@ class Batches:
         """Nothing to do: all micro-batches are equal."""
         self.position = position
 
-    def __next__(self) -> EncodedBatch:
+    def __next__(self) -> list[EncodedBatch]:
         self.position += 1
-        return self.batch
+        return [self.batch]
 
 
-class Watched:
+class Watched(Objective):
     """An objective, and the most memory that was taken during each update: from its loss to the next one's."""
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
@@ -231,14 +233,13 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
     """Trains two iterations; what it took."""
     start = time.perf_counter()
     mesh, config = Mesh(device=device), stage(case, name, folder)
-    trained, real, adapters, student = RandomWeights(case, config, mesh).build()
-    assert real is not None
+    builder = RandomWeights(config, mesh, case=case)
+    networks = builder.build()
+    trained, real = networks.trained, networks.frozen["teacher"]
     phases = PhaseTimer()
-    dmd = stages.make_objective(config, student, trained, real, KeyedRNG(config.seed), phases)
-    watched = Watched(dmd, device)
-    state = stages.make_state(config, dict(trained), adapters)
+    watched = Watched(builder.objective(networks, None, phases), device)
+    state = builder.state(watched)
     objective = stages.InPrecision(watched, mesh, bf16=True)
-    settings = LoopSettings(config.max_steps, save_every=0)
     # On the host: copies on the GPU would count as memory of the training.
     before = {key: value.cpu().clone() for key, value in state.tensors().items() if key.endswith(_FACTOR)}
     result: dict[str, Any] = {
@@ -254,10 +255,9 @@ def run_case(name: str, case: Case, folder: Path, device: torch.device) -> dict[
         state,
         objective,
         batches,
-        settings,
-        folder=config.folder,
+        config,
         mesh=mesh,
-        info=RunInfo(progress=False),
+        info=RunInfo(),
         phases=phases,
     )
     watched.finish()

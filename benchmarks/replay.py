@@ -27,8 +27,9 @@ from benchmarks.random_files import FULL, TINY
 from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
+from longtake.objectives.base import Parts
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout import denoise
@@ -59,7 +60,7 @@ class Packed(Dmd):
         noisy = torch.cat([made.latents[:, :1], *(x for x, sigma in exits if sigma == level)], 1)
         sigma = torch.full(noisy.shape[:2], level, device=noisy.device)
         sigma[:, 0] = 0
-        plan, frames = self.plan, self.num_frames
+        plan, frames = self.plan, self.parts.num_frames
         layout = self.__dict__.setdefault(
             "layout",
             plan.teacher_forcing_layout(frames),
@@ -126,7 +127,9 @@ def main() -> None:
         for exit_step, seed in seeds.items():
             kind = Packed if name.startswith("packed") else Dmd
             denoiser = Denoiser(student, graphs=graphs, batched_exit_backward=name == "joined")
-            objective = kind(denoiser, critic, teacher, KeyedRNG(seed), plan, frames, DmdSettings(5.0, 3.0))
+            networks = {"generator": student, "critic": critic}, {"teacher": teacher}
+            parts = Parts(denoiser, *networks, KeyedRNG(seed), plan, shift=5.0, num_frames=frames)
+            objective = kind(parts, DmdConfig(teacher="toy", guidance=3.0))
             times = []
             for repeat in range(given.repeats + 2):
                 if is_cuda and repeat == 2:

@@ -48,8 +48,9 @@ def prepare(run: full_size.Run, args: argparse.Namespace) -> Path:
     tree |= {"name": NAME, "max_steps": args.max_steps, "save_every": args.save_every, "keep_checkpoints": 1}
     tree["checkpoint"] = {"mode": args.mode}
     if args.lora_rank:
-        tree |= {"roles": "shared", "lora": {"rank": args.lora_rank}}
-        tree["critic"] |= {"lora": {"rank": args.lora_rank}}
+        tree["lora"] = {"rank": args.lora_rank}
+        tree["objective"]["critic"]["lora"] = {"rank": args.lora_rank}
+        tree["objective"]["shared_base"] = True
     file = run.work / f"{NAME}.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file

@@ -9,7 +9,7 @@ One command on a machine with two GPUs; it starts torchrun itself. Sizes and ran
 - train: `longtake train`, stage distill, as in `full_size.py` (float32 master weights of student and critic with AdamW
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
-  (`parallel.sequence=2`), both with whole weights on each (`parallel.weights=whole`); batch 1 a GPU once more with
+  (`parallel.sequence=2`), both with whole weights on each (`parallel.data_parallel=ddp`); batch 1 a GPU once more with
   sharded weights; and one sample together once more without activation checkpointing, for which two GPUs of 141 GB have
   the memory (121 GiB each) and one has not (190 GiB). The first iterations, in which passes are recorded as CUDA graphs
   (`--warm-up`: with the second update of the student all are), are not counted;
@@ -64,12 +64,12 @@ BLOCK = 4
 # Name of a training: ranks, and what is changed in the configuration
 TRAININGS: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
-    "two GPUs, a sample each": (2, ["batch_size=2", "parallel.weights=whole"]),
-    "two GPUs, one sample together": (2, ["parallel.sequence=2", "parallel.weights=whole"]),
+    "two GPUs, a sample each": (2, ["batch_size=2", "parallel.data_parallel=ddp"]),
+    "two GPUs, one sample together": (2, ["parallel.sequence=2", "parallel.data_parallel=ddp"]),
     "two GPUs, a sample each, sharded": (2, ["batch_size=2"]),
     "two GPUs, one sample together, nothing recomputed": (
         2,
-        ["parallel.sequence=2", "parallel.weights=whole", "activation_checkpointing=none"],
+        ["parallel.sequence=2", "parallel.data_parallel=ddp", "activation_checkpointing=none"],
     ),
 }
 

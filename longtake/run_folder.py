@@ -12,20 +12,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from longtake.errors import CheckpointError
+from longtake.config.objective import KINDS
+from longtake.config.stage import StageConfig
+from longtake.errors import CheckpointError, ConfigError
 from longtake.json_text import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 LORA = "_lora"  # end of the name of a folder with low-rank updates
-# Kinds of stages that train a student, in the order of training
-STUDENTS = ("causal", "distill", "long")
 _NEEDED = {"step": int, "data_position": int, "config": dict, "files": dict}  # what every manifest holds
 _THREADS = 8
 _NAME = re.compile(r"step_(\d{6,})")
@@ -54,12 +54,10 @@ def file_record(path: Path) -> dict[str, Any]:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def file_records(
-    folder: Path, names: Sequence[str], record: Callable[[Path], dict[str, Any]] = file_record
-) -> dict[str, dict[str, Any]]:
-    """`record` of several files below a folder, read side by side: hashing leaves the interpreter's lock."""
+def file_records(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`file_record` of several files below a folder, read side by side: hashing leaves the interpreter's lock."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: record(folder / name), names)))
+        return dict(zip(names, pool.map(lambda name: file_record(folder / name), names)))
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -95,7 +93,7 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
     Raises: CheckpointError naming the first file that is missing, surplus or changed.
     """
-    manifest = check_listing(checkpoint)  # gigabytes are read only when all sizes are right
+    manifest = check_listing(checkpoint)  # first: gigabytes are read only when all sizes are right
     check_contents(checkpoint, manifest, list(manifest["files"]))
     return manifest
 
@@ -122,18 +120,16 @@ def check_listing(checkpoint: str | Path) -> dict[str, Any]:
 
 def check_contents(checkpoint: str | Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
     """Raises CheckpointError when one of these files has another checksum than the manifest says."""
-    now = file_records(Path(checkpoint), names)
-    if changed := [name for name in names if now[name] != manifest["files"][name]]:
-        raise _changed(Path(checkpoint) / changed[0])
+    for name, record in file_records(Path(checkpoint), names).items():
+        if record != manifest["files"][name]:
+            raise _changed(Path(checkpoint) / name)
 
 
 def _changed(file: Path) -> CheckpointError:
     return CheckpointError(f"{file} is not the file that was saved; use another checkpoint")
 
 
-def latest_checkpoint(
-    folder: str | Path, verify: Callable[[Path], object] = verify_checkpoint, *, with_exports: bool = False
-) -> Path | None:
+def latest_checkpoint(folder: str | Path, *, with_exports: bool = False) -> Path | None:
     """The newest complete checkpoint in `folder`, verified; None when there is none.
 
     A damaged newer one is passed over with a warning that names it; with `with_exports` one without whole weights too.
@@ -143,7 +139,7 @@ def latest_checkpoint(
             logger.warning("%s holds no whole weights (checkpoint.export=last); looking at the one before", path)
             continue
         try:
-            verify(path)
+            verify_checkpoint(path)
         except CheckpointError as error:
             logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
         else:
@@ -157,29 +153,49 @@ def exports_of(checkpoint: str | Path) -> list[str]:
 
 
 def student_stages(logdir: str | Path) -> list[Path]:
-    """Folders of the stages in `logdir` that trained a student, in training order, whatever their names."""
+    """Folders of the stages in `logdir` that trained a student, in training order, whatever their names.
+
+    Raises: CheckpointError as `trained_config`.
+    """
     configs = {folder.name: _config_of(folder) for folder in sorted(Path(logdir).iterdir())}
-    students = {name: config for name, config in configs.items() if config.get("stage") in STUDENTS}
+    students = {name: config for name, config in configs.items() if config is not None and config.objective.causal}
 
-    def depth(name: str) -> int:
-        ancestors: list[str] = []
-        while name in students and name not in ancestors:
-            ancestors.append(name)
-            name = students[name].get("init_from") or ""
-        return len(ancestors)
+    def order(name: str) -> tuple[int, int, str]:
+        kind, ancestors = students[name].objective.kind, [name]
+        while (before := students[ancestors[-1]].init_from) in students and before not in ancestors:
+            ancestors.append(before)
+        return [*KINDS, kind].index(kind), len(ancestors), name
 
-    order = sorted(students, key=lambda name: (STUDENTS.index(students[name]["stage"]), depth(name), name))
-    return [Path(logdir) / name for name in order]
+    return [Path(logdir) / name for name in sorted(students, key=order)]
 
 
-def _config_of(stage_folder: Path) -> dict[str, Any]:
-    """The configuration in the newest readable checkpoint of a stage; empty when there is none."""
+def _config_of(stage_folder: Path) -> StageConfig | None:
+    """The configuration in the newest readable checkpoint of a stage; None when there is none."""
     for checkpoint in reversed(list_checkpoints(checkpoints_folder(stage_folder))):
         try:
-            return read_manifest(checkpoint)["config"]
+            read_manifest(checkpoint)
         except CheckpointError as error:
             logger.warning("PASSING OVER A DAMAGED CHECKPOINT: %s", error)
-    return {}
+        else:
+            return trained_config(checkpoint)
+    return None
+
+
+def trained_config(checkpoint: Path) -> StageConfig:
+    """The configuration of the stage that wrote a checkpoint.
+
+    Raises: CheckpointError when the manifest cannot be read, or this version does not know its configuration.
+    """
+    config = read_manifest(checkpoint)["config"]
+    try:
+        return StageConfig.from_tree(config)
+    except ConfigError as error:
+        reason = "its stages had a kind, and no objective" if "stage" in config else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint} was written by another version, whose configuration this one does not read ({reason}). Its "
+            "weights are as ever: name the folder `generator` (or `generator_ema`) in it as init_from, or in "
+            "`longtake generate --model FOLDER --config RECIPE`"
+        ) from None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -197,7 +213,7 @@ def find_checkpoint(path: Path) -> Path:
     for stage in stages:
         if (found := latest_checkpoint(checkpoints_folder(stage), with_exports=True)) is not None:
             return found
-    raise CheckpointError(f"{path} holds no complete checkpoint of a student ({', '.join(STUDENTS)}); train one first")
+    raise CheckpointError(f"{path} holds no complete checkpoint of a student; train one first")
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from longtake.config.stage import StageConfig, load_config
+from longtake.config.job import load_config
+from longtake.config.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STATED = {
@@ -17,7 +18,7 @@ STATED = {
     "hours": r"(?i)time +about ([\d.]+) hours",
 }
 COLUMNS = [
-    "stage",
+    "objective",
     "model",
     "begins with",
     "teacher (critic)",
@@ -32,25 +33,27 @@ COLUMNS += ["trained", "precision", "mesh", *STATED]
 
 def values(stage: StageConfig) -> list[str]:
     """The cells of a stage, up to what only the head of its file states."""
-    video, plan, mesh, critic = stage.video, stage.plan, stage.parallel, stage.critic
+    video, plan, mesh, networks = stage.video, stage.plan, stage.parallel, stage.networks
+    critic = networks["critic"].optim if "critic" in networks else None
     begins = stage.init_from and stage.init_from.removeprefix("weights/")
-    teacher = (stage.teacher or "-").removeprefix("weights/")
-    if critic and critic.init_from:
-        teacher += f" ({critic.init_from.removeprefix('weights/')})"
+    sources = [(networks[name].source or "-") for name in ("teacher", "critic") if name in networks] or ["-"]
+    teacher, *other = (source.removeprefix("weights/") for source in dict.fromkeys(sources))
+    teacher += "".join(f" ({source})" for source in other)
     return [
-        stage.stage,
+        stage.objective.kind,
         stage.model.preset,
         begins or "random weights",
         teacher,
         f"{video.num_latent_frames} of {video.height}x{video.width}",
         f"{plan.block_frames}, {plan.window_frames}, {plan.sink_frames}",
-        "-" if stage.stage == "teacher" else " ".join(f"{level:g}" for level in stage.flow.steps),
+        " ".join(f"{level:g}" for level in stage.flow.steps) if stage.objective.causal else "-",
         f"{stage.max_steps} of {stage.batch_size}",
         f"{stage.optim.lr:g}" + (f" ({critic.lr:g})" if critic else ""),
         (f"rank {stage.lora.rank}" if stage.lora else "all weights")
-        + (", shared base" if stage.roles == "shared" else ""),
+        + (", shared base" if any(network.shared for network in networks.values()) else ""),
         stage.precision,
-        mesh.weights + "".join(f", {name} {n}" for name in ("replicate", "sequence") if (n := getattr(mesh, name)) > 1),
+        mesh.data_parallel
+        + "".join(f", {name} {n}" for name in ("replicate", "sequence") if (n := getattr(mesh, name)) > 1),
     ]
 
 

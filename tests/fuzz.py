@@ -157,7 +157,8 @@ class Fuzz:
 
     def _recipe(self, random: Random, number: int) -> Case:
         from longtake.config.base import describe
-        from longtake.config.stage import JobConfig, StageConfig
+        from longtake.config.job import JobConfig
+        from longtake.config.stage import StageConfig
 
         file = random.choice(["stage.yaml", "stage.yaml", "distill.yaml", "job.yaml", "story.yaml"])
         tree = yaml.safe_load((self.work / file).read_text())

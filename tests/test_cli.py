@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from longtake.cli import app as cli
 from longtake.config.base import describe
-from longtake.config.stage import JobConfig, StageConfig, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig
 from longtake.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -290,5 +291,5 @@ def test_help_imports_no_torch_and_is_quick():
 
 
 def test_check_imports_no_torch():
-    program = "import sys\nfrom longtake.config.stage import load_config\nload_config('configs/toy/i2v.yaml')\n"
+    program = "import sys\nfrom longtake.config.job import load_config\nload_config('configs/toy/i2v.yaml')\n"
     timed("-c", program + "assert 'torch' not in sys.modules")

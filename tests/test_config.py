@@ -6,27 +6,21 @@ import pytest
 import yaml
 
 from longtake.config.base import describe
-from longtake.config.stage import (
-    TOY_ASSETS,
-    CriticConfig,
-    JobConfig,
-    OptimConfig,
-    StageConfig,
-    dump,
-    load_config,
-    resolve_source,
-)
+from longtake.config.groups import OptimConfig
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import TOY_ASSETS, StageConfig, dump, resolve_source
 from longtake.errors import ConfigError
+from longtake.objectives.dmd import CriticConfig
 
 STAGE = {
-    "stage": "causal",
+    "objective": {"kind": "teacher_forcing"},
     "name": "causal",
     "logdir": "out",
     "init_from": "toy",
     "max_steps": 10,
     "data": {"path": "d"},
 }
-DISTILL = STAGE | {"stage": "distill", "name": "distill", "init_from": "causal", "teacher": "toy"}
+DISTILL = STAGE | {"objective": {"kind": "dmd", "teacher": "toy"}, "name": "distill", "init_from": "causal"}
 
 
 def write(folder, tree, name="c.yaml"):
@@ -87,10 +81,10 @@ def test_config_is_frozen(tmp_path):
         ("btach_size=3", r"unknown key btach_size; did you mean batch_size"),
         ("optim.lrr=3", r"unknown key optim.lrr; did you mean optim.lr"),
         ("window_frames=3", r"unknown key window_frames; did you mean plan.window_frames"),
-        ("lr=3", r"unknown key lr; did you mean lora or optim.lr or critic.lr"),
+        ("lr=3", r"unknown key lr; did you mean lora or objective.critic.lr or optim.lr"),
         ("denoising_step_list=[1000]", r"unknown key denoising_step_list; here it is flow.steps"),
         ("num_frame_per_block=3", r"here it is plan.block_frames"),
-        ("zzz=3", r"unknown key zzz; the keys of the top level are stage, name"),
+        ("zzz=3", r"unknown key zzz; the keys of the top level are name, logdir"),
         ("optim.lr=-1", r"optim.lr: got -1; must be greater than 0"),
         ("optim.lr=fast", r"optim.lr: got 'fast'; must be a valid number"),
         ("batch_size=true", r"batch_size: got True; must be a valid integer"),
@@ -136,8 +130,8 @@ def test_python_construction_raises_the_same_error():
         ("a: [1", "not valid YAML"),
         ("- 1", "must be a mapping"),
         ("", "must be a mapping"),
-        ("logdir: x", "neither `stage:`"),
-        ("stage: causal\nstage: distill", "'stage' is written twice"),
+        ("logdir: x", "neither `objective:`"),
+        ("name: causal\nname: distill", "'name' is written twice"),
         ("stages: []", "stages must map"),
         ("stages: {data: x.yaml}", "cannot be called data"),
         ("stages: {a: gone.yaml}", "gone.yaml is not a file"),
@@ -172,14 +166,19 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["flow.steps=[0.9, 0.5]"], r"must descend strictly from 1"),
         (["flow.steps=[1, 0.5, 0.5]"], r"must descend strictly from 1"),
         (["flow.steps=[]"], r"flow.steps: got \[\]"),
-        (["flow.sigma_min=0.99"], r"sigma_min=0.99 must be below"),
         (["batch_size=6"], r"batch_size=6 must be a multiple of micro_batch_size=4 = 4; set batch_size to 4 or 8"),
         (["batch_size=2"], r"set batch_size to 4, or"),
-        (["init_from=null"], r"init_from=null: stage causal needs trained weights"),
+        (["init_from=null"], r"init_from=null: teacher_forcing needs trained weights"),
         (["init_from=causal"], r"init_from=causal is the stage itself"),
         (["name=toy"], r"name=toy is taken"),
-        (["teacher=toy"], r"teacher and critic belong to stages distill and long"),
-        (["critic.lr=1e-5"], r"teacher and critic belong to stages distill and long"),
+        (["objective.teacher=toy"], r"unknown key objective.teacher; it belongs to objective.kind=dmd and long_tuning"),
+        (["objective.critic.lr=1e-5"], r"unknown key objective.critic; it belongs to objective.kind=dmd and long_"),
+        (["objective.kind=dnd"], r"objective: kind=dnd is not known; give flow_matching, .*, or MODULE:CLASS"),
+        (["objective.kind=no.such:Thing"], r"objective: kind=no.such:Thing cannot be imported .*PYTHONPATH"),
+        (["objective.kind=longtake.plan:StreamPlan"], r"must be a subclass of ObjectiveConfig"),
+        (["objective={}"], r"objective: kind: missing; it says what is trained: flow_matching, "),
+        (["objective=dmd"], r"objective: got 'dmd'"),
+        (["objective.kind=dmd"], r"objective.teacher: missing; this key has no default"),
         (["data.kind=images"], r"has no motion to learn from"),
         (["wandb.enabled=true"], r"wandb: enabled=true needs project"),
     ],
@@ -189,40 +188,79 @@ def test_combinations_are_checked_when_the_config_is_read(tmp_path, overrides, m
         stage(tmp_path, *overrides)
 
 
-def test_distill_needs_a_teacher_and_has_a_critic(tmp_path):
-    assert stage(tmp_path, base=DISTILL).critic == CriticConfig()
-    assert stage(tmp_path, "critic.lr=1e-6", base=DISTILL).critic.lr == 1e-6
-    with pytest.raises(ConfigError, match="teacher=null: stage distill needs a real score"):
-        stage(tmp_path, "teacher=null", base=DISTILL)
-    with pytest.raises(ConfigError, match="caption_dropout=0.1 has no effect"):
-        stage(tmp_path, "caption_dropout=0.1", base=DISTILL)
-    with pytest.raises(ConfigError, match="error_recycling.share=0.1 belongs to stage causal"):
-        stage(tmp_path, "error_recycling.share=0.1", base=DISTILL)
-    with pytest.raises(ConfigError, match="data_loss.weight=0.5 belongs to stages distill and long, this is stage"):
-        stage(tmp_path, "data_loss.weight=0.5")
+def test_dmd_has_a_critic_and_says_what_it_does_not_read(tmp_path):
+    assert stage(tmp_path, base=DISTILL).objective.critic == CriticConfig()
+    assert stage(tmp_path, "objective.critic.lr=1e-6", base=DISTILL).objective.critic.lr == 1e-6
+    for changes, message in (
+        (["objective.teacher=distill"], "objective.teacher=distill is the stage itself"),
+        (["objective.caption_dropout=0.1"], "caption_dropout; it belongs to objective.kind=flow_matching and teacher"),
+        (["objective.error_recycling.share=0.1"], "error_recycling; it belongs to objective.kind=teacher_forcing"),
+        (["objective.num_chunks=[2]"], "unknown key objective.num_chunks; it belongs to objective.kind=long_tuning"),
+        (["objective.critc.lr=1"], "unknown key objective.critc; did you mean objective.critic"),
+        (["objective.critic.lrr=1"], "unknown key objective.critic.lrr; did you mean objective.critic.lr"),
+        (["objective.sigma_min=0.99"], r"objective: sigma_min=0.99 must be below"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stage(tmp_path, *changes, base=DISTILL)
+    with pytest.raises(ConfigError, match="data_loss; it belongs to objective.kind=dmd and long_tuning"):
+        stage(tmp_path, "objective.data_loss.weight=0.5")
     with pytest.raises(
         ConfigError, match="error_recycling.from_step=4 must be below the 4 flow.steps; set it to 3 or less"
     ):
-        stage(tmp_path, "error_recycling.share=0.5", "error_recycling.from_step=4")
+        stage(tmp_path, "objective.error_recycling.share=0.5", "objective.error_recycling.from_step=4")
     assert stage(tmp_path, "flow.steps=[1.0]", base=DISTILL).flow.steps == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (
+            "stage=causal",
+            "objective.kind (teacher = flow_matching, causal = teacher_forcing, distill = dmd, long = long_",
+        ),
+        ("teacher=toy", "objective.teacher"),
+        ("critic.lr=1e-5", "objective.critic"),
+        ("objective.critic.head_start=3", "objective.critic.critic_warmup_steps"),
+        ("real_videos.weight=1", "objective.data_loss"),
+        ("own_history.share=1", "objective.error_recycling"),
+        ("caption_dropout=0.1", "objective.caption_dropout"),
+        ("roles=shared", "objective.shared_base (shared = true)"),
+        ("long.num_chunks=[3]", "objective: num_chunks, new_frames and switch_frames are keys of kind long_tuning"),
+        ("flow.guidance=2", "objective.guidance"),
+        ("flow.sigma_min=0.1", "objective.sigma_min"),
+        ("parallel.weights=whole", "data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)"),
+    ],
+)
+def test_keys_of_earlier_versions_are_refused_with_their_new_names(tmp_path, override, named):
+    with pytest.raises(ConfigError) as error:
+        stage(tmp_path, override, base=DISTILL)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"unknown key {override.split('=')[0].removesuffix('.lr').removesuffix('.weight')}"[:16])
+    assert f"; here it is {named}" in line
+
+
+def test_a_recipe_of_an_earlier_version_is_refused_with_the_new_name_of_its_kind(tmp_path):
+    old = {key: value for key, value in STAGE.items() if key != "objective"} | {"stage": "causal"}
+    with pytest.raises(ConfigError, match="unknown key stage; here it is objective.kind .teacher = flow_matching"):
+        stage(tmp_path, base=old)
 
 
 def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
     plain = stage(tmp_path, base=DISTILL)
-    assert not plain.learns_from_videos and plain.clip_shape == plain.video.shape
-    changes = ["data_loss.weight=1", "data.kind=clips"]
+    assert not plain.objective.learns_from_videos and plain.clip_shape == plain.video.shape
+    changes = ["objective.data_loss.weight=1", "data.kind=clips"]
     same = stage(tmp_path, *changes, base=DISTILL)
-    assert same.learns_from_videos and same.clip_shape == same.video.shape
-    longer = stage(tmp_path, *changes, "data_loss.num_latent_frames=13", base=DISTILL)
+    assert same.objective.learns_from_videos and same.clip_shape == same.video.shape
+    longer = stage(tmp_path, *changes, "objective.data_loss.num_latent_frames=13", base=DISTILL)
     assert (longer.clip_shape.num_latent_frames, longer.video.num_latent_frames) == (13, 9)
     with pytest.raises(ConfigError, match="data_loss.num_latent_frames=13 has no effect while data_loss.weight=0"):
-        stage(tmp_path, "data_loss.num_latent_frames=13", base=DISTILL)
+        stage(tmp_path, "objective.data_loss.num_latent_frames=13", base=DISTILL)
     with pytest.raises(ConfigError, match="data_loss.num_latent_frames=1 leaves nothing to learn"):
-        stage(tmp_path, *changes, "data_loss.num_latent_frames=1", base=DISTILL)
+        stage(tmp_path, *changes, "objective.data_loss.num_latent_frames=1", base=DISTILL)
     with pytest.raises(ConfigError, match="data_loss.num_latent_frames=12 .* block"):
-        stage(tmp_path, *changes, "data_loss.num_latent_frames=12", base=DISTILL)
-    with pytest.raises(ConfigError, match="data.kind=images has no motion .* stage distill with data_loss.weight"):
-        stage(tmp_path, "data_loss.weight=1", "data.kind=images", base=DISTILL)
+        stage(tmp_path, *changes, "objective.data_loss.num_latent_frames=12", base=DISTILL)
+    with pytest.raises(ConfigError, match=r"data.kind=images has no motion .*\(dmd\)"):
+        stage(tmp_path, "objective.data_loss.weight=1", "data.kind=images", base=DISTILL)
 
 
 def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
@@ -247,7 +285,7 @@ def test_where_exit_steps_are_joined(tmp_path, changes, alone, shared):
 
 
 def test_a_new_teacher_starts_from_random_weights(tmp_path):
-    assert stage(tmp_path, "stage=teacher", "init_from=null").init_from is None
+    assert stage(tmp_path, "objective.kind=flow_matching", "init_from=null").init_from is None
 
 
 def test_t2v_may_have_any_first_block(tmp_path):
@@ -334,8 +372,8 @@ def test_every_key_is_described():
         ("data.buckets=[[64, 64], [60, 64]]", "data.buckets=.*height=60 must be a positive multiple of 16"),
         ("data.buckets=[[64, 64], [128, 128]]", "data.buckets=.* has two of one aspect"),
         ("data.buckets=[[32, 64], [64, 32]]", r"data.buckets=.* must hold \[video.height, video.width\]=\[64, 64\]"),
-        ("data.kind=texts", "data.kind=texts has no motion to learn from in stage causal; use clips"),
-        ("data.kind=images", "data.kind=images has no motion to learn from in stage causal; use clips"),
+        ("data.kind=texts", "data.kind=texts has no motion to learn from.*teacher_forcing.*; use clips"),
+        ("data.kind=images", "data.kind=images has no motion to learn from.*teacher_forcing.*; use clips"),
     ],
 )
 def test_data_that_cannot_train_the_stage_is_refused(tmp_path, override, message):

@@ -6,10 +6,16 @@ import pytest
 import yaml
 
 from longtake.config.base import parse_yaml
-from longtake.config.stage import load_config
+from longtake.config.job import load_config
 from longtake.errors import ConfigError
 
-DISTILL = {"stage": "distill", "name": "s", "logdir": "out", "init_from": "toy", "teacher": "toy", "max_steps": 10}
+DISTILL = {
+    "objective": {"kind": "dmd", "teacher": "toy"},
+    "name": "s",
+    "logdir": "out",
+    "init_from": "toy",
+    "max_steps": 10,
+}
 TEXTS = [
     *("clips #2", "2024", "no", "1e5", "0x10", "1_000", "010", "2026-11-29", "a: b", "- a", "[a", "*a", "&a", "!a"),
     *("%a", "@a", "{a}/b", "é 🎈", "a ", "null", "a=b", "'a' and 'b'", '"a" b', "a\\n", "`", "|", "2026-13-45"),
@@ -25,27 +31,34 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_taken_as_it_is_typed(file, text):
-    config = load_config(file, [f"data.path={text}", f"flow.negative_prompt={text}", f"logdir={text}"])
-    assert (config.data.path, config.flow.negative_prompt, config.logdir) == (text, text, text)
+    config = load_config(file, [f"data.path={text}", f"objective.negative_prompt={text}", f"logdir={text}"])
+    assert (config.data.path, config.objective.negative_prompt, config.logdir) == (text, text, text)
 
 
 def test_quotes_spaces_and_nothing(file):
-    config = load_config(file, ["data.path='2024'", 'flow.negative_prompt="a #b"', "logdir = out put", "lora=null"])
-    assert (config.data.path, config.flow.negative_prompt, config.logdir) == ("2024", "a #b", "out put")
-    assert load_config(file, ["flow.negative_prompt="]).flow.negative_prompt == ""
+    config = load_config(
+        file, ["data.path='2024'", 'objective.negative_prompt="a #b"', "logdir = out put", "lora=null"]
+    )
+    assert (config.data.path, config.objective.negative_prompt, config.logdir) == ("2024", "a #b", "out put")
+    assert load_config(file, ["objective.negative_prompt="]).objective.negative_prompt == ""
     for nothing in ("null", "~", ""):
-        assert load_config(file, ["critic.lr=1e-4", f"critic.init_from={nothing}"]).critic.init_from is None
-    assert load_config(file, ["critic.init_from='null'"]).critic.init_from == "null"
+        assert (
+            load_config(
+                file, ["objective.critic.lr=1e-4", f"objective.critic.init_from={nothing}"]
+            ).objective.critic.init_from
+            is None
+        )
+    assert load_config(file, ["objective.critic.init_from='null'"]).objective.critic.init_from == "null"
     with pytest.raises(ConfigError, match="data.path: got ''"):
         load_config(file, ["data.path="])
 
 
 def test_home_and_log_folder(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    paths = ["logdir=~/runs", "data.path={logdir}/clips #2", "init_from=~/w", "encoders=~", "teacher=./~x"]
+    paths = ["logdir=~/runs", "data.path={logdir}/clips #2", "init_from=~/w", "encoders=~", "objective.teacher=./~x"]
     config = load_config(file, paths)
     assert (config.logdir, config.data.path) == ("/home/me/runs", "/home/me/runs/clips #2")
-    assert (config.init_from, config.encoders, config.teacher) == ("/home/me/w", "/home/me", "./~x")
+    assert (config.init_from, config.encoders, config.objective.teacher) == ("/home/me/w", "/home/me", "./~x")
     file.write_text(yaml.safe_dump(DISTILL | {"data": {"path": "~/d"}}))
     assert load_config(file).data.path == "/home/me/d"
     for wrong, rule in (("~nobody-here/x", "no home folder"), ("a" * 300, "at most 255 bytes"), ("\ud800", "unicode")):
@@ -74,7 +87,14 @@ def test_yaml_that_is_no_text_says_how_to_quote(file, value):
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999", "1e-320"])
 def test_numbers_are_finite(file, value):
-    keys = ["optim.lr", "flow.guidance", "flow.shift", "optim.eps", "watchdog.slow_seconds", "data_loss.weight"]
+    keys = [
+        "optim.lr",
+        "objective.guidance",
+        "flow.shift",
+        "optim.eps",
+        "watchdog.slow_seconds",
+        "objective.data_loss.weight",
+    ]
     for key in keys if value != "1e-320" else ["flow.shift"]:
         with pytest.raises(ConfigError, match=f"{key}: got|must be"):
             load_config(file, [f"{key}={value}"])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from longtake.config.base import read_recipe
-from longtake.config.stage import JobConfig, StageConfig, dump, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig, dump
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("[!_]*.yaml"))  # `_*.yaml` are no recipes: others extend them

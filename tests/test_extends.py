@@ -5,7 +5,8 @@ import yaml
 
 from longtake.config.base import read_recipe
 from longtake.config.generation import read_stage
-from longtake.config.stage import JobConfig, StageConfig, dump, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig, dump
 from longtake.errors import ConfigError
 
 
@@ -20,7 +21,10 @@ def write(tmp_path):
     write(
         "_base.yaml", {"init_from": "toy", "max_steps": 10, "data": {"path": "d"}, "optim": {"lr": 1e-3, "beta1": 0.5}}
     )
-    write("causal.yaml", {"extends": "_base.yaml", "stage": "causal", "name": "causal", "logdir": "out"})
+    write(
+        "causal.yaml",
+        {"extends": "_base.yaml", "objective": {"kind": "teacher_forcing"}, "name": "causal", "logdir": "out"},
+    )
     return write
 
 
@@ -35,7 +39,13 @@ def test_mappings_are_merged_and_all_else_replaces(write):
 
 
 def test_a_stage_is_the_same_as_written_in_full(write, tmp_path):
-    full = {"stage": "causal", "name": "causal", "logdir": "out", "init_from": "toy", "max_steps": 20}
+    full = {
+        "objective": {"kind": "teacher_forcing"},
+        "name": "causal",
+        "logdir": "out",
+        "init_from": "toy",
+        "max_steps": 20,
+    }
     full |= {"data": {"path": "d"}, "optim": {"lr": 2e-3, "beta1": 0.5}}
     config = load_config(write("sub/long.yaml", {"extends": "../causal.yaml", "max_steps": 20, "optim": {"lr": 2e-3}}))
     assert isinstance(config, StageConfig) and config == load_config(write("full.yaml", full))
@@ -79,7 +89,9 @@ def test_a_wrong_base_is_refused(write, base, message):
     write("e.yaml", {"extends": "./d.yaml"})
     write("list.yaml", [1])
     with pytest.raises(ConfigError, match=message):
-        load_config(write("c.yaml", {"extends": base, "stage": "causal", "name": "c", "logdir": "o"}))
+        load_config(
+            write("c.yaml", {"extends": base, "objective": {"kind": "teacher_forcing"}, "name": "c", "logdir": "o"})
+        )
 
 
 def test_errors_name_the_file_of_a_key_unless_it_is_the_recipe_itself(write, tmp_path):
@@ -108,7 +120,7 @@ def test_extends_is_a_key_of_files_alone(write, tmp_path, override):
 
 
 def test_a_base_alone_is_no_recipe(tmp_path, write):
-    with pytest.raises(ConfigError, match="neither `stage:`"):
+    with pytest.raises(ConfigError, match="neither `objective:`"):
         load_config(tmp_path / "_base.yaml")
 
 

@@ -158,7 +158,7 @@ def test_no_peer_can_come_to_port_0(monkeypatch):
 
 @pytest.mark.parametrize("change", ["video.width=9223372036854775808", "video.height=100000", f"batch_size={10**30}"])
 def test_sizes_beyond_all_machines_are_refused(change):
-    from longtake.config.stage import load_config
+    from longtake.config.job import load_config
 
     with pytest.raises(ConfigError, match="too large|less than or equal to 8192"):
         load_config(Path(__file__).parent.parent / "configs" / "toy" / "causal.yaml", [change])

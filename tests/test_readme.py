@@ -13,7 +13,8 @@ import typer
 
 from longtake.cli import app as cli
 from longtake.config.base import describe
-from longtake.config.stage import JobConfig, StageConfig, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -37,7 +37,7 @@ KILLED = [
     *("causal.max_steps=5", "causal.save_every=1", "causal.validation.num_worlds=0"),
     *("causal.batch_size=4", "causal.micro_batch_size=2"),
     *("distill.max_steps=5", "distill.save_every=1", "distill.validation.num_worlds=0"),
-    *("distill.batch_size=4", "distill.micro_batch_size=2", "distill.critic.updates_per_generator=2"),
+    *("distill.batch_size=4", "distill.micro_batch_size=2", "distill.objective.critic.updates_per_generator=2"),
     *("evaluation.num_worlds=2", "evaluation.teacher_steps=2", "evaluation.ablations=false"),
 ]
 

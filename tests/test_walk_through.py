@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config.stage import JobConfig, load_config
+from longtake.config.job import JobConfig, load_config
 from longtake.doctor.estimate import Need
 from longtake.inference.video_io import read_video
 from longtake.run_folder import latest_checkpoint, read_manifest

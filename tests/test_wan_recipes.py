@@ -12,7 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config.stage import JobConfig, StageConfig, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig
 from longtake.data.encoded import read_index
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from longtake.checkpoint.async_save import SaveSettings
+from longtake.checkpoint.save import RunInfo
+from longtake.config.groups import EmaConfig, OptimConfig
+from longtake.config.run import CheckpointConfig, RunConfig, WatchdogConfig
 from longtake.objectives.base import LossResult
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
-from longtake.train.ema import EMASettings
-from longtake.train.loop import Hooks, LoopSettings, RunInfo, train
-from longtake.train.optim import OptimizerSettings
+from longtake.train.loop import Hooks, train
 from longtake.train.state import TrainState
 
 WIDTH, BATCH = 5, 4
@@ -63,13 +63,16 @@ class Rows:
     """Micro-batches whose sample `i` is a function of `i`; the global batch is split over the ranks."""
 
     def __init__(self, mesh: Mesh, accumulation: int = 1) -> None:
-        self.mesh, self.position = mesh, 0
+        self.mesh, self.position, self.accumulation = mesh, 0, accumulation
         self.per_rank = BATCH // mesh.world_size // accumulation
 
     def seek(self, position: int) -> None:
         self.position = position
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> list[torch.Tensor]:
+        return [self._micro_batch() for _ in range(self.accumulation)]
+
+    def _micro_batch(self) -> torch.Tensor:
         start = self.position + self.mesh.rank * self.per_rank
         self.position += self.per_rank * self.mesh.world_size
         return torch.stack(
@@ -106,33 +109,36 @@ class TwoPlayers:
 
 def build(mesh: Mesh, *, seed: int = 1, nan_at: int = -1) -> tuple[TrainState, TwoPlayers]:
     networks = {name: parallelize(Tiny(i), mesh) for i, name in enumerate(("generator", "critic"))}
-    settings = OptimizerSettings(lr=1e-2, betas=(0.5, 0.9), weight_decay=0.01, warmup_steps=3, max_grad_norm=0.5)
-    state = TrainState.build(
-        networks, dict.fromkeys(networks, settings), {"generator": EMASettings(0.9, start_step=2)}, seed=seed
-    )
+    optim = OptimConfig(lr=1e-2, beta1=0.5, beta2=0.9, weight_decay=0.01, warmup_steps=3, max_grad_norm=0.5)
+    averages = {"generator": EmaConfig(decay=0.9, start_step=2)}
+    state = TrainState.build(networks, dict.fromkeys(networks, optim), averages, max_steps=8, seed=seed)
     return state, TwoPlayers(networks, nan_at, nan_rank=mesh.world_size - 1, rank=mesh.rank)
 
 
 def run(
     folder: Path, mesh: Mesh, *, steps: int = 8, save_every: int = 3, accumulation: int = 1, **options
 ) -> TrainState:
-    hooks, wandb, trace = options.pop("hooks", Hooks()), options.pop("wandb", None), options.pop("trace", None)
-    save = SaveSettings(keep=2, mode=options.pop("mode", "async"), export=options.pop("export", "every"))
-    loop = options.pop("loop", {})
+    hooks, loop = options.pop("hooks", Hooks()), {"watchdog": WatchdogConfig(seconds=0)} | options.pop("loop", {})
+    checkpoint = CheckpointConfig(mode=options.pop("mode", "async"), export=options.pop("export", "every"))
     invariants = options.pop("invariants", {"rope": "relative", "block_plan": [1, 4], "fps": 16})
     state, objective = build(mesh, **options)
     train(
         state,
         objective,
         Rows(mesh, accumulation),
-        LoopSettings(steps, accumulation, save_every=save_every, save=save, validate_every=4, **loop),
-        folder=folder,
+        RunConfig(
+            **where_of(folder), max_steps=steps, save_every=save_every, checkpoint=checkpoint, validate_every=4, **loop
+        ),
         mesh=mesh,
-        info=RunInfo({"steps": steps}, invariants, wandb=wandb, progress=False),
+        info=RunInfo({"steps": steps}, invariants),
         hooks=hooks,
-        trace=trace,
     )
     return state
+
+
+def where_of(folder: Path) -> dict[str, str]:
+    """The keys of a configuration that name its folder."""
+    return {"logdir": str(folder.parent), "name": folder.name}
 
 
 def kill_in_save(step: int) -> None:

@@ -9,7 +9,8 @@ import torch
 from tiny_models import randomize
 from toy_assets import toy
 
-from longtake.checkpoint.save import save_checkpoint
+from longtake.checkpoint.invariants import invariants
+from longtake.checkpoint.save import RunInfo, Snapshot, save_checkpoint
 from longtake.config.groups import WorldConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
@@ -18,9 +19,6 @@ from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.toy.files import write_world
-from longtake.train.ema import EMASettings
-from longtake.train.optim import OptimizerSettings
-from longtake.train.stage import invariants
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
 
@@ -75,10 +73,23 @@ def make_workshop(folder: Path) -> Path:
     return folder
 
 
+OF_OBJECTIVE = {"teacher", "critic", "data_loss", "error_recycling", "caption_dropout", "shared_base", "guidance"}
+OF_OBJECTIVE |= {"kind", "negative_prompt", "num_chunks", "new_frames", "switch_frames"}
+# What the stages of these names are trained by
+KINDS = {"teacher": "flow_matching", "causal": "teacher_forcing", "distill": "dmd", "long": "long_tuning"}
+
+
 def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict[str, Any]:
-    """The configuration tree of a tiny stage: 5 latent frames in blocks [1, 2, 2], window 5, 2 denoising steps."""
+    """The configuration tree of a tiny stage: 5 latent frames in blocks [1, 2, 2], window 5, 2 denoising steps.
+
+    Args: `changes`, values of the stage or (`OF_OBJECTIVE`) of its objective, in place of those of the tree.
+    """
+    objective: dict[str, Any] = {"kind": KINDS[stage]}
+    if stage in ("distill", "long"):
+        critic = {"lr": 1e-3, "updates_per_generator": 2}
+        objective |= {"teacher": str(workshop / "teacher"), "critic": critic, "guidance": 3.0}
     tree: dict[str, Any] = {
-        "stage": stage,
+        "objective": objective | {key: changes.pop(key) for key in OF_OBJECTIVE & changes.keys()},
         "name": stage,
         "logdir": str(logdir),
         "seed": 1,
@@ -86,7 +97,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
         "encoders": str(workshop / "encoders"),
         "video": {"height": 64, "width": 64, "num_latent_frames": 5},
         "plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1},
-        "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 3.0},
+        "flow": {"steps": [1.0, 0.5], "shift": 3.0},
         "data": {"path": str(workshop / "data" / "clips"), "kind": "clips", "num_workers": 0},
         "batch_size": 4,
         "micro_batch_size": 2,
@@ -97,8 +108,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
         "validate_every": 0,
         "validation": {"num_worlds": 1, "teacher_steps": 2},
     }
-    if stage == "distill":
-        tree |= {"teacher": str(workshop / "teacher"), "critic": {"lr": 1e-3, "updates_per_generator": 2}}
+    if stage in ("distill", "long"):
         tree["data"] = {"path": str(workshop / "data" / "images"), "kind": "images", "num_workers": 0}
     return tree | changes
 
@@ -114,7 +124,7 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
     """
     network = make_model(seed=seed)
     state = TrainState.build(
-        {"generator": network}, {"generator": OptimizerSettings(1e-3)}, {"generator": EMASettings()} if ema else {}
+        {"generator": network}, {"generator": config.optim}, {"generator": config.ema} if ema else {}, max_steps=1
     )
     state.step = step
     if ema:
@@ -122,13 +132,11 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
             for name, parameter in network.named_parameters():
                 parameter.add_(KeyedRNG(seed).noise(0, name, [0], parameter.shape)[0], alpha=0.05)
     save_checkpoint(
-        state,
+        Snapshot.of(state, ("generator",)),
         config.folder / "checkpoints",
         mesh=Mesh(),
-        config=config.model_dump(),
-        invariants=invariants(config),
+        info=RunInfo(config.model_dump(), invariants(config)),
         keep=3,
-        export=("generator",),
     )
     taken = make_model(seed=seed)
     if not ema:

@@ -1,6 +1,6 @@
 """When and how a run's checkpoints are written: beside the training, or while it waits.
 
-`async`: the loop waits until the state is copied to host memory (`train.staging`); a thread writes the copy, makes the
+`async`: the loop waits until the state is copied to host memory (`staging.py`); a thread writes the copy, makes the
 exports and publishes, over a process group of its own. One save is in flight at a time: the next one waits for it.
 """
 
@@ -8,63 +8,48 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from longtake import run_folder
-from longtake.checkpoint.save import Snapshot, check_space, write_checkpoint, written_here
+from longtake.checkpoint.save import RunInfo, Snapshot, check_space, save_checkpoint, written_here
 from longtake.checkpoint.staging import Staging, fits_in_host_memory
-from longtake.errors import ConfigError
+from longtake.config.run import CheckpointConfig
 from longtake.parallel.mesh import Mesh
 from longtake.train.state import TrainState
 
 SAVES = "saves.jsonl"  # in the stage folder: what each save took
+EXPORTED = ("generator",)  # networks whose weights are also written whole
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SaveSettings:
-    """How a run is saved.
-
-    Fields: `mode`, beside the training or not; `keep`, how many checkpoints stay; `networks` whose weights are also
-    written whole, in which checkpoints (`export`: every one, or the last of a run or before a stop).
-    """
-
-    mode: Literal["async", "sync"] = "async"
-    keep: int = 3
-    networks: tuple[str, ...] = ("generator",)
-    export: Literal["every", "last"] = "every"
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ConfigError(f"keep={self.keep} must be at least 1; set it to 1 or more")
-
-
 class Saver:
-    """Saves the checkpoints of one stage; every method but `failed` is called by all ranks together."""
+    """Saves the checkpoints of one stage; every method but `failed` is called by all ranks together.
+
+    Args: `keep`, how many checkpoints stay; `info` of every manifest.
+    """
 
     def __init__(
         self,
         state: TrainState,
         folder: Path,
-        settings: SaveSettings,
+        config: CheckpointConfig,
         *,
+        keep: int,
         mesh: Mesh,
-        config: Mapping[str, Any],
-        invariants: Mapping[str, Any],
+        info: RunInfo,
     ) -> None:
-        self.folder, self.settings, self.mesh = folder, settings, mesh
-        self._state, self._config, self._invariants = state, config, invariants
-        self._writing: threading.Thread | None = None
-        self._error: Exception | None = None
+        self.folder, self.config, self.keep, self.mesh = folder, config, keep, mesh
+        self._state, self._info = state, info
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
         # Refused now rather than after hours.
-        check_space(Snapshot.of(state, settings.networks), folder, mesh)
+        check_space(Snapshot.of(state, EXPORTED), folder, mesh)
         self._staging, self._beside = None, mesh
-        if settings.mode == "async":
+        if config.mode == "async":
             tensors = written_here(state.tensors(), mesh)
             if fits_in_host_memory(tensors, mesh):
                 self._staging, self._beside = Staging(tensors), mesh.beside()
@@ -74,7 +59,7 @@ class Saver:
     @property
     def failed(self) -> bool:
         """True when a save in the background failed on this rank; `wait` raises the error."""
-        return self._error is not None
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def save(self, *, last: bool = False) -> None:
         """Saves the state; returns when the training may change it again. `last`: no further one is planned.
@@ -82,9 +67,9 @@ class Saver:
         Raises: CheckpointError on every rank, also for the save before; older checkpoints stay.
         """
         start = time.perf_counter()
-        self.wait()
+        self.wait()  # the one before: its copy is in the memory that this one's will overwrite
         waited = time.perf_counter() - start
-        networks = self.settings.networks if last or self.settings.export == "every" else ()
+        networks = EXPORTED if last or self.config.export == "every" else ()
         snapshot = Snapshot.of(self._state, networks)
         check_space(snapshot, self.folder, self.mesh)
         if self._staging is not None:
@@ -92,19 +77,14 @@ class Saver:
         times = {"wait": waited, "stage": time.perf_counter() - start - waited}
         if self._staging is None:
             self._write(snapshot, times)
-            self.wait()
         else:
-            self._writing = threading.Thread(target=self._write, args=(snapshot, times), name="checkpoint", daemon=True)
-            self._writing.start()
+            self._writing = self._thread.submit(self._write, snapshot, times)
 
     def wait(self) -> None:
         """Returns when everything is published. Raises: the error of a save in the background, once."""
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self, *, failing: bool = False) -> None:
         """Waits for the last save. After an error of the training, an error of the save is only logged."""
@@ -114,20 +94,15 @@ class Saver:
             if not failing:
                 raise
             logger.error("The checkpoint that was being written is lost (older ones are intact): %s", error)
+        self._thread.shutdown()
         if self._beside is not self.mesh and not failing:
             self._beside.leave_group()
 
     def _write(self, snapshot: Snapshot, times: dict[str, float]) -> None:
         start, mesh = time.perf_counter(), self._beside
-        try:
-            keep = self.settings.keep
-            write_checkpoint(
-                snapshot, self.folder, mesh=mesh, config=self._config, invariants=self._invariants, keep=keep
-            )
-            times["write"] = time.perf_counter() - start
-            mesh.on_main(lambda: self._log(snapshot.step, times))
-        except Exception as error:  # noqa: BLE001 (raised again by `wait`, in the thread of the training)
-            self._error = error
+        save_checkpoint(snapshot, self.folder, mesh=mesh, info=self._info, keep=self.keep)
+        times["write"] = time.perf_counter() - start
+        mesh.on_main(lambda: self._log(snapshot.step, times))
 
     def _log(self, step: int, times: Mapping[str, float]) -> None:
         files = run_folder.read_manifest(self.folder / run_folder.checkpoint_name(step))["files"]

@@ -21,7 +21,7 @@ _FIXES = {
     "base": "name the weights that it was trained on in init_from (and critic.init_from)",
     "lora": "set rank, alpha and targets back",
     "rows": "give data.path the rows that it had, in the same order",
-    "batch_size": "set it back (with data.buckets and in stage long it says which rows come next)",
+    "batch_size": "set it back (with data.buckets and in long_tuning it says which rows come next)",
 }
 
 
@@ -39,12 +39,9 @@ def invariants(config: StageConfig) -> dict[str, Any]:
 
 def resume_invariants(config: StageConfig, rows: str) -> dict[str, Any]:
     """What must not change beside `invariants` in a resumed run: values by dotted key, and the `rows` of the data."""
-    keys = ["seed", "stage", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
-    keys += ["model.preset"] * (config.init_from is None)
-    if config.data.buckets is not None or config.stage == "long":
-        keys.append("batch_size")
-    if config.stage == "long":
-        keys += ["video.num_latent_frames", "long.num_chunks", "long.new_frames", "long.switch_frames"]
+    keys = ["seed", "objective.kind", "model.image_condition", "model.first_frame_sigma", "data.buckets", "ema.enabled"]
+    keys += ["model.preset"] * (config.init_from is None) + ["batch_size"] * (config.data.buckets is not None)
+    keys += config.objective.resume_keys
     values = flat(config.model_dump())
     return {key: values[key] for key in keys} | {"rows": rows}
 

@@ -2,8 +2,8 @@
 
 Reading uses torch's safetensors reader and writing `longtake.checkpoint.shards`, so that a checkpoint holds no pickle
 at all (the default storage of torch.distributed.checkpoint unpickles its `.metadata`, and its planner unpickles
-everything that is no tensor). NoSplit weights for inference are put together from the shards that were just written: no
-rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside the training to `train.saver`.
+everything that is no tensor). Whole weights for inference are put together from the shards that were just written: no
+rank gathers anything. The layout on disk belongs to `longtake.run_folder`, saving beside training to `async_save.py`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,38 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from longtake import run_folder
 from longtake.checkpoint.invariants import compare_facts, flat
 from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
-from longtake.checkpoint.staging import local
 from longtake.errors import CheckpointError
-from longtake.models.lora import factors
 from longtake.models.sizes import DiTConfig
 from longtake.outputs import sync
+from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import latest_checkpoint
 from longtake.train.state import TrainState
 from longtake.weights.config_json import config_to_json
 from longtake.weights.lora import Adapter, write_adapter
-from longtake.weights.names import clean_name
-
-__all__ = ["Snapshot", "latest_checkpoint", "load_checkpoint", "resume", "save_checkpoint", "write_checkpoint"]
 
 SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is written beside the weights: the resolved `config`, and the `invariants` that a resumed run must share."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    invariants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,38 +74,32 @@ class Snapshot:
     step: int
 
     @classmethod
-    def of(cls, state: TrainState, export: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> Snapshot:
-        """The state as it is: without `values` it must not change until the snapshot is written."""
+    def of(cls, state: TrainState, export: tuple[str, ...]) -> Snapshot:
+        """The state as it is, which must not change until the snapshot is written (or has copies as `values`)."""
         tensors = state.tensors()
         return cls(
             tensors,
-            values if values is not None else {name: local(tensor) for name, tensor in tensors.items()},
+            {name: local(tensor) for name, tensor in tensors.items()},
             tuple(one for name in export for one in _exports(state, name, tensors)),
-            {
-                "step": state.step,
-                "data_position": state.data_position,
-                "skipped": state.skipped,
-                "seed": state.seed,
-            },
+            {name: getattr(state, name) for name in ("step", "data_position", "skipped", "seed")},
             state.step,
         )
 
     @property
     def size_bytes(self) -> int:
         """About the size of the checkpoint on disk, all ranks together."""
-        state = sum(value.numel() * value.element_size() for value in self.tensors.values())
-        whole = (self.tensors[name] for export in self.exports for name in export.keys.values())
-        return state + sum(value.numel() * value.element_size() for value in whole) + SPARE_BYTES
+        exported = [self.tensors[name] for export in self.exports for name in export.keys.values()]
+        return sum(tensor.nbytes for tensor in [*self.tensors.values(), *exported]) + SPARE_BYTES
 
 
 def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> list[Export]:
-    network, adapter = state.networks[name], state.adapters.get(name)
-    names = [clean_name(key) for key in (factors(network.state_dict()) if adapter else network.state_dict())]
-    own = {key: f"networks.{name}.{key}" for key in names}
-    end, config = run_folder.LORA if adapter else "", _config_json(getattr(network, "config", None))
+    """A network and, where there is one, its average, which lacks what is not trained and takes it from the network."""
+    prefix, adapter = f"networks.{name}.", state.adapters.get(name)
+    own = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    end, config = run_folder.LORA if adapter else "", _config_json(getattr(state.networks[name], "config", None))
     found = [Export(f"{name}{end}", own, config, adapter)]
     if name in state.ema:
-        average = {key: f"ema.{name}.{key}" for key in names if f"ema.{name}.{key}" in tensors}
+        average = {key: f"ema.{name}.{key}" for key in own if f"ema.{name}.{key}" in tensors}
         found.append(Export(f"{name}_ema{end}", own | average, config, adapter))
     return found
 
@@ -112,52 +110,27 @@ def _config_json(config: Any) -> dict[str, Any] | None:
     return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
 
 
-def save_checkpoint(
-    state: TrainState,
-    folder: Path,
-    *,
-    mesh: Mesh,
-    config: Mapping[str, Any],
-    invariants: Mapping[str, Any],
-    keep: int,
-    export: tuple[str, ...] = (),
-) -> Path:
-    """The published checkpoint of `state` in `folder`; all ranks call it and wait until it is there.
+def save_checkpoint(snapshot: Snapshot, folder: Path, *, mesh: Mesh, info: RunInfo, keep: int) -> Path:
+    """The published checkpoint of `snapshot` in `folder`; all ranks call it and wait until it is there.
 
-    Args: `config`, the resolved configuration; `invariants`, what must be equal when the run is resumed (rope, block
-    plan, fps); `keep`, how many checkpoints stay; `export`, networks whose weights (and EMA) are also written whole.
+    Also in a thread, on a `mesh` whose collectives are that thread's own. Args: `keep`, how many checkpoints stay.
     Raises: CheckpointError on every rank when a file cannot be written; older checkpoints stay as they were.
     """
-    return write_checkpoint(
-        Snapshot.of(state, export), folder, mesh=mesh, config=config, invariants=invariants, keep=keep
-    )
-
-
-def write_checkpoint(
-    snapshot: Snapshot,
-    folder: Path,
-    *,
-    mesh: Mesh,
-    config: Mapping[str, Any],
-    invariants: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """As `save_checkpoint`, of a snapshot; also in a thread, on a `mesh` whose collectives are that thread's own."""
     final = folder / run_folder.checkpoint_name(snapshot.step)
     temporary = folder / (run_folder.TEMPORARY + final.name)
     mesh.on_main(lambda: _make_empty(temporary))
     try:
-        records = _write_state(snapshot, temporary / "state", mesh)
-        parts = mesh.every(lambda: _write_exports(snapshot.exports, temporary, mesh))
+        records = _write_state(snapshot, temporary / "state", mesh)  # until the shards of all ranks are there
+        parts = mesh.every(lambda: _write_exports(snapshot, temporary, mesh))
         files = {f"state/{name}": record for name, record in records.items()}
         files |= {name: record for part in parts for name, record in part.items()}
         manifest = {
             "format_version": run_folder.FORMAT_VERSION,
             **snapshot.entries,
-            **{key: invariants[key] for key in sorted(invariants)},
+            **{key: info.invariants[key] for key in sorted(info.invariants)},
             "world_size": mesh.world_size,
             "torch_version": torch.__version__,
-            "config": dict(config),
+            "config": dict(info.config),
             "files": dict(sorted(files.items())),
         }
         mesh.on_main(lambda: _publish(temporary, final, manifest, keep))
@@ -173,12 +146,12 @@ def check_space(snapshot: Snapshot, folder: Path, mesh: Mesh) -> None:
 
     def check() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        needed, free = snapshot.size_bytes, shutil.disk_usage(folder).free
+        needed, free = snapshot.size_bytes / 2**30, shutil.disk_usage(folder).free / 2**30
         if needed <= free:
             return
-        kept = len(run_folder.list_checkpoints(folder))
+        name, kept = run_folder.checkpoint_name(snapshot.step), len(run_folder.list_checkpoints(folder))
         raise CheckpointError(
-            f"{run_folder.checkpoint_name(snapshot.step)} needs {_gib(needed)} in {folder} and {_gib(free)} are free; "
+            f"{name} needs {needed:.2f} GiB in {folder} and {free:.2f} GiB are free; "
             f"nothing was written and the {kept} checkpoints there are intact. Free space, or lower keep_checkpoints "
             "(the new one is written before the oldest is removed), and start the same command again"
         )
@@ -186,28 +159,25 @@ def check_space(snapshot: Snapshot, folder: Path, mesh: Mesh) -> None:
     mesh.on_main(check)
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
-
-
-def resume(
-    state: TrainState, folder: Path, *, mesh: Mesh, config: Mapping[str, Any], invariants: Mapping[str, Any]
-) -> Path | None:
+def resume(state: TrainState, folder: Path, *, mesh: Mesh, info: RunInfo) -> Path | None:
     """The checkpoint that `state` continues from, or None for a fresh run; all ranks call it.
 
     Takes everything: weights, optimizers, averages, step, data position. What a killed run left half-written is
     removed; a damaged newest checkpoint is set aside under `damaged-...` with a warning.
     Raises: CheckpointError when the checkpoint does not fit `state`, or was trained with another seed or other
-    `invariants`.
+    invariants.
     """
     path = _clean_and_find(folder, mesh)
     if path is None:
         return None
-    manifest = load_checkpoint(state, path, mesh=mesh, verify=False, invariants=invariants)
-    now, before = flat(config), flat(manifest["config"])
+    manifest = load_checkpoint(state, path, mesh=mesh, invariants=info.invariants)
+    now, before = flat(info.config), flat(manifest["config"])
     changed = sorted(key for key, value in now.items() if before.get(key, value) != value)
-    if changed and mesh.is_main:
-        logger.warning("Resuming %s with changed options: %s", path, ", ".join(changed))
+    if mesh.is_main:
+        if changed:
+            logger.warning("Resuming %s with changed options: %s", path, ", ".join(changed))
+        else:
+            logger.info("Resuming %s", path)
     return path
 
 
@@ -222,21 +192,19 @@ def refuse_other_invariants(folder: Path, invariants: Mapping[str, Any], mesh: M
     mesh.on_main(compare)
 
 
-def load_checkpoint(
-    state: TrainState, path: Path, *, mesh: Mesh, verify: bool = True, invariants: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, after `state` took all of it.
+def load_checkpoint(state: TrainState, path: Path, *, mesh: Mesh, invariants: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`, whose files were verified, after `state` took all of it.
 
-    Args: `verify` checks every file's checksum first; `invariants`, values that the manifest must hold.
+    Args: `invariants`, values that the manifest must hold.
     Raises: CheckpointError on every rank; then `state` is as it was, unless a file broke while it was read.
     """
-    manifest = verify_together(path, mesh) if verify else mesh.on_main(lambda: run_folder.read_manifest(path))
-    unknown = compare_facts(manifest, {"seed": state.seed, **(invariants or {})}, path)
+    manifest = mesh.on_main(lambda: run_folder.read_manifest(path))
+    unknown = compare_facts(manifest, {"seed": state.seed, **invariants}, path)
     if unknown and mesh.is_main:
         logger.warning("%s is of an earlier version and does not say, so not compared: %s", path, ", ".join(unknown))
     reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-    tensors = state.tensors()
-    mesh.every(lambda: _check_keys(tensors, reader, path))
+    tensors = state.tensors()  # dcp.load writes into them: into the parameters themselves
+    mesh.every(lambda: _check_fit(tensors, reader, path))
     _with_errors(f"reading {path}", lambda: dcp.load(tensors, storage_reader=reader, no_dist=not mesh.is_distributed))
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not local(value).isfinite().all()]
     if bad := sorted({name for part in mesh.every(lambda: bad) for name in part}):
@@ -251,7 +219,7 @@ def load_checkpoint(
 
 
 def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
-    """As `runs.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
+    """As `run_folder.verify_checkpoint`, the ranks reading a share of the files each; all ranks call it."""
     manifest = mesh.on_main(lambda: run_folder.check_listing(path))
     # The largest first, so that the shares are about equal.
     names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["size_bytes"], name))
@@ -259,14 +227,14 @@ def verify_together(path: Path, mesh: Mesh) -> dict[str, Any]:
     return manifest
 
 
-def _write_exports(exports: tuple[Export, ...], checkpoint: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
-    """Writes this rank's share of the exports from the published shards; records by name of the file."""
+def _write_exports(snapshot: Snapshot, checkpoint: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Writes this rank's share of the exports from the shards of all ranks; records by name of the file."""
     records = {}
-    for export in exports[mesh.rank :: mesh.world_size]:
+    for export in snapshot.exports[mesh.rank :: mesh.world_size]:
         folder = checkpoint / export.folder
         folder.mkdir(parents=True)
         state = StateFiles(checkpoint / "state")
-        pieces = [state.piece(name, stored_as) for name, stored_as in export.keys.items()]
+        pieces = [state.piece(name, key, snapshot.tensors[key]) for name, key in export.keys.items()]
         if export.adapter is not None:
             write_adapter(folder, {piece.name: piece.values() for piece in pieces}, export.adapter)
         else:
@@ -281,7 +249,11 @@ def _write_exports(exports: tuple[Export, ...], checkpoint: Path, mesh: Mesh) ->
 
 
 def written_here(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """What this rank writes of a state: its shards of all tensors, or some of those that every rank has whole."""
+    """What this rank writes of a state: its shards of all tensors, or some of those that every rank has whole.
+
+    The latter are shared out by their sizes alone, the same on every rank without asking: each tensor is written once,
+    and a rank keeps host memory for copies of its part only.
+    """
     if not mesh.whole_weights:
         return dict(tensors)
     mine, sizes = {}, [0] * mesh.world_size
@@ -316,28 +288,25 @@ def _with_errors(doing: str, work: Callable[[], Any]) -> None:
         raise CheckpointError(f"{doing} failed: {reasons}; check the disk and the folder's permissions") from error
 
 
-def _check_keys(tensors: dict[str, Tensor], reader: dcp.HuggingFaceStorageReader, path: Path) -> None:
-    from safetensors import SafetensorError
-
+def _check_fit(tensors: Mapping[str, Tensor], reader: dcp.HuggingFaceStorageReader, path: Path) -> None:
+    """Raises CheckpointError that names what is missing, surplus or of another shape in the files."""
     try:
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; use another checkpoint") from error
     expected = {key: tuple(value.shape) for key, value in tensors.items()}
-    _raise_on_difference(expected, {key: tuple(meta.size) for key, meta in saved.items()}, path)  # type: ignore[union-attr]
-
-
-def _raise_on_difference(expected: dict[str, tuple], found: dict[str, tuple], path: Path) -> None:
-    missing = sorted(set(expected) - set(found))
-    surplus = sorted(set(found) - set(expected))
-    reshaped = sorted(
-        f"{key} {found[key]} instead of {expected[key]}"
-        for key in set(found) & set(expected)
-        if found[key] != expected[key]
-    )
-    if missing or surplus or reshaped:
-        lists = (("missing", missing), ("surplus", surplus), ("reshaped", reshaped))
-        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:20])}" for kind, keys in lists if keys)
+    found = {key: tuple(meta.size) for key, meta in saved.items()}  # type: ignore[union-attr]
+    differing = {
+        "missing": expected.keys() - found.keys(),
+        "surplus": found.keys() - expected.keys(),
+        "reshaped": {
+            f"{key} {shape} instead of {expected[key]}"
+            for key, shape in found.items()
+            if shape != expected.get(key, shape)
+        },
+    }
+    if any(differing.values()):
+        text = "; ".join(f"{len(ks)} {kind}: {', '.join(sorted(ks)[:20])}" for kind, ks in differing.items() if ks)
         raise CheckpointError(f"{path} does not fit the model: {text}. Use the configuration that it was trained with")
 
 
@@ -379,7 +348,11 @@ def _set_aside(damaged: list[Path], newest: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`."""
+    """Makes a complete checkpoint visible in one rename, then drops the oldest beyond `keep`.
+
+    What the rename shows must be on the disk before it: the files (synced as they were written), then the folders that
+    name them. Otherwise a power cut could leave a published checkpoint with empty files.
+    """
     (temporary / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     sync(temporary / run_folder.MANIFEST)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:

@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, StorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -38,7 +41,6 @@ _DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
     **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,7 @@ class ShardWriter(StorageWriter):
         for item in items:
             assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
             chunk, name = item.tensor_data.chunk, item.index.fqn
-
-            def values(item: WriteItem = item) -> Tensor:
-                return planner.resolve_data(item)  # type: ignore[return-value]
-
+            values = cast("Callable[[], Tensor]", partial(planner.resolve_data, item))
             pieces.append(Piece(name, item.tensor_data.properties.dtype, tuple(chunk.sizes), values))
             offsets[name] = {OFFSETS: list(chunk.offsets)}
         return write_safetensors(file, pieces, {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
@@ -183,37 +182,31 @@ class StateFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._parts: dict[str, list[tuple[Path, torch.dtype, list[int], list[int]]]] = {}
+        self._parts: defaultdict[str, list[tuple[Path, tuple[slice, ...]]]] = defaultdict(list)
         for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as opened:
-                header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-            offsets = json.loads(header.pop("__metadata__")[SHARDING])
-            for name, entry in header.items():
-                part = (file, _TORCH[entry["dtype"]], offsets[name][OFFSETS], entry["shape"])
-                self._parts.setdefault(name, []).append(part)
-
-    def piece(self, name: str, stored_as: str) -> Piece:
-        """The whole tensor `stored_as`, to be written under `name`. Raises: CheckpointError when a part is missing."""
-        parts = self._parts.get(stored_as, [])
-        shape = tuple(max(start + size for start, size in zip(starts, sizes)) for starts, sizes in _axes(parts))
-        held = sum(prod(sizes) for _, _, _, sizes in parts)
-        if not parts or held != prod(shape):
-            raise CheckpointError(f"{self.folder} holds {held} of {prod(shape)} values of {stored_as}; save again")
-        return Piece(name, parts[0][1], shape, lambda: self._whole(stored_as, shape))
-
-    def _whole(self, stored_as: str, shape: tuple[int, ...]) -> Tensor:
-        from safetensors import safe_open
-
-        parts = self._parts[stored_as]
-        whole = torch.empty(shape, dtype=parts[0][1])
-        for file, _, starts, sizes in parts:
             with safe_open(file, framework="pt") as opened:
-                place = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
-                whole[place] = opened.get_tensor(stored_as)
-        return whole
+                offsets = json.loads(opened.metadata()[SHARDING])
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    sizes = opened.get_slice(name).get_shape()
+                    starts = offsets[name][OFFSETS]
+                    place = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+                    self._parts[name].append((file, place))
 
+    def piece(self, name: str, stored_as: str, like: Tensor) -> Piece:
+        """The whole tensor `stored_as`, to be written under `name`.
 
-def _axes(parts: Sequence[tuple[Path, torch.dtype, list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
-    """For each axis the starts and sizes of all parts."""
-    starts, sizes = [part[2] for part in parts], [part[3] for part in parts]
-    return list(zip(map(list, zip(*starts)), map(list, zip(*sizes))))
+        Args: `like` has its type and whole shape. Raises: CheckpointError when a part is missing.
+        """
+        # Parts never overlap, since each was written by one rank: their number of values shows whether one is missing.
+        held = sum(prod(along.stop - along.start for along in place) for _, place in self._parts[stored_as])
+        if held != like.numel():
+            raise CheckpointError(f"{self.folder} holds {held} of {like.numel()} values of {stored_as}; save again")
+
+        def whole() -> Tensor:
+            values = torch.empty(like.shape, dtype=like.dtype)
+            for file, place in self._parts[stored_as]:
+                with safe_open(file, framework="pt") as opened:
+                    values[place] = opened.get_tensor(stored_as)
+            return values
+
+        return Piece(name, like.dtype, tuple(like.shape), whole)

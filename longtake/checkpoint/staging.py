@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
 SLAB_BYTES = 2**28  # a power of two: torch rounds pinned allocations up to one
 _ALIGNMENT = 64
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Staging:
@@ -33,47 +28,42 @@ class Staging:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._free: Tensor | None = None
-        self._cuda = self._pin = any(local(value).device.type == "cuda" for value in tensors.values())
-        wanted = {name: (local(value).dtype, local(value).shape) for name, value in tensors.items()}
-        self._claiming = threading.Thread(target=self._claim, args=(wanted,), name="staging", daemon=True)
-        self._claiming.start()
+        values = {name: local(value) for name, value in tensors.items()}
+        self._on_gpu = any(value.device.type == "cuda" for value in values.values())
+        thread = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._buffers = thread.submit(_claim, values, pin=self._on_gpu)
+        thread.shutdown(wait=False)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The local values of `tensors`, in memory that the next `copy` overwrites."""
-        self._claiming.join()
-        self._claim({name: (local(value).dtype, local(value).shape) for name, value in tensors.items()})
+        buffers = self._buffers.result()
         with torch.no_grad():
             for name, value in tensors.items():
-                self._buffers[name].copy_(local(value), non_blocking=True)
-        if self._cuda:
+                buffers[name].copy_(local(value), non_blocking=True)
+        if self._on_gpu:
             torch.cuda.synchronize()
-        return {name: self._buffers[name] for name in tensors}
+        return {name: buffers[name] for name in tensors}
 
-    def _claim(self, wanted: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
-        new = {
-            name: (dtype, shape)
-            for name, (dtype, shape) in wanted.items()
-            if (held := self._buffers.get(name)) is None or (held.dtype, held.shape) != (dtype, shape)
-        }
-        left = sum(_padded(shape.numel() * dtype.itemsize) for dtype, shape in new.values())
-        for name, (dtype, shape) in new.items():
-            size = shape.numel() * dtype.itemsize
-            if self._free is None or len(self._free) < _padded(size):
-                self._free = self._slab(max(_padded(size), min(left, SLAB_BYTES)))
-            self._buffers[name] = self._free[:size].view(dtype).view(shape)
-            self._free = self._free[_padded(size) :]
-            left -= _padded(size)
 
-    def _slab(self, size: int) -> Tensor:
-        if self._pin:
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                self._pin = False
-                logger.warning("No pinned memory for checkpoints (%s): copies take ordinary memory and longer", error)
-        return torch.empty(size, dtype=torch.uint8).fill_(0)  # written to, so that the pages exist
+def _claim(values: Mapping[str, Tensor], *, pin: bool) -> dict[str, Tensor]:
+    """Memory for a copy of each tensor, cut from slabs: pinned one by one, each would be rounded up."""
+    buffers, free = {}, torch.empty(0, dtype=torch.uint8)
+    left = sum(_padded(value.nbytes) for value in values.values())
+    for name, value in values.items():
+        if len(free) < (size := _padded(value.nbytes)):
+            free = _slab(max(size, min(left, SLAB_BYTES)), pin=pin)
+        buffers[name] = free[: value.nbytes].view(value.dtype).view(value.shape)
+        free, left = free[size:], left - size
+    return buffers
+
+
+def _slab(size: int, *, pin: bool) -> Tensor:
+    if pin:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning("No pinned memory for checkpoints (%s): copies take ordinary memory and longer", error)
+    return torch.empty(size, dtype=torch.uint8).fill_(0)  # written to, so that the pages exist
 
 
 def _padded(size: int) -> int:
@@ -89,7 +79,7 @@ def fits_in_host_memory(tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
     short = free is not None and needed > free
     if short:
         logger.warning("Copies of the state would take %.1f GiB of %.1f GiB free here", needed / 2**30, free / 2**30)  # type: ignore[operator]
-    return not mesh.any(short)
+    return not mesh.gather([short]).any()
 
 
 def available_bytes() -> int | None:

@@ -79,7 +79,8 @@ def train(
 ) -> None:
     """Train a stage, or run a whole job; an interrupted run goes on from its last checkpoint."""
     with clean_errors(context):
-        from longtake.config.stage import dump, load_config
+        from longtake.config.job import load_config
+        from longtake.config.stage import dump
 
         resolved = load_config(config, [*(overrides or []), *_override("logdir", logdir)])
         if check:
@@ -109,7 +110,8 @@ def encode(
 ) -> None:
     """Encode the data of a stage once, so that training from it loads no encoder."""
     with clean_errors(context):
-        from longtake.config.stage import StageConfig, load_config
+        from longtake.config.job import load_config
+        from longtake.config.stage import StageConfig
 
         resolved = load_config(config, overrides or [])
         if not isinstance(resolved, StageConfig):
@@ -387,7 +389,8 @@ def show_config(
     """List every key of a configuration file with its type, default and meaning."""
     with clean_errors(context):
         from longtake.config.base import describe
-        from longtake.config.stage import JobConfig, StageConfig
+        from longtake.config.job import JobConfig
+        from longtake.config.stage import StageConfig
 
         for key, annotation, default, description in describe(StageConfig if kind is ConfigKind.stage else JobConfig):
             value = "required" if default is ... else json.dumps(default)

@@ -96,7 +96,7 @@ def world(
     """Write the toy world as a data set: pictures, clips and LMDB, with captions."""
 
     with clean_errors(context):
-        from longtake.config.stage import WorldConfig
+        from longtake.config.groups import WorldConfig
         from longtake.toy.files import write_world
 
         given = given_options(

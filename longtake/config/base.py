@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from longtake.errors import ConfigError
@@ -47,7 +48,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise explain(error, type(self)) from None
+            raise explain(error, type(self), values) from None
 
     @field_validator("*")
     @classmethod
@@ -71,7 +72,17 @@ class Settings(BaseModel):
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
-        """Names that users of other code bases will try, with what each is called here."""
+        """Names that users of other code bases will try, or that keys had before, with what each is called here."""
+        return {}
+
+    @classmethod
+    def chosen(cls, values: Any) -> type[Settings]:
+        """The model that these values are read as: another one where one of them chooses. Raises: ConfigError."""
+        return cls
+
+    @classmethod
+    def choices(cls) -> dict[str, type[Settings]]:
+        """The models that there are to choose from, by what chooses them; empty where there is no choice."""
         return {}
 
 
@@ -208,14 +219,14 @@ def split_override(override: str) -> tuple[list[str], str]:
     return path, text.lstrip() if key != key.rstrip() else text  # `a = b`
 
 
-def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[Settings]) -> None:
+def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[Settings]) -> Any:
     """Writes what `text` means for the value of `model` at a dotted path into a nested dict, making the mappings on the
-    way.
+    way, and returns it.
 
     Raises: ConfigError when the path goes through a plain value, or the text is no such value.
     """
     key = ".".join(path)
-    value = _typed(text, _alternatives(_annotation(model, path)), f"the value of override '{key}={text}'")
+    value = _typed(text, _alternatives(_annotation(model, path, tree)), f"the value of override '{key}={text}'")
     for depth, name in enumerate(path[:-1]):
         if tree.get(name) is None:
             tree[name] = {}
@@ -223,6 +234,7 @@ def set_path(tree: dict[str, Any], path: Sequence[str], text: str, model: type[S
             raise ConfigError(f"override {key}: {'.'.join(path[: depth + 1])} is a plain value and has no keys")
         tree = tree[name]
     tree[path[-1]] = value
+    return value
 
 
 def _typed(text: str, kinds: Sequence[Any], where: str) -> Any:
@@ -255,17 +267,21 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _annotation(annotation: Any, path: Sequence[str]) -> Any:
-    """The annotation of the value at a dotted path of a model; None where there is no such key."""
+def _annotation(annotation: Any, path: Sequence[str], tree: Any) -> Any:
+    """The annotation of the value at a dotted path of a model; None where there is no such key.
+
+    Args: `tree`, the values of the model so far, which may choose it.
+    """
     if not path:
         return annotation
     model = nested_model(annotation)
     if model is None:
         return None
+    below = tree.get(path[0]) if isinstance(tree, dict) else None
     if get_origin(annotation) is dict:
-        return _annotation(model, path[1:])
-    field = model.model_fields.get(path[0])
-    return None if field is None else _annotation(field.annotation, path[1:])
+        return _annotation(model, path[1:], below)
+    field = model.chosen(tree).model_fields.get(path[0])
+    return None if field is None else _annotation(field.annotation, path[1:], below)
 
 
 def nested_model(annotation: Any) -> type[Settings] | None:
@@ -278,32 +294,45 @@ def nested_model(annotation: Any) -> type[Settings] | None:
     return None
 
 
-def describe(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Yields (dotted key, type, default, description) of every value of a model; `...` = no default."""
-    for name, field in model.model_fields.items():
+def describe(model: type[Settings], prefix: str = "", note: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Yields (dotted key, type, default, description) of every value of a model, and of those to choose from; `...` =
+    no default. Descriptions begin with `note`.
+    """
+    for name, (field, kinds) in _fields(model).items():
+        told = f"{note}{', '.join(kinds)}: " if kinds else note
         inner = nested_model(field.annotation)
         if inner is not None:
             each = ".<name>" if get_origin(field.annotation) is dict else ""
-            yield from describe(inner, f"{prefix}{name}{each}.")
+            yield from describe(inner, f"{prefix}{name}{each}.", told)
             continue
         default = ... if field.is_required() else field.get_default(call_default_factory=True)
-        kinds = ["None" if kind is NoneType else _kind_name(kind) for kind in _alternatives(field.annotation)]
-        yield prefix + name, " | ".join(kinds), default, field.description or ""
+        types = ["None" if kind is NoneType else _kind_name(kind) for kind in _alternatives(field.annotation)]
+        yield prefix + name, " | ".join(types), default, told + (field.description or "")
+
+
+def _fields(model: type[Settings]) -> dict[str, tuple[FieldInfo, list[str]]]:
+    """The fields of a model and of those to choose from, each with the choices that have it, where not all do."""
+    found: dict[str, tuple[FieldInfo, list[str]]] = {name: (field, []) for name, field in model.model_fields.items()}
+    for kind, other in model.choices().items():
+        for name, field in other.model_fields.items():
+            if name not in model.model_fields:
+                found.setdefault(name, (field, []))[1].append(kind)
+    return found
 
 
 def _kind_name(kind: Any) -> str:
     return str(kind).replace("typing.", "") if get_args(kind) else kind.__name__
 
 
-def explain(error: ValidationError, model: type[Settings]) -> ConfigError:
+def explain(error: ValidationError, model: type[Settings], values: Any = None) -> ConfigError:
     """The ConfigError of a pydantic error: one line a mistake, each with dotted key, value got and rule."""
-    return ConfigError("\n".join(_line(detail, model) for detail in error.errors()))
+    return ConfigError("\n".join(_line(detail, model, values) for detail in error.errors()))
 
 
-def _line(detail: ErrorDetails, model: type[Settings]) -> str:
+def _line(detail: ErrorDetails, model: type[Settings], values: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {path}{_suggestion(detail['loc'], model)}"
+        return f"unknown key {path}{_suggestion(detail['loc'], model, values)}"
     if detail["type"] == "missing":
         return f"{path}: missing; this key has no default and must be given"
     if detail["type"] == "value_error":
@@ -314,19 +343,25 @@ def _line(detail: ErrorDetails, model: type[Settings]) -> str:
     return f"{path}: got {detail['input']!r}; {rule}"
 
 
-def _suggestion(loc: tuple[int | str, ...], root: type[Settings]) -> str:
+def _suggestion(loc: tuple[int | str, ...], root: type[Settings], values: Any) -> str:
     owner, prefix = root, ""
     base, base_prefix = root, ""  # the model whose values the user is writing: the root, or one of a dict of models
+    elsewhere: list[str] = []  # other choices that have the key
+    wrong = str(loc[-1])
     for part in loc[:-1]:
         prefix += f"{part}."
+        values = values.get(part) if isinstance(values, Mapping) else None
         field = owner.model_fields.get(str(part))
         if field is None:
             base, base_prefix = owner, prefix
         elif (inner := nested_model(field.annotation)) is not None:
-            owner = inner
-    wrong = str(loc[-1])
-    if (familiar := base.familiar_names().get(wrong)) is not None:
-        return f"; here it is {familiar}"
+            owner = inner.chosen(values)
+            elsewhere = [kind for kind, other in inner.choices().items() if wrong in other.model_fields]
+    if elsewhere:
+        return f"; it belongs to {prefix}kind={' and '.join(elsewhere)}: remove it, or change the kind"
+    familiar = base.familiar_names() | owner.familiar_names()
+    if wrong in familiar:
+        return f"; here it is {familiar[wrong]}"
     near = [prefix + key for key in difflib.get_close_matches(wrong, owner.model_fields, n=3)]
     leaves: dict[str, list[str]] = {}
     for key, *_ in describe(base):

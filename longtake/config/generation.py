@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from longtake.config.base import Settings, read_yaml
 from longtake.config.groups import FlowConfig, ModelConfig, PlanConfig
-from longtake.config.stage import StageConfig, load_config
+from longtake.config.job import load_config
+from longtake.config.stage import StageConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 

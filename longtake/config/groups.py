@@ -132,14 +132,6 @@ class FlowConfig(Settings):
         description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
     )
     shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
-    guidance: float = Field(
-        default=4.0, ge=0, description="classifier-free guidance w in uncond + w (cond - uncond); 1 = off"
-    )
-    negative_prompt: str = Field(
-        default="", description="text of the unconditional side of guidance in distillation; empty = no text"
-    )
-    sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
-    sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -149,9 +141,11 @@ class FlowConfig(Settings):
             raise ValueError(f"steps={self.steps} must be above 0; the last step ends at 0 without naming it")
         if self.steps[0] != 1 or any(a <= b for a, b in zip(self.steps, self.steps[1:])):
             raise ValueError(f"steps={self.steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
         return self
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {name: f"objective.{name}" for name in ("guidance", "negative_prompt", "sigma_min", "sigma_max")}
 
 
 class DataConfig(Settings):
@@ -237,8 +231,8 @@ class ParallelConfig(Settings):
     replicate: int = Field(
         default=1,
         gt=0,
-        description="copies of the weights, each sharded over ranks of its own (HSDP), for example one a machine; a "
-        "multiple of it must be the number of ranks",
+        description="with data_parallel=hsdp: copies of the weights, each sharded over ranks of its own, for example "
+        "one a machine; a multiple of it must be the number of ranks",
     )
     sequence: int = Field(
         default=1,
@@ -248,11 +242,11 @@ class ParallelConfig(Settings):
         "6 or 12 of the 1.3B models, 2, 4, 5, 8, 10, 20 or 40 of the 14B ones",
     )
 
-    weights: Literal["sharded", "whole"] = Field(
-        default="sharded",
-        description="what a rank holds of each network: sharded = its part, with the parts gathered where they are "
-        "needed (FSDP2); whole = everything, optimizer states too: nothing is gathered, and gradients are averaged "
-        "once an update",
+    data_parallel: Literal["fsdp", "hsdp", "ddp"] = Field(
+        default="fsdp",
+        description="what a rank holds of each network: fsdp = its part, with the parts gathered where they are "
+        "needed (FSDP2); hsdp = its part of one of `replicate` copies; ddp = everything, optimizer states too: nothing "
+        "is gathered, and gradients are averaged once an update",
     )
     graphs: bool = Field(
         default=True,
@@ -261,13 +255,20 @@ class ParallelConfig(Settings):
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
 
-    def check(self) -> None:
-        """Raises ConfigError on values that contradict each other."""
-        if self.weights == "whole" and self.replicate != 1:
-            raise ConfigError(
-                f"parallel.weights=whole keeps all weights on each rank, where parallel.replicate={self.replicate} has "
-                "no meaning; leave replicate at 1, or set parallel.weights=sharded"
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.data_parallel == "hsdp") != (self.replicate > 1):
+            one, more = "set data_parallel=hsdp", "leave replicate at 1"
+            fix = f"{one}, or {more}" if self.replicate > 1 else "set replicate to 2 or more, or data_parallel=fsdp"
+            raise ValueError(
+                f"data_parallel={self.data_parallel} and replicate={self.replicate}: copies (replicate above 1) are "
+                f"what hsdp has, and only hsdp; {fix}"
             )
+        return self
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {"weights": "data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)"}
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
@@ -283,103 +284,6 @@ class ParallelConfig(Settings):
     def data_ranks(self, world_size: int) -> int:
         """Groups of ranks that get samples of their own. Raises: as `shard`."""
         return self.replicate * self.shard(world_size)
-
-
-class CriticConfig(OptimConfig):
-    """The fake score of distribution matching and its optimizer."""
-
-    lr: float = Field(default=2e-5, gt=0, description="learning rate")
-    updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
-    critic_warmup_steps: int = Field(
-        default=0,
-        ge=0,
-        description="first iterations, in which the critic alone is trained, on the student as it begins",
-    )
-    init_from: PathText | None = Field(
-        default=None, description="weights it starts from, as `init_from`; null = those of `teacher`"
-    )
-    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
-
-
-class ErrorRecyclingConfig(Settings):
-    """Causal training after the student's own version of earlier frames: it learns to correct its errors."""
-
-    share: float = Field(
-        default=0.0, ge=0, le=1, description="share of the iterations with such a context; the others have the real one"
-    )
-    from_step: int = Field(
-        default=1,
-        ge=0,
-        description="each earlier block is noised to the level of one of the denoising steps, from this one on, and "
-        "made again from there; 0 = also from noise alone, where captions and pictures decide all of the motion",
-    )
-
-
-class DataLossConfig(Settings):
-    """Teacher forcing on real videos beside distribution matching, which by itself fades long videos."""
-
-    weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of its loss in the student's updates (distill and long); 0 = off. Rows must then be clips",
-    )
-    num_latent_frames: int | None = Field(
-        default=None,
-        gt=0,
-        description="latent frames of these clips, up to a block boundary; more than plan.window_frames teaches what "
-        "to do once frames are evicted; null = video.num_latent_frames",
-    )
-
-
-class LongConfig(Settings):
-    """Long tuning: videos beyond the teacher's length, generated and scored chunk by chunk."""
-
-    num_chunks: list[int] = Field(
-        default=[12], min_length=1, description="chunks of a whole video, one iteration each; one of these is drawn"
-    )
-    new_frames: int | None = Field(
-        default=None,
-        gt=0,
-        description="latent frames of each chunk after the first, which is as long as the teacher's clips; null = all "
-        "but one of those",
-    )
-    switch_frames: list[int] = Field(
-        default=[],
-        description="latent frames, block boundaries, at which the row's second prompt takes over; each video draws "
-        "one that it reaches; none = never",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if min(self.num_chunks) < 1:
-            raise ValueError(f"num_chunks={self.num_chunks} must all be at least 1")
-        return self
-
-    def chunk_frames(self, horizon: int) -> int:
-        """Latent frames of each chunk after the first."""
-        return self.new_frames or horizon - 1
-
-    def check(self, horizon: int, plan: PlanConfig) -> None:
-        """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
-        new, blocks = self.chunk_frames(horizon), plan.stream()
-        if not blocks.is_boundary(horizon + new) or new >= horizon:
-            raise ConfigError(
-                f"long.new_frames={new} must be a multiple of plan.block_frames={plan.block_frames} below "
-                f"video.num_latent_frames={horizon}; set it to {(horizon - 1) // plan.block_frames * plan.block_frames}"
-            )
-        for frame in self.switch_frames:
-            if frame < plan.first_frames or not blocks.is_boundary(frame):
-                below, above = blocks.block_of(max(frame, plan.first_frames))
-                raise ConfigError(
-                    f"long.switch_frames={self.switch_frames}: {frame} is no block boundary after the first block; "
-                    f"set it to {below} or {above}"
-                )
-        longest = horizon + (max(self.num_chunks) - 1) * new
-        if late := [frame for frame in self.switch_frames if frame >= longest]:
-            raise ConfigError(
-                f"long.switch_frames={late} are not before the end of the longest video, {longest} latent frames; "
-                "lower them or raise long.num_chunks"
-            )
 
 
 class EmaConfig(Settings):

@@ -1,81 +1,52 @@
-"""Every configuration value of Longtake: its name, type, default, meaning and rules, each in exactly one place.
+"""A stage's configuration: all values of a training stage, and the rules across its groups.
 
 A value given on the command line (`a.b=c`) wins over the YAML file, which wins over the default in the model field.
-Whatever can be refused without building a model is refused here, when the configuration is read. This file must know
-no tensor and no model, so that the command line can read it without importing torch.
+Whatever can be refused without building a model is refused here, when the configuration is read. Must know no tensor
+and no model, so that the command line can read it without importing torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
 from longtake.condition import VideoShape
-from longtake.config.base import (
-    PathText,
-    Settings,
-    Sources,
-    located,
-    read_recipe,
-    said_in,
-    set_path,
-    split_override,
-)
+from longtake.config.base import PathText, Settings
 from longtake.config.groups import (
-    CriticConfig,
     DataConfig,
-    DataLossConfig,
     EmaConfig,
-    ErrorRecyclingConfig,
-    EvaluationConfig,
     FlowConfig,
-    LongConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     PlanConfig,
-    ProfileConfig,
     ValidationConfig,
     VideoConfig,
-    WandbConfig,
-    WorldConfig,
 )
-from longtake.config.run import CheckpointConfig, WatchdogConfig
+from longtake.config.objective import ChosenObjective, NetworkConfig, ObjectiveConfig
+from longtake.config.run import RunConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
-
-__all__ = [
-    *("CriticConfig", "DataConfig", "EmaConfig", "EvaluationConfig", "FlowConfig", "JobConfig", "LongConfig"),
-    *("CheckpointConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig"),
-    *("StageConfig", "ValidationConfig", "VideoConfig", "WandbConfig", "WatchdogConfig", "WorldConfig"),
-    *("TOY", "TOY_ASSETS", "dump", "is_path", "load_config", "resolve_source"),
-]
 
 TOY_ASSETS = Path(__file__).parents[1] / "assets" / "toy"
 TOY = "toy"
 
 
-class StageConfig(Settings):
+class StageConfig(RunConfig):
     """One training stage."""
 
-    stage: Literal["teacher", "causal", "distill", "long"] = Field(description="what is trained: the kind of stage")
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage inside the log folder")
-    logdir: PathText = Field(min_length=1, description="log folder, shared by all stages of a run")
-    seed: int = Field(default=0, ge=0, description="seed of everything random; the same seed gives the same run")
+    objective: ChosenObjective = Field(description=ObjectiveConfig.__doc__)
     init_from: PathText | None = Field(
         default=None,
         description="weights to start from: name of a stage of the log folder, a path (with a slash), OWNER/NAME on "
-        "the Hugging Face hub, or `toy`; null = random weights (teacher only)",
-    )
-    teacher: PathText | None = Field(
-        default=None, description="weights of the real score, as `init_from` (distill and long, required)"
+        "the Hugging Face hub, or `toy`; null = random weights (flow_matching only)",
     )
     encoders: PathText = Field(
         default="toy",
@@ -95,64 +66,29 @@ class StageConfig(Settings):
         default=4, gt=0, description="most samples of one forward on one rank; the rest is accumulated"
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
-    max_steps: int = Field(gt=0, description="iterations; in distill and long an iteration is one critic update")
     optim: OptimConfig = Field(default=OptimConfig(), description=OptimConfig.__doc__)
     lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
-    critic: CriticConfig | None = Field(default=None, description=CriticConfig.__doc__)
-    long: LongConfig | None = Field(default=None, description=LongConfig.__doc__)
-    error_recycling: ErrorRecyclingConfig = Field(
-        default=ErrorRecyclingConfig(), description=ErrorRecyclingConfig.__doc__
-    )
-    data_loss: DataLossConfig = Field(default=DataLossConfig(), description=DataLossConfig.__doc__)
     ema: EmaConfig = Field(default=EmaConfig(), description=EmaConfig.__doc__)
-    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="type of the matrix products; weights stay fp32"
-    )
-    roles: Literal["separate", "shared"] = Field(
-        default="separate",
-        description="`shared`: teacher, and student and critic with `lora`, are one frozen network that is held once, "
-        "each with its own low-rank updates (distill and long; all from the weights of `teacher`)",
     )
     activation_checkpointing: bool | Literal["none", "full", "selective"] = Field(
         default=False,
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
         "all but the results of attention",
     )
-    save_every: int = Field(
-        default=100,
-        ge=0,
-        description="iterations between checkpoints; the last step is saved too. 0 = nothing is saved (measurements)",
-    )
-    keep_checkpoints: int = Field(default=2, gt=0, description="checkpoints kept, the newest")
-    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description=CheckpointConfig.__doc__)
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop", description="what a loss or gradient that is not finite does: stop the run, or skip the update"
-    )
-    max_skipped: int = Field(default=10, gt=0, description="updates of a run that on_nonfinite=skip may skip")
-    watchdog: WatchdogConfig = Field(default=WatchdogConfig(), description=WatchdogConfig.__doc__)
-    validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
-    log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
     validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)
-    wandb: WandbConfig = Field(default=WandbConfig(), description=WandbConfig.__doc__)
-    profile: ProfileConfig = Field(default=ProfileConfig(), description=ProfileConfig.__doc__)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
             self._check_sizes()
             self._check_sources()
-            self._check_scores()
-            self._check_memory()
         except ConfigError as error:
             raise ValueError(str(error)) from None
         # The model is frozen for its users; these follow from other values of the same file.
         if self.activation_checkpointing in ("none", "full"):
             object.__setattr__(self, "activation_checkpointing", self.activation_checkpointing == "full")
-        if self.distils and self.critic is None:
-            object.__setattr__(self, "critic", CriticConfig())
-        if self.stage == "long" and self.long is None:
-            object.__setattr__(self, "long", LongConfig())
         if "{logdir}" in self.data.path:
             path = self.data.path.replace("{logdir}", self.logdir)
             object.__setattr__(self, "data", self.data.model_copy(update={"path": path}))
@@ -170,105 +106,54 @@ class StageConfig(Settings):
                     "video.num_latent_frames=1 leaves nothing to generate after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
-            if self.data_loss.num_latent_frames == 1:
-                raise ConfigError(
-                    "data_loss.num_latent_frames=1 leaves nothing to learn after the given picture; "
-                    f"set it to {1 + self.plan.block_frames}"
-                )
         blocks = self.plan.stream()
         blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
             blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
-        if self.data_loss.num_latent_frames is not None:
-            blocks.check(self.data_loss.num_latent_frames, "data_loss.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
         self.data.check_buckets(self.video)
-        if self.long is not None:
-            self.long.check(self.video.num_latent_frames, self.plan)
+        self.objective.check(
+            self.stream_plan,
+            self.video.num_latent_frames,
+            with_picture=self.model.image_condition == "i2v",
+            lora=self.lora is not None,
+        )
 
     def _check_sources(self) -> None:
-        if self.stage != "teacher" and self.init_from is None:
-            raise ConfigError(f"init_from=null: stage {self.stage} needs trained weights; name a stage, a path or toy")
+        kind = self.objective.kind
+        if self.init_from is None and not self.objective.from_scratch:
+            raise ConfigError(f"init_from=null: {kind} needs trained weights; name a stage, a path or toy")
         if self.lora is not None and self.init_from is None:
             raise ConfigError("lora needs trained weights to update and init_from=null; name them, or set lora=null")
-        taken = (TOY, "truth", "frozen") if self.stage == "teacher" else (TOY, "truth", "frozen", "teacher")
-        if self.name in taken:
+        if self.name in (TOY, "truth", "frozen", *["teacher"] * self.objective.causal):
             raise ConfigError(f"name={self.name} is taken (shipped weights or a row of the table); choose another")
-        for key, source in (("init_from", self.init_from), ("teacher", self.teacher)):
-            if source == self.name:
-                raise ConfigError(f"{key}={source} is the stage itself; name an earlier stage, a path or toy")
-        if self.learns_from_videos and self.data.kind in ("images", "texts"):
-            where = f"stage {self.stage}" + (" with data_loss.weight" if self.distils else "")
+        for network in self.networks.values():
+            if network.source == self.name:
+                raise ConfigError(
+                    f"{network.key}={self.name} is the stage itself; name an earlier stage, a path or toy"
+                )
+        if self.objective.learns_from_videos and self.data.kind in ("images", "texts"):
             raise ConfigError(
-                f"data.kind={self.data.kind} has no motion to learn from in {where}; use clips, webdataset or lmdb"
+                f"data.kind={self.data.kind} has no motion to learn from, as this objective ({kind}) does; use clips, "
+                "webdataset or lmdb"
             )
         if self.model.image_condition == "i2v" and self.data.kind == "texts":
             raise ConfigError(
                 "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
             )
 
-    def _check_scores(self) -> None:
-        if self.distils and self.teacher is None:
-            raise ConfigError(f"teacher=null: stage {self.stage} needs a real score; name a stage, a path or toy")
-        if self.distils and self.caption_dropout:
-            raise ConfigError(
-                f"caption_dropout={self.caption_dropout} has no effect in stage {self.stage}; set it to 0"
-            )
-        if not self.distils and (self.teacher is not None or self.critic is not None):
-            raise ConfigError(
-                f"teacher and critic belong to stages distill and long, this is stage {self.stage}; remove them"
-            )
-        if self.flow.negative_prompt and (not self.distils or self.flow.guidance == 1):
-            raise ConfigError(
-                f"flow.negative_prompt={self.flow.negative_prompt!r} is read by stages distill and long with "
-                f"flow.guidance other than 1 (stage {self.stage}, flow.guidance={self.flow.guidance:g}); remove it, or "
-                "give empty quotes ''"
-            )
-        if self.stage != "causal" and self.error_recycling.share:
-            raise ConfigError(
-                f"error_recycling.share={self.error_recycling.share} belongs to stage causal, this is stage "
-                f"{self.stage}; set it to 0"
-            )
-        if self.error_recycling.share and self.error_recycling.from_step >= len(self.flow.steps):
-            raise ConfigError(
-                f"error_recycling.from_step={self.error_recycling.from_step} must be below the {len(self.flow.steps)} "
-                f"flow.steps; set it to {len(self.flow.steps) - 1} or less"
-            )
-        if not self.distils and self.data_loss.weight:
-            raise ConfigError(
-                f"data_loss.weight={self.data_loss.weight} belongs to stages distill and long, this is stage "
-                f"{self.stage}; set it to 0"
-            )
-        if self.data_loss.num_latent_frames is not None and not self.data_loss.weight:
-            raise ConfigError(
-                f"data_loss.num_latent_frames={self.data_loss.num_latent_frames} has no effect while "
-                "data_loss.weight=0; remove it, or give a weight (stages distill and long)"
-            )
-        if self.stage != "long" and self.long is not None:
-            raise ConfigError(f"long belongs to stage long, this is stage {self.stage}; remove it")
-
-    def _check_memory(self) -> None:
-        self.parallel.check()
-        if self.roles == "separate":
-            return
-        if not self.distils:
-            raise ConfigError(f"roles=shared is for stages distill and long, this is stage {self.stage}; remove it")
-        if self.lora is None and (self.critic is None or self.critic.lora is None):
-            raise ConfigError(
-                "roles=shared needs low-rank updates of the student (lora), of the critic (critic.lora), or of both; "
-                "give them, or set roles=separate"
-            )
+    @property
+    def networks(self) -> Mapping[str, NetworkConfig]:
+        """The networks of the stage by name; the generator first."""
+        generator = NetworkConfig("init_from", self.init_from, self.optim, self.lora)
+        return {"generator": generator, **self.objective.networks()}
 
     @property
-    def distils(self) -> bool:
-        """True for the stages that match a teacher's distribution: a teacher and a critic are needed."""
-        return self.stage in ("distill", "long")
-
-    @property
-    def learns_from_videos(self) -> bool:
-        """Whether rows must be videos, or latents of videos."""
-        return not self.distils or self.data_loss.weight > 0
+    def reference(self) -> str | None:
+        """Source of the bidirectional weights beside which the student is measured, where there are such."""
+        name = self.objective.reference
+        return None if name is None else self.networks[name].source
 
     @property
     def stream_plan(self) -> StreamPlan:
@@ -278,7 +163,7 @@ class StageConfig(Settings):
     @property
     def clip_shape(self) -> VideoShape:
         """Sizes of the videos that rows are read as."""
-        frames = self.data_loss.num_latent_frames
+        frames = self.objective.num_clip_frames
         return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
 
     @property
@@ -296,16 +181,6 @@ class StageConfig(Settings):
         if not whole or self.activation_checkpointing == "selective":
             return False
         return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
-
-    @property
-    def new_frames(self) -> int:
-        """Latent frames of each later chunk of long tuning."""
-        return (self.long or LongConfig()).chunk_frames(self.video.num_latent_frames)
-
-    @property
-    def folder(self) -> Path:
-        """The stage's own folder: checkpoints, metrics and samples."""
-        return Path(self.logdir) / self.name
 
     @property
     def encoders_folder(self) -> Path:
@@ -338,101 +213,43 @@ class StageConfig(Settings):
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
         return {
-            "adapter": "lora (of the generator) and critic.lora",
+            "adapter": "lora (of the generator) and objective.critic.lora",
             "batch_size_per_gpu": "micro_batch_size",
             "denoising_step_list": "flow.steps (divided by 1000)",
-            "dfake_gen_update_ratio": "critic.updates_per_generator",
+            "dfake_gen_update_ratio": "objective.critic.updates_per_generator",
             "ema_weight": "ema.decay",
             "ema_start_step": "ema.start_step",
             "generator_ckpt": "init_from",
             "gradient_accumulation_steps": "batch_size / (micro_batch_size x ranks)",
             "gradient_checkpointing": "activation_checkpointing",
-            "guidance_scale": "flow.guidance (as w: guidance_scale + 1)",
+            "guidance_scale": "objective.guidance (as w: guidance_scale + 1)",
             "independent_first_frame": "plan.first_frames (true = 1)",
             "local_attn_size": "plan.window_frames",
-            "lr_critic": "critic.lr",
+            "lr_critic": "objective.critic.lr",
             "max_checkpoints": "keep_checkpoints",
             "max_iters": "max_steps",
             "mixed_precision": "precision (true = bf16)",
             "num_frame_per_block": "plan.block_frames",
-            "real_name": "teacher",
+            "real_name": "objective.teacher",
             "sink_size": "plan.sink_frames",
             "streaming_chunk_size": "video.num_latent_frames",
-            "streaming_max_length": "long.num_chunks (chunks, not frames)",
-            "streaming_min_new_frame": "long.new_frames",
-            "switch_choices": "long.switch_frames",
+            "streaming_max_length": "objective.num_chunks (chunks, not frames)",
+            "streaming_min_new_frame": "objective.new_frames",
+            "switch_choices": "objective.switch_frames",
             "global_sink": "plan.keep_sink",
             "timestep_shift": "flow.shift",
             "total_batch_size": "batch_size",
+            # What keys were called before
+            "stage": "objective.kind (teacher = flow_matching, causal = teacher_forcing, distill = dmd, "
+            "long = long_tuning)",
+            "long": "objective: num_chunks, new_frames and switch_frames are keys of kind long_tuning",
+            "roles": "objective.shared_base (shared = true)",
+            "own_history": "objective.error_recycling",
+            "real_videos": "objective.data_loss",
+            "head_start": "objective.critic.critic_warmup_steps",
+            **{key: f"objective.{key}" for key in ("teacher", "critic", "error_recycling", "data_loss")},
+            "caption_dropout": "objective.caption_dropout",
         }
-
-
-class JobConfig(Settings):
-    """A whole run: write the toy world, train the stages in order, evaluate in toy worlds."""
-
-    logdir: PathText = Field(min_length=1, description="log folder: data and a folder a stage")
-    data: WorldConfig | None = Field(
-        default=WorldConfig(), description=f"{WorldConfig.__doc__} null = none, the stages name data of their own."
-    )
-    stages: dict[str, StageConfig] = Field(
-        min_length=1, description="stages in the order they run, each the path of its YAML file beside this one"
-    )
-    evaluation: EvaluationConfig | None = Field(
-        default=EvaluationConfig(), description=f"{EvaluationConfig.__doc__} null = none, for other sizes than its own."
-    )
-
-    @property
-    def data_folder(self) -> Path:
-        """Folder of the written toy world."""
-        return Path(self.logdir) / "data"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        earlier: list[str] = []
-        for key, stage in self.stages.items():
-            try:
-                self._check_stage(key, stage, earlier)
-            except ConfigError as error:
-                raise ValueError(f"stages.{key}: {error}") from None
-            earlier.append(key)
-        if self.evaluation is not None and self.data is not None and self.evaluation.seed == self.data.seed:
-            raise ValueError(f"evaluation.seed={self.evaluation.seed} equals data.seed: worlds would not be held out")
-        return self
-
-    def _check_stage(self, key: str, stage: StageConfig, earlier: list[str]) -> None:
-        if stage.name != key:
-            raise ConfigError(f"name={stage.name} must be the key of the stage; set it to {key}")
-        if stage.logdir != self.logdir:
-            raise ConfigError(f"logdir={stage.logdir} must be that of the job, {self.logdir}; set only the job's")
-        if stage.save_every == 0:
-            raise ConfigError("save_every=0 leaves nothing for the next stage and the table; set it to 1 or more")
-        critic = stage.critic.init_from if stage.critic is not None else None
-        for field, source in (("init_from", stage.init_from), ("teacher", stage.teacher), ("critic.init_from", critic)):
-            known = source is None or source == TOY or is_path(source) or source in earlier
-            if not known and not resolve_source(source or "", self.logdir).is_dir():
-                raise ConfigError(
-                    f"{field}={source} is no earlier stage of this job ({', '.join(earlier) or 'there is none'}); "
-                    "name one of them, a path (with a slash) or toy"
-                )
-        if self.data is not None:
-            self._check_data(stage, self.data)
-
-    def _check_data(self, stage: StageConfig, world: WorldConfig) -> None:
-        """Raises ConfigError when a stage does not fit the toy world that the job writes."""
-        if stage.validation.seed == world.seed:
-            raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
-        if Path(stage.data.path).parent == self.data_folder and Path(stage.data.path).name not in world.formats:
-            raise ConfigError(
-                f"data.path={stage.data.path} is not written by the job: add it to data.formats={world.formats}"
-            )
-        needed = stage.clip_shape.num_pixel_frames
-        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.learns_from_videos
-        if reads_clips and world.num_frames < needed:
-            name = "data_loss" if stage.distils else "video"
-            raise ConfigError(
-                f"{name}.num_latent_frames={stage.clip_shape.num_latent_frames} needs clips of {needed} frames and the "
-                f"job writes data.num_frames={world.num_frames}; set data.num_frames={needed}"
-            )
 
 
 def is_path(source: str) -> bool:
@@ -463,54 +280,6 @@ def _batch_rule(batch_size: int, micro_batch_size: int, groups: int, together: i
     return (
         f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
     )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig | JobConfig:
-    """The configuration in a YAML file (a job when it has `stages:`), with `a.b=c` overrides on top.
-
-    In a job `causal.optim.lr=1e-4` means the stage named causal; a stage file's `logdir` gives way to the job's.
-    Raises: ConfigError naming every wrong key, its value and the rule.
-    """
-    path = Path(path)
-    tree, sources = read_recipe(path)
-    model: type[StageConfig | JobConfig] = StageConfig
-    if "stages" in tree:
-        model, sources = JobConfig, [*_read_stages(tree, path, sources), *sources]
-    elif "stage" not in tree:
-        raise ConfigError(f"config {path} has neither `stage:` (one stage) nor `stages:` (a job); add one of them")
-    stages = tree["stages"] if model is JobConfig else {}
-    for override in overrides:
-        keys, text = split_override(override)
-        keys = ["stages", *keys] if keys[0] in stages else keys
-        set_path(tree, keys, text, model)
-        sources.append((path, {}))
-        set_path(sources[-1][1], keys, text, model)
-    for stage in stages.values():
-        if isinstance(stage, dict) and "logdir" in tree:
-            stage.setdefault("logdir", tree["logdir"])
-    try:
-        return model.from_tree(tree)
-    except ConfigError as error:
-        raise located(error, sources) from None
-
-
-def _read_stages(tree: dict[str, Any], path: Path, sources: Sources) -> Sources:
-    """Puts the recipe of each stage into the `stages` of a job, and returns who says what in them."""
-    files = tree["stages"]
-    if not isinstance(files, dict) or not files:
-        raise ConfigError(f"config {path}: stages must map a name to the YAML file of each stage, got {files!r}")
-    if clash := set(files) & set(JobConfig.model_fields):
-        raise ConfigError(f"config {path}: a stage cannot be called {min(clash)}, which is a key of the job; rename it")
-    found: Sources = []
-    for name, file in files.items():
-        where = said_in(sources, ["stages", name, *(["extends"] if isinstance(file, dict) else [])]) or path
-        if isinstance(file, str | dict):
-            stage, said = read_recipe(where, file) if isinstance(file, dict) else read_recipe(where.parent / file)
-            # The log folder of a job has one home, the job; a stage file's own is for running it alone.
-            stage.pop("logdir", None)
-            files[name] = stage
-            found += [(source, {"stages": {name: values}}) for source, values in said]
-    return found
 
 
 def dump(config: Settings) -> str:

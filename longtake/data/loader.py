@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from longtake.data.order import Buckets, Pick, batch_rows
 from longtake.data.samples import Dataset, FileSize, Sample
 from longtake.errors import DataError
+
+if TYPE_CHECKING:
+    pass  # pydantic is not needed to load data
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from longtake.condition import Condition
+from longtake.condition import Condition, VideoShape
+from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
@@ -33,15 +34,14 @@ from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
+from longtake.objectives.base import Objective
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import Dmd
-from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.train.loop import LoopSettings, MetricWindow, iteration
+from longtake.train.loop import MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
-from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
+from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
 from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import Opened
@@ -249,7 +249,7 @@ class _OneOfMany(Mesh):
 
 
 @contextmanager
-def ranks(config: StageConfig, world_size: int) -> Iterator[Mesh]:
+def ranks(parallel: ParallelConfig, world_size: int) -> Iterator[Mesh]:
     """The mesh of the first of `world_size` ranks of a stage, which are not there."""
     if world_size == 1:
         yield Mesh()
@@ -259,20 +259,23 @@ def ranks(config: StageConfig, world_size: int) -> Iterator[Mesh]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         group = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
-        yield _OneOfMany(0, world_size, torch.device("cpu"), group).arranged(config.parallel)
+        yield _OneOfMany(0, world_size, torch.device("cpu"), group).arranged(parallel)
     finally:
         dist.destroy_process_group()
 
 
+@dataclass(kw_only=True)
 class _Hollow(Builder):
     """Networks without weights: sizes instead of files, and storages without data."""
 
-    def __init__(self, config: StageConfig, mesh: Mesh, sizes: Sizes, meter: Meter) -> None:
-        super().__init__(config, mesh)
-        self.sizes, self.meter = sizes, meter
+    sizes: Sizes
+    meter: Meter
+
+    def check_start(self) -> None:
+        """There are no files that could be of another stage."""
 
     def weights(self, name: str) -> Path:
-        return Path("teacher" if self.config.roles == "shared" else name)
+        return Path(self.base or name)
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
@@ -317,15 +320,32 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
 
 
 class _Batches:
-    """Micro-batches of a stage's shapes, each with rows of its own."""
+    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
 
     position = 0
 
-    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
-        self._config, self._size, self._rows, self._tokens = config, size, rows, image_tokens
+    def __init__(
+        self,
+        shape: VideoShape,
+        num_clip_frames: int | None,
+        size: DiTConfig,
+        accumulation: int,
+        rows: int,
+        image_tokens: int,
+        *,
+        with_picture: bool,
+        second_prompts: bool,
+    ) -> None:
+        """Args: `num_clip_frames` of the rows' videos, None where they have none."""
+        self._shape, self._clip_frames, self._size = shape, num_clip_frames, size
+        self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
+        self._with_picture, self._second_prompts = with_picture, second_prompts
 
-    def __next__(self) -> EncodedBatch:
-        config, size, rows, shape = self._config, self._size, self._rows, self._config.video.shape
+    def __next__(self) -> list[EncodedBatch]:
+        return [self._micro_batch() for _ in range(self._accumulation)]
+
+    def _micro_batch(self) -> EncodedBatch:
+        size, rows, shape = self._size, self._rows, self._shape
         space = shape.latent_height, shape.latent_width
         self.position += rows
 
@@ -342,9 +362,9 @@ class _Batches:
             Condition(text(), image, y),
             text(),
             space,
-            latents(config.clip_shape.num_latent_frames) if config.learns_from_videos else None,
-            latents(1) if config.model.image_condition == "i2v" else None,
-            text() if config.long is not None and config.long.switch_frames else None,
+            None if self._clip_frames is None else latents(self._clip_frames),
+            latents(1) if self._with_picture else None,
+            text() if self._second_prompts else None,
         )
 
 
@@ -359,42 +379,55 @@ def trace(
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
     meter = Meter()
     with meter.fake:
-        codec = _codec(config, sizes["generator"], image_tokens, vae) if config.stage == "long" else None
-    with ranks(config, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
+        codec = None
+        if config.objective.decodes:
+            frames = config.video.num_latent_frames
+            codec = _codec(sizes["generator"], image_tokens, vae, frames, with_y=config.model.with_y)
+    with ranks(config.parallel, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
-        networks, real, adapters, student = _Hollow(config, mesh, sizes, meter).build()
+        builder = _Hollow(config, mesh, sizes=sizes, meter=meter)
+        networks = builder.build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
-        batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
-        accumulation = config.accumulation(world_size)
+        accumulation, rows = config.accumulation(world_size), config.micro_batch(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
+        batches: Any = _Batches(
+            config.video.shape,
+            config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
+            sizes["generator"],
+            accumulation,
+            rows,
+            image_tokens,
+            with_picture=config.model.image_condition == "i2v",
+            second_prompts=config.objective.second_prompts,
+        )
         with meter.fake, meter:
-            inner = make_objective(config, student, networks, real, draws, phases)
-            if codec is not None:
-                inner, _ = for_long_videos(config, inner, codec, batches, accumulation)
+            inner = builder.objective(networks, codec, phases, draws)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
-            state = make_state(config, objective.networks, adapters)
+            state = builder.state(inner)
             state.step = _busiest(inner)
-            kept = _kept([*networks.values(), *([] if real is None else [real])], state)
-            settings = LoopSettings(state.step + 1, accumulation)
-            iteration(state, objective, batches, settings, mesh, phases, MetricWindow())
-        exported = 4 * sum(p.numel() for p in networks["generator"].parameters() if p.requires_grad)
+            kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)
+            iteration(state, objective, batches, config, mesh, phases, MetricWindow())
+        exported = 4 * sum(p.numel() for p in networks.trained["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]
 
 
-def _busiest(objective: Any) -> int:
-    """An iteration that updates every network, of long videos in a chunk that goes on after another."""
+def _busiest(objective: Objective) -> int:
+    """An iteration that updates every network, of running videos in a chunk that goes on after another."""
 
-    def order(step: int) -> tuple[bool, bool, int]:
-        chunk = objective.schedule.at(step).chunk if isinstance(objective, LongTuning) else 1
-        return "generator" not in objective.turns(step), chunk == 0, chunk
+    def order(step: int) -> tuple[int, bool, int]:
+        chunk = objective.chunk(step)
+        return -len(objective.turns(step)), chunk == 0, chunk
 
-    first = objective.settings.critic_warmup_steps if isinstance(objective, Dmd) else 0
+    most = len(objective.networks)
+    first = next((step for step in range(1 << 20) if len(objective.turns(step)) == most), 0)
     return min(range(first, first + 200), key=order)
 
 
-def _codec(config: StageConfig, size: DiTConfig, image_tokens: int, vae: Mapping[str, Any]) -> EncoderCodec:
+def _codec(
+    size: DiTConfig, image_tokens: int, vae: Mapping[str, Any], num_latent_frames: int, *, with_y: bool
+) -> EncoderCodec:
     """The real VAE, whose weights are those of the resident encoders, and CLIP tokens of the right shape."""
     from diffusers import AutoencoderKLWan
 
@@ -402,8 +435,8 @@ def _codec(config: StageConfig, size: DiTConfig, image_tokens: int, vae: Mapping
     return EncoderCodec(
         VideoVAE(AutoencoderKLWan(**vae)),
         tokens if size.image_dim else None,
-        with_y=config.model.with_y,
-        num_latent_frames=config.video.num_latent_frames,
+        with_y=with_y,
+        num_latent_frames=num_latent_frames,
     )
 
 

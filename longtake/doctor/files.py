@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from longtake.config.stage import JobConfig, StageConfig, is_path
+from longtake.config.groups import DataConfig
+from longtake.config.job import JobConfig
+from longtake.config.stage import StageConfig, is_path
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import find_format
 from longtake.doctor.estimate import Sizes
@@ -52,23 +54,21 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     Raises: ConfigError when `model.preset` is not known.
     """
     found = Findings()
-    critic = config.critic.init_from if config.critic is not None else None
-    sources = {"init_from": config.init_from, "teacher": config.teacher, "critic.init_from": critic}
-    named = {key: source for key, source in sources.items() if source is not None}
-    sizes = {key: _sizes(key, source, config, job, found) for key, source in named.items()}
-    generator = sizes.get("init_from") or model_config(config.model.preset)
-    found.sizes = {"generator": generator}
-    if (teacher := sizes.get("teacher")) is not None:
-        found.sizes |= {"critic": sizes.get("critic.init_from") or teacher, "teacher": teacher}
-    # Training from an encoded set loads no encoder, but for long tuning those of a window's picture.
+    by_source: dict[str | None, DiTConfig] = {None: model_config(config.model.preset)}
+    for wanted in config.networks.values():
+        if (source := wanted.source) is not None and source not in by_source:
+            by_source[source] = _sizes(wanted.key, source, config, job, found)
+    found.sizes = {name: by_source[wanted.source] for name, wanted in config.networks.items()}
+    # Training from an encoded set loads no encoder, but those of a window's picture where the objective decodes.
     stored = EncodedRows.lies_at(Path(config.data.path))
-    wanted = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
-    if generator.image_dim is None:
-        wanted.discard("image_encoder")
-    if not stored or config.stage == "long":
-        found.encoder_bytes = _encoders(config, wanted, found)
-    _data(config, job, found)
-    found.image_tokens, found.vae = image_token_count(config.encoders_folder), _vae(config.encoders_folder)
+    parts = {part.folder for part in ENCODER_PARTS} - ({"text_encoder"} if stored else set())
+    if found.sizes["generator"].image_dim is None:
+        parts.discard("image_encoder")
+    folder = config.encoders_folder
+    if not stored or config.objective.decodes:
+        found.encoder_bytes = _encoders(folder, parts, found, half_text=config.model.text_precision == "bf16")
+    _data(config.data, job, found)
+    found.image_tokens, found.vae = image_token_count(folder), _vae(folder)
     return found
 
 
@@ -104,13 +104,12 @@ def _vae(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("_")}
 
 
-def _encoders(config: StageConfig, wanted: set[str], found: Findings) -> int:
+def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
     """Bytes of the encoders that are there, as they are loaded."""
-    folder = config.encoders_folder
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
     found.missing += [f"encoders: {what}" for what in absent]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
-    half = {"text_encoder"} if config.model.text_precision == "bf16" else set()
+    half = {"text_encoder"} if half_text else set()
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
     files = ((file, part) for part in parts for file in encoder_files(folder, part))
     return sum((2 if part.folder in half else 4) * _elements(file, part) for file, part in files)
@@ -125,14 +124,14 @@ def _elements(file: Path, part: EncoderPart) -> int:
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
 
 
-def _data(config: StageConfig, job: JobConfig | None, found: Findings) -> None:
-    path = Path(config.data.path)
+def _data(data: DataConfig, job: JobConfig | None, found: Findings) -> None:
+    path = Path(data.path)
     if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
         return
     if not path.exists():
         found.missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
         return
     try:
-        find_format(path, config.data.kind)
+        find_format(path, data.kind)
     except LongtakeError as error:
         found.missing.append(f"data: {error}")

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.config.stage import JobConfig, StageConfig, load_config
+from longtake.config.job import JobConfig, load_config
+from longtake.config.stage import StageConfig
 from longtake.devices import DEVICES, find_device
 from longtake.doctor.estimate import Need, stage_need
-from longtake.doctor.files import Findings, look_at
+from longtake.doctor.files import look_at
 from longtake.doctor.machine import Machine, free_disk, look
 from longtake.errors import ConfigError
 
@@ -26,7 +27,7 @@ class StageReport:
     """
 
     name: str
-    stage: str
+    objective: str
     ranks: int
     need_bytes: dict[str, int]
     moment: str
@@ -42,7 +43,8 @@ class StageReport:
         """The report as text."""
         total, ranks = _size(sum(self.need_bytes.values())), f"each of {self.ranks} rank(s)"
         return [
-            f"stage {self.name} ({self.stage}), {ranks}: needs {total}, free {_size(self.free_bytes)} ({self.where})",
+            f"stage {self.name} ({self.objective}), {ranks}: needs {total}, "
+            f"free {_size(self.free_bytes)} ({self.where})",
             *(f"  {name:<16} {_size(size):>12}" for name, size in self.need_bytes.items() if size),
             f"  most at once     in {self.moment}",
             f"  checkpoints      {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
@@ -117,15 +119,21 @@ def _memory(device: str) -> int:
 
 def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, where: str) -> StageReport:
     found = look_at(config, job)
-    need = _need(config, found, ranks)
+
+    def need_of(config: StageConfig) -> Need:
+        return stage_need(config, found.sizes, ranks, image_tokens=found.image_tokens, vae=found.vae)
+
+    need = need_of(config)
     parts = {**need.at_rest, "encoders": found.encoder_bytes}
     parts["working memory"] = need.peak - sum(need.at_rest.values())
     total = sum(parts.values())
     problems = [f"missing {what}" for what in found.missing]
     if total * HEADROOM > free:
+        less = None
+        if not config.activation_checkpointing:
+            less = need_of(config.model_copy(update={"activation_checkpointing": True})).peak + found.encoder_bytes
         problems.append(
-            f"{_size(total)} and a tenth for what is not counted do not fit into {_size(free)}: "
-            + _remedy(config, found, ranks, free)
+            f"{_size(total)} and a tenth for what is not counted do not fit into {_size(free)}: " + _remedy(less, free)
         )
     disk = need.checkpoint * (config.keep_checkpoints + 1 if config.save_every else 0)
     if disk > (room := free_disk(config.logdir)):
@@ -133,20 +141,14 @@ def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, wh
             f"{config.keep_checkpoints} checkpoints and one being written need {_size(disk)} of disk; lower "
             "keep_checkpoints or move logdir"
         )
-    names, texts = (config.name, config.stage, ranks), (found.missing, found.notes, problems)
+    names, texts = (config.name, config.objective.kind, ranks), (found.missing, found.notes, problems)
     return StageReport(*names, parts, need.moment, free, where, disk, room, *texts)
 
 
-def _need(config: StageConfig, found: Findings, ranks: int) -> Need:
-    return stage_need(config, found.sizes, ranks, image_tokens=found.image_tokens, vae=found.vae)
-
-
-def _remedy(config: StageConfig, found: Findings, ranks: int, free: int) -> str:
-    if not config.activation_checkpointing:
-        less = _need(config.model_copy(update={"activation_checkpointing": True}), found, ranks).peak
-        less += found.encoder_bytes
-        if less * HEADROOM <= free:
-            return f"set activation_checkpointing=true, which needs {_size(less)}"
+def _remedy(recomputed: int | None, free: int) -> str:
+    """What to do. Args: `recomputed`, the bytes with activation checkpointing, None where it is on."""
+    if recomputed is not None and recomputed * HEADROOM <= free:
+        return f"set activation_checkpointing=true, which needs {_size(recomputed)}"
     return "use more GPUs, activation_checkpointing=true, a smaller micro_batch_size, or smaller videos"
 
 

@@ -39,7 +39,6 @@ def stamps(folder: Path, files: list[Path]) -> dict[str, Any]:
 
 def digest(folder: Path, files: list[Path]) -> str:
     """SHA-256 over names and contents of the files."""
-
     records = file_records(folder, [file.as_posix() for file in files])
     lines = "".join(f"{name} {record['sha256']}\n" for name, record in records.items())
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,69 +28,29 @@ from longtake.parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EncodedRow:
-    """Encodings of one row: text [M, D], CLIP tokens [L, D], y [F_total, C_y, H, W], latents [F, C, H, W]; `first`
-    [1, C, H, W] is the latent of the picture where there is no y; `later_text` [M, D] of the row's second prompt.
-    """
-
-    text: Tensor
-    image: Tensor | None = None
-    frames: Tensor | None = None
-    latents: Tensor | None = None
-    first: Tensor | None = None
-    later_text: Tensor | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    def to(self, device: torch.device | str) -> EncodedRow:
-        """The same row on a device."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return EncodedRow(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
-
-
-class RowEncoder(Protocol):
-    """Where the encodings of rows come from."""
-
-    shape: VideoShape
-    device: torch.device
-    empty_text: Tensor
-    with_later: bool
-
-    def check(self, sample: Sample) -> None:
-        """Raises DataError naming file and row when the stage cannot use the sample."""
-        ...
-
-    def rows(self, batch: Batch) -> list[EncodedRow]:
-        """Encodings of each sample of a batch whose samples were checked."""
-        ...
+# Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
+# mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt. Which of
+# them a stage reads beside the text are its `contents` (`key.contents_of`).
+EncodedRow = dict[str, Tensor]
 
 
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
-    Args: `with_image` gives the picture's conditions (image-to-video): y and CLIP tokens, or without `with_y` its
-    latent alone; `with_latents` encodes the videos, `with_later` the second prompts. `empty_prompt` is the text of the
-    unconditional side.
+    Args: `contents`, what is encoded beside the text; `empty_prompt`, the text of the unconditional side.
     """
 
     def __init__(
         self,
         encoders: Encoders,
         shape: VideoShape,
+        contents: Sequence[str],
         *,
-        with_image: bool,
-        with_latents: bool,
         device: torch.device,
-        with_y: bool = True,
-        with_later: bool = False,
         empty_prompt: str = "",
     ) -> None:
-        self.encoders, self.shape, self.device, self.with_later = encoders, shape, device, with_later
-        self.with_image, self.with_latents, self.with_y = with_image, with_latents, with_y
+        self.encoders, self.shape, self.contents, self.device = encoders, shape, list(contents), device
+        self.with_image = not {"y", "first"}.isdisjoint(contents)
         self.empty_text = encoders.text.encode([empty_prompt]).to(device)
 
     def check(self, sample: Sample) -> None:
@@ -99,10 +58,10 @@ class BatchEncoder:
         prompt.
         """
         where = sample.where or sample.name
-        _check_prompts(sample, where, with_later=self.with_later)
+        _check_prompts(sample, where, self.contents)
         if self.with_image and sample.image is None:
             raise DataError(f"{where}: has no image; image-to-video needs one a row")
-        if not self.with_latents or sample.video is not None:
+        if "latents" not in self.contents or sample.video is not None:
             return
         stored = sample.extras.get("latents")
         if stored is None:
@@ -115,33 +74,26 @@ class BatchEncoder:
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> list[EncodedRow]:
-        """Encodings of each sample."""
-        places = [f"row {row} ({name}): its prompt" for row, name in zip(batch.rows, batch.names)]
-        text: Tensor = self.encoders.text.encode(batch.prompts, places=places)
-        image = frames = first = None
-        if self.with_image:
-            assert batch.images is not None
-            pictures = batch.images.to(self.device)
-            if self.with_y:
-                frames = condition_frames(self.encoders.vae, pictures)
-                image = None if self.encoders.image is None else self.encoders.image.encode(pictures)
-            else:
-                first = self.encoders.vae.encode(pictures[:, None])
-        latents = self._latents(batch) if self.with_latents else None
-
-        def pick(part: Tensor | None, k: int) -> Tensor | None:
-            return None if part is None else part[k].clone()
-
-        later = None
-        if self.with_later:
-            places = [f"row {row} ({name}): its second prompt" for row, name in zip(batch.rows, batch.names)]
-            later = self.encoders.text.encode(batch.later_prompts, places=places)
-        parts = (image, frames, latents, first, later)
-        return [EncodedRow(text[k].clone(), *(pick(part, k) for part in parts)) for k in range(len(batch))]
+        """Encodings of each sample of a batch whose samples were checked."""
+        vae = self.encoders.vae
+        pictures: Any = batch.images.to(self.device) if self.with_image and batch.images is not None else None
+        makers: dict[str, Callable[[], Tensor]] = {
+            "text": lambda: self._texts(batch, batch.prompts, "its prompt"),
+            "clip": lambda: self.encoders.image.encode(pictures),  # type: ignore[union-attr]
+            "y": lambda: condition_frames(vae, pictures)[:, :, self.shape.temporal_stride :],
+            "first": lambda: vae.encode(pictures[:, None]),
+            "latents": lambda: self._latents(batch),
+            "text_1": lambda: self._texts(batch, batch.later_prompts, "its second prompt"),
+        }
+        return _by_row({name: makers[name]() for name in ("text", *self.contents)})
 
     def release(self) -> None:
         """Lets the encoders go, with their memory; nothing can be encoded any more."""
         del self.encoders
+
+    def _texts(self, batch: Batch, prompts: list[str], which: str) -> Tensor:
+        places = [f"row {row} ({name}): {which}" for row, name in zip(batch.rows, batch.names)]
+        return self.encoders.text.encode(prompts, places=places)
 
     def _latents(self, batch: Batch) -> Tensor:
         """Latents of the videos, or those stored with the rows."""
@@ -155,50 +107,50 @@ class BatchEncoder:
 class StoredEncoder:
     """Gives the encodings that an encoded set holds; no encoder is needed.
 
-    Args: `dataset`, the set, which was compared with the stage's configuration; `with_image`, `with_y`, `with_tokens`,
-    `with_latents` and `with_later` (second prompts) say what the stage needs of it.
+    Args: `dataset`, the set, which was compared with the stage's configuration; `contents`, what the stage reads of it.
     """
 
+    encoders = None
+
     def __init__(
-        self,
-        dataset: EncodedRows,
-        shape: VideoShape,
-        *,
-        with_image: bool,
-        with_tokens: bool,
-        with_latents: bool,
-        device: torch.device,
-        with_y: bool = True,
-        with_later: bool = False,
+        self, dataset: EncodedRows, shape: VideoShape, contents: Sequence[str], *, device: torch.device
     ) -> None:
-        self.shape, self.device, self.with_later = shape, device, with_later
-        self.with_y, self.with_first = with_image and with_y, with_image and not with_y
-        self.with_tokens, self.with_latents = with_image and with_tokens, with_latents
+        self.shape, self.contents, self.device = shape, list(contents), device
         self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
 
     def check(self, sample: Sample) -> None:
         """Raises DataError without a second prompt; every row of an encoded set has all else that it was made with."""
-        _check_prompts(sample, sample.where or sample.name, with_later=self.with_later)
+        _check_prompts(sample, sample.where or sample.name, self.contents)
 
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
-        parts = {name: part.to(self.device) for name, part in batch.extras.items()}
-        frames = with_mask(parts["y"], self.shape.temporal_stride) if self.with_y else None
-        return [
-            EncodedRow(
-                parts["text"][k],
-                parts["clip"][k] if self.with_tokens else None,
-                None if frames is None else frames[k],
-                parts["latents"][k, : self.shape.num_latent_frames] if self.with_latents else None,
-                parts["first"][k] if self.with_first else None,
-                parts["text_1"][k] if self.with_later else None,
-            )
-            for k in range(len(batch))
-        ]
+        parts = {name: batch.extras[name].to(self.device) for name in ("text", *self.contents)}
+        if "latents" in parts:  # a set's clips may be longer than the stage's
+            parts["latents"] = parts["latents"][:, : self.shape.num_latent_frames]
+        return _by_row(parts)
 
 
-def _check_prompts(sample: Sample, where: str, *, with_later: bool) -> None:
-    if with_later and len(sample.prompts) < 2:
+RowEncoder = BatchEncoder | StoredEncoder
+
+
+def _by_row(parts: EncodedRow) -> list[EncodedRow]:
+    """The rows of encodings [B, ...], each with memory of its own: one that is remembered does not keep the others."""
+    return [{name: part[k].clone() for name, part in parts.items()} for k in range(len(parts["text"]))]
+
+
+def encode_rows(encoder: RowEncoder, read: Sequence[tuple[Pick, int, Sample]], batch_size: int) -> list[EncodedRow]:
+    """Encodings of at most `batch_size` samples, each with its pick and the row that it was read from.
+
+    Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on the
+    batch size, and a resumed run misses other rows than one that remembers earlier epochs.
+    """
+    filled = [read[min(k, len(read) - 1)] for k in range(batch_size)]
+    batch = collate([sample for _, _, sample in filled], [pick for pick, _, _ in filled], [row for _, row, _ in filled])
+    return encoder.rows(batch)[: len(read)]
+
+
+def _check_prompts(sample: Sample, where: str, contents: Sequence[str]) -> None:
+    if "text_1" in contents and len(sample.prompts) < 2:
         raise DataError(f"{where}: has one prompt; long.switch_frames needs two a row, or leave it empty")
 
 
@@ -209,25 +161,22 @@ def make_batch(
 
     Args: `size` in pixels of the rows' bucket, None for that of the stage.
     """
-    condition = Condition(
-        torch.stack([row.text for row in rows]),
-        _stack([row.image for row in rows]),
-        _stack([row.frames for row in rows]),
-    )
-    shape = encoder.shape
+
+    def stacked(name: str) -> Tensor | None:
+        return torch.stack([row[name] for row in rows]) if name in rows[0] else None
+
+    text, y, shape = torch.stack([row["text"] for row in rows]), stacked("y"), encoder.shape
+    frames = None if y is None else with_mask(y, shape.temporal_stride)
     height, width = (shape.height, shape.width) if size is None else (size.height, size.width)
-    first = _stack([row.first for row in rows])
-    if condition.frames is not None:
-        # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
-        first = condition.frames[:, :1, shape.temporal_stride :]
     return EncodedBatch(
         indices=indices,
-        condition=condition,
+        condition=Condition(text, stacked("clip"), frames),
         empty_text=encoder.empty_text.expand(len(rows), -1, -1),
         latent_size=(height // shape.spatial_stride, width // shape.spatial_stride),
-        latents=_stack([row.latents for row in rows]),
-        later_text=_stack([row.later_text for row in rows]),
-        first_latent=first,
+        latents=stacked("latents"),
+        later_text=stacked("text_1"),
+        # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
+        first_latent=stacked("first") if frames is None else frames[:, :1, shape.temporal_stride :],
     )
 
 
@@ -242,7 +191,6 @@ class EncodedLoader:
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
         self._said_unused = False
-        self._pending: list[list[Pick]] = []
 
     @property
     def position(self) -> int:
@@ -260,17 +208,16 @@ class EncodedLoader:
         return len(self._rows) == self.num_rows and self._used_bytes <= self.memory_bytes
 
     def seek(self, position: int) -> None:
-        """Makes the next micro-batch the first one of the update at `position`."""
-        self._pending = []
+        """Makes the update at `position` the next one."""
         self.loader.seek(position)
 
-    def __next__(self) -> EncodedBatch:
-        """The next micro-batch; `position` moves with the last one of an update."""
-        if not self._pending:
-            self._pending = self.loader.picks(self.position)
-        picks = self._pending.pop(0)
-        if not self._pending:
-            self.loader.seek(self.position + self.loader.batch_size)
+    def __next__(self) -> list[EncodedBatch]:
+        """The micro-batches of the next update."""
+        batches = [self._micro_batch(picks) for picks in self.loader.picks(self.position)]
+        self.loader.seek(self.position + self.loader.batch_size)
+        return batches
+
+    def _micro_batch(self, picks: list[Pick]) -> EncodedBatch:
         if missing := {pick.row: pick for pick in picks if pick.row not in self._rows}:
             self._encode(list(missing.values()), len(picks))
         rows = [self._rows[pick.row] for pick in picks]
@@ -289,30 +236,29 @@ class EncodedLoader:
         for chunk in chunks[mesh.rank :: mesh.world_size]:
             self._encode([Pick(index=int(row), row=int(row)) for row in chunk], size)
         # Through the CPU: a tensor that is sent from a GPU would arrive on the sender's.
-        mine = {number: row.to("cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
+        mine = {number: _moved(row, "cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
         for part in mesh.every(lambda: mine):
             for number, row in part.items():
-                if number not in self._rows:
-                    self._rows[number] = row.to(self.encoder.device)
-                    self._used_bytes += row.size_bytes
+                self._remember(number, _moved(row, self.encoder.device))
         # Like lazy encoding, leave the oldest first: here rows in order, the same on every rank.
         self._rows = OrderedDict(sorted(self._rows.items()))
 
     def _encode(self, picks: Sequence[Pick], batch_size: int) -> None:
         with ThreadPoolExecutor(max(1, self.loader.workers)) as pool:
-            read = list(pool.map(lambda pick: self.loader.read(pick.row, self.encoder.check), picks))
-        self._say_unused([sample for _, sample in read])
-        # Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on
-        # the batch size, and a resumed run misses other rows than one that remembers earlier epochs.
-        filled = [min(k, len(picks) - 1) for k in range(batch_size)]
-        batch = collate([read[k][1] for k in filled], [picks[k] for k in filled], [read[k][0] for k in filled])
-        for pick, row in zip(picks, self.encoder.rows(batch)):
-            self._rows[pick.row] = row
-            self._used_bytes += row.size_bytes
+            found = pool.map(lambda pick: (pick, *self.loader.read(pick.row, self.encoder.check)), picks)
+            read = list(found)
+        self._say_unused([sample for _, _, sample in read])
+        for pick, row in zip(picks, encode_rows(self.encoder, read, batch_size)):
+            self._remember(pick.row, row)
+
+    def _remember(self, number: int, row: EncodedRow) -> None:
+        if number not in self._rows:
+            self._rows[number] = row
+            self._used_bytes += _size_bytes(row)
 
     def _say_unused(self, samples: Sequence[Sample]) -> None:
         """Warns once where rows have more prompts than the stage trains on, such as captions of several paragraphs."""
-        used = 1 + self.encoder.with_later
+        used = 1 + ("text_1" in self.encoder.contents)
         longer = next((sample for sample in samples if len(sample.prompts) > used), None)
         if longer is not None and not self._said_unused:
             self._said_unused = True
@@ -327,9 +273,12 @@ class EncodedLoader:
     def _forget(self) -> None:
         while self._used_bytes > self.memory_bytes:
             _, oldest = self._rows.popitem(last=False)
-            self._used_bytes -= oldest.size_bytes
+            self._used_bytes -= _size_bytes(oldest)
 
 
-def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+def _size_bytes(row: EncodedRow) -> int:
+    return sum(part.nbytes for part in row.values())
+
+
+def _moved(row: EncodedRow, device: torch.device | str) -> EncodedRow:
+    return {name: part.to(device) for name, part in row.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longtake.config.groups import DataConfig, ModelConfig, VideoConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows, differences
 from longtake.encoders.fingerprint import digest, encoder_files, stamps
@@ -21,24 +22,25 @@ _ENCODER_OF = {"clip": "image", "y": "vae", "first": "vae", "latents": "vae"}
 _OPTIONS = ("clip_preprocess", "text_precision")
 
 
-def contents_of(config: StageConfig, *, with_tokens: bool) -> list[str]:
+def contents_of(model: ModelConfig, *, with_tokens: bool, with_latents: bool) -> list[str]:
     """What a stage reads of each row beside the text."""
     given = []
-    if config.model.image_condition == "i2v":
-        given = (["clip"] if with_tokens else []) + ["y"] if config.model.with_y else ["first"]
-    return given + (["latents"] if config.learns_from_videos else [])
+    if model.image_condition == "i2v":
+        given = (["clip"] if with_tokens else []) + ["y"] if model.with_y else ["first"]
+    return given + (["latents"] if with_latents else [])
 
 
-def sizes_key(config: StageConfig, contents: list[str]) -> dict[str, Any]:
+def sizes_key(
+    model: ModelConfig, data: DataConfig, video: VideoConfig, num_clip_frames: int, contents: list[str]
+) -> dict[str, Any]:
     """The part of the key that the configuration alone decides."""
-    video = config.video
-    options = {name: value for name, value in config.model.model_dump().items() if name in _OPTIONS}
+    options = {name: value for name, value in model.model_dump().items() if name in _OPTIONS}
     key: dict[str, Any] = {"options": options}
     if contents:
-        key["sizes"] = config.data.buckets or [[video.height, video.width]]
+        key["sizes"] = data.buckets or [[video.height, video.width]]
         key["strides"] = {"temporal": video.temporal_stride, "spatial": video.spatial_stride}
     if "latents" in contents:
-        key["clips"] = {"num_latent_frames": config.clip_shape.num_latent_frames, "fps": video.fps}
+        key["clips"] = {"num_latent_frames": num_clip_frames, "fps": video.fps}
     return key
 
 
@@ -56,15 +58,16 @@ def check_encoded(config: StageConfig, dataset: EncodedRows, mesh: Mesh, *, with
     Its clips may be longer than those of the stage. Where the encoders are not on this machine they cannot be compared,
     which is said once.
     """
-    needed = contents_of(config, with_tokens=with_tokens)
+    objective = config.objective
+    needed = contents_of(config.model, with_tokens=with_tokens, with_latents=objective.learns_from_videos)
     problems = [f"it lacks {name}" for name in needed if name not in dataset.key["contents"]]
-    wanted = sizes_key(config, needed)
+    wanted = sizes_key(config.model, config.data, config.video, config.clip_shape.num_latent_frames, needed)
     stored = dataset.key.get("clips", {}).get("num_latent_frames", 0)
     if "clips" in wanted and stored > wanted["clips"]["num_latent_frames"]:
         del wanted["clips"]["num_latent_frames"]  # of longer clips the first latents are taken: the VAE is causal
     problems += differences(wanted, dataset.key)
-    if (negative := dataset.key.get("negative_prompt", "")) != config.flow.negative_prompt:
-        problems.append(f"negative_prompt={negative!r}, wanted {config.flow.negative_prompt!r}")
+    if (negative := dataset.key.get("negative_prompt", "")) != objective.empty_prompt:
+        problems.append(f"negative_prompt={negative!r}, wanted {objective.empty_prompt!r}")
     stated: Mapping[str, str] = dataset.key["encoders"]
     parts = {"text", *(_ENCODER_OF[name] for name in needed)} & set(stated)
     problems += mesh.on_main(lambda: _changed_encoders(config.encoders_folder, dataset, sorted(parts)))

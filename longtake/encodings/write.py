@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.checkpoint.invariants import rows_invariant
+from longtake.config.groups import DataConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import (
     EMPTY_TEXT,
@@ -37,11 +38,11 @@ from longtake.data.encoded import (
     write_index,
     write_shard,
 )
-from longtake.data.loader import BadRows, collate
+from longtake.data.loader import BadRows
 from longtake.data.order import Buckets, Pick
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.fingerprint import encoder_files
-from longtake.encodings.encode import BatchEncoder
+from longtake.encodings.encode import BatchEncoder, encode_rows
 from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
@@ -49,7 +50,7 @@ from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage import check_strides
-from longtake.train.stage_data import find_buckets, open_data
+from longtake.train.stage_data import find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,63 +111,35 @@ def encode_set(
     if dtype not in DTYPES or rows_per_shard < 1:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
     mesh.on_main(lambda: check_output_folder(output))
-    dataset = open_data(config)
+    dataset = open_data(config.data, config.video, config.clip_shape)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     mesh.on_main(lambda: _check_output(output))
     with only_run(output, mesh, "name another folder"):
-        return _encode_set(config, dataset, output, mesh, dtype, rows_per_shard, overwrite)
-
-
-def _encode_set(
-    config: StageConfig,
-    dataset: Dataset,
-    output: Path,
-    mesh: Mesh,
-    dtype: str,
-    rows_per_shard: int,
-    overwrite: bool,
-) -> EncodeReport:
-    folder = config.encoders_folder
-    with_image = config.model.image_condition == "i2v"
-    with_tokens = config.model.with_y and "image" in encoder_files(folder)
-    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
-    check_strides(config, encoders)
-    contents = contents_of(config, with_tokens=with_tokens)
-    buckets = find_buckets(config, dataset, mesh)
-    request = {
-        **config.data.model_dump(include={"path", "on_bad_row"}),
-        "num_rows": len(dataset),
-        "rows": mesh.on_main(lambda: rows_invariant(dataset)),
-        "dtype": dtype,
-        "rows_per_shard": rows_per_shard,
-        "batch_size": config.micro_batch_size,
-    }
-
-    def index() -> dict[str, Any]:
-        digests, files = encoders_key(folder, contents)
-        key = {"encoders": digests, "contents": contents, "text_len": encoders.text.text_len}
-        key |= sizes_key(config, contents)
-        if config.flow.negative_prompt:
-            key["negative_prompt"] = config.flow.negative_prompt
-        head = {"format": FORMAT, "version": VERSION, "complete": False}
-        return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
-
-    encoder = BatchEncoder(
-        encoders,
-        config.clip_shape,
-        with_image=with_image,
-        with_latents="latents" in contents,
-        device=mesh.device,
-        with_y=config.model.with_y,
-        empty_prompt=config.flow.negative_prompt,
-    )
-    missing = mesh.on_main(lambda: _begin(output, index(), encoder.empty_text, overwrite))
-    writer = _ShardWriter(config, dataset, buckets, encoder, contents, DTYPES[dtype], rows_per_shard)
-    started = time.perf_counter()
-    _share(mesh, writer, output, missing)
-    seconds = time.perf_counter() - started
-    done = mesh.on_main(lambda: _finish(output, config, -(-len(dataset) // rows_per_shard)))
+        folder, model = config.encoders_folder, config.model
+        with_tokens = model.with_y and "image" in encoder_files(folder)
+        encoders = load_encoders(folder, model, mesh.device, with_image=with_tokens)
+        check_strides(encoders.vae, config.video, folder)
+        contents = contents_of(model, with_tokens=with_tokens, with_latents=config.objective.learns_from_videos)
+        empty_prompt = config.objective.empty_prompt
+        encoder = BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, empty_prompt=empty_prompt)
+        buckets = find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh)
+        writer = _ShardWriter(
+            config.data, config.micro_batch_size, dataset, buckets, encoder, DTYPES[dtype], rows_per_shard
+        )
+        request = {
+            **config.data.model_dump(include={"path", "on_bad_row"}),
+            "num_rows": len(dataset),
+            "rows": mesh.on_main(lambda: rows_invariant(dataset)),
+            "dtype": dtype,
+            "rows_per_shard": rows_per_shard,
+            "batch_size": config.micro_batch_size,
+        }
+        missing = mesh.on_main(lambda: _begin(output, _index(config, encoder, request), encoder, overwrite))
+        started = time.perf_counter()
+        _share(mesh, writer, output, missing)
+        seconds = time.perf_counter() - started
+        done = mesh.on_main(lambda: _finish(output, config.data.max_bad_share, -(-len(dataset) // rows_per_shard)))
     return EncodeReport(
         output,
         num_rows=sum(shard["num_rows"] for shard in done["shards"]),
@@ -176,6 +149,18 @@ def _encode_set(
         seconds=seconds,
         num_ranks=mesh.world_size,
     )
+
+
+def _index(config: StageConfig, encoder: BatchEncoder, request: dict[str, Any]) -> dict[str, Any]:
+    """The index of a set that holds no shard yet. Reads all weights of the encoders once, for their digests."""
+    contents = encoder.contents
+    digests, files = encoders_key(config.encoders_folder, contents)
+    key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
+    key |= sizes_key(config.model, config.data, config.video, encoder.shape.num_latent_frames, contents)
+    if config.objective.empty_prompt:
+        key["negative_prompt"] = config.objective.empty_prompt
+    head = {"format": FORMAT, "version": VERSION, "complete": False}
+    return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
 
 
 def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
@@ -193,18 +178,18 @@ class _ShardWriter:
 
     def __init__(
         self,
-        config: StageConfig,
+        data: DataConfig,
+        batch_size: int,
         dataset: Dataset,
         buckets: Buckets,
         encoder: BatchEncoder,
-        contents: list[str],
         dtype: torch.dtype,
         rows_per_shard: int,
     ) -> None:
-        self.dataset, self.buckets, self.encoder, self.contents = dataset, buckets, encoder, contents
+        self.dataset, self.buckets, self.encoder = dataset, buckets, encoder
         self.dtype, self.rows_per_shard = dtype, rows_per_shard
-        self.batch_size, self.threads = config.micro_batch_size, max(1, config.data.num_workers)
-        self.bad = BadRows(len(dataset), config.data.on_bad_row, config.data.max_bad_share)
+        self.batch_size, self.threads = batch_size, max(1, data.num_workers)
+        self.bad = BadRows(len(dataset), data.on_bad_row, data.max_bad_share)
 
     def rows_of(self, shard: int) -> range:
         """Rows of the data set that belong to a shard."""
@@ -247,27 +232,16 @@ class _ShardWriter:
     def _encode(self, read: list[tuple[int, Sample]]) -> list[EncodedSample]:
         if not read:
             return []
-        # Filled up with repeats to one batch size, which kernels and so the last bits depend on.
-        filled = [read[min(k, len(read) - 1)] for k in range(self.batch_size)]
-        picks = [Pick(index=row, row=row) for row, _ in filled]
-        batch = collate([sample for _, sample in filled], picks, [row for row, _ in filled])
-        stride = self.encoder.shape.temporal_stride
+        picked = [(Pick(index=row, row=row), row, sample) for row, sample in read]
         result = []
-        for (row, sample), encoded in zip(read, self.encoder.rows(batch)):
-            texts = [encoded.text]
+        for (row, sample), encoded in zip(read, encode_rows(self.encoder, picked, self.batch_size)):
+            texts = [encoded["text"]]
             for k, text in enumerate(sample.prompts[1:], start=2):
                 place = f"row {row} ({sample.name}): its prompt {k}"
                 texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
-            parts = {
-                "clip": encoded.image,
-                "y": None if encoded.frames is None else encoded.frames[:, stride:],
-                "first": encoded.first,
-                "latents": encoded.latents,
-            }
-            arrays = {name: part.to("cpu", self.dtype) for name, part in parts.items() if part is not None}
-            assert list(arrays) == self.contents
-            bucket = int(self.buckets.bucket_of_row[row])
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
+            arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.encoder.contents}
+            bucket = int(self.buckets.bucket_of_row[row])
             result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
         return result
 
@@ -287,7 +261,7 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
 
 
-def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: bool) -> list[int]:
+def _begin(output: Path, index: dict[str, Any], encoder: BatchEncoder, overwrite: bool) -> list[int]:
     """Numbers of the shards that are missing, of a set that is new or that this request began; with `overwrite`
     another set that is there makes way.
 
@@ -296,7 +270,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
     request = index["request"]
     numbers = range(-(-request["num_rows"] // request["rows_per_shard"]))
     if not (output / INDEX).is_file():
-        write_empty_text(output, real_rows(empty_text[0]).bfloat16())
+        write_empty_text(output, real_rows(encoder.empty_text[0]).bfloat16())
         write_index(output, index)
         return list(numbers)
     present = read_index(output)
@@ -308,7 +282,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
             check_own(output, (INDEX, EMPTY_TEXT, "shard_*.safetensors", LOCK))
             for path in output.glob("[!.]*"):
                 path.unlink()
-            return _begin(output, index, empty_text, overwrite)
+            return _begin(output, index, encoder, overwrite)
         raise DataError(
             f"{output} holds another encoded set: {'; '.join(found)}. Name another folder, or give --overwrite"
         )
@@ -318,7 +292,7 @@ def _begin(output: Path, index: dict[str, Any], empty_text: Tensor, overwrite: b
     return missing
 
 
-def _finish(output: Path, config: StageConfig, num_shards: int) -> dict[str, Any]:
+def _finish(output: Path, max_bad_share: float, num_shards: int) -> dict[str, Any]:
     """The complete index, from the heads of all shards. Raises: DataError when too many rows were bad."""
     index = read_index(output)
     shards, bad = [], []
@@ -332,9 +306,9 @@ def _finish(output: Path, config: StageConfig, num_shards: int) -> dict[str, Any
         )
     num_rows = index["request"]["num_rows"]
     # Each rank counted its own rows only.
-    if len(bad) > config.data.max_bad_share * num_rows or len(bad) == num_rows:
+    if len(bad) > max_bad_share * num_rows or len(bad) == num_rows:
         raise DataError(
-            f"{len(bad)} of {num_rows} rows are bad, more than data.max_bad_share={config.data.max_bad_share}; repair "
+            f"{len(bad)} of {num_rows} rows are bad, more than data.max_bad_share={max_bad_share}; repair "
             f"the data or raise the share, and remove {output}. The last one: {bad[-1]['problem']}"
         )
     index |= {"complete": True, "shards": shards, "bad_rows": bad}

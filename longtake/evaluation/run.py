@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from longtake.condition import pixel_frames
-from longtake.config.stage import EvaluationConfig
+from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.evaluation import report

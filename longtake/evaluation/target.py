@@ -18,7 +18,7 @@ from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, read_manifest, student_stages
+from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, student_stages, trained_config
 from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.presets import model_config
@@ -70,7 +70,7 @@ def of_run(run: Path) -> EvalTarget:
     """
     stages = trained_stages(run)
     checkpoint, last = stages[-1]
-    source = last.teacher or last.init_from
+    source = last.reference
     with_tokens = model_config(str(exported_weights(checkpoint))).image_dim is not None
 
     def teacher(device: torch.device) -> VideoDiT:
@@ -82,11 +82,11 @@ def of_run(run: Path) -> EvalTarget:
 
     return EvalTarget(
         students=tuple(
-            Student(config.name, exported_weights(path), None if config.stage == "teacher" else config.stream_plan)
+            Student(config.name, exported_weights(path), config.stream_plan if config.objective.causal else None)
             for path, config in stages
         ),
-        teacher=None if last.stage == "teacher" or source is None else teacher,
-        encoders=lambda device: load_encoders(last, device, with_image=with_tokens),
+        teacher=None if source is None else teacher,
+        encoders=lambda device: load_encoders(last.encoders_folder, last.model, device, with_image=with_tokens),
         num_latent_frames=last.video.num_latent_frames,
         fps=last.video.fps,
         shift=last.flow.shift,
@@ -146,7 +146,7 @@ def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
     if not folders:
         raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
     found = [find_checkpoint(folder) for folder in folders]
-    stages = [(path, StageConfig.from_tree(read_manifest(path)["config"])) for path in found]
+    stages = [(path, trained_config(path)) for path in found]
     if any(config.model.image_condition != "i2v" for _, config in stages):
         raise ConfigError(f"{run} holds a text-to-video model; the evaluation gives a picture and needs an i2v model")
     return stages

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
+from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import usable_device
 from longtake.encoders.bundle import Encoders
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
+def load_encoders(folder: Path, model: ModelConfig, device: torch.device, *, with_image: bool) -> Encoders:
     """The encoders of a stage, in training, inference and evaluation alike. Raises: CheckpointError."""
     return Encoders.load(
-        config.encoders_folder,
+        folder,
         device,
         with_image=with_image,
-        clip_preprocess=config.model.clip_preprocess,
-        text_dtype=torch.bfloat16 if config.model.text_precision == "bf16" else torch.float32,
+        clip_preprocess=model.clip_preprocess,
+        text_dtype=torch.bfloat16 if model.text_precision == "bf16" else torch.float32,
     )
 
 

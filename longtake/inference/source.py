@@ -14,7 +14,7 @@ from typing import Any
 from longtake.config.generation import GenerationConfig, generation_settings, read_rules
 from longtake.config.stage import TOY, TOY_ASSETS, StageConfig
 from longtake.errors import CheckpointError, ConfigError
-from longtake.run_folder import exported_weights, find_checkpoint, read_manifest
+from longtake.run_folder import exported_weights, find_checkpoint, trained_config
 from longtake.weights.locate import find_encoders, find_weights
 
 TOY_STUDENT = TOY_ASSETS / "student"
@@ -41,10 +41,10 @@ class Source:
         Raises: CheckpointError when the folder holds no complete checkpoint of a causal student.
         """
         checkpoint = find_checkpoint(Path(path))
-        config = StageConfig.from_tree(read_manifest(checkpoint)["config"])
-        if config.stage == "teacher":
+        config = trained_config(checkpoint)
+        if not config.objective.causal:
             raise CheckpointError(
-                f"{path} holds a bidirectional teacher, which cannot stream; give a causal, distill or long run"
+                f"{path} holds a bidirectional teacher, which cannot stream; give the run of a student"
             )
         if config.model.image_condition != "i2v":
             raise CheckpointError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longtake.condition import MaskLayout
-    from longtake.config.stage import LoraConfig
+    from longtake.config.groups import LoraConfig
     from longtake.models.sizes import DiTConfig
 
 

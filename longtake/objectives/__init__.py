@@ -1,1 +1,1 @@
-"""What networks are trained by."""
+"""What stages train by: an objective a file, with its own group of keys. Read without torch, built and run with it."""

@@ -6,53 +6,141 @@ with sigma exact; the velocity of the critic is used as it comes, never through 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
 
-from longtake.condition import Condition
-from longtake.flow.path import add_noise, clean_from_velocity, guided, velocity
-from longtake.flow.schedule import training_sigma
-from longtake.models.dit import VideoDiT
-from longtake.objectives.base import LossResult, Phase
-from longtake.objectives.batch import EncodedBatch
+from longtake.config.base import PathText, Settings
+from longtake.config.groups import LoraConfig, OptimConfig
+from longtake.config.objective import NetworkConfig, ObjectiveConfig
+from longtake.errors import ConfigError
+from longtake.models.flops import Call
+from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import clip_sigma
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
-from longtake.rollout.self_forcing import RollOut, RollOutNoise, roll_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longtake.condition import Condition
+    from longtake.objectives.batch import EncodedBatch
+    from longtake.rollout.self_forcing import RollOut, RollOutNoise
 
 
-@dataclass(frozen=True)
-class DmdSettings:
-    """Numbers of the objective; `guidance` is w in uncond + w (cond - uncond).
+class CriticConfig(OptimConfig):
+    """The fake score and its optimizer."""
 
-    In the first `critic_warmup_steps` iterations the critic alone is trained: it begins as another network than a
-    student that has been trained already, and its first scores would lead that one astray.
+    lr: float = Field(default=2e-5, gt=0, description="learning rate")
+    updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
+    # It begins as another network than a student that has been trained already, and its first scores would lead that
+    # one astray.
+    critic_warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="first iterations, in which the critic alone is trained, on the student as it begins",
+    )
+    init_from: PathText | None = Field(
+        default=None, description="weights it starts from, as `init_from`; null = those of the teacher"
+    )
+    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
+
+
+class DataLoss(Settings):
+    """Teacher forcing on the rows' own videos beside distribution matching, which settles what captions leave open and
+    fades long videos the longer it goes on; teacher forcing does neither (docs/log.md, 2026-11-27).
     """
 
-    shift: float
-    guidance: float
-    sigma_min: float = 0.02
-    sigma_max: float = 0.98
-    updates_per_generator: int = 5
-    critic_warmup_steps: int = 0
-    first_frame_clean: bool = False
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of its loss in the student's updates; 0 = off. Rows must then be clips",
+    )
+    num_latent_frames: int | None = Field(
+        default=None,
+        gt=0,
+        description="latent frames of these clips, up to a block boundary; more than plan.window_frames teaches what "
+        "to do once frames are evicted; null = video.num_latent_frames",
+    )
 
 
-@dataclass(frozen=True)
-class DataLoss:
-    """Teacher forcing of the same student on the rows' own videos, and the weight of its loss in the student's updates.
+class DmdConfig(ObjectiveConfig):
+    """Distribution matching with a teacher on the student's own roll-outs."""
 
-    Distribution matching settles what captions leave open, and fades long videos the longer it goes on; teacher forcing
-    does neither (docs/log.md, 2026-11-27).
-    """
+    kind: Literal["dmd"] = "dmd"  # type: ignore[assignment]
+    teacher: PathText = Field(description="weights of the real score, as `init_from`")
+    critic: CriticConfig = Field(default=CriticConfig(), description=CriticConfig.__doc__)
+    guidance: float = Field(
+        default=4.0, ge=0, description="classifier-free guidance w of the teacher, uncond + w (cond - uncond); 1 = off"
+    )
+    negative_prompt: str = Field(default="", description="text of the unconditional side of guidance; empty = no text")
+    sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
+    sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
+    data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
+    shared_base: bool = Field(
+        default=False,
+        description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
+        "its own low-rank updates (all from the weights of `teacher`)",
+    )
 
-    objective: TeacherForcing
-    weight: float
+    reference: ClassVar[str | None] = "teacher"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
+        if self.negative_prompt and self.guidance == 1:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} is read with guidance other than 1; remove it, or give "
+                "empty quotes ''"
+            )
+        if self.data_loss.num_latent_frames is not None and not self.data_loss.weight:
+            raise ValueError(
+                f"data_loss.num_latent_frames={self.data_loss.num_latent_frames} has no effect while "
+                "data_loss.weight=0; remove it, or give a weight"
+            )
+        return self
+
+    @property
+    def learns_from_videos(self) -> bool:
+        return self.data_loss.weight > 0
+
+    @property
+    def num_clip_frames(self) -> int | None:
+        return self.data_loss.num_latent_frames
+
+    @property
+    def empty_prompt(self) -> str:
+        return self.negative_prompt
+
+    def networks(self) -> Mapping[str, NetworkConfig]:
+        """The frozen real score, and the fake one, which begins as the teacher unless it has weights of its own."""
+        critic, key = self.critic, "objective.critic.init_from" if self.critic.init_from else "objective.teacher"
+        return {
+            "teacher": NetworkConfig("objective.teacher", self.teacher, shared=self.shared_base),
+            "critic": NetworkConfig(key, critic.init_from or self.teacher, critic, critic.lora),
+        }
+
+    def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
+        """Raises ConfigError on clips that do not fit the blocks, and for a shared base that nobody would share."""
+        if (frames := self.data_loss.num_latent_frames) is not None:
+            if frames == 1 and with_picture:
+                raise ConfigError(
+                    "objective.data_loss.num_latent_frames=1 leaves nothing to learn after the given picture; "
+                    f"set it to {1 + plan.block_frames}"
+                )
+            plan.check(frames, "objective.data_loss.num_latent_frames")
+        if self.shared_base and not lora and self.critic.lora is None:
+            raise ConfigError(
+                "objective.shared_base=true needs low-rank updates of the student (lora), of the critic "
+                "(objective.critic.lora), or of both; give them, or set it to false"
+            )
+
+    def build(self, parts: Parts) -> Objective:
+        """The objective."""
+        return Dmd(parts, self)
 
 
 def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:
@@ -73,51 +161,35 @@ def dmd_loss(student: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
     return 0.5 * (student - target)[:, counted].square().mean()
 
 
-class Dmd:
+class Dmd(Objective):
     """Self-Forcing with distribution matching: `updates_per_generator` critic updates to one generator update.
 
-    Networks: `generator` (causal student) and `critic` (fake score) are trained, `real` is frozen. All random numbers
-    follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks. `phase` is entered
-    around each roll-out ("rollout") and each call of the scores ("scores"), for timing.
+    Networks: `generator` (causal student) and `critic` (fake score) are trained, `teacher` (real score) is frozen. All
+    random numbers follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks.
     """
 
-    def __init__(
-        self,
-        generator: Denoiser,
-        critic: VideoDiT,
-        real: VideoDiT,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        num_frames: int,
-        settings: DmdSettings,
-        *,
-        data_loss: DataLoss | None = None,
-        phase: Phase = nullcontext,
-    ) -> None:
-        self.networks: dict[str, nn.Module] = {"generator": generator.model, "critic": critic}
-        self.generator, self.critic = generator, critic
-        self.real = real.eval().requires_grad_(False)
-        self.draws, self.plan, self.num_frames, self.settings = draws, plan, num_frames, settings
-        self.data_loss, self.phase = data_loss, phase
+    def __init__(self, parts: Parts, settings: DmdConfig) -> None:
+        super().__init__(parts)
+        self.generator, self.critic, self.settings = parts.student, parts.trained["critic"], settings
+        self.real = parts.frozen["teacher"].eval().requires_grad_(False)
+        self.data_loss = TeacherForcing(parts, TeacherForcingConfig()) if settings.data_loss.weight else None
         self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
         """The critic always; after `critic_warmup_steps` the generator in every `updates_per_generator`-th one too."""
-        return self._turns(step, step - self.settings.critic_warmup_steps)
+        return self._turns(step, step - self.settings.critic.critic_warmup_steps)
 
     def _turns(self, step: int, count: int) -> list[str]:
         """With the generator where `count` is a multiple of `updates_per_generator`, but for the head start."""
-        due = step >= self.settings.critic_warmup_steps and count % self.settings.updates_per_generator == 0
+        critic = self.settings.critic
+        due = step >= critic.critic_warmup_steps and count % critic.updates_per_generator == 0
         return ["generator", "critic"] if due else ["critic"]
 
-    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+    def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Generator: the DMD loss through a roll-out, and that of `data_loss`. Critic: flow matching on the
         student's videos. Raises: TrainingError when `data_loss` are wanted and the batch has none.
         """
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
-
-    def discard(self) -> None:
-        """Nothing goes on from one iteration to the next."""
 
     def exit_step(self, step: int) -> int:
         """Denoising step at which every block of this iteration stops."""
@@ -125,6 +197,10 @@ class Dmd:
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
+        import torch
+
+        from longtake.flow.path import clean_from_velocity
+
         made = self._roll_out(batch, step, with_grad=True)
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
@@ -141,12 +217,16 @@ class Dmd:
             "exit_step": float(self.exit_step(step)),
         }
         if self.data_loss is not None:
-            forced = self.data_loss.objective.loss("generator", batch, step).loss
-            loss = loss + self.data_loss.weight * forced
+            forced = self.data_loss.loss("generator", batch, step).loss
+            loss = loss + self.settings.data_loss.weight * forced
             metrics["data_loss"] = forced.detach()
         return LossResult(loss, metrics)
 
     def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:
+        import torch
+
+        from longtake.flow.path import velocity
+
         made = self._shared.pop((step, tuple(batch.indices)), None)
         if made is None:
             with torch.no_grad():
@@ -161,6 +241,8 @@ class Dmd:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
+        from longtake.rollout.self_forcing import roll_out
+
         with self.phase("rollout"):
             return roll_out(
                 self.generator,
@@ -168,7 +250,7 @@ class Dmd:
                 batch.first_latent,
                 self._roll_out_noise(batch, step),
                 self.plan,
-                self.num_frames,
+                self.parts.num_frames,
                 batch.latent_size,
                 exit_step=self.exit_step(step),
                 with_grad=with_grad,
@@ -187,10 +269,15 @@ class Dmd:
 
     def _noised(self, clean: Tensor, batch: EncodedBatch, step: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         """(noisy latents, sigma [B, F], noise) at one level a clip."""
+        import torch
+
+        from longtake.flow.path import add_noise
+        from longtake.flow.schedule import training_sigma
+
         settings = self.settings
         u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64).to(clean.device)
-        level = training_sigma(u, settings.shift, settings.sigma_min, settings.sigma_max)
-        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=settings.first_frame_clean)
+        level = training_sigma(u, self.parts.shift, settings.sigma_min, settings.sigma_max)
+        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
         noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)
         return add_noise(clean.detach(), noise, sigma), sigma, noise
 
@@ -202,4 +289,49 @@ class Dmd:
         conditional = self.real(noisy, sigma, condition)
         if self.settings.guidance == 1:
             return conditional
+        from longtake.flow.path import guided
+
         return guided(conditional, self.real(noisy, sigma, unconditional), self.settings.guidance)
+
+    # ---- what an iteration costs ----------------------------------------------------------------------------------
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
+        """The roll-out, the scores of it where the student is updated, and the critic's own call."""
+        update = "generator" in self.turns(step)
+        found = self._roll_out_passes(step, clips["generator"], with_grad=update)
+        if update:
+            calls = 1 if self.settings.guidance == 1 else 2
+            found += [
+                Pass("critic", "scores", clips["critic"]),
+                Pass("teacher", "scores", clips["teacher"], times=calls),
+            ]
+            if self.data_loss is not None:
+                frames = self.settings.data_loss.num_latent_frames or self.parts.num_frames
+                found.append(self.data_loss.forced_pass(clips["generator"], frames))
+        return [*found, Pass("critic", "scores", clips["critic"], with_grad=True)]
+
+    def _generated(self, step: int) -> tuple[int, int]:
+        """First and last (exclusive) frame that the roll-out of an iteration generates."""
+        return self.parts.given, self.parts.num_frames
+
+    def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
+        """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
+        plan, (start, end) = self.plan, self._generated(step)
+        together = with_grad and self.generator.batched_exit_backward
+
+        def one(block: tuple[int, int], *, with_context: bool) -> Call:
+            return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
+
+        denoised = list(plan.blocks(start, end))
+        # The block before is committed first: the picture, or what an earlier roll-out left.
+        committed = ([plan.block_of(start - 1)] if start else []) + denoised[:-1]
+        found = [Pass("generator", "rollout", one(block, with_context=k == 0)) for k, block in enumerate(committed)]
+        for k, block in enumerate(denoised):
+            call = one(block, with_context=False)
+            apart = with_grad and not together
+            fresh = apart or (k == 0 and not committed)
+            found.append(Pass("generator", "rollout", call, times=self.exit_step(step)))
+            found.append(Pass("generator", "rollout", replace(call, with_context=fresh), with_grad=apart))
+        if together:
+            joined = Call.joined([one(block, with_context=True) for block in denoised])
+            found.append(Pass("generator", "rollout", joined, with_grad=True, ahead=False))
+        return found

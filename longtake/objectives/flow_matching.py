@@ -5,17 +5,36 @@ Source: Wan2.1 technical report; Lipman et al. 2022 (arXiv 2210.02747). The whol
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from longtake.condition import Condition
+from pydantic import Field
+
+from longtake.config.objective import ObjectiveConfig
 from longtake.errors import TrainingError
-from longtake.flow.path import add_noise, velocity
-from longtake.flow.schedule import training_sigma
-from longtake.models.dit import VideoDiT
-from longtake.objectives.base import LossResult
-from longtake.objectives.batch import EncodedBatch
-from longtake.rng import KeyedRNG
+from longtake.objectives.base import LossResult, Objective, Parts, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longtake.condition import Condition
+    from longtake.models.flops import Call
+    from longtake.objectives.batch import EncodedBatch
+    from longtake.rng import KeyedRNG
+
+
+class FlowMatchingConfig(ObjectiveConfig):
+    """Bidirectional flow matching of a teacher."""
+
+    kind: Literal["flow_matching"] = "flow_matching"
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
+
+    causal: ClassVar[bool] = False
+    from_scratch: ClassVar[bool] = True
+
+    def build(self, parts: Parts) -> Objective:
+        """The objective."""
+        return FlowMatching(parts, self)
 
 
 def clip_sigma(sigma: Tensor, num_frames: int, *, first_frame_clean: bool) -> Tensor:
@@ -37,45 +56,45 @@ def require_latents(batch: EncodedBatch, what: str) -> Tensor:
     return batch.latents
 
 
-class FlowMatching:
+class FlowMatching(Objective):
     """Teacher training: predict the velocity of the whole clip at one noise level.
 
-    Args: `shift` warps the uniform noise levels; `caption_dropout` share of samples that see the empty prompt;
-    `first_frame_clean` as in `clip_sigma`. Frame 0 is part of the loss where it is noised: this teacher generates it
-    too, from `y` alone.
+    Frame 0 is part of the loss where it is noised: this teacher generates it too, from `y` alone.
     """
 
-    def __init__(
-        self, model: VideoDiT, draws: KeyedRNG, *, shift: float, caption_dropout: float, first_frame_clean: bool
-    ) -> None:
-        self.networks: dict[str, nn.Module] = {"generator": model}
-        self.model, self.draws = model, draws
-        self.shift, self.caption_dropout, self.first_frame_clean = shift, caption_dropout, first_frame_clean
+    def __init__(self, parts: Parts, settings: FlowMatchingConfig) -> None:
+        super().__init__(parts)
+        self.settings = settings
 
-    def turns(self, step: int) -> list[str]:
-        """The one network, every iteration."""
-        return ["generator"]
-
-    def discard(self) -> None:
-        """Nothing goes on from one iteration to the next."""
-
-    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+    def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity."""
-        clean = require_latents(batch, "stage teacher").float()
+        import torch
+
+        from longtake.flow.path import add_noise, velocity
+        from longtake.flow.schedule import training_sigma
+
+        clean = require_latents(batch, "flow matching").float()
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64).to(clean.device)
-        sigma = clip_sigma(training_sigma(u, self.shift), clean.shape[1], first_frame_clean=self.first_frame_clean)
-        condition = drop_captions(batch, self.draws, step, self.caption_dropout)
-        predicted = self.model(add_noise(clean, noise, sigma), sigma, condition)
+        level = training_sigma(u, self.parts.shift)
+        sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
+        condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
+        predicted = self.parts.student.model(add_noise(clean, noise, sigma), sigma, condition)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
         return LossResult(loss, {"generator_loss": loss.detach()})
+
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
+        """One call of the whole clip."""
+        return [Pass("generator", "forward", clips["generator"], with_grad=True)]
 
 
 def drop_captions(batch: EncodedBatch, draws: KeyedRNG, step: int, share: float) -> Condition:
     """The batch's condition with the empty prompt in a random `share` of the samples."""
     if share <= 0:
         return batch.condition
+    import torch
+
     dropped = draws.uniform(step, "caption_dropout", batch.indices).to(batch.empty_text.device) < share
     return batch.condition.with_text(torch.where(dropped[:, None, None], batch.empty_text, batch.condition.text))

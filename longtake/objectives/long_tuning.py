@@ -7,21 +7,91 @@ videos; their past is generated again, by the weights as they were saved. Source
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from longtake.condition import Condition
+from pydantic import Field, model_validator
+
 from longtake.errors import ConfigError, DataError
-from longtake.models.dit import VideoDiT
-from longtake.objectives.base import Phase
-from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
+from longtake.objectives.base import Objective, Parts
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.long_batches import LongBatches
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
-from longtake.rollout.long_video import LongStream, PictureCodec, Switch, Window
-from longtake.rollout.self_forcing import RollOut
+
+if TYPE_CHECKING:
+    from longtake.condition import Condition
+    from longtake.objectives.batch import EncodedBatch
+    from longtake.rng import KeyedRNG
+    from longtake.rollout.long_video import LongStream, Window
+    from longtake.rollout.self_forcing import RollOut
+
+
+class LongTuningConfig(DmdConfig):
+    """Long tuning: videos beyond the teacher's length, generated and scored chunk by chunk."""
+
+    kind: Literal["long_tuning"] = "long_tuning"  # type: ignore[assignment]
+    num_chunks: list[int] = Field(
+        default=[12], min_length=1, description="chunks of a whole video, one iteration each; one of these is drawn"
+    )
+    new_frames: int | None = Field(
+        default=None,
+        gt=0,
+        description="latent frames of each chunk after the first, which is as long as the teacher's clips; null = all "
+        "but one of those",
+    )
+    switch_frames: list[int] = Field(
+        default=[],
+        description="latent frames, block boundaries, at which the row's second prompt takes over; each video draws "
+        "one that it reaches; none = never",
+    )
+
+    decodes: ClassVar[bool] = True
+    # An iteration is a place in a sequence of chunks of the same rows.
+    resume_keys: ClassVar[tuple[str, ...]] = (
+        "batch_size",
+        "video.num_latent_frames",
+        "objective.num_chunks",
+        "objective.new_frames",
+        "objective.switch_frames",
+    )
+
+    @model_validator(mode="after")
+    def _check_chunks(self) -> Self:
+        if min(self.num_chunks) < 1:
+            raise ValueError(f"num_chunks={self.num_chunks} must all be at least 1")
+        return self
+
+    @property
+    def second_prompts(self) -> bool:
+        return bool(self.switch_frames)
+
+    def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
+        """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
+        super().check(plan, num_latent_frames, with_picture=with_picture, lora=lora)
+        new = self.new_frames or num_latent_frames - 1
+        if not plan.is_boundary(num_latent_frames + new) or new >= num_latent_frames:
+            fix = (num_latent_frames - 1) // plan.block_frames * plan.block_frames
+            raise ConfigError(
+                f"objective.new_frames={new} must be a multiple of plan.block_frames={plan.block_frames} below "
+                f"video.num_latent_frames={num_latent_frames}; set it to {fix}"
+            )
+        for frame in self.switch_frames:
+            if frame < plan.first_frames or not plan.is_boundary(frame):
+                below, above = plan.block_of(max(frame, plan.first_frames))
+                raise ConfigError(
+                    f"objective.switch_frames={self.switch_frames}: {frame} is no block boundary after the first "
+                    f"block; set it to {below} or {above}"
+                )
+        longest = num_latent_frames + (max(self.num_chunks) - 1) * new
+        if late := [frame for frame in self.switch_frames if frame >= longest]:
+            raise ConfigError(
+                f"objective.switch_frames={late} are not before the end of the longest video, {longest} latent "
+                "frames; lower them or raise objective.num_chunks"
+            )
+
+    def build(self, parts: Parts) -> Objective:
+        """The objective."""
+        return LongTuning(parts, self)
 
 
 @dataclass(frozen=True)
@@ -41,22 +111,13 @@ class Place:
 class LongSchedule:
     """Sequences of chunks, one chunk an iteration: `horizon` latents first, then `new_frames` more each time.
 
-    Args: `lengths` in latent frames, of which each sequence draws one; `switches`, the latent frames at which the
-    prompt may change, of which each sequence draws one that it reaches (none = never).
+    Each sequence draws its number of chunks, and the latent frame at which its prompt changes, of those it reaches.
     """
 
-    def __init__(
-        self, draws: KeyedRNG, horizon: int, new_frames: int, lengths: Sequence[int], switches: Sequence[int] = ()
-    ) -> None:
-        for length in lengths:
-            if length < horizon or (length - horizon) % new_frames:
-                below = horizon + max(0, length - horizon) // new_frames * new_frames
-                raise ConfigError(
-                    f"a length of {length} latents is not horizon={horizon} and a multiple of new_frames={new_frames}; "
-                    f"set it to {below} or {below + new_frames}"
-                )
-        self.draws, self.horizon, self.new_frames = draws, horizon, new_frames
-        self.lengths, self.switches = tuple(lengths), tuple(switches)
+    def __init__(self, draws: KeyedRNG, horizon: int, settings: LongTuningConfig) -> None:
+        self.draws, self.horizon, self.new_frames = draws, horizon, settings.new_frames or horizon - 1
+        self.lengths = [self.end_frame(chunks - 1) for chunks in settings.num_chunks]
+        self.switches = settings.switch_frames
         self._places: list[Place] = []  # the first chunk of each sequence so far
 
     def at(self, step: int) -> Place:
@@ -86,28 +147,14 @@ class LongTuning(Dmd):
     """`Dmd` whose clips are windows of running videos, one chunk an iteration.
 
     Each micro-batch has running videos of its own; the loop must give the same micro-batches for a whole sequence
-    (`train/long_batches.py`). The generator is trained in every `updates_per_generator`-th iteration, by turns on other
+    (`batches`). The generator is trained in every `updates_per_generator`-th iteration, by turns on other
     chunks of a sequence.
     """
 
-    def __init__(
-        self,
-        generator: Denoiser,
-        critic: VideoDiT,
-        real: VideoDiT,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        settings: DmdSettings,
-        schedule: LongSchedule,
-        codec: PictureCodec,
-        *,
-        data_loss: DataLoss | None = None,
-        phase: Phase = nullcontext,
-    ) -> None:
-        super().__init__(
-            generator, critic, real, draws, plan, schedule.horizon, settings, data_loss=data_loss, phase=phase
-        )
-        self.schedule, self.codec = schedule, codec
+    def __init__(self, parts: Parts, settings: LongTuningConfig) -> None:
+        super().__init__(parts, settings)
+        assert parts.codec is not None, "whoever builds an objective that decodes gives it a codec"
+        self.schedule, self.codec = LongSchedule(parts.draws, parts.num_frames, settings), parts.codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
 
     def turns(self, step: int) -> list[str]:
@@ -121,6 +168,18 @@ class LongTuning(Dmd):
         """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""
         self._streams.clear()
 
+    def batches(self, loaded: Any, batch_size: int) -> LongBatches:
+        """The same micro-batches for all iterations of a sequence."""
+        return LongBatches(loaded, lambda step: self.schedule.at(step).sequence, batch_size=batch_size)
+
+    def chunk(self, step: int) -> int:
+        """The chunk that the iteration adds."""
+        return self.schedule.at(step).chunk
+
+    def _generated(self, step: int) -> tuple[int, int]:
+        chunk = self.chunk(step)
+        return self.schedule.end_frame(chunk - 1) if chunk else self.parts.given, self.schedule.end_frame(chunk)
+
     def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
         place = self.schedule.at(step)
         with self.phase("rollout"):
@@ -128,6 +187,8 @@ class LongTuning(Dmd):
             return self._advance(stream, batch, place.begin, place.chunk, with_grad=with_grad)
 
     def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
+        from longtake.rollout.long_video import Window
+
         assert isinstance(made, Window)
         return made.condition, made.condition.with_text(batch.empty_text)
 
@@ -151,6 +212,8 @@ class LongTuning(Dmd):
         return self._streams[key]
 
     def _open(self, batch: EncodedBatch, place: Place) -> LongStream:
+        from longtake.rollout.long_video import LongStream, Switch
+
         switch = None
         if place.switch is not None:
             if batch.later_text is None:

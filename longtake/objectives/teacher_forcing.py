@@ -6,39 +6,70 @@ picture and 36-channel models: `y` goes to both halves, the picture is clean in 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from longtake.condition import Condition, MaskLayout
-from longtake.flow.path import add_noise, velocity
-from longtake.flow.schedule import training_sigma
-from longtake.objectives.base import LossResult, Phase
-from longtake.objectives.batch import EncodedBatch
+from longtake.config.base import Settings
+from longtake.config.objective import ObjectiveConfig
+from longtake.errors import ConfigError
+from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
-from longtake.rollout.self_forcing import recycle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longtake.condition import Condition, MaskLayout
+    from longtake.models.flops import Call
+    from longtake.objectives.batch import EncodedBatch
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
 
-@dataclass(frozen=True)
-class ErrorRecycling:
-    """In a `share` of the iterations the context is the student's own version of the video (`rollout.recycle`).
-
-    Each block is made again from a denoising step drawn from `from_step` on. The first generated block never begins
-    at step 0: what a picture and a caption leave open is decided there, and the video that is learnt has decided it.
+class ErrorRecycling(Settings):
+    """Causal training after the student's own version of earlier frames (`rollout.recycle`): it learns to correct its
+    errors.
     """
 
-    share: float = 0.0
-    from_step: int = 1
+    share: float = Field(
+        default=0.0, ge=0, le=1, description="share of the iterations with such a context; the others have the real one"
+    )
+    # The first generated block never begins at step 0: what a picture and a caption leave open is decided there, and
+    # the video that is learnt has decided it.
+    from_step: int = Field(
+        default=1,
+        ge=0,
+        description="each earlier block is noised to the level of one of the denoising steps, from this one on, and "
+        "made again from there; 0 = also from noise alone, where captions and pictures decide all of the motion",
+    )
 
 
-class TeacherForcing:
+class TeacherForcingConfig(ObjectiveConfig):
+    """Causal training on real videos, clean context before each block."""
+
+    kind: Literal["teacher_forcing"] = "teacher_forcing"
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples trained without caption")
+    error_recycling: ErrorRecycling = Field(default=ErrorRecycling(), description=ErrorRecycling.__doc__)
+
+    reference: ClassVar[str | None] = "generator"  # which begins with a teacher's weights
+
+    def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
+        """Raises ConfigError unless there is a denoising step to begin from."""
+        if self.error_recycling.share and self.error_recycling.from_step >= len(plan.sigmas):
+            raise ConfigError(
+                f"objective.error_recycling.from_step={self.error_recycling.from_step} must be below the "
+                f"{len(plan.sigmas)} flow.steps; set it to {len(plan.sigmas) - 1} or less"
+            )
+
+    def build(self, parts: Parts) -> Objective:
+        """The objective."""
+        return TeacherForcing(parts, self)
+
+
+class TeacherForcing(Objective):
     """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
 
     With `error_recycling` the context is at times what the student itself would have made of the video; the loss is
@@ -46,39 +77,23 @@ class TeacherForcing:
     exact frames, which a roll-out never sees.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        draws: KeyedRNG,
-        plan: StreamPlan,
-        *,
-        shift: float,
-        caption_dropout: float = 0.0,
-        error_recycling: ErrorRecycling = ErrorRecycling(),
-        phase: Phase = nullcontext,
-    ) -> None:
-        self.denoiser, self.model = denoiser, denoiser.model
-        self.networks: dict[str, nn.Module] = {"generator": self.model}
-        self.draws, self.plan = draws, plan
-        self.shift, self.caption_dropout = shift, caption_dropout
-        self.error_recycling, self.phase = error_recycling, phase
+    def __init__(self, parts: Parts, settings: TeacherForcingConfig) -> None:
+        super().__init__(parts)
+        self.denoiser, self.model, self.settings = parts.student, parts.student.model, settings
         self._layouts: dict[int, MaskLayout] = {}
 
-    def turns(self, step: int) -> list[str]:
-        """The one network, every iteration."""
-        return ["generator"]
-
-    def discard(self) -> None:
-        """Nothing goes on from one iteration to the next."""
-
-    def loss(self, turn: str, batch: EncodedBatch, step: int) -> LossResult:
+    def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
+        import torch
+
+        from longtake.flow.path import add_noise, velocity
+
         clean = require_latents(batch, "teacher forcing").float()
         frames = clean.shape[1]
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
-        condition = drop_captions(batch, self.draws, step, self.caption_dropout)
+        condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
         both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
         levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
         predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
@@ -90,21 +105,47 @@ class TeacherForcing:
     def remakes(self, step: int) -> bool:
         """Whether iteration `step` has the student's own version of the video as context; the same on every rank."""
         drawn = self.draws.integer(step, "own_history", 0, SHARE_PARTS)
-        return drawn < self.error_recycling.share * SHARE_PARTS
+        return drawn < self.settings.error_recycling.share * SHARE_PARTS
 
     def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
         """The denoising step from which each block is made again."""
-        low, steps = self.error_recycling.from_step, len(self.plan.sigmas)
+        low, steps = self.settings.error_recycling.from_step, len(self.plan.sigmas)
         found = []
         for block in range(num_blocks):
             least = min(max(low, 1), steps - 1) if block == first_generated else low
             found.append(self.draws.integer(step, "own_history_step", least, steps, part=block))
         return found
 
+    def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
+        """The student's own version of the clip, where this iteration makes one, and the loss on both halves."""
+        clip = clips["generator"]
+        return [*self._recycle_passes(step, clip), self.forced_pass(clip, clip.entries)]
+
+    def forced_pass(self, clip: Call, num_frames: int) -> Pass:
+        """The call of the loss, on videos of `num_frames` latents."""
+        return Pass("generator", "forward", clip.masked(self._layout(num_frames)), with_grad=True)
+
+    def _recycle_passes(self, step: int, clip: Call) -> Iterator[Pass]:
+        """As `recycle` makes them; only the first call makes keys and values of the text."""
+        if not self.remakes(step):
+            return
+        blocks = list(self.plan.blocks(0, clip.entries))
+        starts = self.starts(step, len(blocks), self.parts.given)
+        fresh = True
+        for (start, end), begin in zip(blocks[:-1], starts):
+            call = clip.cached(end - start, len(self.plan.attended(start, end)), with_context=fresh)
+            if start >= self.parts.given:
+                times = len(self.plan.sigmas) - begin
+                yield Pass("generator", "rollout", replace(call, with_context=False), times=times)
+            yield Pass("generator", "rollout", call)
+            fresh = False
+
     def _history(self, clean: Tensor, condition: Condition, batch: EncodedBatch, step: int) -> Tensor:
         """The context of this iteration, [B, F, C, H, W]."""
         if not self.remakes(step):
             return clean
+        from longtake.rollout.self_forcing import recycle
+
         given = batch.first_latent is not None
         blocks = list(self.plan.blocks(0, clean.shape[1]))
 
@@ -119,10 +160,14 @@ class TeacherForcing:
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
+        import torch
+
+        from longtake.flow.schedule import training_sigma
+
         columns = []
         for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
-            columns.append(training_sigma(u, self.shift)[:, None].expand(-1, end - start))
+            columns.append(training_sigma(u, self.parts.shift)[:, None].expand(-1, end - start))
         sigma = torch.cat(columns, 1).clone()
         if batch.first_latent is not None:
             sigma[:, 0] = 0.0

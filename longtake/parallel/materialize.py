@@ -31,7 +31,7 @@ def materialize(model: nn.Module, device: torch.device | str, values: Iterable[t
         for name, value in values:
             target = waiting.pop(name)
             copy_part(target, value)
-            if not is_finite(target.to_local() if isinstance(target, DTensor) else target):
+            if not is_finite(local(target)):
                 wrong.append(name)
     assert not waiting, f"no values for {sorted(waiting)}"
     return wrong
@@ -44,6 +44,11 @@ def copy_part(target: Tensor, whole: Tensor) -> None:
         return
     assert target.shape == whole.shape, f"{tuple(whole.shape)} is no value for {tuple(target.shape)}"
     target.to_local().copy_(whole[part_of(target)])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds; writing into it writes into the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: DTensor) -> tuple[slice, ...]:

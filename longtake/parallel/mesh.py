@@ -99,7 +99,7 @@ class Mesh:
 
         All ranks call it. Raises: ConfigError when the ranks cannot be divided so.
         """
-        shard, whole = parallel.shard(self.world_size), parallel.weights == "whole"
+        shard, whole = parallel.shard(self.world_size), parallel.data_parallel == "ddp"
         if self.device_mesh is None:
             return self
         if parallel.replicate == parallel.sequence == 1:
@@ -146,10 +146,6 @@ class Mesh:
         """What `work` returned on rank 0, the only rank that runs it. Raises: its error, on every rank."""
         return self.every(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one."""
-        return bool(self.gather([float(flag)]).any())
-
     def beside(self) -> Mesh:
         """The same ranks with a gloo group of their own, for `every` and `on_main` in a thread beside the training.
 
@@ -171,14 +167,6 @@ class Mesh:
             return None
         return dist.PrefixStore(f"longtake/{name}", _store_of_this_start())
 
-    def peak_memory_bytes(self) -> int | None:
-        """Most bytes of GPU memory that tensors of any rank took since the last call; None without a GPU."""
-        if self.device.type != "cuda":
-            return None
-        mine = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return max(self.every(lambda: mine))
-
     def gather(self, values: Sequence[float]) -> torch.Tensor:
         """The equally many `values` of each rank: float64 [world_size, n] on the CPU."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -197,27 +185,25 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
     Raises: ConfigError when CUDA is asked for and missing, or has fewer devices than local ranks.
     """
     rank, world_size, local_rank = launched()
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if world_size == 1:
         chosen = usable_device(device)
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", chosen.index or 0)
-            torch.cuda.set_device(chosen)
-        return Mesh(device=chosen)
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} needs a CUDA device and {torch.cuda.device_count()} are visible; "
-                "start at most that many processes, or set device=cpu"
-            )
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    elif kind == "cpu":
-        chosen = torch.device("cpu")
-    else:
+    elif kind not in ("cpu", "cuda"):
         raise ConfigError(
             f"device={kind!r} must be cpu or cuda where there are several ranks, of which each has its own"
         )
+    elif kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} needs a CUDA device and {torch.cuda.device_count()} are visible; "
+            "start at most that many processes, or set device=cpu"
+        )
+    else:
+        chosen = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return Mesh(device=chosen)
     _die_with_launcher()
     # Recorded exchanges hang where NCCL registers their buffers at that time and the allocator's segments can grow
     # (pytorch/pytorch 158029, pytorch/torchtitan 3306; seen on two H200).

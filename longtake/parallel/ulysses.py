@@ -13,7 +13,7 @@ know no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,11 +82,11 @@ class UlyssesShard:
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three of [B, E, l, N, K] -> three of [B, E, L, n, K], in one exchange."""
-        return _ToHeads.apply(self, q, k, v)
+        return _Exchange.apply(self, True, q, k, v)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """[B, E, L, n, K] -> [B, E, l, N, K]."""
-        return _ToTokens.apply(self, x)[0]
+        return _Exchange.apply(self, False, x)[0]
 
     @property
     def _others(self) -> list[int]:
@@ -102,60 +102,33 @@ class UlyssesShard:
         return x.narrow(-2, rank * number, number)
 
 
-class _ToHeads(torch.autograd.Function):
-    """Some tokens of all heads -> all tokens of some heads, of several tensors in one exchange; gradients go back."""
+class _Exchange(torch.autograd.Function):
+    """Some tokens of all heads -> all tokens of some heads, or the way back, which is also that of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shard = shard
-        return _to_heads(tensors, shard)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_to_tokens(grads, ctx.shard)
-
-
-class _ToTokens(torch.autograd.Function):
-    """The way back."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: UlyssesShard, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shard = shard
-        return _to_tokens(tensors, shard)
+    def forward(ctx: Any, shard: UlyssesShard, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shard, ctx.to_heads = shard, to_heads
+        return _exchange(shard, to_heads, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_to_heads(grads, ctx.shard)
+        return None, None, *_exchange(ctx.shard, not ctx.to_heads, grads)
 
 
-def _to_heads(tensors: Sequence[Tensor], shard: UlyssesShard) -> tuple[Tensor, ...]:
-    """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, each."""
-    batch, entries, _, heads, width = tensors[0].shape
-    shape = (batch, entries, sum(shard.sizes), heads // shard.ranks.size, width)
-    return _exchange(tensors, shape, shard, shard._heads, shard._tokens)
+def _exchange(shard: UlyssesShard, to_heads: bool, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[B, E, l, N, K] of some tokens -> [B, E, L, n, K] of some heads, or back: several tensors in one exchange.
 
-
-def _to_tokens(tensors: Sequence[Tensor], shard: UlyssesShard) -> tuple[Tensor, ...]:
-    """[B, E, L, n, K] of some heads -> [B, E, l, N, K] of some tokens, each."""
-    batch, entries, _, heads, width = tensors[0].shape
-    shape = (batch, entries, shard.size, heads * shard.ranks.size, width)
-    return _exchange(tensors, shape, shard, shard._tokens, shard._heads)
-
-
-# part(x, rank) -> what one rank sends or has of x, a view
-_Part = Callable[[Tensor, int], Tensor]
-
-
-def _exchange(
-    tensors: Sequence[Tensor], shape: tuple[int, ...], shard: UlyssesShard, sent: _Part, got: _Part
-) -> tuple[Tensor, ...]:
-    """Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)` of a tensor of `shape` each.
-
-    A rank's own part is copied once, while the others travel. Each result has memory of its own: backward keeps one of
-    three, and should not keep the others with it.
+    Rank r gets `sent(x, r)` of each tensor; what comes from it goes to `got(out, r)`. A rank's own part is copied once,
+    while the others travel. Each result has memory of its own: backward keeps one of three, and should not keep the
+    others with it.
     """
+    batch, entries, _, heads, width = tensors[0].shape
+    if to_heads:
+        shape, sent, got = (sum(shard.sizes), heads // shard.ranks.size), shard._heads, shard._tokens
+    else:
+        shape, sent, got = (shard.size, heads * shard.ranks.size), shard._tokens, shard._heads
     ranks, others = shard.ranks, shard._others
-    out = tuple(x.new_empty(shape) for x in tensors)
+    out = tuple(x.new_empty(batch, entries, *shape, width) for x in tensors)
     sizes_out, sizes_in = [0] * ranks.size, [0] * ranks.size
     for rank in others:
         sizes_out[rank] = len(tensors) * sent(tensors[0], rank).numel()

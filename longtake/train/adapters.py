@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,60 +11,38 @@ from typing import Any
 from torch import Tensor
 
 from longtake.config.groups import LoraConfig
-from longtake.config.stage import TOY, StageConfig
+from longtake.config.stage import TOY, resolve_source
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, base_name, first_factors, inject_lora, is_factor, targets_of
-from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.run_folder import LORA, checkpoint_name, checkpoints_folder
-from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import Opened
 from longtake.weights.locate import is_hub_name
 from longtake.weights.lora import Adapter, Base, read_lora
 
-logger = logging.getLogger(__name__)
 
-
-def adapt(
-    opened: Opened,
-    name: str,
-    settings: LoraConfig,
-    weights: Path,
-    config: StageConfig,
-    mesh: Mesh,
-    *,
-    adapter_name: str = DEFAULT,
-    identity: str | None = None,
-) -> Adapter:
+def adapt(opened: Opened, settings: LoraConfig, base: Base, weights: Path, *, adapter_name: str = DEFAULT) -> Adapter:
     """Adds low-rank updates to a network whose weights are still to be read; all ranks call it, before sharding.
 
-    Args: `weights`, the base; `adapter_name`, the name of the updates in the network, where it gets several; `identity`
-    of the base where it is known. Their first values are those of `first_values`.
+    Args: `weights`, those of the base; `adapter_name`, the name of the updates in a network that gets several. Their
+    first values are those of `first_values`.
     Raises: ConfigError when the weights need training that low-rank updates cannot give, or targets are not known.
     """
     network = opened.model
     _check_trained(opened, weights)
     targets = targets_of(network, settings.targets)
     alpha = float(settings.rank) if settings.alpha is None else settings.alpha
-    known = identity or mesh.on_main(lambda: weights_identity(weights))
-    adapter = Adapter(settings.rank, alpha, targets, Base(_reference(weights, config), known))
+    adapter = Adapter(settings.rank, alpha, targets, base)
     if adapter_name == DEFAULT:
         network.requires_grad_(False)
     inject_lora(network, adapter.pattern, adapter.rank, alpha, adapter_name)
-    if mesh.is_main:
-        trained = sum(
-            p.numel() for key, p in network.named_parameters() if is_factor(key) and f".{adapter_name}." in key
-        )
-        logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, trained)
     return adapter
 
 
-def first_values(
-    network: VideoDiT, name: str, config: StageConfig, adapter_name: str = DEFAULT
-) -> Iterator[tuple[str, Tensor]]:
-    """First values of the updates of the network `name`, the same whether it is one of its own or a role."""
-    return first_factors(network, KeyedRNG(config.seed), f"{name} lora_A", adapter_name)
+def first_values(network: VideoDiT, name: str, seed: int, adapter_name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+    """First values of the updates of the network `name`, the same whether it is one of its own or on a shared base."""
+    return first_factors(network, KeyedRNG(seed), f"{name} lora_A", adapter_name)
 
 
 def earlier_values(
@@ -85,14 +62,14 @@ def earlier_values(
         alpha = "of several" if stored.scale is None else f"{ranks[-1] * stored.scale:g}"
         raise ConfigError(
             f"{source} holds low-rank updates of rank {', '.join(map(str, ranks))} and alpha {alpha}, and this stage "
-            f"asks for rank {adapter.rank} and alpha {adapter.alpha:g}; ask for the same, or set roles=separate"
+            f"asks for rank {adapter.rank} and alpha {adapter.alpha:g}; ask for the same, or set shared_base=false"
         )
     if have != sorted(layers):
         missing, surplus = sorted(set(layers) - set(have)), sorted(set(have) - set(layers))
         raise ConfigError(
             f"{source} holds low-rank updates of other layers: {len(missing)} of this stage's are missing "
             f"({', '.join(missing[:2])}) and {len(surplus)} are not this stage's ({', '.join(surplus[:2])}); set the "
-            "same lora.targets, or roles=separate"
+            "same lora.targets, or shared_base=false"
         )
     return (
         (f"{name.removesuffix('.weight')}.lora_{part}.{adapter_name}.weight", factor.float())
@@ -119,13 +96,15 @@ def _check_trained(opened: Opened, weights: Path) -> None:
         )
 
 
-def _reference(weights: Path, config: StageConfig) -> str:
-    """How exported updates name their base: relative to themselves inside the log folder, which may move."""
-    if weights == config.source(TOY):
+def reference_of(weights: Path, logdir: str | Path, folder: Path) -> str:
+    """How the exported updates of the stage in `folder` name their base: relative to themselves inside the log folder,
+    which may move.
+    """
+    if weights == resolve_source(TOY, logdir):
         return TOY
     if is_hub_name(weights):
         return weights.as_posix()
-    logdir, path = Path(config.logdir).absolute(), weights.expanduser().absolute()
-    if not path.is_relative_to(logdir):
+    inside, path = Path(logdir).absolute(), weights.expanduser().absolute()
+    if not path.is_relative_to(inside):
         return str(path)
-    return os.path.relpath(path, checkpoints_folder(config.folder).absolute() / checkpoint_name(0) / f"generator{LORA}")
+    return os.path.relpath(path, checkpoints_folder(folder).absolute() / checkpoint_name(0) / f"generator{LORA}")

@@ -4,42 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from longtake.config.groups import EmaConfig
+from longtake.parallel.materialize import local
 from longtake.weights.names import clean_name
-
-
-@dataclass(frozen=True)
-class EMASettings:
-    """`decay` per update of the network; up to iteration `start_step` the average is the weights themselves."""
-
-    decay: float = 0.99
-    start_step: int = 0
 
 
 class EMA:
     """The average of a network's trainable parameters. Build it after sharding, like the optimizer."""
 
-    def __init__(self, network: nn.Module, settings: EMASettings) -> None:
-        self.settings = settings
+    def __init__(self, network: nn.Module, config: EmaConfig) -> None:
+        self.config = config
         self._parameters = {clean_name(n): p for n, p in network.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after the update of iteration `step`."""
-        decay = self.settings.decay if step > self.settings.start_step else 0.0
+        """Takes in the weights after the update of iteration `step`; up to `start_step` the average is the weights."""
+        decay = self.config.decay if step > self.config.start_step else 0.0
         for name, p in self._parameters.items():
-            _local(self._average[name]).lerp_(_local(p).to(torch.float32), 1.0 - decay)
+            local(self._average[name]).lerp_(local(p).to(torch.float32), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network computes with the average; afterwards its own weights are back, bit for bit."""
-        own = {name: _local(p).detach().clone() for name, p in self._parameters.items()}
+        own = {name: local(p).detach().clone() for name, p in self._parameters.items()}
         try:
             self._write(self._average)
             yield
@@ -49,12 +41,8 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():
-            _local(p).copy_(_local(values[name]))
+            local(p).copy_(local(values[name]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The average by parameter name; writing into these tensors restores it."""
         return dict(self._average)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

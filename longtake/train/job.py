@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from longtake.config.stage import JobConfig, StageConfig, dump
+from longtake.config.job import JobConfig
+from longtake.config.stage import StageConfig, dump
 from longtake.evaluation.run import evaluate
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
@@ -50,7 +53,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     mesh.on_main(prepare)
     for name, stage in config.stages.items():
         stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
-        if mesh.on_main(lambda stage=stage: _is_done(stage)):  # type: ignore[misc]
+        values, folder = stage.model_dump(), stage.folder
+        if mesh.on_main(partial(_is_done, folder, stage.max_steps, values)):
             logger.info("Stage %s is complete", name)
             continue
         logger.info("Stage %s", name)
@@ -66,23 +70,22 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         sys.stdout.flush()
 
 
-def _is_done(stage: StageConfig) -> bool:
-    folder = checkpoints_folder(stage.folder)
-    if not (folder / checkpoint_name(stage.max_steps)).is_dir():
+def _is_done(folder: Path, max_steps: int, values: dict[str, Any]) -> bool:
+    if not (checkpoints_folder(folder) / checkpoint_name(max_steps)).is_dir():
         return False
-    newest = latest_checkpoint(folder)
+    newest = latest_checkpoint(checkpoints_folder(folder))
     if newest is None:
         return False
     manifest = read_manifest(newest)
-    before, now = (json.loads(json.dumps(config)) for config in (manifest["config"], stage.model_dump()))
+    before, now = (json.loads(json.dumps(config)) for config in (manifest["config"], values))
     if changed := sorted(key for key in now if key != "logdir" and now[key] != before.get(key)):
         logger.warning(
             "Stage %s was completed with other values of %s and is not trained again; remove %s to do so",
-            stage.name,
+            folder.name,
             ", ".join(changed),
-            stage.folder,
+            folder,
         )
-    return manifest["step"] >= stage.max_steps
+    return manifest["step"] >= max_steps
 
 
 def _log_on_main(mesh: Mesh) -> None:

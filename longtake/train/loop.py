@@ -13,59 +13,33 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from longtake.checkpoint.async_save import Saver, SaveSettings
-from longtake.checkpoint.save import resume
-from longtake.errors import ConfigError, TrainingError
+from longtake.checkpoint.async_save import Saver
+from longtake.checkpoint.save import RunInfo, resume
+from longtake.config.run import RunConfig
+from longtake.errors import TrainingError
 from longtake.objectives.base import Objective
 from longtake.parallel.fsdp import average_gradients
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
 from longtake.train.metrics import MetricsLog, PhaseTimer
 from longtake.train.state import TrainState
-from longtake.train.throughput import Throughput, Trace
-from longtake.train.watchdog import Watchdog, WatchdogSettings
+from longtake.train.throughput import Throughput, recorded
+from longtake.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long, and what happens every how many iterations (0 = never).
-
-    Fields: `accumulation`, micro-batches an update on each rank; `save`, how checkpoints are written (saving,
-    evaluation and sampling also happen at `max_steps`); `on_nonfinite`, what a loss or gradient that is not finite
-    does: `stop` the run, or `skip` the update, which may happen `max_skipped` times in a run; `watchdog`, when a run
-    that hangs ends.
-    """
-
-    max_steps: int
-    accumulation: int = 1
-    save_every: int = 100
-    save: SaveSettings = SaveSettings()
-    log_every: int = 1
-    validate_every: int = 0
-    sample_every: int = 0
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped: int = 0
-    watchdog: WatchdogSettings = WatchdogSettings()
-
-    def __post_init__(self) -> None:
-        for name in ("accumulation", "log_every"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name}={value} must be at least 1; set it to 1 or more")
-
-
 class Batches(Protocol):
-    """Endless micro-batches of one rank; `position` counts the samples that all ranks took together."""
+    """The micro-batches of one rank, for ever; `position` counts the samples that all ranks took together."""
 
     @property
     def position(self) -> int:
@@ -73,10 +47,12 @@ class Batches(Protocol):
         ...
 
     def seek(self, position: int) -> None:
-        """Makes the next micro-batch the one that follows the first `position` samples."""
+        """Makes the next update the one that follows the first `position` samples."""
         ...
 
-    def __next__(self) -> Any: ...
+    def __next__(self) -> Sequence[Any]:
+        """The micro-batches that this rank accumulates for the next update."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -92,104 +68,78 @@ class Hooks:
     start: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What is written beside the weights: the resolved `config`; `invariants` that a resumed run must share (rope,
-    block plan, fps); `wandb`, keyword arguments of `wandb.init` or None.
-    """
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-    invariants: Mapping[str, Any] = field(default_factory=dict)
-    wandb: Mapping[str, Any] | None = None
-    progress: bool = True
-
-
 def train(
     state: TrainState,
     objective: Objective,
     batches: Batches,
-    settings: LoopSettings,
+    config: RunConfig,
     *,
-    folder: Path,
     mesh: Mesh,
-    info: RunInfo | None = None,
+    info: RunInfo,
     hooks: Hooks | None = None,
     phases: PhaseTimer | None = None,
     throughput: Throughput | None = None,
-    trace: Trace | None = None,
 ) -> None:
-    """Trains until `settings.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
+    """Trains until `config.max_steps` iterations are complete (and saved), going on from the newest checkpoint.
 
-    Args: `folder`, the stage's own; `phases`, timers that the objective shares; `throughput`, rates for the rows;
-    `trace`, a profiler.
+    Args: `phases`, timers that the objective shares; `throughput`, rates for the rows.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite (and may not
     be skipped); CheckpointError on every rank when a checkpoint cannot be written; SystemExit (128 + the signal) after
     SIGTERM or SIGINT, once the state is saved.
     """
-    info, hooks, phases = info or RunInfo(), hooks or Hooks(), phases or PhaseTimer(mesh.device)
-    throughput = throughput or Throughput()
-    with Watchdog(mesh, settings.watchdog, phases, lambda: state.step):
-        checkpoints = checkpoints_folder(folder)
-        invariants = {"config": info.config, "invariants": info.invariants}
+    hooks, phases, throughput = hooks or Hooks(), phases or PhaseTimer(mesh.device), throughput or Throughput()
+    with Watchdog(mesh, config.watchdog, phases, lambda: state.step):
+        checkpoints, window = checkpoints_folder(config.folder), MetricWindow()
         with phases("resume"):
-            resumed = resume(state, checkpoints, mesh=mesh, **invariants)
-        if resumed is not None and mesh.is_main:
-            logger.info("Resuming %s", resumed)
-        first, last = state.step, settings.max_steps
+            resume(state, checkpoints, mesh=mesh, info=info)
+        first, last = state.step, config.max_steps
         if first >= last:
-            logger.info("%s: all %d iterations are done", folder, last)
+            logger.info("%s: all %d iterations are done", config.folder, last)
             return
-        saver = Saver(state, checkpoints, settings.save, mesh=mesh, **invariants) if settings.save_every > 0 else None
+        saver = _saver(state, checkpoints, config, mesh, info)
         if hooks.start:
             hooks.start()
         batches.seek(state.data_position)
-        log = MetricsLog(
-            folder, enabled=mesh.is_main, first_step=first, max_steps=last, progress=info.progress, wandb=info.wandb
-        )
-        window = MetricWindow()
-        with (
-            closing(log),
-            closing(trace) if trace else nullcontext(),
-            _stop_on_signals() as asked,
-            _complete_saves(saver, phases),
-        ):
+        log = MetricsLog(config.folder, first_step=first, max_steps=last, wandb=config.wandb, enabled=mesh.is_main)
+        trace = recorded(config.profile, config.folder, mesh, first)
+        with closing(log), trace as recorder, _stop_on_signals() as asked, _complete_saves(saver, phases):
             for step in range(first, last + 1):
-                _look(step, settings, hooks, phases, log)
+                _look(step, config, hooks, phases, log)
                 with phases("agree"):
                     stop = _agree(mesh, asked(), saver)
-                if saver and step > first and (stop or _due(step, settings.save_every, last)):
+                if saver and step > first and (stop or _due(step, config.save_every, last)):
                     with phases("checkpoint"):
                         saver.save(last=bool(stop) or step == last)
                 if step == last:
                     break
                 if stop:
                     _stop(stop, step, last, saved=saver is not None)
-                if trace:
-                    trace.at(step)
-                started, before = time.perf_counter(), state.data_position
-                iteration(state, objective, batches, settings, mesh, phases, window)
-                seconds = time.perf_counter() - started
-                window.add({"seconds": seconds})
+                before = state.data_position
+                seconds = iteration(state, objective, batches, config, mesh, phases, window)
                 throughput.add(step, seconds, state.data_position - before)
-                row = _row(step, settings, state, mesh, phases, window, throughput)
-                if row:
-                    log.scalars(step, row)
-                log.advance({key: value for key, value in row.items() if key.endswith("_loss")})
+                recorder()
+                log.iteration(step, _row(step, config, state, mesh, phases, window, throughput))
 
 
-def _look(step: int, settings: LoopSettings, hooks: Hooks, phases: PhaseTimer, log: MetricsLog) -> None:
+def _saver(state: TrainState, folder: Path, config: RunConfig, mesh: Mesh, info: RunInfo) -> Saver | None:
+    if config.save_every == 0:
+        return None
+    return Saver(state, folder, config.checkpoint, keep=config.keep_checkpoints, mesh=mesh, info=info)
+
+
+def _look(step: int, config: RunConfig, hooks: Hooks, phases: PhaseTimer, log: MetricsLog) -> None:
     """What is measured and shown after `step` iterations."""
-    if hooks.evaluate and _due(step, settings.validate_every, settings.max_steps):
+    if hooks.evaluate and _due(step, config.validate_every, config.max_steps):
         with phases("evaluate"):
             log.scalars(step, hooks.evaluate(step))
-    if hooks.sample and _due(step, settings.sample_every, settings.max_steps):
+    if hooks.sample and _due(step, config.validate_every, config.max_steps):
         with phases("sample"):
             log.images(step, hooks.sample(step))
 
 
 def _row(
     step: int,
-    settings: LoopSettings,
+    config: RunConfig,
     state: TrainState,
     mesh: Mesh,
     phases: PhaseTimer,
@@ -197,20 +147,22 @@ def _row(
     throughput: Throughput,
 ) -> dict[str, float]:
     """The row that is due after iteration `step`, else nothing."""
-    if not _due(step + 1, settings.log_every, settings.max_steps):
+    if not _due(step + 1, config.log_every, config.max_steps):
         return {}
-    # PhaseTimer are summed over the row's iterations, evaluation and saving included.
-    window.add({f"seconds/{name}": seconds for name, seconds in phases.take().items()})
-    window.add({f"seconds_of/{name}": seconds for name, seconds in phases.take_wholes().items()})
+    window.add(phases.take())  # summed over the row's iterations, evaluation and saving included
     with phases("agree"):
         row = window.take(mesh) | throughput.take(mesh)
-    if settings.on_nonfinite == "skip":
+    if config.on_nonfinite == "skip":
         row["skipped_updates"] = state.skipped
     return row
 
 
 def _agree(mesh: Mesh, asked: int, saver: Saver | None) -> int:
-    """The signal that some rank was sent, 0 for none. Raises: on every rank, the error of a save in the background."""
+    """The signal that some rank was sent, 0 for none. Raises: on every rank, the error of a save in the background.
+
+    Asked in every iteration, on all ranks at once: a rank that stopped or failed alone would leave the others waiting
+    in a collective for ever.
+    """
     signals, failures = mesh.gather([asked, bool(saver and saver.failed)]).T.tolist()
     if saver is not None and any(failures):
         saver.wait()
@@ -245,15 +197,15 @@ def iteration(
     state: TrainState,
     objective: Objective,
     batches: Batches,
-    settings: LoopSettings,
+    config: RunConfig,
     mesh: Mesh,
     phases: PhaseTimer,
     window: MetricWindow,
-) -> None:
-    """One iteration: each network of `turns` is updated once, all on the same micro-batches."""
-    step = state.step
+) -> float:
+    """One iteration: each network of `turns` is updated once, all on the same micro-batches. Returns its seconds."""
+    started, step = time.perf_counter(), state.step
     with phases("data"):
-        micro_batches = [next(batches) for _ in range(settings.accumulation)]
+        micro_batches = next(batches)
     for turn in objective.turns(step):
         optimizer = state.optimizers[turn]
         metrics = []
@@ -264,18 +216,18 @@ def iteration(
                 with phases("forward"):  # what is in no other phase: the objective names roll-out and scores
                     result = objective.loss(turn, batch, step)
                 with phases("backward"):
-                    (result.loss / settings.accumulation).backward()
-                loss += result.loss.detach().item() / settings.accumulation
+                    (result.loss / len(micro_batches)).backward()
+                loss += result.loss.detach().item() / len(micro_batches)
                 metrics.append(result.metrics)
             with phases("backward"):
                 average_gradients(state.networks[turn], mesh)
             with phases("optimizer"):
                 norm = optimizer.gradient_norm()
-        with phases("agree"):
+        with phases("agree"):  # before the step: one rank's NaN would be in all weights after it
             problem = nonfinite(mesh, step, turn, loss, norm)
         if problem is not None:
             optimizer.zero_grad()
-            _skip_or_stop(state, problem, settings, turn, mesh)
+            _skip_or_stop(state, problem, config, turn, mesh)
             objective.discard()
             continue
         window.add({f"{turn}_learning_rate": optimizer.learning_rate(step)})
@@ -290,6 +242,9 @@ def iteration(
             window.add({f"{turn}_loss": loss})
         window.add({f"{turn}_grad_norm": norm})
     state.step, state.data_position = step + 1, batches.position
+    seconds = time.perf_counter() - started
+    window.add({"seconds": seconds})
+    return seconds
 
 
 def nonfinite(mesh: Mesh, step: int, turn: str, loss: float, gradient_norm: float) -> str | None:
@@ -300,19 +255,19 @@ def nonfinite(mesh: Mesh, step: int, turn: str, loss: float, gradient_norm: floa
     return f"step {step}, {turn}: loss={losses} and gradient norm={norms} (one value a rank) must be finite"
 
 
-def _skip_or_stop(state: TrainState, problem: str, settings: LoopSettings, turn: str, mesh: Mesh) -> None:
+def _skip_or_stop(state: TrainState, problem: str, config: RunConfig, turn: str, mesh: Mesh) -> None:
     """Counts a skipped update. Raises: TrainingError on every rank when it may not be skipped."""
     fix = f"Lower the learning rate or max_grad_norm of {turn}, or look at the samples of this step"
-    if settings.on_nonfinite == "stop":
+    if config.on_nonfinite == "stop":
         raise TrainingError(f"{problem}; no weight was changed in this update. {fix}, or set on_nonfinite=skip")
-    if state.skipped >= settings.max_skipped:
+    if state.skipped >= config.max_skipped:
         raise TrainingError(
             f"{problem}; {state.skipped} updates of this run were skipped before, as many as max_skipped="
-            f"{settings.max_skipped} allows. {fix}"
+            f"{config.max_skipped} allows. {fix}"
         )
     state.skipped += 1
     if mesh.is_main:
-        logger.warning("%s; the update is skipped (%d of %d)", problem, state.skipped, settings.max_skipped)
+        logger.warning("%s; the update is skipped (%d of %d)", problem, state.skipped, config.max_skipped)
 
 
 class MetricWindow:

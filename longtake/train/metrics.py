@@ -13,13 +13,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from longtake.errors import CheckpointError, ConfigError
+from longtake.config.groups import WandbConfig
+from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
 
 logger = logging.getLogger(__name__)
@@ -33,106 +35,87 @@ class PhaseTimer:
     Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
     events on its current stream and read when they are taken: kernels count where they run, not where they were
-    queued, and nothing waits before `take`. PhaseTimer are also ranges of a profiler's trace.
+    queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
-    `current` is the innermost phase that this process is in now, `last` the one that it completed last; both by the
-    clock of the process, None before the first. `observer` is told the name at the begin (True) and the end (False) of
-    each phase.
+    The watchdog's thread reads the rest, by the clock of the process: `open`, the phases that it is in now, outermost
+    first; `last`, the one that ended last, and `known`, all that ended; how many `changes` (begins and ends) there
+    were, and when the last was (`changed`, of time.monotonic).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._clock: _Clock = _EventClock() if device is not None and device.type == "cuda" else _WallClock()
-        self._stack: list[str] = []
+        on_gpu = device is not None and device.type == "cuda"
+        self._mark: Callable[[], Any] = _event if on_gpu else _wall_clock
+        self._between: Callable[[Any, Any], float] = _event_seconds if on_gpu else _wall_seconds
         self._pieces: list[tuple[str, Any, Any]] = []
-        self._wholes: list[tuple[str, Any, Any]] = []
-        self._seconds: dict[str, float] = {}
-        self._since = self._clock.mark()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._since = self._mark()
+        self.open: tuple[str, ...] = ()
         self.last: str | None = None
-        self.observer: Callable[[str, bool], None] | None = None
-
-    @property
-    def current(self) -> str | None:
-        return self._stack[-1] if self._stack else None
+        self.known: set[str] = set()
+        self.changes, self.changed = 0, time.monotonic()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._cut()
-        self._stack.append(name)
-        if self.observer is not None:
-            self.observer(name, True)
+        self._change((*self.open, name))
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self._cut()
-            self._stack.pop()
+            self._change(self.open[:-1])
+            self.known.add(name)
             self.last = name
-            if self.observer is not None:
-                self.observer(name, False)
 
     @contextmanager
     def whole(self, name: str) -> Iterator[None]:
-        """Times everything inside, whatever its phases: for `take_wholes`."""
-        start = self._clock.mark()
+        """Times everything inside, whatever its phases."""
+        start = self._mark()
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self._wholes.append((name, start, self._clock.mark()))
+            self._pieces.append((f"seconds_of/{name}", start, self._mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase, `other` included, and sets all back to zero."""
+        """`seconds/...` of each phase, `other` included, and `seconds_of/...` of each whole; all start anew."""
         self._cut()
         self._read()
-        seconds, self._seconds = self._seconds, {}
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
-    def take_wholes(self) -> dict[str, float]:
-        """Seconds by the names of `whole`, and sets all back to zero."""
-        seconds: defaultdict[str, float] = defaultdict(float)
-        for name, start, end in self._wholes:
-            seconds[name] += self._clock.seconds(start, end)
-        self._wholes.clear()
-        return dict(seconds)
+    def _change(self, now_open: tuple[str, ...]) -> None:
+        self._cut()
+        self.open = now_open
+        self.changes, self.changed = self.changes + 1, time.monotonic()
 
     def _cut(self) -> None:
-        now = self._clock.mark()
-        self._pieces.append((self.current or "other", self._since, now))
+        now, phase = self._mark(), self.open[-1] if self.open else "other"
+        self._pieces.append((f"seconds/{phase}", self._since, now))
         self._since = now
         if len(self._pieces) >= _MOST_MARKS:
             self._read()
 
     def _read(self) -> None:
         for name, start, end in self._pieces:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock.seconds(start, end)
+            self._seconds[name] += self._between(start, end)
         self._pieces.clear()
 
 
-class _Clock(Protocol):
-    def mark(self) -> Any: ...
-
-    def seconds(self, start: Any, end: Any) -> float: ...
+_wall_clock = time.perf_counter
 
 
-class _WallClock:
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, start: float, end: float) -> float:
-        return end - start
+def _wall_seconds(start: float, end: float) -> float:
+    return end - start
 
 
-class _EventClock:
-    """Events on the current stream: asking for seconds waits until the later one has happened."""
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+def _event_seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class MetricsLog:
@@ -142,79 +125,66 @@ class MetricsLog:
     iteration (0 is the first), a validation's row the number of completed iterations. What an interrupted run wrote
     from `first_step` on is cut off, so that a resumed run leaves each row once.
 
-    Args: `enabled` on rank 0 only; `wandb`, keyword arguments of `wandb.init` or None.
-    Raises: ConfigError when wandb is asked for and not installed.
+    Args: `enabled` on rank 0 only.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        enabled: bool = True,
-        first_step: int = 0,
-        max_steps: int = 0,
-        tensorboard: bool = True,
-        progress: bool = True,
-        wandb: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._file, self._board, self._bar, self._wandb = None, None, None, None
+    def __init__(self, folder: Path, *, first_step: int, max_steps: int, wandb: WandbConfig, enabled: bool) -> None:
+        self._enabled = enabled
         if not enabled:
             return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         cut_from(path, first_step)
         self._file = path.open("a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder), purge_step=first_step)
-        if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=max_steps, initial=first_step, desc=folder.name, unit="it", dynamic_ncols=True)
-        if wandb is not None:
-            self._wandb = _start_wandb(folder, wandb)
+        self._board = SummaryWriter(str(folder), purge_step=first_step)
+        self._bar = tqdm(total=max_steps, initial=first_step, desc=folder.name, unit="it", dynamic_ncols=True)
+        self._wandb: Any = None
+        if wandb.enabled:
+            self._wandb = import_module("wandb")
+            self._wandb.init(dir=str(folder), project=wandb.project)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row. A value that is not finite becomes null, since JSON has no NaN."""
-        if self._file is None:
+        if not self._enabled:
             return
         row = {key: _jsonable(value) for key, value in values.items()}
         self._file.write(json.dumps({"step": step} | row) + "\n")
         numbers = {key: float(value) for key, value in row.items() if isinstance(value, (int, float))}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Shows uint8 `[h, w, 3]` images in TensorBoard (and wandb)."""
-        if self._board is not None:
-            for name, image in images.items():
-                self._board.add_image(name, image, step, dataformats="HWC")
+        if not self._enabled:
+            return
+        for name, image in images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
         if self._wandb is not None:
-            import wandb
+            self._wandb.log({name: self._wandb.Image(image) for name, image in images.items()}, step=step)
 
-            self._wandb.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
-
-    def advance(self, values: Mapping[str, float]) -> None:
-        """Moves the bar by one iteration; `values` stand beside the remaining time."""
-        if self._bar is not None:
-            if values:
-                self._bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
-            self._bar.update(1)
+    def iteration(self, step: int, row: Mapping[str, float]) -> None:
+        """Writes the row of an iteration, if it has one, and moves the bar, beside which its losses stand."""
+        if not self._enabled:
+            return
+        if row:
+            self.scalars(step, row)
+            losses = {key: f"{value:.4g}" for key, value in row.items() if key.endswith("_loss")}
+            self._bar.set_postfix(losses, refresh=False)
+        self._bar.update(1)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._board.close()
+        self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -247,14 +217,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            "wandb is switched on and not installed; `pip install wandb`, or leave it off: TensorBoard and "
-            "metrics.jsonl hold the same numbers"
-        ) from error
-    return wandb.init(dir=str(folder), **settings)

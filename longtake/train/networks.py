@@ -1,4 +1,5 @@
-"""The networks of a stage: opened, made fit, sharded, and only then filled; separate ones, or roles of a shared base.
+"""The networks of a stage and its objective: networks are opened, made fit, sharded, and only then filled; each is one
+of its own, or a shared base with updates.
 
 No rank holds a network whole (`parallel/materialize.py`); random first weights are the exception.
 """
@@ -9,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,23 +20,29 @@ import torch
 from torch import Tensor
 
 from longtake.checkpoint.invariants import invariants
-from longtake.config.groups import LoraConfig, ModelConfig
+from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
+from longtake.models.lora import DEFAULT
+from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.objectives.base import Objective, Parts, Phase
 from longtake.parallel.fsdp import gathered, parallelize
 from longtake.parallel.materialize import materialize
 from longtake.parallel.mesh import Mesh
+from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.run_folder import read_manifest
-from longtake.train.adapters import adapt, earlier_values, first_values
+from longtake.rollout.long_video import PictureCodec
+from longtake.run_folder import read_manifest, trained_config
+from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
-from longtake.weights.load import Opened, open_weights
+from longtake.weights.load import Opened, open_dit, open_weights
 from longtake.weights.locate import find_weights
-from longtake.weights.lora import Adapter, is_adapter, read_base
+from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.widen import widened_as_asked
@@ -44,41 +51,22 @@ logger = logging.getLogger(__name__)
 
 
 class Networks(NamedTuple):
-    """The trained networks by name, the frozen real score, the low-rank updates of those that train nothing else, and
-    the generator as it streams.
+    """The trained and the frozen networks by name, the low-rank updates of those that train nothing else, and the
+    generator as it streams.
     """
 
     trained: dict[str, VideoDiT]
-    real: VideoDiT | None
+    frozen: dict[str, VideoDiT]
     adapters: dict[str, Adapter]
     student: Denoiser
 
 
-def build_networks(config: StageConfig, mesh: Mesh) -> Networks:
-    """The networks of a stage.
-
-    Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
-    """
-    builder = Builder(config, mesh)
-    if config.init_from is not None:
-        builder.open(builder.weights("generator"))  # heads of files only
-        _check_same_rules(config.source(config.init_from), config)
-    return builder.build()
-
-
-def weights_folder(source: Path, config: StageConfig) -> Path:
+def weights_folder(source: Path, logdir: str | Path) -> Path:
     """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
     try:
-        return find_weights(source, config.logdir).path
+        return find_weights(source, logdir).path
     except CheckpointError as error:
         raise CheckpointError(f"no weights at {source}: {error}") from error
-
-
-def load_weights(source: Path, config: StageConfig, mesh: Mesh) -> VideoDiT:
-    """A whole model in float32 from a source, checked against the stage's condition. Raises: as `build_networks`."""
-    opened = _open(source, config)
-    _fill(opened, mesh.device, opened.read(None), mesh)
-    return opened.model
 
 
 def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:
@@ -88,76 +76,128 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
         raise not_finite(opened.place(wrong[0]))
 
 
+@dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and remembers their updates."""
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates."""
 
-    def __init__(self, config: StageConfig, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
-        self.adapters: dict[str, Adapter] = {}
+    config: StageConfig
+    mesh: Mesh
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def build(self) -> Networks:
-        """All networks of the stage."""
-        real = None
-        if self.config.roles == "shared":
-            networks, real = self.shared()
-        else:
-            networks = {"generator": self.trained("generator")}
-            if self.config.distils:
-                real = self.frozen()
-                networks["critic"] = self.trained("critic")
-        return Networks(networks, real, self.adapters, self.student(networks["generator"]))
+        """All networks of the stage.
+
+        Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
+        """
+        self.check_start()
+        trained: dict[str, VideoDiT] = {}
+        frozen: dict[str, VideoDiT] = {}
+        if self.base is not None:
+            trained, frozen = self.shared(self.base)
+        for name, wanted in self.config.networks.items():
+            if wanted.optim is None and name not in frozen:
+                frozen[name] = self.frozen(name)
+            elif wanted.optim is not None and name not in trained:
+                trained[name] = self.trained(name)
+        trained = {name: trained[name] for name in self.config.networks if name in trained}
+        return Networks(trained, frozen, self.adapters, self.student(trained["generator"]))
+
+    def objective(
+        self, networks: Networks, codec: PictureCodec | None, phase: Phase, draws: KeyedRNG | None = None
+    ) -> Objective:
+        """What the stage trains its networks by. Args: `codec`, where the objective decodes."""
+        model = self.config.model
+        parts = Parts(
+            student=networks.student,
+            trained=networks.trained,
+            frozen=networks.frozen,
+            draws=draws or KeyedRNG(self.config.seed),
+            plan=self.config.stream_plan,
+            shift=self.config.flow.shift,
+            num_frames=self.config.video.num_latent_frames,
+            given=int(model.image_condition == "i2v"),
+            first_frame_clean=model.image_condition == "i2v" and model.first_frame_sigma == "zero",
+            codec=codec,
+            phase=phase,
+        )
+        return self.config.objective.build(parts)
+
+    def state(self, objective: Objective) -> TrainState:
+        """The state of the stage before its first iteration, of networks that are already sharded."""
+        config = self.config
+        optimizers = {name: wanted.optim for name, wanted in config.networks.items() if wanted.optim is not None}
+        averages = {"generator": config.ema} if config.ema.enabled else {}
+        return TrainState.build(
+            objective.networks,
+            optimizers,
+            averages,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            adapters=self.adapters,
+        )
+
+    def reference(self, networks: Networks) -> VideoDiT | None:
+        """The bidirectional weights beside which the student is measured, None where the objective has none, or where
+        longer videos are measured than they make; they are read once more where the stage trains them.
+        """
+        name, frames = self.config.objective.reference, self.config.video.num_latent_frames
+        if name is None or self.config.validation.num_latent_frames not in (None, frames):
+            return None
+        if name in networks.frozen:
+            return networks.frozen[name]
+        opened = self.open(self.weights(name))
+        _fill(opened, self.mesh.device, opened.read(None), self.mesh)
+        return opened.model.requires_grad_(False)
+
+    @property
+    def base(self) -> str | None:
+        """The network that those with low-rank updates share, if one is shared."""
+        return next((name for name, wanted in self.config.networks.items() if wanted.shared), None)
 
     def trained(self, name: str) -> VideoDiT:
         """A network of its own: trained whole, or its updates alone."""
-        config, lora = self.config, self._lora(name)
-        if name == "generator" and config.init_from is None:
+        config, wanted = self.config, self.config.networks[name]
+        if wanted.source is None:
             return self._random()
         weights = self.weights(name)
         opened = self.open(weights)
-        if lora is None:
+        if wanted.lora is None:
             return self._filled(opened)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
         identity = self.mesh.on_main(lambda: self.identity(weights))
-        self.adapters[name] = adapt(opened, name, lora, weights, config, self.mesh, identity=identity)
-        return self._filled(opened, first_values(opened.model, name, config))
+        self._adapt(opened, name, weights, identity)
+        return self._filled(opened, first_values(opened.model, name, config.seed))
 
-    def frozen(self) -> VideoDiT:
-        """The teacher alone."""
-        opened = self.open(self.weights("teacher"))
+    def frozen(self, name: str) -> VideoDiT:
+        """A network that is not trained."""
+        opened = self.open(self.weights(name))
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
-    def shared(self) -> tuple[dict[str, VideoDiT], VideoDiT]:
-        """Teacher and the networks with updates as roles of one base; those without are trained whole beside it."""
+    def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
+        """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
         config, mesh = self.config, self.mesh
-        base = self.weights("teacher")
+        base = self.weights(base_name)
         identity = mesh.on_main(lambda: self.identity(base))
         opened = self.open(base)
         self._freeze(opened.model)
         updates: list[Iterator[tuple[str, Tensor]]] = []
-        names = [name for name in ("generator", "critic") if self._lora(name) is not None]
+        names = [name for name, wanted in config.networks.items() if wanted.lora is not None]
         for name in names:
-            lora = self._lora(name)
-            assert lora is not None
-            own = self.weights(name)
+            own, key = self.weights(name), config.networks[name].key
             self._check_base(name, own, base, identity)
-            found = self.adapters[name] = adapt(
-                opened, name, lora, base, config, mesh, adapter_name=name, identity=identity
-            )
+            found = self._adapt(opened, name, base, identity, adapter_name=name)
             if own != base and is_adapter(own):
-                updates.append(earlier_values(opened.model, own, found, f"{_key(name)}={own}", adapter_name=name))
+                updates.append(earlier_values(opened.model, own, found, f"{key}={own}", adapter_name=name))
             else:
-                updates.append(first_values(opened.model, name, config, adapter_name=name))
+                updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
         switch = AdapterSwitch()
         opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
         shared = SharedBase(self._filled(opened, *updates), switch)
-        networks: dict[str, VideoDiT] = {}
-        for name in ("generator", "critic"):
-            networks[name] = AdapterView(shared, name) if name in names else self.trained(name)
         if mesh.is_main:
-            logger.info("one frozen network is shared by the teacher and %s", " and ".join(names))
-        return networks, AdapterView(shared, None)
+            logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
+        return {name: AdapterView(shared, name) for name in names}, {base_name: AdapterView(shared, None)}
 
     def student(self, generator: VideoDiT) -> Denoiser:
         """The generator as it streams."""
@@ -173,6 +213,21 @@ class Builder:
         )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
+    def _adapt(self, opened: Opened, name: str, weights: Path, identity: str, adapter_name: str = DEFAULT) -> Adapter:
+        lora = self.config.networks[name].lora
+        assert lora is not None
+        base = Base(reference_of(weights, self.config.logdir, self.config.folder), identity)
+        found = adapt(opened, lora, base, weights, adapter_name=adapter_name)
+        if self.mesh.is_main:
+            count = sum(
+                p.numel()
+                for key, p in opened.model.named_parameters()
+                if f".lora_A.{adapter_name}." in key or f".lora_B.{adapter_name}." in key
+            )
+            logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, count)
+        self.adapters[name] = found
+        return found
+
     def _check_base(self, name: str, own: Path, base: Path, identity: str) -> None:
         """Raises ConfigError unless `own` are the weights of the base, or low-rank updates of them."""
         if own == base:
@@ -180,32 +235,57 @@ class Builder:
         updates = is_adapter(own)
         found = self.mesh.on_main(lambda: read_base(own).identity if updates else weights_identity(own))
         if found != identity:
-            what = "updates of other weights" if updates else "other weights"
+            what, networks = "updates of other weights" if updates else "other weights", self.config.networks
             raise ConfigError(
-                f"roles=shared holds one base for all, and {_key(name)}={own} (SHA-256 {found[:16]}) are {what} "
-                f"than teacher={base} ({identity[:16]}); name the same weights or updates of them, train the {name} "
-                "whole (without lora), or set roles=separate"
+                f"shared_base=true holds one base for all, and {networks[name].key}={own} (SHA-256 {found[:16]}) are "
+                f"{what} than {networks[self.base or name].key}={base} ({identity[:16]}); name the same weights or "
+                f"updates of them, train the {name} whole (without lora), or set shared_base=false"
             )
 
-    def _lora(self, name: str) -> LoraConfig | None:
-        if name == "generator":
-            return self.config.lora
-        assert self.config.critic is not None
-        return self.config.critic.lora
+    def check_heads(self) -> None:
+        """Raises ConfigError when the ranks of a sequence group cannot share the heads of each network; from the heads
+        of files, before any network is read.
+        """
+        if (together := self.config.parallel.sequence) == 1:
+            return
+        for name, wanted in self.config.networks.items():
+            sizes = model_config(self.config.model.preset)
+            if wanted.source is not None:
+                sizes = open_dit(self.weights(name))[1].config
+            check_heads(sizes.num_heads, together)
+
+    def check_start(self) -> None:
+        """Raises ConfigError when a student begins as one that was unrolled by other rules than this stage's."""
+        source = self.config.init_from
+        if source is None:
+            return
+        self.open(self.weights("generator"))  # heads of files only
+        checkpoint = find_weights(self.config.source(source), self.config.logdir).checkpoint
+        if not self.config.objective.causal or checkpoint is None or not trained_config(checkpoint).objective.causal:
+            return
+        manifest = read_manifest(checkpoint)
+        for key, value in invariants(self.config).items():
+            if (before := manifest.get(key)) != json.loads(json.dumps(value)):
+                raise ConfigError(f"{key}={value!r} is not that of init_from={source}, {before!r}; set it to that")
 
     def weights(self, name: str) -> Path:
         """What the network `name` is read from. Raises: CheckpointError."""
-        config = self.config
-        source = config.teacher if name == "teacher" else config.init_from
-        if name == "critic":
-            assert config.critic is not None
-            source = config.critic.init_from or config.teacher
+        source = self.config.networks[name].source
         assert source is not None
-        return weights_folder(config.source(source), config)
+        return weights_folder(self.config.source(source), self.config.logdir)
 
     def open(self, source: Path) -> Opened:
-        """Weights before they are read. Raises: CheckpointError, ConfigError."""
-        return _open(source, self.config)
+        """Weights before they are read, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
+        model = self.config.model
+        opened = widened_as_asked(open_weights(weights_folder(source, self.config.logdir)), model, self.config.seed)
+        sizes = opened.model.config
+        if (sizes.condition_channels > 0) != model.with_y:
+            key, fix = _misfit(model)
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)} does not fit the weights at {source}, which have "
+                f"in_channels={sizes.in_channels}; set it to {fix}"
+            )
+        return opened
 
     def identity(self, source: Path) -> str:
         """What tells these weights from all others."""
@@ -221,7 +301,7 @@ class Builder:
         """Whether the student's passes are captured: where its weights never move, and Python makes the calls."""
         config, mesh = self.config, self.mesh
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
-        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.stage != "teacher"
+        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
 
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
@@ -246,24 +326,6 @@ class Builder:
         )
 
 
-def _key(name: str) -> str:
-    """The key of the configuration that names the first weights of a trained network."""
-    return "init_from" if name == "generator" else "critic.init_from"
-
-
-def _open(source: Path, config: StageConfig) -> Opened:
-    """Weights of a stage before they are read, checked against its condition. Raises: CheckpointError, ConfigError."""
-    opened = widened_as_asked(open_weights(weights_folder(source, config)), config.model, config.seed)
-    sizes = opened.model.config
-    if (sizes.condition_channels > 0) != config.model.with_y:
-        key, fix = _misfit(config.model)
-        raise ConfigError(
-            f"model.{key}={getattr(config.model, key)} does not fit the weights at {source}, which have "
-            f"in_channels={sizes.in_channels}; set it to {fix}"
-        )
-    return opened
-
-
 def _misfit(settings: ModelConfig) -> tuple[str, str]:
     """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
     if settings.with_y:
@@ -272,18 +334,3 @@ def _misfit(settings: ModelConfig) -> tuple[str, str]:
             "model.widen=true and model.preset to the sizes wanted"
         )
     return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")
-
-
-def _check_same_rules(source: Path, config: StageConfig) -> None:
-    """Raises ConfigError when a causal predecessor unrolled by other rules than this stage will."""
-    checkpoint = find_weights(source, config.logdir).checkpoint
-    if config.stage == "teacher" or checkpoint is None:
-        return
-    manifest = read_manifest(checkpoint)
-    if manifest["config"].get("stage") == "teacher":
-        return
-    for key, value in invariants(config).items():
-        if (before := manifest.get(key)) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{key}={value!r} is not that of init_from={config.init_from}, {before!r}; set it to that"
-            )

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from longtake.config.groups import OptimConfig
+from longtake.parallel.materialize import local
 from longtake.weights.names import clean_name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW's numbers; `warmup_steps` counts the optimizer's own steps, `max_grad_norm` None is no clipping. Over the
-    last `decay_steps` of `total_steps` iterations the learning rate falls.
-    """
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    total_steps: int = 0
-    max_grad_norm: float | None = None
 
 
 class NetworkOptimizer:
@@ -36,10 +20,12 @@ class NetworkOptimizer:
     Build it after sharding: the parameters are remembered here, because a sharded module shows other objects while its
     parameters are gathered. Nothing but `tensors()` carries over from one step to the next: the learning rate is a
     function of the iteration and of the steps so far.
+
+    Args: `max_steps`, iterations of the run, over the last of which the learning rate may fall.
     """
 
-    def __init__(self, network: nn.Module, settings: OptimizerSettings) -> None:
-        self.settings = settings
+    def __init__(self, network: nn.Module, config: OptimConfig, max_steps: int) -> None:
+        self.config, self.max_steps = config, max_steps
         self.parameters = {clean_name(n): p for n, p in network.named_parameters() if p.requires_grad}
         self.steps_done = 0
         self._state: dict[str, dict[str, Tensor]] = {}
@@ -57,11 +43,11 @@ class NetworkOptimizer:
         """Learning rate of the next step, in iteration `step`: a linear ramp over this optimizer's first `warmup_steps`
         steps, then constant; over the last `decay_steps` iterations a linear fall, after which it would be 0.
         """
-        settings = self.settings
-        factor = min(1.0, (self.steps_done + 1) / max(1, settings.warmup_steps))
-        if settings.decay_steps:
-            factor *= min(1.0, max(0.0, (settings.total_steps - step) / settings.decay_steps))
-        return settings.lr * factor
+        config = self.config
+        factor = min(1.0, (self.steps_done + 1) / max(1, config.warmup_steps))
+        if config.decay_steps:
+            factor *= min(1.0, max(0.0, (self.max_steps - step) / config.decay_steps))
+        return config.lr * factor
 
     def zero_grad(self) -> None:
         """Drops the gradients and their memory."""
@@ -75,19 +61,22 @@ class NetworkOptimizer:
 
     @torch.no_grad()
     def step(self, step: int, gradient_norm: float) -> None:
-        """Clips by `gradient_norm` (of `gradient_norm()`) and updates the parameters for iteration `step`."""
-        if self.settings.max_grad_norm is not None and gradient_norm > self.settings.max_grad_norm:
-            torch._foreach_mul_(self._gradients(), self.settings.max_grad_norm / gradient_norm)
+        """Clips by `gradient_norm` (of `gradient_norm()`) and updates the parameters for iteration `step`.
+
+        The norm is that over all ranks, so that all shards of a network are scaled alike.
+        """
+        if gradient_norm > (limit := self.config.max_grad_norm):
+            torch._foreach_mul_(self._gradients(), limit / gradient_norm)
         names = [name for name, p in self.parameters.items() if p.grad is not None]
         if names:
             self._update(names, step)
         self.steps_done += 1
 
     def _update(self, names: list[str], step: int) -> None:
-        settings = self.settings
+        config = self.config
         parameters = [self.parameters[name] for name in names]
-        values, gradients = [_local(p) for p in parameters], [_local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        first, second = ([_local(self._state[name][key]) for name in names] for key in _MOMENTS)
+        values, gradients = [local(p) for p in parameters], [local(p.grad) for p in parameters]  # type: ignore[arg-type]
+        first, second = ([local(self._state[name][key]) for name in names] for key in _MOMENTS)
         fused = values[0].device.type == "cuda"
         adamw(
             values,
@@ -99,11 +88,11 @@ class NetworkOptimizer:
             foreach=not fused,
             fused=fused,
             amsgrad=False,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
+            beta1=config.beta1,
+            beta2=config.beta2,
             lr=self.learning_rate(step),
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
             maximize=False,
         )
 
@@ -113,8 +102,3 @@ class NetworkOptimizer:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

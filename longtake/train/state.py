@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from longtake.errors import ConfigError
+from longtake.config.groups import EmaConfig, OptimConfig
 from longtake.models.lora import factors
-from longtake.train.ema import EMA, EMASettings
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train.ema import EMA
+from longtake.train.optim import NetworkOptimizer
 from longtake.weights.lora import Adapter
 from longtake.weights.names import clean_name
 
@@ -39,26 +39,22 @@ class TrainState:
     def build(
         cls,
         networks: Mapping[str, nn.Module],
-        optimizers: Mapping[str, OptimizerSettings],
-        ema: Mapping[str, EMASettings] | None = None,
+        optimizers: Mapping[str, OptimConfig],
+        ema: Mapping[str, EmaConfig] | None = None,
         *,
+        max_steps: int,
         seed: int = 0,
         adapters: Mapping[str, Adapter] | None = None,
     ) -> TrainState:
         """The state before the first iteration, of networks that are already sharded.
 
-        Raises: ConfigError when a network has no optimizer settings or settings name no network.
+        Args: a group of values for each network's optimizer, and for the averages that are kept; `max_steps`, the
+        iterations of the run.
         """
-        averages = dict(ema or {})
-        if set(optimizers) != set(networks) or not set(averages) <= set(networks):
-            raise ConfigError(
-                f"optimizers for {sorted(optimizers)} and ema for {sorted(averages)} do not fit the trained networks "
-                f"{sorted(networks)}; give each network an optimizer, and name only these"
-            )
         return cls(
             networks=dict(networks),
-            optimizers={name: NetworkOptimizer(networks[name], settings) for name, settings in optimizers.items()},
-            ema={name: EMA(networks[name], settings) for name, settings in averages.items()},
+            optimizers={name: NetworkOptimizer(networks[name], group, max_steps) for name, group in optimizers.items()},
+            ema={name: EMA(networks[name], group) for name, group in (ema or {}).items()},
             seed=seed,
             adapters=dict(adapters or {}),
         )

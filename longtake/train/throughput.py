@@ -1,6 +1,6 @@
 """What a run does with its machine: samples a second, model FLOP utilisation, memory; and a profiler's trace.
 
-Model operations are those that the mathematics of the stage needs (`rollout/work.py`): each forward and backward once,
+Model operations are those that the mathematics of the stage needs (`Objective.passes`): each forward and backward once,
 nothing that activation checkpointing computes again. Their utilisation is given where the device's peak is known
 (`longtake/devices.py`), and never on a CPU.
 """
@@ -8,19 +8,21 @@ nothing that activation checkpointing computes again. Their utilisation is given
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from longtake.config.groups import ProfileConfig
+from longtake.condition import VideoShape
+from longtake.config.groups import LoraConfig, ProfileConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
+from longtake.models.flops import Call, backward, forward
 from longtake.models.sizes import DiTConfig
-from longtake.objectives.base import Objective
+from longtake.objectives.base import Objective, Pass
 from longtake.parallel.mesh import Mesh
-from longtake.rollout.work import loras, model_work, passes
 
 logger = logging.getLogger(__name__)
 
@@ -45,32 +47,33 @@ class Throughput:
         self._done += self._operations(step) if self._operations is not None else 0.0
 
     def take(self, mesh: Mesh) -> dict[str, float]:
-        """The row's numbers, by the slowest rank's clock, and starts anew; all ranks call it."""
-        mine = self._seconds
-        seconds = max(mesh.every(lambda: mine))
+        """The row's numbers, by the slowest rank's clock and the fullest rank's memory, and starts anew; all ranks call
+        it.
+        """
+        mine = (self._seconds, *_peaks(mesh.device))
+        seconds, *peaks = map(max, zip(*mesh.every(lambda: mine)))
         row = {"speed/samples_per_second": self._samples / seconds} if seconds else {}
         if self._operations is not None and seconds:
             row["speed/model_tflops"] = self._done / seconds / 1e12
             if self._peak is not None:
                 row["speed/mfu"] = self._done / seconds / self._peak
         self._samples = self._seconds = self._done = 0.0
-        return row | _memory(mesh)
+        return row | {name: peak / GIB for name, peak in zip(("memory_reserved_gib", "memory_gib"), peaks)}
 
 
-def _memory(mesh: Mesh) -> dict[str, float]:
-    row = {}
-    if mesh.device.type == "cuda":  # before the peaks are reset
-        mine = torch.cuda.max_memory_reserved(mesh.device)
-        row["memory_reserved_gib"] = max(mesh.every(lambda: mine)) / GIB
-    if (peak := mesh.peak_memory_bytes()) is not None:
-        row["memory_gib"] = peak / GIB
-    return row
+def _peaks(device: torch.device) -> list[int]:
+    """Most bytes that the allocator held and that tensors took since the last call; nothing on a CPU."""
+    if device.type != "cuda":
+        return []
+    peaks = [torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)]
+    torch.cuda.reset_peak_memory_stats(device)
+    return peaks
 
 
 def stage_throughput(
     config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, mesh: Mesh, image_tokens: int
 ) -> Throughput:
-    """The throughput of a stage. Args: `sizes` of its networks by `generator`, `critic`, `teacher`."""
+    """The throughput of a stage. Args: `sizes` of its networks by name; `image_tokens` of a picture."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
@@ -78,80 +81,70 @@ def stage_throughput(
             peak = device.peak(config.precision)
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
-    return Throughput(operations_of(config, sizes, objective, mesh.world_size, image_tokens), peak)
+    shape, batch = config.video.shape, config.batch_size
+    clips = {name: clip_call(shape, network, batch, image_tokens) for name, network in sizes.items()}
+    loras = {name: wanted.lora for name, wanted in config.networks.items()}
+    return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size), peak)
+
+
+def clip_call(shape: VideoShape, network: DiTConfig, batch: int, image_tokens: int) -> Call:
+    """A training clip in one bidirectional call of `network`; `image_tokens` where it has that branch."""
+    patch = network.patch_size
+    tokens = (shape.latent_height // patch[1]) * (shape.latent_width // patch[2])
+    seen = image_tokens if network.image_dim is not None else 0
+    return Call.bidirectional(batch, shape.num_latent_frames, tokens, network.text_len, seen)
 
 
 def operations_of(
-    config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, world_size: int, image_tokens: int
-) -> Callable[[int], float]:
-    """Model operations of one of `world_size` ranks as a function of the iteration.
+    objective: Objective,
+    sizes: Mapping[str, DiTConfig],
+    loras: Mapping[str, LoraConfig | None],
+    clips: Mapping[str, Call],
+    world_size: int,
+) -> Callable[[int], float] | None:
+    """Model operations of one of `world_size` ranks as a function of the iteration, None where the objective does not
+    say which calls it makes. Each forward and each backward counts once.
 
     Buckets of other sizes than `video` count as that size, and encoders, VAE and rebuilt caches do not count.
     """
-    inner: Any = objective
-    known: dict[tuple[Any, ...], float] = {}
+    if not objective.passes(0, clips):
+        return None
 
-    def operations(step: int) -> float:
-        options: dict[str, Any] = {}
-        if config.distils:
-            options = {"update_generator": "generator" in inner.turns(step), "exit_step": inner.exit_step(step)}
-            options["together"] = inner.generator.batched_exit_backward
-        if config.stage == "long":
-            options["chunk"] = inner.schedule.at(step).chunk
-        key = tuple(options.values())
-        if key not in known:
-            found = passes(config, sizes, config.batch_size, image_tokens, **options)
-            known[key] = sum(model_work(found, sizes, loras(config)).values()) / world_size
-        return known[key]
+    @lru_cache(maxsize=4096)
+    def cost(each: Pass) -> float:
+        size, lora = sizes[each.network], loras[each.network]
+        ahead = forward(size, each.call, lora) if each.ahead else 0.0
+        return each.times * (ahead + (backward(size, each.call, lora) if each.with_grad else 0.0))
 
-    return operations
+    return lambda step: sum(map(cost, objective.passes(step, clips))) / world_size
 
 
-class Trace:
+@contextmanager
+def recorded(config: ProfileConfig, folder: Path, mesh: Mesh, first_step: int) -> Iterator[Callable[[], None]]:
     """Records some iterations with the PyTorch profiler into `folder`/profile, one Chrome trace a rank.
 
-    `at(step)` goes before each iteration; `close` writes what there is when a run ends inside the recording. PhaseTimer
-    (`metrics_log.PhaseTimer`) appear by their names.
+    Inside, the function that it gives is called after each iteration. A run that ends inside the recording leaves what
+    there is. Phases (`metrics.PhaseTimer`) appear by their names. Args: `first_step`, of this process.
     """
+    if config.num_steps == 0 or not (mesh.is_main or config.every_rank):
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
 
-    def __init__(self, settings: ProfileConfig, folder: Path, mesh: Mesh) -> None:
-        self._settings, self._mesh = settings, mesh
-        self._folder = folder / "profile"
-        self._wanted = settings.num_steps > 0 and (mesh.is_main or settings.every_rank)
-        self._first: int | None = None
-        self._profiler: Any = None
-        self._begin = 0
+    file = folder / "profile" / f"step_{first_step + config.start_step:06d}_rank_{mesh.rank}.json.gz"
 
-    def at(self, step: int) -> None:
-        """Starts or ends the recording where iteration `step` is the one to do so."""
-        if not self._wanted:
-            return
-        self._first = step if self._first is None else self._first
-        past = step - self._first - self._settings.start_step
-        if past == 0:
-            self._start(step)
-        elif past == self._settings.num_steps:
-            self.close()
-
-    def _start(self, step: int) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        activities = [ProfilerActivity.CPU]
-        if self._mesh.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._begin = step
-        self._profiler = profile(
-            activities=activities, record_shapes=self._settings.shapes, profile_memory=self._settings.memory
-        )
-        self._profiler.start()
-
-    def close(self) -> None:
-        """Ends the recording, if there is one, and writes it."""
-        if self._profiler is None:
-            return
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"step_{self._begin:06d}_rank_{self._mesh.rank}.json.gz"
+    def write(profiler: profile) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
         logger.info("Wrote the profiler's trace to %s (open it in https://ui.perfetto.dev)", file)
+
+    warm = min(1, config.start_step)  # the first iteration under the profiler is slower: it is not kept
+    cuda = [ProfilerActivity.CUDA] if mesh.device.type == "cuda" else []
+    with profile(
+        activities=[ProfilerActivity.CPU, *cuda],
+        schedule=schedule(wait=config.start_step - warm, warmup=warm, active=config.num_steps, repeat=1),
+        on_trace_ready=write,
+        record_shapes=config.shapes,
+        profile_memory=config.memory,
+    ) as profiler:
+        yield profiler.step

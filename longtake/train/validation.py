@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +40,9 @@ class Validation:
     """
 
     def __init__(
-        self,
-        config: StageConfig,
-        encoders: Encoders,
-        state: TrainState,
-        teacher: VideoDiT | None,
-        mesh: Mesh,
-        folder: Path,
+        self, config: StageConfig, encoders: Encoders, state: TrainState, teacher: VideoDiT | None, mesh: Mesh
     ) -> None:
-        self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, folder
+        self.config, self.encoders, self.state, self.mesh, self.folder = config, encoders, state, mesh, config.folder
         self.teacher = teacher
         self._batches: list | None = None
         self._teacher_numbers: dict[str, float] = {}
@@ -100,7 +93,7 @@ class Validation:
         return {key: float("nan") if summary[key] is None else summary[key] for key in _LOGGED}
 
     def _student(self, model: VideoDiT) -> Row:
-        if self.config.stage == "teacher":
+        if not self.config.objective.causal:
             return self._teacher(model)
         return student_row(Denoiser(model), self.config.stream_plan, seed=self.config.validation.seed)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from longtake.config.run import WatchdogConfig
 from longtake.parallel.mesh import Mesh
 from longtake.train.metrics import PhaseTimer
 
@@ -33,16 +34,6 @@ _COLLECTIVES = os.path.dirname(dist.__file__)
 EXIT_CODE = 124  # that of `timeout`
 # Rightly slow at any time, not only at first
 SLOW_PHASES = frozenset({"resume", "encode", "evaluate", "sample", "checkpoint"})
-
-
-@dataclass(frozen=True)
-class WatchdogSettings:
-    """`seconds` without progress that end the run, 0 = no watchdog; `slow_seconds` for what may take longer: the phases
-    SLOW_PHASES, and every phase until it was completed once in this process (compiling, first allocations).
-    """
-
-    seconds: float = 0.0
-    slow_seconds: float = 7200.0
 
 
 @dataclass(frozen=True)
@@ -74,71 +65,66 @@ class Watchdog:
     def __init__(
         self,
         mesh: Mesh,
-        settings: WatchdogSettings,
+        config: WatchdogConfig,
         phases: PhaseTimer,
         step: Callable[[], int],
         end: Callable[[], None] | None = None,
     ) -> None:
-        self.mesh, self.settings, self.phases, self.step = mesh, settings, phases, step
+        self.mesh, self.config, self.phases, self.step = mesh, config, phases, step
         self._end = end or _end_process
-        self._open: tuple[str, ...] = ()
-        self._known: set[str] = set()
-        self._completed, self._progress, self._changed = "nothing yet", 0, time.monotonic()
         self._main = threading.current_thread().ident
         self._stopped = threading.Event()
-        self.interval = min(10.0, settings.seconds / 5)
+        self.interval = min(10.0, config.seconds / 5)
         self._store: Any = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.settings.seconds > 0:
-            self.phases.observer = self.observe
+        if self.config.seconds > 0:
             self._store = self.mesh.store("watchdog")
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self.phases.observer = None
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(1)  # it may sit in the store of a run that is ending
-
-    def observe(self, phase: str, begins: bool) -> None:
-        """Told at the begin and the end of every phase, in the thread of the training."""
-        if begins:
-            self._open = (*self._open, phase)
-        else:
-            self._open = self._open[:-1]
-            self._known.add(phase)
-            self._completed = phase
-        self._progress += 1
-        self._changed = time.monotonic()
 
     @property
     def limit(self) -> float:
         """Seconds that nothing may happen for, now."""
-        phase = self._open[-1] if self._open else ""
-        slow = bool(SLOW_PHASES.intersection(self._open)) or (phase != "" and phase not in self._known)
-        return max(self.settings.seconds, self.settings.slow_seconds) if slow else self.settings.seconds
+        now_open = self.phases.open  # read once: the training changes it meanwhile
+        slow = not SLOW_PHASES.isdisjoint(now_open) or (now_open and now_open[-1] not in self.phases.known)
+        return self.config.slow_seconds if slow else self.config.seconds
+
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing happened."""
+        return time.monotonic() - self.phases.changed
 
     def seen(self) -> Seen:
         """What this rank is doing."""
-        phase = self._open[-1] if self._open else "between phases"
-        quiet = time.monotonic() - self._changed
         frame = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame) if frame is not None else []
-        waits = bool(stack) and stack[-1].filename.startswith(_COLLECTIVES)
-        place = _line(stack), waits, time.time()
-        return Seen(self.mesh.rank, self.step(), phase, quiet, self._completed, self._progress, *place)
+        return Seen(
+            rank=self.mesh.rank,
+            step=self.step(),
+            phase=("between phases", *self.phases.open)[-1],
+            seconds=self.quiet,
+            completed=self.phases.last or "nothing yet",
+            progress=self.phases.changes,
+            where=_line(stack),
+            waits=bool(stack) and stack[-1].filename.startswith(_COLLECTIVES),
+            at=time.time(),
+        )
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.interval):
-            before = self._progress
+            before = self.phases.changes
             self._publish()
-            if time.monotonic() - self._changed <= self.limit:
+            if self.quiet <= self.limit:
                 continue
             # The others have said what they do by then, and this one may have gone on.
-            if self._stopped.wait(2 * self.interval) or self._progress != before:
+            if self._stopped.wait(2 * self.interval) or self.phases.changes != before:
                 continue
             self._publish()
             self._report()
@@ -169,8 +155,8 @@ class Watchdog:
             "checkpoint. If this was no hang, raise watchdog.seconds=%g or watchdog.slow_seconds=%g",
             limit,
             report(seen, silent=sorted(silent), interval=self.interval, now=time.time()),
-            self.settings.seconds,
-            self.settings.slow_seconds,
+            self.config.seconds,
+            self.config.slow_seconds,
         )
 
 

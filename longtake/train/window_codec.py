@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.config.stage import StageConfig
+from longtake.config.groups import ModelConfig
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.condition import condition_frames
@@ -28,19 +29,23 @@ class EncoderCodec:
 
     @classmethod
     def of_stage(
-        cls, config: StageConfig, encoders: Encoders | None, device: torch.device, *, with_tokens: bool
+        cls,
+        encoders: Encoders | None,
+        folder: Path,
+        model: ModelConfig,
+        num_latent_frames: int,
+        device: torch.device,
+        *,
+        with_tokens: bool,
     ) -> EncoderCodec:
-        """From the encoders of a stage, or (None) only those two loaded. Raises: CheckpointError."""
-        options: dict[str, Any] = {
-            "with_y": config.model.with_y,
-            "num_latent_frames": config.video.num_latent_frames,
-        }
+        """From the encoders of a stage, or (None) only those two loaded from `folder`. Raises: CheckpointError."""
+        options: dict[str, Any] = {"with_y": model.with_y, "num_latent_frames": num_latent_frames}
         if encoders is not None:
             return cls(encoders.vae, encoders.image, **options)
-        paths = encoder_paths(config.encoders_folder, with_image=with_tokens)
+        paths = encoder_paths(folder, with_image=with_tokens)
         image = None
         if paths.image is not None:
-            image = ImageEncoder.load(paths.image, device, preprocess=config.model.clip_preprocess)
+            image = ImageEncoder.load(paths.image, device, preprocess=model.clip_preprocess)
         return cls(VideoVAE.load(paths.vae, device), image, **options)
 
     def decoder(self) -> DecoderSession:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,17 +24,18 @@ from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
 from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
-from longtake.config.stage import StageConfig, load_config
+from longtake.config.job import load_config
+from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.models.attention import FrameMask, in_parts, make_mask
 from longtake.models.block import Block
 from longtake.models.context import MaskedContext
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import Rotation, rope_angles
-from longtake.objectives.base import Objective
+from longtake.objectives.base import Objective, Parts
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
-from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
@@ -140,31 +142,22 @@ def load_networks(
     student = load_dit(args.init, device)
     graphs = CUDAGraphRunner() if device.type == "cuda" and args.graphs else None
     denoiser = Denoiser(student, graphs=graphs)
-    if config.stage == "causal":
-        own = config.error_recycling
-        causal = TeacherForcing(
-            denoiser, draws, plan, shift=flow.shift, error_recycling=ErrorRecycling(own.share, own.from_step)
-        )
+    parts = Parts(
+        denoiser, {"generator": student}, {}, draws, plan, shift=flow.shift, num_frames=config.video.num_latent_frames
+    )
+    if isinstance(config.objective, TeacherForcingConfig):
+        causal = TeacherForcing(parts, config.objective)
         if args.compile:
             shape = config.video.shape
             tokens = student.tokens_per_frame(shape.latent_height, shape.latent_width)
             quicken(causal, config.video.num_latent_frames, tokens, device)
         return causal, [Trained(student, args, betas=(0.9, 0.99), clip=1.0)]
-    assert config.critic is not None
-    settings = DmdSettings(
-        flow.shift,
-        flow.guidance,
-        flow.sigma_min,
-        flow.sigma_max,
-        config.critic.updates_per_generator,
-        args.critic_warmup_steps,
-    )
+    assert isinstance(config.objective, DmdConfig)
+    warmed = {"critic_warmup_steps": args.critic_warmup_steps}
+    settings = config.objective.model_copy(update={"critic": config.objective.critic.model_copy(update=warmed)})
     critic, real = load_dit(args.critic or args.teacher, device), load_dit(args.teacher, device)
-    data_loss = None
-    if weight := config.data_loss.weight:
-        data_loss = DataLoss(TeacherForcing(denoiser, draws, plan, shift=flow.shift), weight)
-    frames = config.video.num_latent_frames
-    dmd = Dmd(denoiser, critic, real, draws, plan, frames, settings, data_loss=data_loss)
+    parts = replace(parts, trained={"generator": student, "critic": critic}, frozen={"teacher": real})
+    dmd = Dmd(parts, settings)
     trained = [Trained(network, args, betas=(0.0, 0.999), clip=10.0) for network in (student, critic)]
     trained[1].peaks = tuple(args.critic_rate * peak for peak in trained[1].peaks)
     return dmd, trained

@@ -54,7 +54,7 @@ class Recipe:
 
     name: str
     rules: tuple[str, ...] = ()
-    changes: tuple[str, ...] = field(default=("flow.guidance=2",))
+    changes: tuple[str, ...] = field(default=("objective.guidance=2",))
     causal: bool = True
     share: float = 1.0
 
@@ -67,10 +67,10 @@ RECIPES = (
     Recipe("base"),
     Recipe("bidirectional", causal=False),
     Recipe("bidirectional2", causal=False, share=2.0),  # the iterations of both stages
-    Recipe("guidance1", changes=("flow.guidance=1",)),
-    Recipe("guidance4", changes=("flow.guidance=4",)),
+    Recipe("guidance1", changes=("objective.guidance=1",)),
+    Recipe("guidance4", changes=("objective.guidance=4",)),
     Recipe("shift3", rules=("flow.shift=3",)),
-    Recipe("updates1", changes=("flow.guidance=2", "critic.updates_per_generator=1"), share=0.6),
+    Recipe("updates1", changes=("objective.guidance=2", "objective.critic.updates_per_generator=1"), share=0.6),
     Recipe("block2", rules=("plan.block_frames=2",)),
     Recipe("block1", rules=("plan.block_frames=1",)),
 )
@@ -189,7 +189,8 @@ def run(words: Sequence[object], log: Path, seconds: float | None = None, thread
 
 def score(stage: Path, file: Path, num_worlds: int, num_long: int, kinds: Sequence[str]) -> None:
     """Writes the scores of one stage's newest checkpoint, with EMA ("ema"), without ("raw") or both."""
-    from longtake.config.stage import StageConfig, load_config
+    from longtake.config.job import load_config
+    from longtake.config.stage import StageConfig
     from longtake.encoders.bundle import Encoders
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.parallel.mesh import init_mesh

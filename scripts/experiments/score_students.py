@@ -30,7 +30,8 @@ def score(
     import torch
 
     from longtake.condition import pixel_frames
-    from longtake.config.stage import TOY_ASSETS, StageConfig, load_config
+    from longtake.config.job import load_config
+    from longtake.config.stage import TOY_ASSETS, StageConfig
     from longtake.encoders.bundle import Encoders
     from longtake.evaluation.rows import held_out, score_row, student_row
     from longtake.parallel.mesh import init_mesh

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config.stage import load_config
+from longtake.config.job import load_config
 
 pytest.importorskip("lmdb")
 ROOT = Path(__file__).parents[2]

@@ -55,11 +55,13 @@ def test_memory_must_not_depend_on_the_length(long_tuning, run):
 
 
 def test_its_stage_is_what_the_issue_of_long_videos_asks_for(long_tuning, run):
-    from longtake.config.stage import load_config
+    from longtake.config.job import load_config
 
     config = load_config(long_tuning.stage(run, 12, 12, path=str(run.work / "lmdb"), kind="lmdb"))
-    assert config.stage == "long" and config.roles == "shared" and config.long.num_chunks == [12]
-    assert config.lora.rank == config.critic.lora.rank == long_tuning.TINY_RANK
+    assert (
+        config.objective.kind == "long_tuning" and config.objective.shared_base and config.objective.num_chunks == [12]
+    )
+    assert config.lora.rank == config.objective.critic.lora.rank == long_tuning.TINY_RANK
     assert config.activation_checkpointing is True and config.micro_batch(1) == 1
 
 

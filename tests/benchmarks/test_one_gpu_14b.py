@@ -24,11 +24,11 @@ def test_the_cases_are_what_they_say(one_gpu, tmp_path):
     assert (case.sizes.dit.dim, case.sizes.dit.num_layers, case.sizes.dit.image_dim) == (5120, 40, 1280)
     assert (config.video.height, config.video.width, config.video.num_latent_frames) == (480, 832, 21)
     assert list(config.plan.stream().blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
-    assert config.roles == "shared" and config.activation_checkpointing is True and config.precision == "bf16"
-    assert config.lora.rank == config.critic.lora.rank == 128 and config.lora.targets is None
+    assert config.objective.shared_base and config.activation_checkpointing is True and config.precision == "bf16"
+    assert config.lora.rank == config.objective.critic.lora.rank == 128 and config.lora.targets is None
     assert one_gpu.CASES["1.3b"].rank == 256 and one_gpu.CASES["1.3b"].sizes.dit.dim == 1536
     whole = one_gpu.stage(one_gpu.CASES["1.3b-whole"], "whole", tmp_path)
-    assert whole.lora is None and whole.roles == "separate"
+    assert whole.lora is None and not whole.objective.shared_base
     draws = one_gpu.KeyedRNG(config.seed)
     assert [draws.integer(step, "exit_step", 0, 4) for step in range(2)] == [3, 3]
 

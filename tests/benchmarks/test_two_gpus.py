@@ -38,7 +38,7 @@ def test_rates_are_of_the_same_iterations(two_gpus):
 
 
 def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkeypatch):
-    from longtake.config.stage import load_config
+    from longtake.config.job import load_config
 
     run = two_gpus.Run(two_gpus.parse(["-o", str(tmp_path), "--device", "cpu"]))
     launched = {}
@@ -57,7 +57,7 @@ def test_the_trainings_are_the_recipe_on_other_meshes(two_gpus, tmp_path, monkey
     assert [config.batch_size for config in configs] == [1, 2, 1, 2, 1]
     assert {config.max_steps for config in configs} == {13}
     assert [config.parallel.sequence for config in configs] == [1, 1, 2, 1, 2]
-    assert [config.parallel.weights for config in configs] == ["sharded", "whole", "whole", "sharded", "whole"]
+    assert [config.parallel.data_parallel for config in configs] == ["fsdp", "ddp", "ddp", "fsdp", "ddp"]
     assert [config.activation_checkpointing for config in configs] == [True, True, True, True, False]
     assert len({(c.seed, c.video.height, c.video.num_latent_frames, c.plan.window_frames) for c in configs}) == 1
 

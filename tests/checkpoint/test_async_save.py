@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from longtake import run_folder
 from longtake.checkpoint import async_save, save
-from longtake.checkpoint.async_save import Saver, SaveSettings
-from longtake.checkpoint.save import Snapshot
+from longtake.checkpoint.async_save import Saver
+from longtake.checkpoint.save import RunInfo, Snapshot
 from longtake.checkpoint.shards import Piece, StateFiles, write_safetensors
 from longtake.checkpoint.staging import Staging, available_bytes
+from longtake.config.run import CheckpointConfig
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
@@ -34,8 +35,9 @@ def records(path):
     return run_folder.read_manifest(path)["files"]
 
 
-def make_saver(state, folder, **settings):
-    return Saver(state, folder / "checkpoints", SaveSettings(**settings), mesh=Mesh(), config={}, invariants={})
+def make_saver(state, folder, *, keep=3, **config):
+    where = folder / "checkpoints"
+    return Saver(state, where, CheckpointConfig(**config), keep=keep, mesh=Mesh(), info=RunInfo())
 
 
 def test_both_modes_leave_the_same_files(tmp_path):
@@ -238,8 +240,6 @@ def test_staging_keeps_its_memory_and_every_type():
     again = staging.copy(tensors)
     assert torch.equal(again["half"], tensors["half"]) and again["half"].dtype == torch.bfloat16
     assert {name: value.data_ptr() for name, value in again.items()} == places
-    grown = {**tensors, "half": torch.randn(9, 9)}
-    assert torch.equal(staging.copy(grown)["half"], grown["half"])
 
 
 def test_a_host_without_the_memory_saves_synchronously(tmp_path, monkeypatch, caplog):
@@ -276,6 +276,6 @@ def test_a_missing_part_of_a_tensor_is_no_export(tmp_path):
         pieces = [Piece("w", rows.dtype, (2, 3), lambda rows=rows: rows)]
         write_safetensors(tmp_path / f"rank{rank}.safetensors", pieces, {"DCP_SHARDING_INFO": offsets})
     with pytest.raises(CheckpointError, match="holds 12 of 18 values of w"):
-        StateFiles(tmp_path).piece("w", "w")
+        StateFiles(tmp_path).piece("w", "w", torch.empty(6, 3))
     with pytest.raises(CheckpointError, match="0 of 1 values of other"):
-        StateFiles(tmp_path).piece("w", "other")
+        StateFiles(tmp_path).piece("w", "other", torch.empty(1))

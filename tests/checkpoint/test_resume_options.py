@@ -6,39 +6,37 @@ import shutil
 import pytest
 import tiny_run
 import torch
-from tiny_stage import stage_config, stage_tree
+from tiny_stage import stage_config
 
 from longtake import run_folder
 from longtake.checkpoint.async_save import Saver
 from longtake.checkpoint.invariants import compare_facts, invariants, resume_invariants, rows_invariant
-from longtake.config.stage import StageConfig
 from longtake.data.formats import open_dataset
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.train.metrics import read_rows
 from longtake.train.stage import run_stage
 
-LONG = {"stage": "long", "long": {"num_chunks": [3], "new_frames": 2, "switch_frames": [3]}}
+LONG = {"num_chunks": [3], "new_frames": 2, "switch_frames": [3]}
 BUCKETS = {"data": {"path": "d", "buckets": [[64, 64], [64, 96]]}}
 
 
 def all_facts(workshop, tmp_path, stage, changes, rows="8 (ab)"):
-    tree = stage_tree(workshop, tmp_path, stage) | {"data": {"path": "d"}}
-    config = StageConfig.from_tree(tree | changes)
+    config = stage_config(workshop, tmp_path, stage, **{"data": {"path": "d"}} | changes)
     return {"config": config.model_dump(), **invariants(config), **resume_invariants(config, rows)}
 
 
 @pytest.mark.parametrize(
     ("stage", "base", "change", "named"),
     [
-        ("distill", LONG, {"batch_size": 2}, "batch_size=4 and this run has 2; set it back .with data.buckets and in"),
-        ("distill", LONG, {"long": LONG["long"] | {"num_chunks": [2]}}, "long.num_chunks=.3. and this run has .2."),
-        ("distill", LONG, {"long": LONG["long"] | {"switch_frames": []}}, "long.switch_frames"),
-        ("distill", LONG, {"long": {"num_chunks": [3], "switch_frames": [3]}}, "long.new_frames"),
+        ("long", LONG, {"batch_size": 2}, "batch_size=4 and this run has 2; set it back .with data.buckets and in"),
+        ("long", LONG, {"num_chunks": [2]}, "objective.num_chunks=.3. and this run has .2."),
+        ("long", LONG, {"switch_frames": []}, "objective.switch_frames"),
+        ("long", LONG, {"new_frames": None}, "objective.new_frames"),
         ("causal", BUCKETS, {"batch_size": 2}, "batch_size=4"),
         ("causal", BUCKETS, {"data": {"path": "d"}}, "data.buckets=.* and this run has None"),
         ("causal", BUCKETS, {"data": {"path": "d", "buckets": [[64, 64], [96, 64]]}}, "data.buckets"),
-        ("causal", {}, {"stage": "teacher"}, "stage='causal' and this run has 'teacher'"),
+        ("causal", {}, {"kind": "flow_matching"}, "objective.kind='teacher_forcing' and this run has 'flow_matching'"),
         ("causal", {}, {"ema": {"enabled": False}}, "ema.enabled=True"),
         ("causal", {}, {"seed": 2}, "seed=1 and this run has 2"),
         ("teacher", {"init_from": None}, {"model": {"preset": "wan2.1-fun-1.3b-inp"}}, "model.preset"),
@@ -63,7 +61,7 @@ def test_a_stage_is_refused_other_rows_and_goes_on_with_its_own(workshop, tmp_pa
     for wrong, number in ((lines[:-1], 5), (lines[::-1], 6), ([*lines, lines[0].replace("red", "blue")], 7)):
         (data / "metadata.jsonl").write_text("".join(wrong))
         with monkeypatch.context() as patch:
-            patch.setattr("longtake.train.stage._networks", None)  # nothing is built before it
+            patch.setattr("longtake.train.stage.Builder", None)  # nothing is built before it
             with pytest.raises(CheckpointError, match=rf"rows='6 \(.*this run has '{number} .*give data.path the rows"):
                 run_stage(config, Mesh())
     (data / "metadata.jsonl").write_text("".join(lines))
@@ -115,8 +113,10 @@ def test_warm_up_counts_the_steps_of_each_optimizer(tmp_path):
 
 @pytest.mark.parametrize("stage", ["causal", "distill"])
 def test_a_student_of_one_step_is_trained(workshop, tmp_path, stage):
-    flow = {"steps": [1.0], "shift": 3.0, "guidance": 1.0}
-    config = stage_config(workshop, tmp_path, stage, flow=flow, max_steps=1, save_every=1)
+    more = {"guidance": 1.0} if stage == "distill" else {}
+    config = stage_config(
+        workshop, tmp_path, stage, flow={"steps": [1.0], "shift": 3.0}, **more, max_steps=1, save_every=1
+    )
     run_stage(config, Mesh())
     assert run_folder.latest_checkpoint(config.folder / "checkpoints").name == "step_000001"
 

@@ -15,11 +15,13 @@ from tiny_stage import save_student, stage_config
 
 from longtake import run_folder
 from longtake.checkpoint import save as checkpoint
-from longtake.checkpoint.save import latest_checkpoint, load_checkpoint
+from longtake.checkpoint.save import load_checkpoint
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
+from longtake.run_folder import latest_checkpoint
 from longtake.train.metrics import read_rows
-from longtake.train.stage import load_weights, run_stage
+from longtake.train.networks import Builder
+from longtake.train.stage import run_stage
 from longtake.train.state import TrainState
 from longtake.weights.read import open_published
 
@@ -149,7 +151,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
         for name in ("load", "loads", "Unpickler"):
             patch.setattr(pickle, name, no_pickle)
         patch.setattr(torch, "load", no_pickle)
-        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh(), invariants={})
 
     for file in (path / "state").iterdir():
         file.write_bytes(pickle.dumps(Bomb()))
@@ -160,7 +162,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_unpickles(tmp_path, monkeypat
     manifest["files"] = {name: run_folder.file_record(path / name) for name in run_folder.files_of(path)}
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh())
+        load_checkpoint(tiny_run.build(Mesh())[0], path, mesh=Mesh(), invariants={})
     with pytest.raises(CheckpointError, match="is a file of torch.save and no safetensors"):
         open_published(path / "generator")
     assert not (tmp_path / "exploded").exists()
@@ -174,7 +176,7 @@ def test_loading_is_strict(tmp_path):
     state.networks["generator"].head = torch.nn.Linear(tiny_run.WIDTH, 2)
     del state.ema["generator"]
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(state, path, mesh=Mesh())
+        load_checkpoint(state, path, mesh=Mesh(), invariants={})
     for text in ("1 missing: networks.generator.extra", "surplus: ema.generator", "(3, 5) instead of (2, 5)"):
         assert text in str(error.value)
 
@@ -209,7 +211,7 @@ def test_initialisation_takes_weights_only(workshop, tmp_path):
     for ema in (True, False):
         config = stage_config(workshop, tmp_path, "causal", name=f"ema-{ema}")
         student = save_student(config, ema=ema, step=7)
-        model = load_weights(config.folder, config, Mesh())
+        model = Builder(config, Mesh()).frozen("generator")
         assert all(torch.equal(value, student.state_dict()[key]) for key, value in model.state_dict().items())
     changes = {"name": "next", "init_from": "ema-False", "max_steps": 1, "save_every": 1}
     config = stage_config(workshop, tmp_path, "causal", **changes)

@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401 (imported once, 
 from longtake import run_folder
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.errors import CheckpointError
-from longtake.train.watchdog import WatchdogSettings
+from longtake.config.run import WatchdogConfig
 
 WORLD, SAVE_EVERY, NAN_AT = 2, 2, 4
 LOOP = {"on_nonfinite": "skip", "max_skipped": 2}
@@ -224,7 +224,7 @@ def hanging(folder: Path, mesh: Mesh, where: str) -> None:
 
     tiny_run.Rows.__next__, tiny_run.TwoPlayers.loss = read, compute
     logging.basicConfig(format=f"rank {mesh.rank} says %(message)s")
-    train(folder, mesh, steps=12, loop=LOOP | {"watchdog": WatchdogSettings(1.5, 30)})
+    train(folder, mesh, steps=12, loop=LOOP | {"watchdog": WatchdogConfig(seconds=1.5, slow_seconds=30)})
 
 
 SCENARIOS: dict[str, Callable[[Path, Mesh], None]] = {

@@ -20,7 +20,9 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 from tiny_batches import make_batch
+from tiny_objectives import parts_of, teacher_forcing
 from tiny_models import make_tiny_model
+from tiny_run import where_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.data.order import batch_rows
@@ -30,13 +32,14 @@ from longtake.models import block, dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.rng import KeyedRNG
 from longtake.rollout.self_forcing import roll_out
-from longtake.train.loop import LoopSettings, RunInfo, train
-from longtake.train.optim import OptimizerSettings
+from longtake.checkpoint.save import RunInfo
+from longtake.config.groups import OptimConfig
+from longtake.config.run import RunConfig
+from longtake.train.loop import train
 from longtake.train.state import TrainState
 
 FRAMES, BATCH, MICRO, ROWS = 7, 4, 2, 5
@@ -56,18 +59,15 @@ class Batches:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.position = mesh, 0
-        self.pending: list[list[int]] = []
 
     def seek(self, position: int) -> None:
-        self.position, self.pending = position, []
+        self.position = position
 
-    def __next__(self) -> EncodedBatch:
-        if not self.pending:
-            mesh = self.mesh
-            groups = batch_rows(1, ROWS, self.position, BATCH, rank=mesh.rank, world_size=mesh.world_size, micro=MICRO)
-            self.pending = [[pick.index for pick in group] for group in groups]
-            self.position += BATCH
-        return make_batch(make_dit(0), self.pending.pop(0), FRAMES)
+    def __next__(self) -> list[EncodedBatch]:
+        mesh = self.mesh
+        groups = batch_rows(1, ROWS, self.position, BATCH, rank=mesh.rank, world_size=mesh.world_size, micro=MICRO)
+        self.position += BATCH
+        return [make_batch(make_dit(0), [pick.index for pick in group], FRAMES) for group in groups]
 
 
 class Watched:
@@ -102,22 +102,21 @@ def objective_of(kind: str, mesh: Mesh, checkpointing: bool) -> Objective:
         networks[2].requires_grad_(False)
     networks = [parallelize(network, mesh, recompute=checkpointing) for network in networks]
     if kind == "dmd":
-        return Dmd(Denoiser(networks[0]), *networks[1:], KeyedRNG(3), RULES, FRAMES, DmdSettings(shift=5.0, guidance=4.0))
-    return TeacherForcing(Denoiser(networks[0]), KeyedRNG(3), RULES, shift=5.0, caption_dropout=0.5)
+        return Dmd(parts_of(*networks, plan=RULES, num_frames=FRAMES), DmdConfig(teacher="toy"))
+    return teacher_forcing(networks[0], plan=RULES, caption_dropout=0.5)
 
 
 def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: bool = False) -> Seen:
     """Two iterations by the real loop: one update of a DMD generator and two of its critic, or two of the student."""
     objective = Watched(objective_of(kind, mesh, checkpointing))
-    settings = dict.fromkeys(objective.networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
+    optimizers = dict.fromkeys(objective.networks, OptimConfig(lr=1e-3, beta1=0.9, max_grad_norm=0.5))
     train(
-        TrainState.build(objective.networks, settings),
+        TrainState.build(objective.networks, optimizers, max_steps=2),
         objective,
         Batches(mesh),
-        LoopSettings(2, BATCH // MICRO // mesh.world_size),
-        folder=folder,
+        RunConfig(**where_of(folder), max_steps=2),
         mesh=mesh,
-        info=RunInfo(progress=False),
+        info=RunInfo(),
     )
     return objective.seen
 

@@ -13,18 +13,20 @@ if __name__ == "__main__":
 import torch
 from dit_run import BATCH, FRAMES, MICRO, RULES, Batches, make_dit
 from safetensors.torch import save_file
+from tiny_objectives import parts_of
 from tiny_lora import adapted, adapter_of
+from tiny_run import where_of
 
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.models.lora import factors
-from longtake.objectives.dmd import Dmd, DmdSettings
+from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
-from longtake.train.ema import EMASettings
-from longtake.train.loop import LoopSettings, RunInfo, train
-from longtake.train.optim import OptimizerSettings
-from longtake.checkpoint.async_save import SaveSettings
+from longtake.checkpoint.save import RunInfo
+from longtake.config.groups import EmaConfig, OptimConfig
+from longtake.config.run import RunConfig
+from longtake.train.loop import train
 from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
 
@@ -40,18 +42,12 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         frozen[name] = {key: value.clone() for key, value in network.state_dict().items()}
         networks[name] = parallelize(network, mesh)
     real = parallelize(make_dit(2).requires_grad_(False), mesh)
-    objective = Dmd(
-        Denoiser(networks["generator"]),
-        networks["critic"],
-        real,
-        KeyedRNG(3),
-        RULES,
-        FRAMES,
-        DmdSettings(shift=5.0, guidance=4.0),
-    )
+    parts = parts_of(networks["generator"], networks["critic"], real, plan=RULES, num_frames=FRAMES)
+    objective = Dmd(parts, DmdConfig(teacher="toy"))
     adapters = {name: adapter_of(network) for name, network in networks.items()}
-    settings = dict.fromkeys(networks, OptimizerSettings(lr=1e-3, max_grad_norm=0.5))
-    state = TrainState.build(networks, settings, {"generator": EMASettings(0.5)}, adapters=adapters)
+    optimizers = dict.fromkeys(networks, OptimConfig(lr=1e-3, beta1=0.9, max_grad_norm=0.5))
+    averages = {"generator": EmaConfig(decay=0.5, start_step=0)}
+    state = TrainState.build(networks, optimizers, averages, max_steps=steps, adapters=adapters)
     folder.mkdir(parents=True, exist_ok=True)
     starts = {f"{name}.{key}": value for name, values in frozen.items() for key, value in factors(values).items()}
     save_file(starts, folder / f"start{mesh.rank}.safetensors")
@@ -59,16 +55,20 @@ def train_updates(folder: Path, mesh: Mesh, *, bf16: bool, checkpointing: bool, 
         state,
         InPrecision(objective, mesh, bf16=bf16),
         Batches(mesh),
-        LoopSettings(steps, BATCH // MICRO // mesh.world_size, save=SaveSettings(networks=("generator", "critic"))),
-        folder=folder,
+        RunConfig(**where_of(folder), max_steps=steps),
         mesh=mesh,
-        info=RunInfo(progress=False),
+        info=RunInfo(),
     )
+    trained = {}
     for name, network in networks.items():
         for key, value in network.state_dict().items():
             whole = value.full_tensor() if mesh.is_distributed else value
-            if ".lora_" not in key:
+            if ".lora_" in key:
+                trained[f"{name}.{key}"] = whole.clone()
+            else:
                 assert torch.equal(whole, frozen[name][key]), key
+    if mesh.is_main:
+        save_file(trained, folder / "trained.safetensors")
 
 
 def run(folder: Path, mesh: Mesh) -> None:

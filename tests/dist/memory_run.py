@@ -18,7 +18,7 @@ from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.errors import CheckpointError
 from longtake.weights.load import open_weights
-from longtake.train.networks import build_networks
+from longtake.train.networks import Builder
 from longtake.train.stage import run_stage
 
 LORA = {"rank": 2, "alpha": 4}
@@ -27,7 +27,7 @@ VARIANTS = {
     "lora": {"lora": LORA, "precision": "bf16"},
     "widened": {"init_from": "narrow", "model": {"preset": "sizes", "widen": True}},
     "merged": {"init_from": "updates"},
-    "shared": {"roles": "shared", "lora": LORA, "critic": {"lora": {"rank": 3, "targets": ["ffn.0"]}}},
+    "shared": {"shared_base": True, "lora": LORA, "critic": {"lora": {"rank": 3, "targets": ["ffn.0"]}}},
 }
 
 
@@ -45,10 +45,10 @@ def config_of(workshop: Path, logdir: Path, variant: str, **changes):
 def loaded(workshop: Path, folder: Path, mesh: Mesh) -> None:
     """The tensors of every network of every variant, gathered, into `<variant>.safetensors`."""
     for variant in VARIANTS:
-        networks, real, *_ = build_networks(config_of(workshop, folder, variant), mesh)
+        built = Builder(config_of(workshop, folder, variant), mesh).build()
         state = {}
-        for name, network in {**networks, "teacher": real}.items():
-            for key, value in {} if network is None else network.state_dict().items():
+        for name, network in (built.trained | built.frozen).items():
+            for key, value in network.state_dict().items():
                 whole = value.full_tensor() if mesh.is_distributed else value
                 state[f"{name}.{key}"] = whole.clone().contiguous()
         if mesh.is_main:
@@ -58,7 +58,7 @@ def loaded(workshop: Path, folder: Path, mesh: Mesh) -> None:
 def refused(workshop: Path, folder: Path, mesh: Mesh) -> str:
     """What is said of weights of which one rank's part is not finite."""
     try:
-        build_networks(stage_config(workshop, folder, "causal", init_from=str(workshop / "broken")), mesh)
+        Builder(stage_config(workshop, folder, "causal", init_from=str(workshop / "broken")), mesh).build()
     except CheckpointError as error:
         return str(error)
     return "nothing"

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
-from tiny_stage import stage_tree
+from tiny_stage import stage_config
 
 from longtake.config.stage import StageConfig
 from longtake.toy.world import sample_world
@@ -26,15 +26,12 @@ STAGES: dict[str, dict[str, Any]] = {
     # Window 3 of 5 frames: frames are evicted, in training too.
     "causal": {"caption_dropout": 0.5, "plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}},
     "distill": {"plan": {"block_frames": 2, "window_frames": 3, "sink_frames": 1}, "activation_checkpointing": True},
-    "long": {"plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1}, "activation_checkpointing": True},
+    "long": {"num_chunks": [3], "new_frames": 2, "plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1}, "activation_checkpointing": True},
 }
 
 
 def config_of(workshop: Path, logdir: Path, stage: str, **changes: Any) -> StageConfig:
-    tree = stage_tree(workshop, logdir, "distill" if stage == "long" else stage, max_steps=STEPS, **STAGES[stage])
-    if stage == "long":
-        tree |= {"stage": "long", "name": "long", "long": {"num_chunks": [3], "new_frames": 2}}
-    return StageConfig.from_tree(tree | changes)
+    return stage_config(workshop, logdir, stage, **{"max_steps": STEPS} | STAGES[stage] | changes)
 
 
 def run(workshop: Path, logdir: Path, mesh: Mesh, stage: str, **changes: Any) -> Path:

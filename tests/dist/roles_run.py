@@ -21,10 +21,8 @@ CRITIC = {"lr": 1e-3, "updates_per_generator": 2}
 
 def config_of(workshop: Path, logdir: Path, stage: str, **changes) -> StageConfig:
     tree = {"lora": LORA, "critic": CRITIC | {"lora": {"rank": 3}}, "max_steps": 5, "save_every": 5}
-    tree |= {"teacher": str(workshop / "teacher")}
-    tree["data"] = {"path": str(workshop / "data" / "images"), "kind": "images", "num_workers": 0}
     if stage == "long":
-        tree["long"] = {"num_chunks": [2]}
+        tree["num_chunks"] = [2]
     return stage_config(workshop, logdir, stage, **(tree | changes))
 
 
@@ -38,9 +36,9 @@ VARIANTS = {
 
 
 def run(workshop: Path, folder: Path, mesh: Mesh, stage: str, variant: str) -> None:
-    """The same stage twice, into `<folder>/<roles>/<stage>`."""
-    for roles in ("separate", "shared"):
-        run_stage(config_of(workshop, folder / roles, stage, roles=roles, **VARIANTS[variant]), mesh)
+    """The same stage twice, into `<folder>/separate/<stage>` and `<folder>/shared/<stage>`."""
+    for name in ("separate", "shared"):
+        run_stage(config_of(workshop, folder / name, stage, shared_base=name == "shared", **VARIANTS[variant]), mesh)
 
 
 if __name__ == "__main__":

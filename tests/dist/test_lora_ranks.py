@@ -30,8 +30,13 @@ def runs(tmp_path_factory):
 def updates(folder):
     path = latest_checkpoint(folder / "checkpoints")
     assert path.name == "step_000002"
-    names = ("generator_lora", "generator_ema_lora", "critic_lora")
-    return {f"{name} {key}": value for name in names for key, value in load_file(path / name / WEIGHTS).items()}
+    exported = {
+        f"{name} {key}": value
+        for name in ("generator_lora", "generator_ema_lora")
+        for key, value in load_file(path / name / WEIGHTS).items()
+    }
+    trained = load_file(folder / "trained.safetensors")
+    return exported | {key: value for key, value in trained.items() if key.startswith("critic.")}
 
 
 def rows(folder):

@@ -18,15 +18,15 @@ from longtake.train.metrics import read_rows
 
 MESHES = {
     "2 shard": {},
-    "2 replicate": {"replicate": 2},
+    "2 replicate": {"data_parallel": "hsdp", "replicate": 2},
     "2 sequence": {"sequence": 2},
-    "2 whole": {"weights": "whole"},
-    "2 whole, sequence": {"weights": "whole", "sequence": 2},
+    "2 whole": {"data_parallel": "ddp"},
+    "2 whole, sequence": {"data_parallel": "ddp", "sequence": 2},
     "4 shard": {},
-    "4 replicate x shard": {"replicate": 2},
+    "4 replicate x shard": {"data_parallel": "hsdp", "replicate": 2},
     "4 shard x sequence": {"sequence": 2},
-    "4 replicate x sequence": {"replicate": 2, "sequence": 2},
-    "4 whole, sequence": {"weights": "whole", "sequence": 2},
+    "4 replicate x sequence": {"data_parallel": "hsdp", "replicate": 2, "sequence": 2},
+    "4 whole, sequence": {"data_parallel": "ddp", "sequence": 2},
 }
 STAGES = tuple(mesh_run.STAGES)
 LORA = {"lora": {"rank": 2, "alpha": 4}, "critic": {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}}
@@ -148,7 +148,7 @@ def test_low_rank_updates_on_a_sequence_group(one, many, ranks):
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, many, tmp_path):
     four, two = ({"parallel": parallel} for parallel in ({"sequence": 2}, {"sequence": 2}))
-    replicas, wholes = {"parallel": {"replicate": 2}}, {"parallel": {"weights": "whole"}}
+    replicas, wholes = {"parallel": {"data_parallel": "hsdp", "replicate": 2}}, {"parallel": {"data_parallel": "ddp"}}
     started = [("four", "distill", four), ("same", "long", four), ("replicas", "distill", replicas)]
     started += [("whole", "distill", wholes)]
     entries = [{"stage": s, "logdir": tmp_path / name, "max_steps": 3, **mesh} for name, s, mesh in started]

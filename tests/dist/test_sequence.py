@@ -93,10 +93,11 @@ def test_ranks_are_divided_or_refused():
         ((1, 4), 4, (1, 1)),
         ((3, 1), 6, (2, 6)),
     ):
-        one = ParallelConfig(replicate=parallel[0], sequence=parallel[1])
+        kind = "hsdp" if parallel[0] > 1 else "fsdp"
+        one = ParallelConfig(data_parallel=kind, replicate=parallel[0], sequence=parallel[1])
         assert (one.shard(world_size), one.data_ranks(world_size)) == (shape[0], shape[0] * parallel[0])
     with pytest.raises(ConfigError, match="= 4 must divide the number of ranks, 6; .* start a multiple of 4 ranks"):
-        ParallelConfig(replicate=2, sequence=2).shard(6)
+        ParallelConfig(data_parallel="hsdp", replicate=2, sequence=2).shard(6)
     with pytest.raises(ConfigError, match="number of ranks, 1;"):
         Mesh().arranged(ParallelConfig(sequence=2))
     mesh = FakeMesh(1, 2)

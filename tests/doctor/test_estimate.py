@@ -11,7 +11,7 @@ from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train.optim import NetworkOptimizer
 from longtake.weights.presets import PRESETS
 
 FUN, I2V_14B = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]
@@ -20,15 +20,16 @@ SMALL = DiTConfig(
 )
 
 
-def full_size(stage="distill", **changes):
+def full_size(**changes):
     """The stage of `benchmarks/full_size.py` with some values changed."""
-    critic = {"lr": 4e-7} | changes.pop("critic", {})
+    objective = {"kind": "dmd", "teacher": "./x"} | changes.pop("objective", {})
+    objective["critic"] = {"lr": 4e-7} | objective.get("critic", {})
     tree = {
-        **{"stage": stage, "name": "x", "logdir": "x", "init_from": "./x", "teacher": "./x"},
+        **{"objective": objective, "name": "x", "logdir": "x", "init_from": "./x"},
         **{"data": {"path": "x", "kind": "encoded"}, "video": {"height": 480, "width": 832, "num_latent_frames": 21}},
         **{"plan": {"block_frames": 4, "window_frames": 13, "sink_frames": 5}, "flow": {"steps": [1, 0.75, 0.5, 0.25]}},
         **{"batch_size": 1, "micro_batch_size": 1, "precision": "bf16", "activation_checkpointing": "full"},
-        **{"max_steps": 1, "save_every": 0, "validate_every": 0, "critic": critic},
+        **{"max_steps": 1, "save_every": 0, "validate_every": 0},
     }
     return StageConfig.from_tree(tree | changes)
 
@@ -37,8 +38,9 @@ def roles(size):
     return dict.fromkeys(("generator", "critic", "teacher"), size)
 
 
-def low_rank(rank):
-    return {"roles": "shared", "lora": {"rank": rank}, "critic": {"lora": {"rank": rank}}}
+def low_rank(rank, **objective):
+    objective |= {"shared_base": True, "critic": {"lora": {"rank": rank}}}
+    return {"lora": {"rank": rank}, "objective": objective}
 
 
 # docs/log.md, 2026-11-26 and -27: GiB of a rank on H200, without what the benchmark itself or resident encoders held
@@ -46,7 +48,7 @@ MEASURED = {
     # from the third iteration on; 65.33 in the first, while layers' results were there twice, which they are no more
     "whole": (62.59, FUN, 1, {}),
     "14B, low rank": (107.58, I2V_14B, 1, low_rank(128)),
-    "long": (39.45, FUN, 1, {"stage": "long", "long": {"num_chunks": [2]}, **low_rank(256)}),
+    "long": (39.45, FUN, 1, low_rank(256, kind="long_tuning", num_chunks=[2])),
     "sharded": (37.36, FUN, 2, {"batch_size": 2}),
 }
 
@@ -82,7 +84,7 @@ def agrees(monkeypatch, config, sizes, ranks=1):
         (1, {}),
         (1, {"activation_checkpointing": "none", **low_rank(4)}),
         (2, {"batch_size": 4, "micro_batch_size": 1}),
-        (3, {"parallel": {"sequence": 3, "weights": "whole"}}),
+        (3, {"parallel": {"sequence": 3, "data_parallel": "ddp"}}),
     ],
 )
 def test_two_depths_of_a_distillation_give_every_depth(monkeypatch, ranks, changes):
@@ -95,7 +97,7 @@ def test_teacher_forcing_holds_what_its_modules_do(workshop, tmp_path, monkeypat
     need = agrees(monkeypatch, config, {"generator": size})
     model = VideoDiT(size)
     weights = sum(p.nbytes for p in model.parameters())
-    moments = sum(t.nbytes for t in NetworkOptimizer(model, OptimizerSettings(1e-3)).tensors().values())
+    moments = sum(t.nbytes for t in NetworkOptimizer(model, config.optim, 1).tensors().values())
     assert need.at_rest == {
         "trained weights": weights,
         "frozen weights": 0,

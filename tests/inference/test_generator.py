@@ -71,7 +71,7 @@ def test_a_log_folder_gives_its_last_stage_and_the_average(run, generator):
 
 
 def test_a_stage_folder_and_a_checkpoint_give_themselves(run):
-    assert Generator.from_run(run / "z_start", "cpu").config.stage == "causal"
+    assert Generator.from_run(run / "z_start", "cpu").config.objective.kind == "teacher_forcing"
     assert find_checkpoint(run / "final" / "checkpoints" / "step_000001").name == "step_000001"
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from longtake import Generator
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, changes_of, generation_settings
-from longtake.config.stage import load_config
+from longtake.config.job import load_config
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.export import export
 from longtake.inference.generator import Source

@@ -9,7 +9,7 @@ from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_condition, make_t
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake.config.stage import LoraConfig
+from longtake.config.groups import LoraConfig
 from longtake.models import flops
 from longtake.models.flops import Call
 from longtake.models.lora import targets_of

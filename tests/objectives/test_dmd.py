@@ -1,32 +1,31 @@
 """Distribution matching against the finite formulas of spec G (N.11), and what is drawn once for all."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
+from tiny_objectives import parts_of
 
-from longtake.config.groups import CriticConfig, FlowConfig
 from longtake.errors import TrainingError
-from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings, dmd_gradient, dmd_loss
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig, dmd_gradient, dmd_loss
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan, warp
 from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
 from longtake.train.loop import nonfinite
 
 FRAMES = 7
 
 
-def make_dmd(i2v=True, rules=RULES, seed=3, phase=None, **settings):
+def make_dmd(i2v=True, rules=RULES, seed=3, critic=None, clean=False, phase=nullcontext, **settings):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
-    settings = DmdSettings(**{"shift": 5.0, "guidance": 4.0} | settings)
-    options = {} if phase is None else {"phase": phase}
-    student, *scores = networks
-    return Dmd(Denoiser(student), *scores, KeyedRNG(seed), rules, FRAMES if i2v else 6, settings, **options)
+    settings = DmdConfig(teacher="toy", critic=CriticConfig(**critic or {}), **settings)
+    frames = FRAMES if i2v else 6
+    return Dmd(
+        parts_of(*networks, seed=seed, plan=rules, num_frames=frames, first_frame_clean=clean, phase=phase), settings
+    )
 
 
 def watched(dmd, monkeypatch):
@@ -49,7 +48,7 @@ def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     rules = RULES if i2v else StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
     dmd = make_dmd(i2v, rules)
     calls, made = watched(dmd, monkeypatch)
-    batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
+    batch = make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)
     result = dmd.loss("generator", batch, 0)
     x, counted = made[0].latents, slice(1 if i2v else 0, None)
     (critic,), (cond, uncond) = calls["critic"], calls["real"]
@@ -99,9 +98,8 @@ def test_gradient_and_loss_on_numbers():
 
 
 def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics():
-    plain, dmd = make_dmd(), make_dmd()
-    forced = TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0)
-    dmd.data_loss = DataLoss(forced, 0.25)
+    plain, dmd = make_dmd(), make_dmd(data_loss=DataLoss(weight=0.25))
+    forced = dmd.data_loss
     batch = make_batch(dmd.generator.model, [4, 9], FRAMES)
     weights = list(dmd.generator.model.parameters())
 
@@ -121,8 +119,7 @@ def test_real_videos_add_their_loss_to_the_students_and_nothing_to_the_critics()
 
 
 def test_real_videos_may_be_longer_than_what_is_matched():
-    dmd = make_dmd()
-    dmd.data_loss = DataLoss(TeacherForcing(dmd.generator, dmd.draws, RULES, shift=5.0), 1.0)
+    dmd = make_dmd(data_loss=DataLoss(weight=1.0))
     batch = make_batch(dmd.generator.model, [4, 9], FRAMES + 4)
     assert dmd.loss("generator", batch, 0).loss.isfinite() and dmd.loss("critic", batch, 0).loss.isfinite()
     with pytest.raises(TrainingError, match="teacher forcing learns from videos and its data have none"):
@@ -159,7 +156,7 @@ def test_guidance_of_one_needs_no_unconditional_score(monkeypatch):
 
 @pytest.mark.parametrize("turn", ["generator", "critic"])
 def test_clean_first_frame_of_ti2v_models(turn, monkeypatch):
-    dmd = make_dmd(first_frame_clean=True)
+    dmd = make_dmd(clean=True)
     calls, _ = watched(dmd, monkeypatch)
     batch = make_batch(dmd.generator.model, [4, 9])
     dmd.loss(turn, batch, 0)
@@ -242,9 +239,11 @@ def test_turns_are_one_generator_update_in_five():
     dmd = make_dmd()
     assert [len(dmd.turns(step)) for step in range(11)] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2]
     assert dmd.turns(0) == ["generator", "critic"] and dmd.turns(1) == ["critic"]
-    assert [make_dmd(updates_per_generator=1).turns(step) for step in (0, 1)] == [["generator", "critic"]] * 2
+    assert [make_dmd(critic={"updates_per_generator": 1}).turns(step) for step in (0, 1)] == [
+        ["generator", "critic"]
+    ] * 2
     assert set(dmd.networks) == {"generator", "critic"}
-    late = make_dmd(updates_per_generator=2, critic_warmup_steps=3)
+    late = make_dmd(critic={"updates_per_generator": 2, "critic_warmup_steps": 3})
     assert [len(late.turns(step)) for step in range(8)] == [1, 1, 1, 2, 1, 2, 1, 2]
 
 
@@ -293,13 +292,6 @@ def test_a_later_step_and_another_sample_see_other_noise():
     parts = [noise(1, 3, 0), noise(1, 3, 1), noise(3, 5, 0), noise(3, 5, 1)]
     values = torch.cat([part.flatten(1) for part in parts], 0)
     assert len({tuple(row[:4].tolist()) for row in values}) == 8  # every block, step and sample its own
-
-
-def test_the_defaults_are_those_of_a_recipe():
-    flow, critic, settings = FlowConfig(), CriticConfig(), DmdSettings(shift=5.0, guidance=4.0)
-    assert (settings.sigma_min, settings.sigma_max) == (flow.sigma_min, flow.sigma_max)
-    assert settings.updates_per_generator == critic.updates_per_generator
-    assert settings.critic_warmup_steps == critic.critic_warmup_steps and not settings.first_frame_clean
 
 
 # ---- failure and timing ----------------------------------------------------------------------------------------------

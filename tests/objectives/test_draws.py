@@ -4,20 +4,18 @@ from collections import Counter
 
 import pytest
 from test_long_tuning import make_long
-from tiny_batches import RULES, make_batch
+from tiny_batches import make_batch
 from tiny_models import make_tiny_model
+from tiny_objectives import parts_of, teacher_forcing
 
-from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
-from longtake.objectives.flow_matching import FlowMatching
-from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
+from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
+from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from longtake.objectives.teacher_forcing import ErrorRecycling
 from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
 
 
 def forcing(model):
-    return TeacherForcing(
-        Denoiser(model), KeyedRNG(0), RULES, shift=5.0, caption_dropout=0.5, error_recycling=ErrorRecycling(1.0, 0)
-    )
+    return teacher_forcing(model, seed=0, caption_dropout=0.5, recycling=ErrorRecycling(share=1.0, from_step=0))
 
 
 def make(kind):
@@ -25,19 +23,13 @@ def make(kind):
         return make_long(ratio=1)
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
     if kind == "teacher":
-        return FlowMatching(networks[0], KeyedRNG(0), shift=5.0, caption_dropout=0.5, first_frame_clean=False)
+        return FlowMatching(parts_of(networks[0], seed=0), FlowMatchingConfig(caption_dropout=0.5))
     if kind == "causal":
         return forcing(networks[0])
-    settings = DmdSettings(shift=5.0, guidance=4.0, updates_per_generator=1)
-    return Dmd(
-        Denoiser(networks[0]),
-        *networks[1:],
-        KeyedRNG(0),
-        RULES,
-        7,
-        settings,
-        data_loss=DataLoss(forcing(networks[0]), 0.5),
-    )
+    critic = CriticConfig(updates_per_generator=1)
+    dmd = Dmd(parts_of(*networks, seed=0), DmdConfig(teacher="toy", critic=critic, data_loss=DataLoss(weight=0.5)))
+    dmd.data_loss = forcing(networks[0])
+    return dmd
 
 
 @pytest.mark.parametrize("kind", ["teacher", "causal", "distill", "long"])

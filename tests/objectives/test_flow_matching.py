@@ -4,16 +4,18 @@ import pytest
 import torch
 from tiny_batches import make_batch, record
 from tiny_models import make_tiny_model
+from tiny_objectives import parts_of
 
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise
 from longtake.objectives.batch import EncodedBatch
-from longtake.objectives.flow_matching import FlowMatching, clip_sigma, drop_captions
+from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig, clip_sigma, drop_captions
 from longtake.rng import KeyedRNG
 
 
 def objective(model, *, dropout=0.0, clean=False, seed=3):
-    return FlowMatching(model, KeyedRNG(seed), shift=3.0, caption_dropout=dropout, first_frame_clean=clean)
+    parts = parts_of(model, seed=seed, shift=3.0, first_frame_clean=clean)
+    return FlowMatching(parts, FlowMatchingConfig(caption_dropout=dropout))
 
 
 def test_clip_sigma_of_both_kinds_of_model():
@@ -90,7 +92,7 @@ def test_caption_dropout_of_none_and_of_all(share, same):
 def test_data_without_videos_is_refused():
     model = make_tiny_model(i2v=True)
     batch: EncodedBatch = make_batch(model, [0], videos=False)
-    with pytest.raises(TrainingError, match="teacher learns from videos"):
+    with pytest.raises(TrainingError, match="flow matching learns from videos"):
         objective(model).loss("generator", batch, 0)
 
 

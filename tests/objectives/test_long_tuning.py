@@ -7,29 +7,34 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
+from tiny_objectives import parts_of
 
 from longtake.errors import ConfigError, DataError
 from longtake.models.execution import Execution
-from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
-from longtake.objectives.long_tuning import LongSchedule, LongTuning
-from longtake.objectives.teacher_forcing import TeacherForcing
+from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd
+from longtake.objectives.long_batches import LongBatches
+from longtake.objectives.long_tuning import LongSchedule, LongTuning, LongTuningConfig
 from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
-from longtake.train.long_batches import LongBatches
 
 HORIZON, NEW = 7, 4
 
 
-def make_long(lengths=(15,), switches=(), ratio=2, critic_warmup_steps=0, **options):
+def settings_of(chunks=(3,), switches=(), **more):
+    return LongTuningConfig(
+        teacher="toy", num_chunks=list(chunks), new_frames=NEW, switch_frames=list(switches), **more
+    )
+
+
+def schedule_of(chunks, switches=(), seed=0):
+    return LongSchedule(KeyedRNG(seed), HORIZON, settings_of(chunks, switches))
+
+
+def make_long(chunks=(3,), switches=(), ratio=2, critic_warmup_steps=0, weight=0.0, **options):
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
-    draws = KeyedRNG(3)
-    schedule = LongSchedule(draws, HORIZON, NEW, lengths, switches)
-    settings = DmdSettings(
-        shift=5.0, guidance=4.0, updates_per_generator=ratio, critic_warmup_steps=critic_warmup_steps
-    )
-    return LongTuning(
-        Denoiser(networks[0]), *networks[1:], draws, RULES, settings, schedule, TinyCodec(networks[0].config), **options
-    )
+    critic = CriticConfig(updates_per_generator=ratio, critic_warmup_steps=critic_warmup_steps)
+    settings = settings_of(chunks, switches, critic=critic, data_loss=DataLoss(weight=weight))
+    parts = parts_of(*networks, num_frames=HORIZON, codec=TinyCodec(networks[0].config), **options)
+    return LongTuning(parts, settings)
 
 
 def batch_of(long, indices=(4, 9), later=False):
@@ -55,16 +60,16 @@ def train(long, batch, steps):
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
 def test_each_iteration_is_one_chunk_and_sequences_follow_each_other():
-    schedule = LongSchedule(KeyedRNG(0), 7, 4, [15])
+    schedule = schedule_of([3])
     places = [schedule.at(step) for step in range(9)]
     assert [(p.sequence, p.chunk, p.begin) for p in places] == [(s, c, 3 * s) for s in range(3) for c in range(3)]
     assert [schedule.end_frame(p.chunk) for p in places] == [7, 11, 15] * 3
     assert {p.length for p in places} == {15} and {p.switch for p in places} == {None}
-    assert LongSchedule(KeyedRNG(0), 7, 4, [15]).at(8) == places[8], "nothing depends on what was asked before"
+    assert schedule_of([3]).at(8) == places[8], "nothing depends on what was asked before"
 
 
 def test_lengths_and_switches_are_drawn_for_each_sequence():
-    schedule = LongSchedule(KeyedRNG(1), 7, 4, [7, 11, 19], [5, 9, 13])
+    schedule = schedule_of([1, 2, 4], [5, 9, 13], seed=1)
     starts = [p for p in (schedule.at(step) for step in range(400)) if p.chunk == 0]
     assert {p.length for p in starts} == {7, 11, 19}
     assert all(p.switch in {7: (5,), 11: (5, 9), 19: (5, 9, 13)}[p.length] for p in starts)
@@ -74,28 +79,27 @@ def test_lengths_and_switches_are_drawn_for_each_sequence():
 
 
 def test_each_length_and_each_switch_comes_equally_often():
-    schedule = LongSchedule(KeyedRNG(1), 7, 4, [7, 11], [3, 5])
+    schedule = schedule_of([1, 2], [3, 5], seed=1)
     starts = [p for p in (schedule.at(step) for step in range(900)) if p.chunk == 0]
     for value in ("length", "switch"):
         counts = Counter(getattr(place, value) for place in starts)
         assert len(counts) == 2 and max(counts.values()) < 0.56 * len(starts), counts
 
 
-def test_lengths_that_do_not_fit_are_refused():
-    for length, fix in ((14, "11 or 15"), (16, "15 or 19"), (5, "7 or 11"), (1, "7 or 11")):
-        with pytest.raises(ConfigError, match=f"{length} latents.*horizon=7.*new_frames=4; set it to {fix}"):
-            LongSchedule(KeyedRNG(0), 7, 4, [15, length])
-    assert LongSchedule(KeyedRNG(0), 7, 4, [7]).at(3).sequence == 3  # one chunk is the least
+def test_one_chunk_is_the_least():
+    assert schedule_of([1]).at(3).sequence == 3
+    with pytest.raises(ConfigError, match=r"num_chunks=\[2, 0\] must all be at least 1"):
+        settings_of([2, 0])
 
 
 @pytest.mark.parametrize(("chunks", "ratio"), [(3, 2), (5, 5), (4, 2), (12, 5)])
 def test_the_generator_learns_from_every_chunk(chunks, ratio):
-    long = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio)
+    long = make_long(chunks=(chunks,), ratio=ratio)
     turns = [long.turns(step) for step in range(chunks * ratio)]
     assert all(turn[-1] == "critic" for turn in turns)
     trained = [long.schedule.at(step).chunk for step, turn in enumerate(turns) if "generator" in turn]
     assert sorted(trained) == list(range(chunks))
-    late = make_long(lengths=(HORIZON + (chunks - 1) * NEW,), ratio=ratio, critic_warmup_steps=4)
+    late = make_long(chunks=(chunks,), ratio=ratio, critic_warmup_steps=4)
     assert [late.turns(step) for step in range(4)] == [["critic"]] * 4
     assert [late.turns(step) for step in range(4, 15)] == [long.turns(step) for step in range(4, 15)]
 
@@ -144,7 +148,7 @@ def test_only_new_frames_have_a_loss():
 
 def test_the_first_chunk_is_plain_distillation():
     long = make_long()
-    plain = Dmd(long.generator, long.critic, long.real, KeyedRNG(3), RULES, HORIZON, long.settings)
+    plain = Dmd(long.parts, long.settings)
     batch = batch_of(long)
     for (turn, loss, grads), (other_turn, other, expected) in zip(train(long, batch, [0]), train(plain, batch, [0])):
         assert turn == other_turn and loss == pytest.approx(other, rel=1e-6)
@@ -202,7 +206,7 @@ def test_the_past_is_generated_again_without_gradient(monkeypatch):
 def test_the_cache_is_larger_where_backward_computes_again_and_there_alone(option, monkeypatch):
     found, sizes = [], []
     for recomputed in (False, True):
-        long = make_long(ratio=1, lengths=(11,))
+        long = make_long(ratio=1, chunks=(2,))
         if option == "batched_exit_backward":
             long.generator.batched_exit_backward = recomputed
         else:
@@ -237,45 +241,41 @@ def test_a_switch_needs_a_second_prompt():
 
 
 class Counting:
-    """Batches that say where they are: (update, micro-batch)."""
+    """Two micro-batches an update that say where they are: (update, micro-batch)."""
 
     def __init__(self):
-        self.position, self._micro = 0, 0
+        self.position = 0
 
     def seek(self, position):
-        self.position, self._micro = position, 0
+        self.position = position
 
     def __next__(self):
-        batch = self.position // 8, self._micro
-        self._micro += 1
-        if self._micro == 2:
-            self.position, self._micro = self.position + 8, 0
-        return batch
+        update, self.position = self.position // 8, self.position + 8
+        return [(update, 0), (update, 1)]
 
 
 def test_micro_batches_last_a_sequence():
-    schedule = LongSchedule(KeyedRNG(0), 7, 4, [15])
+    schedule = schedule_of([3])
 
     def make():
-        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8, accumulation=2)
+        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8)
 
     batches, seen, positions = make(), [], []
     for _ in range(7):
-        seen.append([next(batches), next(batches)])
+        seen.append(next(batches))
         positions.append(batches.position)
     assert seen == [[(s, 0), (s, 1)] for s in (0, 0, 0, 1, 1, 1, 2)]
     assert positions == [8 * k for k in range(1, 8)]
     for step in range(7):  # sought anew, or back and forth in the same object
         for resumed in (make(), batches):
             resumed.seek(8 * step)
-            assert [next(resumed), next(resumed)] == seen[step]
+            assert next(resumed) == seen[step]
             assert resumed.position == 8 * (step + 1)
 
 
 def test_real_videos_are_learnt_beside_every_chunk():
-    long, plain = make_long(ratio=1), make_long(ratio=1)
-    forced = TeacherForcing(long.generator, long.draws, RULES, shift=5.0)
-    long.data_loss = DataLoss(forced, 0.5)
+    long, plain = make_long(ratio=1, weight=0.5), make_long(ratio=1)
+    forced = long.data_loss
     batch = batch_of(long)
     for step in range(3):
         found, alone = (each.loss("generator", batch, step).loss for each in (long, plain))

@@ -10,12 +10,11 @@ import torch
 from test_dmd import make_dmd, watched
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_objectives import teacher_forcing
 from toy_assets import random_encoders
 
 from longtake.condition import Condition
-from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
 
@@ -112,7 +111,7 @@ def test_a_y_goes_to_both_halves_of_teacher_forcing(broken, monkeypatch):
     batch = make_batch(model, [4, 9])
     frames = batch.condition.frames.clone()
     frames[:, broken] += 1
-    objective = TeacherForcing(Denoiser(model), KeyedRNG(0), RULES, shift=3.0)
+    objective = teacher_forcing(model, seed=0, shift=3.0)
     for condition in (batch.condition, replace(batch.condition, frames=frames)):
         objective.loss("generator", replace(batch, condition=condition), 0)
     changed = (outputs[0] != outputs[1]).flatten(2).any(2)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
+from tiny_objectives import teacher_forcing
 
-from longtake.config.groups import ErrorRecyclingConfig
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
-from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
+from longtake.objectives.teacher_forcing import ErrorRecycling
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block
@@ -16,7 +16,7 @@ from longtake.rollout.self_forcing import recycle, roll_out
 
 
 def objective(model, rules=RULES, **options):
-    return TeacherForcing(Denoiser(model), KeyedRNG(3), rules, **{"shift": 3.0} | options)
+    return teacher_forcing(model, plan=rules, **{"shift": 3.0} | options)
 
 
 def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=5, **options):
@@ -116,7 +116,7 @@ OWN = ErrorRecycling(share=1.0, from_step=0)
 def test_error_recycling_is_the_context_and_the_real_video_the_target(monkeypatch):
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
-    own = objective(model, error_recycling=OWN)
+    own = objective(model, recycling=OWN)
     calls = record(model, monkeypatch)
     result = own.loss("generator", batch, 5)
     call, clean = calls[-1], batch.latents
@@ -171,14 +171,14 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
 
 
 def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numbers():
-    causal = objective(make_tiny_model(i2v=True), error_recycling=ErrorRecycling(0.3, 0))
+    causal = objective(make_tiny_model(i2v=True), recycling=ErrorRecycling(share=0.3, from_step=0))
     share = sum(causal.remakes(step) for step in range(2000)) / 2000
     assert abs(share - 0.3) < 0.04
     starts = torch.tensor([causal.starts(step, 4, 1) for step in range(300)])
     steps = len(RULES.sigmas)
     assert set(starts[:, 1].tolist()) == set(range(1, steps))  # what is open is decided by the real video
     assert set(starts[:, 2].tolist()) == set(range(steps))
-    late = objective(make_tiny_model(i2v=True), error_recycling=ErrorRecycling(1.0, steps - 1))
+    late = objective(make_tiny_model(i2v=True), recycling=ErrorRecycling(share=1.0, from_step=steps - 1))
     assert {tuple(late.starts(step, 4, 1)) for step in range(50)} == {(steps - 1,) * 4}
     assert not any(objective(make_tiny_model(i2v=True)).remakes(step) for step in range(100))
 
@@ -187,7 +187,7 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
 def test_the_first_generated_block_of_error_recycling_never_begins_from_noise_alone(i2v, monkeypatch):
     model = make_tiny_model(i2v=i2v)
     rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
-    causal, calls, begun = objective(model, rules, error_recycling=OWN), record(model, monkeypatch), []
+    causal, calls, begun = objective(model, rules, recycling=OWN), record(model, monkeypatch), []
     batch = make_batch(model, [4], 7 if i2v else 6)
     for step in range(12):
         calls.clear()
@@ -207,18 +207,13 @@ def test_a_share_of_none_is_never_and_of_all_is_always():
 
     model = make_tiny_model(i2v=True)
     for share, expected in ((0.0, [False, False]), (5e-7, [True, False]), (1.0, [True, True])):
-        causal = TeacherForcing(Denoiser(model), Lowest(), RULES, shift=3.0, error_recycling=ErrorRecycling(share))
+        causal = objective(model, draws=Lowest(), recycling=ErrorRecycling(share=share))
         assert [causal.remakes(step) for step in (0, 1)] == expected
-
-
-def test_the_defaults_are_those_of_a_recipe():
-    recipe, own = ErrorRecyclingConfig(), ErrorRecycling()
-    assert (own.share, own.from_step) == (recipe.share, recipe.from_step)
 
 
 def test_error_recycling_does_not_depend_on_how_the_batch_is_split():
     model = make_tiny_model(i2v=True)
-    causal = objective(model, error_recycling=OWN)
+    causal = objective(model, recycling=OWN)
     whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss
     parts = [causal.loss("generator", make_batch(model, part), 2).loss for part in ([3, 4], [5, 6])]
     torch.testing.assert_close(whole, sum(parts) / 2)

@@ -12,7 +12,7 @@ import pytest
 from encoded_files import config_of
 from tiny_stage import stage_config
 
-from longtake.config.stage import JobConfig
+from longtake.config.job import JobConfig
 from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from PIL import Image
-from tiny_stage import stage_config, stage_tree
+from tiny_stage import stage_config
 
-from longtake.config.stage import StageConfig
 from longtake.encoders.text import TextEncoder
 from longtake.encodings.write import encode_set
 from longtake.errors import ConfigError, DataError
@@ -25,9 +24,8 @@ LONG = {"num_chunks": [3], "new_frames": 2}
 
 
 def long_config(workshop, logdir, **changes):
-    tree = stage_tree(workshop, logdir, "distill")
-    tree |= {"stage": "long", "name": "long", "long": LONG, "max_steps": 7, "save_every": 1, "keep_checkpoints": 20}
-    return StageConfig.from_tree(tree | changes)
+    values = LONG | {"max_steps": 7, "save_every": 1, "keep_checkpoints": 20}
+    return stage_config(workshop, logdir, "long", **values | changes)
 
 
 def rows_of(config):
@@ -91,7 +89,8 @@ def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, worksh
 
 def test_pictures_of_windows_are_encoded_as_far_as_a_window_reaches(workshop, tmp_path):
     config = long_config(workshop, tmp_path)
-    codec = EncoderCodec.of_stage(config, None, torch.device("cpu"), with_tokens=True)
+    frames, device = config.video.num_latent_frames, torch.device("cpu")
+    codec = EncoderCodec.of_stage(None, config.encoders_folder, config.model, frames, device, with_tokens=True)
     picture = codec.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
     assert picture.frames.shape[1] == config.video.num_latent_frames <= codec.vae.steady_index
     assert torch.equal(picture.latent, picture.frames[:, :1, 4:]) and picture.tokens.shape[0] == 2
@@ -141,10 +140,10 @@ def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
     workshop, stories, tmp_path, monkeypatch
 ):
     data = {"path": str(stories), "kind": "images", "num_workers": 0}
-    settings = {"long": LONG | {"switch_frames": [7]}, "max_steps": 3, "data": data}
+    settings = {"switch_frames": [7], "max_steps": 3, "data": data}
     plain = long_config(workshop, tmp_path / "plain", **settings)
     run_stage(plain, Mesh())
-    unswitched = long_config(workshop, tmp_path / "same", **settings | {"long": LONG})
+    unswitched = long_config(workshop, tmp_path / "same", **settings | {"switch_frames": []})
     run_stage(unswitched, Mesh())
     losses = [[row["critic_loss"] for row in rows_of(config)] for config in (plain, unswitched)]
     # The third chunk is under the second prompt; the roll-out of the one before ends where it begins.
@@ -161,7 +160,7 @@ def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
 
 
 def test_rows_without_a_second_prompt_are_named(workshop, tmp_path):
-    config = long_config(workshop, tmp_path, long=LONG | {"switch_frames": [7]})
+    config = long_config(workshop, tmp_path, switch_frames=[7])
     with pytest.raises(DataError, match="has one prompt.*needs two a row"):
         run_stage(config, Mesh())
 
@@ -169,14 +168,14 @@ def test_rows_without_a_second_prompt_are_named(workshop, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"long": {"new_frames": 3}}, "long.new_frames=3 must be a multiple of plan.block_frames=2.*set it to 4"),
-        ({"long": {"new_frames": 6}}, "below video.num_latent_frames=5; set it to 4"),
-        ({"long": {"switch_frames": [4]}}, "4 is no block boundary.*set it to 3 or 5"),
-        ({"long": {"switch_frames": [0]}}, "0 is no block boundary after the first block"),
-        ({"long": LONG | {"switch_frames": [3, 9]}}, r"switch_frames=\[9\] are not before the end.*9 latent frames"),
-        ({"long": {"num_chunks": [0]}}, "must all be at least 1"),
-        ({"teacher": None}, "stage long needs a real score"),
-        ({"caption_dropout": 0.1}, "has no effect in stage long"),
+        ({"new_frames": 3}, "objective.new_frames=3 must be a multiple of plan.block_frames=2.*set it to 4"),
+        ({"new_frames": 6}, "below video.num_latent_frames=5; set it to 4"),
+        ({"switch_frames": [4]}, "4 is no block boundary.*set it to 3 or 5"),
+        ({"switch_frames": [0]}, "0 is no block boundary after the first block"),
+        ({"switch_frames": [3, 9]}, r"switch_frames=\[9\] are not before the end.*9 latent frames"),
+        ({"num_chunks": [0]}, "must all be at least 1"),
+        ({"teacher": None}, "objective.teacher: got None"),
+        ({"caption_dropout": 0.1}, "caption_dropout; it belongs to objective.kind=flow_matching and teacher_forcing"),
     ],
 )
 def test_wrong_settings_are_refused_when_they_are_read(workshop, tmp_path, changes, message):
@@ -185,5 +184,5 @@ def test_wrong_settings_are_refused_when_they_are_read(workshop, tmp_path, chang
 
 
 def test_long_belongs_to_its_stage(workshop, tmp_path):
-    with pytest.raises(ConfigError, match="long belongs to stage long, this is stage distill"):
-        stage_config(workshop, tmp_path, "distill", long=LONG)
+    with pytest.raises(ConfigError, match="unknown key objective.num_chunks; it belongs to objective.kind=long_tuning"):
+        stage_config(workshop, tmp_path, "distill", **LONG)

@@ -7,22 +7,26 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
 from fake_ranks import on_ranks
+from tiny_stage import stage_config
 
-from longtake.checkpoint.async_save import SaveSettings
+from longtake.config.groups import EmaConfig, OptimConfig, WandbConfig
+from longtake.config.run import RunConfig
 from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint, read_manifest
-from longtake.train.ema import EMA, EMASettings
-from longtake.train.loop import Hooks, LoopSettings
-from longtake.train.metrics import MetricsLog, PhaseTimer, cut_from, read_rows
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.train import stage, throughput
+from longtake.train.ema import EMA
+from longtake.train.loop import Hooks, MetricWindow, iteration
+from longtake.train.metrics import PhaseTimer, cut_from, read_rows
+from longtake.train.optim import NetworkOptimizer
 
 
 def test_rows_hold_the_published_names(tmp_path):
@@ -68,13 +72,27 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tmp_path):
     before = tiny_run.run(tmp_path / "before", Mesh(), steps=4, save_every=1)
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step_000003"
     state, objective = tiny_run.build(Mesh(), nan_at=4)
-    from longtake.train.loop import MetricWindow, iteration
-
     rows = tiny_run.Rows(Mesh())
     for _ in range(4):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
+        iteration(
+            state,
+            objective,
+            rows,
+            RunConfig(name="run", logdir="unused", max_steps=9),
+            Mesh(),
+            PhaseTimer(),
+            MetricWindow(),
+        )
     with pytest.raises(TrainingError):
-        iteration(state, objective, rows, LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
+        iteration(
+            state,
+            objective,
+            rows,
+            RunConfig(name="run", logdir="unused", max_steps=9),
+            Mesh(),
+            PhaseTimer(),
+            MetricWindow(),
+        )
     for a, b in zip(state.tensors().values(), before.tensors().values(), strict=True):
         assert torch.equal(a, b)
     assert state.step == 4
@@ -84,10 +102,16 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too(tmp_path):
     state, objective = tiny_run.build(Mesh())
     parameter = state.networks["critic"].head.bias
     parameter.register_hook(lambda grad: grad * math.inf)
-    from longtake.train.loop import MetricWindow, iteration
-
     with pytest.raises(TrainingError, match="step 0, critic"):
-        iteration(state, objective, tiny_run.Rows(Mesh()), LoopSettings(9), Mesh(), PhaseTimer(), MetricWindow())
+        iteration(
+            state,
+            objective,
+            tiny_run.Rows(Mesh()),
+            RunConfig(name="run", logdir="unused", max_steps=9),
+            Mesh(),
+            PhaseTimer(),
+            MetricWindow(),
+        )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -139,9 +163,8 @@ def test_an_error_in_the_objective_is_not_swallowed(tmp_path):
 def test_optimizer_equals_torch_with_clipping_and_warm_up():
     torch.manual_seed(0)
     ours, theirs = tiny_run.Tiny(0), tiny_run.Tiny(0)
-    optimizer = NetworkOptimizer(
-        ours, OptimizerSettings(1e-2, (0.5, 0.9), 1e-7, 0.1, warmup_steps=4, max_grad_norm=0.1)
-    )
+    config = OptimConfig(lr=1e-2, beta1=0.5, beta2=0.9, eps=1e-7, weight_decay=0.1, warmup_steps=4, max_grad_norm=0.1)
+    optimizer = NetworkOptimizer(ours, config, 6)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.5, 0.9), eps=1e-7, weight_decay=0.1)
     for step in range(6):
         x = torch.randn(8, tiny_run.WIDTH)
@@ -160,7 +183,7 @@ def test_optimizer_equals_torch_with_clipping_and_warm_up():
 
 def test_ema_follows_its_formula_and_gives_the_weights_back():
     network = tiny_run.Tiny(0)
-    ema = EMA(network, EMASettings(0.9, start_step=1))
+    ema = EMA(network, EmaConfig(decay=0.9, start_step=1))
     expected = None
     for step in range(4):
         with torch.no_grad():
@@ -173,7 +196,7 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
         torch.testing.assert_close(network.head.weight.detach(), expected)
     assert torch.equal(network.head.weight, weight)
     half = tiny_run.Tiny(0).to(torch.bfloat16)
-    assert EMA(half, EMASettings()).tensors()["head.weight"].dtype == torch.float32
+    assert EMA(half, EmaConfig()).tensors()["head.weight"].dtype == torch.float32
 
 
 def test_rows_of_an_interrupted_run_are_cut(tmp_path):
@@ -183,18 +206,28 @@ def test_rows_of_an_interrupted_run_are_cut(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
 
 
-def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="wandb is switched on and not installed"):
-        MetricsLog(tmp_path, wandb={"mode": "offline"})
-    MetricsLog(tmp_path, progress=False).close()
+def test_wandb_is_asked_for_and_missing(workshop, tmp_path, monkeypatch):
+    config = stage_config(workshop, tmp_path, "causal", wandb={"enabled": True, "project": "p"})
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb.enabled=true needs the package wandb"):
+        stage.run_stage(config, Mesh())
+
+
+def test_wandb_gets_the_rows(tmp_path, monkeypatch):
+    seen = []
+    wandb = SimpleNamespace(
+        init=lambda **given: seen.append(given), log=lambda row, step: seen.append((step, row)), finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tiny_run.run(tmp_path, Mesh(), steps=1, loop={"wandb": WandbConfig(enabled=True, project="p")})
+    assert seen[0] == {"dir": str(tmp_path), "project": "p"} and seen[1][0] == 0 and "critic_loss" in seen[1][1]
 
 
 def test_settings_refuse_zero():
-    with pytest.raises(ConfigError, match="log_every=0 must be at least 1"):
-        LoopSettings(10, log_every=0)
-    with pytest.raises(ConfigError, match="keep=0 must be at least 1"):
-        SaveSettings(keep=0)
+    with pytest.raises(ConfigError, match="log_every: got 0; must be greater than 0"):
+        RunConfig(name="run", logdir="unused", max_steps=10, log_every=0)
+    with pytest.raises(ConfigError, match="keep_checkpoints: got 0; must be greater than 0"):
+        RunConfig(name="run", logdir="unused", max_steps=10, keep_checkpoints=0)
 
 
 def test_save_every_zero_saves_nothing(tmp_path, caplog):
@@ -214,7 +247,7 @@ def test_save_every_zero_saves_nothing(tmp_path, caplog):
 def test_rows_hold_the_peak_of_gpu_memory(tmp_path, monkeypatch):
     """What the device reports, once a row; and no such number on a CPU."""
     peaks = iter([3 << 30, 2 << 30])
-    monkeypatch.setattr(Mesh, "peak_memory_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(throughput, "_peaks", lambda device: [4 << 30, next(peaks)])
     tiny_run.run(tmp_path / "gpu", Mesh(), steps=2)
     monkeypatch.undo()
     tiny_run.run(tmp_path / "cpu", Mesh(), steps=2)
@@ -225,13 +258,14 @@ def test_rows_hold_the_peak_of_gpu_memory(tmp_path, monkeypatch):
 
 def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
     peaks = threading.local()
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 99)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks.value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(peaks, "value", 0))
 
     def work(mesh):
         peaks.value = 10 + mesh.rank
         mesh = replace(mesh, device=torch.device("cuda"))
-        return mesh.peak_memory_bytes(), peaks.value
+        return throughput.Throughput().take(mesh)["memory_gib"] * 2**30, peaks.value
 
     assert on_ranks(work) == [(11, 0)] * 2
-    assert Mesh().peak_memory_bytes() is None
+    assert "memory_gib" not in throughput.Throughput().take(Mesh())

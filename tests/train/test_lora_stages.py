@@ -16,7 +16,8 @@ from longtake.models.lora import factors
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
 from longtake.train.metrics import read_rows
-from longtake.train.stage import load_weights, run_stage
+from longtake.train.networks import Builder
+from longtake.train.stage import run_stage
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.lora import BASE, CONFIG, WEIGHTS
@@ -96,19 +97,17 @@ def test_training_moves_the_updates_and_never_the_base(workshop, log, tmp_path):
     """Both factors move in both networks, the average lies between; the base in memory is that of the files."""
     config = config_of(workshop, tmp_path, "distill", critic={"lora": {"rank": 3}, "updates_per_generator": 1})
     base = {}
-    from longtake.train import stage as stages
-
-    networks, *_ = stages._networks(config, Mesh())
+    networks, *_ = Builder(config, Mesh()).build()
     start = {name: factors(network.state_dict()) for name, network in networks.items()}
-    build = stages._networks
+    build = Builder.build
 
-    def watched(*args):
-        made = build(*args)
-        base.update(made[0])
+    def watched(self):
+        made = build(self)
+        base.update(made.trained)
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_networks", watched)
+        patch.setattr(Builder, "build", watched)
         run_stage(config, Mesh())
     teacher = load_dit(workshop / "teacher").state_dict()
     for name, network in base.items():
@@ -201,7 +200,8 @@ def test_everything_else_loads_base_and_updates_merged(workshop, log, tmp_path, 
     generator = Generator.from_run(folder, "cpu")
     assert equal(dict(generator.model.state_dict()), dict(merged.state_dict()))
     config = config_of(workshop, folder, "distill", name="again", init_from="distill")
-    assert equal(dict(load_weights(config.source("distill"), config, Mesh()).state_dict()), dict(merged.state_dict()))
+    opened = Builder(config, Mesh()).open(config.source("distill"))
+    assert equal(dict(opened.read(None)), dict(merged.state_dict()))
     settings = {"num_worlds": 1, "teacher_steps": 2, "ablations": False, "batch_size": 1}
     report = evaluate(folder, overrides=settings, output=tmp_path / "out", device="cpu")
     assert {"causal", "distill"} <= report.summaries.keys()
@@ -252,7 +252,7 @@ def test_wrong_values_are_refused(workshop, tmp_path, stage, changes, message):
 def test_long_tuning_trains_updates(workshop, tmp_path):
     """State kept over iterations, chunks that begin in mid-stream, resumed bit for bit."""
     data = {"path": str(workshop / "data" / "images"), "kind": "images", "num_workers": 0}
-    changes = {"max_steps": 4, "save_every": 2, "long": {"num_chunks": [2]}, "data": data}
+    changes = {"max_steps": 4, "save_every": 2, "num_chunks": [2], "data": data}
     changes |= {"teacher": str(workshop / "teacher")}
     whole = config_of(workshop, tmp_path / "whole", "long", **changes)
     run_stage(whole, Mesh())

@@ -13,18 +13,17 @@ from longtake.parallel.mesh import Mesh
 from longtake.train.stage import run_stage
 
 NEGATIVE = "three red squares"
-FLOW = {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 3.0, "negative_prompt": NEGATIVE}
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
 def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, negative):
     rounding(monkeypatch)
-    config = stage_config(workshop, tmp_path, "distill", flow=FLOW | {"negative_prompt": negative}, max_steps=1)
+    config = stage_config(workshop, tmp_path, "distill", negative_prompt=negative, max_steps=1)
     encode_set(config, tmp_path / "set", Mesh())
-    wanted = load_encoders(config, torch.device("cpu"), with_image=False).text.encode([negative])[0]
-    cached = from_cache(
-        workshop, tmp_path / "log", tmp_path / "set", "distill", flow=config.flow.model_dump(), max_steps=1
-    )
+    wanted = load_encoders(config.encoders_folder, config.model, torch.device("cpu"), with_image=False).text.encode(
+        [negative]
+    )[0]
+    cached = from_cache(workshop, tmp_path / "log", tmp_path / "set", "distill", negative_prompt=negative, max_steps=1)
     texts, forward = [], VideoDiT.forward
 
     def spy(self, x, sigma, condition, context=None):
@@ -41,16 +40,14 @@ def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, neg
 
 
 def test_a_set_serves_one_negative_prompt(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "distill", flow=FLOW)
+    config = stage_config(workshop, tmp_path, "distill", negative_prompt=NEGATIVE)
     encode_set(config, tmp_path / "set", Mesh())
     with pytest.raises(DataError, match=f"negative_prompt='{NEGATIVE}', wanted ''"):
         run_stage(from_cache(workshop, tmp_path / "log", tmp_path / "set", "distill"), Mesh())
 
 
-@pytest.mark.parametrize("changes", [{"stage": "causal"}, {"guidance": 1.0}])
-def test_where_nobody_reads_it_it_is_refused(workshop, tmp_path, changes):
-    flow = FLOW | {key: value for key, value in changes.items() if key == "guidance"}
-    with pytest.raises(
-        ConfigError, match="flow.negative_prompt='three red squares' is read by stages distill and long"
-    ):
-        stage_config(workshop, tmp_path, changes.get("stage", "distill"), flow=flow)
+def test_where_nobody_reads_it_it_is_refused(workshop, tmp_path):
+    with pytest.raises(ConfigError, match="unknown key objective.negative_prompt; it belongs to objective.kind=dmd"):
+        stage_config(workshop, tmp_path, "causal", negative_prompt=NEGATIVE)
+    with pytest.raises(ConfigError, match="negative_prompt='three red squares' is read with guidance other than 1"):
+        stage_config(workshop, tmp_path, "distill", negative_prompt=NEGATIVE, guidance=1.0)

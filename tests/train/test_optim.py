@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.train.optim import NetworkOptimizer, OptimizerSettings
+from longtake.config.groups import OptimConfig
+from longtake.train.optim import NetworkOptimizer
 
 
 def network(dtype=torch.float32, *sizes):
@@ -18,13 +19,12 @@ def give_gradients(module, step):
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
-@pytest.mark.parametrize("settings", [{}, {"betas": (0.0, 0.999), "weight_decay": 0.1, "warmup_steps": 3}])
+@pytest.mark.parametrize("settings", [{"beta1": 0.9}, {"beta1": 0.0, "weight_decay": 0.1, "warmup_steps": 3}])
 def test_equals_torch_adamw_bit_for_bit(settings):
     mine, theirs = network(), network()
-    ours = OptimizerSettings(lr=1e-2, max_grad_norm=None, **settings)
-    optimizer = NetworkOptimizer(mine, ours)
-    fields = {key: value for key, value in settings.items() if key != "warmup_steps"}
-    wanted = torch.optim.AdamW(theirs.parameters(), lr=1e-2, eps=1e-8, **({"weight_decay": 0.0} | fields))
+    optimizer = NetworkOptimizer(mine, OptimConfig(lr=1e-2, max_grad_norm=1e9, **settings), 5)
+    betas, decay = (settings["beta1"], 0.999), settings.get("weight_decay", 0.0)
+    wanted = torch.optim.AdamW(theirs.parameters(), lr=1e-2, eps=1e-8, betas=betas, weight_decay=decay)
     for step in range(5):
         for module in (mine, theirs):
             give_gradients(module, step)
@@ -39,12 +39,12 @@ def test_equals_torch_adamw_bit_for_bit(settings):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    optimizer = NetworkOptimizer(network(), OptimizerSettings(1.0, warmup_steps=4, decay_steps=5, total_steps=12))
+    optimizer = NetworkOptimizer(network(), OptimConfig(lr=1.0, warmup_steps=4, decay_steps=5), 12)
 
     def rates(optimizer, steps):
         for optimizer.steps_done in range(steps):
             yield optimizer.learning_rate(optimizer.steps_done)
 
     assert list(rates(optimizer, 14)) == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 5, 0.8, 0.6, 0.4, 0.2, 0, 0])
-    both = NetworkOptimizer(network(), OptimizerSettings(1.0, warmup_steps=4, decay_steps=4, total_steps=4))
+    both = NetworkOptimizer(network(), OptimConfig(lr=1.0, warmup_steps=4, decay_steps=4), 4)
     assert list(rates(both, 4)) == pytest.approx([1 / 4, 3 / 8, 3 / 8, 1 / 4])

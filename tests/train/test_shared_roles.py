@@ -13,7 +13,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint
 from longtake.train import networks as train_networks
 from longtake.train.metrics import read_rows
-from longtake.train.networks import build_networks
+from longtake.train.networks import Builder
 from longtake.train.stage import run_stage
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import load_dit, save_dit
@@ -25,7 +25,7 @@ LORA = {"rank": 2, "alpha": 4}
 def config_of(workshop, logdir, **changes):
     critic = {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}
     return stage_config(
-        workshop, logdir, "distill", **({"lora": LORA, "critic": critic, "roles": "shared", "max_steps": 2} | changes)
+        workshop, logdir, "distill", **({"lora": LORA, "critic": critic, "shared_base": True, "max_steps": 2} | changes)
     )
 
 
@@ -33,14 +33,14 @@ def newest(config):
     return latest_checkpoint(config.folder / "checkpoints")
 
 
-@pytest.mark.parametrize("order", [("separate", "shared"), ("shared", "separate")])
+@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["then shared", "then apart"])
 def test_a_checkpoint_of_one_kind_resumes_in_the_other(workshop, tmp_path, order):
     first, then = order
-    whole = config_of(workshop, tmp_path / "whole", roles=first, max_steps=4)
+    whole = config_of(workshop, tmp_path / "whole", shared_base=first, max_steps=4)
     run_stage(whole, Mesh())
-    half = config_of(workshop, tmp_path / "half", roles=first, max_steps=2)
+    half = config_of(workshop, tmp_path / "half", shared_base=first, max_steps=2)
     run_stage(half, Mesh())
-    rest = config_of(workshop, tmp_path / "half", roles=then, max_steps=4)
+    rest = config_of(workshop, tmp_path / "half", shared_base=then, max_steps=4)
     run_stage(rest, Mesh())
     for name in ("generator_lora", "generator_ema_lora"):
         one, two = (load_file(newest(config) / name / WEIGHTS) for config in (whole, rest))
@@ -50,29 +50,38 @@ def test_a_checkpoint_of_one_kind_resumes_in_the_other(workshop, tmp_path, order
 
 def test_other_weights_than_the_teachers_are_refused(workshop, tmp_path):
     save_dit(make_model().config, make_model(seed=8).state_dict(), tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"roles=shared holds one base for all, and init_from=.*other \(SHA-256 .*"):
-        build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "other")), Mesh())
+    with pytest.raises(
+        ConfigError, match=r"shared_base=true holds one base for all, and init_from=.*other \(SHA-256 .*"
+    ):
+        Builder(config_of(workshop, tmp_path, init_from=str(tmp_path / "other")), Mesh()).build()
     critic = {"lora": {"rank": 3}, "init_from": str(tmp_path / "other")}
-    with pytest.raises(ConfigError, match="and critic.init_from=.* train the critic whole"):
-        build_networks(config_of(workshop, tmp_path, critic=critic), Mesh())
+    with pytest.raises(ConfigError, match="and objective.critic.init_from=.* train the critic whole"):
+        Builder(config_of(workshop, tmp_path, critic=critic), Mesh()).build()
     shutil.copytree(workshop / "teacher", tmp_path / "copy")  # the same weights elsewhere are the same
-    networks, real, *_ = build_networks(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh())
-    assert networks["generator"].base is networks["critic"].base is real.base
+    networks, frozen, *_ = Builder(config_of(workshop, tmp_path, init_from=str(tmp_path / "copy")), Mesh()).build()
+    assert networks["generator"].base is networks["critic"].base is frozen["teacher"].base
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": None, "critic": {"lr": 1e-3}}, "roles=shared needs low-rank updates of the student"),
-        ({"parallel": {"weights": "whole", "replicate": 2}}, "weights=whole keeps all.*replicate=2 has no meaning"),
+        ({"lora": None, "critic": {"lr": 1e-3}}, "objective.shared_base=true needs low-rank updates of the student"),
+        (
+            {"parallel": {"data_parallel": "ddp", "replicate": 2}},
+            "data_parallel=ddp and replicate=2: .* set data_parallel=hsdp",
+        ),
+        ({"parallel": {"replicate": 2}}, "data_parallel=fsdp and replicate=2: .* set data_parallel=hsdp, or leave"),
+        ({"parallel": {"data_parallel": "hsdp"}}, "data_parallel=hsdp and replicate=1: .* set replicate to 2 or more"),
         ({"activation_checkpointing": "some"}, "activation_checkpointing"),
     ],
 )
 def test_wrong_values_are_refused(workshop, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         config_of(workshop, tmp_path, **changes)
-    with pytest.raises(ConfigError, match="roles=shared is for stages distill and long, this is stage causal"):
-        stage_config(workshop, tmp_path, "causal", lora=LORA, roles="shared")
+    with pytest.raises(
+        ConfigError, match="unknown key objective.shared_base; it belongs to objective.kind=dmd and long_tuning"
+    ):
+        stage_config(workshop, tmp_path, "causal", lora=LORA, shared_base=True)
 
 
 def test_checkpointing_by_its_old_and_new_names(workshop, tmp_path):
@@ -85,9 +94,9 @@ def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, m
     """Under autocast the numbers are equal bit for bit, for two updates of each network."""
     found = []
     for kept in (torch.bfloat16, torch.float32):
-        config = config_of(workshop, tmp_path / str(kept), precision="bf16", roles="separate")
-        _, real, *_ = build_networks(config, Mesh())
-        assert real.blocks[0].ffn[0].weight.dtype == kept
+        config = config_of(workshop, tmp_path / str(kept), precision="bf16", shared_base=False)
+        _, frozen, *_ = Builder(config, Mesh()).build()
+        assert frozen["teacher"].blocks[0].ffn[0].weight.dtype == kept
         run_stage(config, Mesh())
         rows = read_rows(config.folder / "metrics.jsonl")
         found.append([{k: v for k, v in row.items() if not k.startswith(("seconds", "speed"))} for row in rows])
@@ -116,7 +125,8 @@ def begun(workshop, tmp_path_factory):
 def test_a_student_begins_with_the_updates_of_an_earlier_stage(workshop, begun):
     config = config_of(workshop, begun, init_from="causal")
     updates = exported_weights(newest(stage_config(workshop, begun, "causal", lora=LORA)))
-    networks, real, adapters, _ = build_networks(config, Mesh())
+    networks, frozen, adapters, _ = Builder(config, Mesh()).build()
+    real = frozen["teacher"]
     stored = load_file(updates / WEIGHTS)
     own = {k: v for k, v in networks["generator"].state_dict().items() if ".lora_" in k}
     assert len(own) == len(stored) > 0
@@ -158,13 +168,13 @@ def test_it_trains_and_its_export_is_of_the_teacher(workshop, begun, tmp_path):
 )
 def test_updates_of_another_kind_are_refused(workshop, begun, lora, message):
     with pytest.raises(ConfigError, match=message):
-        build_networks(config_of(workshop, begun, init_from="causal", lora=lora), Mesh())
+        Builder(config_of(workshop, begun, init_from="causal", lora=lora), Mesh()).build()
 
 
 def test_updates_of_other_weights_are_refused(workshop, begun, tmp_path):
     save_dit(make_model().config, make_model(seed=8).state_dict(), tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"init_from=.*are updates of other weights than teacher=.*other"):
-        build_networks(config_of(workshop, begun, init_from="causal", teacher=str(tmp_path / "other")), Mesh())
+    with pytest.raises(ConfigError, match=r"init_from=.*are updates of other weights than objective.teacher=.*other"):
+        Builder(config_of(workshop, begun, init_from="causal", teacher=str(tmp_path / "other")), Mesh()).build()
 
 
 def test_exit_steps_are_joined_as_the_configuration_says(workshop, tmp_path):
@@ -174,6 +184,6 @@ def test_exit_steps_are_joined_as_the_configuration_says(workshop, tmp_path):
         ({}, False),
         ({"activation_checkpointing": "selective"}, False),
     ):
-        built = build_networks(stage_config(workshop, tmp_path, "distill", **changes), Mesh())
+        built = Builder(stage_config(workshop, tmp_path, "distill", **changes), Mesh()).build()
         assert built.student.batched_exit_backward == joined, changes
-    assert not build_networks(config_of(workshop, tmp_path, **full), Mesh()).student.batched_exit_backward
+    assert not Builder(config_of(workshop, tmp_path, **full), Mesh()).build().student.batched_exit_backward

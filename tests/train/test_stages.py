@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
 
 from longtake import Generator
-from longtake.config.stage import JobConfig
+from longtake.config.job import JobConfig
 from longtake.encoders.bundle import ImageEncoder
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
@@ -22,7 +22,8 @@ from longtake.run_folder import exported_weights, latest_checkpoint, read_manife
 from longtake.toy.world import sample_world
 from longtake.train.job import run_job
 from longtake.train.metrics import read_rows
-from longtake.train.stage import load_weights, run_stage
+from longtake.train.networks import Builder
+from longtake.train.stage import run_stage
 from longtake.weights.load import config_to_json, save_dit
 
 
@@ -166,7 +167,10 @@ def test_a_teacher_starts_from_random_weights(workshop, tmp_path):
     iterations, validations = rows_of(config)
     # The head starts at zero: the first loss is the mean square of noise - clean.
     assert iterations[0]["generator_loss"] > 1 and "validation/motion_ratio" in validations[-1]
-    assert read_manifest(latest_checkpoint(config.folder / "checkpoints"))["config"]["stage"] == "teacher"
+    assert (
+        read_manifest(latest_checkpoint(config.folder / "checkpoints"))["config"]["objective"]["kind"]
+        == "flow_matching"
+    )
 
 
 def test_validation_off_means_off(workshop, log, tmp_path):
@@ -216,11 +220,12 @@ def test_text_to_video_weights_widen_on_request(workshop, tmp_path):
     widened = {"model": {"widen": True, "preset": str(workshop / "teacher")}}
     changes = widened | {"init_from": str(tmp_path / "student.pt"), "max_steps": 1}
     causal = stage_config(workshop, tmp_path, "causal", **changes)
-    start = load_weights(tmp_path / "student.pt", causal, Mesh())
-    assert start.config == TEACHER
-    assert all(torch.equal(start.state_dict()[k], v) for k, v in model.state_dict().items() if "patch" not in k)
+    start = Builder(causal, Mesh()).open(tmp_path / "student.pt")
+    assert start.model.config == TEACHER
+    first = dict(start.read(None))
+    assert all(torch.equal(first[k], v) for k, v in model.state_dict().items() if "patch" not in k)
     run_stage(causal, Mesh())
-    trained = load_weights(causal.folder, causal, Mesh()).state_dict()
+    trained = dict(Builder(causal, Mesh()).open(causal.folder).read(None))
     assert trained["patch_embedding.weight"][:, 4:].abs().max() > 0
     # The table's rows of the weights it started from are widened too.
     table = evaluate(tmp_path, overrides={"num_worlds": 1, "ablations": False}, device="cpu")
@@ -380,5 +385,5 @@ def test_a_stage_starts_from_whatever_generation_takes(workshop, tmp_path):
     run_stage(stage_config(workshop, tmp_path, "causal", init_from=str(pipeline), max_steps=1), Mesh())
     weights = tmp_path / "causal" / "checkpoints" / "step_000001" / "generator"
     with pytest.raises(ConfigError, match=r"shift=4.0 is not that of init_from=.*generator, 3.0; set it to that"):
-        flow = {"steps": [1.0, 0.5], "shift": 4.0, "guidance": 3.0}
+        flow = {"steps": [1.0, 0.5], "shift": 4.0}
         run_stage(stage_config(workshop, tmp_path, "distill", init_from=str(weights), flow=flow), Mesh())

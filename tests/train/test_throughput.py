@@ -4,23 +4,27 @@ import gzip
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny_run
 import torch
 from fake_ranks import on_ranks
-from tiny_stage import TEACHER, stage_config
+from tiny_objectives import parts_of
+from tiny_stage import TEACHER, make_model, stage_config
 
 from longtake.config.groups import ProfileConfig
 from longtake.devices import DEVICES, find_device
 from longtake.models import flops
 from longtake.models.flops import Call
+from longtake.objectives.base import Objective
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.parallel.mesh import Mesh
+from longtake.plan import StreamPlan
 from longtake.train import metrics as metrics_log
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
-from longtake.train.throughput import Throughput, Trace, operations_of, stage_throughput
+from longtake.train.throughput import Throughput, operations_of, recorded, stage_throughput
 
 
 class Steps:
@@ -41,40 +45,42 @@ class Steps:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Steps()
-    monkeypatch.setattr(metrics_log, "_WallClock", lambda: clock)
+    monkeypatch.setattr(metrics_log, "_wall_seconds", clock.seconds)
+    monkeypatch.setattr(metrics_log, "_wall_clock", clock.mark)
     return clock
 
 
 # ---- phases -----------------------------------------------------------------------------------------------------------
 def test_phases_do_not_overlap_and_add_up(clock):
     phases = PhaseTimer()
-    assert phases.current is None and phases.last is None
+    assert phases.open == () and phases.last is None
     with phases("forward"):  # mark 1; 0 to 1 is in no phase
         with phases("rollout"):
-            assert phases.current == "rollout"
-        assert phases.current == "forward" and phases.last == "rollout"
+            assert phases.open == ("forward", "rollout") and phases.known == set()
+        assert phases.open == ("forward",) and phases.last == "rollout"
         with phases("scores"):
             pass
     assert clock.read == 0  # nothing is read before it is asked for
     taken = phases.take()  # marks 2 .. 7
-    assert taken == {"other": 2, "forward": 3, "rollout": 1, "scores": 1} and sum(taken.values()) == clock.now
+    assert taken == {"seconds/other": 2, "seconds/forward": 3, "seconds/rollout": 1, "seconds/scores": 1}
+    assert sum(taken.values()) == clock.now
     with phases("data"):
         pass
-    assert phases.take() == {"other": 2, "data": 1}
+    assert phases.take() == {"seconds/other": 2, "seconds/data": 1}
 
 
 def test_a_phase_that_fails_ends(clock):
     phases = PhaseTimer()
     with pytest.raises(ValueError), phases("forward"), phases("rollout"):
         raise ValueError
-    assert phases.current is None and phases.last == "forward" and phases.take()["rollout"] == 1
+    assert phases.open == () and phases.last == "forward" and phases.take()["seconds/rollout"] == 1
 
 
 def test_wholes_count_whatever_is_inside(clock):
     phases = PhaseTimer()
     with phases.whole("critic"), phases("forward"), phases("rollout"):
         pass
-    assert phases.take_wholes() == {"critic": 5.0} and phases.take_wholes() == {}
+    assert phases.take()["seconds_of/critic"] == 5.0 and "seconds_of/critic" not in phases.take()
 
 
 def test_marks_do_not_pile_up(clock, monkeypatch):
@@ -83,14 +89,14 @@ def test_marks_do_not_pile_up(clock, monkeypatch):
     for _ in range(50):
         with phases("data"):
             pass
-    assert len(phases._pieces) < 10 and phases.take() == {"other": 51, "data": 50}
+    assert len(phases._pieces) < 10 and phases.take() == {"seconds/other": 51, "seconds/data": 50}
 
 
 def test_the_wall_clock_is_the_default():
     phases = PhaseTimer(torch.device("cpu"))
     with phases("data"):
         time.sleep(0.02)
-    assert 0.02 <= phases.take()["data"] < 1
+    assert 0.02 <= phases.take()["seconds/data"] < 1
 
 
 @pytest.mark.gpu
@@ -107,7 +113,7 @@ def test_events_count_kernels_where_they_run():
     with phases("wait"):
         torch.cuda.synchronize()
     taken = phases.take()
-    assert taken["product"] > 10 * taken["wait"]
+    assert taken["seconds/product"] > 10 * taken["seconds/wait"]
 
 
 # ---- rates ------------------------------------------------------------------------------------------------------------
@@ -148,22 +154,26 @@ def test_peaks_are_found_by_the_name_that_torch_reports():
 
 
 def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog):
-    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+    config, objective = (
+        stage_config(workshop, tmp_path, "teacher", init_from=None),
+        FlowMatching(parts_of(make_model()), FlowMatchingConfig()),
+    )
     mesh, sizes = replace(Mesh(), device=torch.device("cuda")), {"generator": TEACHER}
     for name, known in (("Test 1", False), ("NVIDIA H200", True)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         with caplog.at_level("INFO"):
-            throughput = stage_throughput(config, sizes, None, mesh, 17)
+            throughput = stage_throughput(config, sizes, objective, mesh, 17)
         assert (throughput._peak is not None) == known
     assert "speed/mfu is not logged: the peak rate of Test 1 is not known" in caplog.text
 
 
-def test_operations_are_shared_by_the_ranks(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "teacher", init_from=None)
+def test_operations_are_shared_by_the_ranks():
+    objective = FlowMatching(parts_of(make_model()), FlowMatchingConfig())
     call = Call.bidirectional(4, 5, 16, TEACHER.text_len, 17)
     expected = flops.forward(TEACHER, call) + flops.backward(TEACHER, call)
     for ranks in (1, 4):
-        assert operations_of(config, {"generator": TEACHER}, None, ranks, 17)(0) == expected / ranks
+        networks = {"generator": TEACHER}, {"generator": None}, {"generator": call}
+        assert operations_of(objective, *networks, ranks)(0) == expected / ranks
 
 
 @pytest.fixture(scope="module")
@@ -186,21 +196,19 @@ def test_a_stage_logs_its_rates_and_no_utilisation_on_a_cpu(rows):
     assert len(saved) == 1
 
 
-def test_more_operations_in_iterations_that_update_the_student(workshop, tmp_path):
-    config = stage_config(workshop, tmp_path, "distill")
-
-    class Told:
-        generator = SimpleNamespace(batched_exit_backward=False)
-
-        def turns(self, step):
-            return ["generator", "critic"] if step == 0 else ["critic"]
-
-        def exit_step(self, step):
-            return 1
-
-    sizes = dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
-    operations = operations_of(config, sizes, Told(), 1, 17)
+def test_more_operations_in_iterations_that_update_the_student():
+    dmd = Dmd(parts_of(*(make_model(seed=k) for k in range(3)), plan=StreamPlan(2, 1, 5, 1)), DmdConfig(teacher="toy"))
+    names = ("generator", "critic", "teacher")
+    call = Call.bidirectional(4, 7, 16, TEACHER.text_len, 17)
+    operations = operations_of(dmd, dict.fromkeys(names, TEACHER), dict.fromkeys(names), dict.fromkeys(names, call), 1)
     assert operations(0) > 1.5 * operations(1) == operations(2) * 1.5
+
+
+def test_an_objective_that_does_not_say_its_calls_has_no_utilisation():
+    class Silent(Objective):
+        pass
+
+    assert operations_of(Silent(parts_of(make_model())), {}, {}, {}, 1) is None
 
 
 # ---- the trace --------------------------------------------------------------------------------------------------------
@@ -213,19 +221,18 @@ def test_a_trace_holds_the_phases_of_the_wanted_iteration(rows):
 
 
 def test_a_run_that_ends_inside_the_recording_writes_what_there_is(tmp_path):
-    trace = Trace(ProfileConfig(num_steps=9, start_step=1), tmp_path, Mesh())
-    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, trace=trace)
+    tiny_run.run(tmp_path, Mesh(), steps=3, save_every=0, loop={"profile": ProfileConfig(num_steps=9, start_step=1)})
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "step_000001_rank_0.json.gz"
-    trace.close()  # once more does nothing
 
 
-def test_only_wanted_ranks_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trace, "_start", lambda self, step: started.append((self._mesh.rank, step)))
-    for every, expected in ((False, [(0, 5)]), (True, [(0, 5), (1, 5)])):
-        started = []
+def test_only_wanted_ranks_are_recorded(tmp_path):
+    for every, expected in ((False, {0}), (True, {0, 1})):
+        folder = tmp_path / str(every)
         for rank in (0, 1):
-            trace = Trace(ProfileConfig(num_steps=1, start_step=2, every_rank=every), tmp_path, Mesh(rank, 2))
-            for step in range(3, 9):
-                trace.at(step)
-        assert started == expected
+            config = ProfileConfig(num_steps=1, start_step=2, every_rank=every)
+            with recorded(config, folder, Mesh(rank, 2), 3) as recorder:
+                for _ in range(6):
+                    recorder()
+        files = {f"step_000005_rank_{rank}.json.gz" for rank in expected}
+        assert {file.name for file in (folder / "profile").iterdir()} == files

@@ -7,12 +7,12 @@ import pytest
 import tiny_run
 from fake_ranks import on_ranks
 
-from longtake.config.stage import WatchdogConfig
+from longtake.config.run import WatchdogConfig
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train.loop import Hooks
 from longtake.train.metrics import PhaseTimer
-from longtake.train.watchdog import Seen, Watchdog, WatchdogSettings, report
+from longtake.train.watchdog import Seen, Watchdog, report
 
 
 def seen(rank, phase, progress, *, step=12, seconds=600.0, at=1000.0, waits=False):
@@ -67,8 +67,8 @@ class Store:
 def hang(mesh, store, blocked):
     """Both ranks fetch; then rank 1 sleeps in its roll-out while rank 0 waits for it a phase later."""
     phases, ended = PhaseTimer(), threading.Event()
-    settings = WatchdogSettings(0.3, 0.3)
-    watchdog = Watchdog(mesh, settings, phases, lambda: 12, end=ended.set)
+    config = WatchdogConfig(seconds=0.3, slow_seconds=0.3)
+    watchdog = Watchdog(mesh, config, phases, lambda: 12, end=ended.set)
     watchdog.mesh = type("WithStore", (), {"rank": mesh.rank, "world_size": 2, "store": lambda self, name: store})()
     with watchdog:
         with phases("fetch"):
@@ -95,7 +95,8 @@ def test_a_hang_of_one_rank_is_reported_once_with_its_name(caplog):
 def watch(seconds, slow, work):
     """True when `work(phases)` was ended."""
     phases, ended = PhaseTimer(), threading.Event()
-    with Watchdog(Mesh(), WatchdogSettings(seconds, slow), phases, lambda: 0, end=ended.set):
+    config = WatchdogConfig(seconds=seconds, slow_seconds=slow)
+    with Watchdog(Mesh(), config, phases, lambda: 0, end=ended.set):
         work(phases)
         return ended.is_set()
 
@@ -128,7 +129,7 @@ def test_a_whole_run_under_a_watchdog_is_the_same_run(tmp_path):
         time.sleep(0.4)
         return {}
 
-    loop = {"watchdog": WatchdogSettings(0.2, 30)}
+    loop = {"watchdog": WatchdogConfig(seconds=0.2, slow_seconds=30)}
     one = tiny_run.run(tmp_path / "watched", Mesh(), hooks=Hooks(evaluate=slow), loop=loop)
     two = tiny_run.run(tmp_path / "plain", Mesh())
     assert all(value.equal(two.tensors()[name]) for name, value in one.tensors().items())
