@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ _REFUSED = {
 }
 _SLOTS = {"A": "a", "down": "a", "B": "b", "up": "b", "alpha": "alpha"}
 _LEAVES = {"diff_b": "bias", "diff_m": "modulation"}
+_PEFT = r"^(.*\.)?base_model\.model\."  # and whatever is around it
 _FLAT = re.compile(r"(lora_unet|lora_transformer|lora_wan|lycoris)_+")
 
 
@@ -274,22 +275,17 @@ def _place(key: str, file: object) -> _Place | str:
     return _Place(match["module"], _SLOTS.get(part, "difference"), _LEAVES.get(part, "weight"), scaled=False)
 
 
-def _original(modules: Iterable[str], shapes: Mapping[str, Tensor]) -> dict[str, str]:
+def _original(modules: Sequence[str], shapes: Mapping[str, Tensor]) -> dict[str, str]:
     """Original Wan names of the file's modules; one that is none keeps its own."""
-    found: dict[str, str] = {}
-    dotted: dict[str, str] = {}
     flat: dict[str, str] = {}
     for name in shapes:
-        layer = name.rpartition(".")[0]
-        flat |= {form.replace(".", "_"): layer for form in (layer, shown_key(name).rpartition(".")[0])}
-    for module in dict.fromkeys(modules):
-        if match := _FLAT.match(module):
-            found[module] = flat.get(module[match.end() :], module)
-        else:
-            own = re.sub(r"^(.*\.)?base_model\.model\.", "", module).replace(".processor.", ".")
-            dotted[module] = f"{clean_key(own)}.weight"
+        layer, shown = (form.rpartition(".")[0] for form in (name, shown_key(name)))
+        flat |= {layer.replace(".", "_"): layer, shown.replace(".", "_"): layer}
+    found = {m: flat.get(m[match.end() :], m) for m in modules if (match := _FLAT.match(m))}
+    own = {m: re.sub(_PEFT, "", m).replace(".processor.", ".") for m in modules if m not in found}
+    dotted = {m: f"{clean_key(name)}.weight" for m, name in own.items()}
     names = original_names(dotted.values())
-    return found | {module: names[name].removesuffix(".weight") for module, name in dotted.items()}
+    return found | {m: names[name].removesuffix(".weight") for m, name in dotted.items()}
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
