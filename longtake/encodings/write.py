@@ -49,8 +49,7 @@ from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.lock import LOCK, only_run
-from longtake.train.stage import check_strides
-from longtake.train.stage_data import find_buckets, open_data, sizes_of
+from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
 
