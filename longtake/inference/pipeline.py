@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    Picture = str | Path | Image.Image | NDArray[np.uint8]
+
 
 def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
     """The encoders of a stage, in training, inference and evaluation alike. Raises: CheckpointError."""
@@ -123,7 +125,7 @@ class Pipeline:
         """Blocks, noise levels, window and positions."""
         return self.settings.stream_plan
 
-    def prepare(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> Tensor:
+    def prepare(self, image: Picture) -> Tensor:
         """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
         return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
 
@@ -156,15 +158,10 @@ def check_prompt(text: str) -> str:
     return text
 
 
-def check_seed(seed: int) -> int:
-    """The seed. Raises: ConfigError when it is negative or needs more than 63 bits."""
+def check_request(settings: GenerationConfig, seed: int, negative: str | None) -> None:
+    """Raises ConfigError for a seed that is none, and for a negative prompt that nothing would read."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
-    return seed
-
-
-def check_negative(negative: str | None, settings: GenerationConfig) -> None:
-    """Raises ConfigError for a negative prompt that nothing would read."""
     if negative is not None and settings.guidance == 1:
         raise ConfigError(
             f"a negative prompt ({negative!r}) has no effect with guidance=1; set guidance above 1 (it doubles the "

@@ -30,7 +30,8 @@ from longtake.rollout.stream import LatentStream
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image
+
+    from longtake.inference.pipeline import Picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Session:
         return to_frames(self.wanted.picture)[0]
 
     @image.setter
-    def image(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> None:
+    def image(self, image: Picture) -> None:
         self.wanted, self.cut = SessionInputs(self.wanted.prompt, self.generator.prepare(image)), True
 
     @property
@@ -160,7 +161,7 @@ class Session:
         return None if self.wanted.target is None else to_frames(self.wanted.target)[0]
 
     @image_target.setter
-    def image_target(self, image: str | Path | Image.Image | NDArray[np.uint8] | None) -> None:
+    def image_target(self, image: Picture | None) -> None:
         if image is not None and self.generator.model.config.image_dim is None:
             raise ConfigError(
                 "image_target speaks to the model through CLIP tokens, and these weights have none; set `image` for a "
