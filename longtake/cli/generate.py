@@ -107,6 +107,7 @@ def generate(
         elif is_single:
             from longtake.inference.generator import generate_file
 
+            assert image is not None and prompt is not None
             _make_one(partial(generate_file, source, image, prompt, output, **wanted), device, sequence_parallel)
         else:
             from longtake.inference.batch import generate_many

@@ -64,15 +64,11 @@ def evaluate(
         if (there := folder / "evaluation.json").exists() and not overwrite:
             raise ConfigError(f"{there} exists already; name another folder with -o, or give --overwrite to replace it")
         names = ("num_worlds", "num_latent_frames", "seed", "batch_size", "open_worlds", "ablations", "switch_frames")
-        settings = given(context, *names)
-        if run is not None:
-            from longtake.evaluation.run import evaluate as measure
+        from longtake.evaluation.run import evaluate as measure
+        from longtake.evaluation.target import of_models
 
-            report = measure(run, overrides=settings, output=output, device=device)
-        else:
-            from longtake.evaluation.run import evaluate_models
-
-            report = evaluate_models(model or [], teacher=teacher, overrides=settings, output=folder, device=device)
+        target = run if run is not None else of_models(model or [], teacher)
+        report = measure(target, overrides=given(context, *names), output=output, device=device)
         typer.echo(str(report))
 
 

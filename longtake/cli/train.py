@@ -106,11 +106,11 @@ def show_config(
 ) -> None:
     """List every key of a configuration file with its type, default and meaning."""
     with clean_errors(context):
-        from longtake.config.base import describe
+        from longtake.config.base import Settings, describe
         from longtake.config.generation import GenerationConfig
         from longtake.config.stage import JobConfig, StageConfig
 
-        model = {"stage": StageConfig, "job": JobConfig, "generation": GenerationConfig}[kind.value]
-        for key, annotation, default, description in describe(model):
+        models: dict[str, type[Settings]] = {"stage": StageConfig, "job": JobConfig, "generation": GenerationConfig}
+        for key, annotation, default, description in describe(models[kind.value]):
             value = "required" if default is ... else json.dumps(default)
             typer.echo(f"{key}  ({annotation}; {value})\n    {description}")

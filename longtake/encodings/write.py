@@ -130,7 +130,7 @@ def _encode_set(
     folder = config.encoders_folder
     with_image = config.model.image_condition == "i2v"
     with_tokens = config.model.with_y and "image" in encoder_files(folder)
-    encoders = load_encoders(config, mesh.device, with_image=with_tokens)
+    encoders = load_encoders(config.encoders_folder, config.model, mesh.device, with_image=with_tokens)
     check_strides(config, encoders)
     contents = contents_of(config, with_tokens=with_tokens)
     buckets = find_buckets(config, dataset, mesh)

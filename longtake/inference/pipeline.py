@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
+from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import usable_device
 from longtake.encoders.bundle import Encoders
@@ -35,15 +36,42 @@ if TYPE_CHECKING:
     Picture = str | Path | Image.Image | NDArray[np.uint8]
 
 
-def load_encoders(config: StageConfig, device: torch.device, *, with_image: bool) -> Encoders:
-    """The encoders of a stage, in training, inference and evaluation alike. Raises: CheckpointError."""
+def load_encoders(
+    folder: Path,
+    rules: ModelConfig | GenerationConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    with_image: bool,
+) -> Encoders:
+    """The encoders in a folder, in training, inference and evaluation alike. Raises: CheckpointError.
+
+    Args: `rules` say how CLIP sees a picture and if the text encoder is bfloat16 where `dtype`, that of text and image
+    encoder, is not.
+    """
+    text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
-        config.encoders_folder,
+        folder,
         device,
+        dtype,
         with_image=with_image,
-        clip_preprocess=config.model.clip_preprocess,
-        text_dtype=torch.bfloat16 if config.model.text_precision == "bf16" else torch.float32,
+        clip_preprocess=rules.clip_preprocess,
+        text_dtype=text_dtype,
     )
+
+
+def picture_condition(
+    encoders: Encoders, pictures: Tensor, prompts: list[str], *, with_y: bool
+) -> tuple[Condition, Tensor]:
+    """The condition of pictures [B, 3, h, w] and prompts, and the pictures' latents [B, 1, C, H, W].
+
+    Without `with_y` a picture enters as clean frame 0 alone.
+    """
+    if not with_y:
+        return Condition(encoders.text.encode(prompts)), encoders.vae.encode(pictures[:, None])
+    condition = encode_condition(encoders, pictures, prompts)
+    assert condition.frames is not None
+    return condition, condition.frames[:, :1, -encoders.vae.latent_channels :]
 
 
 @dataclass
@@ -92,14 +120,8 @@ class Pipeline:
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
-        encoders = Encoders.load(
-            source.encoders,
-            device,
-            dtype,
-            with_image=model.config.image_dim is not None,
-            clip_preprocess=settings.clip_preprocess,
-            text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else dtype,
-        )
+        with_image = model.config.image_dim is not None
+        encoders = load_encoders(source.encoders, settings, device, dtype, with_image=with_image)
         check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
@@ -132,11 +154,8 @@ class Pipeline:
     @torch.no_grad()
     def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
         """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
-        if self.model.config.condition_channels == 0:  # the picture enters as clean frame 0 alone
-            return Condition(self.encoders.text.encode([prompt])), self.encoders.vae.encode(picture[:, None])
-        condition = encode_condition(self.encoders, picture, [prompt])
-        assert condition.frames is not None
-        return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
+        with_y = self.model.config.condition_channels > 0
+        return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
 
 
 def _second_device(name: str | torch.device, split: SequenceParallel | None) -> torch.device:

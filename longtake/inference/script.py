@@ -119,24 +119,23 @@ class Story:
         def where(number: int) -> str:
             return f"event {number + 1} at frame {self.cues[number].frame} ({self.cues[number].frame / fps:g} s)"
 
-        made, cut, next_cue = 0, True, 0
-        while next_cue < len(self.cues):
-            begin, made, cut, due = made, made + (1 if cut else block), False, next_cue
-            while due < len(self.cues) and self.cues[due].frame <= made:
-                due += 1
-            if due > next_cue and made >= self.num_frames:
+        begin, made, step = 0, 0, 1  # the latest block, from which frame to which, and how long the next one is
+        for number, cue in enumerate(self.cues):
+            before = made
+            while made < cue.frame:
+                begin, made, step = made, made + step, block
+            if made >= self.num_frames:
                 raise ConfigError(
-                    f"{where(next_cue)} never shows: it takes effect where a block begins, and the last does at frame "
+                    f"{where(number)} never shows: it takes effect where a block begins, and the last does at frame "
                     f"{begin} of {self.num_frames}; make the video longer, or the event earlier"
                 )
-            for number in range(next_cue, due):
-                cut |= self.cues[number].image is not None
-                if number > next_cue and self.cues[number].undoes(self.cues[number - 1]):
-                    raise ConfigError(
-                        f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
-                        f"{block} frames apart, or one event"
-                    )
-            next_cue = due
+            if number > 0 and made == before and cue.undoes(self.cues[number - 1]):
+                raise ConfigError(
+                    f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
+                    f"{block} frames apart, or one event"
+                )
+            if cue.image is not None:
+                step = 1  # a cut begins with its picture
 
 
 def read_story(

@@ -124,7 +124,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, accumulation: int)
         check_encoded(config, dataset, mesh, with_tokens=with_tokens)
         encoder = StoredEncoder(dataset, config.clip_shape, with_tokens=with_tokens, device=mesh.device, **parts)
     else:
-        encoders = load_encoders(config, mesh.device, with_image=with_tokens)
+        encoders = load_encoders(config.encoders_folder, config.model, mesh.device, with_image=with_tokens)
         check_strides(config, encoders)
         encoder = BatchEncoder(
             encoders,

@@ -21,7 +21,9 @@ def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, neg
     rounding(monkeypatch)
     config = stage_config(workshop, tmp_path, "distill", flow=FLOW | {"negative_prompt": negative}, max_steps=1)
     encode_set(config, tmp_path / "set", Mesh())
-    wanted = load_encoders(config, torch.device("cpu"), with_image=False).text.encode([negative])[0]
+    wanted = load_encoders(config.encoders_folder, config.model, torch.device("cpu"), with_image=False).text.encode(
+        [negative]
+    )[0]
     cached = from_cache(
         workshop, tmp_path / "log", tmp_path / "set", "distill", flow=config.flow.model_dump(), max_steps=1
     )
