@@ -26,12 +26,8 @@ Model = Annotated[
     str | None,
     typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
 ]
-Encoders = Annotated[
-    Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
-]
-Stage = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of the stage whose rules the weights of --model follow.")
-]
+Encoders = Annotated[Path | None, typer.Option(help="Folder of the encoders, where not in or beside the model's.")]
+Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")]
 Videos = Annotated[
     Path, typer.Option("--output", "-o", help="The mp4 file; with --inputs or --samples the folder of the files.")
 ]

@@ -59,6 +59,13 @@ WINDOW_COLUMNS: tuple[tuple[str, str, slice, Callable[[Sequence[float]], float],
 )
 
 
+# By part of a summary: what an index counts, and which scores are drawn
+CURVES = {
+    "curves": ("frame", ("position_error", "motion_ratio", "shape_kept", "saturation")),
+    "windows": ("window", ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")),
+}
+
+
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, aligned."""
 
@@ -118,25 +125,19 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Position error, motion ratio, shape kept and saturation over time, a line a row, as a PNG."""
-    names = ("position_error", "motion_ratio", "shape_kept", "saturation")
-    _write_lines(path, {row: {name: s["curves"][name] for name in names} for row, s in summaries.items()}, "frame")
-
-
-def _write_lines(path: Path, rows: Mapping[str, Mapping[str, Sequence[float | None]]], unit: str) -> None:
-    """A PNG with a plot a score and a line a row."""
+def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]], part: str = "curves") -> None:
+    """Scores over time as a PNG, with a plot a score and a line a row; `part` "windows": window by window."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(next(iter(rows.values())))
+    unit, names = CURVES[part]
     colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
     for axis, name in zip(axes, names):
-        for number, (row, scores) in enumerate(rows.items()):
-            values = [np.nan if value is None else value for value in scores[name]]
+        for number, (row, summary) in enumerate(summaries.items()):
+            values = [np.nan if value is None else value for value in summary[part][name]]
             mark = "." if len(values) == 1 else None  # a line of one point is not to be seen
             axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20), marker=mark)
         axis.set_title(name.replace("_", " "))
@@ -145,12 +146,6 @@ def _write_lines(path: Path, rows: Mapping[str, Mapping[str, Sequence[float | No
     figure.tight_layout(rect=(0, 0, 0.86, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def write_window_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Scores window by window, a line a row, as a PNG."""
-    names = ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")
-    _write_lines(path, {row: {name: s["windows"][name] for name in names} for row, s in summaries.items()}, "window")
 
 
 def contact_sheet(

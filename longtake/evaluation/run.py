@@ -16,20 +16,7 @@ from longtake.condition import pixel_frames
 from longtake.config.stage import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
-from longtake.evaluation import report
-from longtake.evaluation.rows import (
-    Row,
-    Videos,
-    broken_row,
-    frozen,
-    held_out,
-    score_row,
-    scorer_processes,
-    student_row,
-    teacher_row,
-    truth,
-    vae_round_trip,
-)
+from longtake.evaluation import report, rows
 from longtake.evaluation.target import EvalTarget, load_frozen, of_run
 from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
@@ -106,22 +93,22 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
     frames = settings.num_latent_frames or trained
     _check_switches(settings.switch_frames, frames, target.students)
     encoders = target.load_encoders(mesh.device)
-    rows = _rows(target, settings, frames, mesh)
+    table = _rows(target, settings, frames, mesh)
     shared: dict[str, Any] = {"seed": settings.seed, "num_latent_frames": frames, "batch_size": settings.batch_size}
-    worlds = partial(held_out, encoders, mesh, with_y=target.with_y, **shared)
+    worlds = partial(rows.held_out, encoders, mesh, with_y=target.with_y, **shared)
     batches = worlds(num_worlds=settings.num_worlds, switch_frames=settings.switch_frames)
     rule = _window_rule(target, encoders) if frames > trained or settings.switch_frames else None
     summaries: dict[str, dict[str, Any]] = {}
-    shown: dict[str, Videos] = {}
-    total = len(rows) * len(batches) * settings.batch_size * batches[0].num_frames
-    with scorer_processes(total, mesh) as scorers:
-        for name, row in rows.items():
-            scores, shown[name] = score_row(row, batches, mesh, rule=rule, scorers=scorers)
+    shown: dict[str, rows.Videos] = {}
+    total = len(table) * len(batches) * settings.batch_size * batches[0].num_frames
+    with rows.scorer_processes(total, mesh) as scorers:
+        for name, row in table.items():
+            scores, shown[name] = rows.score_row(row, batches, mesh, rule=rule, scorers=scorers)
             summaries[name] = summarise(scores)
         if settings.open_worlds:
             further = worlds(num_worlds=settings.open_worlds, only=_open_worlds(settings))
-            for name in (name for name in rows if not _is_broken(name)):
-                found = summarise(score_row(rows[name], further, mesh, scorers=scorers)[0])
+            for name in (name for name in table if not _is_broken(name)):
+                found = summarise(rows.score_row(table[name], further, mesh, scorers=scorers)[0])
                 summaries[name]["open_worlds"] = {key: value for key, value in found.items() if key != "curves"}
     result = EvaluationReport(summaries, folder)
     sheet = {name: shown[name] for name in (*_SHEET_ROWS, *target.students) if name in shown}
@@ -164,11 +151,11 @@ def _check_switches(switch_frames: list[int], frames: int, students: Mapping[str
         )
 
 
-def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, Row]:
+def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, rows.Row]:
     result, seed, switched = target.result, settings.seed, bool(settings.switch_frames)
-    rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
+    table: dict[str, rows.Row] = {"truth": rows.truth, "vae round trip": rows.vae_round_trip, "frozen": rows.frozen}
     bidirectional = partial(
-        teacher_row,
+        rows.teacher_row,
         seed=seed,
         num_steps=settings.teacher_steps,
         shift=result.settings.shift,
@@ -180,25 +167,25 @@ def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mes
         if switched:
             logger.info("No row of the bidirectional teacher: it cannot change its caption half-way")
         elif frames == result.settings.num_latent_frames:
-            rows["teacher"] = bidirectional(teacher)
-            rows[f"teacher, {_BROKEN['text']}"] = broken_row(rows["teacher"], "text")
+            table["teacher"] = bidirectional(teacher)
+            table[f"teacher, {_BROKEN['text']}"] = rows.broken_row(table["teacher"], "text")
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
         if result.plan is not None:
-            rows["teacher, causal"] = student_row(Denoiser(teacher), result.plan, seed=seed)
+            table["teacher, causal"] = rows.student_row(Denoiser(teacher), result.plan, seed=seed)
     for name, student in target.students.items():
         model = load_frozen(student.weights, mesh.device)
         if student.plan is None:
-            rows[name] = bidirectional(model)
+            table[name] = bidirectional(model)
             continue
-        rows[name] = student_row(Denoiser(model), student.plan, seed=seed)
+        table[name] = rows.student_row(Denoiser(model), student.plan, seed=seed)
         if switched:
-            rows[f"{name}{_NO_REBUILD}"] = student_row(Denoiser(model), student.plan, seed=seed, rebuild=False)
+            table[f"{name}{_NO_REBUILD}"] = rows.student_row(Denoiser(model), student.plan, seed=seed, rebuild=False)
     if settings.ablations and result.plan is not None and not switched:
         present = {"y": target.with_y, "clip": target.sizes.image_dim is not None, "text": True}
         for broken in (part for part in _BROKEN if present[part]):
-            rows[f"{target.name}, {_BROKEN[broken]}"] = broken_row(rows[target.name], broken)
-    return rows
+            table[f"{target.name}, {_BROKEN[broken]}"] = rows.broken_row(table[target.name], broken)
+    return table
 
 
 def _stored_settings(run: Path | None) -> EvaluationConfig:
@@ -211,7 +198,7 @@ def _stored_settings(run: Path | None) -> EvaluationConfig:
 
 
 def _write(
-    result: EvaluationReport, shown: Mapping[str, Videos], settings: EvaluationConfig, fps: int, frames: int
+    result: EvaluationReport, shown: Mapping[str, rows.Videos], settings: EvaluationConfig, fps: int, frames: int
 ) -> None:
     folder = result.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +209,7 @@ def _write(
     report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
     report.write_curves(folder / "evaluation.png", result.summaries)
     if result.has_windows:
-        report.write_window_curves(folder / "windows.png", result.summaries)
+        report.write_curves(folder / "windows.png", result.summaries, "windows")
     report.write_png(folder / "contact_sheet.png", report.contact_sheet(shown))
     for name, videos in shown.items():
         samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:3])}

@@ -48,9 +48,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class _Task:
-    """A video to make; `request`, all that its frames depend on, as the file beside it says it."""
+    """A video to make; `request`, all that its frames depend on, as the file beside it says it; `where`, for errors."""
 
-    pair: Pair
+    where: str
     output: Path
     request: dict[str, Any]
 
@@ -125,9 +125,9 @@ def generate_many(
     shared = {"negative": negative, "length": length, "weights": str(source.weights), "settings": settings.model_dump()}
     tasks = [
         _Task(
-            pair,
+            pair.where,
             folder / f"{pair.name}-seed{number}.mp4",
-            {"image": str(pair.image), "prompt": pair.prompt, "seed": number} | shared,
+            {"image": str(pair.image), "prompt": pair.prompt, "seed": number, **shared},
         )
         for pair in pairs
         if pair.problem is None
@@ -168,25 +168,23 @@ def _make_share(
     problems: list[str] = []
     generator = Generator.build(source, mesh.device, split=mesh.sequence) if tasks else None
     for task in tasks:
-        assert generator is not None and task.pair.image is not None
+        assert generator is not None
+        asked = task.request
         try:
-            generator.prepare(task.pair.image)
+            generator.prepare(asked["image"])
         except DataError as error:  # this pair alone, on all ranks that would make it; named at the end
-            logger.error("%s: %s", task.pair.where, error)
-            problems.append(f"{task.pair.where}: {error}")
+            logger.error("%s: %s", task.where, error)
+            problems.append(f"{task.where}: {error}")
             continue
         if mesh.leads_sequence:
-            sidecar(task.output).write_text(json.dumps(task.request, indent=2) + "\n")
-            caption(task.output).write_text(task.pair.prompt + "\n", encoding="utf-8")
-        asked = task.request
-        chunks = generator.stream(
-            task.pair.image,
-            task.pair.prompt,
-            num_frames=generator.length(**asked["length"]),
-            seed=asked["seed"],
-            negative=asked["negative"],
-            ahead=generator.is_ahead,
-        )
+            sidecar(task.output).write_text(json.dumps(asked, indent=2) + "\n")
+            caption(task.output).write_text(asked["prompt"] + "\n", encoding="utf-8")
+        given = {
+            "seed": asked["seed"],
+            "negative": asked["negative"],
+            "num_frames": generator.length(**asked["length"]),
+        }
+        chunks = generator.stream(asked["image"], asked["prompt"], **given, ahead=generator.is_ahead)
         made = write_chunks(generator, chunks, task.output, keep=False)
         if mesh.leads_sequence:
             reports.append(made)

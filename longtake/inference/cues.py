@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longtake.inference.frames import Frames, fetched
+from longtake.inference.frames import Fetched, Frames
 from longtake.inference.session import Session
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def play(
     A cue is handed to the session before the frames that end at or after its frame are given out, so a session that is
     saved between two blocks and resumed goes on with the same frames. `ahead` as in `Generator.stream`.
     """
-    return fetched(_Blocks(session, num_frames, cues), ahead=ahead)
+    return Fetched(_Blocks(session, num_frames, cues), ahead=ahead)
 
 
 class _Blocks(Iterator[Frames]):

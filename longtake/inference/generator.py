@@ -17,7 +17,6 @@ from longtake.config.stage import StageConfig
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
 from longtake.inference.cues import play
-from longtake.inference.fit import check_memory
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
 from longtake.inference.sampling import teacher_latents
@@ -117,7 +116,7 @@ class Generator(Pipeline):
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = self.plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        check_memory(self.model, self.encoders, self.settings, kept, layers, self.plan.block_frames)
+        self.check_memory(kept, layers, self.plan.block_frames)
         return Session(
             self,
             SessionInputs(check_prompt(prompt), self.prepare(image)),
@@ -156,7 +155,7 @@ class Generator(Pipeline):
         check_request(self.settings, seed, negative)
         check_prompt(prompt)
         count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-        check_memory(self.model, self.encoders, self.settings, count, 1, count)
+        self.check_memory(count, 1, count)
         picture, settings = self.prepare(image), self.settings
 
         @torch.no_grad()
@@ -233,23 +232,35 @@ def generate_file(
 
 
 def write_chunks(
-    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, **options: bool
+    generator: Generator,
+    chunks: Iterable[NDArray[np.uint8]],
+    output: str | Path,
+    *,
+    keep: bool = True,
+    finish: bool = False,
 ) -> GenerationReport:
     """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
 
-    `options` (`keep`, `finish`) as in `VideoWriter`. Of the processes that compute a generator's calls together, one
-    writes.
+    `keep` as in `VideoWriter`; with `finish` it is also completed when making it fails. Of the processes that compute a
+    generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
-    first, made = 0.0, 0
+    first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
-    with VideoWriter(output, settings.fps, *size, **options) if leads else nullcontext() as writer:
-        for index, chunk in enumerate(chunks):
-            if writer is not None:
-                writer.write(chunk)
-            made += len(chunk)
-            if index <= 1:  # the given picture is there at once; the first generated chunk is the second
-                first = perf_counter() - started
+    with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
+        try:
+            for index, chunk in enumerate(chunks):
+                if writer is not None:
+                    writer.write(chunk)
+                made += len(chunk)
+                if index <= 1:  # the given picture is there at once; the first generated chunk is the second
+                    first = perf_counter() - started
+        except BaseException as error:
+            if not finish or made == 0:
+                raise
+            failure = error  # raised when the file is complete: an hour of it may be there already
+    if failure is not None:
+        raise failure
     return GenerationReport(Path(output), made, perf_counter() - started, first)

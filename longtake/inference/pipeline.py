@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -10,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition
+from longtake.condition import Condition, VideoShape
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
-from longtake.devices import usable_device
+from longtake.devices import memory_bytes, usable_device
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
-from longtake.inference.fit import check_fit
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Picture = str | Path | Image.Image | NDArray[np.uint8]
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_encoders(
@@ -111,7 +114,12 @@ class Pipeline:
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
-        decoding = None if decode_device is None else _second_device(decode_device, split)
+        if decode_device is not None and split is not None:
+            raise ConfigError(
+                f"decode_device={decode_device} is for one process; processes that share the transformer's calls "
+                "decode where they are: leave out one of both"
+            )
+        decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
         settings = source.settings
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -122,7 +130,7 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         encoders = load_encoders(source.encoders, settings, device, dtype, with_image=with_image)
-        check_fit(model, encoders, source)
+        _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
@@ -157,15 +165,47 @@ class Pipeline:
         with_y = self.model.config.condition_channels > 0
         return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
 
+    def check_memory(self, frames: int, layers: int, at_once: int) -> None:
+        """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of
+        `at_once` latent frames that are decoded together, exceed the memory of the device.
+        """
+        settings, vae, device = self.settings, self.encoders.vae, next(self.model.parameters()).device
+        height, width = settings.height, settings.width
+        tokens = frames * self.model.tokens_per_frame(height // vae.spatial_stride, width // vae.spatial_stride)
+        split = self.model.execution.split
+        sides, ranks = 1 if settings.guidance == 1 else 2, 1 if split is None else split.size
+        each = 2 * sides * layers * self.model.config.dim * (2 if settings.precision == "bf16" else 4)
+        pixels = at_once * vae.temporal_stride * height * width * 3 * 4  # as float32
+        needed, there = tokens * each // ranks + pixels, memory_bytes(device)
+        if needed > there:
+            raise ConfigError(
+                f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
+                f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
+            )
 
-def _second_device(name: str | torch.device, split: SequenceParallel | None) -> torch.device:
-    """The device that decodes. Raises: ConfigError when there is none such, or several processes share the calls."""
-    if split is not None:
+
+def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
+    """Raises ConfigError when weights, encoders and size of the picture do not fit each other."""
+    vae, config, settings = encoders.vae, model.config, source.settings
+    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
+    if config.out_channels != vae.latent_channels:
         raise ConfigError(
-            f"decode_device={name} is for one process; processes that share the transformer's calls decode where they "
-            "are: leave out one of both"
+            f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "
+            f"{source.encoders} {vae.latent_channels}; take both from the same release"
         )
-    return usable_device(name, "decode_device")
+    wanted = vae.temporal_stride + vae.latent_channels
+    if config.condition_channels not in (0, wanted):
+        raise ConfigError(
+            f"the weights at {source.weights} have in_channels={config.in_channels}; with this VAE an image-to-video "
+            f"model has {config.out_channels + wanted}, or {config.out_channels} where the picture is only frame 0"
+        )
+    if config.condition_channels == 0:
+        logger.info("%s takes no y: the picture enters as the clean first frame alone", source.weights)
+    if encoders.text.width != config.text_dim:
+        raise ConfigError(
+            f"the weights at {source.weights} read text of width {config.text_dim} and the text encoder in "
+            f"{source.encoders} writes {encoders.text.width}; take both from the same release"
+        )
 
 
 def check_prompt(text: str) -> str:

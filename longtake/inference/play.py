@@ -159,7 +159,6 @@ def play(
         player = Player(session, source, num_frames, output=Path(output))
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
         with view, _on_interrupt(player.quit):
-            # Completed also when making it fails: an hour of it may be there already.
             return write_chunks(generator, player.frames(), output, finish=True)
 
 

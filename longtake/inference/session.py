@@ -337,24 +337,20 @@ class Session:
 
     def _written(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that `restored` needs: values that JSON can say, and tensors."""
-        state = self.state
-        pictures: list[Tensor] = []
-
-        def number(picture: Tensor | None) -> int | None:
-            """A picture's place in `pictures`; the same one has the same."""
-            if picture is None:
-                return None
-            if not any(other is picture for other in pictures):
-                pictures.append(picture)
-            return next(index for index, other in enumerate(pictures) if other is picture)
-
-        looks = {
-            name: {"prompt": inputs.prompt, "picture": number(inputs.picture), "target": number(inputs.target)}
-            for name, inputs in (("inputs", state.inputs), ("wanted", self.wanted))
-        }
+        state, looks = self.state, {"inputs": self.state.inputs, "wanted": self.wanted}
+        shown = [picture for inputs in looks.values() for picture in (inputs.picture, inputs.target)]
+        pictures = list({id(picture): picture for picture in shown if picture is not None}.values())
+        number = {id(picture): index for index, picture in enumerate(pictures)}
         tensors = {f"picture.{index}": picture for index, picture in enumerate(pictures)}
         values: dict[str, Any] = {
-            **looks,
+            name: {
+                "prompt": inputs.prompt,
+                "picture": number[id(inputs.picture)],
+                "target": number.get(id(inputs.target)),
+            }
+            for name, inputs in looks.items()
+        }
+        values |= {
             "cut": self.cut,
             "seed": self.seed,
             "negative": self.negative,

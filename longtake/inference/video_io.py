@@ -28,8 +28,8 @@ class VideoWriter:
     """Writes an H.264 mp4 while frames arrive; the file appears under its name only when it is complete.
 
     Use as a context manager: leaving it without an exception publishes the file. After an exception, also of the disk,
-    what was written until then is kept as `NAME.partial.mp4`, which plays (`keep`: or else nothing is), with `finish`
-    under its own name. The same frames give the same file.
+    what was written until then is kept as `NAME.partial.mp4`, which plays (`keep`: or else nothing is). The same frames
+    give the same file.
 
     Args: `fps` frames a second; `height`, `width` in pixels, both even; `crf` 0..51, lower is better.
     Raises: ShapeError for odd sizes and wrong frames, OutputError when the file cannot be written, DataError when no
@@ -37,15 +37,7 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        fps: float,
-        height: int,
-        width: int,
-        *,
-        crf: int = 15,
-        keep: bool = True,
-        finish: bool = False,
+        self, path: str | Path, fps: float, height: int, width: int, *, crf: int = 15, keep: bool = True
     ) -> None:
         if not (2 <= height <= _MAX_SIDE and 2 <= width <= _MAX_SIDE) or height % 2 or width % 2:
             raise ShapeError(
@@ -57,8 +49,7 @@ class VideoWriter:
         if not 0 <= crf <= 51:
             raise DataError(f"crf={crf} must be between 0 (lossless) and 51")
         self.path = Path(path)
-        self.fps, self.height, self.width, self.crf = fps, height, width, crf
-        self.keep, self.finish = keep, finish
+        self.fps, self.height, self.width, self.crf, self.keep = fps, height, width, crf, keep
         self.num_frames = 0
         self._partial = partial_name(self.path)
         self._container: Any = None
@@ -97,8 +88,6 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         container, self._container = self._container, None
-        if self.finish and self.num_frames:
-            error = None
         try:
             try:
                 if self.num_frames and not isinstance(error, OutputError):
@@ -123,8 +112,9 @@ class VideoWriter:
 
     def _keep(self, error: BaseException) -> None:
         """Keeps what is whole under a name of its own, and says so in a note of the error that ends the video."""
-        there = self.keep and self.num_frames > 1 and self._partial.exists()
-        if not there or not _cut_to_whole_fragments(self._partial):
+        if not (self.keep and self.num_frames > 1 and self._partial.exists()) or not _cut_to_whole_fragments(
+            self._partial
+        ):
             return
         kept = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
         self._partial.rename(kept)
