@@ -279,9 +279,11 @@ def _give(words: list[str], parameter, kind: type, random: Random) -> None:
     if "Argument" in type(parameter).__name__:
         if parameter.name == "overrides":
             from longtake.config.base import describe
+            from longtake.config.generation import GenerationConfig
             from longtake.config.stage import StageConfig
 
-            keys = [key for key, *_ in describe(StageConfig) if "num_worlds" not in key and "max_steps" not in key]
+            model = GenerationConfig if words[0] in ("generate", "play", "export") else StageConfig
+            keys = [key for key, *_ in describe(model) if "num_worlds" not in key and "max_steps" not in key]
             words.append(f"{random.choice(keys)}={random.choice(TEXTS + NUMBERS + PATHS)}")
         elif len(words) > 1 and not words[1].startswith("-"):
             words[1] = value

@@ -7,12 +7,14 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
 
 from longtake.cli import app as cli
 from longtake.config.base import describe
+from longtake.config.generation import GenerationConfig
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.errors import DataError
@@ -22,7 +24,8 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"table", "debug", "check", "help", "as_json", "unmerge", "overwrite"}
+FLAGS = {"debug", "check", "help", "as_json", "unmerge", "overwrite"}
+PICTURE = ["--image", "i.png", "--prompt", "p"]
 
 
 @pytest.fixture
@@ -39,6 +42,8 @@ def called(monkeypatch):
 
     stub("longtake.train.job", "run")
     stub("longtake.inference.generator", "generate_file")
+    sources = types.SimpleNamespace(of_run=lambda run, changes: (run, changes))
+    monkeypatch.setitem(sys.modules, "longtake.inference.source", types.SimpleNamespace(Source=sources))
     stub("longtake.evaluation.run", "evaluate")
     stub("longtake.toy.files", "write_world")
     return calls
@@ -180,14 +185,15 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (["generate", "--run", "r", "--image", "i.png", "--prompt", "p", "-o", "o.mp4"], "generate_file"),
+        (["generate", "--run", "r", *PICTURE, "--device", "cpu", "-o", "o.mp4"], "generate_file"),
         (["evaluate", "--run", "r"], "evaluate"),
     ],
 )
 def test_e_only_given_options_reach_the_function(called, command, name):
     assert invoke(*command).exit_code == 0
     _, kwargs = called[name]
-    assert {key: value for key, value in kwargs.items() if value not in (None, {})} == {}
+    ranks = {"device": torch.device("cpu")} if name == "generate_file" else {}  # of the ranks, here one
+    assert {key: value for key, value in kwargs.items() if value not in (None, {}, False)} == ranks
 
 
 def test_given_options_reach_the_function(called):
@@ -195,14 +201,16 @@ def test_given_options_reach_the_function(called):
     args, kwargs = called["evaluate"]
     assert args == (Path("r"),) and kwargs["overrides"] == {"ablations": False, "num_worlds": 4}
     assert kwargs["device"] == "cpu" and kwargs["output"] == Path("out")
-    command = ["generate", "--run", "r", "--image", "i.png", "--prompt", "p", "-o", "o.mp4"]
+    command = ["generate", "--run", "r", *PICTURE, "-o", "o.mp4", "--device", "cpu"]
+    fixed = {"overwrite": False, "device": torch.device("cpu"), "split": None}
     result = invoke(*command, "--frames", "40", "--seed", "0")
     assert result.exit_code == 0 and "report" in result.output
-    assert called["generate_file"] == ((Path("r"), Path("i.png"), "p", Path("o.mp4")), {"num_frames": 40, "seed": 0})
-    invoke(*command, "--seconds", "2.5")
-    assert called["generate_file"][1] == {"seconds": 2.5}
+    expected = ((Path("r"), {}), Path("i.png"), "p", Path("o.mp4"))
+    assert called["generate_file"] == (expected, {"num_frames": 40, "seed": 0, **fixed})
+    invoke(*command, "--seconds", "2.5", "--overwrite")
+    assert called["generate_file"][1] == {"seconds": 2.5, **fixed, "overwrite": True}
     assert invoke(*command, "--decode-device", "cuda:1").exit_code == 0
-    assert called["generate_file"][1] == {"decode_device": "cuda:1"}
+    assert called["generate_file"][1] == {"decode_device": "cuda:1", **fixed}
     many = invoke(*command, "--samples", "2", "--decode-device", "cuda:1")
     assert many.exit_code == 2 and "--decode-device is for one video" in many.output
     for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):
@@ -216,6 +224,21 @@ def test_given_options_reach_the_function(called):
     assert called["write_world"][0][1].switch_frames == [65, 129] and called["write_world"][0][1].stops
     invoke("evaluate", "--run", "r", "--switch", "17")
     assert called["evaluate"][1]["overrides"] == {"switch_frames": [17]}
+
+
+def test_overrides_and_short_options_are_changes_of_the_rules(called):
+    command = ["generate", "--run", "r", *PICTURE, "-o", "o.mp4", "--device", "cpu"]
+    words = ["plan.sink_frames=1", "plan.block_frames=2", "text_precision=bf16", "--block", "3", "--window", "all"]
+    assert invoke(*command, *words, "--steps", "2").exit_code == 0
+    plan = {"sink_frames": 1, "block_frames": 3, "window_frames": None}  # an option wins over an override
+    changes = {"plan": plan, "text_precision": "bf16", "steps": [1.0, 0.5]}
+    assert called["generate_file"][0][0] == (Path("r"), changes)
+    for word, message in (
+        ("guidance", "override 'guidance' must have the form key=value"),
+        ("plan.block_frames.n=2", "plan.block_frames is a plain value"),
+    ):
+        result = invoke(*command, "plan.block_frames=1", word)
+        assert result.exit_code == 2 and message in result.output, result.output
 
 
 @pytest.mark.parametrize(
@@ -260,7 +283,7 @@ def test_errors_are_one_message_and_an_exit_code(monkeypatch):
 
 
 def test_config_command_lists_every_key():
-    for kind, model in (("stage", StageConfig), ("job", JobConfig)):
+    for kind, model in (("stage", StageConfig), ("job", JobConfig), ("generation", GenerationConfig)):
         output = invoke("config", kind).output
         for key, *_ in describe(model):
             assert f"{key}  (" in output

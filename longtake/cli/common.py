@@ -1,4 +1,4 @@
-"""What commands share: what is said of an error and the exit code, the options that were given, where weights are."""
+"""What commands share: options, what is said of an error and the exit code, where weights are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longtake.errors import ConfigError, LongtakeError
 from longtake.outputs import refusal
+
+if TYPE_CHECKING:
+    from longtake.inference.source import Source
+
+Run = Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any values of `longtake config generation`: plan.window_frames=21 ..."),
+]
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 # What becomes of the work of a command that Ctrl-C ends
@@ -58,17 +69,29 @@ def _told(error: BaseException) -> str | None:
     return None
 
 
-def given_options(**options: Any) -> dict[str, Any]:
-    """Only the options that were given on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
+def given(context: typer.Context, *names: str) -> dict[str, Any]:
+    """Those of the named options that were given on the command line."""
+    values = {name: context.params[name] for name in names}
+    return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def source_of(
-    run: Path | None, model: str | None, encoders: Path | None, config: Path | None, changes: dict[str, Any]
-) -> Any:
-    """Where a command's weights are and by which rules they stream. Raises: as `Source.of_run`, `Source.of_model`."""
+    run: Path | None,
+    model: str | None,
+    encoders: Path | None = None,
+    config: Path | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Source:
+    """Where a command's weights are and by which rules they stream.
+
+    Raises: ConfigError for options that do not go together; else as `Source.of_run`, `Source.of_model`.
+    """
+    if (run is None) == (model is None):
+        raise ConfigError("give either --run (a training run) or --model (weights of any origin)")
+    if run is not None and (encoders or config) is not None:
+        raise ConfigError("--encoders and --config belong to --model; a run brings both along")
     from longtake.config.generation import read_stage
-    from longtake.inference.generator import Source
+    from longtake.inference.source import Source
 
     if run is not None:
         return Source.of_run(run, changes)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config.base import Settings, read_yaml
+from longtake.config.base import Settings, read_yaml, set_path, split_override
 from longtake.config.groups import FlowConfig, ModelConfig, PlanConfig
 from longtake.config.job import load_config
 from longtake.config.stage import StageConfig
@@ -26,8 +26,13 @@ RULES_FILE = "generation.yaml"
 MAX_FRAMES = 10_000_000  # a week at 16 frames a second
 MAX_STEPS = 1000  # Wan's clock has no more
 _TOY_HISTORY_BLOCKS = 8  # 2.6 MB a block: 0.4 MB of cache, 2.2 MB of the decoder
-# What the command line calls values of the group `plan`
-_PLAN = {"block": "block_frames", "window": "window_frames", "sink": "sink_frames"}
+# Short options of the command line that have a name of their own, and the keys that they mean
+SHORT = {
+    "block": "plan.block_frames",
+    "window": "plan.window_frames",
+    "sink": "plan.sink_frames",
+    "dtype": "precision",
+}
 
 
 class GenerationConfig(Settings):
@@ -68,6 +73,11 @@ class GenerationConfig(Settings):
         description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
         "the decoder's features",
     )
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        """The short options, where one is written as a key."""
+        return SHORT
 
     @property
     def stream_plan(self) -> StreamPlan:
@@ -113,21 +123,14 @@ def generation_settings(
     """
     tree = (rules or GenerationConfig()).model_dump()
     if stage is not None:
-        tree |= {
-            "height": stage.video.height,
-            "width": stage.video.width,
-            "fps": stage.video.fps,
-            "num_latent_frames": stage.video.num_latent_frames,
-            "plan": stage.plan.model_dump(),
-            "rope": stage.rope,
-            "steps": stage.flow.steps,
-            "shift": stage.flow.shift,
-            "clip_preprocess": stage.model.clip_preprocess,
-            "text_precision": stage.model.text_precision,
-            "history_blocks": _TOY_HISTORY_BLOCKS if stage.model.preset == "toy" else tree["history_blocks"],
-        }
+        tree |= stage.video.model_dump(include={"height", "width", "fps", "num_latent_frames"})
+        tree |= stage.flow.model_dump(include={"steps", "shift"})
+        tree |= stage.model.model_dump(include={"clip_preprocess", "text_precision"})
+        tree |= {"plan": stage.plan.model_dump(), "rope": stage.rope}
+        if stage.model.preset == "toy":
+            tree["history_blocks"] = _TOY_HISTORY_BLOCKS
     for key, value in (changes or {}).items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+        tree[key] = {**tree[key], **value} if key == "plan" and isinstance(value, dict) else value
     return GenerationConfig.from_tree(tree)
 
 
@@ -139,21 +142,21 @@ def read_stage(path: str | Path) -> StageConfig:
     return config
 
 
-def changes_of(**options: Any) -> dict[str, Any]:
-    """The nested changes that options of the command line mean; None = not given.
+def changes_of(*overrides: str, **options: Any) -> dict[str, Any]:
+    """The nested changes that `a.b=c` overrides and short options of the command line mean; None = not given.
 
-    `steps` is a number of evenly spaced levels or a list ("1,0.75,0.5,0.25"); `window` a number or "all".
-    Raises: ConfigError for a text that is neither.
+    An option wins over an override of the same key. `steps` is a number of evenly spaced levels or a list
+    ("1,0.75,0.5,0.25"); `window` a number or "all".
+    Raises: ConfigError for a text that is none of these.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if "dtype" in given:
-        given["precision"] = given.pop("dtype")
-    if "steps" in given:
-        given["steps"] = _steps(given["steps"])
-    if "window" in given:
-        given["window"] = _window(given["window"])
-    plan = {_PLAN[name]: given.pop(name) for name in _PLAN if name in given}
-    return given | ({"plan": plan} if plan else {})
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        set_path(changes, *split_override(override), GenerationConfig)
+    for name, value in options.items():
+        if value is not None:
+            text = _READ[name](value) if name in _READ else str(value)
+            set_path(changes, SHORT.get(name, name).split("."), text, GenerationConfig)
+    return changes
 
 
 def frames_of(num_frames: int | None, seconds: float | None, fps: int) -> int | None:
@@ -169,24 +172,24 @@ def frames_of(num_frames: int | None, seconds: float | None, fps: int) -> int | 
     return num_frames
 
 
-def _steps(text: str) -> list[float]:
+def _steps(text: str) -> str:
     try:
         levels = [float(part) for part in text.split(",")]
     except ValueError:
-        levels = []
+        raise ConfigError(f"--steps {text} must be a number of steps or levels like 1,0.75,0.5,0.25") from None
     if len(levels) == 1 and levels[0] >= 1 and levels[0].is_integer():
         if levels[0] > MAX_STEPS:
             raise ConfigError(f"--steps {text} must be at most {MAX_STEPS}")
         count = int(levels[0])
-        return [1 - k / count for k in range(count)]
-    if not levels:
-        raise ConfigError(f"--steps {text} must be a number of steps or levels like 1,0.75,0.5,0.25")
-    return levels
+        levels = [1 - k / count for k in range(count)]
+    return str(levels)
 
 
-def _window(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not (text.isdecimal() and len(text) < 10):
+def _window(text: str) -> str:
+    if text != "all" and not (text.isdecimal() and len(text) < 10):
         raise ConfigError(f"--window {text} must be a number of latent frames, or all")
-    return int(text)
+    return "null" if text == "all" else str(int(text))
+
+
+# Options whose text is not that of the value
+_READ = {"steps": _steps, "window": _window}

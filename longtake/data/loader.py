@@ -19,9 +19,6 @@ from longtake.data.order import Buckets, Pick, batch_rows
 from longtake.data.samples import Dataset, FileSize, Sample
 from longtake.errors import DataError
 
-if TYPE_CHECKING:
-    pass  # pydantic is not needed to load data
-
 logger = logging.getLogger(__name__)
 
 

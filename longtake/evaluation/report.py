@@ -59,14 +59,21 @@ WINDOW_COLUMNS: tuple[tuple[str, str, slice, Callable[[Sequence[float]], float],
 )
 
 
+# By part of a summary: what an index counts, and which scores are drawn
+CURVES = {
+    "curves": ("frame", ("position_error", "motion_ratio", "shape_kept", "saturation")),
+    "windows": ("window", ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")),
+}
+
+
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, aligned."""
-    cells = [["row", *(title for title, _, _ in COLUMNS)]]
-    for name, summary in summaries.items():
+
+    def values(summary: Mapping[str, Any]) -> dict[str, Any]:
         low, high = summary["position_error_ci95_px"]
-        values = {**summary, "interval": None if low is None else (high - low) / 2}
-        cells.append([name, *("-" if values[key] is None else form.format(values[key]) for _, key, form in COLUMNS)])
-    return _aligned(cells)
+        return {**summary, "interval": None if low is None else (high - low) / 2}
+
+    return _formatted(COLUMNS, {name: values(summary) for name, summary in summaries.items()})
 
 
 def open_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -74,14 +81,11 @@ def open_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
     `from` and `to` are the 95 % interval of the bits; `open stopped` the share of sprites, left open, that stood still.
     """
-    cells = [["row", *(title for title, _, _ in OPEN_COLUMNS)]]
-    for name, summary in summaries.items():
-        if (part := summary.get("open_worlds")) is not None:
-            low, high = part["open_entropy_ci95_bits"] or (None, None)
-            values = {**part, "low": low, "high": high}
-            known = ((values[key], form) for _, key, form in OPEN_COLUMNS)
-            cells.append([name, *("-" if value is None else form.format(value) for value, form in known)])
-    return _aligned(cells)
+    parts = {name: part for name, summary in summaries.items() if (part := summary.get("open_worlds")) is not None}
+    ends = {name: part["open_entropy_ci95_bits"] or (None, None) for name, part in parts.items()}
+    return _formatted(
+        OPEN_COLUMNS, {name: {**part, "low": ends[name][0], "high": ends[name][1]} for name, part in parts.items()}
+    )
 
 
 def window_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -89,21 +93,26 @@ def window_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
     `saturation` and `contrast` are those of the window that is farthest from the first, relative to it.
     """
+
+    def values(windows: Mapping[str, Any]) -> dict[str, Any]:
+        known = {
+            title: [value for value in windows[key][which] if value is not None]
+            for title, key, which, _, _ in WINDOW_COLUMNS
+        }
+        picked = {title: pick(known[title]) if known[title] else None for title, _, _, pick, _ in WINDOW_COLUMNS}
+        return {**windows, **picked, "windows": len(windows["count_kept"])}
+
     switched = any(summary["windows"]["follow_shares"] for summary in summaries.values())
-    cells = [["row", "windows", *(title for title, *_ in WINDOW_COLUMNS), *(["follow", "of"] if switched else [])]]
-    for name, summary in summaries.items():
-        windows = summary["windows"]
-        cells.append([name, str(len(windows["count_kept"]))])
-        for _, key, which, pick, form in WINDOW_COLUMNS:
-            values = [value for value in windows[key][which] if value is not None]
-            cells[-1].append(form.format(pick(values)) if values else "-")
-        if switched:
-            share = windows["follow_share"]
-            cells[-1] += ["-" if share is None else f"{share:.1%}", str(windows["num_followers"])]
-    return _aligned(cells)
+    columns = [("windows", "windows", "{}"), *((title, title, form) for title, *_, form in WINDOW_COLUMNS)]
+    columns += [("follow", "follow_share", "{:.1%}"), ("of", "num_followers", "{}")] if switched else []
+    return _formatted(columns, {name: values(summary["windows"]) for name, summary in summaries.items()})
 
 
-def _aligned(cells: list[list[str]]) -> str:
+def _formatted(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table: a line a row, its columns given by title, key of the row's values and format."""
+    cells = [["row", *(title for title, _, _ in columns)]]
+    for name, row in rows.items():
+        cells.append([name, *("-" if row[key] is None else form.format(row[key]) for _, key, form in columns)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -116,25 +125,19 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Position error, motion ratio, shape kept and saturation over time, a line a row, as a PNG."""
-    names = ("position_error", "motion_ratio", "shape_kept", "saturation")
-    _write_lines(path, {row: {name: s["curves"][name] for name in names} for row, s in summaries.items()}, "frame")
-
-
-def _write_lines(path: Path, rows: Mapping[str, Mapping[str, Sequence[float | None]]], unit: str) -> None:
-    """A PNG with a plot a score and a line a row."""
+def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]], part: str = "curves") -> None:
+    """Scores over time as a PNG, with a plot a score and a line a row; `part` "windows": window by window."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(next(iter(rows.values())))
+    unit, names = CURVES[part]
     colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
     for axis, name in zip(axes, names):
-        for number, (row, scores) in enumerate(rows.items()):
-            values = [np.nan if value is None else value for value in scores[name]]
+        for number, (row, summary) in enumerate(summaries.items()):
+            values = [np.nan if value is None else value for value in summary[part][name]]
             mark = "." if len(values) == 1 else None  # a line of one point is not to be seen
             axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20), marker=mark)
         axis.set_title(name.replace("_", " "))
@@ -143,12 +146,6 @@ def _write_lines(path: Path, rows: Mapping[str, Mapping[str, Sequence[float | No
     figure.tight_layout(rect=(0, 0, 0.86, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def write_window_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Scores window by window, a line a row, as a PNG."""
-    names = ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")
-    _write_lines(path, {row: {name: s["windows"][name] for name in names} for row, s in summaries.items()}, "window")
 
 
 def contact_sheet(

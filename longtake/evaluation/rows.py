@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from longtake.condition import Condition, pixel_frames
 from longtake.encoders.bundle import Encoders
-from longtake.encoders.condition import encode_condition
 from longtake.errors import ConfigError
 from longtake.inference.frames import to_frames
+from longtake.inference.pipeline import picture_condition
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
@@ -100,46 +101,33 @@ def held_out(
     under the new caption.
     """
     listed = list(range(num_worlds)) if only is None else list(only[:num_worlds])
-    num_worlds = len(listed)
-    per_rank = -(-num_worlds // mesh.num_data_ranks)
+    per_rank = -(-len(listed) // mesh.num_data_ranks)
     mine = [mesh.data_rank + k * mesh.num_data_ranks for k in range(per_rank)]
-    batches = []
-    switches = tuple(switch_frames)
+    switches, text = tuple(switch_frames), encoders.text.encode
     switch_pixels = [pixel_frames(frame, encoders.vae.temporal_stride) for frame in switches]
+    batches = []
     for start in range(0, per_rank, batch_size):
         numbers = mine[start : start + batch_size]
-        worlds = [sample_story(seed, listed[number % num_worlds], switch_pixels) for number in numbers]
-        others = [sample_world(seed, listed[number % num_worlds] + 1).caption for number in numbers]
-        pictures = np.stack([world.render(1)[0] for world in worlds])
-        images = torch.from_numpy(pictures).to(mesh.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        counted = [number < len(listed) for number in numbers]
+        indices = [listed[number % len(listed)] for number in numbers]
+        worlds = [sample_story(seed, index, switch_pixels) for index in indices]
+        other = text([sample_world(seed, index + 1).caption for index in indices])
+        pictures = to_videos([world.render(1) for world in worlds], mesh.device)[:, 0]
         captions = [world.caption for world in worlds]
-        if with_y:
-            condition = encode_condition(encoders, images, captions)
-            assert condition.frames is not None
-            picture = condition.frames[:, :1, -encoders.vae.latent_channels :]
-        else:
-            condition, picture = Condition(encoders.text.encode(captions)), encoders.vae.encode(images[:, None])
-        empty = encoders.text.encode([""]).expand(len(worlds), -1, -1)
-        counted = [number < num_worlds for number in numbers]
-        other = encoders.text.encode(others)
-        texts = ([world.switches[k].caption for world in worlds] for k in range(len(switches)))
-        later = tuple(condition.with_text(encoders.text.encode(captions)) for captions in texts)
-        batches.append(
-            WorldBatch(
-                worlds,
-                numbers,
-                counted,
-                condition,
-                empty,
-                other,
-                picture,
-                num_latent_frames,
-                encoders,
-                later,
-                switches,
-            )
+        condition, picture = picture_condition(encoders, pictures, captions, with_y=with_y)
+        empty = text([""]).expand(len(worlds), -1, -1)
+        segments = ([world.switches[k].caption for world in worlds] for k in range(len(switches)))
+        later = tuple(condition.with_text(text(captions)) for captions in segments)
+        batch = WorldBatch(
+            worlds, numbers, counted, condition, empty, other, picture, num_latent_frames, encoders, later, switches
         )
+        batches.append(batch)
     return batches
+
+
+def to_videos(pixels: Videos, device: torch.device) -> Tensor:
+    """uint8 videos of one length as a batch [B, T, 3, h, w] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pixels)).to(device).permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
 
 
 def truth(batch: WorldBatch) -> Videos:
@@ -149,8 +137,7 @@ def truth(batch: WorldBatch) -> Videos:
 
 def vae_round_trip(batch: WorldBatch) -> Videos:
     """The true videos through the VAE: what no model on these latents can beat."""
-    videos = torch.from_numpy(np.stack(batch.truth)).permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
-    return batch.decode(batch.encoders.vae.encode(videos.to(batch.condition.text.device)))
+    return batch.decode(batch.encoders.vae.encode(to_videos(batch.truth, batch.picture_latent.device)))
 
 
 def frozen(batch: WorldBatch) -> Videos:
@@ -158,26 +145,14 @@ def frozen(batch: WorldBatch) -> Videos:
     return [np.repeat(video[:1], len(video), 0) for video in batch.truth]
 
 
-def teacher_row(
-    model: VideoDiT, *, seed: int, num_steps: int, shift: float, guidance: float, first_frame_clean: bool
-) -> Row:
-    """Bidirectional weights with many steps and guidance."""
+def teacher_row(model: VideoDiT, *, first_frame_clean: bool, **sampling: Any) -> Row:
+    """Bidirectional weights with many steps and guidance; `sampling`: `seed`, `num_steps`, `shift` and `guidance`."""
 
     def make(batch: WorldBatch) -> Videos:
+        given: dict[str, Any] = {"first_latent": batch.picture_latent if first_frame_clean else None, **sampling}
+        sizes = batch.num_latent_frames, batch.size
         return batch.decode(
-            teacher_latents(
-                model,
-                batch.condition,
-                batch.empty_text,
-                batch.num_latent_frames,
-                batch.size,
-                seed=seed,
-                videos=batch.numbers,
-                num_steps=num_steps,
-                shift=shift,
-                guidance=guidance,
-                first_latent=batch.picture_latent if first_frame_clean else None,
-            )
+            teacher_latents(model, batch.condition, batch.empty_text, *sizes, videos=batch.numbers, **given)
         )
 
     return make
@@ -187,20 +162,10 @@ def student_row(denoiser: Denoiser, plan: StreamPlan, *, seed: int, rebuild: boo
     """Weights streamed causally in a few steps; `rebuild` says if the cache is rebuilt where the captions change."""
 
     def make(batch: WorldBatch) -> Videos:
+        switches: dict[str, Any] = {"later": batch.later, "switch_frames": batch.switch_frames, "rebuild": rebuild}
+        begin, sizes = (batch.condition, batch.picture_latent), (batch.num_latent_frames, batch.size)
         return batch.decode(
-            student_latents(
-                denoiser,
-                batch.condition,
-                batch.picture_latent,
-                plan,
-                batch.num_latent_frames,
-                batch.size,
-                seed=seed,
-                videos=batch.numbers,
-                later=batch.later,
-                switch_frames=batch.switch_frames,
-                rebuild=rebuild,
-            )
+            student_latents(denoiser, *begin, plan, *sizes, seed=seed, videos=batch.numbers, **switches)
         )
 
     return make
@@ -250,20 +215,6 @@ def score_row(
     scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
     gathered = [pair for part in mesh.every(lambda: scored if mesh.leads_sequence else []) for pair in part]
     return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
-
-
-def iterate(
-    rows: dict[str, Row],
-    batches: Sequence[WorldBatch],
-    mesh: Mesh,
-    *,
-    rule: WindowRule | None = None,
-    scorers: Executor | None = None,
-) -> Iterator[tuple[str, list, Videos]]:
-    """Yields (name, scores, shown videos) row by row."""
-    for name, row in rows.items():
-        scores, shown = score_row(row, batches, mesh, rule=rule, scorers=scorers)
-        yield name, scores, shown
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,9 @@ from longtake.condition import pixel_frames
 from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
-from longtake.evaluation import report
-from longtake.evaluation.rows import (
-    Row,
-    Videos,
-    WorldBatch,
-    broken_row,
-    frozen,
-    held_out,
-    iterate,
-    scorer_processes,
-    student_row,
-    teacher_row,
-    truth,
-    vae_round_trip,
-)
-from longtake.evaluation.target import EvalTarget, Student, load_frozen, of_models, of_run
-from longtake.models.dit import VideoDiT
+from longtake.evaluation import report, rows
+from longtake.evaluation.target import EvalTarget, load_frozen, of_run
+from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.rollout.denoise import Denoiser
@@ -70,7 +57,7 @@ class EvaluationReport:
 
 
 def evaluate(
-    run: str | Path,
+    target: str | Path | EvalTarget,
     *,
     overrides: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -78,8 +65,10 @@ def evaluate(
     mesh: Mesh | None = None,
     settings: EvaluationConfig | None = None,
 ) -> EvaluationReport:
-    """Measures a log folder (all its stages) or one stage folder, and writes the report there, or to `output`.
+    """Measures a log folder (all its stages), one stage folder or exported students (`of_models`).
 
+    The report is written to `output`, by default to the run. `settings` are those of the job that made the run, by
+    default; `overrides` win over them.
     Rows: truth, VAE round trip, frozen first frame, teacher, the teacher's weights streamed causally in the student's
     steps, each trained stage, and the last stage with one condition taken away. Videos longer than the training clips,
     and those with switches, are also scored window by window; with switches each stage has a row without the rebuild
@@ -88,82 +77,50 @@ def evaluate(
     Raises: CheckpointError when nothing there was trained; ConfigError for switches that are no block boundary of every
     stage.
     """
-    run = Path(run)
+    run = None if isinstance(target, EvalTarget) else Path(target)
     settings = settings or _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
-    folder = Path(output) if output is not None else run
-    return measure_target(of_run(run), settings, folder, mesh or init_mesh(device))
+    folder = output or run
+    assert folder is not None, "exported students have no folder of their own"
+    measured = target if isinstance(target, EvalTarget) else of_run(Path(target))
+    return _measure(measured, settings, Path(folder), mesh or init_mesh(device))
 
 
-def evaluate_models(
-    models: Sequence[str | Path],
-    *,
-    teacher: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    output: str | Path,
-    device: str | None = None,
-    mesh: Mesh | None = None,
-) -> EvaluationReport:
-    """As `evaluate`, of exported weights: folders as `of_models` takes them, also `toy`; the report is in `output`."""
-    settings = EvaluationConfig.from_tree(dict(overrides or {}))
-    return measure_target(of_models(models, teacher), settings, Path(output), mesh or init_mesh(device))
-
-
-def measure_target(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
+def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh: Mesh) -> EvaluationReport:
     """Makes and scores the videos of every row, and writes the report to `folder`."""
     mesh.on_main(lambda: check_output_folder(folder))
-    frames = settings.num_latent_frames or target.num_latent_frames
+    trained = target.result.settings.num_latent_frames
+    frames = settings.num_latent_frames or trained
     _check_switches(settings.switch_frames, frames, target.students)
-    encoders = target.encoders(mesh.device)
-    rows = _rows(target, settings, frames, mesh)
-    batches = _worlds(encoders, target, settings, frames, mesh)
+    encoders = target.load_encoders(mesh.device)
+    table = _rows(target, settings, frames, mesh)
+    shared: dict[str, Any] = {"seed": settings.seed, "num_latent_frames": frames, "batch_size": settings.batch_size}
+    worlds = partial(rows.held_out, encoders, mesh, with_y=target.with_y, **shared)
+    batches = worlds(num_worlds=settings.num_worlds, switch_frames=settings.switch_frames)
+    rule = _window_rule(target, encoders) if frames > trained or settings.switch_frames else None
     summaries: dict[str, dict[str, Any]] = {}
-    shown: dict[str, Videos] = {}
-    windows = frames > target.num_latent_frames or bool(settings.switch_frames)
-    rule = _window_rule(target, encoders) if windows else None
-    total = len(rows) * len(batches) * settings.batch_size * batches[0].num_frames
-    with scorer_processes(total, mesh) as scorers:
-        for name, scores, videos in iterate(rows, batches, mesh, rule=rule, scorers=scorers):
+    shown: dict[str, rows.Videos] = {}
+    total = len(table) * len(batches) * settings.batch_size * batches[0].num_frames
+    with rows.scorer_processes(total, mesh) as scorers:
+        for name, row in table.items():
+            scores, shown[name] = rows.score_row(row, batches, mesh, rule=rule, scorers=scorers)
             summaries[name] = summarise(scores)
-            shown[name] = videos
         if settings.open_worlds:
-            further = _worlds(encoders, target, settings, frames, mesh, only_open=True)
-            whole = {name: row for name, row in rows.items() if not _is_broken(name)}
-            for name, scores, _ in iterate(whole, further, mesh, scorers=scorers):
-                summaries[name]["open_worlds"] = {
-                    key: value for key, value in summarise(scores).items() if key != "curves"
-                }
-    sheet = (*_SHEET_ROWS, *(student.name for student in target.students))
+            further = worlds(num_worlds=settings.open_worlds, only=_open_worlds(settings))
+            for name in (name for name in table if not _is_broken(name)):
+                found = summarise(rows.score_row(table[name], further, mesh, scorers=scorers)[0])
+                summaries[name]["open_worlds"] = {key: value for key, value in found.items() if key != "curves"}
     result = EvaluationReport(summaries, folder)
-    mesh.on_main(
-        lambda: _write(result, {name: shown[name] for name in sheet if name in shown}, settings, target.fps, frames)
-    )
+    sheet = {name: shown[name] for name in (*_SHEET_ROWS, *target.students) if name in shown}
+    mesh.on_main(lambda: _write(result, sheet, settings, target.result.settings.fps, frames))
     return result
 
 
-def _worlds(
-    encoders: Encoders,
-    target: EvalTarget,
-    settings: EvaluationConfig,
-    frames: int,
-    mesh: Mesh,
-    *,
-    only_open: bool = False,
-) -> list[WorldBatch]:
-    """The held-out worlds; with `only_open` the first ones after them whose captions leave a motion open."""
-    first = count(settings.num_worlds)
-    is_open = (k for k in first if any(sprite.is_open for sprite in sample_world(settings.seed, k).sprites))
-    return held_out(
-        encoders,
-        mesh,
-        seed=settings.seed,
-        num_worlds=settings.open_worlds if only_open else settings.num_worlds,
-        num_latent_frames=frames,
-        batch_size=settings.batch_size,
-        with_y=target.with_y,
-        only=list(islice(is_open, settings.open_worlds)) if only_open else None,
-        switch_frames=[] if only_open else settings.switch_frames,
-    )
+def _open_worlds(settings: EvaluationConfig) -> list[int]:
+    """The first worlds after the held-out ones whose captions leave a motion open."""
+    further = count(settings.num_worlds)
+    is_open = (k for k in further if any(sprite.is_open for sprite in sample_world(settings.seed, k).sprites))
+    return list(islice(is_open, settings.open_worlds))
 
 
 def _is_broken(row: str) -> bool:
@@ -174,21 +131,19 @@ def _window_rule(target: EvalTarget, encoders: Encoders) -> WindowRule:
     """Windows of the training clips' length; a new caption must be followed from two blocks after the switch on."""
     stride, plan = encoders.vae.temporal_stride, target.result.plan
     settle = 2 * plan.block_frames * stride if plan else 0
-    return WindowRule(pixel_frames(target.num_latent_frames, stride), settle)
+    return WindowRule(pixel_frames(target.result.settings.num_latent_frames, stride), settle)
 
 
-def _check_switches(switch_frames: list[int], frames: int, students: Sequence[Student]) -> None:
-    for student in students if switch_frames else ():
-        if student.plan is None:
-            raise ConfigError(
-                f"stage {student.name} is a bidirectional teacher, which cannot change its caption half-way"
-            )
+def _check_switches(switch_frames: list[int], frames: int, students: Mapping[str, Source]) -> None:
+    for name, student in students.items() if switch_frames else ():
+        if (plan := student.plan) is None:
+            raise ConfigError(f"stage {name} is a bidirectional teacher, which cannot change its caption half-way")
         for frame in switch_frames:
-            if frame < 1 or not student.plan.is_boundary(frame):
-                start, end = student.plan.block_of(max(frame, 1))
+            if frame < 1 or not plan.is_boundary(frame):
+                start, end = plan.block_of(max(frame, 1))
                 raise ConfigError(
                     f"switch_frames={switch_frames}: {frame} is no latent frame after the first at which a block of "
-                    f"stage {student.name} begins; the nearest are {start} and {end}"
+                    f"stage {name} begins; the nearest are {start} and {end}"
                 )
     if any(frame >= frames for frame in switch_frames):
         raise ConfigError(
@@ -196,48 +151,46 @@ def _check_switches(switch_frames: list[int], frames: int, students: Sequence[St
         )
 
 
-def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, Row]:
+def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mesh) -> dict[str, rows.Row]:
     result, seed, switched = target.result, settings.seed, bool(settings.switch_frames)
-    rows: dict[str, Row] = {"truth": truth, "vae round trip": vae_round_trip, "frozen": frozen}
-
-    def bidirectional(model: VideoDiT) -> Row:
-        return teacher_row(
-            model,
-            seed=seed,
-            num_steps=settings.teacher_steps,
-            shift=target.shift,
-            guidance=settings.teacher_guidance,
-            first_frame_clean=not target.with_y,
-        )
-
+    table: dict[str, rows.Row] = {"truth": rows.truth, "vae round trip": rows.vae_round_trip, "frozen": rows.frozen}
+    bidirectional = partial(
+        rows.teacher_row,
+        seed=seed,
+        num_steps=settings.teacher_steps,
+        shift=result.settings.shift,
+        guidance=settings.teacher_guidance,
+        first_frame_clean=not target.with_y,
+    )
     if target.teacher is not None:
         teacher = target.teacher(mesh.device)
         if switched:
             logger.info("No row of the bidirectional teacher: it cannot change its caption half-way")
-        elif frames == target.num_latent_frames:
-            rows["teacher"] = bidirectional(teacher)
-            rows[f"teacher, {_BROKEN['text']}"] = broken_row(rows["teacher"], "text")
+        elif frames == result.settings.num_latent_frames:
+            table["teacher"] = bidirectional(teacher)
+            table[f"teacher, {_BROKEN['text']}"] = rows.broken_row(table["teacher"], "text")
         else:
             logger.warning("No row of the bidirectional teacher: %d frames are not its training length", frames)
         if result.plan is not None:
-            rows["teacher, causal"] = student_row(Denoiser(teacher), result.plan, seed=seed)
-    for student in target.students:
+            table["teacher, causal"] = rows.student_row(Denoiser(teacher), result.plan, seed=seed)
+    for name, student in target.students.items():
         model = load_frozen(student.weights, mesh.device)
-        plan = student.plan
-        rows[student.name] = bidirectional(model) if plan is None else student_row(Denoiser(model), plan, seed=seed)
-        if switched and plan is not None:
-            rows[f"{student.name}{_NO_REBUILD}"] = student_row(Denoiser(model), plan, seed=seed, rebuild=False)
+        if student.plan is None:
+            table[name] = bidirectional(model)
+            continue
+        table[name] = rows.student_row(Denoiser(model), student.plan, seed=seed)
+        if switched:
+            table[f"{name}{_NO_REBUILD}"] = rows.student_row(Denoiser(model), student.plan, seed=seed, rebuild=False)
     if settings.ablations and result.plan is not None and not switched:
-        present = {"y": target.with_y, "clip": target.with_tokens, "text": True}
-        for broken, label in _BROKEN.items():
-            if present[broken]:
-                rows[f"{result.name}, {label}"] = broken_row(rows[result.name], broken)
-    return rows
+        present = {"y": target.with_y, "clip": target.sizes.image_dim is not None, "text": True}
+        for broken in (part for part in _BROKEN if present[part]):
+            table[f"{target.name}, {_BROKEN[broken]}"] = rows.broken_row(table[target.name], broken)
+    return table
 
 
-def _stored_settings(run: Path) -> EvaluationConfig:
+def _stored_settings(run: Path | None) -> EvaluationConfig:
     """The evaluation settings of the job that made the run, or the defaults."""
-    for folder in (run, run.parent):
+    for folder in () if run is None else (run, run.parent):
         job = folder / "job.yaml"
         if job.is_file():
             return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation") or {})
@@ -245,7 +198,7 @@ def _stored_settings(run: Path) -> EvaluationConfig:
 
 
 def _write(
-    result: EvaluationReport, shown: Mapping[str, Videos], settings: EvaluationConfig, fps: int, frames: int
+    result: EvaluationReport, shown: Mapping[str, rows.Videos], settings: EvaluationConfig, fps: int, frames: int
 ) -> None:
     folder = result.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +209,7 @@ def _write(
     report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
     report.write_curves(folder / "evaluation.png", result.summaries)
     if result.has_windows:
-        report.write_window_curves(folder / "windows.png", result.summaries)
+        report.write_curves(folder / "windows.png", result.summaries, "windows")
     report.write_png(folder / "contact_sheet.png", report.contact_sheet(shown))
     for name, videos in shown.items():
         samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:3])}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
-from longtake.plan import StreamPlan
-from longtake.run_folder import checkpoints_folder, exported_weights, find_checkpoint, student_stages, trained_config
+from longtake.models.sizes import DiTConfig
+from longtake.run_folder import checkpoints_folder, find_checkpoint, student_stages, trained_config
 from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.presets import model_config
@@ -26,36 +27,37 @@ from longtake.weights.widen import widened_as_asked
 
 
 @dataclass(frozen=True)
-class Student:
-    """Weights under a name; `plan` to stream by, None for a bidirectional model that samples whole clips."""
-
-    name: str
-    weights: Path
-    plan: StreamPlan | None
-
-
-@dataclass(frozen=True)
 class EvalTarget:
     """What is measured.
 
-    Fields: `students`, in the order of training, the last of which is the result; `teacher` loads the bidirectional
-    weights (None: there are none); `encoders` loads the encoders; `num_latent_frames` of the training clips; `shift` of
-    the teacher's noise levels; `with_y`, if pictures enter as `y`, else as a clean frame 0; `with_tokens`, if they also
-    enter as CLIP tokens.
+    Fields: `students` by name, in the order of training, the last of which is the result; `teacher` loads the
+    bidirectional weights (None: there are none).
     """
 
-    students: tuple[Student, ...]
-    teacher: Callable[[torch.device], VideoDiT] | None
-    encoders: Callable[[torch.device], Encoders]
-    num_latent_frames: int
-    fps: int
-    shift: float
-    with_y: bool
-    with_tokens: bool
+    students: dict[str, Source]
+    teacher: Callable[[torch.device], VideoDiT] | None = None
 
     @property
-    def result(self) -> Student:
-        return self.students[-1]
+    def name(self) -> str:
+        """Of the result."""
+        return list(self.students)[-1]
+
+    @property
+    def result(self) -> Source:
+        return self.students[self.name]
+
+    @cached_property
+    def sizes(self) -> DiTConfig:
+        """Of the result: pictures enter as `y` (`condition_channels`, else as a clean frame 0) and CLIP tokens."""
+        return model_config(str(self.result.weights))
+
+    @property
+    def with_y(self) -> bool:
+        return self.sizes.condition_channels > 0
+
+    def load_encoders(self, device: torch.device) -> Encoders:
+        source = self.result
+        return load_encoders(source.encoders, source.settings, device, with_image=self.sizes.image_dim is not None)
 
 
 def load_frozen(weights: Path, device: torch.device) -> VideoDiT:
@@ -71,7 +73,6 @@ def of_run(run: Path) -> EvalTarget:
     stages = trained_stages(run)
     checkpoint, last = stages[-1]
     source = last.reference
-    with_tokens = model_config(str(exported_weights(checkpoint))).image_dim is not None
 
     def teacher(device: torch.device) -> VideoDiT:
         # By name within the log folder where it lies now: it may have been moved since.
@@ -80,19 +81,8 @@ def of_run(run: Path) -> EvalTarget:
         opened = widened_as_asked(open_weights(weights, check=True), last.model, last.seed)
         return load_opened(opened, device).eval().requires_grad_(False)
 
-    return EvalTarget(
-        students=tuple(
-            Student(config.name, exported_weights(path), config.stream_plan if config.objective.causal else None)
-            for path, config in stages
-        ),
-        teacher=None if source is None else teacher,
-        encoders=lambda device: load_encoders(last.encoders_folder, last.model, device, with_image=with_tokens),
-        num_latent_frames=last.video.num_latent_frames,
-        fps=last.video.fps,
-        shift=last.flow.shift,
-        with_y=last.model.with_y,
-        with_tokens=with_tokens,
-    )
+    students = {config.name: Source.of_checkpoint(path, config) for path, config in stages}
+    return EvalTarget(students, None if source is None else teacher)
 
 
 def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -> EvalTarget:
@@ -108,32 +98,14 @@ def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -
     if not sources or len(set(names)) < len(names):
         raise ConfigError(f"models named {', '.join(names) or 'none'} were given; give each a folder of another name")
     shapes = [model_config(str(source.weights)) for source in sources]
-    kinds = {(shape.condition_channels > 0, shape.image_dim is not None) for shape in shapes}
-    if len(kinds) > 1:
+    if len({(shape.condition_channels > 0, shape.image_dim is not None) for shape in shapes}) > 1:
         raise ConfigError(f"the models {', '.join(names)} take pictures in different ways; evaluate them one by one")
     if teacher is None and TOY in [str(model) for model in models]:
         teacher = TOY
     weights = None if teacher is None else find_weights(TOY_ASSETS / "teacher" if str(teacher) == TOY else teacher).path
-    last, settings = sources[-1], sources[-1].settings
-    (with_y, with_tokens) = kinds.pop()
     return EvalTarget(
-        students=tuple(
-            Student(name, source.weights, source.settings.stream_plan)
-            for name, source in zip(names, sources, strict=True)
-        ),
-        teacher=None if weights is None else lambda device: load_frozen(weights, device),
-        encoders=lambda device: Encoders.load(
-            last.encoders,
-            device,
-            with_image=with_tokens,
-            clip_preprocess=settings.clip_preprocess,
-            text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else torch.float32,
-        ),
-        num_latent_frames=settings.num_latent_frames,
-        fps=settings.fps,
-        shift=settings.shift,
-        with_y=with_y,
-        with_tokens=with_tokens,
+        dict(zip(names, sources, strict=True)),
+        None if weights is None else lambda device: load_frozen(weights, device),
     )
 
 

@@ -11,16 +11,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.config.generation import frames_of
-from longtake.data.file_rows import FileRow, list_files, prompts_of, read_objects
+from longtake.data.file_rows import FileRow, list_files
 from longtake.errors import ConfigError, DataError
-from longtake.inference.generator import GenerationReport, Generator, Source, num_pixel_frames
-from longtake.inference.generator import write_video as write_one
-from longtake.inference.pipeline import check_negative, check_seed
+from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
+from longtake.inference.pipeline import check_request
 from longtake.inference.video_io import VIDEO_SUFFIXES
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
@@ -48,18 +47,12 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long each video is: pixel frames, or seconds, or (neither) as long as the training clips."""
-
-    num_frames: int | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class _Task:
-    pair: Pair
-    seed: int
+    """A video to make; `request`, all that its frames depend on, as the file beside it says it; `where`, for errors."""
+
+    where: str
     output: Path
+    request: dict[str, Any]
 
 
 def check_apart(inputs: str | Path, folder: str | Path) -> None:
@@ -74,40 +67,18 @@ def check_apart(inputs: str | Path, folder: str | Path) -> None:
 def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs in `path`, unusable ones included (they carry their problem).
 
-    A folder holds pictures with captions in any of the ways of `data/file_rows.py`; of several prompts the first is
-    taken. A file holds one JSON object a line with `image` (relative to the file) and `prompt`.
+    A folder holds pictures with captions, and a file is a table of such, in any of the ways of `data/file_rows.py`; of
+    several prompts the first is taken.
     Raises: DataError when there is no pair at all.
     """
     path = Path(path)
-    if path.is_file():
-        return _read_lines(path)
-    if not path.is_dir():
+    if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of pictures and captions, or a JSON-lines file")
     rows = list_files(path, "images")
     stems = [file.stem if (file := row.file or row.caption) else "row" for row in rows]
     # Files with captions of their own keep their names; rows of a table, and files of one name, are numbered.
     numbered = len(set(stems)) < len(stems) or any(row.caption is None and row.problem is None for row in rows)
     return [_pair(f"{k:05d}-{stem}" if numbered else stem, row) for k, (stem, row) in enumerate(zip(stems, rows))]
-
-
-def _read_lines(file: Path) -> list[Pair]:
-    pairs = []
-    for row, (where, entry, problem) in enumerate(read_objects(file, ("image",))):
-        name = f"{row:05d}"
-        if problem:
-            pairs.append(Pair(name, where, problem=problem))
-            continue
-        image = entry.get("image")
-        prompts, fault = prompts_of(entry)
-        if not isinstance(image, str) or not image:
-            pairs.append(Pair(name, where, problem="image is missing or no text"))
-        elif fault:
-            pairs.append(Pair(name, where, problem=fault))
-        else:
-            pairs.append(Pair(f"{name}-{Path(image).stem}", where, file.parent / image, prompts[0]))
-    if not pairs:
-        raise DataError(f'{file} holds no line; it needs one {{"image": "...", "prompt": "..."}} a video')
-    return pairs
 
 
 def _pair(name: str, row: FileRow) -> Pair:
@@ -128,87 +99,97 @@ def generate_many(
     mesh: Mesh,
     samples: int = 1,
     seed: int = 0,
-    length: Length = Length(),
+    num_frames: int | None = None,
+    seconds: float | None = None,
     negative: str | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] = logger.info,
 ) -> list[GenerationReport]:
     """Writes `folder/NAME-seedS.mp4` for every pair and each of the seeds `seed` .. `seed + samples - 1`.
 
-    Of the videos that are not there yet, each rank (with `mesh.sequence` each group of ranks together) makes its share.
-    All ranks call it. `report` gets a line after each video. `overwrite` makes videos again that are there already and
-    were asked for otherwise.
+    Each is `num_frames` or `seconds` long, or (neither) as long as the training clips. Of the videos that are not there
+    yet, each rank (with `mesh.sequence` each group of ranks together) makes its share. All ranks call it. `report` gets
+    a line after each video. `overwrite` makes videos again that are there already and were asked for otherwise.
     Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work; OutputError
     at once when a file cannot be written.
     """
+    folder, settings = Path(folder), source.settings
     if not 1 <= samples <= MAX_VIDEOS // max(1, len(pairs)):
         raise ConfigError(f"samples={samples} must be at least 1, and with all pictures {MAX_VIDEOS} videos at most")
-    check_negative(negative, source.settings)
-    check_seed(seed)
-    check_seed(seed + samples)
-    frames_of(length.num_frames, length.seconds, source.settings.fps)
-    folder = Path(folder)
+    for number in (seed, seed + samples):
+        check_request(settings, number, negative)
+    frames_of(num_frames, seconds, settings.fps)
     if folder.suffix.lower() in VIDEO_SUFFIXES and not folder.is_dir():
         raise ConfigError(f"{folder} must be a folder, for there are several videos; leave {folder.suffix} out")
-    good = [pair for pair in pairs if pair.problem is None]
-    tasks = [_Task(p, s, folder / f"{p.name}-seed{s}.mp4") for p in good for s in range(seed, seed + samples)]
-
-    def request(task: _Task) -> dict[str, Any]:
-        return {
-            "image": str(task.pair.image),
-            "prompt": task.pair.prompt,
-            "negative": negative,
-            "seed": task.seed,
-            "length": asdict(length),
-            "weights": str(source.weights),
-            "settings": source.settings.model_dump(),
-        }
-
-    def unfinished() -> list[int]:
-        check_output_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if tasks:  # the longest name stands for all
-            check_output_file(max((task.output for task in tasks), key=lambda path: len(bytes(path))), overwrite=True)
-        return [n for n, task in enumerate(tasks) if not _is_finished(task.output, request(task), overwrite=overwrite)]
-
-    waiting = mesh.on_main(unfinished)
-    if mesh.is_main and len(waiting) < len(tasks):
-        logger.info("%d of %d videos are finished already", len(tasks) - len(waiting), len(tasks))
-    problems = [f"{pair.where}: {pair.problem}" for pair in pairs if pair.problem is not None] if mesh.is_main else []
-    mine = waiting[mesh.data_rank :: mesh.num_data_ranks]
-    reports = []
-    generator = Generator.build(source, mesh.device, split=mesh.sequence) if mine else None
-    for number in mine:
-        assert generator is not None
-        task = tasks[number]
-        assert task.pair.image is not None
-        try:
-            generator.prepare(task.pair.image)
-        except DataError as error:  # this pair alone, on all ranks that would make it; named at the end
-            logger.error("%s: %s", task.pair.where, error)
-            problems.append(f"{task.pair.where}: {error}")
-            continue
-        if mesh.leads_sequence:
-            sidecar(task.output).write_text(json.dumps(request(task), indent=2) + "\n")
-            caption(task.output).write_text(task.pair.prompt + "\n", encoding="utf-8")
-        made = write_one(
-            generator,
-            task.pair.image,
-            task.pair.prompt,
-            task.output,
-            num_frames=num_pixel_frames(generator, length.num_frames, length.seconds),
-            seed=task.seed,
-            negative=negative,
-            keep=False,
+    length = {"num_frames": num_frames, "seconds": seconds}
+    shared = {"negative": negative, "length": length, "weights": str(source.weights), "settings": settings.model_dump()}
+    tasks = [
+        _Task(
+            pair.where,
+            folder / f"{pair.name}-seed{number}.mp4",
+            {"image": str(pair.image), "prompt": pair.prompt, "seed": number, **shared},
         )
-        if mesh.leads_sequence:
-            reports.append(made)
-            report(str(made))
+        for pair in pairs
+        if pair.problem is None
+        for number in range(seed, seed + samples)
+    ]
+    waiting = mesh.on_main(lambda: _unfinished(folder, tasks, overwrite=overwrite))
+    reports, problems = _make_share(
+        [tasks[k] for k in waiting[mesh.data_rank :: mesh.num_data_ranks]], source, mesh, report
+    )
+    if mesh.is_main:
+        problems = [*(f"{pair.where}: {pair.problem}" for pair in pairs if pair.problem is not None), *problems]
     # Every rank waits here: a launcher would end the others as soon as one of them fails.
     found = list(dict.fromkeys(problem for part in mesh.every(lambda: problems) for problem in part))
     if found:
         raise DataError(f"bad pairs ({len(found)}; all others are done):\n" + "\n".join(found))
     return reports
+
+
+def _unfinished(folder: Path, tasks: Sequence[_Task], *, overwrite: bool) -> list[int]:
+    """The numbers of the tasks whose videos are not there yet. Raises: as `_is_finished`; OutputError."""
+    check_output_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tasks:  # the longest name stands for all
+        check_output_file(max((task.output for task in tasks), key=lambda path: len(bytes(path))), overwrite=True)
+    waiting = [number for number, task in enumerate(tasks) if not _is_finished(task, overwrite=overwrite)]
+    if len(waiting) < len(tasks):
+        logger.info("%d of %d videos are finished already", len(tasks) - len(waiting), len(tasks))
+    return waiting
+
+
+def _make_share(
+    tasks: Sequence[_Task], source: Source, mesh: Mesh, report: Callable[[str], None]
+) -> tuple[list[GenerationReport], list[str]]:
+    """Makes the videos of this rank, or of its group; their reports (of the rank that speaks for the group), and what
+    is wrong with pictures that cannot be read.
+    """
+    reports: list[GenerationReport] = []
+    problems: list[str] = []
+    generator = Generator.build(source, mesh.device, split=mesh.sequence) if tasks else None
+    for task in tasks:
+        assert generator is not None
+        asked = task.request
+        try:
+            generator.prepare(asked["image"])
+        except DataError as error:  # this pair alone, on all ranks that would make it; named at the end
+            logger.error("%s: %s", task.where, error)
+            problems.append(f"{task.where}: {error}")
+            continue
+        if mesh.leads_sequence:
+            sidecar(task.output).write_text(json.dumps(asked, indent=2) + "\n")
+            caption(task.output).write_text(asked["prompt"] + "\n", encoding="utf-8")
+        given = {
+            "seed": asked["seed"],
+            "negative": asked["negative"],
+            "num_frames": generator.length(**asked["length"]),
+        }
+        chunks = generator.stream(asked["image"], asked["prompt"], **given, ahead=generator.is_ahead)
+        made = write_chunks(generator, chunks, task.output, keep=False)
+        if mesh.leads_sequence:
+            reports.append(made)
+            report(str(made))
+    return reports, problems
 
 
 def sidecar(output: Path) -> Path:
@@ -221,13 +202,13 @@ def caption(output: Path) -> Path:
     return output.with_suffix(".txt")
 
 
-def _is_finished(output: Path, request: dict[str, Any], *, overwrite: bool) -> bool:
+def _is_finished(task: _Task, *, overwrite: bool) -> bool:
     """True when the video is there; it appears under its name only when complete.
 
     Raises: DataError when what is there was made from another request, or by something else; with `overwrite` no other
     request is.
     """
-    file = sidecar(output)
+    output, file = task.output, sidecar(task.output)
     there = [path for path in (output, file, caption(output)) if os.path.lexists(path)]
     if not there:
         return False
@@ -237,7 +218,7 @@ def _is_finished(output: Path, request: dict[str, Any], *, overwrite: bool) -> b
         raise DataError(
             f"{there[0]} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"
         ) from error
-    now = json.loads(json.dumps(request))
+    now = json.loads(json.dumps(task.request))
     if not isinstance(before, dict) or not before.keys() >= now.keys():
         raise DataError(f"{file} exists and is nothing that was made here; move it, or give another folder")
     changed = sorted(key for key in now if before[key] != now[key])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,18 +18,26 @@ from longtake.weights.load import load_dit, save_dit
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def export(run: str | Path, target: str | Path, *, dtype: str = "bfloat16", overwrite: bool = False) -> Path:
+def export(
+    run: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    changes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Writes the student of a run (a log, stage or checkpoint folder) to the folder `target`, whole or not at all.
 
     Everything that `longtake generate --model` needs but the encoders: averaged weights, `config.json`,
-    `generation.yaml`. Args: `dtype` float16, bfloat16 or float32; `overwrite` lets it replace a folder of weights.
+    `generation.yaml`. Args: `dtype` float16, bfloat16 or float32; `changes` of its rules, as in
+    `Source.of_run`; `overwrite` lets it replace a folder of weights.
     Raises: ConfigError when `target` exists, OutputError when it cannot be written; CheckpointError when there is no
     student.
     """
     target = Path(target)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
-    source = Source.of_run(run)
+    source = Source.of_run(run, changes)
     check_new_folder(target, own=WEIGHT_FILES, inputs=[run, source.weights], overwrite=overwrite)
     model = load_dit(source.weights)
     with new_folder(target, overwrite=overwrite) as folder:

@@ -25,16 +25,13 @@ def to_frames(video: Tensor, first: int = 0) -> NDArray[np.uint8]:
     return Frames(video, first).array()
 
 
-def fetched(blocks: Iterable[Frames], *, ahead: bool) -> Iterator[NDArray[np.uint8]]:
+class Fetched(Iterator["NDArray[np.uint8]"]):
     """The frames of each block, uint8 [T, h, w, 3]; `ahead`: when the one after it has been begun.
 
     Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
     A call that raises loses nothing where `blocks` loses nothing: the next one goes on with the same frames.
     """
-    return _Fetched(blocks, ahead=ahead)
 
-
-class _Fetched(Iterator["NDArray[np.uint8]"]):
     def __init__(self, blocks: Iterable[Frames], *, ahead: bool) -> None:
         self._blocks, self._ahead = iter(blocks), ahead
         self._waiting: list[Frames] = []

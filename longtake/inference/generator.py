@@ -9,29 +9,28 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from longtake.condition import latent_frames, pixel_frames
 from longtake.config.generation import frames_of
 from longtake.config.stage import StageConfig
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
-from longtake.inference.fit import check_memory
-from longtake.inference.frames import Frames, fetched, to_frames
-from longtake.inference.pipeline import Pipeline, check_negative, check_prompt, check_seed
+from longtake.inference.cues import play
+from longtake.inference.frames import to_frames
+from longtake.inference.pipeline import Pipeline, check_prompt, check_request
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session, SessionInputs
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
-from longtake.models.sequence_parallel import SequenceParallel
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image
+
+    from longtake.inference.pipeline import Picture
 
 
 class Generator(Pipeline):
@@ -60,7 +59,7 @@ class Generator(Pipeline):
 
     def stream(
         self,
-        image: str | Path | Image.Image | NDArray[np.uint8],
+        image: Picture,
         prompt: str,
         *,
         num_frames: int | None = None,
@@ -73,7 +72,7 @@ class Generator(Pipeline):
         Memory does not grow with the length: nothing but the window, the decoder's features and one block is kept.
 
         Args: `image` of any size, cropped to the model's aspect and resized; `num_frames` pixel frames in all, None =
-        for ever. NoSplit blocks are generated and the last one is cut. `negative` is the text of the unconditional side
+        for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the unconditional side
         of guidance (default: none). `ahead` begins a block before the one before it is fetched, so that on a GPU
         fetching and what the caller does overlap with the next block; frames come a block later. The same arguments
         give the same frames.
@@ -81,21 +80,16 @@ class Generator(Pipeline):
         negative prompt without guidance; all before any work.
         """
         frames_of(num_frames, None, self.fps)
-        if num_frames is None and self.settings.sampler == "whole":
-            raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
+        if self.settings.sampler == "whole":
+            return self._whole(image, prompt, num_frames, seed, negative)
         if num_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs num_frames")
-        if num_frames is not None and self.settings.sampler == "whole":
-            check_negative(negative, self.settings)
-            latent = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-            check_memory(self.model, self.encoders, self.settings, latent, 1, latent)
-            return self._whole(self.prepare(image), check_prompt(prompt), negative or "", num_frames, check_seed(seed))
         session = self.open(image, prompt, seed=seed, negative=negative, history_blocks=0, max_frames=num_frames)
-        return fetched(_Blocks(session, num_frames), ahead=ahead)
+        return play(session, num_frames, ahead=ahead)
 
     def open(
         self,
-        image: str | Path | Image.Image | NDArray[np.uint8],
+        image: Picture,
         prompt: str,
         *,
         seed: int = 0,
@@ -114,7 +108,7 @@ class Generator(Pipeline):
             raise ConfigError(
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
-        check_negative(negative, self.settings)
+        check_request(self.settings, seed, negative)
         if max_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
         most = None
@@ -122,11 +116,11 @@ class Generator(Pipeline):
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = self.plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        check_memory(self.model, self.encoders, self.settings, kept, layers, self.plan.block_frames)
+        self.check_memory(kept, layers, self.plan.block_frames)
         return Session(
             self,
             SessionInputs(check_prompt(prompt), self.prepare(image)),
-            seed=check_seed(seed),
+            seed=seed,
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             max_latent_frames=most,
@@ -145,42 +139,44 @@ class Generator(Pipeline):
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
 
-    @torch.no_grad()
-    def _whole(
-        self, picture: Tensor, prompt: str, negative: str, num_frames: int, seed: int
-    ) -> Iterator[NDArray[np.uint8]]:
-        """The frames of a whole clip at once, from bidirectional weights."""
-        condition, first_latent = self.condition(picture, prompt)
-        guided = self.settings.guidance != 1
-        latents = teacher_latents(
-            self.model,
-            condition,
-            self.encoders.text.encode([negative]) if guided else condition.text,
-            latent_frames(num_frames, self.encoders.vae.temporal_stride),
-            (first_latent.shape[3], first_latent.shape[4]),
-            seed=seed,
-            videos=[0],
-            num_steps=len(self.settings.steps),
-            shift=self.settings.shift,
-            guidance=self.settings.guidance,
-            first_latent=None if self.model.config.condition_channels else first_latent,
+    def length(self, num_frames: int | None, seconds: float | None) -> int:
+        """The length in pixel frames that was asked for; by default that of the training clips. Raises: ConfigError."""
+        given = frames_of(num_frames, seconds, self.fps)
+        return (
+            pixel_frames(self.settings.num_latent_frames, self.encoders.vae.temporal_stride) if given is None else given
         )
-        yield to_frames(self.encoders.vae.decode(latents)[0])[:num_frames]
 
+    def _whole(
+        self, image: Picture, prompt: str, num_frames: int | None, seed: int, negative: str | None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The frames of a whole clip at once, from bidirectional weights: checked now, made when they are asked for."""
+        if num_frames is None:
+            raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
+        check_request(self.settings, seed, negative)
+        check_prompt(prompt)
+        count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
+        self.check_memory(count, 1, count)
+        picture, settings = self.prepare(image), self.settings
 
-class _Blocks(Iterator[Frames]):
-    """The frames of a session, `num_frames` in all, as they are begun."""
+        @torch.no_grad()
+        def clip() -> Iterator[NDArray[np.uint8]]:
+            condition, first_latent = self.condition(picture, prompt)
+            latents = teacher_latents(
+                self.model,
+                condition,
+                self.encoders.text.encode([negative or ""]) if settings.guidance != 1 else condition.text,
+                count,
+                (first_latent.shape[3], first_latent.shape[4]),
+                seed=seed,
+                videos=[0],
+                num_steps=len(settings.steps),
+                shift=settings.shift,
+                guidance=settings.guidance,
+                first_latent=None if self.model.config.condition_channels else first_latent,
+            )
+            yield to_frames(self.encoders.vae.decode(latents)[0])[:num_frames]
 
-    def __init__(self, session: Session, num_frames: int | None) -> None:
-        self._session, self._num_frames = session, num_frames
-
-    def __next__(self) -> Frames:
-        before = self._session.num_frames
-        if self._num_frames is None:
-            return self._session.begin()
-        if before >= self._num_frames:
-            raise StopIteration
-        return self._session.begin().cut(self._num_frames - before)
+        return clip()
 
 
 @dataclass(frozen=True)
@@ -214,72 +210,57 @@ def generate_file(
     seconds: float | None = None,
     seed: int = 0,
     negative: str | None = None,
-    device: str | None = None,
-    split: SequenceParallel | None = None,
-    decode_device: str | None = None,
     overwrite: bool = False,
+    **build: Any,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source; `split` and `decode_device` as in
-    `Generator.build`.
+    """Writes an mp4 while it is generated, with the student in `run` or of a source.
 
     Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips. `overwrite` lets `output`
-    replace another file.
+    replace another file. `build`: `device`, `split` and `decode_device` as in `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
     check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
-    check_negative(negative, source.settings)
+    check_request(source.settings, seed, negative)
     check_prompt(prompt)
-    check_seed(seed)
     frames_of(num_frames, seconds, source.settings.fps)
     prepare_image(image, source.settings.height, source.settings.width)
-    generator = Generator.build(source, device, split=split, decode_device=decode_device)
-    length = num_pixel_frames(generator, num_frames, seconds)
-    return write_video(generator, image, prompt, output, num_frames=length, seed=seed, negative=negative)
-
-
-def num_pixel_frames(generator: Generator, num_frames: int | None, seconds: float | None) -> int:
-    """The length in pixel frames that was asked for; by default that of the training clips. Raises: ConfigError."""
-    given = frames_of(num_frames, seconds, generator.fps)
-    settings, stride = generator.settings, generator.encoders.vae.temporal_stride
-    return pixel_frames(settings.num_latent_frames, stride) if given is None else given
-
-
-def write_video(
-    generator: Generator,
-    image: str | Path,
-    prompt: str,
-    output: str | Path,
-    *,
-    num_frames: int,
-    seed: int = 0,
-    negative: str | None = None,
-    keep: bool = True,
-) -> GenerationReport:
-    """Writes one mp4, a block at a time, as `write_chunks` does. Raises: LongtakeError."""
-    chunks = generator.stream(
-        image, prompt, num_frames=num_frames, seed=seed, negative=negative, ahead=generator.is_ahead
-    )
-    return write_chunks(generator, chunks, output, keep=keep)
+    generator = Generator.build(source, **build)
+    length = generator.length(num_frames, seconds)
+    chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
+    return write_chunks(generator, chunks, output)
 
 
 def write_chunks(
-    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, *, keep: bool = True
+    generator: Generator,
+    chunks: Iterable[NDArray[np.uint8]],
+    output: str | Path,
+    *,
+    keep: bool = True,
+    finish: bool = False,
 ) -> GenerationReport:
     """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
 
-    `keep` as in `VideoWriter`. Of the processes that compute a generator's calls together, one writes.
+    `keep` as in `VideoWriter`; with `finish` it is also completed when making it fails. Of the processes that compute a
+    generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
-    first, made = 0.0, 0
+    first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
     with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
-        for index, chunk in enumerate(chunks):
-            if writer is not None:
-                writer.write(chunk)
-            made += len(chunk)
-            if index <= 1:  # the given picture is there at once; the first generated chunk is the second
-                first = perf_counter() - started
+        try:
+            for index, chunk in enumerate(chunks):
+                if writer is not None:
+                    writer.write(chunk)
+                made += len(chunk)
+                if index <= 1:  # the given picture is there at once; the first generated chunk is the second
+                    first = perf_counter() - started
+        except BaseException as error:
+            if not finish or made == 0:
+                raise
+            failure = error  # raised when the file is complete: an hour of it may be there already
+    if failure is not None:
+        raise failure
     return GenerationReport(Path(output), made, perf_counter() - started, first)

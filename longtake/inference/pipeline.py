@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -10,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition
+from longtake.condition import Condition, VideoShape
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
-from longtake.devices import usable_device
+from longtake.devices import memory_bytes, usable_device
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
-from longtake.inference.fit import check_fit
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -33,16 +33,48 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    Picture = str | Path | Image.Image | NDArray[np.uint8]
 
-def load_encoders(folder: Path, model: ModelConfig, device: torch.device, *, with_image: bool) -> Encoders:
-    """The encoders of a stage, in training, inference and evaluation alike. Raises: CheckpointError."""
+
+logger = logging.getLogger(__name__)
+
+
+def load_encoders(
+    folder: Path,
+    rules: ModelConfig | GenerationConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    with_image: bool,
+) -> Encoders:
+    """The encoders in a folder, in training, inference and evaluation alike. Raises: CheckpointError.
+
+    Args: `rules` say how CLIP sees a picture and if the text encoder is bfloat16 where `dtype`, that of text and image
+    encoder, is not.
+    """
+    text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
         folder,
         device,
+        dtype,
         with_image=with_image,
-        clip_preprocess=model.clip_preprocess,
-        text_dtype=torch.bfloat16 if model.text_precision == "bf16" else torch.float32,
+        clip_preprocess=rules.clip_preprocess,
+        text_dtype=text_dtype,
     )
+
+
+def picture_condition(
+    encoders: Encoders, pictures: Tensor, prompts: list[str], *, with_y: bool
+) -> tuple[Condition, Tensor]:
+    """The condition of pictures [B, 3, h, w] and prompts, and the pictures' latents [B, 1, C, H, W].
+
+    Without `with_y` a picture enters as clean frame 0 alone.
+    """
+    if not with_y:
+        return Condition(encoders.text.encode(prompts)), encoders.vae.encode(pictures[:, None])
+    condition = encode_condition(encoders, pictures, prompts)
+    assert condition.frames is not None
+    return condition, condition.frames[:, :1, -encoders.vae.latent_channels :]
 
 
 @dataclass
@@ -82,7 +114,12 @@ class Pipeline:
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
-        decoding = None if decode_device is None else _second_device(decode_device, split)
+        if decode_device is not None and split is not None:
+            raise ConfigError(
+                f"decode_device={decode_device} is for one process; processes that share the transformer's calls "
+                "decode where they are: leave out one of both"
+            )
+        decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
         settings = source.settings
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -91,15 +128,9 @@ class Pipeline:
             check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
-        encoders = Encoders.load(
-            source.encoders,
-            device,
-            dtype,
-            with_image=model.config.image_dim is not None,
-            clip_preprocess=settings.clip_preprocess,
-            text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else dtype,
-        )
-        check_fit(model, encoders, source)
+        with_image = model.config.image_dim is not None
+        encoders = load_encoders(source.encoders, settings, device, dtype, with_image=with_image)
+        _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
@@ -124,28 +155,57 @@ class Pipeline:
         """Blocks, noise levels, window and positions."""
         return self.settings.stream_plan
 
-    def prepare(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> Tensor:
+    def prepare(self, image: Picture) -> Tensor:
         """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
         return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
 
     @torch.no_grad()
     def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
         """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
-        if self.model.config.condition_channels == 0:  # the picture enters as clean frame 0 alone
-            return Condition(self.encoders.text.encode([prompt])), self.encoders.vae.encode(picture[:, None])
-        condition = encode_condition(self.encoders, picture, [prompt])
-        assert condition.frames is not None
-        return condition, condition.frames[:, :1, -self.encoders.vae.latent_channels :]
+        with_y = self.model.config.condition_channels > 0
+        return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
+
+    def check_memory(self, frames: int, layers: int, at_once: int) -> None:
+        """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of
+        `at_once` latent frames that are decoded together, exceed the memory of the device.
+        """
+        settings, vae, device = self.settings, self.encoders.vae, next(self.model.parameters()).device
+        height, width = settings.height, settings.width
+        tokens = frames * self.model.tokens_per_frame(height // vae.spatial_stride, width // vae.spatial_stride)
+        split = self.model.execution.split
+        sides, ranks = 1 if settings.guidance == 1 else 2, 1 if split is None else split.size
+        each = 2 * sides * layers * self.model.config.dim * (2 if settings.precision == "bf16" else 4)
+        pixels = at_once * vae.temporal_stride * height * width * 3 * 4  # as float32
+        needed, there = tokens * each // ranks + pixels, memory_bytes(device)
+        if needed > there:
+            raise ConfigError(
+                f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
+                f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
+            )
 
 
-def _second_device(name: str | torch.device, split: SequenceParallel | None) -> torch.device:
-    """The device that decodes. Raises: ConfigError when there is none such, or several processes share the calls."""
-    if split is not None:
+def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
+    """Raises ConfigError when weights, encoders and size of the picture do not fit each other."""
+    vae, config, settings = encoders.vae, model.config, source.settings
+    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
+    if config.out_channels != vae.latent_channels:
         raise ConfigError(
-            f"decode_device={name} is for one process; processes that share the transformer's calls decode where they "
-            "are: leave out one of both"
+            f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "
+            f"{source.encoders} {vae.latent_channels}; take both from the same release"
         )
-    return usable_device(name, "decode_device")
+    wanted = vae.temporal_stride + vae.latent_channels
+    if config.condition_channels not in (0, wanted):
+        raise ConfigError(
+            f"the weights at {source.weights} have in_channels={config.in_channels}; with this VAE an image-to-video "
+            f"model has {config.out_channels + wanted}, or {config.out_channels} where the picture is only frame 0"
+        )
+    if config.condition_channels == 0:
+        logger.info("%s takes no y: the picture enters as the clean first frame alone", source.weights)
+    if encoders.text.width != config.text_dim:
+        raise ConfigError(
+            f"the weights at {source.weights} read text of width {config.text_dim} and the text encoder in "
+            f"{source.encoders} writes {encoders.text.width}; take both from the same release"
+        )
 
 
 def check_prompt(text: str) -> str:
@@ -157,15 +217,10 @@ def check_prompt(text: str) -> str:
     return text
 
 
-def check_seed(seed: int) -> int:
-    """The seed. Raises: ConfigError when it is negative or needs more than 63 bits."""
+def check_request(settings: GenerationConfig, seed: int, negative: str | None) -> None:
+    """Raises ConfigError for a seed that is none, and for a negative prompt that nothing would read."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
-    return seed
-
-
-def check_negative(negative: str | None, settings: GenerationConfig) -> None:
-    """Raises ConfigError for a negative prompt that nothing would read."""
     if negative is not None and settings.guidance == 1:
         raise ConfigError(
             f"a negative prompt ({negative!r}) has no effect with guidance=1; set guidance above 1 (it doubles the "

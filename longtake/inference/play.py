@@ -15,15 +15,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from longtake.errors import ConfigError, LongtakeError
-from longtake.inference.generator import GenerationReport, Generator
-from longtake.inference.video_io import VideoWriter
+from longtake.inference.generator import GenerationReport, Generator, write_chunks
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
@@ -155,33 +154,12 @@ def play(
 
     most = num_frames if generator.plan.window_frames is None else None
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
-    settings, started, first = generator.settings, perf_counter(), 0.0
     typed = sys.stdin if sys.stdin is not None and not sys.stdin.closed else io.StringIO()
-    with Keyboard.reading(typed) if lines is None else _given(lines) as source:
+    with Keyboard.reading(typed) if lines is None else nullcontext(lines) as source:
         player = Player(session, source, num_frames, output=Path(output))
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
-        file = VideoWriter(output, settings.fps, settings.height, settings.width)
-        with _finished(file) as writer, view, _on_interrupt(player.quit):
-            for index, chunk in enumerate(player.frames()):
-                writer.write(chunk)
-                if index <= 1:  # the given picture is there at once; the first generated chunk is the second
-                    first = perf_counter() - started
-    return GenerationReport(Path(output), player.written, perf_counter() - started, first)
-
-
-@contextmanager
-def _given(lines: Lines) -> Iterator[Lines]:
-    yield lines
-
-
-@contextmanager
-def _finished(writer: VideoWriter) -> Iterator[VideoWriter]:
-    """Completes the video also when making it fails: an hour of it may be there already."""
-    writer.__enter__()
-    try:
-        yield writer
-    finally:
-        writer.__exit__(*(sys.exc_info() if writer.num_frames == 0 else (None, None, None)))
+        with view, _on_interrupt(player.quit):
+            return write_chunks(generator, player.frames(), output, finish=True)
 
 
 @contextmanager

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from longtake.config.base import Settings, read_yaml
 from longtake.config.generation import MAX_FRAMES, GenerationConfig, frames_of
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
-from longtake.inference.frames import Frames, fetched
+from longtake.inference.cues import Cue, play
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
-from longtake.inference.pipeline import check_negative, check_prompt
+from longtake.inference.pipeline import check_prompt, check_request
 from longtake.inference.video_io import VIDEO_SUFFIXES
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from longtake.inference.session import Session
@@ -78,22 +79,6 @@ class Script(Settings):
 
 
 @dataclass(frozen=True)
-class Cue:
-    """An event by pixel frame, its pictures read: uint8 [h, w, 3] at the size of the video."""
-
-    frame: int
-    prompt: str | None
-    image: NDArray[np.uint8] | None
-    target: NDArray[np.uint8] | None
-
-    def undoes(self, before: Cue) -> bool:
-        """Whether nothing of a part of `before` is left after this one."""
-        scene = self.image is not None and (before.image is not None or before.target is not None)
-        target = self.target is not None and before.target is not None
-        return scene or target or (self.prompt is not None and before.prompt is not None)
-
-
-@dataclass(frozen=True)
 class Story:
     """A script that was checked and whose pictures, `files`, were read."""
 
@@ -125,14 +110,8 @@ class Story:
         return session
 
     def play(self, session: Session, *, ahead: bool = False) -> Iterator[NDArray[np.uint8]]:
-        """Yields the frames from where `session` stands to the end of the story; the last block is cut.
-
-        `ahead` as in `Generator.stream`.
-
-        A change is handed to the session before the frames that end at or after its time are given out, so a session
-        that is saved between two blocks and resumed goes on with the same frames.
-        """
-        return fetched(_Blocks(self, session), ahead=ahead)
+        """Yields the frames from where `session` stands to the end of the story, as `cues.play` does."""
+        return play(session, self.num_frames, self.cues, ahead=ahead)
 
     def _check_cues(self, block: int, fps: int) -> None:
         """Raises ConfigError for a cue after which no block begins, or whose change another one undoes before it."""
@@ -140,74 +119,49 @@ class Story:
         def where(number: int) -> str:
             return f"event {number + 1} at frame {self.cues[number].frame} ({self.cues[number].frame / fps:g} s)"
 
-        made, cut, next_cue = 0, True, 0
-        while next_cue < len(self.cues):
-            begin, made, cut, due = made, made + (1 if cut else block), False, next_cue
-            while due < len(self.cues) and self.cues[due].frame <= made:
-                due += 1
-            if due > next_cue and made >= self.num_frames:
+        begin, made, step = 0, 0, 1  # the latest block, from which frame to which, and how long the next one is
+        for number, cue in enumerate(self.cues):
+            before = made
+            while made < cue.frame:
+                begin, made, step = made, made + step, block
+            if made >= self.num_frames:
                 raise ConfigError(
-                    f"{where(next_cue)} never shows: it takes effect where a block begins, and the last does at frame "
+                    f"{where(number)} never shows: it takes effect where a block begins, and the last does at frame "
                     f"{begin} of {self.num_frames}; make the video longer, or the event earlier"
                 )
-            for number in range(next_cue, due):
-                cut |= self.cues[number].image is not None
-                if number > next_cue and self.cues[number].undoes(self.cues[number - 1]):
-                    raise ConfigError(
-                        f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
-                        f"{block} frames apart, or one event"
-                    )
-            next_cue = due
+            if number > 0 and made == before and cue.undoes(self.cues[number - 1]):
+                raise ConfigError(
+                    f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
+                    f"{block} frames apart, or one event"
+                )
+            if cue.image is not None:
+                step = 1  # a cut begins with its picture
 
 
-class _Blocks(Iterator[Frames]):
-    """The blocks of a story as they are begun; a call that raised can be made again."""
-
-    def __init__(self, story: Story, session: Session) -> None:
-        self._story, self._session = story, session
-        self._begun: tuple[int, Frames] | None = None  # pixel frames before a block, and the block
-
-    def __next__(self) -> Frames:
-        length, session = self._story.num_frames, self._session
-        if self._begun is None:
-            if session.num_frames >= length:
-                raise StopIteration
-            self._begun = session.num_frames, session.begin()
-        before, frames = self._begun
-        for cue in self._story.cues:
-            if before < cue.frame <= session.num_frames:
-                _apply(cue, session)
-        self._begun = None
-        return frames.cut(length - before)
-
-
-def _apply(cue: Cue, session: Session) -> None:
-    if cue.image is not None:
-        session.image = cue.image
-    if cue.target is not None:
-        session.image_target = cue.target
-    if cue.prompt is not None:
-        session.prompt = cue.prompt
-
-
-def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> Story:
-    """The story in a YAML file; `given` (`seconds`, `frames`, `seed`, `negative`) wins over the file.
+def read_story(
+    path: str | Path,
+    settings: GenerationConfig,
+    *,
+    num_frames: int | None = None,
+    seconds: float | None = None,
+    **given: Any,
+) -> Story:
+    """The story in a YAML file; what is given (a length, `seed`, `negative`) wins over the file.
 
     Raises: ConfigError for wrong keys, values and times, DataError for a picture that cannot be read.
     """
     path = Path(path)
-    tree = read_yaml(path)
-    if "seconds" in given or "frames" in given:
-        tree = {key: value for key, value in tree.items() if key not in ("seconds", "frames")}
-    script = Script.from_tree({**tree, **given})
-    check_negative(script.negative, settings)
-    if script.seconds is None and script.frames is None:
+    length = {"frames": num_frames, "seconds": seconds} if (num_frames, seconds) != (None, None) else {}
+    script = Script.from_tree({**read_yaml(path), **length, **given})
+    check_request(settings, script.seed, script.negative)
+    frames = frames_of(script.frames, script.seconds, settings.fps)
+    if frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
-    length = frames_of(script.frames, script.seconds, settings.fps)
-    assert length is not None
     files = []
 
-    def picture(name: str) -> NDArray[np.uint8]:
+    def picture(name: str | None) -> NDArray[np.uint8] | None:
+        if name is None:
+            return None
         files.append(path.parent / name)
         pixels = prepare_image(files[-1], settings.height, settings.width)
         return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
@@ -218,12 +172,12 @@ def read_story(path: str | Path, settings: GenerationConfig, **given: Any) -> St
         where = f"{path}: event {number} at frame {frame} ({frame / settings.fps:g} s)"
         if cues and frame <= cues[-1].frame:
             raise ConfigError(f"{where} is not after the one before it; order events by time, one for each")
-        if frame >= length:
-            raise ConfigError(f"{where} is after the end, frame {length}; make the video longer, or leave it out")
-        image = None if event.image is None else picture(event.image)
-        cues.append(Cue(frame, event.prompt, image, None if event.target is None else picture(event.target)))
+        if frame >= frames:
+            raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
+        cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
     image = picture(script.image)
-    return Story(image, script.prompt, length, script.seed, script.negative, tuple(cues), tuple(files))
+    assert image is not None
+    return Story(image, script.prompt, frames, script.seed, script.negative, tuple(cues), tuple(files))
 
 
 def generate_story(
@@ -231,7 +185,7 @@ def generate_story(
     script: str | Path,
     output: str | Path,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     split: SequenceParallel | None = None,
     decode_device: str | None = None,
     overwrite: bool = False,

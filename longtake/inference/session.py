@@ -30,7 +30,8 @@ from longtake.rollout.stream import LatentStream
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image
+
+    from longtake.inference.pipeline import Picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Session:
         return to_frames(self.wanted.picture)[0]
 
     @image.setter
-    def image(self, image: str | Path | Image.Image | NDArray[np.uint8]) -> None:
+    def image(self, image: Picture) -> None:
         self.wanted, self.cut = SessionInputs(self.wanted.prompt, self.generator.prepare(image)), True
 
     @property
@@ -160,7 +161,7 @@ class Session:
         return None if self.wanted.target is None else to_frames(self.wanted.target)[0]
 
     @image_target.setter
-    def image_target(self, image: str | Path | Image.Image | NDArray[np.uint8] | None) -> None:
+    def image_target(self, image: Picture | None) -> None:
         if image is not None and self.generator.model.config.image_dim is None:
             raise ConfigError(
                 "image_target speaks to the model through CLIP tokens, and these weights have none; set `image` for a "
@@ -336,24 +337,20 @@ class Session:
 
     def _written(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that `restored` needs: values that JSON can say, and tensors."""
-        state = self.state
-        pictures: list[Tensor] = []
-
-        def number(picture: Tensor | None) -> int | None:
-            """A picture's place in `pictures`; the same one has the same."""
-            if picture is None:
-                return None
-            if not any(other is picture for other in pictures):
-                pictures.append(picture)
-            return next(index for index, other in enumerate(pictures) if other is picture)
-
-        looks = {
-            name: {"prompt": inputs.prompt, "picture": number(inputs.picture), "target": number(inputs.target)}
-            for name, inputs in (("inputs", state.inputs), ("wanted", self.wanted))
-        }
+        state, looks = self.state, {"inputs": self.state.inputs, "wanted": self.wanted}
+        shown = [picture for inputs in looks.values() for picture in (inputs.picture, inputs.target)]
+        pictures = list({id(picture): picture for picture in shown if picture is not None}.values())
+        number = {id(picture): index for index, picture in enumerate(pictures)}
         tensors = {f"picture.{index}": picture for index, picture in enumerate(pictures)}
         values: dict[str, Any] = {
-            **looks,
+            name: {
+                "prompt": inputs.prompt,
+                "picture": number[id(inputs.picture)],
+                "target": number.get(id(inputs.target)),
+            }
+            for name, inputs in looks.items()
+        }
+        values |= {
             "cut": self.cut,
             "seed": self.seed,
             "negative": self.negative,

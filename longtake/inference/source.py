@@ -14,6 +14,7 @@ from typing import Any
 from longtake.config.generation import GenerationConfig, generation_settings, read_rules
 from longtake.config.stage import TOY, TOY_ASSETS, StageConfig
 from longtake.errors import CheckpointError, ConfigError
+from longtake.plan import StreamPlan
 from longtake.run_folder import exported_weights, find_checkpoint, trained_config
 from longtake.weights.locate import find_encoders, find_weights
 
@@ -51,11 +52,22 @@ class Source:
                 f"{path} holds a text-to-video student, and a Generator starts from a picture; give a run with "
                 "model.image_condition=i2v"
             )
-        settings, trained = generation_settings(config, changes), generation_settings(config)
+        source, trained = cls.of_checkpoint(checkpoint, config, changes), generation_settings(config)
         for name in ("plan", "rope", "steps", "shift"):
-            if (now := getattr(settings, name)) != (before := getattr(trained, name)):
+            if (now := getattr(source.settings, name)) != (before := getattr(trained, name)):
                 logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
-        return cls(exported_weights(checkpoint), config.encoders_folder, settings, config)
+        return source
+
+    @classmethod
+    def of_checkpoint(cls, path: Path, config: StageConfig, changes: Mapping[str, Any] | None = None) -> Source:
+        """The weights that a stage left in a checkpoint, also those of a teacher."""
+        return cls(exported_weights(path), config.encoders_folder, generation_settings(config, changes), config)
+
+    @property
+    def plan(self) -> StreamPlan | None:
+        """How it streams; None for a bidirectional teacher, which samples whole clips."""
+        is_teacher = self.config is not None and not self.config.objective.causal
+        return None if is_teacher else self.settings.stream_plan
 
     @classmethod
     def of_model(

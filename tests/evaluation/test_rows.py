@@ -23,8 +23,8 @@ from longtake.evaluation.rows import (
     truth,
     vae_round_trip,
 )
-from longtake.evaluation.run import evaluate, evaluate_models
-from longtake.evaluation.target import trained_stages
+from longtake.evaluation.run import evaluate
+from longtake.evaluation.target import of_models, trained_stages
 from longtake.inference.export import export
 from longtake.inference.video_io import read_video
 from longtake.parallel.mesh import Mesh
@@ -236,7 +236,7 @@ def test_exported_students_are_measured_as_in_their_run(run, tmp_path, workshop)
     overrides = {"num_worlds": 2, "teacher_steps": 2}
     models = [tmp_path / "first", tmp_path / "second"]
     teacher = config.source(config.init_from)
-    found = evaluate_models(models, teacher=teacher, device="cpu", output=tmp_path / "out", overrides=overrides)
+    found = evaluate(of_models(models, teacher), device="cpu", output=tmp_path / "out", overrides=overrides)
     expected = evaluate(run, device="cpu", output=tmp_path / "again", overrides=overrides)
     names = [name.replace("distill", "second") if name != "causal" else "first" for name in expected.summaries]
     assert list(found.summaries) == names
@@ -245,9 +245,9 @@ def test_exported_students_are_measured_as_in_their_run(run, tmp_path, workshop)
     assert (tmp_path / "out/evaluation.md").is_file()
 
 
-def test_models_of_one_name_are_refused(tmp_path):
+def test_models_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="another name"):
-        evaluate_models(["toy", "toy"], device="cpu", output=tmp_path)
+        of_models(["toy", "toy"])
 
 
 def test_one_stage_folder_longer_than_training_without_ablations(run, tmp_path):

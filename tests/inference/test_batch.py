@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.errors import ConfigError, DataError
-from longtake.inference.batch import Length, Pair, generate_many, read_pairs
+from longtake.inference.batch import Pair, generate_many, read_pairs
 from longtake.inference.generator import Generator, Source, generate_file
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
@@ -39,8 +39,8 @@ def inputs(tmp_path):
 
 
 def make(run, pairs, folder, mesh=None, **given):
-    given = {"length": Length(num_frames=5)} | given
-    return generate_many(Source.of_run(run), pairs, folder, mesh=mesh or Mesh(), **given)
+    length = {} if "seconds" in given else {"num_frames": 5}
+    return generate_many(Source.of_run(run), pairs, folder, mesh=mesh or Mesh(), **length, **given)
 
 
 def test_pairs_of_a_folder_a_table_and_a_file(inputs):
@@ -67,9 +67,9 @@ def test_each_bad_pair_says_what_is_wrong(tmp_path):
     (tmp_path / "list.jsonl").write_bytes(b"\n".join(lines))
     problems = [pair.problem for pair in read_pairs(tmp_path / "list.jsonl")]
     assert "not valid JSON" in problems[0] and "must be a JSON object" in problems[1]
-    assert "image is missing" in problems[2] and "prompt is missing" in problems[3] and problems[4] is None
+    assert "file_name is missing" in problems[2] and "prompt is missing" in problems[3] and problems[4] is None
     (tmp_path / "list.jsonl").unlink()
-    with pytest.raises(DataError, match="holds no line"):
+    with pytest.raises(DataError, match="empty.jsonl is empty; it needs one line a file"):
         (tmp_path / "empty.jsonl").write_text("")
         read_pairs(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match="does not exist"):
@@ -131,7 +131,7 @@ def test_videos_of_another_request_are_not_taken_for_finished(run, inputs, tmp_p
     pairs = read_pairs(inputs)[:1]
     make(run, pairs, tmp_path / "out")
     with pytest.raises(DataError, match="w0-seed0.mp4 was made with other values of length"):
-        make(run, pairs, tmp_path / "out", length=Length(seconds=1.0))
+        make(run, pairs, tmp_path / "out", seconds=1.0)
     (tmp_path / "out" / "w0-seed0.json").unlink()
     with pytest.raises(DataError, match="does not say how it was made"):
         make(run, pairs, tmp_path / "out")

@@ -12,9 +12,8 @@ from longtake.condition import pixel_frames
 from longtake.encoders.bundle import Encoders, ImageEncoder
 from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import CheckpointError, ConfigError, DataError
-from longtake.inference import generator as module
 from longtake.inference import pipeline
-from longtake.inference.frames import Frames, to_frames
+from longtake.inference.frames import Fetched, Frames, to_frames
 from longtake.inference.generator import generate_file
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
@@ -187,7 +186,7 @@ def test_frames_are_here_before_the_work_that_is_queued_behind_them():
             yield Frames(torch.full((2, 3, 4, 4), number / 127.5 - 1, device="cuda"))
             torch.cuda._sleep(2_000_000_000)  # the next block's work, half a second and more
 
-    chunks = module.fetched(blocks(), ahead=True)
+    chunks = Fetched(blocks(), ahead=True)
     for number, chunk in enumerate(chunks):
         assert (chunk == number).all()
         assert number == 2 or not torch.cuda.current_stream().query()
@@ -360,6 +359,6 @@ def test_devices_and_sizes_without_sense_are_refused(generator, tmp_path, monkey
     for name in ("gpu", "cuda:99", "meta", "cpu:7", ""):
         with pytest.raises(ConfigError, match=f"device={name} cannot be used"):
             Generator.build(Source(tmp_path, tmp_path, generator.settings), name)
-    monkeypatch.setattr("longtake.inference.fit.memory_bytes", lambda _: 1000)
+    monkeypatch.setattr("longtake.inference.pipeline.memory_bytes", lambda _: 1000)
     with pytest.raises(ConfigError, match="lower the size, the window or the length"):
         next(generator.stream(PICTURE, "a red circle", num_frames=9))

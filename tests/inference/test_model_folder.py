@@ -90,6 +90,39 @@ def test_wrong_rules_are_named(options, message):
         generation_settings(None, changes_of(**options))
 
 
+def test_the_command_line_wins_over_a_stage_and_a_stage_over_the_defaults(workshop, tmp_path):
+    stage = stage_config(workshop, tmp_path, "causal")
+    words = (
+        "plan.keep_sink=true",
+        "plan.sink_frames=3",
+        "steps=[1,0.5]",
+        "text_precision=bf16",
+        "plan.window_frames=9",
+    )
+    settings = generation_settings(stage, changes_of(*words, sink=1, dtype="bf16"))
+    assert settings.plan.model_dump() == {**stage.plan.model_dump(), "keep_sink": True, "window_frames": 9}
+    assert stage.plan.sink_frames == 1 != GenerationConfig().plan.sink_frames  # the option, the default
+    assert (settings.steps, settings.precision, settings.text_precision) == ([1.0, 0.5], "bf16", "bf16")
+    assert (settings.height, settings.shift) == (stage.video.height, stage.flow.shift)
+    assert changes_of("plan.window_frames=null") == {"plan": {"window_frames": None}} == changes_of(window="all")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plan.windw_frames=9", "unknown key plan.windw_frames; did you mean plan.window_frames"),
+        ("window=9", "unknown key window; here it is plan.window_frames"),
+        ("guidence=2", "unknown key guidence; did you mean guidance"),
+        ("plan=9", "plan: got 9"),
+        ("plan.window_frames=9.5", "plan.window_frames: got 9.5; must be a valid integer"),
+        ("shift", "override 'shift' must have the form key=value"),
+    ],
+)
+def test_a_wrong_override_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        generation_settings(None, changes_of(override))
+
+
 def test_folders_without_weights_or_encoders_say_where_was_looked(models, tmp_path):
     with pytest.raises(CheckpointError, match="nothing does not exist"):
         Source.of_model(tmp_path / "nothing", tmp_path)
@@ -277,6 +310,10 @@ def test_an_exported_student_streams_by_its_own_rules(models, tmp_path):
     with pytest.raises(ConfigError, match="dtype=int8 must be one of float16"):
         export(models / "run", tmp_path / "other", dtype="int8")
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    result = CliRunner().invoke(app, ["export", str(models / "run"), str(tmp_path / "second"), "history_blocks=3"])
+    assert result.exit_code == 0, result.output
+    again = Source.of_model(tmp_path / "second", models / "encoders").settings
+    assert again == found.settings.model_copy(update={"history_blocks": 3})
     (folder / "generation.yaml").write_text("shift: -1\nwindow: 3\n")
     with pytest.raises(ConfigError, match=r"(?s)shift: got -1.*unknown key window|unknown key window.*shift: got -1"):
         Generator.from_model(folder, "cpu", encoders=models / "encoders")

@@ -14,6 +14,7 @@ from tiny_sessions import OTHER, PICTURE, A, B, make_generator
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
+from longtake.config.generation import generation_settings
 from longtake.errors import DataError
 from longtake.inference import generator as generator_module
 from longtake.inference.play import Keyboard, Player, play
@@ -225,7 +226,14 @@ def test_a_pipe_gives_its_lines_and_its_end_and_can_be_left_open():
 # ---- the command -----------------------------------------------------------------------------------------------------
 def test_the_command_with_piped_input(generator, pictures, monkeypatch):
     source = generator_module.Source(pictures, pictures, generator.settings)
-    monkeypatch.setattr(generator_module.Source, "of_run", classmethod(lambda *_: source))
+    given = []
+
+    def of_run(cls, run, changes):
+        generation_settings(None, changes)  # refuses what is no rule
+        given.append(changes)
+        return source
+
+    monkeypatch.setattr(generator_module.Source, "of_run", classmethod(of_run))
     monkeypatch.setattr(generator_module.Generator, "build", classmethod(lambda *_: generator))
     command = ["play", "--run", "r", "--image", pictures / "a.png", "--prompt", A, "-o", pictures / "out.mp4"]
 
@@ -240,6 +248,8 @@ def test_the_command_with_piped_input(generator, pictures, monkeypatch):
     assert len(read_video(pictures / "out.mp4")[0]) == 32
     result = invoke("--overwrite", typed=f"{B}\n/quit\n")
     assert result.exit_code == 0 and len(read_video(pictures / "out.mp4")[0]) % 8 == 1
-    for wrong in (["--model", "m"], ["--seconds", "0"], ["--encoders", "e"]):
+    result = invoke("plan.sink_frames=1", typed="/quit\n")
+    assert result.exit_code == 0 and given == [{}, {}, {}, {"plan": {"sink_frames": 1}}]
+    for wrong in (["plan.windw_frames=9"], ["--model", "m"], ["--seconds", "0"], ["--encoders", "e"]):
         result = invoke(*wrong)
         assert result.exit_code == 2 and "ConfigError" in result.output

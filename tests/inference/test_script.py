@@ -129,7 +129,7 @@ def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_chunks", recorded)
     monkeypatch.setattr(module.Generator, "build", lambda *_, **__: generator)
     source = module.Source(tmp_path, tmp_path, generator.settings)
-    report = generate_story(source, write(frames=None), tmp_path / "out.mp4", frames=44)
+    report = generate_story(source, write(frames=None), tmp_path / "out.mp4", num_frames=44)
     assert np.array_equal(np.concatenate(written), by_hand(generator)[:44])
     video, fps = read_video(tmp_path / "out.mp4")
     assert report.num_frames == len(video) == 44 and fps == 16

@@ -1,0 +1,211 @@
+"""The commands that make videos: `longtake generate` and `longtake play`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longtake.cli.common import Device, Overwrite, Rules, Run, clean_errors, given, source_of
+from longtake.errors import ConfigError
+from longtake.outputs import check_output_file, free_name
+
+if TYPE_CHECKING:
+    from longtake.inference.batch import Pair
+    from longtake.inference.generator import GenerationReport
+    from longtake.parallel.mesh import Mesh
+
+WAIT_MINUTES = 7 * 24 * 60.0
+# Short options for values of the rules, which `a.b=c` can say too (`config/generation.py`)
+RULES = ("height", "width", "fps", "sampler", "steps", "shift", "block", "window", "sink", "rope", "guidance", "dtype")
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
+]
+Encoders = Annotated[Path | None, typer.Option(help="Folder of the encoders, where not in or beside the model's.")]
+Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")]
+Videos = Annotated[
+    Path, typer.Option("--output", "-o", help="The mp4 file; with --inputs or --samples the folder of the files.")
+]
+FIRST_FRAME = "The first frame; any size, cropped to the aspect, never stretched."
+Inputs = Annotated[
+    Path | None, typer.Option(help="In place of --image and --prompt: folder of pictures and captions, or JSON lines.")
+]
+Script = Annotated[
+    Path | None, typer.Option(help="In place of --image and --prompt: YAML file of a video whose prompt changes.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")]
+SequenceParallel = Annotated[
+    int | None,
+    typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),
+]
+DecodeDevice = Annotated[str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")]
+
+
+def generate(
+    context: typer.Context,
+    output: Videos,
+    overrides: Rules = None,
+    run: Run = None,
+    model: Model = None,
+    encoders: Encoders = None,
+    config: Stage = None,
+    image: Annotated[Path | None, typer.Option(help=FIRST_FRAME)] = None,
+    prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
+    inputs: Inputs = None,
+    script: Script = None,
+    samples: Annotated[int | None, typer.Option(help="Videos of each picture: seeds S, S + 1, ...")] = None,
+    negative: Annotated[str | None, typer.Option(help="What should not happen; needs --guidance above 1.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length in seconds.")] = None,
+    num_frames: Annotated[int | None, typer.Option("--frames", help="Length in frames.")] = None,
+    seed: Seed = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the file.")] = None,
+    sampler: Sampler = None,
+    steps: Annotated[str | None, typer.Option(help="Denoising steps, or their levels: 1,0.75,0.5,0.25.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Warp of the noise levels.")] = None,
+    block: Annotated[int | None, typer.Option(help="Latent frames of a block.")] = None,
+    window: Annotated[str | None, typer.Option(help="Latent frames a block attends to, or all.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First latent frames that are never evicted.")] = None,
+    rope: Annotated[str | None, typer.Option(help="relative or absolute temporal positions.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; not 1 = twice the work.")] = None,
+    dtype: Dtype = None,
+    sequence_parallel: SequenceParallel = None,
+    decode_device: DecodeDevice = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
+    with clean_errors(context):
+        from longtake.config.generation import changes_of, frames_of
+
+        is_single = _is_single(context)
+        frames_of(num_frames, seconds, 1)
+        if is_single:
+            check_output_file(output, suffixes=(".mp4",), inputs=[image, script, config], overwrite=overwrite)
+        changes = changes_of(*(overrides or []), **given(context, *RULES))
+        source = source_of(run, model, encoders, config, changes)
+        wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device")
+        wanted["overwrite"] = overwrite
+        if script is not None:
+            from longtake.inference.script import generate_story
+
+            _make_one(partial(generate_story, source, script, output, **wanted), device, sequence_parallel)
+        elif is_single:
+            from longtake.inference.generator import generate_file
+
+            assert image is not None and prompt is not None
+            _make_one(partial(generate_file, source, image, prompt, output, **wanted), device, sequence_parallel)
+        else:
+            from longtake.inference.batch import generate_many
+
+            pairs = _pairs(image, prompt, inputs, output)
+            _make_many(partial(generate_many, source, pairs, output, **wanted), device, sequence_parallel)
+
+
+def _is_single(context: typer.Context) -> bool:
+    """Whether one video is made, a file. Raises: ConfigError for options that do not go together."""
+    said = given(context, "image", "prompt", "inputs", "script", "samples", "decode_device").keys()
+    if said - {"samples", "decode_device"} not in ({"image", "prompt"}, {"inputs"}, {"script"}):
+        raise ConfigError(
+            "give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs), or --script"
+        )
+    if said >= {"script", "samples"}:
+        raise ConfigError("--script makes one video; leave out --samples")
+    if said.isdisjoint({"inputs", "samples"}):
+        return True
+    if "decode_device" in said:
+        raise ConfigError("--decode-device is for one video; leave it out, or --inputs and --samples")
+    return False
+
+
+def _make_one(make: Callable[..., GenerationReport], device: str | None, sequence_parallel: int | None) -> None:
+    """One video by all processes of torchrun together, or by this process alone."""
+    from longtake.parallel.mesh import init_mesh, launched
+
+    _, world_size, _ = launched()
+    if world_size == 1 and sequence_parallel not in (None, 1):
+        raise ConfigError(
+            f"--sequence-parallel {sequence_parallel} needs as many ranks, and this is one process; start them with "
+            f"torchrun --nproc-per-node {sequence_parallel} -m longtake generate ..., or leave it out"
+        )
+    if world_size > 1 and sequence_parallel != world_size:
+        raise ConfigError(
+            f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
+            "together, or --inputs or --samples, or leave torchrun"
+        )
+    with init_mesh(device) as mesh:
+        made = make(device=mesh.device, split=_arranged(mesh, sequence_parallel).sequence)
+        if mesh.is_main:
+            typer.echo(str(made))
+
+
+def _make_many(make: Callable[..., object], device: str | None, sequence_parallel: int | None) -> None:
+    """Many videos, shared among the processes of torchrun."""
+    from longtake.parallel.mesh import init_mesh
+
+    # The ranks meet at the end alone: the one with the shortest share waits for the longest.
+    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
+        make(mesh=_arranged(mesh, sequence_parallel), report=typer.echo)
+
+
+def _arranged(mesh: Mesh, sequence_parallel: int | None) -> Mesh:
+    from longtake.config.groups import ParallelConfig
+
+    return mesh.arranged(ParallelConfig.from_tree({} if sequence_parallel is None else {"sequence": sequence_parallel}))
+
+
+def _pairs(image: Path | None, prompt: str | None, inputs: Path | None, output: Path) -> list[Pair]:
+    """What the videos show: what lies in `inputs`, or one picture. Raises: as `check_apart`, `read_pairs`."""
+    from longtake.inference.batch import Pair, check_apart, read_pairs
+
+    if inputs is not None:
+        check_apart(inputs, output)
+        return read_pairs(inputs)
+    assert image is not None and prompt is not None
+    return [Pair(image.stem, str(image), image, prompt)]
+
+
+def play(
+    context: typer.Context,
+    image: Annotated[Path, typer.Option(help=FIRST_FRAME)],
+    prompt: Annotated[str, typer.Option(help="What happens until another prompt is typed.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 file.")],
+    overrides: Rules = None,
+    run: Run = None,
+    model: Model = None,
+    encoders: Encoders = None,
+    config: Stage = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Longest video, in seconds; by default there is no end.")
+    ] = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file of the output's name; without it, the name is numbered.")
+    ] = False,
+) -> None:
+    """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
+    with clean_errors(context):
+        from longtake.config.generation import changes_of, frames_of
+
+        frames_of(None, seconds, 1)
+        check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=True)
+        output = output if overwrite else free_name(output)
+        source = source_of(run, model, encoders, config, changes_of(*(overrides or []), dtype=dtype))
+        from longtake.inference.generator import Generator
+        from longtake.inference.play import play as start
+
+        most = frames_of(None, seconds, source.settings.fps)
+        generator = Generator.build(source, device)
+        typer.echo(str(start(generator, image, prompt, output, num_frames=most, **given(context, "seed"))))

@@ -1,0 +1,119 @@
+"""The commands about training: `longtake train`, `longtake encode`, `longtake doctor`, `longtake config`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longtake.cli.common import EXIT_ERROR, Overwrite, clean_errors, given
+from longtake.errors import ConfigError
+
+Recipe = Annotated[Path, typer.Argument(help="YAML file of a job or of one stage, e.g. configs/toy/i2v.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Values that win over the file, e.g. optim.lr=1e-5 or, in a job, distill.optim.lr=1e-5.",
+    ),
+]
+
+
+class ConfigKind(StrEnum):
+    """The kinds of configuration."""
+
+    stage = "stage"
+    job = "job"
+    generation = "generation"
+
+
+def train(
+    context: typer.Context,
+    config: Recipe,
+    overrides: Overrides = None,
+    logdir: Annotated[str | None, typer.Option(help="Log folder, in place of the file's `logdir`.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only validate and print the resolved configuration.")] = False,
+) -> None:
+    """Train a stage, or run a whole job; an interrupted run goes on from its last checkpoint."""
+    with clean_errors(context):
+        from longtake.config.job import load_config
+        from longtake.config.stage import dump
+
+        given_logdir = [] if logdir is None else [f"logdir={logdir}"]
+        resolved = load_config(config, [*(overrides or []), *given_logdir])
+        if check:
+            typer.echo(dump(resolved), nl=False)
+            return
+        from longtake.train.job import run
+
+        run(resolved)
+
+
+def encode(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of one stage, e.g. configs/toy/distill.yaml.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
+    ],
+    overrides: Overrides = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
+    ] = None,
+    rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode the data of a stage once, so that training from it loads no encoder."""
+    with clean_errors(context):
+        from longtake.config.job import load_config
+        from longtake.config.stage import StageConfig
+
+        resolved = load_config(config, overrides or [])
+        if not isinstance(resolved, StageConfig):
+            raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
+        from longtake.encodings.write import encode as run
+
+        report = run(resolved, output, overwrite=overwrite, **given(context, "dtype", "rows_per_shard"))
+        if report is not None:
+            typer.echo(str(report))
+
+
+def doctor(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
+) -> None:
+    """Say what is missing, whether a configuration fits, and what this machine has."""
+    with clean_errors(context):
+        from longtake.doctor.run import diagnose
+
+        report = diagnose(config, overrides or [], gpus=gpus, device=device)
+        typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
+        if not report.ok:
+            raise typer.Exit(EXIT_ERROR)
+
+
+def show_config(
+    context: typer.Context,
+    kind: Annotated[ConfigKind, typer.Argument(help="stage, job or generation.")] = ConfigKind.stage,
+) -> None:
+    """List every key of a configuration file with its type, default and meaning."""
+    with clean_errors(context):
+        from longtake.config.base import Settings, describe
+        from longtake.config.generation import GenerationConfig
+        from longtake.config.job import JobConfig
+        from longtake.config.stage import StageConfig
+
+        models: dict[str, type[Settings]] = {"stage": StageConfig, "job": JobConfig, "generation": GenerationConfig}
+        for key, annotation, default, description in describe(models[kind.value]):
+            value = "required" if default is ... else json.dumps(default)
+            typer.echo(f"{key}  ({annotation}; {value})\n    {description}")
