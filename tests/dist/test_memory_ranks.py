@@ -64,7 +64,7 @@ def read_by_two(shop, tmp_path_factory):
 
 
 def test_sharded_loading_equals_loading_whole(shop, read_by_two, tmp_path):
-    """NoSplit weights, updates on bfloat16, widened and merged ones, roles: bit for bit what one rank reads."""
+    """Whole weights, updates on bfloat16, widened and merged ones, roles: bit for bit what one rank reads."""
     memory_run.loaded(shop, tmp_path, Mesh())
     for variant in memory_run.VARIANTS:
         got, wanted = (load_file(folder / f"{variant}.safetensors") for folder in (read_by_two, tmp_path))

@@ -187,7 +187,7 @@ def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
 def _roll_out(
     model: VideoDiT, cache: KVCache, plan: StreamPlan, noise: list[Tensor], condition: Condition
 ) -> Iterator[Tensor]:
-    """Self-forcing in miniature: one ungraded step, the with_grad exit step, and the context pass, block by block."""
+    """Self-forcing in miniature: one ungraded step, the exit step with gradient, and the context pass, block by block."""
     half = torch.full((noise[0].shape[0],), 0.5)
     for (start, end), x in zip(plan.blocks(), noise):
         assert cache.position == start and x.shape[1] == end - start

@@ -98,7 +98,7 @@ def test_gradient_stays_inside_its_own_block(checkpointing, window):
         leaves[start, step] = noise_at(start, end, step).requires_grad_()
         return leaves[start, step]
 
-    # With the exit at step 0 the noise itself is the input of the with_grad call.
+    # With the exit at step 0 the noise itself is the input of the call with gradient.
     made = unroll(model, condition, picture, rules=rules(window=window), noise=noise, exit_step=0, with_grad=True)
     for start in (1, 3, 5):
         loss = made.latents[:, start : start + 2].square().sum()

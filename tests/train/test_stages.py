@@ -1,4 +1,4 @@
-"""NoSplit stages on the smallest real parts: files -> readers -> encoders -> objective -> checkpoints -> generator."""
+"""Whole stages on the smallest real parts: files -> readers -> encoders -> objective -> checkpoints -> generator."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""CheckpointReader layouts: pipelines, indices, `torch.save` files of students, low-rank updates, names of the hub."""
+"""Published layouts: pipelines, indices, `torch.save` files of students, low-rank updates, names of the hub."""
 
 from __future__ import annotations
 
