@@ -81,11 +81,13 @@ def open_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
     `from` and `to` are the 95 % interval of the bits; `open stopped` the share of sprites, left open, that stood still.
     """
-    parts = {name: part for name, summary in summaries.items() if (part := summary.get("open_worlds")) is not None}
-    ends = {name: part["open_entropy_ci95_bits"] or (None, None) for name, part in parts.items()}
-    return _formatted(
-        OPEN_COLUMNS, {name: {**part, "low": ends[name][0], "high": ends[name][1]} for name, part in parts.items()}
-    )
+
+    def values(part: Mapping[str, Any]) -> dict[str, Any]:
+        low, high = part["open_entropy_ci95_bits"] or (None, None)
+        return {**part, "low": low, "high": high}
+
+    parts = {name: summary["open_worlds"] for name, summary in summaries.items() if "open_worlds" in summary}
+    return _formatted(OPEN_COLUMNS, {name: values(part) for name, part in parts.items()})
 
 
 def window_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -95,12 +97,11 @@ def window_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """
 
     def values(windows: Mapping[str, Any]) -> dict[str, Any]:
-        known = {
-            title: [value for value in windows[key][which] if value is not None]
-            for title, key, which, _, _ in WINDOW_COLUMNS
-        }
-        picked = {title: pick(known[title]) if known[title] else None for title, _, _, pick, _ in WINDOW_COLUMNS}
-        return {**windows, **picked, "windows": len(windows["count_kept"])}
+        found = {**windows, "windows": len(windows["count_kept"])}
+        for title, key, which, pick, _ in WINDOW_COLUMNS:
+            known = [value for value in windows[key][which] if value is not None]
+            found[title] = pick(known) if known else None
+        return found
 
     switched = any(summary["windows"]["follow_shares"] for summary in summaries.values())
     columns = [("windows", "windows", "{}"), *((title, title, form) for title, *_, form in WINDOW_COLUMNS)]

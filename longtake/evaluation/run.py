@@ -81,7 +81,8 @@ def evaluate(
     settings = settings or _stored_settings(run)
     settings = EvaluationConfig.from_tree({**settings.model_dump(), **(overrides or {})})
     folder = output or run
-    assert folder is not None, "exported students have no folder of their own"
+    if folder is None:
+        raise ConfigError("exported students have no folder of their own; give `output`, the folder of the report")
     measured = target if isinstance(target, EvalTarget) else of_run(Path(target))
     return _measure(measured, settings, Path(folder), mesh or init_mesh(device))
 
