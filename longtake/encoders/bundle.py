@@ -49,3 +49,15 @@ class Encoders:
             TextEncoder.load(paths.text, device, text_dtype or dtype),
             None if image is None else ImageEncoder.load(image, device, dtype, preprocess=clip_preprocess),
         )
+
+    @classmethod
+    def build_toy_random(cls, seed: int = 0) -> Encoders:
+        """Encoders of the toy sizes with random weights, for tests that need no files."""
+        from longtake.toy import encoders as toy
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vae = VideoVAE(toy.build_vae())
+            tokenizer = toy.build_tokenizer()
+            text = TextEncoder(toy.build_text_model(len(tokenizer)), tokenizer, toy.TEXT_LEN)
+            return cls(vae, text, ImageEncoder(toy.build_image_model()))

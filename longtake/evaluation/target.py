@@ -22,7 +22,7 @@ from longtake.run_folder import checkpoints_folder, exported_weights, find_check
 from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.presets import model_config
-from longtake.weights.widen import widened_as_asked
+from longtake.weights.widen import opened_as_asked
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def of_run(run: Path) -> EvalTarget:
         # By name within the log folder where it lies now: it may have been moved since.
         logdir = checkpoint.parents[2]
         weights = find_weights(resolve_source(source or "", logdir), logdir).path
-        opened = widened_as_asked(open_weights(weights, check=True), last.model, last.seed)
+        opened = opened_as_asked(open_weights(weights, check=True), last.model, last.seed)
         return load_opened(opened, device).eval().requires_grad_(False)
 
     return EvalTarget(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from longtake.config.stage import LoraConfig, StageConfig
-from longtake.models.flops import Call, backward, forward
+from longtake.models.flops import Call, Work, backward, forward
 from longtake.models.sizes import DiTConfig
 
 GENERATOR, CRITIC, TEACHER = "generator", "critic", "teacher"
@@ -139,15 +139,15 @@ def loras(config: StageConfig) -> dict[str, LoraConfig | None]:
 
 def model_work(
     found: list[Pass], networks: Mapping[str, DiTConfig], updates: Mapping[str, LoraConfig | None]
-) -> dict[str, float]:
+) -> dict[str, Work]:
     """Operations by phase, each forward once and each backward (`backward`) without what checkpointing computes again:
     what the mathematics needs, by which the utilisation of a device is measured.
     """
-    total: dict[str, float] = {}
+    total: dict[str, Work] = {}
     for each in found:
         network, lora = networks[each.network], updates[each.network]
         if each.ahead:
-            total[each.phase] = total.get(each.phase, 0.0) + forward(network, each.call, lora) * each.times
+            total[each.phase] = total.get(each.phase, Work()) + forward(network, each.call, lora) * each.times
         if each.with_grad:
-            total["backward"] = total.get("backward", 0.0) + backward(network, each.call, lora) * each.times
+            total["backward"] = total.get("backward", Work()) + backward(network, each.call, lora) * each.times
     return total

@@ -38,7 +38,7 @@ from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, is_adapter, read_base
 from longtake.weights.presets import model_config
 from longtake.weights.tensor_files import not_finite
-from longtake.weights.widen import widened_as_asked
+from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _key(name: str) -> str:
 
 def _open(source: Path, config: StageConfig) -> Opened:
     """Weights of a stage before they are read, checked against its condition. Raises: CheckpointError, ConfigError."""
-    opened = widened_as_asked(open_weights(weights_folder(source, config)), config.model, config.seed)
+    opened = opened_as_asked(open_weights(weights_folder(source, config)), config.model, config.seed)
     sizes = opened.model.config
     if (sizes.condition_channels > 0) != config.model.with_y:
         key, fix = _misfit(config.model)

@@ -101,7 +101,7 @@ def operations_of(
         key = tuple(options.values())
         if key not in known:
             found = passes(config, sizes, config.batch_size, image_tokens, **options)
-            known[key] = sum(model_work(found, sizes, loras(config)).values()) / world_size
+            known[key] = sum(work.total for work in model_work(found, sizes, loras(config)).values()) / world_size
         return known[key]
 
     return operations

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_encoders import random_encoders
 
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import condition_frames, encode_condition, prepare_image
@@ -15,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
-    return random_encoders(0)
+    return Encoders.build_toy_random(0)
 
 
 def pictures(batch: int, size: int = 32, seed: int = 0) -> torch.Tensor:

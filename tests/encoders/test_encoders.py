@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_encoders import random_encoders
 from safetensors.torch import load_file, save_file
 
 import longtake
@@ -38,7 +37,7 @@ def vae() -> VideoVAE:
 
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
-    return random_encoders(0)
+    return Encoders.build_toy_random(0)
 
 
 def video(frames: int, batch: int = 1, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -271,11 +270,11 @@ def test_image_encoder_refuses_pixels_for_people(encoders):
 def test_random_toy_encoders_depend_on_the_seed_only():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, again = random_encoders(1), random_encoders(1)
+    first, again = Encoders.build_toy_random(1), Encoders.build_toy_random(1)
     assert torch.equal(state, torch.get_rng_state())
     prompt = ["a red circle rises"]
     assert torch.equal(first.text.encode(prompt), again.text.encode(prompt))
-    assert not torch.equal(first.text.encode(prompt), random_encoders(2).text.encode(prompt))
+    assert not torch.equal(first.text.encode(prompt), Encoders.build_toy_random(2).text.encode(prompt))
 
 
 def test_folders_round_trip_and_missing_parts_are_named(tmp_path, encoders):

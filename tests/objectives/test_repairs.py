@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_encoders import random_encoders
 from test_dmd import make_dmd, watched
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.condition import Condition
+from longtake.encoders.bundle import Encoders
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
@@ -122,7 +122,7 @@ def test_a_y_goes_to_both_halves_of_teacher_forcing(broken, monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_d_clip_tokens_keep_the_batch_dimension(batch_size):
     images = torch.rand(batch_size, 3, 64, 64) * 2 - 1
-    encoder = random_encoders().image
+    encoder = Encoders.build_toy_random().image
     tokens = encoder.encode(images)
     assert tokens.shape == (batch_size, encoder.num_tokens, encoder.width)
     for k in range(batch_size):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from longtake.config.stage import StageConfig
 from longtake.models import flops
 from longtake.models.execution import Execution
-from longtake.models.flops import forward
+from longtake.models.flops import Work, forward
 from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
 from longtake.objectives.flow_matching import FlowMatching
 from longtake.objectives.teacher_forcing import ErrorRecycling, TeacherForcing
@@ -75,7 +75,7 @@ def dmd_of(config, i2v):
 
 def total(found, networks, config, *phases):
     work = model_work(found, networks, loras(config))
-    return sum(work[phase] for phase in phases)
+    return sum(work[phase].total for phase in phases)
 
 
 @pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
@@ -100,7 +100,7 @@ def test_distillation(i2v, step):
 def recomputed(size, call):
     """The blocks of a forward, without embeddings and head."""
     blocks = [sum(p(None)[0] for p in flops._block(size, call, first=first, lora=None)) for first in (True, False)]
-    return blocks[0] + (size.num_layers - 1) * blocks[1] + size.num_layers * flops._attention(size, call)
+    return Work(blocks[0] + (size.num_layers - 1) * blocks[1], size.num_layers * flops._attention(size, call))
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -113,7 +113,7 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step)
     batch = make_batch(dmd.generator.model, [4, 9], dmd.num_frames)
     found = passes(config, networks, 2, IMAGE_TOKENS, exit_step=dmd.exit_step(step), together=True)
     (joined,) = (each for each in found if not each.ahead)
-    again, whole = (work(networks["generator"], joined.call) for work in (recomputed, forward))
+    again, whole = (work(networks["generator"], joined.call).total for work in (recomputed, forward))
     ran, result = counted(lambda: dmd.loss("generator", batch, step))
     back = counted(result.loss.backward)[0]
     ran_critic, result = counted(lambda: dmd.loss("critic", batch, step))
@@ -147,12 +147,12 @@ def test_teacher_and_causal():
     objective = FlowMatching(model, KeyedRNG(SEED), shift=3.0, caption_dropout=0.0, first_frame_clean=False)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, result = counted(lambda: objective.loss("generator", batch, 0))
-    assert found.with_grad and ran == forward(model.config, found.call)
+    assert found.with_grad and ran == forward(model.config, found.call).total
     config = config_of("causal")
     causal = TeacherForcing(Denoiser(model), KeyedRNG(SEED), config.stream_plan, shift=3.0, caption_dropout=0.0)
     (found,) = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal.loss("generator", batch, 0))
-    assert ran == forward(model.config, found.call)
+    assert ran == forward(model.config, found.call).total
 
 
 def test_error_recycling_costs_its_share_of_a_roll_out():
@@ -169,7 +169,7 @@ def test_error_recycling_costs_its_share_of_a_roll_out():
     )
     *own, _ = passes(config, {"generator": model.config}, 2, IMAGE_TOKENS)
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, 0))
-    assert ran == sum(forward(model.config, each.call) * each.times for each in own)
+    assert ran == sum(forward(model.config, each.call).total * each.times for each in own)
     half = config_of("causal", error_recycling={"share": 0.5, "from_step": 2})
     *less, _ = passes(half, {"generator": model.config}, 2, IMAGE_TOKENS)
     assert [each.times for each in less] == [each.times / 2 for each in own]

@@ -161,7 +161,7 @@ def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog
 def test_operations_are_shared_by_the_ranks(workshop, tmp_path):
     config = stage_config(workshop, tmp_path, "teacher", init_from=None)
     call = Call.bidirectional(4, 5, 16, TEACHER.text_len, 17)
-    expected = flops.forward(TEACHER, call) + flops.backward(TEACHER, call)
+    expected = flops.forward(TEACHER, call).total + flops.backward(TEACHER, call).total
     for ranks in (1, 4):
         assert operations_of(config, {"generator": TEACHER}, None, ranks, 17)(0) == expected / ranks
 
