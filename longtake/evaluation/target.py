@@ -23,7 +23,7 @@ from longtake.run_folder import checkpoints_folder, find_checkpoint, student_sta
 from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.presets import model_config
-from longtake.weights.widen import widened_as_asked
+from longtake.weights.widen import opened_as_asked
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def of_run(run: Path) -> EvalTarget:
         # By name within the log folder where it lies now: it may have been moved since.
         logdir = checkpoint.parents[2]
         weights = find_weights(resolve_source(source or "", logdir), logdir).path
-        opened = widened_as_asked(open_weights(weights, check=True), last.model, last.seed)
+        opened = opened_as_asked(open_weights(weights, check=True), last.model, last.seed)
         return load_opened(opened, device).eval().requires_grad_(False)
 
     students = {config.name: Source.of_checkpoint(path, config) for path, config in stages}

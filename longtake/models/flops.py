@@ -24,10 +24,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Operations, by kind of kernel; can be added and multiplied by a number."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    attention_backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All operations that the mathematics needs."""
+        return self.products + self.attention + self.attention_backward
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.attention_backward + other.attention_backward,
+        )
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.products * factor, self.attention * factor, self.attention_backward * factor)
+
+
+@dataclass(frozen=True)
 class Call:
     """Sizes of one call: `batch` videos of `entries` frames with `tokens` each.
 
-    Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `text_tokens`, padded, and
+    Fields: `pairs`, pairs of query and key tokens of a video's self-attention; `context_tokens` of text (padded) and
     `image_tokens` of CLIP; `with_context` False where the keys and values of both are kept from an earlier call.
     """
 
@@ -43,6 +67,11 @@ class Call:
     def all_tokens(self) -> int:
         """Tokens of all videos and frames."""
         return self.batch * self.entries * self.tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that cross-attention sees."""
+        return self.text_tokens + self.image_tokens
 
     @classmethod
     def bidirectional(cls, batch: int, frames: int, tokens: int, text_tokens: int, image_tokens: int = 0) -> Call:
@@ -123,7 +152,7 @@ def _outside(config: DiTConfig, call: Call, lora: LoraConfig | None) -> Iterator
 
 def _attention(config: DiTConfig, call: Call) -> float:
     """One block's forward: scores and weighted values, of both attentions."""
-    cross = call.entries * call.tokens * (call.text_tokens + call.image_tokens)
+    cross = call.entries * call.tokens * call.context_tokens
     return 4.0 * config.dim * call.batch * (call.pairs + cross)
 
 
@@ -140,17 +169,20 @@ def _attention_backward(config: DiTConfig, call: Call, lora: LoraConfig | None) 
 
 def _products(config: DiTConfig, call: Call, lora: LoraConfig | None) -> tuple[float, float]:
     """Forward and backward of all matrix products."""
-    first, later = (list(_block(config, call, first=first, lora=lora)) for first in (True, False))
-    products = [*first, *(config.num_layers - 1) * later, *_outside(config, call, lora)]
-    costs = [product(lora) for product in products]
-    return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
+    blocks = [list(_block(config, call, first=first, lora=lora)) for first in (True, False)]
+    costs = [[product(lora) for product in block] for block in blocks]
+    costs.append([product(lora) for product in _outside(config, call, lora)])
+    (f1, b1), (f2, b2), (f3, b3) = ((sum(f for f, _ in part), sum(b for _, b in part)) for part in costs)
+    rest = config.num_layers - 1
+    return f1 + rest * f2 + f3, b1 + rest * b2 + b3
 
 
-def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> float:
+def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:
     """One forward, with unmerged low-rank updates where `lora` is given."""
-    return _products(config, call, lora)[0] + config.num_layers * _attention(config, call)
+    return Work(_products(config, call, lora)[0], config.num_layers * _attention(config, call))
 
 
-def backward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> float:
+def backward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:
     """The backward of one forward in which all weights are trained, or their low-rank updates; no recomputation."""
-    return _products(config, call, lora)[1] + config.num_layers * _attention_backward(config, call, lora)
+    attention = config.num_layers * _attention_backward(config, call, lora)
+    return Work(_products(config, call, lora)[1], attention_backward=attention)

@@ -45,7 +45,7 @@ from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
 from longtake.weights.tensor_files import not_finite
-from longtake.weights.widen import widened_as_asked
+from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ class Builder:
     def open(self, source: Path) -> Opened:
         """Weights before they are read, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
         model = self.config.model
-        opened = widened_as_asked(open_weights(weights_folder(source, self.config.logdir)), model, self.config.seed)
+        opened = opened_as_asked(open_weights(weights_folder(source, self.config.logdir)), model, self.config.seed)
         sizes = opened.model.config
         if (sizes.condition_channels > 0) != model.with_y:
             key, fix = _misfit(model)

@@ -79,7 +79,7 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
     return nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
 
 
-def widened_as_asked(opened: Opened, settings: ModelConfig, seed: int) -> Opened:
+def opened_as_asked(opened: Opened, settings: ModelConfig, seed: int) -> Opened:
     """`opened`, widened to the sizes of `settings.preset` where `settings.widen` asks and it is text-to-video."""
     asked = settings.widen and not opened.model.config.condition_channels
     return widen(opened, model_config(settings.preset), seed) if asked else opened

@@ -170,7 +170,7 @@ def test_an_unknown_device_is_named_once(workshop, tmp_path, monkeypatch, caplog
 def test_operations_are_shared_by_the_ranks():
     objective = FlowMatching(parts_of(make_model()), FlowMatchingConfig())
     call = Call.bidirectional(4, 5, 16, TEACHER.text_len, 17)
-    expected = flops.forward(TEACHER, call) + flops.backward(TEACHER, call)
+    expected = flops.forward(TEACHER, call).total + flops.backward(TEACHER, call).total
     for ranks in (1, 4):
         networks = {"generator": TEACHER}, {"generator": None}, {"generator": call}
         assert operations_of(objective, *networks, ranks)(0) == expected / ranks
