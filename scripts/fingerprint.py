@@ -32,9 +32,15 @@ COMMON += ["ema.start_step=2", "log_every=1", "optim.warmup_steps=0", "optim.lr=
 MORE = {
     "teacher": [],
     "causal": [],
-    "distill": ["critic.updates_per_generator=2"],
-    "long": ["critic.updates_per_generator=2", "critic.critic_warmup_steps=0", "long.num_chunks=[3]"],
+    "distill": ["objective.critic.updates_per_generator=2"],
+    "long": [
+        "objective.critic.updates_per_generator=2",
+        "objective.critic.critic_warmup_steps=0",
+        "objective.num_chunks=[3]",
+    ],
 }
+# What keys were called before commits that had no `objective`
+BEFORE = {"objective.critic.": "critic.", "objective.num_chunks": "long.num_chunks"}
 # Scalars that measure the machine, not the training.
 TIMES = ("second", "per_s", "mfu", "util", "gib", "bytes", "memory", "time", "flops", "phase", "wait", "stall")
 FRAMES = """
@@ -91,11 +97,15 @@ def fingerprint(tree: Path, logdir: Path, data: Path, stages: list[str], ranks: 
     found = {}
     for stage in stages:
         kind = "images" if stage == "distill" else "clips"
-        values = [*COMMON, *MORE[stage], f"logdir={logdir}", f"data.path={data / kind}"]
+        more, recipe = MORE[stage], tree / "configs" / "toy" / f"{stage}.yaml"
+        if "objective:" not in recipe.read_text():
+            for now, before in BEFORE.items():
+                more = [value.replace(now, before) for value in more]
+        values = [*COMMON, *more, f"logdir={logdir}", f"data.path={data / kind}"]
         if stage in ("distill", "long"):
             values.append("optim.lr=1e-4")
         start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        run(tree, [*start, "-m", "longtake", "train", str(tree / "configs" / "toy" / f"{stage}.yaml"), *values])
+        run(tree, [*start, "-m", "longtake", "train", str(recipe), *values])
         folder = logdir / stage
         found[stage] = {"losses": losses(folder), "tensors": tensors(folder)}
         if stage != "teacher":

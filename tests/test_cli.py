@@ -50,12 +50,23 @@ def invoke(*arguments):
 
 # Every key of a distill stage with a value that is not the default.
 NOT_DEFAULT = {
-    "stage": "distill",
+    "objective": {
+        "kind": "dmd",
+        "teacher": "./teacher",
+        "critic": {
+            "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
+            "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0,
+            "warmup_steps": 8, "decay_steps": 5,
+            "updates_per_generator": 3, "critic_warmup_steps": 2, "init_from": "./critic",
+        },
+        "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
+        "data_loss": {"weight": 0.5, "num_latent_frames": 12},
+        "shared_base": True,
+    },
     "name": "mine",
     "logdir": "elsewhere",
     "seed": 5,
     "init_from": "./weights",
-    "teacher": "./teacher",
     "encoders": "/encoders",
     "model": {
         "preset": "/model", "image_condition": "t2v", "first_frame_sigma": "zero", "clip_preprocess": "diffusers",
@@ -66,7 +77,7 @@ NOT_DEFAULT = {
     },
     "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True},
     "rope": "absolute",
-    "flow": {"steps": [1.0, 0.5], "shift": 3.0, "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9},
+    "flow": {"steps": [1.0, 0.5], "shift": 3.0},
     "data": {
         "path": "/data", "kind": "lmdb", "buckets": [[128, 192], [192, 128]], "on_bad_row": "skip", "max_bad_share": 0.5,
         "num_workers": 7,
@@ -79,20 +90,11 @@ NOT_DEFAULT = {
         "decay_steps": 6,
     },
     "lora": {"rank": 8, "alpha": 4.0, "targets": ["ffn.0"]},
-    "critic": {
-        "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
-        "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0, "warmup_steps": 8,
-        "decay_steps": 5,
-        "updates_per_generator": 3, "critic_warmup_steps": 2, "init_from": "./critic",
-    },
-    "error_recycling": {"from_step": 0},
-    "data_loss": {"weight": 0.5, "num_latent_frames": 12},
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
-    "roles": "shared",
     "parallel": {
-        "compile": True, "replicate": 2, "sequence": 4, "graphs": False,
+        "compile": True, "data_parallel": "hsdp", "replicate": 2, "sequence": 4, "graphs": False,
     },
     "save_every": 11,
     "keep_checkpoints": 13,
@@ -129,36 +131,27 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
 
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
-    # Refused there, of no effect in distill and with t2v; see below.
-    fixed_by_stage = {"caption_dropout", "model.widen", "long.num_chunks", "long.new_frames", "long.switch_frames"}
-    fixed_by_stage |= {"error_recycling.share"}
-    fixed_by_stage |= {"parallel.weights"}  # refused beside replicas
+    # Of no effect with t2v; of other kinds of objective: see below.
+    others = {"model.widen", *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames"))}
+    others |= {f"objective.{key}" for key in ("caption_dropout", "error_recycling.share", "error_recycling.from_step")}
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
-    assert set(written) == set(defaults) - fixed_by_stage
+    assert set(written) == set(defaults) - others
     assert all(written[key] != default for key, default in defaults.items() if key in written)
     path = tmp_path / "stage.yaml"
     path.write_text(yaml.safe_dump(NOT_DEFAULT))
     assert (result := invoke("train", path)).exit_code == 0, result.output
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
-    changed = {"stage": "teacher", "teacher": None, "caption_dropout": 0.3, "critic": None}
-    changed |= {"model": {"widen": True}, "roles": "separate"}
-    changed |= {"parallel": {"weights": "whole"}}
-    changed |= {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}}
-    changed |= {"data_loss": {}}
-    path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
-    assert (result := invoke("train", path)).exit_code == 0, result.output
-    assert called["run"][0][0].caption_dropout == 0.3 and called["run"][0][0].model.widen
-    assert called["run"][0][0].parallel.weights == "whole"
-    changed |= {"stage": "causal", "error_recycling": {"share": 0.25}, "caption_dropout": 0.0}
-    path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
-    assert (result := invoke("train", path)).exit_code == 0, result.output
-    assert called["run"][0][0].error_recycling.share == 0.25
-    changed |= {"error_recycling": {}}
-    written_long = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
-    changed |= {"stage": "long", "teacher": "toy", "caption_dropout": 0.0, "long": written_long, "model": {}}
-    path.write_text(yaml.safe_dump(NOT_DEFAULT | changed))
-    assert (result := invoke("train", path)).exit_code == 0, result.output
-    assert called["run"][0][0].long.model_dump() == written_long
+    changed = {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}, "lora": None}
+    chunks = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
+    for objective, model in (
+        ({"kind": "flow_matching", "caption_dropout": 0.3}, {"widen": True}),
+        ({"kind": "teacher_forcing", "error_recycling": {"share": 0.25, "from_step": 0}, "caption_dropout": 0.2}, {}),
+        ({"kind": "long_tuning", "teacher": "toy", **chunks}, {}),
+    ):
+        path.write_text(yaml.safe_dump(NOT_DEFAULT | changed | {"objective": objective, "model": model}))
+        assert (result := invoke("train", path)).exit_code == 0, result.output
+        found = called["run"][0][0]
+        assert found.objective.model_dump().items() >= objective.items() and found.model.widen == bool(model)
 
     # 3. The same for a job, whose evaluation and data have options of other commands.
     values = {

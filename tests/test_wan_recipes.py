@@ -208,7 +208,9 @@ def test_i2v_14b_runs_as_one_frozen_network(place, monkeypatch):
     assert read_index(Path("outputs/wan_i2v_1_3b/encoded/clips"))["key"]["clips"]["num_latent_frames"] == 21
     ranks = ("lora.rank=4", "video.num_latent_frames=13")
     first = train("i2v_14b/teacher_forcing_one_gpu", *ranks)
-    second = train("i2v_14b/distill_one_gpu", "lora.rank=4", "critic.lora.rank=4", "video.num_latent_frames=9", steps=2)
+    second = train(
+        "i2v_14b/distill_one_gpu", "lora.rank=4", "objective.critic.lora.rank=4", "video.num_latent_frames=9", steps=2
+    )
     updates = [exported_weights(latest_checkpoint(folder / "checkpoints")) for folder in (first, second)]
     assert all(is_adapter(folder) for folder in updates)
     assert read_base(updates[0]).identity == read_base(updates[1]).identity

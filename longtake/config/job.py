@@ -56,6 +56,7 @@ class JobConfig(Settings):
         return self
 
     def _check_stage(self, key: str, stage: StageConfig, earlier: list[str]) -> None:
+        """Raises ConfigError when a stage does not fit the job, or the toy world that it writes."""
         if stage.name != key:
             raise ConfigError(f"name={stage.name} must be the key of the stage; set it to {key}")
         if stage.logdir != self.logdir:
@@ -70,19 +71,14 @@ class JobConfig(Settings):
                     f"{network.key}={source} is no earlier stage of this job "
                     f"({', '.join(earlier) or 'there is none'}); name one of them, a path (with a slash) or toy"
                 )
-        if self.data is not None:
-            self._check_data(stage, self.data)
-
-    def _check_data(self, stage: StageConfig, world: WorldConfig) -> None:
-        """Raises ConfigError when a stage does not fit the toy world that the job writes."""
+        if (world := self.data) is None:
+            return
         if stage.validation.seed == world.seed:
             raise ConfigError(f"validation.seed={stage.validation.seed} equals data.seed: worlds would not be held out")
-        if Path(stage.data.path).parent == self.data_folder and Path(stage.data.path).name not in world.formats:
-            raise ConfigError(
-                f"data.path={stage.data.path} is not written by the job: add it to data.formats={world.formats}"
-            )
-        needed = stage.clip_shape.num_pixel_frames
-        reads_clips = Path(stage.data.path).is_relative_to(self.data_folder) and stage.objective.learns_from_videos
+        path, needed = Path(stage.data.path), stage.clip_shape.num_pixel_frames
+        if path.parent == self.data_folder and path.name not in world.formats:
+            raise ConfigError(f"data.path={path} is not written by the job: add it to data.formats={world.formats}")
+        reads_clips = path.is_relative_to(self.data_folder) and stage.objective.learns_from_videos
         if reads_clips and world.num_frames < needed:
             name = "video" if stage.objective.num_clip_frames is None else "objective.data_loss"
             raise ConfigError(

@@ -183,6 +183,11 @@ class StageConfig(RunConfig):
         return sequence > 1 or (bool(self.activation_checkpointing) and self.lora is None)
 
     @property
+    def validates(self) -> bool:
+        """Whether validation is asked for."""
+        return self.validate_every > 0 and self.validation.num_worlds > 0
+
+    @property
     def encoders_folder(self) -> Path:
         """Folder of the encoders."""
         return TOY_ASSETS if self.encoders == TOY else Path(self.encoders)

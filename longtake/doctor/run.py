@@ -11,7 +11,7 @@ from typing import Any
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import DEVICES, find_device
-from longtake.doctor.estimate import Need, stage_need
+from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Machine, free_disk, look
 from longtake.errors import ConfigError
@@ -119,11 +119,8 @@ def _memory(device: str) -> int:
 
 def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, where: str) -> StageReport:
     found = look_at(config, job)
-
-    def need_of(config: StageConfig) -> Need:
-        return stage_need(config, found.sizes, ranks, image_tokens=found.image_tokens, vae=found.vae)
-
-    need = need_of(config)
+    about: dict[str, Any] = {"image_tokens": found.image_tokens, "vae": found.vae}
+    need = stage_need(config, found.sizes, ranks, **about)
     parts = {**need.at_rest, "encoders": found.encoder_bytes}
     parts["working memory"] = need.peak - sum(need.at_rest.values())
     total = sum(parts.values())
@@ -131,7 +128,8 @@ def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, wh
     if total * HEADROOM > free:
         less = None
         if not config.activation_checkpointing:
-            less = need_of(config.model_copy(update={"activation_checkpointing": True})).peak + found.encoder_bytes
+            recomputing = config.model_copy(update={"activation_checkpointing": True})
+            less = stage_need(recomputing, found.sizes, ranks, **about).peak + found.encoder_bytes
         problems.append(
             f"{_size(total)} and a tenth for what is not counted do not fit into {_size(free)}: " + _remedy(less, free)
         )

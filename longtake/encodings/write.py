@@ -49,8 +49,7 @@ from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.lock import LOCK, only_run
-from longtake.train.stage import check_strides
-from longtake.train.stage_data import find_buckets, open_data, sizes_of
+from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +214,7 @@ class _ShardWriter:
             for start in range(0, len(mine), self.batch_size):
                 batch = mine[start : start + self.batch_size]
                 pending.append([(row, pool.submit(self._read, row)) for row in batch])
-                if len(pending) > 1:
+                if len(pending) > 1:  # the next batch is read while its taker encodes this one
                     yield [(row, future.result()) for row, future in pending.popleft()]
         while pending:
             yield [(row, future.result()) for row, future in pending.popleft()]

@@ -13,15 +13,11 @@ import torch
 from longtake.checkpoint.invariants import invariants, resume_invariants, rows_invariant
 from longtake.checkpoint.save import RunInfo, refuse_other_invariants
 from longtake.condition import VideoShape
-from longtake.config.groups import VideoConfig
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
-from longtake.encoders.vae import VideoVAE
-from longtake.encodings.encode import BatchEncoder, StoredEncoder
-from longtake.encodings.key import check_encoded, contents_of
+from longtake.encodings.encode import BatchEncoder
 from longtake.errors import ConfigError
-from longtake.inference.pipeline import load_encoders
 from longtake.objectives.base import LossResult, Objective
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
@@ -30,10 +26,9 @@ from longtake.train.lock import only_run
 from longtake.train.loop import Hooks, train
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
-from longtake.train.stage_data import make_batches, open_data
+from longtake.train.stage_data import DataBuilder, open_data
 from longtake.train.throughput import stage_throughput
-from longtake.train.validation import Validation, can_validate
-from longtake.train.window_codec import EncoderCodec
+from longtake.train.validation import Validation, can_measure
 from longtake.weights.locate import image_token_count
 
 logger = logging.getLogger(__name__)
@@ -76,34 +71,32 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         raise ConfigError(
             "wandb.enabled=true needs the package wandb; install it (pip install wandb) or set it to false"
         )
-    Builder(config, mesh).check_heads()
+    builder = Builder(config, mesh)
+    builder.check_heads()
     dataset = open_data(config.data, config.video, config.clip_shape)
-    if isinstance(dataset, EncodedRows) and can_validate(config):
+    validates = config.validates and can_measure(config.model, config.video)
+    if isinstance(dataset, EncodedRows) and validates:
         raise ConfigError(
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
             f"{config.data.path}; set validate_every=0"
         )
     with only_run(config.folder, mesh, "set another name or logdir"):
-        _train(config, mesh, dataset)
+        _train(config, mesh, dataset, builder, validates=validates)
 
 
-def _train(config: StageConfig, mesh: Mesh, dataset: Dataset) -> None:
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, *, validates: bool) -> None:
     must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(dataset)))
     refuse_other_invariants(checkpoints_folder(config.folder), must_stay, mesh)
-    builder = Builder(config, mesh)
     networks = builder.build()
     sizes = {name: network.config for name, network in (networks.trained | networks.frozen).items()}
-    encoder = _encoder(config, dataset, mesh, with_tokens=sizes["generator"].image_dim is not None)
-    phases, codec, validation = PhaseTimer(mesh.device), None, None
-    if config.objective.decodes:
-        frames, with_tokens = config.video.num_latent_frames, sizes["generator"].image_dim is not None
-        codec = EncoderCodec.of_stage(
-            encoder.encoders, config.encoders_folder, config.model, frames, mesh.device, with_tokens=with_tokens
-        )
+    data = DataBuilder(config, mesh, dataset, with_tokens=sizes["generator"].image_dim is not None)
+    encoder = data.encoder()
+    phases, validation = PhaseTimer(mesh.device), None
+    codec = data.codec(encoder) if config.objective.decodes else None
     objective = builder.objective(networks, codec, phases)
-    loaded = make_batches(config, dataset, encoder, mesh)
+    loaded = data.batches(encoder)
     state = builder.state(objective)
-    if encoder.encoders is not None and can_validate(config):
+    if encoder.encoders is not None and validates:
         validation = Validation(config, encoder.encoders, state, builder.reference(networks), mesh)
 
     def start() -> None:
@@ -128,36 +121,12 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset) -> None:
     )
 
 
-def _encoder(config: StageConfig, dataset: Dataset, mesh: Mesh, *, with_tokens: bool) -> BatchEncoder | StoredEncoder:
-    """Where the encodings of rows come from. Raises: CheckpointError, ConfigError, DataError."""
-    objective = config.objective
-    contents = contents_of(config.model, with_tokens=with_tokens, with_latents=objective.learns_from_videos)
-    contents += ["text_1"] * objective.second_prompts
-    if isinstance(dataset, EncodedRows):
-        check_encoded(config, dataset, mesh, with_tokens=with_tokens)
-        return StoredEncoder(dataset, config.clip_shape, contents, device=mesh.device)
-    encoders = load_encoders(config.encoders_folder, config.model, mesh.device, with_image=with_tokens)
-    check_strides(encoders.vae, config.video, config.encoders_folder)
-    empty_prompt = objective.empty_prompt
-    return BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, empty_prompt=empty_prompt)
-
-
 def _travels(shape: VideoShape, num_rows: int, num_samples: int) -> bool:
     """Whether rows are encoded ahead: where all are small enough to travel and to be remembered, and each is needed at
     least twice. A row takes its latents, and y about three times as long, of 16 to 20 channels.
     """
     size = 4 * 80 * shape.num_latent_frames * shape.latent_height * shape.latent_width
     return num_rows * size <= PREFILL_BYTES and 2 * num_rows <= num_samples
-
-
-def check_strides(vae: VideoVAE, video: VideoConfig, folder: Path) -> None:
-    """Raises ConfigError when the VAE in `folder` has other strides than the configuration says."""
-    for name in ("temporal_stride", "spatial_stride"):
-        if getattr(vae, name) != getattr(video, name):
-            raise ConfigError(
-                f"video.{name}={getattr(video, name)} is not that of the VAE in {folder}, {getattr(vae, name)}; set it "
-                f"to {getattr(vae, name)}"
-            )
 
 
 def _write_config(folder: Path, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,8 +16,13 @@ from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
 from longtake.data.order import Buckets, nearest_buckets
 from longtake.data.samples import Dataset, FileSize, Sizes
-from longtake.encodings.encode import EncodedLoader, RowEncoder
+from longtake.encoders.vae import VideoVAE
+from longtake.encodings.encode import BatchEncoder, EncodedLoader, RowEncoder, StoredEncoder
+from longtake.encodings.key import check_encoded, contents_of
+from longtake.errors import ConfigError
+from longtake.inference.pipeline import load_encoders
 from longtake.parallel.mesh import Mesh
+from longtake.train.window_codec import EncoderCodec
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +56,55 @@ def find_buckets(data: DataConfig, sizes: Sizes, dataset: Dataset, mesh: Mesh) -
     return buckets
 
 
-def make_batches(config: StageConfig, dataset: Dataset, encoder: RowEncoder, mesh: Mesh) -> EncodedLoader:
-    """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""
-    loader = Loader.from_config(
-        dataset,
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch(mesh.world_size),
-        rank=mesh.data_rank,
-        world_size=mesh.num_data_ranks,
-        buckets=find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh),
-    )
-    # Rows of an encoded set are read faster than they are remembered for nothing.
-    return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if isinstance(dataset, EncodedRows) else {}))
+def check_strides(vae: VideoVAE, video: VideoConfig, folder: Path) -> None:
+    """Raises ConfigError when the VAE in `folder` has other strides than the configuration says."""
+    for name in ("temporal_stride", "spatial_stride"):
+        if (there := getattr(vae, name)) != (said := getattr(video, name)):
+            raise ConfigError(f"video.{name}={said} is not that of the VAE in {folder}, {there}; set it to {there}")
+
+
+@dataclass
+class DataBuilder:
+    """Builds what a stage reads its rows with. Args: `with_tokens`, whether its models take CLIP tokens."""
+
+    config: StageConfig
+    mesh: Mesh
+    dataset: Dataset
+    with_tokens: bool
+
+    def encoder(self) -> BatchEncoder | StoredEncoder:
+        """Where the encodings of rows come from. Raises: CheckpointError, ConfigError, DataError."""
+        config, objective, device = self.config, self.config.objective, self.mesh.device
+        contents = (
+            contents_of(config.model, with_tokens=self.with_tokens, with_latents=objective.learns_from_videos)
+            + ["text_1"] * objective.second_prompts
+        )
+        if isinstance(self.dataset, EncodedRows):
+            check_encoded(config, self.dataset, self.mesh, with_tokens=self.with_tokens)
+            return StoredEncoder(self.dataset, config.clip_shape, contents, device=device)
+        folder, empty = config.encoders_folder, objective.empty_prompt
+        encoders = load_encoders(folder, config.model, device, with_image=self.with_tokens)
+        check_strides(encoders.vae, config.video, folder)
+        return BatchEncoder(encoders, config.clip_shape, contents, device=device, empty_prompt=empty)
+
+    def codec(self, encoder: BatchEncoder | StoredEncoder) -> EncoderCodec:
+        """For objectives that decode and encode: of the same encoders where those of rows are loaded."""
+        folder, frames = self.config.encoders_folder, self.config.video.num_latent_frames
+        given = encoder.encoders, folder, self.config.model, frames, self.mesh.device
+        return EncoderCodec.of_stage(*given, with_tokens=self.with_tokens)
+
+    def batches(self, encoder: RowEncoder) -> EncodedLoader:
+        """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""
+        config, mesh, dataset = self.config, self.mesh, self.dataset
+        loader = Loader.from_config(
+            dataset,
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch(mesh.world_size),
+            rank=mesh.data_rank,
+            world_size=mesh.num_data_ranks,
+            buckets=find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh),
+        )
+        # Rows of an encoded set are read faster than they are remembered for nothing.
+        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if isinstance(dataset, EncodedRows) else {}))

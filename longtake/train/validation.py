@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.config.groups import ModelConfig, VideoConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation import report
@@ -26,17 +27,15 @@ from longtake.train.state import TrainState
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 
 
-def can_validate(config: StageConfig) -> bool:
-    """Whether a stage asks for validation and can be measured: image-to-video at the size of the embedded world."""
-    size = (config.video.height, config.video.width)
-    asked = config.validate_every > 0 and config.validation.num_worlds > 0
-    return asked and config.model.image_condition == "i2v" and size == (SIZE, SIZE)
+def can_measure(model: ModelConfig, video: VideoConfig) -> bool:
+    """Whether a stage can be measured: image-to-video at the size of the embedded world."""
+    return model.image_condition == "i2v" and (video.height, video.width) == (SIZE, SIZE)
 
 
 class Validation:
     """Generates the held-out worlds with the current (averaged) weights, and once with the teacher's.
 
-    `can_validate` says whether a stage can be measured.
+    `can_measure` says whether a stage can be measured.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def test_a_complete_stage_is_well(workshop, tmp_path):
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     result = invoke(file)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("all is well\n\nstage distill (distill), each of 1 rank(s): needs ")
+    assert result.output.startswith("all is well\n\nstage distill (dmd), each of 1 rank(s): needs ")
     found = look_at(stage_config(workshop, tmp_path, "distill"))
     assert found.sizes == dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
     assert found.missing == [] == found.notes and found.image_tokens == 17

@@ -65,7 +65,7 @@ def test_every_stage_sees_the_picture_as_frame_0_alone(workshop, ti2v, tmp_path,
     calls = spied(monkeypatch)
     run_stage(config, Mesh())
     assert calls and all(condition.frames is None and condition.image is None for _, _, condition, _ in calls)
-    encoders = load_encoders(config, torch.device("cpu"), with_image=False)
+    encoders = load_encoders(config.encoders_folder, config.model, torch.device("cpu"), with_image=False)
     pictures = torch.stack([prepare_image(sample_world(0, k).render(1)[0], 64, 64) for k in range(6)])
     # Clips are mp4 files, so their first frames are near the pictures and not equal to them.
     known = encoders.vae.encode(pictures[:, None])[:, 0]
