@@ -61,7 +61,7 @@ class Throughput:
         return row | {name: peak / GIB for name, peak in zip(("memory_reserved_gib", "memory_gib"), peaks)}
 
 
-def _peaks(device: torch.device) -> list[float]:
+def _peaks(device: torch.device) -> list[int]:
     """Most bytes that the allocator held and that tensors took since the last call; nothing on a CPU."""
     if device.type != "cuda":
         return []
