@@ -88,6 +88,12 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def holds_student(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of a causal student; also of a version whose stages had a kind, and no objective."""
+    config = read_manifest(checkpoint)["config"]
+    return config["stage"] != "teacher" if "stage" in config else trained_config(checkpoint).objective.causal
+
+
 def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are exactly those listed, each with its size and checksum.
 

@@ -41,7 +41,7 @@ class Staging:
             for name, value in tensors.items():
                 buffers[name].copy_(local(value), non_blocking=True)
         if self._on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # from here on training may change the tensors, and the writer read the copies
         return {name: buffers[name] for name in tensors}
 
 

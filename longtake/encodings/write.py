@@ -214,7 +214,7 @@ class _ShardWriter:
             for start in range(0, len(mine), self.batch_size):
                 batch = mine[start : start + self.batch_size]
                 pending.append([(row, pool.submit(self._read, row)) for row in batch])
-                if len(pending) > 1:
+                if len(pending) > 1:  # the next batch is read while its taker encodes this one
                     yield [(row, future.result()) for row, future in pending.popleft()]
         while pending:
             yield [(row, future.result()) for row, future in pending.popleft()]

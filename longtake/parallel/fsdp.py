@@ -16,8 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from longtake.models.attention import VARIANTS, limited
@@ -107,11 +106,24 @@ def average_gradients(network: nn.Module, mesh: Mesh) -> None:
     if not mesh.whole_weights:
         return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    for bucket in _take_tensors(gradients, _BUCKET_BYTES):  # neighbours of one type: few collectives, little memory
-        flat = _flatten_dense_tensors(bucket)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0].flatten()
         dist.all_reduce(flat)
         flat /= mesh.world_size
-        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, together at most `_BUCKET_BYTES` or a single larger one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in (*bucket, tensor)) > _BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @cache

@@ -130,13 +130,15 @@ def _exchange(shard: UlyssesShard, to_heads: bool, tensors: Sequence[Tensor]) ->
     ranks, others = shard.ranks, shard._others
     out = tuple(x.new_empty(batch, entries, *shape, width) for x in tensors)
     sizes_out, sizes_in = [0] * ranks.size, [0] * ranks.size
-    for rank in others:
+    for rank in others:  # what a rank keeps does not travel: its size is 0 both ways
         sizes_out[rank] = len(tensors) * sent(tensors[0], rank).numel()
         sizes_in[rank] = len(tensors) * got(out[0], rank).numel()
     sending, coming = (tensors[0].new_empty(sum(sizes)) for sizes in (sizes_out, sizes_in))
     for rank, piece in zip(others, sending.split([sizes_out[rank] for rank in others])):
         for x, place in zip(tensors, piece.view(len(tensors), *sent(tensors[0], rank).shape)):
             place.copy_(sent(x, rank))
+    # One flat message a rank, its pieces in the order of `tensors` on both sides; started now, waited for after the own
+    # part is copied.
     travelling = dist.all_to_all_single(coming, sending, sizes_in, sizes_out, group=ranks.group, async_op=True)
     for x, made in zip(tensors, out):
         got(made, ranks.rank).copy_(sent(x, ranks.rank))

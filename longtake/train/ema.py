@@ -38,6 +38,8 @@ class EMA:
         finally:
             self._write(own)
 
+    # Into the shards in place. Under FSDP2 they are seen because the root, too, is resharded after each forward
+    # (`fsdp.parallelize`): parameters left gathered would hide the change from the next forward.
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():

@@ -83,7 +83,7 @@ class PhaseTimer:
         return seconds
 
     def _change(self, now_open: tuple[str, ...]) -> None:
-        self._cut()
+        self._cut()  # before `open` changes: the time up to now belongs to the phase that was innermost
         self.open = now_open
         self.changes, self.changed = self.changes + 1, time.monotonic()
 

@@ -36,7 +36,7 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
-from longtake.run_folder import read_manifest, trained_config
+from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
@@ -261,7 +261,7 @@ class Builder:
             return
         self.open(self.weights("generator"))  # heads of files only
         checkpoint = find_weights(self.config.source(source), self.config.logdir).checkpoint
-        if not self.config.objective.causal or checkpoint is None or not trained_config(checkpoint).objective.causal:
+        if not self.config.objective.causal or checkpoint is None or not holds_student(checkpoint):
             return
         manifest = read_manifest(checkpoint)
         for key, value in invariants(self.config).items():

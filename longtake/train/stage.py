@@ -92,7 +92,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
     data = DataBuilder(config, mesh, dataset, with_tokens=sizes["generator"].image_dim is not None)
     encoder = data.encoder()
     phases, validation = PhaseTimer(mesh.device), None
-    codec = data.codec(encoder) if config.objective.decodes else None
+    codec = data.codec(encoder.encoders) if config.objective.decodes else None
     objective = builder.objective(networks, codec, phases)
     loaded = data.batches(encoder)
     state = builder.state(objective)

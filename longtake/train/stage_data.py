@@ -16,6 +16,8 @@ from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
 from longtake.data.order import Buckets, nearest_buckets
 from longtake.data.samples import Dataset, FileSize, Sizes
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.encodings.encode import BatchEncoder, EncodedLoader, RowEncoder, StoredEncoder
 from longtake.encodings.key import check_encoded, contents_of
@@ -23,6 +25,7 @@ from longtake.errors import ConfigError
 from longtake.inference.pipeline import load_encoders
 from longtake.parallel.mesh import Mesh
 from longtake.train.window_codec import EncoderCodec
+from longtake.weights.locate import encoder_paths
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +88,18 @@ class DataBuilder:
         check_strides(encoders.vae, config.video, folder)
         return BatchEncoder(encoders, config.clip_shape, contents, device=device, empty_prompt=empty)
 
-    def codec(self, encoder: BatchEncoder | StoredEncoder) -> EncoderCodec:
-        """For objectives that decode and encode: of the same encoders where those of rows are loaded."""
-        folder, frames = self.config.encoders_folder, self.config.video.num_latent_frames
-        given = encoder.encoders, folder, self.config.model, frames, self.mesh.device
-        return EncoderCodec.of_stage(*given, with_tokens=self.with_tokens)
+    def codec(self, encoders: Encoders | None) -> EncoderCodec:
+        """For objectives that decode and encode: of these encoders, or (None) of VAE and image encoder alone. Raises:
+        CheckpointError.
+        """
+        model, frames, device = self.config.model, self.config.video.num_latent_frames, self.mesh.device
+        if encoders is not None:
+            return EncoderCodec(encoders.vae, encoders.image, with_y=model.with_y, num_latent_frames=frames)
+        paths, image = encoder_paths(self.config.encoders_folder, with_image=self.with_tokens), None
+        if paths.image is not None:
+            image = ImageEncoder.load(paths.image, device, preprocess=model.clip_preprocess)
+        vae = VideoVAE.load(paths.vae, device)
+        return EncoderCodec(vae, image, with_y=model.with_y, num_latent_frames=frames)
 
     def batches(self, encoder: RowEncoder) -> EncodedLoader:
         """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""

@@ -93,6 +93,7 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds that nothing may happen for, now."""
         now_open = self.phases.open  # read once: the training changes it meanwhile
+        # The first time of a phase may compile and allocate; inside a slow phase the limit is that phase's.
         slow = not SLOW_PHASES.isdisjoint(now_open) or (now_open and now_open[-1] not in self.phases.known)
         return self.config.slow_seconds if slow else self.config.seconds
 

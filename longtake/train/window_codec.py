@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from longtake.config.groups import ModelConfig
-from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.condition import condition_frames
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.rollout.long_video import Picture
-from longtake.weights.locate import encoder_paths
 
 
 class EncoderCodec:
@@ -26,27 +20,6 @@ class EncoderCodec:
 
     def __init__(self, vae: VideoVAE, image: ImageEncoder | None, *, with_y: bool, num_latent_frames: int) -> None:
         self.vae, self.image, self.with_y, self.num_latent_frames = vae, image, with_y, num_latent_frames
-
-    @classmethod
-    def of_stage(
-        cls,
-        encoders: Encoders | None,
-        folder: Path,
-        model: ModelConfig,
-        num_latent_frames: int,
-        device: torch.device,
-        *,
-        with_tokens: bool,
-    ) -> EncoderCodec:
-        """From the encoders of a stage, or (None) only those two loaded from `folder`. Raises: CheckpointError."""
-        options: dict[str, Any] = {"with_y": model.with_y, "num_latent_frames": num_latent_frames}
-        if encoders is not None:
-            return cls(encoders.vae, encoders.image, **options)
-        paths = encoder_paths(folder, with_image=with_tokens)
-        image = None
-        if paths.image is not None:
-            image = ImageEncoder.load(paths.image, device, preprocess=model.clip_preprocess)
-        return cls(VideoVAE.load(paths.vae, device), image, **options)
 
     def decoder(self) -> DecoderSession:
         """A decoder at its beginning."""

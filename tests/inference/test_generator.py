@@ -1,5 +1,7 @@
 """The generator over a checkpoint made by the real save code: what is loaded, what is streamed, what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,10 @@ from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
 from longtake.inference.source import Source
 from longtake.inference.video_io import read_video
+from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, find_checkpoint
 from longtake.toy.world import sample_world
+from longtake.train.stage import run_stage
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]
@@ -362,3 +366,18 @@ def test_devices_and_sizes_without_sense_are_refused(generator, tmp_path, monkey
     monkeypatch.setattr("longtake.inference.pipeline.memory_bytes", lambda _: 1000)
     with pytest.raises(ConfigError, match="lower the size, the window or the length"):
         next(generator.stream(PICTURE, "a red circle", num_frames=9))
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_what_to_do(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "causal")
+    save_student(config)
+    file = next((config.folder / "checkpoints").glob("*/manifest.json"))
+    manifest = json.loads(file.read_text())
+    values = {key: value for key, value in manifest["config"].items() if key != "objective"}
+    file.write_text(json.dumps(manifest | {"config": values | {"stage": "causal"}}))
+    for place in (config.folder, tmp_path):
+        with pytest.raises(CheckpointError, match="written by another version.*a kind, and no objective.*--config"):
+            Source.of_run(place)
+    run_stage(
+        stage_config(workshop, tmp_path, "distill", init_from=str(file.parent / "generator"), max_steps=1), Mesh()
+    )
