@@ -24,7 +24,6 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
@@ -193,7 +192,7 @@ class Builder:
             else:
                 updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
         switch = AdapterSwitch()
-        opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
+        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
         shared = SharedBase(self._filled(opened, *updates), switch)
         if mesh.is_main:
             logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
