@@ -1,0 +1,351 @@
+"""The networks of the Wan VAE (2.1 and 2.2), computed from the library's weights with its results, as a GPU likes it.
+
+Frames are [B, T, H, W, C] inside (channels last). Four things are done other than the library does them:
+- What a causal convolution remembers is a value that goes into a call and comes out of it; the modules hold nothing.
+- Its input is written once, behind the frames that it remembers, by the norm before it (`norm_silu.py`).
+- Nearest-neighbour upsampling and the 3x3 convolution after it are one convolution of 2x2 (`_folded`).
+- Any number of latent frames but the first go through together.
+
+Must know no device, no statistics of latents and no session.
+Source: huggingface/diffusers `models/autoencoders/autoencoder_kl_wan.py` (0.42), which tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.encoders.norm_silu import Term, norm_silu, settle
+
+# What the causal convolutions of a network remember, a slot each: their last input frames [B, 1 or 2, H, W, C], or
+# None before there are any, which means zeros.
+Past = Sequence[Tensor | None]
+
+_MULTIPLE = 8  # of channels that GPUs convolve without copying them
+
+
+class _Call:
+    """One call's look at the past, and what it leaves for the next one.
+
+    Args: `into`, where the new past goes, slot by slot, which can be `past` itself; None makes new tensors and leaves
+    `past` as it is. `first`: the call has the first frame of the video and no other.
+    """
+
+    def __init__(self, past: Past, into: Past | None, *, first: bool) -> None:
+        self._past, self._into, self.first = past, into, first
+        self.new: list[Tensor | None] = list(past)
+
+    def buffer(self, slot: int, like: Tensor, frames: int = 2) -> Tensor:
+        """Memory [B, frames + T, H, W, C] for the input of a convolution: what it remembers is there, `like` is not."""
+        batch, time, *rest = like.shape
+        made = like.new_empty(batch, frames + time, *rest)
+        past = self._past[slot]
+        if past is None:
+            made[:, :frames].zero_()
+        else:
+            made[:, :frames].copy_(past)
+        return made
+
+    def keep(self, slot: int, buffer: Tensor, frames: int = 2) -> None:
+        """Remembers the last frames of `buffer`."""
+        last, place = buffer[:, -frames:], None if self._into is None else self._into[slot]
+        self.new[slot] = last.clone() if place is None else place.copy_(last)
+
+
+class _CausalConv:
+    """A convolution over frames; its result comes without the bias, which the next pass over memory adds.
+
+    Args: `aligned`, which sides, "inputs" or "outputs", get channels of zeros up to a multiple of `_MULTIPLE`.
+    """
+
+    def __init__(self, conv: Any, slots: Iterator[int], aligned: str = "") -> None:
+        weight, bias = conv.weight.detach(), conv.bias.detach()
+        inputs = -weight.shape[1] % _MULTIPLE if aligned == "inputs" else 0
+        outputs = -weight.shape[0] % _MULTIPLE if aligned == "outputs" else 0
+        self.weight = F.pad(weight, (0,) * 7 + (inputs, 0, outputs)).contiguous(memory_format=torch.channels_last_3d)
+        self.bias = F.pad(bias, (0, outputs))
+        self.stride, self.slot = conv.stride, next(slots)
+        self.padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+
+    def __call__(self, buffer: Tensor) -> Tensor:
+        x = F.conv3d(buffer.permute(0, 4, 1, 2, 3), self.weight, stride=self.stride, padding=self.padding)
+        return x.permute(0, 2, 3, 4, 1).contiguous()
+
+    def after_norm(self, x: Term, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Term, Tensor]:
+        """The convolution of the normalised `x`; and the sum `x` where `keep`."""
+        buffer = call.buffer(self.slot, x.value)
+        total = norm_silu(x, gamma, buffer[:, 2:], keep=keep)
+        call.keep(self.slot, buffer)
+        return Term(self(buffer), self.bias), total
+
+    def of(self, x: Tensor, call: _Call) -> Term:
+        """The convolution of `x` as it is."""
+        buffer = call.buffer(self.slot, x)
+        buffer[:, 2:].copy_(x)
+        call.keep(self.slot, buffer)
+        return Term(self(buffer), self.bias)
+
+
+class _ResidualBlock:
+    def __init__(self, block: Any, slots: Iterator[int]) -> None:
+        self.gamma1, self.gamma2 = (norm.gamma.detach().flatten() for norm in (block.norm1, block.norm2))
+        self.conv1, self.conv2 = _CausalConv(block.conv1, slots), _CausalConv(block.conv2, slots)
+        self.shortcut = None if isinstance(block.conv_shortcut, torch.nn.Identity) else _linear(block.conv_shortcut)
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        hidden, total = self.conv1.after_norm(x, self.gamma1, call, keep=True)
+        out, _ = self.conv2.after_norm(hidden, self.gamma2, call, keep=False)
+        return out._replace(skip=total if self.shortcut is None else F.linear(total, *self.shortcut))
+
+
+class _Attention:
+    """Attention among the pixels of each frame, one head."""
+
+    def __init__(self, block: Any) -> None:
+        self.gamma = block.norm.gamma.detach().flatten()
+        self.qkv, (self.out, self.bias) = _linear(block.to_qkv), _linear(block.proj)
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        normed = torch.empty_like(x.value)
+        total = norm_silu(x, self.gamma, normed, silu=False)
+        q, k, v = F.linear(normed.flatten(2, 3).flatten(0, 1)[:, None], *self.qkv).chunk(3, dim=-1)  # [B T, 1, H W, C]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return Term(F.linear(mixed, self.out).view_as(total), self.bias, total)
+
+
+class _Upsample:
+    """Twice the height and width, and with a convolution over time twice the frames, all but a video's first one."""
+
+    def __init__(self, resample: Any, slots: Iterator[int]) -> None:
+        self.time = _CausalConv(resample.time_conv, slots) if resample.mode == "upsample3d" else None
+        conv = resample.resample[1]
+        self.weight, self.bias = _folded(conv.weight.detach()), conv.bias.detach()
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        if self.time is None or call.first:
+            return Term(_doubled(settle(x), self.weight), self.bias)
+        buffer = call.buffer(self.time.slot, x.value)
+        settle(x, buffer[:, 2:])
+        call.keep(self.time.slot, buffer)
+        pairs = self.time(buffer).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)  # [B, T, 2, H, W, C]
+        frames = pairs.new_empty(pairs.shape)
+        torch.add(pairs, self.time.bias.view(2, 1, 1, -1), out=frames)
+        return Term(_doubled(frames.flatten(1, 2), self.weight), self.bias)
+
+
+class _Downsample:
+    """Half the height and width, and with a convolution over time half the frames, all but a video's first one."""
+
+    def __init__(self, resample: Any, slots: Iterator[int]) -> None:
+        self.time = _CausalConv(resample.time_conv, slots) if resample.mode == "downsample3d" else None
+        conv = resample.resample[1]
+        self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.bias = conv.bias.detach()
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        frames = F.pad(settle(x), (0, 0, 0, 1, 0, 1))  # below and to the right, as the library does
+        images = F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), self.weight, stride=2).permute(0, 2, 3, 1)
+        half = Term(images.contiguous().unflatten(0, frames.shape[:2]), self.bias)
+        if self.time is None:
+            return half
+        buffer = call.buffer(self.time.slot, half.value, 1)
+        settle(half, buffer[:, 1:])
+        call.keep(self.time.slot, buffer, 1)
+        return Term(buffer[:, 1:].contiguous()) if call.first else Term(self.time(buffer), self.time.bias)
+
+
+class _UpBlock:
+    """Residual blocks and an upsampling; in 2.2 with a shortcut around all of it."""
+
+    def __init__(self, block: Any, slots: Iterator[int]) -> None:
+        self.resnets = [_ResidualBlock(resnet, slots) for resnet in block.resnets]
+        upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
+        self.upsample = None if upsampler is None else _Upsample(upsampler, slots)
+        self.shortcut = getattr(block, "avg_shortcut", None)
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        start = None
+        if self.shortcut is not None:
+            start = settle(x)
+            x = Term(start)
+        for resnet in self.resnets:
+            x = resnet(x, call)
+        if self.upsample is not None:
+            x = self.upsample(x, call)
+        if start is None:
+            return x
+        dup = self.shortcut
+        repeated = start.repeat_interleave(dup.repeats, dim=-1)
+        pixels = repeated.unflatten(-1, (dup.out_channels, dup.factor_t, dup.factor_s, dup.factor_s))
+        spread = pixels.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, T, ft, H, fs, W, fs, C]
+        frames = spread.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return x._replace(skip=(frames[:, dup.factor_t - 1 :] if call.first else frames).contiguous())
+
+
+class _DownBlock:
+    """2.2: residual blocks and a downsampling, with a shortcut of averages around all of it."""
+
+    def __init__(self, block: Any, slots: Iterator[int]) -> None:
+        self.resnets = [_ResidualBlock(resnet, slots) for resnet in block.resnets]
+        self.downsample = None if block.downsampler is None else _Downsample(block.downsampler, slots)
+        self.shortcut = block.avg_shortcut
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        start = settle(x)
+        x = Term(start)
+        average = self._average(start)  # before the first norm: who reads a term may overwrite it
+        for resnet in self.resnets:
+            x = resnet(x, call)
+        if self.downsample is not None:
+            x = self.downsample(x, call)
+        return Term(settle(x), None, average)
+
+    def _average(self, x: Tensor) -> Tensor:
+        time, space = self.shortcut.factor_t, self.shortcut.factor_s
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % time, 0))
+        parts = x.unflatten(3, (-1, space)).unflatten(2, (-1, space)).unflatten(1, (-1, time))
+        last = parts.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)  # [B, T, H, W, C ft fs fs]
+        return last.unflatten(-1, (self.shortcut.out_channels, self.shortcut.group_size)).mean(-1)
+
+
+class _MidBlock:
+    def __init__(self, block: Any, slots: Iterator[int]) -> None:
+        first, *rest = block.resnets
+        self.layers: list[Any] = [_ResidualBlock(first, slots)]
+        for attention, resnet in zip(block.attentions, rest, strict=True):
+            self.layers += [_Attention(attention), _ResidualBlock(resnet, slots)]
+
+    def __call__(self, x: Term, call: _Call) -> Term:
+        for layer in self.layers:
+            x = layer(x, call)
+        return x
+
+
+class _Network:
+    """What encoder and decoder share: a convolution, blocks, a norm and a convolution."""
+
+    def __init__(self, network: Any) -> None:
+        slots = count()
+        self.conv_in = _CausalConv(network.conv_in, slots, "inputs")
+        self.blocks = self._blocks(network, slots)
+        self.gamma = network.norm_out.gamma.detach().flatten()
+        self.conv_out = _CausalConv(network.conv_out, slots, "outputs")
+        self.num_channels = network.conv_out.out_channels
+        self.num_slots = next(slots)
+
+    def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
+        raise NotImplementedError
+
+    def _run(self, frames: Tensor, call: _Call) -> Tensor:
+        """The network's result, without the channels that are there for the GPU alone."""
+        x = self.conv_in.of(frames, call)
+        for block in self.blocks:
+            x = block(x, call)
+        out, _ = self.conv_out.after_norm(x, self.gamma, call, keep=False)
+        return settle(out)[..., : self.num_channels]
+
+    def new_past(self) -> list[Tensor | None]:
+        """The past at the beginning of a video."""
+        return [None] * self.num_slots
+
+
+class WanDecoder(_Network):
+    """From latents to pixels. Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once."""
+
+    def __init__(self, vae: Any) -> None:
+        self.patch_size: int = vae.config.patch_size or 1
+        self.post_quant = _linear(vae.post_quant_conv)
+        super().__init__(vae.decoder)
+
+    def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
+        return [_MidBlock(network.mid_block, slots), *(_UpBlock(block, slots) for block in network.up_blocks)]
+
+    def __call__(
+        self, latents: Tensor, past: Past, *, first: bool, into: Past | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Pixels [B, T, 3, h, w], not clamped, of the next latents [B, F, H, W, C] (not normalised), and the new past.
+
+        Args: `first`, whether this is the first latent of a video, which must come alone and gives one frame; `into`,
+        where the new past goes: None makes new tensors, `past` updates it in place.
+        """
+        call = _Call(past, into, first=first)
+        x = self._run(F.linear(latents, *self.post_quant), call)
+        size = self.patch_size
+        x = x.unflatten(-1, (-1, size, size)).permute(0, 1, 4, 2, 6, 3, 5)  # [B, T, 3, H, p, W, p]
+        return x.flatten(5, 6).flatten(3, 4), call.new
+
+
+class WanEncoder(_Network):
+    """From pixels to means of latents. Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once."""
+
+    def __init__(self, vae: Any) -> None:
+        self.patch_size: int = vae.config.patch_size or 1
+        weight, bias = _linear(vae.quant_conv)
+        self.quant = weight[: vae.config.z_dim], bias[: vae.config.z_dim]  # the means alone
+        super().__init__(vae.encoder)
+
+    def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
+        blocks = [_encoder_block(block, slots) for block in network.down_blocks]
+        return [*blocks, _MidBlock(network.mid_block, slots)]
+
+    def __call__(
+        self, video: Tensor, past: Past, *, first: bool, into: Past | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Means [B, F, H, W, C], not normalised, of the next frames [B, T, 3, h, w], and the new past.
+
+        Args: `first`, whether this is the first frame of a video, which must come alone; else T is a multiple of the
+        temporal stride; `into` as that of `WanDecoder`.
+        """
+        call = _Call(past, into, first=first)
+        size = self.patch_size
+        x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
+        x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
+        x = F.pad(x, (0, self.conv_in.weight.shape[1] - x.shape[-1]))
+        return F.linear(self._run(x, call), *self.quant), call.new
+
+
+def _encoder_block(block: Any, slots: Iterator[int]) -> Any:
+    made = {
+        "WanResidualBlock": _ResidualBlock,
+        "WanResample": _Downsample,
+        "WanResidualDownBlock": _DownBlock,
+    }.get(type(block).__name__)
+    return _Attention(block) if made is None else made(block, slots)
+
+
+def _linear(conv: Any) -> tuple[Tensor, Tensor]:
+    """A convolution of one pixel as a matrix and its bias."""
+    return conv.weight.detach().flatten(1), conv.bias.detach()
+
+
+def _folded(weight: Tensor) -> Tensor:
+    """The 2x2 convolution [4 O, C, 2, 2] that stands for doubling a picture and then convolving it with [O, C, 3, 3].
+
+    Of the three rows that an even row of the doubled picture reads, the last two are one row of the small picture; of
+    an odd row, the first two. So both read two rows: the one before and its own, or its own and the next. Columns
+    alike: four kernels of 2x2, by the parity of row and column, do what nine taps did. Sums are taken in float32.
+    """
+
+    def by_parity(weight: Tensor, dim: int) -> Tensor:
+        before, middle, after = weight.unbind(dim)
+        return torch.stack([torch.stack([before, middle + after], dim), torch.stack([before + middle, after], dim)])
+
+    small = by_parity(by_parity(weight.float(), 3), 3)  # [2, 2, O, C, 2, 2]: columns first, so that rows stand first
+    return small.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, T, 2 H, 2 W, O] of [B, T, H, W, C] and a weight of `_folded`, without bias."""
+    batch, time, height, width, _ = x.shape
+    # With a border of one pixel, place (i, j) has read rows i - 1 and i: for even rows the result of row i, for odd
+    # ones that of row i - 1.
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).contiguous()
+    images, rows, columns, four = y.shape
+    line, out = columns * four, four // 4
+    y = y.as_strided((images, height, 2, width, 2, out), (rows * line, line, line + 2 * out, four, four + out, 1))
+    return y.reshape(batch, time, 2 * height, 2 * width, out)
