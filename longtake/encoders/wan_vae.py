@@ -243,7 +243,7 @@ class _Network:
 
     def _run(self, frames: Tensor, call: _Call) -> Tensor:
         """The network's result, without the channels that are there for the GPU alone."""
-        x = self.conv_in.of(frames, call)
+        x = self.conv_in.of(F.pad(frames, (0, self.conv_in.weight.shape[1] - frames.shape[-1])), call)
         for block in self.blocks:
             x = block(x, call)
         out, _ = self.conv_out.after_norm(x, self.gamma, call, keep=False)
@@ -305,7 +305,6 @@ class WanEncoder(_Network):
         size = self.patch_size
         x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
         x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
-        x = F.pad(x, (0, self.conv_in.weight.shape[1] - x.shape[-1]))
         return F.linear(self._run(x, call), *self.quant), call.new
 
 
