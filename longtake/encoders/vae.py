@@ -26,6 +26,7 @@ from longtake.models.attention import ONE_THREAD
 
 # A guard against searching for ever, not a size of any model: Wan2.1 needs 29.
 _MAX_STEADY_INDEX = 512
+_THIN = 8  # base width of a network that only its structure matters of
 
 
 class VideoVAE:
@@ -132,22 +133,26 @@ class VideoVAE:
         """Index of the first latent of "one picture, then constant frames" that no longer depends on the picture.
 
         From it on the latents are constant. Found exactly and without a threshold: NaN in frame 0 marks every latent
-        that it can reach. What lies before frame 0 (the padding of causal convolutions) is reached only together with
-        frame 0, so that a latent without NaN depends on constant frames alone, like all later ones.
-        Raises: CheckpointError when the dependence does not end, as with NaN in the weights.
+        that it can reach, whatever the weights, so that a narrow network of the same structure tells. What lies before
+        frame 0 (the padding of causal convolutions) is reached only together with frame 0, so that a latent without NaN
+        depends on constant frames alone, like all later ones.
+        Raises: CheckpointError when the weights hold NaN, or the dependence does not end.
         """
+        if any(bool(parameter.isnan().any()) for parameter in self.module.parameters()):
+            raise CheckpointError("the VAE's weights hold NaN: use another VAE")
         size = self.spatial_stride  # one latent pixel: spatial extent changes nothing about time
         # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
-        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu").float())
-        session = vae.encoder_session()
-        session.encode(torch.full((1, 1, 3, size, size), torch.nan))
-        grey = torch.zeros(1, self.temporal_stride, 3, size, size)
-        for index in range(1, _MAX_STEADY_INDEX):
-            if not session.encode(grey).isnan().any():
-                return index
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            thin = {"base_dim": _THIN, "decoder_base_dim": _THIN}
+            session = VideoVAE(type(self.module).from_config(self.module.config, **thin)).encoder_session()
+            session.encode(torch.full((1, 1, 3, size, size), torch.nan))
+            grey = torch.zeros(1, self.temporal_stride, 3, size, size)
+            for index in range(1, _MAX_STEADY_INDEX):
+                if not session.encode(grey).isnan().any():
+                    return index
         raise CheckpointError(
-            f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; its weights hold NaN "
-            "or it is not causal with finite memory: use another VAE"
+            f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; it is not causal with "
+            "finite memory: use another VAE"
         )
 
     def normalise(self, mu: Tensor) -> Tensor:

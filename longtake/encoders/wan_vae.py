@@ -290,7 +290,8 @@ class WanEncoder(_Network):
         super().__init__(vae.encoder)
 
     def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
-        blocks = [_encoder_block(block, slots) for block in network.down_blocks]
+        kinds = {"WanResidualBlock": _ResidualBlock, "WanResample": _Downsample, "WanResidualDownBlock": _DownBlock}
+        blocks = [kinds[type(block).__name__](block, slots) for block in network.down_blocks]
         return [*blocks, _MidBlock(network.mid_block, slots)]
 
     def __call__(
@@ -306,15 +307,6 @@ class WanEncoder(_Network):
         x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
         x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
         return F.linear(self._run(x, call), *self.quant), call.new
-
-
-def _encoder_block(block: Any, slots: Iterator[int]) -> Any:
-    made = {
-        "WanResidualBlock": _ResidualBlock,
-        "WanResample": _Downsample,
-        "WanResidualDownBlock": _DownBlock,
-    }.get(type(block).__name__)
-    return _Attention(block) if made is None else made(block, slots)
 
 
 def _linear(conv: Any) -> tuple[Tensor, Tensor]:

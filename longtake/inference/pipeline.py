@@ -76,8 +76,8 @@ class Pipeline:
         then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
         has passes recorded on a GPU and replayed (`rollout/cuda_graphs.py`), with the same frames.
-        With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
-        what Wan computes in float32 stay float32.
+        With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
+        where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
@@ -97,6 +97,7 @@ class Pipeline:
             with_image=model.config.image_dim is not None,
             clip_preprocess=settings.clip_preprocess,
             text_dtype=torch.bfloat16 if settings.text_precision == "bf16" else dtype,
+            vae_dtype=torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32,
         )
         check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)

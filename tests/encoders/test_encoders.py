@@ -142,7 +142,7 @@ def test_sessions_share_a_vae_without_sharing_state():
 
 
 def test_steady_index_is_exact_and_follows_the_structure(vae):
-    index = vae.steady_index
+    index, vae = vae.steady_index, VideoVAE(vae.module, latents_per_call=1)  # bit for bit: one shape of calls
     picture = video(1, size=16)
     clip = torch.cat([picture, torch.zeros(1, 4 * (index + 3), 3, 16, 16)], dim=1)
     z = vae.encode(clip)
