@@ -10,56 +10,79 @@ from __future__ import annotations
 import logging
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 
-class Term(NamedTuple):
-    """A sum that waits for its reader: `value` + `bias` + `skip`.
+class Sum:
+    """`value` + `bias` + `skip`, not added up yet. It is read once, by `norm_silu` or `settle`, and is empty then: what
+    it held is free as soon as nobody needs it.
 
-    `value` [B, T, H, W, C], contiguous, belongs to the reader, who may overwrite it; `bias` [C]; `skip` like `value`.
+    `value` [B, T, H, W, C] belongs to the reader, who may overwrite it; `bias` [C]; `skip` like `value`. Pixels lie one
+    behind the other in memory, at any distance.
     """
 
-    value: Tensor
-    bias: Tensor | None = None
-    skip: Tensor | None = None
+    def __init__(self, value: Tensor, bias: Tensor | None = None, skip: Tensor | None = None) -> None:
+        self._parts: tuple[Tensor, Tensor | None, Tensor | None] | None = (value, bias, skip)
+        self.shape = value.shape
+        self.device = value.device
+
+    def taken(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The parts, from whom has none of them any more."""
+        assert self._parts is not None, "a sum was read twice"
+        parts, self._parts = self._parts, None
+        return parts
+
+    def split(self, frames: int) -> list[Sum]:
+        """Sums of so many frames each."""
+        value, bias, skip = self.taken()
+
+        def pieces(tensor: Tensor) -> list[Tensor]:
+            return [tensor if tensor.shape[0] == 1 else tensor.contiguous() for tensor in tensor.split(frames, dim=1)]
+
+        values = pieces(value)
+        skips = [None] * len(values) if skip is None else pieces(skip)
+        return [Sum(piece, bias, other) for piece, other in zip(values, skips, strict=True)]
 
 
-def norm_silu(x: Term, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bool = True) -> Tensor:
-    """Writes SiLU(sum / RMS over channels * gamma) to `out`; the sum [B, T, H, W, C] where `keep`, else what was there.
+def norm_silu(x: Sum, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bool = True) -> Tensor | None:
+    """Writes SiLU(sum / RMS over channels * gamma) to `out`; the sum [B, T, H, W, C] where `keep`, else None.
 
     Args: `gamma` [C]; `out` [B, T, H, W, C], each item of the batch contiguous; `silu` False leaves the SiLU out.
     Source: diffusers `WanRMS_norm`: x / max(|x|, 1e-12) * sqrt(C) * gamma, in float32.
     """
-    if (kernels := _kernels(x.value.device.type)) is not None:
-        return kernels.launch(x, out, gamma, silu=silu, keep=keep)
-    total = _total(x)
-    scaled = F.normalize(total.float(), dim=-1) * (gamma.float() * total.shape[-1] ** 0.5)
-    out.copy_(F.silu(scaled, inplace=True) if silu else scaled)
-    return total
+    kernels, parts = _kernels(x.device.type), x.taken()
+    if kernels is not None:
+        total = kernels.launch(*parts, out, gamma, silu=silu, keep=keep)
+    else:
+        total = _total(*parts)
+        scaled = F.normalize(total.float(), dim=-1) * (gamma.float() * total.shape[-1] ** 0.5)
+        out.copy_(F.silu(scaled, inplace=True) if silu else scaled)
+    return total if keep else None
 
 
-def settle(x: Term, out: Tensor | None = None) -> Tensor:
+def settle(x: Sum, out: Tensor | None = None) -> Tensor:
     """The sum [B, T, H, W, C], in `out` (as that of `norm_silu`) where it is given, else where `value` was."""
-    if x.bias is None and x.skip is None:
-        return x.value if out is None else out.copy_(x.value)
-    if (kernels := _kernels(x.value.device.type)) is not None:
-        total = kernels.launch(x, out, None, silu=False, keep=out is None)
-        return total if out is None else out
-    return _total(x) if out is None else out.copy_(_total(x))
+    kernels, (value, bias, skip) = _kernels(x.device.type), x.taken()
+    if bias is None and skip is None:
+        return value if out is None else out.copy_(value)
+    if kernels is not None:
+        total = kernels.launch(value, bias, skip, out, None, silu=False, keep=out is None)
+    else:
+        total = _total(value, bias, skip)
+        if out is not None:
+            out.copy_(total)
+    return total if out is None else out
 
 
-def _total(x: Term) -> Tensor:
-    total = x.value
-    for part in (x.bias, x.skip):
+def _total(value: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
+    for part in (bias, skip):
         if part is not None:
-            total.add_(part)
-    return total
+            value.add_(part)
+    return value
 
 
 @cache
@@ -73,8 +96,3 @@ def _kernels(device_type: str) -> ModuleType | None:
         logger.warning("triton is missing (%s): the VAE's norms run as torch's operations, which takes longer", error)
         return None
     return norm_silu_triton
-
-
-def is_fused(device: torch.device) -> bool:
-    """Whether norms on `device` are one kernel."""
-    return _kernels(device.type) is not None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from longtake.encoders.norm_silu import Term
 
 _TILE = 4096  # elements of a program
 
@@ -22,9 +19,11 @@ def _sum_norm_silu(
     skip,
     gamma,
     out,
-    num_rows,
+    num_rows,  # pixels
+    value_step,  # elements from a pixel to the next
+    skip_step,
     rows_of_item,  # pixels of an item of the batch, over all its frames
-    gap,  # rows between the items of `out`
+    gap,  # pixels between the items of `out`
     scale,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -41,14 +40,15 @@ def _sum_norm_silu(
     columns = tl.arange(0, BLOCK)
     real = columns < C
     mask = (rows < num_rows)[:, None] & real[None, :]
-    places = rows[:, None] * C + columns[None, :]
-    x = tl.load(value + places, mask=mask, other=0.0).to(tl.float32)
+    here = value + rows[:, None] * value_step + columns[None, :]
+    x = tl.load(here, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)[None, :]
     if SKIP:
-        x += tl.load(skip + places, mask=mask, other=0.0).to(tl.float32)
+        other = skip + rows[:, None] * skip_step + columns[None, :]
+        x += tl.load(other, mask=mask, other=0.0).to(tl.float32)
     if KEEP:
-        tl.store(value + places, x.to(value.dtype.element_ty), mask=mask)
+        tl.store(here, x.to(value.dtype.element_ty), mask=mask)
     if WRITE:
         if NORM:
             square = tl.sum(x * x, axis=1)
@@ -60,14 +60,21 @@ def _sum_norm_silu(
         tl.store(out + rows[:, None] * C + columns[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(x: Term, out: Tensor | None, gamma: Tensor | None, *, silu: bool, keep: bool) -> Tensor:
-    """Adds up `x`, into its own place where `keep`; with `out`, writes it there, normalised where `gamma` is given."""
-    value = x.value
-    assert value.is_contiguous() and (x.skip is None or x.skip.is_contiguous())
+def launch(
+    value: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    out: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    silu: bool,
+    keep: bool,
+) -> Tensor:
+    """Adds up, into `value` where `keep`; with `out`, writes the sum there, normalised where `gamma` is given."""
     batch, channels = value.shape[0], value.shape[-1]
-    num_rows = value.numel() // channels
-    rows_of_item = num_rows // batch
-    gap = 0
+    pixels = value.view(-1, channels)  # raises where they do not lie one behind the other
+    others = pixels if skip is None else skip.view(-1, channels)
+    rows_of_item, gap = len(pixels) // batch, 0
     if out is not None:
         assert out.shape == value.shape and out[0].is_contiguous()
         gap = out.stride(0) // channels - rows_of_item if batch > 1 else 0
@@ -78,22 +85,24 @@ def launch(x: Term, out: Tensor | None, gamma: Tensor | None, *, silu: bool, kee
         return value if tensor is None else tensor  # any pointer will do: it is not read
 
     with torch.cuda.device(value.device):
-        _sum_norm_silu[(triton.cdiv(num_rows, rows),)](
+        _sum_norm_silu[(triton.cdiv(len(pixels), rows),)](
             value,
-            given(x.bias),
-            given(x.skip),
+            given(bias),
+            others,
             given(gamma),
             given(out),
-            num_rows,
+            len(pixels),
+            pixels.stride(0),
+            others.stride(0),
             rows_of_item,
             gap,
             channels**0.5,
             C=channels,
             BLOCK=block,
             ROWS=rows,
-            BIAS=x.bias is not None,
-            SKIP=x.skip is not None,
-            KEEP=keep and (x.bias is not None or x.skip is not None),
+            BIAS=bias is not None,
+            SKIP=skip is not None,
+            KEEP=keep and (bias is not None or skip is not None),
             WRITE=out is not None,
             NORM=gamma is not None,
             SILU=silu,

@@ -269,7 +269,7 @@ class DecoderSession:
         begun = self.num_latent_frames > 0
         chunks = ([] if begun else [x[:, :1]]) + list(x[:, 0 if begun else 1 :].split(vae.latents_per_call, dim=1))
         frames, past = vae.run(vae.decoder, [chunk for chunk in chunks if chunk.shape[1]], self._past, begun=begun)
-        pixels = torch.cat(frames, dim=1).float().clamp_(-1, 1)
+        pixels = torch.cat(frames, dim=1).clamp_(-1, 1)
         self._past, self._sizes, self.num_latent_frames = past, sizes, self.num_latent_frames + x.shape[1]
         return pixels
 

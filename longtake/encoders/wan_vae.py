@@ -4,7 +4,7 @@ Frames are [B, T, H, W, C] inside (channels last). Four things are done other th
 - What a causal convolution remembers is a value that goes into a call and comes out of it; the modules hold nothing.
 - Its input is written once, behind the frames that it remembers, by the norm before it (`norm_silu.py`).
 - Nearest-neighbour upsampling and the 3x3 convolution after it are one convolution of 2x2 (`_folded`).
-- Any number of latent frames but the first go through together.
+- Any number of latent frames but the first go through together, at the finest level a few frames at a time.
 
 Must know no device, no statistics of latents and no session.
 Source: huggingface/diffusers `models/autoencoders/autoencoder_kl_wan.py` (0.42), which tests compare with.
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.encoders.norm_silu import Term, norm_silu, settle
+from longtake.encoders.norm_silu import Sum, norm_silu, settle
 
 # What the causal convolutions of a network remember, a slot each: their last input frames [B, 1 or 2, H, W, C], or
 # None before there are any, which means zeros.
 Past = Sequence[Tensor | None]
 
 _MULTIPLE = 8  # of channels that GPUs convolve without copying them
+_FINEST_FRAMES = 8  # that are at the decoder's finest level together: it is what takes memory
 
 
 class _Call:
@@ -40,11 +41,14 @@ class _Call:
         self._past, self._into, self.first = past, into, first
         self.new: list[Tensor | None] = list(past)
 
-    def buffer(self, slot: int, like: Tensor, frames: int = 2) -> Tensor:
-        """Memory [B, frames + T, H, W, C] for the input of a convolution: what it remembers is there, `like` is not."""
-        batch, time, *rest = like.shape
+    def buffer(self, slot: int, x: Sum | Tensor, like: Tensor, frames: int = 2) -> Tensor:
+        """Memory [B, frames + T, H, W, C] for the input `x` of a convolution: what it remembers is there, `x` is not.
+
+        Args: `like`, a tensor on the same device, of the same type.
+        """
+        batch, time, *rest = x.shape
         made = like.new_empty(batch, frames + time, *rest)
-        past = self._past[slot]
+        past = self.new[slot]  # of this call's earlier frames, where the finest level takes some at a time
         if past is None:
             made[:, :frames].zero_()
         else:
@@ -53,7 +57,9 @@ class _Call:
 
     def keep(self, slot: int, buffer: Tensor, frames: int = 2) -> None:
         """Remembers the last frames of `buffer`."""
-        last, place = buffer[:, -frames:], None if self._into is None else self._into[slot]
+        last, place = buffer[:, -frames:], self.new[slot]
+        if place is self._past[slot]:
+            place = None if self._into is None else self._into[slot]
         self.new[slot] = last.clone() if place is None else place.copy_(last)
 
 
@@ -66,29 +72,32 @@ class _CausalConv:
     def __init__(self, conv: Any, slots: Iterator[int], aligned: str = "") -> None:
         weight, bias = conv.weight.detach(), conv.bias.detach()
         inputs = -weight.shape[1] % _MULTIPLE if aligned == "inputs" else 0
-        outputs = -weight.shape[0] % _MULTIPLE if aligned == "outputs" else 0
+        outputs = -weight.shape[0] % _MULTIPLE if aligned == "outputs" else _spare_outputs(weight)
         self.weight = F.pad(weight, (0,) * 7 + (inputs, 0, outputs)).contiguous(memory_format=torch.channels_last_3d)
-        self.bias = F.pad(bias, (0, outputs))
+        self.bias, self.num_outputs = bias, len(bias)
         self.stride, self.slot = conv.stride, next(slots)
         self.padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
     def __call__(self, buffer: Tensor) -> Tensor:
-        x = F.conv3d(buffer.permute(0, 4, 1, 2, 3), self.weight, stride=self.stride, padding=self.padding)
-        return x.permute(0, 2, 3, 4, 1).contiguous()
+        x = _conv3d(buffer.permute(0, 4, 1, 2, 3), self.weight, self.stride, self.padding)
+        return x.permute(0, 2, 3, 4, 1).contiguous()[..., : self.num_outputs]
 
-    def after_norm(self, x: Term, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Term, Tensor]:
-        """The convolution of the normalised `x`; and the sum `x` where `keep`."""
-        buffer = call.buffer(self.slot, x.value)
+    def after_norm(self, x: Sum, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """The convolution of the normalised `x`; and where `keep` the sum `x`."""
+        buffer = call.buffer(self.slot, x, self.bias)
         total = norm_silu(x, gamma, buffer[:, 2:], keep=keep)
         call.keep(self.slot, buffer)
-        return Term(self(buffer), self.bias), total
+        return self(buffer), total
 
-    def of(self, x: Tensor, call: _Call) -> Term:
-        """The convolution of `x` as it is."""
-        buffer = call.buffer(self.slot, x)
-        buffer[:, 2:].copy_(x)
-        call.keep(self.slot, buffer)
-        return Term(self(buffer), self.bias)
+    def of(self, x: Sum | Tensor, call: _Call, frames: int = 2) -> Tensor:
+        """The convolution of `x` as it is. Args: `frames` that it remembers."""
+        buffer = call.buffer(self.slot, x, self.bias, frames)
+        if isinstance(x, Sum):
+            settle(x, buffer[:, frames:])
+        else:
+            buffer[:, frames:].copy_(x)
+        call.keep(self.slot, buffer, frames)
+        return self(buffer)
 
 
 class _ResidualBlock:
@@ -97,10 +106,13 @@ class _ResidualBlock:
         self.conv1, self.conv2 = _CausalConv(block.conv1, slots), _CausalConv(block.conv2, slots)
         self.shortcut = None if isinstance(block.conv_shortcut, torch.nn.Identity) else _linear(block.conv_shortcut)
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         hidden, total = self.conv1.after_norm(x, self.gamma1, call, keep=True)
-        out, _ = self.conv2.after_norm(hidden, self.gamma2, call, keep=False)
-        return out._replace(skip=total if self.shortcut is None else F.linear(total, *self.shortcut))
+        assert total is not None
+        between = Sum(hidden, self.conv1.bias)
+        del hidden  # its memory is free when the second norm has read it
+        out, _ = self.conv2.after_norm(between, self.gamma2, call, keep=False)
+        return Sum(out, self.conv2.bias, total if self.shortcut is None else F.linear(total, *self.shortcut))
 
 
 class _Attention:
@@ -110,12 +122,13 @@ class _Attention:
         self.gamma = block.norm.gamma.detach().flatten()
         self.qkv, (self.out, self.bias) = _linear(block.to_qkv), _linear(block.proj)
 
-    def __call__(self, x: Term, call: _Call) -> Term:
-        normed = torch.empty_like(x.value)
+    def __call__(self, x: Sum, call: _Call) -> Sum:
+        normed = self.gamma.new_empty(x.shape)
         total = norm_silu(x, self.gamma, normed, silu=False)
+        assert total is not None
         q, k, v = F.linear(normed.flatten(2, 3).flatten(0, 1)[:, None], *self.qkv).chunk(3, dim=-1)  # [B T, 1, H W, C]
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return Term(F.linear(mixed, self.out).view_as(total), self.bias, total)
+        return Sum(F.linear(mixed, self.out).view_as(total), self.bias, total)
 
 
 class _Upsample:
@@ -126,16 +139,13 @@ class _Upsample:
         conv = resample.resample[1]
         self.weight, self.bias = _folded(conv.weight.detach()), conv.bias.detach()
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         if self.time is None or call.first:
-            return Term(_doubled(settle(x), self.weight), self.bias)
-        buffer = call.buffer(self.time.slot, x.value)
-        settle(x, buffer[:, 2:])
-        call.keep(self.time.slot, buffer)
-        pairs = self.time(buffer).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)  # [B, T, 2, H, W, C]
+            return Sum(_doubled(settle(x), self.weight), self.bias)
+        pairs = self.time.of(x, call).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)  # [B, T, 2, H, W, C]
         frames = pairs.new_empty(pairs.shape)
         torch.add(pairs, self.time.bias.view(2, 1, 1, -1), out=frames)
-        return Term(_doubled(frames.flatten(1, 2), self.weight), self.bias)
+        return Sum(_doubled(frames.flatten(1, 2), self.weight), self.bias)
 
 
 class _Downsample:
@@ -147,16 +157,17 @@ class _Downsample:
         self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.detach()
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         frames = F.pad(settle(x), (0, 0, 0, 1, 0, 1))  # below and to the right, as the library does
         images = F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), self.weight, stride=2).permute(0, 2, 3, 1)
-        half = Term(images.contiguous().unflatten(0, frames.shape[:2]), self.bias)
+        half = Sum(images.contiguous().unflatten(0, frames.shape[:2]), self.bias)
         if self.time is None:
             return half
-        buffer = call.buffer(self.time.slot, half.value, 1)
-        settle(half, buffer[:, 1:])
-        call.keep(self.time.slot, buffer, 1)
-        return Term(buffer[:, 1:].contiguous()) if call.first else Term(self.time(buffer), self.time.bias)
+        if call.first:
+            only = settle(half)
+            call.keep(self.time.slot, only, 1)
+            return Sum(only)
+        return Sum(self.time.of(half, call, 1), self.time.bias)
 
 
 class _UpBlock:
@@ -168,23 +179,24 @@ class _UpBlock:
         self.upsample = None if upsampler is None else _Upsample(upsampler, slots)
         self.shortcut = getattr(block, "avg_shortcut", None)
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         start = None
         if self.shortcut is not None:
             start = settle(x)
-            x = Term(start)
+            x = Sum(start)
         for resnet in self.resnets:
             x = resnet(x, call)
         if self.upsample is not None:
             x = self.upsample(x, call)
-        if start is None:
-            return x
+        return x if start is None else Sum(settle(x), None, self._repeated(start, first=call.first))
+
+    def _repeated(self, start: Tensor, *, first: bool) -> Tensor:
         dup = self.shortcut
         repeated = start.repeat_interleave(dup.repeats, dim=-1)
         pixels = repeated.unflatten(-1, (dup.out_channels, dup.factor_t, dup.factor_s, dup.factor_s))
         spread = pixels.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, T, ft, H, fs, W, fs, C]
         frames = spread.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return x._replace(skip=(frames[:, dup.factor_t - 1 :] if call.first else frames).contiguous())
+        return (frames[:, dup.factor_t - 1 :] if first else frames).contiguous()
 
 
 class _DownBlock:
@@ -195,15 +207,15 @@ class _DownBlock:
         self.downsample = None if block.downsampler is None else _Downsample(block.downsampler, slots)
         self.shortcut = block.avg_shortcut
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         start = settle(x)
-        x = Term(start)
-        average = self._average(start)  # before the first norm: who reads a term may overwrite it
+        x, average = Sum(start), self._average(start)
+        del start
         for resnet in self.resnets:
             x = resnet(x, call)
         if self.downsample is not None:
             x = self.downsample(x, call)
-        return Term(settle(x), None, average)
+        return Sum(settle(x), None, average)
 
     def _average(self, x: Tensor) -> Tensor:
         time, space = self.shortcut.factor_t, self.shortcut.factor_s
@@ -220,7 +232,7 @@ class _MidBlock:
         for attention, resnet in zip(block.attentions, rest, strict=True):
             self.layers += [_Attention(attention), _ResidualBlock(resnet, slots)]
 
-    def __call__(self, x: Term, call: _Call) -> Term:
+    def __call__(self, x: Sum, call: _Call) -> Sum:
         for layer in self.layers:
             x = layer(x, call)
         return x
@@ -235,19 +247,24 @@ class _Network:
         self.blocks = self._blocks(network, slots)
         self.gamma = network.norm_out.gamma.detach().flatten()
         self.conv_out = _CausalConv(network.conv_out, slots, "outputs")
-        self.num_channels = network.conv_out.out_channels
         self.num_slots = next(slots)
 
     def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
         raise NotImplementedError
 
-    def _run(self, frames: Tensor, call: _Call) -> Tensor:
-        """The network's result, without the channels that are there for the GPU alone."""
-        x = self.conv_in.of(F.pad(frames, (0, self.conv_in.weight.shape[1] - frames.shape[-1])), call)
-        for block in self.blocks:
+    def _run(self, frames: Tensor, call: _Call, *, finest: int | None = None) -> Tensor:
+        """The network's result, in float32 whatever the weights are. Args: `finest`, how many frames the last
+        block takes at a time; None = all.
+        """
+        frames = F.pad(frames, (0, self.conv_in.weight.shape[1] - frames.shape[-1]))
+        x = Sum(self.conv_in.of(frames, call), self.conv_in.bias)
+        for block in self.blocks[:-1]:
             x = block(x, call)
-        out, _ = self.conv_out.after_norm(x, self.gamma, call, keep=False)
-        return settle(out)[..., : self.num_channels]
+        parts, made = [x] if finest is None else x.split(finest), []
+        while parts:  # each is gone when it has been read
+            last = self.blocks[-1](parts.pop(0), call)
+            made.append(self.conv_out.after_norm(last, self.gamma, call, keep=False)[0])
+        return torch.cat(made, dim=1) + self.conv_out.bias.float()
 
     def new_past(self) -> list[Tensor | None]:
         """The past at the beginning of a video."""
@@ -268,13 +285,14 @@ class WanDecoder(_Network):
     def __call__(
         self, latents: Tensor, past: Past, *, first: bool, into: Past | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Pixels [B, T, 3, h, w], not clamped, of the next latents [B, F, H, W, C] (not normalised), and the new past.
+        """Pixels [B, T, 3, h, w], float32, not clamped, of the next latents [B, F, H, W, C], and the new past.
 
-        Args: `first`, whether this is the first latent of a video, which must come alone and gives one frame; `into`,
-        where the new past goes: None makes new tensors, `past` updates it in place.
+        Args: `latents` as the VAE has them, not normalised, in its type; `first`, whether this is the first latent of a
+        video, which must come alone and gives one frame; `into`, where the new past goes: None makes new tensors,
+        `past` updates it in place.
         """
         call = _Call(past, into, first=first)
-        x = self._run(F.linear(latents, *self.post_quant), call)
+        x = self._run(F.linear(latents, *self.post_quant), call, finest=_FINEST_FRAMES)
         size = self.patch_size
         x = x.unflatten(-1, (-1, size, size)).permute(0, 1, 4, 2, 6, 3, 5)  # [B, T, 3, H, p, W, p]
         return x.flatten(5, 6).flatten(3, 4), call.new
@@ -286,7 +304,7 @@ class WanEncoder(_Network):
     def __init__(self, vae: Any) -> None:
         self.patch_size: int = vae.config.patch_size or 1
         weight, bias = _linear(vae.quant_conv)
-        self.quant = weight[: vae.config.z_dim], bias[: vae.config.z_dim]  # the means alone
+        self.quant = weight[: vae.config.z_dim].float(), bias[: vae.config.z_dim].float()  # the means alone
         super().__init__(vae.encoder)
 
     def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
@@ -297,7 +315,7 @@ class WanEncoder(_Network):
     def __call__(
         self, video: Tensor, past: Past, *, first: bool, into: Past | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Means [B, F, H, W, C], not normalised, of the next frames [B, T, 3, h, w], and the new past.
+        """Means [B, F, H, W, C], float32, not normalised, of the next frames [B, T, 3, h, w], and the new past.
 
         Args: `first`, whether this is the first frame of a video, which must come alone; else T is a multiple of the
         temporal stride; `into` as that of `WanDecoder`.
@@ -307,6 +325,24 @@ class WanEncoder(_Network):
         x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
         x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
         return F.linear(self._run(x, call), *self.quant), call.new
+
+
+def _conv3d(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`F.conv3d`; on a CPU by oneDNN whatever the size, where torch takes three times as long for one small item."""
+    plain = type(x) is Tensor  # oneDNN's entry knows no tensors without data
+    if plain and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.aten.mkldnn_convolution(x, weight, None, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, stride=tuple(stride), padding=tuple(padding))
+
+
+def _spare_outputs(weight: Tensor) -> int:
+    """Channels of zeros to add to a convolution's outputs.
+
+    With 96 outputs cuDNN 9 has no kernel of the H200's own kind and takes twice as long as with 128 (11.6 and 5.3 ms at
+    480x832): its kernels make 128 or 64 at once.
+    """
+    outputs, half = weight.shape[0], weight.dtype in (torch.bfloat16, torch.float16)
+    return -outputs % 128 if weight.is_cuda and half and outputs > 64 and outputs % 64 else 0
 
 
 def _linear(conv: Any) -> tuple[Tensor, Tensor]:
@@ -338,5 +374,12 @@ def _doubled(x: Tensor, weight: Tensor) -> Tensor:
     y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).contiguous()
     images, rows, columns, four = y.shape
     line, out = columns * four, four // 4
-    y = y.as_strided((images, height, 2, width, 2, out), (rows * line, line, line + 2 * out, four, four + out, 1))
-    return y.reshape(batch, time, 2 * height, 2 * width, out)
+    places = (images, height, 2, width, 2, out), (rows * line, line, line + 2 * out, four, four + out, 1)
+    return _copied(y.as_strided(*places)).view(batch, time, 2 * height, 2 * width, out)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A contiguous copy; torch copies eight bytes as fast as one element."""
+    if x.shape[-1] * x.element_size() % 8:
+        return x.contiguous()
+    return x.view(torch.int64).contiguous().view(x.dtype)
