@@ -64,7 +64,7 @@ def contrast(frames: NDArray[np.uint8]) -> float:
 
 def finite(session: Session) -> bool:
     """Whether the latest latents and the features that the decoder keeps are finite (bytes cannot show it)."""
-    stream, decoder = session.standing.stream, session.standing.decoder
+    stream, decoder = session.state.stream, session.state.decoder
     assert stream is not None and stream.pending is not None and decoder is not None
     return all(bool(t.isfinite().all()) for t in (stream.pending, *decoder.state()[0].values()))
 

@@ -33,7 +33,7 @@ class Ulysses:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
-        self._shares: dict[int, UlyssesShard] = {}
+        self._shards: dict[int, UlyssesShard] = {}
 
     @property
     def leads(self) -> bool:
@@ -53,9 +53,9 @@ class Ulysses:
 
     def shard(self, tokens: int) -> UlyssesShard:
         """This rank's part of calls with `tokens` tokens a frame. Raises: ShapeError when they are too few."""
-        if tokens not in self._shares:
-            self._shares[tokens] = UlyssesShard(self, tokens)
-        return self._shares[tokens]
+        if tokens not in self._shards:
+            self._shards[tokens] = UlyssesShard(self, tokens)
+        return self._shards[tokens]
 
 
 class UlyssesShard:
@@ -198,7 +198,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        shard = ctx.share
+        shard = ctx.shard
         return grad.narrow(_TOKENS, shard.start, shard.size) * shard.ranks.size, None
 
 

@@ -36,7 +36,7 @@ ERRORS: dict[str, Callable] = {
     "heads": lambda ranks: make_tiny_model(num_heads=1 + ranks.size, dim=8 * (1 + ranks.size)).executed(
         Execution(ranks)
     ),
-    "tokens": lambda ranks: ranks.share(ranks.size - 1),
+    "tokens": lambda ranks: ranks.shard(ranks.size - 1),
 }
 
 
@@ -46,8 +46,8 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
 
 def exchanges(ranks: Ulysses, tokens: int) -> dict[str, bool]:
     """Each function of a shard against slices of the whole, forward and backward; equal to the last bit."""
-    shard, first = ranks.share(tokens), sum(ranks.share(tokens).sizes[: ranks.rank])
-    n, last = HEADS // ranks.size, first + ranks.share(tokens).size
+    shard, first = ranks.shard(tokens), sum(ranks.shard(tokens).sizes[: ranks.rank])
+    n, last = HEADS // ranks.size, first + ranks.shard(tokens).size
     heads = slice(n * ranks.rank, n * (ranks.rank + 1))
     whole = [numbers(seed, 2, 3, tokens, HEADS, 5) for seed in range(3)]
     mine = [x[:, :, first:last].clone().requires_grad_() for x in whole]

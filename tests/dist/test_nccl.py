@@ -17,7 +17,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.parallel.fsdp import parallelize
 from longtake.checkpoint.save import load_checkpoint, save_checkpoint
 from longtake.train.ema import EMASettings
-from longtake.train.loop import LoopSettings, Window, iteration
+from longtake.train.loop import LoopSettings, MetricWindow, iteration
 from longtake.train.metrics import PhaseTimer
 from longtake.train.optim import OptimizerSettings
 from longtake.train.state import TrainState
@@ -41,7 +41,7 @@ def build(mesh, param_dtype):
 
 
 def iterate(state, objective, mesh, count):
-    rows, window = CudaRows(mesh), Window()
+    rows, window = CudaRows(mesh), MetricWindow()
     rows.seek(state.data_position)
     for _ in range(count):
         iteration(state, objective, rows, LoopSettings(9), mesh, PhaseTimer(), window)

@@ -108,7 +108,7 @@ def test_one_process_does_nothing_more(monkeypatch):
     from longtake.models.sequence_parallel import NO_SPLIT
 
     x = torch.randn(1, 2, 3, 4)
-    assert NO_SPLIT.take(x) is NO_SPLIT.whole(x) is NO_SPLIT.to_tokens(x) is x
+    assert NO_SPLIT.shard(x) is NO_SPLIT.all_gather(x) is NO_SPLIT.to_tokens(x) is x
     assert all(a is b for a, b in zip(NO_SPLIT.to_heads(x, x, x), (x, x, x)))
     model = make_tiny_model()
     assert model.execution.split is None and Mesh().sequence is None and Mesh().leads_sequence
