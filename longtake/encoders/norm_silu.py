@@ -21,8 +21,7 @@ class Sum:
     """`value` + `bias` + `skip`, not added up yet. It is read once, by `norm_silu` or `settle`, and is empty then: what
     it held is free as soon as nobody needs it.
 
-    `value` [B, T, H, W, C] belongs to the reader, who may overwrite it; `bias` [C]; `skip` like `value`. Pixels lie one
-    behind the other in memory, at any distance.
+    `value` [B, T, H, W, C], contiguous, belongs to the reader, who may overwrite it; `bias` [C]; `skip` like `value`.
     """
 
     def __init__(self, value: Tensor, bias: Tensor | None = None, skip: Tensor | None = None) -> None:
@@ -41,7 +40,7 @@ class Sum:
         value, bias, skip = self.taken()
 
         def pieces(tensor: Tensor) -> list[Tensor]:
-            return [tensor if tensor.shape[0] == 1 else tensor.contiguous() for tensor in tensor.split(frames, dim=1)]
+            return [piece.contiguous() for piece in tensor.split(frames, dim=1)]
 
         values = pieces(value)
         skips = [None] * len(values) if skip is None else pieces(skip)
@@ -51,7 +50,9 @@ class Sum:
 def norm_silu(x: Sum, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bool = True) -> Tensor | None:
     """Writes SiLU(sum / RMS over channels * gamma) to `out`; the sum [B, T, H, W, C] where `keep`, else None.
 
-    Args: `gamma` [C]; `out` [B, T, H, W, C], each item of the batch contiguous; `silu` False leaves the SiLU out.
+    Args: `gamma` [C]; `out` [B, T, H, W, C], each frame contiguous, or [B, T, H, W, taps, C], where each frame gets a
+    place beside the taps - 1 frames after it: the last tap of frame t is frame t itself, the first one frame
+    t - taps + 1, and what there is none for is left; `silu` False leaves the SiLU out.
     Source: diffusers `WanRMS_norm`: x / max(|x|, 1e-12) * sqrt(C) * gamma, in float32.
     """
     kernels, parts = _kernels(x.device.type), x.taken()
@@ -60,7 +61,9 @@ def norm_silu(x: Sum, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bo
     else:
         total = _total(*parts)
         scaled = F.normalize(total.float(), dim=-1) * (gamma.float() * total.shape[-1] ** 0.5)
-        out.copy_(F.silu(scaled, inplace=True) if silu else scaled)
+        made, places = F.silu(scaled, inplace=True) if silu else scaled, out if out.ndim == 6 else out.unsqueeze(-2)
+        for age, place in enumerate(reversed(places.unbind(-2))):
+            place[:, age:].copy_(made[:, : made.shape[1] - age])
     return total if keep else None
 
 

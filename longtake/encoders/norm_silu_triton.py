@@ -19,15 +19,16 @@ def _sum_norm_silu(
     skip,
     gamma,
     out,
-    num_rows,  # pixels
-    value_step,  # elements from a pixel to the next
-    skip_step,
-    rows_of_item,  # pixels of an item of the batch, over all its frames
-    gap,  # pixels between the items of `out`
+    num_pixels,
+    num_frames,
+    frame_pixels,
+    item_step,  # elements of `out` from an item of the batch to the next
+    frame_step,  # from a frame to the next
     scale,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TAPS: tl.constexpr,
     BIAS: tl.constexpr,
     SKIP: tl.constexpr,
     KEEP: tl.constexpr,
@@ -36,19 +37,18 @@ def _sum_norm_silu(
     SILU: tl.constexpr,
 ):
     # 64 bits: sixteen frames of 720x1280 with 256 channels are more elements than 32 bits can count.
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pixels = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     columns = tl.arange(0, BLOCK)
     real = columns < C
-    mask = (rows < num_rows)[:, None] & real[None, :]
-    here = value + rows[:, None] * value_step + columns[None, :]
-    x = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    mask = (pixels < num_pixels)[:, None] & real[None, :]
+    places = pixels[:, None] * C + columns[None, :]
+    x = tl.load(value + places, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)[None, :]
     if SKIP:
-        other = skip + rows[:, None] * skip_step + columns[None, :]
-        x += tl.load(other, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(skip + places, mask=mask, other=0.0).to(tl.float32)
     if KEEP:
-        tl.store(here, x.to(value.dtype.element_ty), mask=mask)
+        tl.store(value + places, x.to(value.dtype.element_ty), mask=mask)
     if WRITE:
         if NORM:
             square = tl.sum(x * x, axis=1)
@@ -56,8 +56,14 @@ def _sum_norm_silu(
             x *= tl.load(gamma + columns, mask=real, other=0.0).to(tl.float32)[None, :]
             if SILU:
                 x = x / (1.0 + tl.exp(-x))
-        rows += (rows // rows_of_item) * gap
-        tl.store(out + rows[:, None] * C + columns[None, :], x.to(out.dtype.element_ty), mask=mask)
+        frames = pixels // frame_pixels
+        item, time = frames // num_frames, frames % num_frames
+        base = item * item_step + (pixels % frame_pixels) * (TAPS * C)
+        made = x.to(out.dtype.element_ty)
+        for age in tl.static_range(TAPS):  # frame t is read by the outputs t, t + 1, ... as one of age 0, 1, ...
+            rows = base + (time + age) * frame_step + (TAPS - 1 - age) * C
+            there = mask & (time + age < num_frames)[:, None]
+            tl.store(out + rows[:, None] + columns[None, :], made, mask=there)
 
 
 def launch(
@@ -70,36 +76,37 @@ def launch(
     silu: bool,
     keep: bool,
 ) -> Tensor:
-    """Adds up, into `value` where `keep`; with `out`, writes the sum there, normalised where `gamma` is given."""
-    batch, channels = value.shape[0], value.shape[-1]
-    pixels = value.view(-1, channels)  # raises where they do not lie one behind the other
-    others = pixels if skip is None else skip.view(-1, channels)
-    rows_of_item, gap = len(pixels) // batch, 0
-    if out is not None:
-        assert out.shape == value.shape and out[0].is_contiguous()
-        gap = out.stride(0) // channels - rows_of_item if batch > 1 else 0
-    block = triton.next_power_of_2(channels)
-    rows = max(1, _TILE // block)
+    """Adds up, into `value` where `keep`; with `out`, writes the sum there, normalised where `gamma` is given.
+
+    Args: `out` like `value`, or [B, T, H, W, taps, C] as in `norm_silu`.
+    """
+    assert value.is_contiguous() and (skip is None or skip.is_contiguous())
+    _, frames, height, width, channels = value.shape
+    place, taps = (value, 1) if out is None else (out, 1 if out.ndim == value.ndim else out.shape[4])
+    assert place[0, 0].is_contiguous() and place.shape[:4] == value.shape[:4] and place.shape[-1] == channels
+    num_pixels, block = value.numel() // channels, triton.next_power_of_2(channels)
+    at_once = max(1, _TILE // block)
 
     def given(tensor: Tensor | None) -> Any:
         return value if tensor is None else tensor  # any pointer will do: it is not read
 
-    with torch.cuda.device(value.device):
-        _sum_norm_silu[(triton.cdiv(len(pixels), rows),)](
+    with torch.cuda.device_of(value):
+        _sum_norm_silu[(triton.cdiv(num_pixels, at_once),)](
             value,
             given(bias),
-            others,
+            given(skip),
             given(gamma),
-            given(out),
-            len(pixels),
-            pixels.stride(0),
-            others.stride(0),
-            rows_of_item,
-            gap,
+            place,
+            num_pixels,
+            frames,
+            height * width,
+            place.stride(0),
+            place.stride(1),
             channels**0.5,
             C=channels,
             BLOCK=block,
-            ROWS=rows,
+            PIXELS=at_once,
+            TAPS=taps,
             BIAS=bias is not None,
             SKIP=skip is not None,
             KEEP=keep and (bias is not None or skip is not None),

@@ -1,9 +1,10 @@
 """The networks of the Wan VAE (2.1 and 2.2), computed from the library's weights with its results, as a GPU likes it.
 
-Frames are [B, T, H, W, C] inside (channels last). Four things are done other than the library does them:
+Frames are [B, T, H, W, C] inside (channels last). Five things are done other than the library does them:
 - What a causal convolution remembers is a value that goes into a call and comes out of it; the modules hold nothing.
 - Its input is written once, behind the frames that it remembers, by the norm before it (`norm_silu.py`).
 - Nearest-neighbour upsampling and the 3x3 convolution after it are one convolution of 2x2 (`_folded`).
+- For some widths a convolution of videos is one of pictures (`_StackedConv`, `_PixelConv`).
 - Any number of latent frames but the first go through together, at the finest level a few frames at a time.
 
 Must know no device, no statistics of latents and no session.
@@ -27,7 +28,7 @@ from longtake.encoders.norm_silu import Sum, norm_silu, settle
 Past = Sequence[Tensor | None]
 
 _MULTIPLE = 8  # of channels that GPUs convolve without copying them
-_FINEST_FRAMES = 8  # that are at the decoder's finest level together: it is what takes memory
+_FINEST_FRAMES = 4  # that are at the decoder's finest level together: it is what takes memory
 
 
 class _Call:
@@ -41,69 +42,120 @@ class _Call:
         self._past, self._into, self.first = past, into, first
         self.new: list[Tensor | None] = list(past)
 
-    def buffer(self, slot: int, x: Sum | Tensor, like: Tensor, frames: int = 2) -> Tensor:
-        """Memory [B, frames + T, H, W, C] for the input `x` of a convolution: what it remembers is there, `x` is not.
+    def past(self, slot: int) -> Tensor | int:
+        """What a convolution remembers, [B, frames, H, W, C], or 0 at the beginning of a video.
 
-        Args: `like`, a tensor on the same device, of the same type.
+        That is of this call's own frames, where the finest level takes some at a time.
         """
-        batch, time, *rest = x.shape
-        made = like.new_empty(batch, frames + time, *rest)
-        past = self.new[slot]  # of this call's earlier frames, where the finest level takes some at a time
-        if past is None:
-            made[:, :frames].zero_()
-        else:
-            made[:, :frames].copy_(past)
-        return made
+        kept = self.new[slot]
+        return 0 if kept is None else kept
 
-    def keep(self, slot: int, buffer: Tensor, frames: int = 2) -> None:
-        """Remembers the last frames of `buffer`."""
-        last, place = buffer[:, -frames:], self.new[slot]
+    def keep(self, slot: int, frames: Tensor) -> None:
+        """Remembers `frames`."""
+        place = self.new[slot]
         if place is self._past[slot]:
             place = None if self._into is None else self._into[slot]
-        self.new[slot] = last.clone() if place is None else place.copy_(last)
+        if place is None:
+            place = frames.new_empty(frames.shape)
+        _wide(place).copy_(_wide(frames))
+        self.new[slot] = place
 
 
 class _CausalConv:
     """A convolution over frames; its result comes without the bias, which the next pass over memory adds.
 
-    Args: `aligned`, which sides, "inputs" or "outputs", get channels of zeros up to a multiple of `_MULTIPLE`.
+    Its input gets channels of zeros up to a multiple of `_MULTIPLE` where it is the network's.
     """
 
-    def __init__(self, conv: Any, slots: Iterator[int], aligned: str = "") -> None:
-        weight, bias = conv.weight.detach(), conv.bias.detach()
-        inputs = -weight.shape[1] % _MULTIPLE if aligned == "inputs" else 0
-        outputs = -weight.shape[0] % _MULTIPLE if aligned == "outputs" else _spare_outputs(weight)
-        self.weight = F.pad(weight, (0,) * 7 + (inputs, 0, outputs)).contiguous(memory_format=torch.channels_last_3d)
-        self.bias, self.num_outputs = bias, len(bias)
+    def __init__(self, conv: Any, slots: Iterator[int], *, outermost: bool = False) -> None:
+        weight, self.bias = conv.weight.detach(), conv.bias.detach()
+        zeros = -weight.shape[1] % _MULTIPLE if outermost else 0
+        self.weight = F.pad(weight, (0,) * 7 + (zeros,)).contiguous(memory_format=torch.channels_last_3d)
         self.stride, self.slot = conv.stride, next(slots)
         self.padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
     def __call__(self, buffer: Tensor) -> Tensor:
         x = _conv3d(buffer.permute(0, 4, 1, 2, 3), self.weight, self.stride, self.padding)
-        return x.permute(0, 2, 3, 4, 1).contiguous()[..., : self.num_outputs]
+        return x.permute(0, 2, 3, 4, 1).contiguous()
 
     def after_norm(self, x: Sum, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         """The convolution of the normalised `x`; and where `keep` the sum `x`."""
-        buffer = call.buffer(self.slot, x, self.bias)
+        buffer = self._buffer(x, call, 2)
         total = norm_silu(x, gamma, buffer[:, 2:], keep=keep)
-        call.keep(self.slot, buffer)
+        call.keep(self.slot, buffer[:, -2:])
         return self(buffer), total
 
     def of(self, x: Sum | Tensor, call: _Call, frames: int = 2) -> Tensor:
         """The convolution of `x` as it is. Args: `frames` that it remembers."""
-        buffer = call.buffer(self.slot, x, self.bias, frames)
+        buffer = self._buffer(x, call, frames)
         if isinstance(x, Sum):
             settle(x, buffer[:, frames:])
         else:
             buffer[:, frames:].copy_(x)
-        call.keep(self.slot, buffer, frames)
+        call.keep(self.slot, buffer[:, -frames:])
         return self(buffer)
+
+    def _buffer(self, x: Sum | Tensor, call: _Call, frames: int) -> Tensor:
+        """Memory [B, frames + T, H, W, C] for the input `x`: what was before it is there, `x` is not."""
+        batch, time, *rest = x.shape
+        buffer = self.bias.new_empty(batch, frames + time, *rest)
+        buffer[:, :frames] = call.past(self.slot)
+        return buffer
+
+
+class _StackedConv(_CausalConv):
+    """The same of a 3x3x3 kernel as a 3x3 convolution of pictures that have the two frames before beside them.
+
+    It takes three times the memory, and for some widths cuDNN has faster kernels for pictures than for videos.
+    """
+
+    def __init__(self, conv: Any, slots: Iterator[int]) -> None:
+        super().__init__(conv, slots)
+        weight = conv.weight.detach().transpose(1, 2).flatten(1, 2)  # [O, 3 C, 3, 3]
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+
+    def after_norm(self, x: Sum, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        batch, time, height, width, channels = x.shape
+        stacked = self.bias.new_empty(batch, time, height, width, 3, channels)
+        frames = stacked.permute(4, 0, 1, 2, 3, 5)  # by their age: two before, one before, the same
+        before = call.past(self.slot)
+        if isinstance(before, Tensor):
+            _wide(frames[:2, :, 0]).copy_(_wide(before.transpose(0, 1)))
+            _wide(frames[0, :, 1:2]).copy_(_wide(before[:, 1:]))  # nowhere, where there is one frame
+        else:
+            frames[:2, :, 0] = frames[0, :, 1:2] = before
+        total = norm_silu(x, gamma, stacked, keep=keep)
+        call.keep(self.slot, frames[1:, :, -1].transpose(0, 1))
+        pictures = stacked.flatten(4, 5).flatten(0, 1).permute(0, 3, 1, 2)
+        made = F.conv2d(pictures, self.weight, padding=1).permute(0, 2, 3, 1)
+        return made.contiguous().unflatten(0, (batch, time)), total
+
+
+class _PixelConv(_CausalConv):
+    """The same of a 3x3x3 kernel with few outputs: every frame is convolved once, for the three that read it, and those
+    parts are added up in float32. GPUs have no kernels for three outputs; for nine it takes half the time.
+    """
+
+    def __init__(self, conv: Any, slots: Iterator[int]) -> None:
+        super().__init__(conv, slots)
+        outputs = conv.out_channels
+        by_age = conv.weight.detach().permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3 O, C, 3, 3]
+        by_age = F.pad(by_age, (0,) * 7 + (-3 * outputs % _MULTIPLE,))
+        self.weight, self.outputs = by_age.contiguous(memory_format=torch.channels_last), outputs
+
+    def __call__(self, buffer: Tensor) -> Tensor:
+        parts = F.conv2d(buffer.flatten(0, 1).permute(0, 3, 1, 2), self.weight, padding=1).permute(0, 2, 3, 1)
+        parts = parts.unflatten(0, buffer.shape[:2])[..., : 3 * self.outputs].unflatten(-1, (3, -1))
+        time = buffer.shape[1] - 2
+        total = parts[:, :time, :, :, 0].float()
+        return total.add_(parts[:, 1:-1, :, :, 1]).add_(parts[:, 2:, :, :, 2])
 
 
 class _ResidualBlock:
     def __init__(self, block: Any, slots: Iterator[int]) -> None:
         self.gamma1, self.gamma2 = (norm.gamma.detach().flatten() for norm in (block.norm1, block.norm2))
-        self.conv1, self.conv2 = _CausalConv(block.conv1, slots), _CausalConv(block.conv2, slots)
+        kinds = [_StackedConv if _stacks(conv.weight) else _CausalConv for conv in (block.conv1, block.conv2)]
+        self.conv1, self.conv2 = kinds[0](block.conv1, slots), kinds[1](block.conv2, slots)
         self.shortcut = None if isinstance(block.conv_shortcut, torch.nn.Identity) else _linear(block.conv_shortcut)
 
     def __call__(self, x: Sum, call: _Call) -> Sum:
@@ -165,7 +217,7 @@ class _Downsample:
             return half
         if call.first:
             only = settle(half)
-            call.keep(self.time.slot, only, 1)
+            call.keep(self.time.slot, only[:, -1:])
             return Sum(only)
         return Sum(self.time.of(half, call, 1), self.time.bias)
 
@@ -177,7 +229,7 @@ class _UpBlock:
         self.resnets = [_ResidualBlock(resnet, slots) for resnet in block.resnets]
         upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
         self.upsample = None if upsampler is None else _Upsample(upsampler, slots)
-        self.shortcut = getattr(block, "avg_shortcut", None)
+        self.shortcut: Any = getattr(block, "avg_shortcut", None)
 
     def __call__(self, x: Sum, call: _Call) -> Sum:
         start = None
@@ -243,14 +295,17 @@ class _Network:
 
     def __init__(self, network: Any) -> None:
         slots = count()
-        self.conv_in = _CausalConv(network.conv_in, slots, "inputs")
+        self.conv_in = _CausalConv(network.conv_in, slots, outermost=True)
         self.blocks = self._blocks(network, slots)
         self.gamma = network.norm_out.gamma.detach().flatten()
-        self.conv_out = _CausalConv(network.conv_out, slots, "outputs")
+        self.conv_out = self._last(network.conv_out, slots)
         self.num_slots = next(slots)
 
     def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
         raise NotImplementedError
+
+    def _last(self, conv: Any, slots: Iterator[int]) -> _CausalConv:
+        return _CausalConv(conv, slots)
 
     def _run(self, frames: Tensor, call: _Call, *, finest: int | None = None) -> Tensor:
         """The network's result, in float32 whatever the weights are. Args: `finest`, how many frames the last
@@ -281,6 +336,9 @@ class WanDecoder(_Network):
 
     def _blocks(self, network: Any, slots: Iterator[int]) -> list[Any]:
         return [_MidBlock(network.mid_block, slots), *(_UpBlock(block, slots) for block in network.up_blocks)]
+
+    def _last(self, conv: Any, slots: Iterator[int]) -> _CausalConv:
+        return _PixelConv(conv, slots)
 
     def __call__(
         self, latents: Tensor, past: Past, *, first: bool, into: Past | None = None
@@ -335,14 +393,14 @@ def _conv3d(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[
     return F.conv3d(x, weight, stride=tuple(stride), padding=tuple(padding))
 
 
-def _spare_outputs(weight: Tensor) -> int:
-    """Channels of zeros to add to a convolution's outputs.
+def _stacks(weight: Tensor) -> bool:
+    """Whether `_StackedConv` is the faster way.
 
-    With 96 outputs cuDNN 9 has no kernel of the H200's own kind and takes twice as long as with 128 (11.6 and 5.3 ms at
-    480x832): its kernels make 128 or 64 at once.
+    As cuDNN 9.19 chooses kernels, an H200 does so many TFLOP/s for pictures and for videos: with 96 outputs 525 and
+    260, 160: 435 and 605, 192: 530 and 575, 256: 670 and 705, 320: 700 and 490, 384: 745 and 575.
     """
     outputs, half = weight.shape[0], weight.dtype in (torch.bfloat16, torch.float16)
-    return -outputs % 128 if weight.is_cuda and half and outputs > 64 and outputs % 64 else 0
+    return weight.is_cuda and half and (64 < outputs <= 128 or outputs > 256)
 
 
 def _linear(conv: Any) -> tuple[Tensor, Tensor]:
@@ -375,11 +433,9 @@ def _doubled(x: Tensor, weight: Tensor) -> Tensor:
     images, rows, columns, four = y.shape
     line, out = columns * four, four // 4
     places = (images, height, 2, width, 2, out), (rows * line, line, line + 2 * out, four, four + out, 1)
-    return _copied(y.as_strided(*places)).view(batch, time, 2 * height, 2 * width, out)
+    return _wide(y.as_strided(*places)).contiguous().view(y.dtype).view(batch, time, 2 * height, 2 * width, out)
 
 
-def _copied(x: Tensor) -> Tensor:
-    """A contiguous copy; torch copies eight bytes as fast as one element."""
-    if x.shape[-1] * x.element_size() % 8:
-        return x.contiguous()
-    return x.view(torch.int64).contiguous().view(x.dtype)
+def _wide(x: Tensor) -> Tensor:
+    """The same memory as elements of eight bytes where its last axis has whole ones: torch copies them as fast as two."""
+    return x if x.shape[-1] * x.element_size() % 8 else x.view(torch.int64)

@@ -178,12 +178,11 @@ def test_a_folded_upsampling_is_doubling_and_convolving():
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=2e-5)
 
 
-def parts_of(channels: int, dtype=torch.float32, device="cpu", *, bias=True, skip=True, step=None) -> tuple:
-    """Random parts of a sum, [2, 3, 4, 5, channels]; `step`, elements from a pixel to the next."""
-    generator = torch.Generator().manual_seed(channels)
-    wide = (2, 3, 4, 5, step or channels)
-    x, other, b = (torch.randn(shape, generator=generator).to(device, dtype) for shape in (wide, wide, (channels,)))
-    return x[..., :channels], b if bias else None, other[..., :channels] if skip else None
+def parts_of(channels: int, dtype=torch.float32, device="cpu", *, bias=True, skip=True) -> tuple:
+    """Random parts of a sum, [2, 3, 4, 5, channels]."""
+    generator, size = torch.Generator().manual_seed(channels), (2, 3, 4, 5, channels)
+    x, other, b = (torch.randn(shape, generator=generator).to(device, dtype) for shape in (size, size, (channels,)))
+    return x, b if bias else None, other if skip else None
 
 
 def total_of(value, bias, skip) -> torch.Tensor:
@@ -192,9 +191,8 @@ def total_of(value, bias, skip) -> torch.Tensor:
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("step", [8, 16])
-def test_a_norm_is_the_librarys(given, silu, step):
-    parts = parts_of(8, bias=given[0], skip=given[1], step=step)
+def test_a_norm_is_the_librarys(given, silu):
+    parts = parts_of(8, bias=given[0], skip=given[1])
     if not any(given):
         parts[0][0, 0, 0, 0] = 0  # a pixel without length stays zero
     norm = WanRMS_norm(8, images=False)
@@ -206,6 +204,17 @@ def test_a_norm_is_the_librarys(given, silu, step):
     torch.testing.assert_close(buffer[:, 2:], F.silu(wanted) if silu else wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(kept, total, rtol=0, atol=1e-6)
     assert (buffer[:, :2] == 7).all()  # what the convolution remembers
+
+
+def test_a_norm_writes_frames_beside_the_later_ones():
+    gamma, plain, stacked = torch.ones(4), torch.empty(2, 3, 4, 5, 4), torch.full((2, 3, 4, 5, 3, 4), 7.0)
+    norm_silu(Sum(*parts_of(4)), gamma, plain)
+    norm_silu(Sum(*parts_of(4)), gamma, stacked)
+    for time in range(3):
+        for tap in range(3):
+            frame = time - 2 + tap
+            wanted = plain[:, frame] if frame >= 0 else torch.full_like(plain[:, 0], 7.0)
+            assert torch.equal(stacked[:, time, :, :, tap], wanted)
 
 
 def test_a_sum_settles_where_it_is_or_elsewhere():
@@ -229,12 +238,23 @@ def test_a_sum_is_read_once_and_holds_nothing_then():
         settle(x)
 
 
-def test_spare_outputs_change_nothing(vae, monkeypatch):
-    """Those that a GPU's convolutions get."""
-    z = random_latents(vae, 4)
-    wanted = streamed(WanDecoder(vae), z, [1, 3])
-    monkeypatch.setattr(wan_vae, "_spare_outputs", lambda weight: 5)
-    torch.testing.assert_close(streamed(WanDecoder(vae), z, [1, 3]), wanted, rtol=0, atol=2e-6)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_stacked_convolutions_are_the_librarys(vae, monkeypatch, split):
+    """Those that a GPU may prefer; also where the finest level takes one frame at a time."""
+    monkeypatch.setattr(wan_vae, "_stacks", lambda weight: True)
+    decoder, z = WanDecoder(vae), random_latents(vae, 5)
+    for frames in (8, 1):
+        monkeypatch.setattr(wan_vae, "_FINEST_FRAMES", frames)
+        torch.testing.assert_close(streamed(decoder, z, split), library_decode(vae, z), rtol=0, atol=1e-5)
+    monkeypatch.undo()
+    assert [kept.shape for kept in decoder_past(decoder, z)] == [
+        kept.shape for kept in decoder_past(WanDecoder(vae), z)
+    ]
+
+
+def decoder_past(decoder: WanDecoder, z: torch.Tensor) -> list[torch.Tensor]:
+    _, past = decoder(z[:, :1], decoder.new_past(), first=True)
+    return [kept for kept in decoder(z[:, 1:2], past, first=False)[1] if kept is not None]
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
@@ -267,18 +287,20 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("channels", "step"), [(4, 4), (96, 128), (384, 384)])
+@pytest.mark.parametrize("channels", [4, 96, 384])
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
-def test_the_kernel_is_the_plain_way(monkeypatch, channels, step, dtype, given):
+def test_the_kernel_is_the_plain_way(monkeypatch, channels, dtype, given):
     assert norms._kernels("cuda") is not None
     gamma = torch.rand(channels, device="cuda", dtype=dtype) + 0.5
     made = []
     for fused in (True, False):
         if not fused:
             monkeypatch.setattr(norms, "_kernels", lambda _: None)
-        x, y = (Sum(*parts_of(channels, dtype, "cuda", bias=given[0], skip=given[1], step=step)) for _ in range(2))
+        x, y, z = (Sum(*parts_of(channels, dtype, "cuda", bias=given[0], skip=given[1])) for _ in range(3))
         buffer = torch.full((2, 5, 4, 5, channels), 7.0, device="cuda", dtype=dtype)
-        made.append((buffer, norm_silu(x, gamma, buffer[:, 2:]), settle(y)))
+        stacked = torch.full((2, 3, 4, 5, 3, channels), 7.0, device="cuda", dtype=dtype)
+        norm_silu(z, gamma, stacked, keep=False)
+        made.append((buffer, norm_silu(x, gamma, buffer[:, 2:]), settle(y), stacked))
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for got, wanted in zip(*made, strict=True):
         torch.testing.assert_close(got, wanted, **close)
