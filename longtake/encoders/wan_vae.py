@@ -7,7 +7,7 @@ Frames are [B, T, H, W, C] inside (channels last). Five things are done other th
 - For some widths a convolution of videos is one of pictures (`_StackedConv`, `_PixelConv`).
 - Any number of latent frames but the first go through together, at the finest level a few frames at a time.
 
-Must know no device, no statistics of latents and no session.
+Must know no statistics of latents and no session.
 Source: huggingface/diffusers `models/autoencoders/autoencoder_kl_wan.py` (0.42), which tests compare with.
 """
 
@@ -437,5 +437,5 @@ def _doubled(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The same memory as elements of eight bytes where its last axis has whole ones: torch copies them as fast as two."""
+    """The same memory in elements of eight bytes, if its last axis has whole ones: torch copies them as fast as two."""
     return x if x.shape[-1] * x.element_size() % 8 else x.view(torch.int64)
