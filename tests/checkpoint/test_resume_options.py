@@ -61,7 +61,7 @@ def test_a_stage_is_refused_other_rows_and_goes_on_with_its_own(workshop, tmp_pa
     for wrong, number in ((lines[:-1], 5), (lines[::-1], 6), ([*lines, lines[0].replace("red", "blue")], 7)):
         (data / "metadata.jsonl").write_text("".join(wrong))
         with monkeypatch.context() as patch:
-            patch.setattr("longtake.train.stage.Builder", None)  # nothing is built before it
+            patch.setattr("longtake.train.stage.Builder.build", None)  # nothing is built before it
             with pytest.raises(CheckpointError, match=rf"rows='6 \(.*this run has '{number} .*give data.path the rows"):
                 run_stage(config, Mesh())
     (data / "metadata.jsonl").write_text("".join(lines))
