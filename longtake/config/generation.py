@@ -64,6 +64,9 @@ class GenerationConfig(Settings):
     text_precision: Literal["fp32", "bf16"] = Field(
         default=ModelConfig().text_precision, description="type of the text encoder where `precision` is fp32"
     )
+    vae_precision: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="type of the VAE; null = that of `precision`"
+    )
 
     history_blocks: int = Field(
         default=0,

@@ -45,18 +45,19 @@ class Encoders:
         with_image: bool = True,
         clip_preprocess: str = "original",
         text_dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype = torch.float32,
     ) -> Encoders:
         """The encoders of a Wan model folder: an original one, or one of diffusers (`folders.py` knows both).
 
-        Args: `dtype` of text and image encoder; the VAE stays float32 (spec B.2). `text_dtype` of the text encoder
-        alone (None = `dtype`): in float32 umT5-xxl takes 23 GB, in bfloat16, as it is published, 11 GB. `with_image`
-        False leaves the image encoder out. `clip_preprocess`, see `ImageEncoder`.
+        Args: `dtype` of text and image encoder; `vae_dtype` of the VAE, float32 wherever something is trained (spec
+        B.2). `text_dtype` of the text encoder alone (None = `dtype`): in float32 umT5-xxl takes 23 GB, in bfloat16, as
+        it is published, 11 GB. `with_image` False leaves the image encoder out. `clip_preprocess`, see `ImageEncoder`.
         Raises: CheckpointError that names what is missing and where to get it.
         """
         paths = encoder_paths(folder, with_image=with_image)
         image = paths.image
         return cls(
-            VideoVAE.load(paths.vae, device),
+            VideoVAE.load(paths.vae, device, vae_dtype),
             TextEncoder.load(paths.text, device, text_dtype or dtype, text_len=text_len),
             None if image is None else ImageEncoder.load(image, device, dtype, preprocess=clip_preprocess),
         )

@@ -6,6 +6,7 @@ Must know no transformer and no sampler; reads pictures, but no datasets.
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,28 +23,55 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def condition_frames(vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> Tensor:
-    """The condition channels `y`, float32 [B, F, temporal_stride + C, H, W], F = steady_index + 1.
+class ConditionFrames:
+    """The condition channels `y` of pictures, encoded as far as they are read.
 
-    The mask comes first (its channels are the pixel frames of a latent: 1 on latent frame 0, else 0), then the latents
-    of the picture followed by mid grey (0.0 in pixels, neither black nor zero latents). Encoded up to the VAE's steady
-    index: the last frame stands for every later one.
+    `frames`, float32 [B, F, temporal_stride + C, H, W], F = steady_index + 1: the mask comes first (its channels are
+    the pixel frames of a latent: 1 on latent frame 0, else 0), then the latents of the picture followed by mid grey
+    (0.0 in pixels, neither black nor zero latents). The last frame stands for every later one. `frames` is one tensor
+    for ever; latents that were not reached yet are zeros in it.
 
     Args: `image` [B, 3, h, w] in [-1, 1], already at the size of the video; `num_latent_frames`, the length of the only
     clip that it is for, beyond which nothing is encoded.
     Raises: ShapeError.
     Source: Wan2.1 image-to-video; spec B.3.
     """
-    if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-        raise ShapeError(
-            f"image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
-        )
-    session = vae.encoder_session()
-    latents = [session.encode(image[:, None])]
-    grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
-    later = vae.steady_index if num_latent_frames is None else min(vae.steady_index, num_latent_frames - 1)
-    latents += [session.encode(grey) for _ in range(later)]
-    return with_mask(torch.cat(latents, dim=1), vae.temporal_stride)
+
+    def __init__(self, vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> None:
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ShapeError(
+                f"image must be a float tensor [B, 3, h, w] in [-1, 1]; got {image.dtype} {tuple(image.shape)}"
+            )
+        self._encoder = vae.encoder_session()
+        self._grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
+        first = self._encoder.encode(image[:, None])
+        most = vae.steady_index + 1
+        latents = first.new_zeros(first.shape[0], min(most, num_latent_frames or most), *first.shape[2:])
+        latents[:, :1] = first
+        self.frames = with_mask(latents, vae.temporal_stride)
+        self._latents = self.frames[:, :, vae.temporal_stride :]
+        self._reaching = Lock()  # branches of a session share one
+
+    @property
+    def reached(self) -> int:
+        """Latent frames that are encoded."""
+        return self._encoder.num_latent_frames
+
+    def reach(self, num_latent_frames: int) -> None:
+        """Encodes as far as that, or to the end. What was encoded stays as it is, bit for bit.
+
+        One latent after the other: the numbers do not depend on how far each call went.
+        """
+        with self._reaching:
+            while (index := self.reached) < min(num_latent_frames, self.frames.shape[1]):
+                self._latents[:, index : index + 1] = self._encoder.encode(self._grey)
+
+
+def condition_frames(vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> Tensor:
+    """The frames of `ConditionFrames`, all of them encoded. Arguments and errors are the same."""
+    y = ConditionFrames(vae, image, num_latent_frames)
+    y.reach(y.frames.shape[1])
+    return y.frames
 
 
 def with_mask(latents: Tensor, temporal_stride: int) -> Tensor:

@@ -1,15 +1,15 @@
 """The video VAE: pixels to normalised latents and back, in one shot or streamed.
 
-Owns the layout change between `[B, T, 3, h, w]` and the library's `[B, C, T, h, w]`, the normalisation of latents, and
-the feature state of streaming, which belongs to a session and never to the shared library module: any number of
-sessions and threads can use one `VideoVAE`. Must know no prompt, no mask and no transformer.
+Owns the normalisation of latents, sizes, and the past of a stream, which belongs to a session and never to the shared
+networks (`wan_vae.py`): any number of sessions and threads can use one `VideoVAE`. Must know no prompt, no mask and no
+transformer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,23 @@ from torch import Tensor
 from longtake.condition import pixel_frames
 from longtake.encoders.original import load_vae_module
 from longtake.encoders.strict import check_folder, load_strictly
+from longtake.encoders.wan_vae import Past, WanDecoder, WanEncoder
 from longtake.errors import CheckpointError, ShapeError
 from longtake.models.attention import ONE_THREAD
 
 # A guard against searching for ever, not a size of any model: Wan2.1 needs 29.
 _MAX_STEADY_INDEX = 512
+_THIN = 8  # base width of a network that only its structure matters of
 
 
 class VideoVAE:
     """A frozen `AutoencoderKLWan` (Wan2.1 or 2.2 layout) behind Longtake's axes.
 
-    Args: `module`, the library class; `latents_per_call`, how many latent frames go through the network at once (more
-    is faster on a GPU and needs more memory; the result is the same).
+    Args: `module`, the library class, whose weights are read at the first use; `latents_per_call`, how many latent
+    frames go through the network at once (more is faster on a GPU and needs more memory; the result is the same).
     """
 
-    def __init__(self, module: Any, *, latents_per_call: int = 1) -> None:
+    def __init__(self, module: Any, *, latents_per_call: int = 4) -> None:
         if latents_per_call < 1:
             raise ShapeError(f"latents_per_call={latents_per_call} must be at least 1")
         self.module = module.eval().requires_grad_(False)
@@ -62,7 +64,7 @@ class VideoVAE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
-        latents_per_call: int = 1,
+        latents_per_call: int = 4,
     ) -> VideoVAE:
         """The VAE of a library folder (`config.json` and safetensors), or of `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`.
 
@@ -79,6 +81,16 @@ class VideoVAE:
     def copy_to(self, device: torch.device | str) -> VideoVAE:
         """Another one with the same weights, on `device`."""
         return VideoVAE(copy.deepcopy(self.module).to(device), latents_per_call=self.latents_per_call)
+
+    @cached_property
+    def encoder(self) -> WanEncoder:
+        """The network from pixels to latents."""
+        return WanEncoder(self.module)
+
+    @cached_property
+    def decoder(self) -> WanDecoder:
+        """The network from latents to pixels."""
+        return WanDecoder(self.module)
 
     @property
     def device(self) -> torch.device:
@@ -121,22 +133,26 @@ class VideoVAE:
         """Index of the first latent of "one picture, then constant frames" that no longer depends on the picture.
 
         From it on the latents are constant. Found exactly and without a threshold: NaN in frame 0 marks every latent
-        that it can reach. What lies before frame 0 (the padding of causal convolutions) is reached only together with
-        frame 0, so that a latent without NaN depends on constant frames alone, like all later ones.
-        Raises: CheckpointError when the dependence does not end, as with NaN in the weights.
+        that it can reach, whatever the weights, so that a narrow network of the same structure tells. What lies before
+        frame 0 (the padding of causal convolutions) is reached only together with frame 0, so that a latent without NaN
+        depends on constant frames alone, like all later ones.
+        Raises: CheckpointError when the weights hold NaN, or the dependence does not end.
         """
+        if any(bool(parameter.isnan().any()) for parameter in self.module.parameters()):
+            raise CheckpointError("the VAE's weights hold NaN: use another VAE")
         size = self.spatial_stride  # one latent pixel: spatial extent changes nothing about time
         # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
-        vae = self if self.device.type == "cpu" else VideoVAE(copy.deepcopy(self.module).to("cpu").float())
-        session = vae.encoder_session()
-        session.encode(torch.full((1, 1, 3, size, size), torch.nan))
-        grey = torch.zeros(1, self.temporal_stride, 3, size, size)
-        for index in range(1, _MAX_STEADY_INDEX):
-            if not session.encode(grey).isnan().any():
-                return index
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            thin = {"base_dim": _THIN, "decoder_base_dim": _THIN}
+            session = VideoVAE(type(self.module).from_config(self.module.config, **thin)).encoder_session()
+            session.encode(torch.full((1, 1, 3, size, size), torch.nan))
+            grey = torch.zeros(1, self.temporal_stride, 3, size, size)
+            for index in range(1, _MAX_STEADY_INDEX):
+                if not session.encode(grey).isnan().any():
+                    return index
         raise CheckpointError(
-            f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; its weights hold NaN "
-            "or it is not causal with finite memory: use another VAE"
+            f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; it is not causal with "
+            "finite memory: use another VAE"
         )
 
     def normalise(self, mu: Tensor) -> Tensor:
@@ -147,15 +163,22 @@ class VideoVAE:
         """The inverse of `normalise`."""
         return latents.float() * self._std + self._mean
 
-    def alone(self) -> AbstractContextManager[Any]:
-        """Around what the network does: on a GPU it follows which kernels the process chooses for attention."""
-        return ONE_THREAD if self.device.type == "cuda" else nullcontext()
+    def run(
+        self, network: WanEncoder | WanDecoder, chunks: Sequence[Tensor], past: Past, *, begun: bool
+    ) -> tuple[list[Tensor], Past]:
+        """What `network` makes of chunks that follow on `past`, and the past after them; `past` stays as it was.
 
-    def new_features(self, network: Any) -> list[Any]:
-        """An empty feature list: one slot for each causal convolution of `network`."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-        return [None] * sum(isinstance(m, WanCausalConv3d) for m in network.modules())
+        Args: `begun`, whether there were chunks before.
+        """
+        made, own = [], None
+        # On a GPU attention follows which kernels the process chooses; a trainer's autocast must not reach the network.
+        alone = ONE_THREAD if self.device.type == "cuda" else nullcontext()
+        with alone, torch.autocast(self.device.type, enabled=False):
+            for chunk in chunks:
+                out, past = network(chunk, past, first=not begun, into=own)
+                made.append(out)
+                begun, own = True, past
+        return made, past
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[2] != 3 or not video.is_floating_point():
@@ -178,7 +201,7 @@ class EncoderSession:
 
     def __init__(self, vae: VideoVAE) -> None:
         self._vae = vae
-        self._features = vae.new_features(vae.module.encoder)
+        self._past: Past = vae.encoder.new_past()
         self._pending: Tensor | None = None
         self.num_latent_frames = 0
 
@@ -187,31 +210,26 @@ class EncoderSession:
         """The latents [B, f, C, H, W] that `video` [B, t, 3, h, w] in [-1, 1] completes; f can be 0."""
         vae = self._vae
         vae._check_video(video)
-        frames = video.to(device=vae.device, dtype=vae.dtype).transpose(1, 2)
+        frames = video.to(device=vae.device, dtype=vae.dtype)
         if self._pending is not None:
             if self._pending.shape[0] != frames.shape[0] or self._pending.shape[3:] != frames.shape[3:]:
                 raise ShapeError(
                     f"this session encodes {_describe(self._pending)}; got {_describe(frames)}: open a new session"
                 )
-            frames = torch.cat([self._pending, frames], dim=2)
-        latents, used, features = [], 0, list(self._features)
-        with (
-            vae.alone(),
-            torch.autocast(vae.device.type, enabled=False),
-        ):  # a trainer's autocast must not reach the encoder
-            for size in self._chunks(frames.shape[2]):
-                latents.append(self._encode_chunk(frames[:, :, used : used + size], features))
-                used += size
+            frames = torch.cat([self._pending, frames], dim=1)
+        sizes = self._chunks(frames.shape[1])
+        chunks = frames.split([*sizes, frames.shape[1] - sum(sizes)], dim=1)
+        latents, past = vae.run(vae.encoder, chunks[:-1], self._past, begun=self.num_latent_frames > 0)
         # An empty remainder is kept as well: it remembers the sizes that later calls must have.
-        pending, made = frames[:, :, used:].clone(), self.num_latent_frames + sum(part.shape[2] for part in latents)
-        self._pending, self._features, self.num_latent_frames = pending, features, made
+        pending, made = chunks[-1].clone(), self.num_latent_frames + sum(part.shape[1] for part in latents)
+        self._pending, self._past, self.num_latent_frames = pending, past, made
         if not latents:
             batch, _, _, height, width = frames.shape
             stride = vae.spatial_stride
             return frames.new_zeros(
                 batch, 0, vae.latent_channels, height // stride, width // stride, dtype=torch.float32
             )
-        return vae.normalise(torch.cat(latents, dim=2).transpose(1, 2))
+        return vae.normalise(torch.cat(latents, dim=1).permute(0, 1, 4, 2, 3)).contiguous()
 
     def _chunks(self, num_frames: int) -> list[int]:
         """Frames to encode together, in order: one latent first, then at most `latents_per_call`."""
@@ -220,13 +238,6 @@ class EncoderSession:
         whole = (num_frames - len(first)) // stride
         calls = [most] * (whole // most) + ([whole % most] if whole % most else [])
         return first + [n * stride for n in calls]
-
-    def _encode_chunk(self, frames: Tensor, features: list[Any]) -> Tensor:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        vae = self._vae
-        moments = vae.module.encoder(patchify(frames.contiguous(), vae.patch_size), feat_cache=features, feat_idx=[0])
-        return vae.module.quant_conv(moments)[:, : vae.latent_channels]
 
 
 class DecoderSession:
@@ -237,7 +248,7 @@ class DecoderSession:
 
     def __init__(self, vae: VideoVAE) -> None:
         self._vae = vae
-        self._features = vae.new_features(vae.module.decoder)
+        self._past: Past = vae.decoder.new_past()
         self._sizes: tuple[int, ...] | None = None
         self.num_latent_frames = 0
 
@@ -254,27 +265,13 @@ class DecoderSession:
             return latents.new_zeros(
                 sizes[0], 0, 3, *(n * vae.spatial_stride for n in sizes[1:]), dtype=torch.float32, device=vae.device
             )
-        x = vae.denormalise(latents.to(vae.device)).to(vae.dtype).transpose(1, 2)
-        # The network puts new tensors into the list and never writes into one.
-        frames, start, features = [], 0, list(self._features)
-        with vae.alone(), torch.autocast(vae.device.type, enabled=False):
-            while start < x.shape[2]:
-                first = self.num_latent_frames + start == 0
-                size = 1 if first else vae.latents_per_call
-                frames.append(self._decode_chunk(x[:, :, start : start + size], features, first=first))
-                start += size
-        pixels = torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
-        made = self.num_latent_frames + x.shape[2]
-        self._features, self._sizes, self.num_latent_frames = features, sizes, made
+        x = vae.denormalise(latents.to(vae.device)).to(vae.dtype).permute(0, 1, 3, 4, 2)
+        begun = self.num_latent_frames > 0
+        chunks = ([] if begun else [x[:, :1]]) + list(x[:, 0 if begun else 1 :].split(vae.latents_per_call, dim=1))
+        frames, past = vae.run(vae.decoder, [chunk for chunk in chunks if chunk.shape[1]], self._past, begun=begun)
+        pixels = torch.cat(frames, dim=1).clamp_(-1, 1)
+        self._past, self._sizes, self.num_latent_frames = past, sizes, self.num_latent_frames + x.shape[1]
         return pixels
-
-    def _decode_chunk(self, latents: Tensor, features: list[Any], *, first: bool) -> Tensor:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        vae = self._vae
-        inner = vae.module.post_quant_conv(latents)
-        frames = vae.module.decoder(inner, feat_cache=features, feat_idx=[0], first_chunk=first)
-        return unpatchify(frames, vae.patch_size)
 
     def copy(self) -> DecoderSession:
         """Another session at the same place; what one decodes does not touch the other."""
@@ -282,22 +279,21 @@ class DecoderSession:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Where the session stands: tensors by number of their slot, and plain values; `restore` takes both."""
-        tensors = {str(slot): kept for slot, kept in enumerate(self._features) if isinstance(kept, Tensor)}
-        marks = [None if isinstance(kept, Tensor) else kept for kept in self._features]
+        tensors = {str(slot): kept for slot, kept in enumerate(self._past) if kept is not None}
         sizes = None if self._sizes is None else list(self._sizes)
-        return tensors, {"marks": marks, "sizes": sizes, "num_latent_frames": self.num_latent_frames}
+        return tensors, {"slots": len(self._past), "sizes": sizes, "num_latent_frames": self.num_latent_frames}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Goes on where the session of `state` stood. Raises: CheckpointError for the state of another decoder."""
-        marks = list(values["marks"])
-        if len(marks) != len(self._features):
+        past = self._vae.decoder.new_past()
+        if values["slots"] != len(past):
             raise CheckpointError(
-                f"the state of a decoder with {len(marks)} convolutions was given and this VAE's has "
-                f"{len(self._features)}; use the VAE that it was saved with"
+                f"the state of a decoder with {values['slots']} convolutions was given and this VAE's has {len(past)}; "
+                "use the VAE that it was saved with"
             )
         for slot, kept in tensors.items():
-            marks[int(slot)] = kept.to(self._vae.device, self._vae.dtype)
-        self._features = marks
+            past[int(slot)] = kept.to(self._vae.device, self._vae.dtype)
+        self._past = past
         self._sizes = None if values["sizes"] is None else tuple(values["sizes"])
         self.num_latent_frames = values["num_latent_frames"]
 

@@ -46,6 +46,7 @@ def load_encoders(
     dtype: torch.dtype = torch.float32,
     *,
     with_image: bool,
+    vae_dtype: torch.dtype = torch.float32,
 ) -> Encoders:
     """The encoders in a folder, in training, inference and evaluation alike. Raises: CheckpointError.
 
@@ -60,6 +61,7 @@ def load_encoders(
         with_image=with_image,
         clip_preprocess=rules.clip_preprocess,
         text_dtype=text_dtype,
+        vae_dtype=vae_dtype,
     )
 
 
@@ -109,8 +111,8 @@ class Pipeline:
         then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
         has passes recorded on a GPU and replayed (`rollout/cuda_graphs.py`), with the same frames.
-        With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16; the VAE and
-        what Wan computes in float32 stay float32.
+        With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
+        where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
@@ -129,7 +131,8 @@ class Pipeline:
         model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
-        encoders = load_encoders(source.encoders, settings, device, dtype, with_image=with_image)
+        vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
+        encoders = load_encoders(source.encoders, settings, device, dtype, with_image=with_image, vae_dtype=vae_dtype)
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":

@@ -25,7 +25,7 @@ from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
 from longtake.weights.tensor_files import save_tensors
 
-VERSION = 1
+VERSION = 2
 METADATA = "longtake_session"
 # Settings that say nothing about the frames that come
 _FREE = ("fps", "num_latent_frames", "history_blocks")

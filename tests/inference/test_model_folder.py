@@ -224,7 +224,9 @@ def test_bfloat16_on_a_cpu_is_close_to_float32(models):
     dtypes = {name: p.dtype for name, p in rough.model.named_parameters()}
     assert dtypes["blocks.0.self_attn.q.weight"] == torch.bfloat16
     assert dtypes["blocks.0.modulation"] == dtypes["head.head.weight"] == torch.float32
-    assert rough.encoders.text.model.dtype == torch.bfloat16 and rough.encoders.vae.dtype == torch.float32
+    assert rough.encoders.text.model.dtype == rough.encoders.vae.dtype == torch.bfloat16
+    other = {**RULES, "precision": "bf16", "vae_precision": "fp32"}
+    assert Generator.from_model(models / "original", "cpu", changes=other).encoders.vae.dtype == torch.float32
     a, b = frames_of(exact).astype(float), frames_of(rough).astype(float)
     assert np.abs(a[0] - b[0]).max() <= 1
     assert 0 < np.abs(a[1:] - b[1:]).mean() < 0.1 * np.abs(a[1:] - a[:1]).mean() + 5
