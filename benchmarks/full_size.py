@@ -147,7 +147,7 @@ def rates(run: Run) -> dict[str, Any]:
         seconds = timed(lambda q=q, k=k: attend(q, k, k), device)  # type: ignore[misc]
         result[f"attention, {queries} frames to {keys}, TFLOP/s"] = operations / seconds / 1e12
     if device.type == "cuda":
-        result["attention kernels"] = [kernel.name for kernel in backends(device.index or 0, torch.bfloat16, width)]
+        result["attention kernels"] = [kernel.name for kernel in backends(device, torch.bfloat16, width)]
     result["autocast keeps gradients after no_grad"] = autocast_keeps_gradients(device)
     return result
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from longtake.condition import Condition
+from longtake.models.attention import Attention, FrameMask, attend
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
 
 HEIGHT, WIDTH, IMAGE_TOKENS = 4, 6, 5
@@ -42,6 +44,16 @@ def make_tiny_model(i2v: bool = False, seed: int = 0, **changes: Any) -> VideoDi
     model = VideoDiT(DiTConfig(**{**sizes, "image_dim": 10 if i2v else None, **changes}))
     randomize(model, seed)
     return model
+
+
+def with_self_attention(model: VideoDiT, by: Attention) -> VideoDiT:
+    """The same network (of latents of `HEIGHT` x `WIDTH`) with self-attention alone computed by another entry."""
+    tokens = model.tokens_per_frame(HEIGHT, WIDTH)
+
+    def either(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: FrameMask | None = None) -> torch.Tensor:
+        return (attend if k.shape[1] % tokens else by)(q, k, v, mask=mask)
+
+    return model.executed(Execution(attend=either))
 
 
 def make_tiny_condition(

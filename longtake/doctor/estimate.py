@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,8 @@ from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
-from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.batch import EncodedBatch
@@ -276,12 +276,11 @@ class _Hollow(Builder):
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
-            model = VideoDiT(self.sizes[source.name])
+            model = VideoDiT(self.sizes[source.name], Execution(attend=_as_on_a_gpu))
         for layer, block in enumerate(model.blocks):
             mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
             block.register_forward_pre_hook(lambda *_, mark=mark: mark())
             block.register_forward_hook(lambda _block, _inputs, out, mark=mark: _before_backward(out, mark))
-            cast(Block, block).self_attn.attend = _as_on_a_gpu
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
         def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:

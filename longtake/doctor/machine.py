@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longtake.models.attention import backends
+from longtake.models.attention import forward_kernels
 
 # Needed, then optional: what is named by `pyproject.toml`
 PACKAGES = (
@@ -82,10 +82,10 @@ def free_disk(path: str | Path) -> int:
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    kernels = {
-        str(dtype).removeprefix("torch."): [backend.name for backend in backends(index, dtype, _HEAD_WIDTH)]
-        for dtype in (torch.bfloat16, torch.float32)
-    }
+    device, kernels = torch.device("cuda", index), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        found = forward_kernels(device, dtype, _HEAD_WIDTH, many_keys=True)
+        kernels[str(dtype).removeprefix("torch.")] = [kernel.name for kernel in found]
     return Gpu(properties.name, f"{properties.major}.{properties.minor}", total, free, kernels)
 
 

@@ -110,7 +110,7 @@ class Pipeline:
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
         then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
-        has passes recorded on a GPU and replayed (`rollout/cuda_graphs.py`), with the same frames.
+        has passes fused, recorded and replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
         where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is

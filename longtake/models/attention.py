@@ -1,8 +1,8 @@
 """The one entry to attention: picks a verified kernel and applies a mask when there is one.
 
-Everything that attends calls `attend`. Sequence parallelism
-exchanges tokens for heads around it (`token_split.py`), before keys enter a cache. This file knows shapes and kernels;
-it must not know the model, the cache or block boundaries.
+Everything that attends calls `attend`, or where a pass comes again and again `attend_fastest`. Sequence parallelism
+exchanges tokens for heads around it (`sequence_parallel.py`), before keys enter a cache. This file knows shapes and
+kernels; it must not know the model, the cache or block boundaries.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -62,7 +62,7 @@ def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool 
     """
     allowed = allowed.to(device)
     if flex is None:
-        flex = device.type == "cuda" and _has_triton()
+        flex = device.type == "cuda" and has_triton()
     if not flex:
         return FrameMask(allowed, tokens, parts=_parts(allowed))
     from torch.nn.attention.flex_attention import create_block_mask
@@ -84,11 +84,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) ->
         out = _flex(q.is_cuda)(q, k, v, block_mask=mask.flex)
     elif q.is_cuda:
         alone = nullcontext() if torch.compiler.is_compiling() else ONE_THREAD  # compiled code has its kernel chosen
-        with alone, sdpa_kernel(list(backends(q.device.index or 0, q.dtype, q.shape[-1])), set_priority=True):
+        with alone, sdpa_kernel(list(backends(q.device, q.dtype, q.shape[-1])), set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)
+
+
+def attend_fastest(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
+    """`attend` by the kernel that was found to be the fastest for calls of this kind: for calls that come again and
+    again, without gradient, since finding it takes seconds.
+    """
+    if mask is not None or not q.is_cuda:
+        return attend(q, k, v, mask=mask)
+    return forward_kernels(q.device, q.dtype, q.shape[-1], k.shape[1] >= MANY_KEYS)[0].run(q, k, v)
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Attention) -> Tensor:
@@ -125,34 +134,123 @@ def _parts(allowed: Tensor) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     return tuple((start, end, rows[start]) for start, end in zip(starts, [*starts[1:], len(rows)]))
 
 
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+MANY_KEYS = 1024  # from here on keys are many (frames), below few (text, image): the best kernels may differ
+MARGIN = 1.05  # a kernel takes the place of one named before it when it is so much faster: the same one each time
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to attend: `run(q, k, v)` on [B, L, N, K], without gradient; `ms`, what it took when it was chosen."""
+
+    name: str
+    run: Run
+    ms: float | None = None
+
+
 @cache
-def backends(device_index: int, dtype: torch.dtype, head_width: int) -> tuple[SDPBackend, ...]:
-    """CUDA kernels of `scaled_dot_product_attention` that give the right answer here, fastest first.
+def forward_kernels(device: torch.device, dtype: torch.dtype, head_width: int, many_keys: bool) -> tuple[Kernel, ...]:
+    """Kernels that give the right answer on a GPU, without gradient; the first is used, as measured once."""
+    sdpa = backends(device, dtype, head_width)
+    # Those after the first are for shapes that it does not take.
+    kernels = [Kernel(b.name, partial(_sdpa, (b, *(o for o in sdpa if o != b)))) for b in sdpa]
+    with ONE_THREAD, torch.no_grad():
+        takes = head_width in (64, 128) and dtype in (torch.bfloat16, torch.float16)
+        # Not imported, which takes seconds, where it has no code for the problem.
+        flash = _flash4() if takes and torch.cuda.get_device_capability(device) >= (9, 0) else None
+        if flash is not None and _is_right(flash, device, dtype, head_width):
+            kernels.insert(0, flash)
+        if len(kernels) > 1:
+            problem = _problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
+            kernels = _by_time(kernels, problem)
+    told = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
+    logger.info("attention to %s keys on %s in %s: %s", "many" if many_keys else "few", device, dtype, told)
+    return tuple(kernels)
+
+
+def _by_time(kernels: Sequence[Kernel], problem: tuple[Tensor, Tensor, Tensor]) -> list[Kernel]:
+    """Kernels with their times, without the one that keeps all scores; those within `MARGIN` of the fastest first."""
+    timed = [replace(k, ms=_milliseconds(k.run, problem)) for k in kernels if k.name != SDPBackend.MATH.name]
+    fastest = min(kernel.ms or 0.0 for kernel in timed)
+    return sorted(timed, key=lambda kernel: (kernel.ms or 0.0) > MARGIN * fastest)
+
+
+def _sdpa(order: Sequence[SDPBackend], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with ONE_THREAD, sdpa_kernel(list(order), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@cache
+def _flash4() -> Kernel | None:
+    """FlashAttention-4, where it is installed; says once that it is not."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except (ImportError, OSError) as error:
+        logger.warning("FlashAttention-4 is not used, attention is slower (pip install 'longtake[fast]'): %s", error)
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return Kernel("FLASH_ATTENTION_4", run)
+
+
+def _problem(
+    device: torch.device, dtype: torch.dtype, head_width: int, queries: int, keys: int, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (queries, keys, keys)
+    q, k, v = (torch.randn(1, n, heads, head_width, device=device, generator=generator).to(dtype) for n in sizes)
+    return q, k, v
+
+
+def _is_right(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a kernel runs and agrees with the mathematical definition in float64; says when its result is wrong."""
+    q, k, v = _problem(device, dtype, head_width, 200, 321, heads=2)  # no multiples of a kernel's tile
+    scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / head_width**0.5
+    truth = torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v.double())
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # why it does not take this problem
+            out = kernel.run(q, k, v).double()
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # it does not support this type or device
+        logger.debug("attention kernel %s is not available: %s", kernel.name, error)
+        return False
+    if float((out - truth).norm() / truth.norm()) <= (1e-4 if dtype == torch.float32 else 3e-2):
+        return True
+    logger.warning("attention kernel %s gave a wrong result on %s and is not used", kernel.name, device)
+    return False
+
+
+def _milliseconds(run: Run, problem: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Of one call on a GPU: the best of three rounds of ten."""
+    took = []
+    for _ in range(3):
+        run(*problem)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000_000)  # some 10 ms, in which Python starts all ten: its own time would be measured too
+        start.record()
+        for _ in range(10):
+            run(*problem)
+        end.record()
+        end.synchronize()
+        took.append(start.elapsed_time(end) / 10)
+    return min(took)
+
+
+@cache
+def backends(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[SDPBackend, ...]:
+    """CUDA kernels of `scaled_dot_product_attention` that give the right answer here, by what is known the best first.
 
     cuDNN's is 1.6x the flash kernel on Hopper. Each candidate is run once on a small random problem and compared with
     the mathematical definition in float64; one that fails or raises is left out and named once in the log.
     """
-    device = torch.device("cuda", device_index)
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 192, head_width, device=device, generator=generator).to(dtype) for _ in range(3))
-    truth = torch.softmax(q.double() @ k.double().mT / head_width**0.5, -1) @ v.double()
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
-    good = []
-    for backend in order:
-        try:
-            # Why a kernel is none for this problem is said below, in one line.
-            with sdpa_kernel(backend), warnings.catch_warnings(action="ignore", category=UserWarning):
-                out = F.scaled_dot_product_attention(q, k, v).double()
-        except RuntimeError as error:  # the kernel does not support this type or device
-            logger.debug("attention kernel %s is not available: %s", backend.name, error)
-            continue
-        if float((out - truth).norm() / truth.norm()) <= tolerance:
-            good.append(backend)
-        else:
-            logger.warning("attention kernel %s gave a wrong result on %s and is not used", backend.name, device)
+    order.insert(0 if torch.cuda.get_device_capability(device) >= (9, 0) else 1, SDPBackend.CUDNN_ATTENTION)
+    good = [b for b in order if _is_right(Kernel(b.name, partial(_sdpa, (b,))), device, dtype, head_width)]
     logger.info("attention on %s in %s: %s", device, dtype, ", ".join(b.name for b in good))
     return tuple(good)
 
@@ -196,10 +294,13 @@ def limited(compiled: Callable[..., Any], variants: int, name: str) -> Callable[
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether kernels can be compiled; says once that they cannot."""
     from importlib.util import find_spec
 
     if find_spec("triton") is not None:
         return True
-    logger.warning("triton is not installed: masked attention is computed block by block (slower)")
+    logger.warning(
+        "triton is not installed: masked attention is computed block by block, and nothing is fused (slower)"
+    )
     return False

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from longtake.condition import Condition
 from longtake.errors import CacheError, ConfigError, ShapeError
+from longtake.models.layers import rotated
 
 
 class PinnedSlots:
@@ -135,14 +136,9 @@ class KVCache:
         else:
             self.num_slots = window_frames + spare_frames
         shape = (num_layers, batch_size, self.num_slots, tokens_per_frame, num_heads, head_width)
-        # What one layer attends to, gathered: shared by all layers, so that addresses repeat.
-        attended = self.num_slots if window_frames is None else window_frames
-        space = batch_size * attended * tokens_per_frame * num_heads * head_width
         with lasting_tensors():
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros(shape, device=device, dtype=dtype)
-            self._key_space = torch.empty(space, device=device, dtype=dtype)
-            self._value_space = torch.empty(space, device=device, dtype=dtype)
         self._held: list[int | None] = [None] * self.num_slots
         self._position = 0
         self._first = 0  # from here to `position` every frame was committed
@@ -211,10 +207,6 @@ class KVCache:
         other = copy.copy(self)
         with lasting_tensors():
             other.keys, other.values = self.keys.clone(), self.values.clone()
-            other._key_space, other._value_space = (
-                torch.empty_like(self._key_space),
-                torch.empty_like(self._value_space),
-            )
             other._cross = {layer: tuple(t.clone() for t in kept) for layer, kept in self._cross.items()}
         other._held, other._indices, other._pins = list(self._held), {}, []
         return other
@@ -316,34 +308,6 @@ class KVCache:
             self._pins.append(weakref.ref(pins))
         return pins
 
-    def gather(self, layer: int, view: CacheView, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Attended past and own keys and values of each block, [B, (P + f) * tokens, N, K]; own ones come last.
-
-        Without gradient, for one block, they are gathered once into a space that all layers share; nothing else is
-        copied.
-        """
-        past_k, past_v = self.keys[layer], self.values[layer]
-        if view.with_grad:
-            return self._beside(past_k, view, k), self._beside(past_v, view, v)
-        out = []
-        for space, past, own in ((self._key_space, past_k, k), (self._value_space, past_v, v)):
-            frames = view.num_past + own.shape[1] // self.tokens_per_frame
-            shape = (self.batch_size, frames, *past.shape[2:])
-            made = space[: shape[0] * shape[1] * past[0, 0].numel()].view(shape)
-            for sample in range(self.batch_size):  # a sample's part is contiguous, as index_select(out=) wants it
-                torch.index_select(past[sample], 0, view.slots, out=made[sample, : view.num_past])
-            made[:, view.num_past :] = own.unflatten(1, (-1, self.tokens_per_frame)).to(space.dtype)
-            out.append(made.flatten(1, 2))
-        return out[0], out[1]
-
-    def _beside(self, stored: Tensor, view: CacheView, own: Tensor) -> Tensor:
-        """As `gather`, of keys or of values: each block's own after its past."""
-        past = stored.index_select(1, view.slots).to(own.dtype)
-        own = own.unflatten(1, (-1, self.tokens_per_frame))
-        pasts = past.split([frames for frames, _ in view.blocks], 1)
-        owns = own.split([frames for _, frames in view.blocks], 1)
-        return torch.cat([part for block in zip(pasts, owns) for part in block], 1).flatten(1, 2)
-
     def begin_commit(self, block_frames: int) -> None:
         """Reserves the slots of the block at `position`; they hold nothing until `end_commit`.
 
@@ -421,6 +385,22 @@ class KVCache:
     def has_space_for_cross(self, form: tuple) -> bool:
         """Whether keys and values of a condition of this form will be kept at the old addresses."""
         return self._cross_form == form
+
+
+def beside(
+    stored: Tensor, slots: Tensor, own: Tensor, blocks: Sequence[tuple[int, int]], turn: Tensor | None = None
+) -> Tensor:
+    """The attended past and the own keys, or values, of each block [B, (P + f) * tokens, N, K]; own ones come last.
+
+    Args: `stored` [B, slots, tokens, N, K] of a layer, of which `slots` [P] are read; `own` [B, f * tokens, N, K];
+    `blocks` as in `CacheView`; `turn` rotates keys that are stored without.
+    """
+    past = stored.index_select(1, slots).to(own.dtype)
+    own = own.unflatten(1, (-1, stored.shape[2]))
+    pasts = past.split([frames for frames, _ in blocks], 1)
+    owns = own.split([frames for _, frames in blocks], 1)
+    made = torch.cat([part for block in zip(pasts, owns) for part in block], 1).flatten(1, 2)
+    return made if turn is None else rotated(made, turn)
 
 
 def _identity(network: nn.Module, condition: Condition) -> tuple:

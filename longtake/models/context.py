@@ -5,13 +5,17 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from longtake.models.attention import FrameMask, block_mask
-from longtake.models.cache import CacheView, KVCache
-from longtake.models.layers import Rotation
+from longtake.condition import MaskLayout
+from longtake.models.attention import FrameMask, block_mask, make_mask
+from longtake.models.cache import CacheView, KVCache, beside
+from longtake.models.execution import WHOLE_NETWORK, Execution
+from longtake.models.layers import rotated
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
 
 
@@ -21,52 +25,82 @@ class Projection(Protocol):
     def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]: ...
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedMask:
+    """A `MaskLayout` (`key_entry` None: its keys are plain) for frames of some number of tokens, on a device."""
+
+    frame_index: Tensor
+    key_position: Tensor
+    key_entry: Tensor | None
+    mask: FrameMask
+
+    @classmethod
+    def of(cls, layout: MaskLayout, tokens: int, device: torch.device, *, flex: bool | None = None) -> PreparedMask:
+        """As `make_mask` makes it of the layout."""
+        moved = layout.to(device)
+        entry = None if layout.plain_keys else moved.key_entry
+        mask = make_mask(moved.allowed, tokens, device, flex=flex)
+        return cls(moved.frame_index, moved.key_position, entry, mask)
+
+    @property
+    def num_entries(self) -> int:
+        return self.frame_index.numel()
+
+
 class SelfContext:
     """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache.
 
-    `shard` says which tokens and heads this process has; queries, keys and values here are of all tokens and its heads.
+    `query_turn` [E, l, 1, K/2, 2] rotates the queries of this process's tokens, `key_turn` [S, 1, K/2, 2] keys, which
+    here are of all tokens and this process's heads. `shard` says which these are, `execution` how the call is computed.
     """
 
-    def __init__(self, query: Rotation, key: Rotation, shard: TokenShard = NO_SPLIT) -> None:
-        self.query, self.key, self.shard = query, key, shard
+    def __init__(
+        self, query_turn: Tensor, key_turn: Tensor, shard: TokenShard = NO_SPLIT, execution: Execution = WHOLE_NETWORK
+    ) -> None:
+        self.query_turn, self.key_turn, self.shard, self.execution = query_turn, key_turn, shard, execution
+
+    def rotated(self, k: Tensor) -> Tensor:
+        return self.execution.fused(rotated)(k, self.key_turn)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        return self.key(k), v, None
+        """Keys, rotated, and values that the call's queries attend to, from its own, and the mask if there is one."""
+        return self.rotated(k), v, None
 
 
 class MaskedContext(SelfContext):
     """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
 
-    def __init__(
-        self, query: Rotation, key: Rotation, mask: FrameMask, key_entry: Tensor | None, shard: TokenShard = NO_SPLIT
-    ) -> None:
-        super().__init__(query, key, shard)
-        self.mask, self.key_entry = mask, key_entry
+    def __init__(self, prepared: PreparedMask, *common: Any) -> None:
+        super().__init__(*common)
+        self.mask, self.key_entry = prepared.mask, prepared.key_entry
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         if self.key_entry is not None:
             k, v = (
                 t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
             )
-        return self.key(k), v, self.mask
+        return self.rotated(k), v, self.mask
 
 
 class CachedContext(SelfContext):
     """The attended past of each block, from the cache, before its own keys and values, which a commit stores."""
 
-    def __init__(self, query: Rotation, key: Rotation, view: CacheView, shard: TokenShard = NO_SPLIT) -> None:
-        super().__init__(query, key, shard)
+    def __init__(self, view: CacheView, *common: Any) -> None:
+        super().__init__(*common)
         self.view = view
         self.mask = block_mask(view.blocks, view.cache.tokens_per_frame)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
-        view, cache = self.view, self.view.cache
-        relative = cache.rope == "relative"
-        k = k if relative else self.key(k)
-        keys, values = cache.gather(layer, view, k, v)
+        view, cache, together = self.view, self.view.cache, self.execution.fused(beside)
+        if cache.rope == "relative":  # where all are rotated, not only the block's own, and for this call
+            turn = self.key_turn
+        else:
+            k, turn = self.rotated(k), None
+        keys = together(cache.keys[layer], view.slots, k, view.blocks, turn)
+        values = together(cache.values[layer], view.slots, v, view.blocks)
         if view.commit:
             cache.write(layer, view, k, v)
-        return (self.key(keys) if relative else keys), values, self.mask
+        return keys, values, self.mask
 
 
 class CrossContext:

@@ -20,16 +20,30 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
-from longtake.models import attention
-from longtake.models.block import Block, run_block
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
-from longtake.models.context import CachedContext, CrossContext, MaskedContext, SelfContext
+from longtake.models.context import CachedContext, CrossContext, MaskedContext, PreparedMask, SelfContext
 from longtake.models.execution import WHOLE_NETWORK, Execution
-from longtake.models.layers import ImageEmbedding, Rotation, layer_norm, linear_fp32, rope_angles, sinusoid
+from longtake.models.layers import (
+    ImageEmbedding,
+    RMSNorm,
+    added_then_modulated,
+    gated,
+    gated_then_normed,
+    layer_norm,
+    linear_fp32,
+    mlp,
+    modulated,
+    rms_norm,
+    rope_turn,
+    rotated,
+    sinusoid,
+)
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
+
+Context = MaskLayout | PreparedMask | CacheView | None
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
@@ -47,6 +61,99 @@ def parameter_type(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of a parameter in a model whose matrix products are in `dtype`."""
     keep = any(part in name for part in _FLOAT32_PARTS) and "norm_" not in name
     return torch.float32 if keep else dtype
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with normalised queries and keys over the whole width and rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, context: SelfContext, layer: int) -> Tensor:
+        """x [B, E, l, D] -> the same: this process's tokens of each frame."""
+        entries, execution = x.shape[1], context.execution
+        norm = execution.fused(rms_norm)
+        q, k = norm(self.q(x), self.norm_q.weight, self.eps), norm(self.k(x), self.norm_k.weight, self.eps)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, self.v(x)))
+        # A kernel of its own: the compiler's one for norm and rotation took longer than both (41 and 32 us on an H200).
+        q = execution.fused(rotated)(q, context.query_turn)
+        # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
+        q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, v))
+        k, v, mask = context.extend(layer, k, v)
+        out = execution.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
+        return self.o(context.shard.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
+
+
+class CrossAttention(nn.Module):
+    """Attention to text and, separately, to image tokens; the two results are added before the output projection."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, *, image: bool) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.image = image
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
+        """Keys and values: (k, v) [B, M, N, K] of the text, then (k_img, v_img) of the image tokens."""
+        heads = (self.num_heads, -1)
+        out = [self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)]
+        if self.image:
+            assert image is not None
+            out += [self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)]
+        return tuple(out)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, ...], execution: Execution) -> Tensor:
+        q = execution.fused(rms_norm)(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        out = execution.attend(q, keys_values[0].to(q.dtype), keys_values[1].to(q.dtype))
+        if self.image:
+            out = out + execution.attend(q, keys_values[2].to(q.dtype), keys_values[3].to(q.dtype))
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated MLP."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps, image=config.image_dim is not None)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        self_context: SelfContext,
+        cross_context: CrossContext,
+        layer: int,
+    ) -> Tensor:
+        """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
+        entries, tokens = x.shape[1], x.shape[2]
+        dtype = cast(nn.Linear, self.ffn[0]).weight.dtype
+        fused = self_context.execution.fused
+        # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
+        s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
+
+        h = fused(modulated)(x, s1, c1, self.eps, dtype)
+        h = self.self_attn(h, self_context, layer)
+        x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+        cross = cross_context.keys_values(self.cross_attn, layer)
+        h = self.cross_attn(h.flatten(1, 2), cross, self_context.execution).unflatten(1, (entries, tokens))
+        x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, dtype)
+        return fused(gated)(x, mlp(self.ffn, h, fuses=self_context.execution.fuses), g2)
 
 
 class Head(nn.Module):
@@ -155,21 +262,17 @@ class VideoDiT(nn.Module):
             dtype=dtype,
         )
 
-    def check(
-        self, x: Tensor, sigma: Tensor, condition: Condition, context: MaskLayout | CacheView | KVCache | None = None
-    ) -> None:
+    def check(self, x: Tensor, sigma: Tensor, condition: Condition, context: Context | KVCache = None) -> None:
         """Raises ShapeError when arguments of `forward`, or the cache of a view to come, and the config do not fit."""
         check_call(self.config, self.tokens_per_frame, x, sigma, condition, context)
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, condition: Condition, context: MaskLayout | CacheView | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition, context: Context = None) -> Tensor:
         """Velocity (noise - clean) of noisy latents, float32 [B, E, C_out, H, W].
 
         Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
         noise level in [0, 1]. `context` says who sees whom: None, every frame sees every frame; a mask of a
-        `StreamPlan`; or a view of a cache (`KVCache.view`): the frames are the block where the cache stands and see its
-        past and themselves. `rollout/denoise.py` makes such calls, and moves the cache on.
+        `StreamPlan`, prepared or not; or a view of a cache (`KVCache.view`): the frames are the block where the cache
+        stands and see its past and themselves. `rollout/denoise.py` makes such calls, and moves the cache on.
         Raises: ShapeError when `x`, `sigma`, `condition`, `context` and the config do not fit.
         """
         self.check(x, sigma, condition, context)
@@ -209,8 +312,12 @@ class VideoDiT(nn.Module):
     ) -> Tensor:
         """One block: as the caller wants it (`layers`), recomputed in backward, or as it is."""
         if layers is not None:
-            around = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext()
-            run = partial(run_block, block, seen, layer, cross.cache, around)
+            around, cache = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext(), cross.cache
+
+            def run(hidden: Tensor, modulation: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
+                with around:  # the condition's tokens are inputs, for the gradient of what a backward runs again
+                    return block(hidden, modulation, seen, CrossContext(text, image, cache), layer)
+
             return layers(block, run, (hidden, modulation, cross.text, cross.image))
         if torch.is_grad_enabled() and self.execution.recompute:
             return checkpoint(
@@ -222,27 +329,32 @@ class VideoDiT(nn.Module):
             )
         return block(hidden, modulation, seen, cross, layer)
 
-    def _self_context(self, x: Tensor, context: MaskLayout | CacheView | None) -> tuple[Tensor, SelfContext]:
+    def _self_context(self, x: Tensor, context: Context) -> tuple[Tensor, SelfContext]:
         """Absolute frames of the entries of `x`, and what their self-attention sees."""
         rows, columns = x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
-        angles = partial(rope_angles, height=rows, width=columns, head_width=self.config.head_width)
+        turn = partial(rope_turn, height=rows, width=columns, head_width=self.config.head_width)
         split = self.execution.split
         shard = NO_SPLIT if split is None else split.shard(rows * columns)
-        if isinstance(context, CacheView):
-            query = Rotation(angles(context.query_position))
-            # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
-            key = Rotation(angles(context.key_position)) if context.cache.rope == "relative" else query
-            return context.frame_index, CachedContext(query, key, context, shard)
-        if isinstance(context, MaskLayout):
-            kit = self._mask_kit(context, rows * columns, x.device)
-            query, key = Rotation(angles(kit["frame_index"])), Rotation(angles(kit["key_position"]))
-            entry = None if context.plain_keys else kit["key_entry"]
-            return kit["frame_index"], MaskedContext(query, key, kit["mask"], entry, shard)
-        frame_index = torch.arange(x.shape[1], device=x.device)
-        query = Rotation(angles(frame_index))
-        return frame_index, SelfContext(query, query, shard)
 
-    def _cross_context(self, condition: Condition, context: MaskLayout | CacheView | None) -> CrossContext:
+        def common(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, TokenShard, Execution]:
+            """What every context has, from frame positions of queries and keys."""
+            query = turn(queries)
+            mine = shard.shard(query.unflatten(0, (-1, rows * columns))[None])[0]
+            return mine, query if keys is queries else turn(keys), shard, self.execution
+
+        if isinstance(context, CacheView):
+            queries = context.query_position
+            # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
+            keys = context.key_position if context.cache.rope == "relative" else queries
+            return context.frame_index, CachedContext(context, *common(queries, keys))
+        if isinstance(context, MaskLayout):
+            context = self._prepared(context, rows * columns, x.device)
+        if isinstance(context, PreparedMask):
+            return context.frame_index, MaskedContext(context, *common(context.frame_index, context.key_position))
+        frame_index = torch.arange(x.shape[1], device=x.device)
+        return frame_index, SelfContext(*common(frame_index, frame_index))
+
+    def _cross_context(self, condition: Condition, context: Context) -> CrossContext:
         """Where cross-attention finds the condition: context tokens [B, M, D], from which each block makes keys and
         values, or what the cache keeps of them.
         """
@@ -284,14 +396,9 @@ class VideoDiT(nn.Module):
         # A copy, not a view: sharding hooks the output, and a hooked view turns a later in-place change into an error.
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)
 
-    def _mask_kit(self, layout: MaskLayout, tokens: int, device: torch.device) -> dict:
-        kits = self._masks.setdefault(layout, {})
-        if (tokens, device) not in kits:
-            moved = layout.to(device)
-            kits[tokens, device] = {
-                "mask": attention.make_mask(moved.allowed, tokens, device),
-                "frame_index": moved.frame_index,
-                "key_position": moved.key_position,
-                "key_entry": moved.key_entry,
-            }
-        return kits[tokens, device]
+    def _prepared(self, layout: MaskLayout, tokens: int, device: torch.device) -> PreparedMask:
+        """A mask for frames of `tokens`, made once and forgotten with its layout."""
+        known = self._masks.setdefault(layout, {})
+        if (tokens, device) not in known:
+            known[tokens, device] = PreparedMask.of(layout, tokens, device)
+        return known[tokens, device]

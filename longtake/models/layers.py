@@ -44,16 +44,48 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # which would have x copied to float32; statistics are so
-            return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rope_angles(frames: Tensor, height: int, width: int, head_width: int) -> Tensor:
-    """Rotation angles [S * height * width, K/2] in float64 for tokens of S frames at the given frame positions.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `RMSNorm`, with its weight given."""
+    with torch.autocast(x.device.type, enabled=False):  # which would have x copied to float32; statistics are so
+        return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm of `x`, shifted and scaled: what enters attention or MLP, in `dtype`."""
+    return torch.addcmul(shift, layer_norm(x, eps), 1 + scale).to(dtype)
+
+
+def gated(x: Tensor, made: Tensor, gate: Tensor) -> Tensor:
+    """`x` and the gated result of attention or MLP."""
+    return torch.addcmul(x, made, gate)
+
+
+def gated_then_normed(
+    x: Tensor, made: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`x` and the gated result of self-attention, and the norm of the sum, in `dtype`."""
+    x = gated(x, made, gate)
+    return x, layer_norm(x, eps, weight, bias).to(dtype)
+
+
+def added_then_modulated(
+    x: Tensor, made: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`x` and the result of cross-attention, and the sum `modulated`."""
+    x = x + made
+    return x, modulated(x, shift, scale, eps, dtype)
+
+
+def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tensor:
+    """How tokens of S frames at the given frame positions are `rotated`: [S * height * width, 1, K/2, 2], float32.
 
     Args: `frames` [S] frame positions (any integer or float type, on the device of the result); patch rows and
     columns. The complex pairs of a head are split time | rows | columns as K - 4 (K//6), 2 (K//6), 2 (K//6) channels.
-    Angles are computed, not looked up: no position is out of range. Source: Wan2.1 `rope_params`, `rope_apply`.
+    Angles are computed in float64, not looked up: no position is out of range. Source: Wan2.1 `rope_params` and
+    `rope_apply`.
     """
     side = 2 * (head_width // 6)
     device = frames.device
@@ -66,25 +98,33 @@ def rope_angles(frames: Tensor, height: int, width: int, head_width: int) -> Ten
     time = axis(frames, head_width - 2 * side)[:, None, None].expand(*shape, -1)
     rows = axis(torch.arange(height, device=device), side)[None, :, None].expand(*shape, -1)
     columns = axis(torch.arange(width, device=device), side)[None, None, :].expand(*shape, -1)
-    return torch.cat([time, rows, columns], -1).flatten(0, 2)
+    angles = torch.cat([time, rows, columns], -1).flatten(0, 2)[:, None]
+    return torch.stack([angles.cos().float(), angles.sin().float()], -1)
 
 
-class Rotation:
-    """Cosines and sines of a set of token positions, ready to rotate [B, L, N, K]."""
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """Adjacent channel pairs of `x` [B, ..., N, K] rotated; float32 inside, the type of `x` outside.
 
-    def __init__(self, angles: Tensor) -> None:
-        self.cos, self.sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
-        self.turn = torch.complex(self.cos, self.sin)
+    Args: `turn` [..., 1, K/2, 2], the cosine and the sine of each pair's angle.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no code for complex numbers
+        sign = 2 * torch.arange(2, device=x.device) - 1
+        turned = pairs * turn[..., :1] + pairs.flip(-1) * turn[..., 1:] * sign
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return turned.flatten(-2).to(x.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotates adjacent channel pairs; float32 inside, the type of `x` outside."""
-        pairs = x.float().unflatten(-1, (-1, 2))
-        if torch.compiler.is_compiling():  # which makes no code for complex numbers
-            even, odd = pairs.unbind(-1)
-            turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], -1)
-        else:
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * self.turn)
-        return turned.flatten(-2).to(x.dtype)
+
+def mlp(layers: nn.Sequential, x: Tensor, *, fuses: bool) -> Tensor:
+    """`layers`, a linear one, GELU and another one; with `fuses` GELU is part of the first product where it can be."""
+    first, second = layers[0], layers[2]
+    alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cuda")
+    if not (fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
+        return layers(x)
+    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
+    hidden = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
+    return second(hidden.unflatten(0, x.shape[:-1]))
 
 
 class ImageEmbedding(nn.Module):

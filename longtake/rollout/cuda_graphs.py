@@ -55,6 +55,7 @@ class CUDAGraphCapture:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # that use it: with the last of them it is gone
 
     def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+        work()  # what is compiled for tensors of this kind, or chosen or allocated once, is so before recording
         others = list(self._graphs)  # kept while this one records: another thread may drop its cache
         if not others:
             self._pool = torch.cuda.graph_pool_handle()
@@ -92,6 +93,11 @@ class _Passes:
     # Where captured passes leave what they make besides the velocity, by the shape of their latents: one place for all
     # kinds of passes, since it is taken away before the next one.
     static: dict[torch.Size, list[Tensor]] = field(default_factory=dict)
+
+    def eager_left(self, key: tuple) -> int:
+        """How many more passes of a kind run eagerly after this one; negative: this one is captured, or replayed."""
+        self.uses[key] = self.uses.get(key, 0) + 1
+        return self.eager - self.uses[key]
 
     def make_static(self, latents: torch.Size, made: Sequence[Tensor]) -> None:
         """Places for tensors like those of `made`."""
@@ -137,41 +143,32 @@ class CUDAGraphRunner:
         with ONE_THREAD:
             if self._broken or not again:
                 return work(*inputs)
-            return self._run(work, kind, inputs, cache, addresses, agree)
+            passes, latents = self._known(cache, addresses), inputs[0]
+            assert latents is not None
+            key = (kind, _autocast(latents.device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
+            if (left := passes.eager_left(key)) >= 0:
+                made = work(*inputs)
+                if left == 0:
+                    passes.make_static(latents.shape, made[1:])
+                return made
+            found = passes.captured.get(key) or self._captured(work, inputs, passes, agree)
+            if found is None:
+                return work(*inputs)
+            passes.captured[key] = found
+            with self._behind_the_one_before(latents.device):
+                for held, given in zip(found.static_inputs, inputs, strict=True):
+                    if held is not None and given is not None:
+                        held.copy_(given)
+                found.replay()
+                return tuple(made.clone() for made in found.static_outputs)
 
-    def _run(
-        self,
-        work: Work,
-        kind: tuple,
-        inputs: Inputs,
-        cache: KVCache,
-        addresses: tuple[int, ...],
-        agree: Callable[[bool], bool],
-    ) -> Made:
+    def _known(self, cache: KVCache, addresses: tuple[int, ...]) -> _Passes:
+        """What is known of the passes against a cache, anew where they read from other addresses."""
         passes = self._passes.setdefault(cache, _Passes())
         if passes.addresses != addresses:
             passes.forget()
             passes.addresses = addresses
-        assert inputs[0] is not None
-        key = (kind, _autocast(inputs[0].device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
-        if (found := passes.captured.get(key)) is None:
-            passes.uses[key] = passes.uses.get(key, 0) + 1
-            left = passes.eager - passes.uses[key]
-            if left >= 0:
-                made = work(*inputs)
-                if left == 0:
-                    passes.make_static(inputs[0].shape, made[1:])
-                return made
-            captured = self._captured(work, inputs, passes, agree)
-            if captured is None:
-                return work(*inputs)
-            found = passes.captured[key] = captured
-        with self._behind_the_one_before(inputs[0].device):
-            for held, given in zip(found.static_inputs, inputs, strict=True):
-                if held is not None and given is not None:
-                    held.copy_(given)
-            found.replay()
-            return tuple(made.clone() for made in found.static_outputs)
+        return passes
 
     @contextmanager
     def _behind_the_one_before(self, device: torch.device) -> Iterator[None]:

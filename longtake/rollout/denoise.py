@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longtake.condition import Condition
 from longtake.flow.path import add_noise, clean_from_velocity, guided
+from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
@@ -109,7 +110,8 @@ class Denoiser:
             cache.clear_condition()  # a replayed pass writes others, and may not come to its end
         if commit:
             cache.begin_commit(frames)
-        work = _Pass(model, view, condition, keep_layers=layers is not None)
+        # Captured or not yet, passes of one kind are computed in one way: when they are captured changes no number.
+        work = _Pass(model, view, condition, keep_layers=layers is not None, quick=self.graphs is not None)
         if self.graphs is None:
             velocity, *made = work.run(x, sigma, condition)
         else:
@@ -137,13 +139,15 @@ class Denoiser:
 class _Pass:
     """One call without gradient; as a function of tensors alone, which can be captured.
 
-    Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any.
+    Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any. `quick`,
+    on a GPU: by the fastest attention and with what lies between matrix products compiled, which takes seconds once.
     """
 
     model: VideoDiT
     view: CacheView
     condition: Condition
     keep_layers: bool
+    quick: bool
 
     def __call__(
         self,
@@ -168,7 +172,10 @@ class _Pass:
             return hidden
 
         view = replace(self.view, layers=layers) if self.keep_layers else self.view
-        return self.model(x, sigma, condition, view), *made
+        model = self.model
+        if self.quick and x.is_cuda:
+            model = model.executed(replace(model.execution, attend=attend_fastest, fuses=True))
+        return model(x, sigma, condition, view), *made
 
 
 def _padded(text: Tensor, length: int) -> Tensor:

@@ -23,7 +23,6 @@ from longtake.config.groups import LoraConfig, ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.parallel.fsdp import gathered, parallelize
 from longtake.parallel.materialize import materialize
@@ -150,7 +149,7 @@ class Builder:
             else:
                 updates.append(first_values(opened.model, name, config, adapter_name=name))
         switch = AdapterSwitch()
-        opened = replace(opened, model=opened.model.executed(Execution(around=switch.contexts)))
+        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
         shared = SharedBase(self._filled(opened, *updates), switch)
         networks: dict[str, VideoDiT] = {}
         for name in ("generator", "critic"):

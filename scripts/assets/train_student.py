@@ -13,23 +13,21 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from gpu_loop import ROOT, TOY, Trained, add_arguments, filled_pool, run
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.condition import Condition, MaskLayout
 from longtake.config.stage import StageConfig, load_config
 from longtake.encoders.bundle import Encoders
-from longtake.models.attention import FrameMask, in_parts, make_mask
-from longtake.models.block import Block
-from longtake.models.context import MaskedContext
+from longtake.models.attention import FrameMask, in_parts
+from longtake.models.context import PreparedMask
 from longtake.models.dit import VideoDiT
-from longtake.models.layers import Rotation, rope_angles
+from longtake.models.execution import Execution
 from longtake.objectives.base import Objective
 from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import DataLoss, Dmd, DmdSettings
@@ -74,34 +72,13 @@ class DeviceDraws(KeyedRNG):
         return low + (high - low) * torch.rand(len(indices), device=self.device, dtype=dtype)
 
 
-class Forced(nn.Module):
-    """A network in teacher forcing with one mask, fit for `torch.compile`: nothing in it but its tensors."""
-
-    def __init__(self, model: VideoDiT, causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:
-        super().__init__()
-        self.model = model
-        layout = causal._layout(frames).to(device)
-        self.mask = make_mask(layout.allowed, tokens, device, flex=False)
-        self.frame_index, self.key_position = layout.frame_index, layout.key_position
-        self.key_entry = None if layout.plain_keys else layout.key_entry
-
-    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """As `VideoDiT.forward` with the mask."""
-        config = self.model.config
-        rows, columns = x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2]
-        angles = partial(rope_angles, height=rows, width=columns, head_width=config.head_width)
-        query, key = Rotation(angles(self.frame_index)), Rotation(angles(self.key_position))
-        seen = MaskedContext(query, key, self.mask, self.key_entry)
-        cross = self.model._cross_context(condition, None)
-        return self.model._velocity(x, sigma, condition.frames, self.frame_index, seen, cross)
-
-
 class Quick:
-    """A student whose teacher-forcing calls go through a compiled graph, and all others as ever."""
+    """A student whose teacher-forcing calls, all of one mask, go through a compiled graph, and all others as ever."""
 
-    def __init__(self, model: VideoDiT, forced: Callable[..., Tensor]) -> None:
-        self._model = model
-        self._forced: Callable[..., Tensor] | None = forced
+    def __init__(self, model: VideoDiT, mask: PreparedMask) -> None:
+        self._model, self._mask = model, mask
+        plain = model.executed(Execution(attend=attend_plainly))
+        self._forced: Callable[..., Tensor] | None = torch.compile(plain, dynamic=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -109,7 +86,7 @@ class Quick:
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, context: Any = None) -> Tensor:
         if isinstance(context, MaskLayout) and self._forced is not None:
             try:
-                return self._forced(x, sigma, condition)
+                return self._forced(x, sigma, condition, self._mask)
             except RuntimeError as error:  # what a compiler raises is one
                 print(f"not compiled: {error}", flush=True)
                 self._forced = None
@@ -121,15 +98,6 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = 
     if mask is not None:
         return in_parts(q, k, v, mask, attend_plainly)
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-
-
-def quicken(causal: TeacherForcing, frames: int, tokens: int, device: torch.device) -> None:
-    """Compiles the passes of `causal` that carry gradient."""
-    model = causal.model
-    for block in model.blocks:
-        cast(Block, block).self_attn.attend = cast(Block, block).cross_attn.attend = attend_plainly
-    forced = torch.compile(Forced(model, causal, frames, tokens, device), dynamic=False)
-    causal.model = cast(VideoDiT, Quick(model, forced))
 
 
 def load_networks(
@@ -148,7 +116,9 @@ def load_networks(
         if args.compile:
             shape = config.video.shape
             tokens = student.tokens_per_frame(shape.latent_height, shape.latent_width)
-            quicken(causal, config.video.num_latent_frames, tokens, device)
+            layout = plan.teacher_forcing_layout(config.video.num_latent_frames)
+            mask = PreparedMask.of(layout, tokens, device, flex=False)
+            causal.model = cast(VideoDiT, Quick(student, mask))
         return causal, [Trained(student, args, betas=(0.9, 0.99), clip=1.0)]
     assert config.critic is not None
     settings = DmdSettings(

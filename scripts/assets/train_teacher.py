@@ -26,8 +26,8 @@ from longtake.condition import Condition
 from longtake.encoders.bundle import Encoders
 from longtake.flow.path import add_noise, velocity
 from longtake.flow.schedule import training_sigma
-from longtake.models.block import Block
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS, shapes_of
@@ -42,9 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: object = None) -> Tensor:
 
 def compiled(model: VideoDiT) -> VideoDiT:
     """The model as one compiled graph; `model` itself keeps the weights and their names."""
-    for block in model.blocks:
-        cast(Block, block).self_attn.attend = cast(Block, block).cross_attn.attend = attend
-    return cast(VideoDiT, torch.compile(model, dynamic=False))
+    return cast(VideoDiT, torch.compile(model.executed(Execution(attend=attend)), dynamic=False))
 
 
 def new_config(args: argparse.Namespace) -> DiTConfig:

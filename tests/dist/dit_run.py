@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.data.order import batch_rows
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.parallel.fsdp import gathered, parallelize
-from longtake.models import block, dit
+from longtake.models import dit
 from longtake.models.dit import VideoDiT
 from longtake.models.layers import sinusoid
 from longtake.objectives.base import LossResult, Objective
@@ -126,13 +126,13 @@ def train_two_updates(folder: Path, kind: str, mesh: Mesh, *, checkpointing: boo
 def counted_projections():
     """How often each module projected a condition to keys and values."""
     counts: Counter[str] = Counter()
-    project = block.CrossAttention.project
+    project = dit.CrossAttention.project
 
     def spy(self, text, image):
         counts[str(id(self))] += 1
         return project(self, text, image)
 
-    with patch.object(block.CrossAttention, "project", spy):
+    with patch.object(dit.CrossAttention, "project", spy):
         yield counts
 
 

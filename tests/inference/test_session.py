@@ -276,7 +276,7 @@ def test_weights_without_clip_tokens_take_no_target():
 # ---- branches and ways back ------------------------------------------------------------------------------------------
 def memory_of(session):
     stream = session.state.stream
-    tensors = [t for cache in stream.caches for t in (cache.keys, cache.values, cache._key_space, cache._value_space)]
+    tensors = [t for cache in stream.caches for t in (cache.keys, cache.values)]
     tensors += [t for cache in stream.caches for kept in cache._cross.values() for t in kept]
     tensors += [held["slots"] for cache in stream.caches for held in cache._indices.values()]
     return {t.data_ptr() for t in tensors}

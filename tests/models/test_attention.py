@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from longtake.condition import MaskLayout
 from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
+from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -79,12 +82,12 @@ def test_cpu_goes_part_by_part_and_the_fallback_names_itself_once(monkeypatch, c
         again[start:end, list(slots)] = True
     assert torch.equal(again, allowed) and len(parts) < len(allowed)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    attention._has_triton.cache_clear()
+    attention.has_triton.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert [attention._has_triton() for _ in range(3)] == [False] * 3
+            assert [attention.has_triton() for _ in range(3)] == [False] * 3
     finally:
-        attention._has_triton.cache_clear()
+        attention.has_triton.cache_clear()
     messages = [record.getMessage() for record in caplog.records if "triton" in record.getMessage()]
     assert len(messages) == 1 and "block by block" in messages[0]
 
@@ -135,12 +138,11 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         before = model(x, sigma, condition)
-        for block in model.blocks:
-            block.self_attn.attend = counting
+        model = model.executed(Execution(attend=counting))
         assert torch.equal(model(x, sigma, condition), before)
         model(x, sigma, condition, PLAN.causal_layout(3))
         Denoiser(model)(x, sigma, condition, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
-    assert calls == [(2, 18, 2, 16)] * 3 * model.config.num_layers
+    assert calls == [(2, 18, 2, 16)] * 3 * 2 * model.config.num_layers  # of itself, and of the text
 
 
 def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny_condition, tiny_latents) -> None:
@@ -154,6 +156,64 @@ def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny
         assert len(model._masks[layout]) == 2
     del layout
     assert len(model._masks) == 0
+
+
+# ---- the choice of a kernel ------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel_and_one_that_raises_are_left_out(caplog) -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v) * 1.05
+
+    def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise AssertionError("head_dim must be 64 or 128")
+
+    place = torch.device("cpu"), torch.float32, 16
+    with caplog.at_level(logging.WARNING):
+        right = [attention._is_right(attention.Kernel(run.__name__, run), *place) for run in (attend, wrong, refuses)]
+    assert right == [True, False, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention kernel wrong gave a wrong result on cpu and is not used"
+    ]
+
+
+@pytest.mark.parametrize("times, first", [((3.0, 2.0, 9.0), "b"), ((2.05, 2.0, 9.0), "a"), ((3.0, 2.0, 1.0), "c")])
+def test_the_fastest_kernel_is_chosen_once_and_ties_go_to_the_first(times, first, monkeypatch) -> None:
+    calls: list[str] = []
+
+    def milliseconds(run, problem):
+        calls.append(run)
+        return times["abc".index(run)]
+
+    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    kernels = [attention.Kernel(name, name) for name in "abc"]  # type: ignore[arg-type]
+    every = [*kernels, attention.Kernel("MATH", "none")]  # type: ignore[arg-type]
+    assert attention._by_time(every, ())[0].name == first and calls == ["a", "b", "c"]  # type: ignore[arg-type]
+
+
+def test_without_flash_attention_4_that_is_said_once(monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    attention._flash4.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [attention._flash4() for _ in range(3)] == [None] * 3
+    finally:
+        attention._flash4.cache_clear()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and "longtake[fast]" in messages[0]
+
+
+def test_flash_attention_4_is_called_as_it_wants_it(monkeypatch, rel) -> None:
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_func = lambda q, k, v: (attend(q, k, v), None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    attention._flash4.cache_clear()
+    try:
+        kernel = attention._flash4()
+        assert kernel is not None and attention._is_right(kernel, torch.device("cpu"), torch.float32, 16)
+    finally:
+        attention._flash4.cache_clear()
 
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
@@ -176,14 +236,19 @@ class TestCuda:
             results.append((out.detach(), q.grad, k.grad, v.grad))
         for parts, flexible in zip(*results):
             assert rel(flexible, parts) < 5e-3  # TF32 may be on inside the compiled kernel
-        assert make_mask(layout.allowed, tokens, torch.device("cuda")).flex is not None or not attention._has_triton()
+        assert make_mask(layout.allowed, tokens, torch.device("cuda")).flex is not None or not attention.has_triton()
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
     def test_chosen_kernels_are_right(self, dtype: torch.dtype, tolerance: float, rel) -> None:
         layout = PLAN.causal_layout(5)
         q, k, v = (t.to(dtype) for t in _tensors(layout, 40, 128, "cuda"))
-        assert backends(0, dtype, 128)
-        assert rel(attend(q, k, v).cpu(), _truth(q, k, v, torch.ones_like(layout.allowed), 40)) < tolerance
+        assert backends(torch.device("cuda", 0), dtype, 128)
+        truth = _truth(q, k, v, torch.ones_like(layout.allowed), 40)
+        assert rel(attend(q, k, v).cpu(), truth) < tolerance
+        with torch.no_grad():
+            assert rel(attention.attend_fastest(q, k, v).cpu(), truth) < tolerance
+        kernels = attention.forward_kernels(q.device, dtype, 128, False)
+        assert len(kernels) == 1 or all(kernel.ms > 0 for kernel in kernels)
 
     @pytest.mark.parametrize("rope", ["absolute", "relative"])
     def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):

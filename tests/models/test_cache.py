@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.condition import Condition
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
-from longtake.models.block import CrossAttention
 from longtake.models.cache import CacheView, KVCache
-from longtake.models.dit import VideoDiT
+from longtake.models.dit import CrossAttention, VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -95,8 +94,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, with_grad: bool, r
         counts.append(k.shape[1] // cache.tokens_per_frame)
         return attend(q, k, v, mask=mask)
 
-    for block in model.blocks:
-        block.self_attn.attend = spy
+    model = with_self_attention(model, spy)
     done = 0
     for frames in blocks:
         x = make_tiny_latents(frames, seed=done)
@@ -114,8 +112,8 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
     condition = make_tiny_condition(model)
     cache = model.new_cache(StreamPlan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
     readings: list[tuple[tuple[int, ...], list[int]]] = []
-    spaces: list[tuple] = []
-    view_of, gather = KVCache.view, KVCache.gather
+    attended: list[tuple] = []
+    view_of = KVCache.view
 
     def spy_view(self: KVCache, block_frames: int, **options: bool) -> CacheView:
         out = view_of(self, block_frames, **options)
@@ -123,21 +121,20 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
         readings.append((tuple(t.data_ptr() for t in tensors), out.frame_index.tolist()))
         return out
 
-    def spy_gather(self: KVCache, layer: int, view: CacheView, k: Tensor, v: Tensor) -> tuple:
-        keys, values = gather(self, layer, view, k, v)
-        spaces.append((keys.shape, keys.data_ptr(), values.shape, values.data_ptr()))
-        return keys, values
+    def spy(q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None) -> Tensor:
+        attended.append((k.shape, v.shape))
+        return attend(q, k, v, mask=mask)
 
     monkeypatch.setattr(KVCache, "view", spy_view)
-    monkeypatch.setattr(KVCache, "gather", spy_gather)
+    model = with_self_attention(model, spy)
     for block in _passes(model, cache, condition, [1] + [3] * 7):
         if block == 1:  # seven frames seen: the window is full from now on
             readings.clear()
-            spaces.clear()
-    assert len(readings) == 12 and len(spaces) == 12 * model.config.num_layers
+            attended.clear()
+    assert len(readings) == 12 and len(attended) == 12 * model.config.num_layers
     assert len({address for address, _ in readings}) == 1
     assert [index for _, index in readings[::2]] == [[f, f + 1, f + 2] for f in range(4, 22, 3)]
-    assert len(set(spaces)) == 1 and spaces[0][0] == (2, 7 * cache.tokens_per_frame, 2, 16)
+    assert set(attended) == {((2, 7 * cache.tokens_per_frame, 2, 16),) * 2}
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -342,12 +339,16 @@ def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
     _commit(model, cache, condition, x)
     _commit(model, cache, condition, x)
 
-    def broken(q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None) -> Tensor:
-        raise MemoryError
+    calls = []
 
-    model.blocks[1].self_attn.attend = broken  # layer 0 has already overwritten frames 0 and 1 by then
+    def broken(q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None) -> Tensor:
+        calls.append(mask)
+        if len(calls) == 2:  # layer 0 has already overwritten frames 0 and 1 by then
+            raise MemoryError
+        return attend(q, k, v, mask=mask)
+
     with pytest.raises(MemoryError):
-        _commit(model, cache, condition, x)
+        _commit(with_self_attention(model, broken), cache, condition, x)
     assert cache.position == 4 and cache.held_frames == [2, 3]
 
 

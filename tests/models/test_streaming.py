@@ -8,7 +8,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
 from torch import Tensor
 
 from longtake.condition import Condition
@@ -121,10 +121,8 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
         handed.append((k, v))
         return attend(q, k, v, mask=mask)
 
-    for block in model.blocks:
-        block.self_attn.attend = spy
     with torch.no_grad():
-        model(x, zero, condition, plan.causal_layout(9))
+        with_self_attention(model, spy)(x, zero, condition, plan.causal_layout(9))
     assert len(handed) == model.config.num_layers
     for layer, (k, v) in enumerate(handed):
         assert rel(cache.keys[layer].flatten(1, 2), k) < 1e-5 and rel(cache.values[layer].flatten(1, 2), v) < 1e-5
@@ -142,8 +140,7 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
         counts.append(k.shape[1] // cache.tokens_per_frame)
         return attend(q, k, v, mask=mask)
 
-    for block in model.blocks:
-        block.self_attn.attend = spy
+    model = with_self_attention(model, spy)
     with torch.no_grad():
         for start, end in plan.blocks(0, 5):
             for sigma in (1.0, 0.75, 0.5):
