@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -17,9 +17,10 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
 from longtake.encoders.bundle import Encoders
-from longtake.encoders.condition import encode_condition, prepare_image
+from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
+from longtake.inference.cache_pool import CachePool
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -89,6 +90,7 @@ class Pipeline:
     device: torch.device
     config: StageConfig | None = None
     decoding_vae: VideoVAE | None = None
+    caches: CachePool = field(default_factory=CachePool)
 
     @property
     def model(self) -> VideoDiT:
@@ -167,6 +169,14 @@ class Pipeline:
         """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
         with_y = self.model.config.condition_channels > 0
         return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
+
+    @torch.no_grad()
+    def begin_condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor, ConditionFrames | None]:
+        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames)."""
+        if self.model.config.condition_channels == 0:
+            return *self.condition(picture, prompt), None
+        condition, y = begin_condition(self.encoders, picture, [prompt])
+        return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
     def check_memory(self, frames: int, layers: int, at_once: int) -> None:
         """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.encoders.bundle import DecoderSession
+from longtake.encoders.condition import ConditionFrames
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
@@ -54,14 +55,25 @@ class SessionState:
     """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
 
     `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
-    first; `scene` counts cuts; `num_frames` pixel frames given out.
+    first; `y`, the condition frames of that scene while they are not all encoded, else None; `scene` counts cuts;
+    `num_frames` pixel frames given out.
     """
 
     inputs: SessionInputs
     stream: LatentStream | None = None
     decoder: DecoderSession | None = None
+    y: ConditionFrames | None = None
     scene: int = -1
     num_frames: int = 0
+
+    def encode(self, num_latent_frames: int | None = None) -> None:
+        """Encodes `y` as far as latent frames before that one read it (None: to its end)."""
+        if self.y is None:
+            return
+        most = self.y.frames.shape[1]
+        self.y.reach(most if num_latent_frames is None else num_latent_frames)
+        if self.y.reached == most:
+            self.y = None  # and with it what the encoder remembers
 
     def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
         """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
@@ -209,7 +221,12 @@ class Session:
             if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
+        plan = state.stream.plan
+        if state.stream.position:  # the picture's own latent was encoded with the condition
+            state.encode(plan.block_of(state.stream.position)[1])
         frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        if self.generator.device.type == "cuda":  # while these frames are on their way
+            state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
         return frames, state
 
@@ -223,14 +240,14 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
-        condition, first_latent = generator.condition(self.wanted.picture, self.wanted.prompt)
+        condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
         caches = [] if state.stream is None or self.history_blocks else state.stream.caches
         for cache in caches:
             cache.clear()
         stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
-        new = SessionState(inputs, stream, decoder, scene, state.num_frames)
+        new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
             self._change(new)
         return new
@@ -246,9 +263,16 @@ class Session:
         # What is overwritten by the last block of the history is attended to by no block before it.
         spare = max(0, self.history_blocks - 1) * plan.block_frames
         most = self.max_latent_frames if plan.window_frames is None else None
-        new = self.generator.model.new_cache
+        sizes = (plan, 1, self._latent_size, most, spare)
         count = 1 if self.generator.settings.guidance == 1 else 2
-        return [new(plan, 1, self._latent_size, max_frames=most, spare_frames=spare) for _ in range(count)]
+
+        def new() -> list[KVCache]:
+            return [self.generator.model.new_cache(*sizes) for _ in range(count)]
+
+        graphs = self.generator.denoiser.graphs
+        if graphs is None or self.history_blocks:  # whose states hold caches of their own, each as long as it lives
+            return new()
+        return self.generator.caches.borrow(self, (*sizes, count), new, graphs)
 
     def new_stream(
         self,
@@ -278,6 +302,7 @@ class Session:
             condition, _ = self.generator.condition(wanted.picture, wanted.prompt)
             if wanted.target is not None:
                 condition = self._towards(condition, wanted.target)
+            state.y = None
         stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
         state.inputs = wanted
 
@@ -301,6 +326,8 @@ class Session:
 
         If nothing is changed, both go on with the same frames, bit for bit. It takes as much memory as this one.
         """
+        for state in (self.state, *self._history):
+            state.encode()  # nothing that is still written to is shared
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
         other.state = self.state.copy(clones)
@@ -330,6 +357,7 @@ class Session:
         """
         if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
+        self.state.encode()
         if self.state.stream is not None:
             self.state.stream.return_to_cache()
         values, tensors = self._written()
@@ -422,7 +450,7 @@ class Session:
         stream.pending = blocks[-1][1] if values["pending"] else None
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
-        return SessionState(self.wanted, stream, decoder, values["scene"], values["num_frames"])
+        return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
