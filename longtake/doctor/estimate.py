@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from longtake.condition import Condition
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
@@ -33,12 +32,12 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
-from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd
 from longtake.objectives.long_tuning import LongTuning
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train.loop import LoopSettings, MetricWindow, iteration
+from longtake.train.made_batches import MadeBatches
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision, for_long_videos, make_objective, make_state
@@ -315,38 +314,6 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
     return attention.attend(q, k, v, mask=mask)
 
 
-class _Batches:
-    """Micro-batches of a stage's shapes, each with rows of its own."""
-
-    position = 0
-
-    def __init__(self, config: StageConfig, size: DiTConfig, rows: int, image_tokens: int) -> None:
-        self._config, self._size, self._rows, self._tokens = config, size, rows, image_tokens
-
-    def __next__(self) -> EncodedBatch:
-        config, size, rows, shape = self._config, self._size, self._rows, self._config.video.shape
-        space = shape.latent_height, shape.latent_width
-        self.position += rows
-
-        def latents(frames: int, channels: int = size.out_channels) -> Tensor:
-            return torch.empty(rows, frames, channels, *space)
-
-        def text() -> Tensor:
-            return torch.empty(rows, size.text_len, size.text_dim)
-
-        image = None if size.image_dim is None else torch.empty(rows, self._tokens, size.image_dim)
-        y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
-        return EncodedBatch(
-            range(self.position, self.position + rows),
-            Condition(text(), image, y),
-            text(),
-            space,
-            latents(config.clip_shape.num_latent_frames) if config.learns_from_videos else None,
-            latents(1) if config.model.image_condition == "i2v" else None,
-            text() if config.long is not None and config.long.switch_frames else None,
-        )
-
-
 def trace(
     config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any]
 ) -> list[Moment]:
@@ -363,7 +330,7 @@ def trace(
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
         networks, real, adapters, student = _Hollow(config, mesh, sizes, meter).build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
-        batches: Any = _Batches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
+        batches: Any = MadeBatches(config, sizes["generator"], config.micro_batch(world_size), image_tokens)
         accumulation = config.accumulation(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
