@@ -15,9 +15,11 @@ from longtake.devices import usable_device
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 
+BLOCKS = 12  # that count, unless another number is asked for
+
 
 def bench_source(
-    source: Source, device: str | torch.device | None, *, blocks: int, warm_up: bool = False
+    source: Source, device: str | torch.device | None, *, blocks: int = BLOCKS, warm_up: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The numbers of a stream of weights that are there, in parts as they are known. Raises: LongtakeError."""
     started = time.perf_counter()
@@ -30,7 +32,7 @@ def bench_random(
     changes: Mapping[str, Any],
     device: str | torch.device | None,
     *,
-    blocks: int,
+    blocks: int = BLOCKS,
     warm_up: bool = False,
     small_text: bool = False,
 ) -> Iterator[dict[str, Any]]:

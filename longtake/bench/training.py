@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 WARM_UP = 3  # iterations of each kind after which passes are recorded and everything is compiled
+STEPS = 8  # that count, unless another number is asked for: one of each kind where roll-outs have four exits
 _LOOK_AHEAD = 1000  # iterations among which one of each kind is looked for
 
 
@@ -117,7 +118,9 @@ class Bench:
         return lap
 
 
-def bench_training(config: StageConfig | JobConfig, steps: int, device: str | None = None) -> Iterator[dict[str, Any]]:
+def bench_training(
+    config: StageConfig | JobConfig, device: str | None = None, *, steps: int = STEPS
+) -> Iterator[dict[str, Any]]:
     """The numbers of a stage, of which `steps` iterations count after the warm-up, in parts as they are known.
 
     Raises: LongtakeError.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Device, Run, WarmUp, clean_errors, source_of
+from longtake.cli.common import Device, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
 
@@ -40,8 +40,8 @@ def bench(
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; with --random on a GPU bf16 by default.")] = None,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of a stream that count.")] = 12,
-    steps: Annotated[int, typer.Option(min=1, help="Iterations of a training that count.")] = 8,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of a stream that count.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Iterations of a training that count.")] = None,
     warm_up: WarmUp = False,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
@@ -59,15 +59,15 @@ def bench(
             from longtake.bench.training import bench_training
             from longtake.config.stage import load_config
 
-            return _tell(bench_training(load_config(config, overrides), steps, device), json_file)
+            return _tell(bench_training(load_config(config, overrides), device, **given(context, "steps")), json_file)
         from longtake.bench.run import bench_random, bench_source
 
         changes = changes_of(*overrides, **_size(size), dtype=dtype)
+        counted = {"warm_up": warm_up, **given(context, "blocks")}
         if random is not None:
-            parts = bench_random(random, changes, device, blocks=blocks, warm_up=warm_up, small_text=small_text)
-            return _tell(parts, json_file)
+            return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)
         source = source_of(run, "toy" if model is None and run is None else model, encoders, None, changes)
-        _tell(bench_source(source, device, blocks=blocks, warm_up=warm_up), json_file)
+        _tell(bench_source(source, device, **counted), json_file)
 
 
 def _tell(parts: Iterator[dict[str, Any]], file: Path | None) -> None:

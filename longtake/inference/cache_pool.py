@@ -8,6 +8,7 @@ from weakref import finalize
 
 import torch
 
+from longtake.models.attention import ONE_THREAD
 from longtake.models.cache import KVCache
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 
@@ -29,7 +30,8 @@ class CachePool:
         if known != sizes:
             caches = new()
         elif caches[0].device.type == "cuda":
-            torch.cuda.synchronize(caches[0].device)  # what their owner began may still run, on another stream
+            with ONE_THREAD:  # while none records, which may not be waited for
+                torch.cuda.synchronize(caches[0].device)  # what their owner began may still run, on another stream
         for cache in caches:
             cache.clear()
             if known == sizes:

@@ -22,6 +22,7 @@ from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
 from longtake.inference.cache_pool import CachePool
 from longtake.inference.source import Source
+from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
@@ -159,6 +160,29 @@ class Pipeline:
     def plan(self) -> StreamPlan:
         """Blocks, noise levels, window and positions."""
         return self.settings.stream_plan
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        stride = self.encoders.vae.spatial_stride
+        return self.settings.height // stride, self.settings.width // stride
+
+    def new_caches(self, owner: object, history_blocks: int, max_latent_frames: int | None) -> list[KVCache]:
+        """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
+        plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
+        # What is overwritten by the last block of the history is attended to by no block before it.
+        spare = max(0, history_blocks - 1) * plan.block_frames
+        most = max_latent_frames if plan.window_frames is None else None
+        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if self.settings.guidance == 1 else 2
+
+        def new() -> list[KVCache]:
+            return [self.model.new_cache(*sizes) for _ in range(count)]
+
+        # States of a history hold caches of their own, each as long as it lives. Processes that share passes must
+        # record them at the same time, and each may find another time for a session to be gone.
+        if graphs is None or history_blocks or split is not None:
+            return new()
+        return self.caches.borrow(owner, (*sizes, count), new, graphs)
 
     def prepare(self, image: Picture) -> Tensor:
         """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""

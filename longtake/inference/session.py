@@ -245,34 +245,15 @@ class Session:
         caches = [] if state.stream is None or self.history_blocks else state.stream.caches
         for cache in caches:
             cache.clear()
-        stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
+        stream = self.new_stream(scene, caches or self._new_caches(), condition, unconditional, first_latent)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
         new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
             self._change(new)
         return new
 
-    @property
-    def _latent_size(self) -> tuple[int, int]:
-        settings, stride = self.generator.settings, self.generator.encoders.vae.spatial_stride
-        return settings.height // stride, settings.width // stride
-
-    def new_caches(self) -> list[KVCache]:
-        """Empty caches: one, and one more with guidance."""
-        plan = self.generator.plan
-        # What is overwritten by the last block of the history is attended to by no block before it.
-        spare = max(0, self.history_blocks - 1) * plan.block_frames
-        most = self.max_latent_frames if plan.window_frames is None else None
-        sizes = (plan, 1, self._latent_size, most, spare)
-        count = 1 if self.generator.settings.guidance == 1 else 2
-
-        def new() -> list[KVCache]:
-            return [self.generator.model.new_cache(*sizes) for _ in range(count)]
-
-        graphs = self.generator.denoiser.graphs
-        if graphs is None or self.history_blocks:  # whose states hold caches of their own, each as long as it lives
-            return new()
-        return self.generator.caches.borrow(self, (*sizes, count), new, graphs)
+    def _new_caches(self) -> list[KVCache]:
+        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames)
 
     def new_stream(
         self,
@@ -284,9 +265,8 @@ class Session:
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
         denoiser, plan = self.generator.denoiser, self.generator.plan
-        noise = stream_noise(
-            self.seed, [scene], denoiser.model.config.out_channels, self._latent_size, self.generator.device
-        )
+        size, channels = self.generator.latent_size, denoiser.model.config.out_channels
+        noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
         if unconditional is not None:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
@@ -438,7 +418,7 @@ class Session:
         condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
         unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
         blocks = sorted((int(start), latents) for start, latents in _part(tensors, "kept.").items())
-        caches = self.new_caches()
+        caches = self._new_caches()
         for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
             keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
             cache.restore(saved["position"], saved["frames"], keys, kept)

@@ -66,9 +66,10 @@ class VideoWriter:
             # Fragments until it is complete, then a plain mp4: what a full disk or a power cut leaves can be played.
             self._container = av.open(str(self._partial), "w", format="mp4", options=_FRAGMENTS)
         rate = Fraction(self.fps).limit_denominator(_MAX_FPS_DENOMINATOR)
-        options = {"crf": str(self.crf), "preset": _PRESET}
-        size = self.height, self.width
-        self._stream = add_h264(self._container, rate, *size, pixels="yuv420p", threads=_THREADS, **options)
+        size, crf = (self.height, self.width), str(self.crf)
+        self._stream = add_h264(
+            self._container, rate, *size, pixels="yuv420p", threads=_THREADS, crf=crf, preset=_PRESET
+        )
         return self
 
     def write(self, frames: NDArray[np.uint8]) -> None:
