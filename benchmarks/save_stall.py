@@ -2,7 +2,7 @@
 
     python -m benchmarks.save_stall -o outputs/save_stall --segment-seconds 540     (run it again: the next segment)
 
-Distillation at the sizes and with the data of `benchmarks.full_size` (Wan2.1-Fun-1.3B-InP's transformer, random
+Distillation at the sizes and with the data of `benchmarks.runs` (Wan2.1-Fun-1.3B-InP's transformer, random
 weights; `--tiny` rehearses it on a CPU), saved every `--save-every` iterations, one kept. A call is a segment:
 it trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler does (its last checkpoint is complete
 then) and adds to the results; the next call resumes from there. Two segments of 8 minutes and more make a run of 16.
@@ -30,20 +30,20 @@ from typing import Any
 
 import yaml
 
-from benchmarks import full_size
+from benchmarks import runs
 from longtake.run_folder import checkpoints_folder, list_checkpoints, verify_checkpoint
 from longtake.train.metrics import read_rows
 
 NAME = "save_stall"
 
 
-def prepare(run: full_size.Run, args: argparse.Namespace) -> Path:
+def prepare(run: runs.Run, args: argparse.Namespace) -> Path:
     """Writes weights and encodings unless they are there; the configuration of the stage."""
     if not (run.work / "encoded" / "index.json").is_file():
-        full_size.files(run, args.rows)
-        full_size.encode(run)
-    window, sink = full_size.windows_of(run.sizes.windows)[0]
-    file = full_size.stage(run, window, sink, 20, path=str(run.work / "encoded"), kind="encoded")
+        runs.files(run, args.rows)
+        runs.encode(run)
+    window, sink = runs.windows_of(run.sizes.windows)[0]
+    file = runs.stage(run, window, sink, 20, path=str(run.work / "encoded"), kind="encoded")
     tree = yaml.safe_load(file.read_text())
     tree |= {"name": NAME, "max_steps": args.max_steps, "save_every": args.save_every, "keep_checkpoints": 1}
     tree["checkpoint"] = {"mode": args.mode}
@@ -56,14 +56,14 @@ def prepare(run: full_size.Run, args: argparse.Namespace) -> Path:
     return file
 
 
-def train(run: full_size.Run, config: Path, seconds: float) -> dict[str, Any]:
+def train(run: runs.Run, config: Path, seconds: float) -> dict[str, Any]:
     """Trains for `seconds` after the first iteration of this segment; its exit code, and memory of the process."""
     folder, log = run.output / NAME, run.output / f"{NAME}.log"
     before = len(read_rows(folder / "metrics.jsonl"))
     memory: list[tuple[float, float]] = []
     command = [sys.executable, "-m", "longtake", "train", str(config)]
     with log.open("a") as out:
-        process = subprocess.Popen(command, cwd=full_size.ROOT, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=runs.ROOT, stdout=out, stderr=subprocess.STDOUT)
         first = None
         while process.poll() is None:
             time.sleep(0.2)
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny sizes")
     args = parser.parse_args(arguments)
     args.budget_seconds = 10 * args.segment_seconds + 3600
-    run = full_size.Run(args)
+    run = runs.Run(args)
     config = prepare(run, args)
     folder = run.output / NAME
     known = run.output / "segments.json"
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     total, stall = sum(part["wall seconds"] for part in shares), sum(part["stall seconds"] for part in shares)
     run.record("all segments", {"wall seconds": total, "stall seconds": stall, "stall share": stall / total})
     plot(segments, run.output / "save_stall.png")
-    print(full_size.table(run.results))
+    print(runs.table(run.results))
     return 0
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.two_gpus -o outputs/two_gpus           (in the repository; --tiny rehearses it on a CPU)
 
 One command on a machine with two GPUs; it starts torchrun itself. Sizes and random weights are those of
-`benchmarks/full_size.py`: Wan2.1-Fun-1.3B-InP, 480x832, 21 latents. Parts, in this order (`--parts` takes some):
+`benchmarks/runs.py`: Wan2.1-Fun-1.3B-InP, 480x832, 21 latents. Parts, in this order (`--parts` takes some):
 
 - files: weights, encoders, pictures, and their encodings (`longtake encode`);
-- train: `longtake train`, stage distill, as in `full_size.py` (float32 master weights of student and critic with AdamW
+- train: `longtake train`, stage distill (float32 master weights of student and critic with AdamW
   and an average, bfloat16 autocast, activation checkpointing), from the encodings, with one seed and so the same exit
   steps each time: one GPU with batch 1; two GPUs with batch 1 a GPU; two GPUs that compute one sample together
   (`parallel.sequence=2`), both with whole weights on each (`parallel.data_parallel=ddp`); batch 1 a GPU once more with
@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.full_size import GIB, STEPS, Run, files, stage, summary, synchronize, windows_of
 from benchmarks.random_files import FULL, TINY, Sizes
+from benchmarks.runs import GIB, STEPS, Run, files, stage, summary, synchronize, windows_of
 from longtake.condition import Condition
 from longtake.config.groups import ParallelConfig
 from longtake.inference.generator import Generator

@@ -43,7 +43,11 @@ class KeyedRNG:
     ) -> Tensor:
         """Standard normal numbers, float32 [B, *shape], one row for each global sample index."""
         rows = [torch.randn(tuple(shape), generator=self.generator(step, purpose, i, part)) for i in indices]
-        return torch.stack(rows).to(device)
+        drawn = torch.stack(rows)
+        if torch.device(device).type != "cuda":
+            return drawn.to(device)
+        # From memory that is not pinned the copy would wait for all that the GPU has been given to do.
+        return drawn.pin_memory().to(device, non_blocking=True)
 
     def uniform(
         self, step: int, purpose: str, indices: Sequence[int], dtype: torch.dtype = torch.float32, part: int = 0

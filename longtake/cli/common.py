@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Run = Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
+WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]
 Rules = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Any values of `longtake config generation`: plan.window_frames=21 ..."),

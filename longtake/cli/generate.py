@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Rules, Run, clean_errors, given, source_of
+from longtake.cli.common import Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file, free_name
 
@@ -191,6 +191,7 @@ def play(
     seed: Seed = None,
     dtype: Dtype = None,
     device: Device = None,
+    warm_up: WarmUp = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file of the output's name; without it, the name is numbered.")
     ] = False,
@@ -208,4 +209,6 @@ def play(
 
         most = frames_of(None, seconds, source.settings.fps)
         generator = Generator.build(source, device)
+        if warm_up:
+            generator.warm_up()
         typer.echo(str(start(generator, image, prompt, output, num_frames=most, **given(context, "seed"))))

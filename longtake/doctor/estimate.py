@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from longtake.condition import Condition, VideoShape
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
@@ -35,10 +34,10 @@ from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
-from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train.loop import MetricWindow, iteration
+from longtake.train.made_batches import MadeBatches
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision
@@ -318,55 +317,6 @@ def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask |
     return attention.attend(q, k, v, mask=mask)
 
 
-class _Batches:
-    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
-
-    position = 0
-
-    def __init__(
-        self,
-        shape: VideoShape,
-        num_clip_frames: int | None,
-        size: DiTConfig,
-        accumulation: int,
-        rows: int,
-        image_tokens: int,
-        *,
-        with_picture: bool,
-        second_prompts: bool,
-    ) -> None:
-        """Args: `num_clip_frames` of the rows' videos, None where they have none."""
-        self._shape, self._clip_frames, self._size = shape, num_clip_frames, size
-        self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
-        self._with_picture, self._second_prompts = with_picture, second_prompts
-
-    def __next__(self) -> list[EncodedBatch]:
-        return [self._micro_batch() for _ in range(self._accumulation)]
-
-    def _micro_batch(self) -> EncodedBatch:
-        size, rows, shape = self._size, self._rows, self._shape
-        space = shape.latent_height, shape.latent_width
-        self.position += rows
-
-        def latents(frames: int, channels: int = size.out_channels) -> Tensor:
-            return torch.empty(rows, frames, channels, *space)
-
-        def text() -> Tensor:
-            return torch.empty(rows, size.text_len, size.text_dim)
-
-        image = None if size.image_dim is None else torch.empty(rows, self._tokens, size.image_dim)
-        y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
-        return EncodedBatch(
-            range(self.position, self.position + rows),
-            Condition(text(), image, y),
-            text(),
-            space,
-            None if self._clip_frames is None else latents(self._clip_frames),
-            latents(1) if self._with_picture else None,
-            text() if self._second_prompts else None,
-        )
-
-
 def trace(
     config: StageConfig, sizes: Sizes, world_size: int, image_tokens: int, vae: Mapping[str, Any]
 ) -> list[Moment]:
@@ -390,7 +340,7 @@ def trace(
         accumulation, rows = config.accumulation(world_size), config.micro_batch(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
-        batches: Any = _Batches(
+        batches: Any = MadeBatches(
             config.video.shape,
             config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
             sizes["generator"],

@@ -5,6 +5,7 @@ Must know no transformer and no sampler; reads pictures, but no datasets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -79,16 +80,42 @@ def with_mask(latents: Tensor, temporal_stride: int) -> Tensor:
     return torch.cat([mask, latents], dim=2)
 
 
+def begin_condition(encoders: Encoders, images: Tensor, prompts: list[str]) -> tuple[Condition, ConditionFrames]:
+    """As `encode_condition`; of the condition's `frames` those alone that the second result has reached."""
+    if images.shape[0] != len(prompts):
+        raise ShapeError(f"{images.shape[0]} images and {len(prompts)} prompts were given; each image needs one prompt")
+    text = _beside(lambda: encoders.text.encode(prompts), encoders.text.device)
+    tokens = None if encoders.image is None else encoders.image.encode(images)
+    y = ConditionFrames(encoders.vae, images)
+    return Condition(text(), tokens, y.frames), y
+
+
+def _beside(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Begins `work`, on a GPU beside what is begun after it; a function that gives its result."""
+    if device.type != "cuda":
+        made = work()
+        return lambda: made
+    here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    with torch.cuda.stream(beside):
+        made = work()
+
+    def result() -> Tensor:
+        here.wait_stream(beside)
+        made.record_stream(here)  # its memory is `beside`'s, which must not take it back while it is read here
+        return made
+
+    return result
+
+
 def encode_condition(encoders: Encoders, images: Tensor, prompts: list[str]) -> Condition:
     """The condition of a batch: text rows, CLIP tokens (None without image encoder) and `y`.
 
     Args: `images` [B, 3, h, w] in [-1, 1], one a prompt.
     Raises: ShapeError when the numbers differ.
     """
-    if images.shape[0] != len(prompts):
-        raise ShapeError(f"{images.shape[0]} images and {len(prompts)} prompts were given; each image needs one prompt")
-    tokens = None if encoders.image is None else encoders.image.encode(images)
-    return Condition(encoders.text.encode(prompts), tokens, condition_frames(encoders.vae, images))
+    condition, y = begin_condition(encoders, images, prompts)
+    y.reach(y.frames.shape[1])
+    return condition
 
 
 def prepare_image(image: str | Path | Image.Image | NDArray[np.uint8], height: int, width: int) -> Tensor:

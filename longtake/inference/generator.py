@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from longtake.condition import latent_frames, pixel_frames
@@ -27,7 +28,6 @@ from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from longtake.inference.pipeline import Picture
@@ -138,6 +138,24 @@ class Generator(Pipeline):
         values, tensors = read_session(Path(path), self)
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
+
+    def warm_up(self) -> int:
+        """Makes what a video needs and does not depend on its picture: kernels are chosen, compiled and recorded for
+        every pass until the window is full and one more. The next video that no other runs beside finds it all.
+
+        Returns: how many blocks it made for that.
+        """
+        if self.settings.sampler == "whole":
+            return 0
+        plan, picture = self.plan, np.zeros((self.settings.height, self.settings.width, 3), np.uint8)
+        full = 2 + max(0, -(-((plan.window_frames or 0) - plan.first_frames) // plan.block_frames))
+        # A pass is recorded when it comes again, and the one that brings the condition a video later.
+        videos = [full] if self.denoiser.graphs is None else [full, full, 1]
+        for blocks in videos:
+            length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
+            for _ in self.stream(picture, "a picture", num_frames=length):
+                pass
+        return sum(videos)
 
     def length(self, num_frames: int | None, seconds: float | None) -> int:
         """The length in pixel frames that was asked for; by default that of the training clips. Raises: ConfigError."""

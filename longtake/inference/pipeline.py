@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -17,10 +17,12 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
 from longtake.encoders.bundle import Encoders
-from longtake.encoders.condition import encode_condition, prepare_image
+from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
+from longtake.inference.cache_pool import CachePool
 from longtake.inference.source import Source
+from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
@@ -89,6 +91,7 @@ class Pipeline:
     device: torch.device
     config: StageConfig | None = None
     decoding_vae: VideoVAE | None = None
+    caches: CachePool = field(default_factory=CachePool)
 
     @property
     def model(self) -> VideoDiT:
@@ -158,6 +161,29 @@ class Pipeline:
         """Blocks, noise levels, window and positions."""
         return self.settings.stream_plan
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        stride = self.encoders.vae.spatial_stride
+        return self.settings.height // stride, self.settings.width // stride
+
+    def new_caches(self, owner: object, history_blocks: int, max_latent_frames: int | None) -> list[KVCache]:
+        """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
+        plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
+        # What is overwritten by the last block of the history is attended to by no block before it.
+        spare = max(0, history_blocks - 1) * plan.block_frames
+        most = max_latent_frames if plan.window_frames is None else None
+        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if self.settings.guidance == 1 else 2
+
+        def new() -> list[KVCache]:
+            return [self.model.new_cache(*sizes) for _ in range(count)]
+
+        # States of a history hold caches of their own, each as long as it lives. Processes that share passes must
+        # record them at the same time, and each may find another time for a session to be gone.
+        if graphs is None or history_blocks or split is not None:
+            return new()
+        return self.caches.borrow(owner, (*sizes, count), new, graphs)
+
     def prepare(self, image: Picture) -> Tensor:
         """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
         return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
@@ -167,6 +193,14 @@ class Pipeline:
         """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
         with_y = self.model.config.condition_channels > 0
         return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
+
+    @torch.no_grad()
+    def begin_condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor, ConditionFrames | None]:
+        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames)."""
+        if self.model.config.condition_channels == 0:
+            return *self.condition(picture, prompt), None
+        condition, y = begin_condition(self.encoders, picture, [prompt])
+        return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
     def check_memory(self, frames: int, layers: int, at_once: int) -> None:
         """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of

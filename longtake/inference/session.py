@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
+from longtake.encoders.condition import ConditionFrames
 from longtake.encoders.vae import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
@@ -54,14 +55,25 @@ class SessionState:
     """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
 
     `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
-    first; `scene` counts cuts; `num_frames` pixel frames given out.
+    first; `y`, the condition frames of that scene while they are not all encoded, else None; `scene` counts cuts;
+    `num_frames` pixel frames given out.
     """
 
     inputs: SessionInputs
     stream: LatentStream | None = None
     decoder: DecoderSession | None = None
+    y: ConditionFrames | None = None
     scene: int = -1
     num_frames: int = 0
+
+    def encode(self, num_latent_frames: int | None = None) -> None:
+        """Encodes `y` as far as latent frames before that one read it (None: to its end)."""
+        if self.y is None:
+            return
+        most = self.y.frames.shape[1]
+        self.y.reach(most if num_latent_frames is None else num_latent_frames)
+        if self.y.reached == most:
+            self.y = None  # and with it what the encoder remembers
 
     def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
         """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
@@ -209,7 +221,12 @@ class Session:
             if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
+        plan = state.stream.plan
+        if state.stream.position:  # the picture's own latent was encoded with the condition
+            state.encode(plan.block_of(state.stream.position)[1])
         frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        if self.generator.device.type == "cuda":  # while these frames are on their way
+            state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
         return frames, state
 
@@ -223,32 +240,20 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
-        condition, first_latent = generator.condition(self.wanted.picture, self.wanted.prompt)
+        condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
         caches = [] if state.stream is None or self.history_blocks else state.stream.caches
         for cache in caches:
             cache.clear()
-        stream = self.new_stream(scene, caches or self.new_caches(), condition, unconditional, first_latent)
+        stream = self.new_stream(scene, caches or self._new_caches(), condition, unconditional, first_latent)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
-        new = SessionState(inputs, stream, decoder, scene, state.num_frames)
+        new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
             self._change(new)
         return new
 
-    @property
-    def _latent_size(self) -> tuple[int, int]:
-        settings, stride = self.generator.settings, self.generator.encoders.vae.spatial_stride
-        return settings.height // stride, settings.width // stride
-
-    def new_caches(self) -> list[KVCache]:
-        """Empty caches: one, and one more with guidance."""
-        plan = self.generator.plan
-        # What is overwritten by the last block of the history is attended to by no block before it.
-        spare = max(0, self.history_blocks - 1) * plan.block_frames
-        most = self.max_latent_frames if plan.window_frames is None else None
-        new = self.generator.model.new_cache
-        count = 1 if self.generator.settings.guidance == 1 else 2
-        return [new(plan, 1, self._latent_size, max_frames=most, spare_frames=spare) for _ in range(count)]
+    def _new_caches(self) -> list[KVCache]:
+        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames)
 
     def new_stream(
         self,
@@ -260,9 +265,8 @@ class Session:
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
         denoiser, plan = self.generator.denoiser, self.generator.plan
-        noise = stream_noise(
-            self.seed, [scene], denoiser.model.config.out_channels, self._latent_size, self.generator.device
-        )
+        size, channels = self.generator.latent_size, denoiser.model.config.out_channels
+        noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
         if unconditional is not None:
             guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
@@ -278,6 +282,7 @@ class Session:
             condition, _ = self.generator.condition(wanted.picture, wanted.prompt)
             if wanted.target is not None:
                 condition = self._towards(condition, wanted.target)
+            state.y = None
         stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
         state.inputs = wanted
 
@@ -301,6 +306,8 @@ class Session:
 
         If nothing is changed, both go on with the same frames, bit for bit. It takes as much memory as this one.
         """
+        for state in (self.state, *self._history):
+            state.encode()  # nothing that is still written to is shared
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
         other.state = self.state.copy(clones)
@@ -330,6 +337,7 @@ class Session:
         """
         if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
+        self.state.encode()
         if self.state.stream is not None:
             self.state.stream.return_to_cache()
         values, tensors = self._written()
@@ -410,7 +418,7 @@ class Session:
         condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
         unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
         blocks = sorted((int(start), latents) for start, latents in _part(tensors, "kept.").items())
-        caches = self.new_caches()
+        caches = self._new_caches()
         for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
             keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
             cache.restore(saved["position"], saved["frames"], keys, kept)
@@ -422,7 +430,7 @@ class Session:
         stream.pending = blocks[-1][1] if values["pending"] else None
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
-        return SessionState(self.wanted, stream, decoder, values["scene"], values["num_frames"])
+        return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ Must know no stage and no device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -175,6 +176,25 @@ def _products(config: DiTConfig, call: Call, lora: LoraConfig | None) -> tuple[f
     (f1, b1), (f2, b2), (f3, b3) = ((sum(f for f, _ in part), sum(b for _, b in part)) for part in costs)
     rest = config.num_layers - 1
     return f1 + rest * f2 + f3, b1 + rest * b2 + b3
+
+
+def products(config: DiTConfig, call: Call) -> Counter[tuple[int, int, int]]:
+    """The matrix products of one forward by (rows, inputs, outputs), and how often each occurs."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for count, part in (
+        (config.num_layers, _block(config, call, first=False, lora=None)),
+        (1, _outside(config, call, None)),
+    ):
+        for product in part:
+            found[product.rows, product.inputs, product.outputs] += count
+    return found
+
+
+def attentions(config: DiTConfig, call: Call) -> Counter[tuple[int, int]]:
+    """The attentions of one forward by tokens of a video's (queries, keys), and how often each occurs."""
+    queries = call.entries * call.tokens
+    keys = [round(call.pairs / queries), call.text_tokens, *([call.image_tokens] if call.image_tokens else [])]
+    return Counter({(queries, count): config.num_layers * keys.count(count) for count in keys})
 
 
 def forward(config: DiTConfig, call: Call, lora: LoraConfig | None = None) -> Work:

@@ -14,7 +14,6 @@ from longtake.condition import pixel_frames
 from longtake.encoders.bundle import Encoders, ImageEncoder
 from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import CheckpointError, ConfigError, DataError
-from longtake.inference import pipeline
 from longtake.inference.frames import Fetched, Frames, to_frames
 from longtake.inference.generator import generate_file
 from longtake.inference.sampling import stream_noise, student_latents
@@ -308,7 +307,7 @@ def test_a_path_a_pil_image_and_an_array_are_the_same_picture(generator, video, 
     ],
 )
 def test_bad_requests_are_refused_before_any_work(generator, change, error, message, monkeypatch):
-    monkeypatch.setattr(pipeline, "encode_condition", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(Generator, "begin_condition", lambda *_: pytest.fail("work was done"))
     request = {"image": PICTURE, "prompt": "a red circle drifts", "num_frames": 9} | change
     image, prompt = request.pop("image"), request.pop("prompt")
     with pytest.raises(error, match=message):

@@ -1,0 +1,162 @@
+"""Networks of a preset's sizes with random weights, drawn on the device: no file is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.bench.clock import synchronize
+from longtake.config.generation import GenerationConfig
+from longtake.config.stage import TOY, TOY_ASSETS
+from longtake.encoders.bundle import Encoders
+from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.text import TextEncoder
+from longtake.encoders.vae import VideoVAE
+from longtake.inference.generator import Generator
+from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
+from longtake.models.sizes import DiTConfig
+from longtake.parallel.materialize import materialize
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser
+from longtake.train.networks import Builder
+from longtake.weights.load import Opened
+from longtake.weights.presets import model_config
+
+# The encoders of every published Wan model. Source: specification A.1, B, C.
+_TEXT: dict[str, Any] = {"vocab_size": 256384, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+_SMALL_TEXT: dict[str, Any] = {"vocab_size": 256, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+_IMAGE: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+# `AutoencoderKLWan`, whose defaults are Wan2.1's, by channels of the latents
+_VAE: dict[int, dict[str, Any]] = {
+    16: {},
+    48: {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
+
+
+def random_settings(preset: str, changes: Mapping[str, Any]) -> GenerationConfig:
+    """The defaults of generation, for the toy those of its recipes, with `changes` on top. Raises: ConfigError."""
+    plan = {"block_frames": 4, "window_frames": 9, "sink_frames": 1}
+    tree: dict[str, Any] = {"height": 64, "width": 64, "plan": plan} if preset == TOY else {}
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+    return GenerationConfig.from_tree(tree)
+
+
+def random_generator(
+    preset: str, settings: GenerationConfig, device: torch.device, *, small_text: bool = False
+) -> Generator:
+    """A generator of a preset's sizes. Args: `small_text`, a text encoder of one layer in umT5's place (11 GB less).
+
+    Raises: ConfigError listing the known presets.
+    """
+    sizes = model_config(preset)
+    opened = random_weights(sizes, device)
+    if settings.precision == "bf16":
+        opened.model.cast(torch.bfloat16)
+    materialize(opened.model, device, opened.read(None))
+    model = opened.model.eval().requires_grad_(False).executed(Execution())
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
+    encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
+    graphs = CUDAGraphRunner() if device.type == "cuda" else None
+    made = Generator(Denoiser(model, graphs=graphs), _moved(encoders, device, vae_dtype), settings, device)
+    synchronize(device)
+    return made
+
+
+def random_weights(sizes: DiTConfig, device: torch.device, seed: int = 0) -> Opened:
+    """Random weights of these sizes, drawn where they are wanted, one after the other."""
+    with torch.device("meta"):
+        model = VideoDiT(sizes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def read(names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        wanted = None if names is None else set(names)
+        for number, (name, shape) in enumerate(shapes.items()):
+            if wanted is None or name in wanted:
+                generator = torch.Generator(device).manual_seed(1000 * seed + number)
+                value = torch.randn(shape, device=device, generator=generator)
+                if "norm" in name and name.endswith("weight"):
+                    yield name, value.mul_(0.1).add_(1)
+                elif value.ndim > 1 and "modulation" not in name:
+                    yield name, value.div_(value[0].numel() ** 0.5)
+                else:
+                    yield name, value.mul_(0.1)
+
+    return Opened(model, read, str)
+
+
+@dataclass(kw_only=True)
+class RandomBuilder(Builder):
+    """The networks of a stage as a training builds them, of given sizes and with random weights."""
+
+    sizes: Mapping[str, DiTConfig]
+
+    def check_start(self) -> None:
+        """There are no files that could be of another stage."""
+
+    def weights(self, name: str) -> Path:
+        """The network's name; one for all that share a base."""
+        return Path(self.base or name)
+
+    def open(self, source: Path) -> Opened:
+        """Weights of that name."""
+        return random_weights(self.sizes[source.name], self.mesh.device, sorted(self.sizes).index(source.name))
+
+    def identity(self, source: Path) -> str:
+        """The name."""
+        return source.name
+
+
+def _encoders(sizes: DiTConfig, device: torch.device, dtype: torch.dtype, *, small_text: bool) -> Encoders:
+    from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    text_sizes = _SMALL_TEXT if small_text else _TEXT
+    text_config = UMT5Config(d_model=sizes.text_dim, pad_token_id=0, eos_token_id=1, dropout_rate=0.0, **text_sizes)
+    # The real one is a file; a text costs the same whatever its words.
+    tokenizer = AutoTokenizer.from_pretrained(TOY_ASSETS / "text_encoder", model_max_length=sizes.text_len)
+    image = None
+    with torch.device(device):
+        text = UMT5EncoderModel._from_config(text_config, dtype=dtype)
+        vae = random_vae(sizes.out_channels)
+        if sizes.image_dim is not None:
+            image = ImageEncoder(CLIPVisionModel._from_config(CLIPVisionConfig(**_IMAGE), dtype=dtype))
+    return Encoders(VideoVAE(vae), TextEncoder(text, tokenizer, sizes.text_len), image)
+
+
+def random_vae(channels: int) -> Any:
+    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48)."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**_VAE[channels])
+
+
+def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype) -> Encoders:
+    for network in (encoders.text.model, None if encoders.image is None else encoders.image.model):
+        if network is not None:
+            network.to(device)
+    return Encoders(VideoVAE(encoders.vae.module.to(device, vae_dtype)), encoders.text, encoders.image)

@@ -1,0 +1,280 @@
+"""`longtake bench CONFIG`: seconds of a stage's iterations, by what they update and where their roll-outs stop.
+
+The networks, objective, optimizers and iterations are those of `longtake train`. Encodings are made in memory: reading
+and encoding are not measured. Weights that are not there are random, of the sizes that the configuration names. Nothing
+is saved, and nothing is written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from longtake.bench.clock import wholes
+from longtake.bench.kernels import Attention, Operation, backward_rate, pass_operations, rates
+from longtake.bench.random_models import RandomBuilder
+from longtake.bench.report import machine
+from longtake.config.job import JobConfig
+from longtake.config.stage import StageConfig
+from longtake.devices import find_device
+from longtake.doctor.files import Findings, look_at
+from longtake.encoders.vae import VideoVAE
+from longtake.errors import ConfigError
+from longtake.models.flops import Work, backward, forward
+from longtake.objectives.base import Objective
+from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.train.loop import MetricWindow, iteration
+from longtake.train.made_batches import MadeBatches
+from longtake.train.metrics import PhaseTimer
+from longtake.train.networks import Builder
+from longtake.train.stage import InPrecision
+from longtake.train.throughput import clip_call
+from longtake.train.window_codec import EncoderCodec
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+WARM_UP = 3  # iterations of each kind after which passes are recorded and everything is compiled
+STEPS = 8  # that count, unless another number is asked for: one of each kind where roll-outs have four exits
+_LOOK_AHEAD = 1000  # iterations among which one of each kind is looked for
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells iterations apart: whether the generator is updated, and the step at which roll-outs stop (None: there
+    are none).
+    """
+
+    generator: bool
+    exit_step: int | None
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One iteration by its number: seconds in all, of each network's update, and of each phase."""
+
+    kind: Kind
+    seconds: float
+    of: Mapping[str, float]
+    step: int = 0
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+class Bench:
+    """A stage that is set up as for a training, whose iterations are run in any order."""
+
+    def __init__(self, config: StageConfig, found: Findings, mesh: Mesh) -> None:
+        self.mesh, self.found, self.in_order = mesh, found, config.objective.decodes
+        # Random weights may lead astray; an update that is skipped for it is counted and told.
+        self.config = config.model_copy(update={"on_nonfinite": "skip", "max_skipped": 10**9})
+        random = any(text.startswith(("weights", "sizes")) for text in (*found.missing, *found.notes))
+        self.weights = "random" if random else "those of the configuration"
+        builder = RandomBuilder(config, mesh, sizes=found.sizes) if random else Builder(config, mesh)
+        networks = builder.build()
+        codec = _codec(found, config.video.num_latent_frames, mesh.device) if self.in_order else None
+        self.phases = PhaseTimer(mesh.device)
+        self.inner = builder.objective(networks, codec, self.phases)
+        self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
+        self.state = builder.state(self.inner)
+        made: Any = MadeBatches(
+            config.video.shape,
+            config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
+            found.sizes["generator"],
+            config.accumulation(mesh.world_size),
+            config.micro_batch(mesh.world_size),
+            found.image_tokens,
+            with_picture=config.model.image_condition == "i2v",
+            second_prompts=config.objective.second_prompts,
+            new=lambda *shape: torch.randn(shape, device=mesh.device),
+        )
+        self.batches = self.inner.batches(made, config.batch_size)
+
+    def kind(self, step: int) -> Kind:
+        """Of an iteration."""
+        exit_step = getattr(self.inner, "exit_step", None)
+        return Kind("generator" in self.inner.turns(step), None if exit_step is None else exit_step(step))
+
+    def steps(self, count: int) -> list[int]:
+        """The numbers of `count` iterations, one of each kind as far as that goes, after those of the warm-up.
+
+        Chunks of long videos go on from each other, so that their iterations come in order.
+        """
+        if self.in_order:
+            return list(range(WARM_UP + count))
+        first: dict[Kind, int] = {}
+        for step in range(_LOOK_AHEAD):
+            first.setdefault(self.kind(step), step)
+        order = sorted(first, key=lambda kind: (kind.exit_step or 0, kind.generator), reverse=True)
+        warm_up = [first[order[index % len(order)]] for index in range(min(2, len(order)))] * WARM_UP
+        return [*warm_up[:WARM_UP], *(first[order[index % len(order)]] for index in range(count))]
+
+    def lap(self, step: int, *, warm_up: bool = False) -> Lap:
+        """Runs an iteration and says what it took."""
+        self.state.step = step
+        begun = time.perf_counter()
+        iteration(self.state, self.objective, self.batches, self.config, self.mesh, self.phases, MetricWindow())
+        taken = self.phases.take()  # waits for the device
+        of = wholes(taken)
+        lap = Lap(self.kind(step), time.perf_counter() - begun, of, step, taken)
+        updates = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in of.items())
+        logger.info("%s exit step %s: %s", "warm-up," if warm_up else "counted,", lap.kind.exit_step, updates)
+        return lap
+
+    def work(self, step: int) -> Work:
+        """Model operations of an iteration, of one rank."""
+        sizes, config = self.found.sizes, self.config
+        clips = {
+            name: clip_call(config.video.shape, size, config.batch_size, self.found.image_tokens)
+            for name, size in sizes.items()
+        }
+        total = Work()
+        for one in self.inner.passes(step, clips):
+            size, lora = sizes[one.network], config.networks[one.network].lora
+            if one.ahead:
+                total += forward(size, one.call, lora) * one.times
+            if one.with_grad:
+                total += backward(size, one.call, lora) * one.times
+        return total * (1 / self.mesh.world_size)
+
+
+def bench_training(
+    config: StageConfig | JobConfig, device: str | None = None, *, steps: int = STEPS
+) -> Iterator[dict[str, Any]]:
+    """The numbers of a stage, of which `steps` iterations count after the warm-up, in parts as they are known.
+
+    Raises: LongtakeError.
+    """
+    if isinstance(config, JobConfig):
+        raise ConfigError("a job has several stages; give the file of one of them")
+    found = look_at(config)
+    with init_mesh(device) as mesh:
+        mesh = mesh.arranged(config.parallel)
+        bench = Bench(config, found, mesh)
+        made = {"weights": bench.weights, "data": "encodings made in memory"}
+        yield machine(mesh.device) | {"stage": config.name, **made}
+        numbers = bench.steps(steps)
+        warm_up = [bench.lap(step, warm_up=True) for step in numbers[:WARM_UP]]
+        if mesh.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(mesh.device)
+        laps = [bench.lap(step) for step in numbers[WARM_UP:]]
+        names = sorted({name for lap in laps for name in lap.phases if name.startswith("seconds/")})
+        phases = {name: sum(lap.phases.get(name, 0.0) for lap in laps) / len(laps) for name in names}
+        peak = max(mesh.every(lambda: _peak_bytes(mesh.device)))
+        yield {
+            **summary(laps, _per_cycle(bench.inner)),
+            "phases": phases,
+            "peak_gib": peak / GIB if mesh.device.type == "cuda" else None,
+            "iterations": len(laps),
+            "skipped_updates": bench.state.skipped,
+            "warm_up_s": sum(lap.seconds for lap in warm_up),
+        }
+        yield _bounds(bench, laps)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _per_cycle(objective: Objective) -> int:
+    """Iterations to one update of the generator."""
+    updates = sum("generator" in objective.turns(step) for step in range(_LOOK_AHEAD, 2 * _LOOK_AHEAD))
+    return round(_LOOK_AHEAD / max(1, updates))
+
+
+def summary(laps: list[Lap], per_cycle: int) -> dict[str, Any]:
+    """Seconds by network and exit step, and of a cycle: `per_cycle` iterations of which one updates the generator.
+
+    Means over exit steps are of those that came; None where nothing of a kind did.
+    """
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    given = []
+    for lap in laps:
+        step = "all" if lap.kind.exit_step is None else str(lap.kind.exit_step)
+        for name, seconds in lap.of.items():
+            if name == "critic" and lap.kind.generator:
+                given.append(seconds)
+            else:
+                found[name][step].append(seconds)
+    seconds_of = {
+        name: {step: mean(values) for step, values in sorted(found[name].items())} for name in ("critic", "generator")
+    }
+    critic, generator = (mean(values.values()) if values else None for values in seconds_of.values())
+    shared = mean(given) if given else None
+    cycle = None
+    if critic is None and generator is not None and per_cycle == 1:
+        cycle = generator + (shared or 0.0)
+    elif critic is not None and generator is not None:
+        cycle = generator + (shared or 0.0) + (per_cycle - 1) * critic
+    return {
+        "cycle_s": cycle,
+        "critic_s": seconds_of["critic"],
+        "critic_given_s": shared,
+        "generator_s": seconds_of["generator"],
+        "iteration_s": mean(lap.seconds for lap in laps),
+    }
+
+
+# ---- what the kernels allow ------------------------------------------------------------------------------------------
+def _bounds(bench: Bench, laps: list[Lap]) -> dict[str, Any]:
+    """Rates of the kernels, the least seconds of a cycle at these, and the share of the device's peak that is used."""
+    config, device = bench.config, bench.mesh.device
+    size, dtype = bench.found.sizes["generator"], torch.bfloat16 if config.precision == "bf16" else torch.float32
+    found = pass_operations(size, clip_call(config.video.shape, size, 1, bench.found.image_tokens))
+    heaviest = max((op for op in found if isinstance(op, Attention)), key=lambda op: op.operations)
+    products: Counter[Operation] = Counter({op: n for op, n in found.items() if not isinstance(op, Attention)})
+    rate = rates(products, device, dtype, most=3)
+    attention = rates({heaviest: 1}, device, dtype)[heaviest.name]
+    rate_backward = backward_rate(heaviest, device, dtype) / 1e12
+    slowest = min(rate.values())
+
+    def least(total: Work) -> float:
+        attended = total.attention / attention + total.attention_backward / rate_backward
+        return (total.products / slowest + attended) / 1e12
+
+    floors = {lap.kind: least(bench.work(lap.step)) for lap in laps}
+    done, took = sum(bench.work(lap.step).total for lap in laps), sum(lap.seconds for lap in laps)
+    peak = _peak(config.precision, device)
+    return {
+        "mfu": None if peak is None else done / took / peak,
+        "model_tflops": done / took / 1e12,
+        "floor_s": _cycle(floors, _per_cycle(bench.inner)),
+        "rates_tflops": {**rate, heaviest.name: attention, f"{heaviest.name}, backward": rate_backward},
+    }
+
+
+def _cycle(seconds: Mapping[Kind, float], per_cycle: int) -> float | None:
+    """Of a cycle, from those of iterations by kind."""
+    with_generator = [value for kind, value in seconds.items() if kind.generator]
+    without = [value for kind, value in seconds.items() if not kind.generator]
+    if not with_generator or (per_cycle > 1 and not without):
+        return None
+    return mean(with_generator) + (per_cycle - 1) * (mean(without) if without else 0.0)
+
+
+def _peak(precision: str, device: torch.device) -> float | None:
+    known = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if known is None else known.peak(precision)
+
+
+def _codec(found: Findings, num_latent_frames: int, device: torch.device) -> EncoderCodec:
+    """A VAE with random weights, of the sizes that files tell, else of Wan2.1; and CLIP tokens of the right shape."""
+    from diffusers import AutoencoderKLWan
+
+    size, count = found.sizes["generator"], found.image_tokens
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), count, size.image_dim or 0, device=device)
+
+    tokens: Any = SimpleNamespace(encode=encode) if size.image_dim else None
+    with device:
+        vae = VideoVAE(AutoencoderKLWan(**found.vae))
+    with_y = size.condition_channels > 0
+    return EncoderCodec(vae, tokens, with_y=with_y, num_latent_frames=num_latent_frames)

@@ -1,0 +1,98 @@
+"""The command `longtake bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longtake.cli.common import Device, Run, WarmUp, clean_errors, given, source_of
+from longtake.errors import ConfigError
+from longtake.outputs import check_output_file
+
+What = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="YAML file of a stage whose training is measured (without it: a stream); values that win over its own, or "
+        "over the rules of the stream: plan.window_frames=21 ...",
+    ),
+]
+
+
+def bench(
+    context: typer.Context,
+    what: What = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the hub, or toy.")
+    ] = None,
+    run: Run = None,
+    encoders: Annotated[
+        Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
+    ] = None,
+    random: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Random weights of a preset, made on the device; no files.")
+    ] = None,
+    small_text: Annotated[
+        bool, typer.Option("--small-text", help="With --random, a text encoder of one layer in umT5's place (11 GB).")
+    ] = False,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; with --random on a GPU bf16 by default.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of a stream that count.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Iterations of a training that count.")] = None,
+    warm_up: WarmUp = False,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+) -> None:
+    """Measure a stream (of the toy, unless another model is named) or a training: seconds, parts, kernels, memory."""
+    with clean_errors(context):
+        from longtake.config.generation import changes_of
+
+        config, overrides = _told_apart(what or [])
+        if json_file is not None:
+            check_output_file(json_file, suffixes=(".json",), inputs=[config], overwrite=True)
+        if sum(one is not None for one in (config, model, run, random)) > 1:
+            raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
+        if config is not None:
+            from longtake.bench.training import bench_training
+            from longtake.config.job import load_config
+
+            return _tell(bench_training(load_config(config, overrides), device, **given(context, "steps")), json_file)
+        from longtake.bench.run import bench_random, bench_source
+
+        changes = changes_of(*overrides, **_size(size), dtype=dtype)
+        counted = {"warm_up": warm_up, **given(context, "blocks")}
+        if random is not None:
+            return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)
+        source = source_of(run, "toy" if model is None and run is None else model, encoders, None, changes)
+        _tell(bench_source(source, device, **counted), json_file)
+
+
+def _tell(parts: Iterator[dict[str, Any]], file: Path | None) -> None:
+    """Prints numbers as they are known, and keeps the file up to date."""
+    from longtake.bench.report import text, write_json
+
+    found: dict[str, Any] = {}
+    for part in parts:
+        typer.echo(text(part))
+        found |= part
+        if file is not None:
+            write_json(found, file)
+
+
+def _told_apart(what: list[str]) -> tuple[Path | None, list[str]]:
+    """The file, where the first argument is one, and the overrides."""
+    named = what[:1] if what and "=" not in what[0] else []
+    return (Path(named[0]) if named else None), what[len(named) :]
+
+
+def _size(text: str | None) -> dict[str, int]:
+    """Height and width of a text such as 480x832. Raises: ConfigError."""
+    if text is None:
+        return {}
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ConfigError(f"--size {text} must be height x width in pixels, such as 480x832")
+    return {"height": int(height), "width": int(width)}
