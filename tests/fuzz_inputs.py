@@ -58,7 +58,7 @@ def _recipe(kind: str) -> dict:
     tree = stage_tree(Path("."), Path("log"), kind)
     tree |= {"init_from": "./teacher", "encoders": "./encoders", "batch_size": 2, "micro_batch_size": 1}
     if kind == "distill":
-        tree |= {"teacher": "./teacher"}
+        tree |= {"objective": tree["objective"] | {"teacher": "./teacher"}}
     return tree
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from longtake.bench.clock import wholes
 from longtake.bench.kernels import Attention, Operation, backward_rate, pass_operations, rates
 from longtake.bench.random_models import RandomBuilder
 from longtake.bench.report import machine
-from longtake.config.job import JobConfig
+from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.doctor.files import Findings, look_at
@@ -146,12 +147,13 @@ class Bench:
 
 
 def bench_training(
-    config: StageConfig | JobConfig, device: str | None = None, *, steps: int = STEPS
+    path: Path, overrides: Sequence[str], device: str | None = None, *, steps: int = STEPS
 ) -> Iterator[dict[str, Any]]:
     """The numbers of a stage, of which `steps` iterations count after the warm-up, in parts as they are known.
 
     Raises: LongtakeError.
     """
+    config = load_config(path, overrides)
     if isinstance(config, JobConfig):
         raise ConfigError("a job has several stages; give the file of one of them")
     found = look_at(config)

@@ -57,9 +57,8 @@ def bench(
             raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
         if config is not None:
             from longtake.bench.training import bench_training
-            from longtake.config.job import load_config
 
-            return _tell(bench_training(load_config(config, overrides), device, **given(context, "steps")), json_file)
+            return _tell(bench_training(config, overrides, device, **given(context, "steps")), json_file)
         from longtake.bench.run import bench_random, bench_source
 
         changes = changes_of(*overrides, **_size(size), dtype=dtype)

@@ -57,7 +57,8 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     by_source: dict[str | None, DiTConfig] = {None: model_config(config.model.preset)}
     for wanted in config.networks.values():
         if (source := wanted.source) is not None and source not in by_source:
-            by_source[source] = _sizes(wanted.key, source, config, job, found)
+            where = config.source(source), config.logdir, config.model.preset
+            by_source[source] = _sizes(wanted.key, source, *where, job, found)
     found.sizes = {name: by_source[wanted.source] for name, wanted in config.networks.items()}
     # Training from an encoded set loads no encoder, but those of a window's picture where the objective decodes.
     stored = EncodedRows.lies_at(Path(config.data.path))
@@ -72,14 +73,15 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
     return found
 
 
-def _sizes(key: str, source: str, config: StageConfig, job: JobConfig | None, found: Findings) -> DiTConfig:
-    """Sizes of the weights that a source means; guessed where they are not there, which is noted."""
-    path = config.source(source)
+def _sizes(
+    key: str, source: str, path: Path, logdir: str, preset: str, job: JobConfig | None, found: Findings
+) -> DiTConfig:
+    """Sizes of the weights that a source means, at `path`; guessed where they are not there, which is noted."""
     if job is not None and source in job.stages and not path.is_dir():
         return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
     repository = hub_repository(path)
     try:
-        weights = find_weights(path, config.logdir)
+        weights = find_weights(path, logdir)
         if weights.path.exists():
             return open_dit(weights.path)[1].config  # from the heads of its files
         if repository is not None and not path.as_posix().startswith(repository):
@@ -92,7 +94,7 @@ def _sizes(key: str, source: str, config: StageConfig, job: JobConfig | None, fo
         hint = hint if is_path(source) else "; train that stage first"
         found.missing.append(f"weights {key}={source}: {path} {reason}{hint}")
     # A folder named like a preset, or the preset that the stage names
-    preset = path.name.lower() if path.name.lower() in PRESETS else config.model.preset
+    preset = path.name.lower() if path.name.lower() in PRESETS else preset
     found.notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
     return model_config(preset)
 

@@ -134,7 +134,9 @@ def encode_set(
             "rows_per_shard": rows_per_shard,
             "batch_size": config.micro_batch_size,
         }
-        missing = mesh.on_main(lambda: _begin(output, _index(config, encoder, request), encoder, overwrite))
+        sizes = sizes_key(model, config.data, config.video, encoder.shape.num_latent_frames, contents)
+        index = partial(_index, folder, encoder, sizes, empty_prompt, request)
+        missing = mesh.on_main(lambda: _begin(output, index(), encoder, overwrite))
         started = time.perf_counter()
         _share(mesh, writer, output, missing)
         seconds = time.perf_counter() - started
@@ -150,14 +152,16 @@ def encode_set(
     )
 
 
-def _index(config: StageConfig, encoder: BatchEncoder, request: dict[str, Any]) -> dict[str, Any]:
+def _index(
+    folder: Path, encoder: BatchEncoder, sizes: dict[str, Any], empty_prompt: str, request: dict[str, Any]
+) -> dict[str, Any]:
     """The index of a set that holds no shard yet. Reads all weights of the encoders once, for their digests."""
     contents = encoder.contents
-    digests, files = encoders_key(config.encoders_folder, contents)
+    digests, files = encoders_key(folder, contents)
     key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
-    key |= sizes_key(config.model, config.data, config.video, encoder.shape.num_latent_frames, contents)
-    if config.objective.empty_prompt:
-        key["negative_prompt"] = config.objective.empty_prompt
+    key |= sizes
+    if empty_prompt:
+        key["negative_prompt"] = empty_prompt
     head = {"format": FORMAT, "version": VERSION, "complete": False}
     return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
 

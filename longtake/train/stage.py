@@ -27,7 +27,7 @@ from longtake.train.loop import Hooks, train
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage_data import DataBuilder, open_data
-from longtake.train.throughput import stage_throughput
+from longtake.train.throughput import clip_call, operations_of, stage_throughput
 from longtake.train.validation import Validation, can_measure
 from longtake.weights.locate import image_token_count
 
@@ -108,6 +108,10 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
             if validation is None and not config.objective.decodes and loaded.is_complete:
                 encoder.release()  # nobody needs them any more
 
+    image_tokens, shape = image_token_count(config.encoders_folder), config.video.shape
+    clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
+    loras = {name: wanted.lora for name, wanted in config.networks.items()}
+    operations = operations_of(objective, sizes, loras, clips, mesh.world_size)
     train(
         state,
         InPrecision(objective, mesh, bf16=config.precision == "bf16"),
@@ -117,7 +121,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
         info=RunInfo(config.model_dump(), must_stay | facts_of(networks.adapters)),
         hooks=Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start),
         phases=phases,
-        throughput=stage_throughput(config, sizes, objective, mesh, image_token_count(config.encoders_folder)),
+        throughput=stage_throughput(config.precision, operations, mesh),
     )
 
 

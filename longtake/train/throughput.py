@@ -17,7 +17,6 @@ import torch
 
 from longtake.condition import VideoShape
 from longtake.config.groups import LoraConfig, ProfileConfig
-from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.models.flops import Call, backward, forward
 from longtake.models.sizes import DiTConfig
@@ -70,21 +69,16 @@ def _peaks(device: torch.device) -> list[int]:
     return peaks
 
 
-def stage_throughput(
-    config: StageConfig, sizes: Mapping[str, DiTConfig], objective: Objective, mesh: Mesh, image_tokens: int
-) -> Throughput:
-    """The throughput of a stage. Args: `sizes` of its networks by name; `image_tokens` of a picture."""
+def stage_throughput(precision: str, operations: Callable[[int], float] | None, mesh: Mesh) -> Throughput:
+    """The throughput of a stage. Args: `operations`, see `operations_of`."""
     peak = None
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
         if (device := find_device(name)) is not None:
-            peak = device.peak(config.precision)
+            peak = device.peak(precision)
         elif mesh.is_main:
             logger.info("speed/mfu is not logged: the peak rate of %s is not known (longtake/devices.py)", name)
-    shape, batch = config.video.shape, config.batch_size
-    clips = {name: clip_call(shape, network, batch, image_tokens) for name, network in sizes.items()}
-    loras = {name: wanted.lora for name, wanted in config.networks.items()}
-    return Throughput(operations_of(objective, sizes, loras, clips, mesh.world_size), peak)
+    return Throughput(operations, peak)
 
 
 def clip_call(shape: VideoShape, network: DiTConfig, batch: int, image_tokens: int) -> Call:

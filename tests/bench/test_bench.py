@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from toy_assets import toy
 from typer.testing import CliRunner
 
 from longtake.bench import random_models
@@ -207,7 +208,7 @@ def test_a_layout_is_the_same_convolution(layout):
 
 
 def test_a_floor_runs_every_operation():
-    vae = random_models.toy.build_vae()
+    vae = toy.build_vae()
     found = best_layouts(decode_operations(vae, 2, 4, 4), CPU, torch.float32)
     assert sum(found.values()) == sum(decode_operations(vae, 2, 4, 4).values())
     assert floor_seconds(found, CPU, torch.float32) > 0

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
+from toy_assets import random_encoders
 
-from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import ConditionFrames, condition_frames
 from longtake.encoders.vae import EncoderSession, VideoVAE
 
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def vae() -> VideoVAE:
-    return Encoders.build_toy_random(0).vae
+    return random_encoders(0).vae
 
 
 def pictures() -> torch.Tensor:

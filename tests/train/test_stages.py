@@ -233,7 +233,7 @@ def test_text_to_video_weights_widen_on_request(workshop, tmp_path):
     # A teacher that has the picture's channels is left as it is, one that lacks them widens; both in one stage.
     run_stage(stage_config(workshop, tmp_path, "distill", **widened | {"max_steps": 1}), Mesh())
     wrong = stage_config(workshop, tmp_path / "b", "causal", **changes | {"model": {"widen": True, "preset": "toy"}})
-    with pytest.raises(ConfigError, match=r"cannot be widened to these sizes, they have dim=24 \(not 128\), "):
+    with pytest.raises(ConfigError, match=r"cannot be widened: they have dim=24 \(not 128\), "):
         run_stage(wrong, Mesh())
 
 
