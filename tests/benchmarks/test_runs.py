@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.config.stage import load_config
+from longtake.config.job import load_config
 
 pytest.importorskip("lmdb")
 ROOT = Path(__file__).parents[2]
