@@ -22,8 +22,9 @@ from longtake.evaluation.measure import MeasuredVideo, shown, summarise, title
 
 _COLOURS = ("#1668b8", "#c8501e", "#2a8f4a", "#8a3fa8", "#a08a12", "#b0305c", "#3a8f9c", "#666666")
 _MOST_GROUPS = 40  # videos of one name that are shown side by side; the JSON has all
-_WIDTH, _HEIGHT, _MARGIN = 250, 110, 34  # pixels of a plot
+_WIDTH, _HEIGHT, _MARGIN = 260, 110, 44  # pixels of a plot
 _MOST_POINTS = 160  # of a line
+_FROM_ZERO = ("motion_px_s", "change", "histogram")  # whose small changes are not to look large
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 12px 0 } td, th { padding: 3px 10px; border-bottom: 1px solid #ddd }
@@ -137,6 +138,7 @@ def _plot(name: str, lines: Lines, colours: Mapping[str, str]) -> str:
     """A small plot with a line a name, as SVG."""
     points = np.array([point for line in lines.values() for point in line])
     (_, low), (end, high) = points.min(0), points.max(0)
+    low = min(0.0, low) if name in _FROM_ZERO else low
     if high - low < 1e-6:
         low, high = low - 0.5, high + 0.5
     width, height = _WIDTH - _MARGIN - 8, _HEIGHT - 34
