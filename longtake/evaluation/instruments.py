@@ -96,7 +96,7 @@ def measure(frames: Iterable[NDArray[np.uint8]], fps: float, blocks: Blocks | No
             raise ShapeError(f"a frame has the shape {frame.shape} and those before {looks.shape}; cut the video there")
         looks.add(frame)
     if looks is None or len(looks.rows) < 2:
-        raise DataError(f"the video has {0 if looks is None else 1} frames; at least 2 are needed")
+        raise DataError(f"the video has {0 if looks is None else 1} frames; it needs at least 2")
     return looks.finish(fps, blocks)
 
 
@@ -119,7 +119,7 @@ class Looks:
         self._light.add(luma, self._motion.add(luma))
         thumb = _thumb(frame)
         self._first = thumb if self._first is None else self._first
-        change = 0.0 if self._last is None else cv2.norm(frame, self._last, cv2.NORM_L1) / frame.size / 255
+        change = math.nan if self._last is None else cv2.norm(frame, self._last, cv2.NORM_L1) / frame.size / 255
         mean, deviation = (float(value.item()) / 255 for value in cv2.meanStdDev(luma))
         saturation = float(cv2.mean(cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)[..., 1])[0]) / 255
         plain = float(cv2.meanStdDev(frame)[1].max()) / 255
@@ -130,63 +130,57 @@ class Looks:
 
     def finish(self, fps: float, blocks: Blocks | None) -> Measured:
         """The numbers of the whole video."""
-        similarity, saturation, contrast, brightness, sharp, change, plain = np.array(self.rows).T
-        motion = self._motion.finish()
-        light = np.array(self._light.log_light)
-        histograms = np.stack(self._histograms)
-        uniform = plain < _UNIFORM
-        repeated = np.r_[False, change[1:] <= max(_REPEATED, _REPEATED_SHARE * float(np.median(change[1:])))]
-        returns = _returns(1 - similarity[~uniform])
-        whole = ~(uniform | np.r_[True, uniform[:-1]])
-        seam = None if blocks is None else seam_score(np.where(whole, change, np.nan), blocks)
+        motion, histograms = self._motion.finish(), np.stack(self._histograms)
+        curves, plain = self._curves(motion, histograms, fps)
+        uniform, repeated = plain < _UNIFORM, _repeated(curves["change"])
+        returns = _returns(1 - curves["first_frame_similarity"][~uniform])
+        # A change to or from a frame without a picture says nothing of blocks.
+        change = np.where(uniform | np.r_[True, uniform[:-1]], np.nan, curves["change"])
+        seam = None if blocks is None else seam_score(change, blocks)
         metrics: dict[str, float | None] = {
-            **_motion_metrics(motion, fps),
-            "first_frame_similarity": float(similarity[1:].mean()),
-            "drift_saturation": drift(saturation),
-            "drift_contrast": drift(contrast),
-            "drift_brightness": drift(brightness),
-            "drift_sharpness": drift(sharp),
+            "motion_px_s": float(np.mean(motion.px)) * fps,
+            "dynamic_degree": float(motion.dynamic),
+            "still_share": float((np.array(motion.pair_px) < STILL_PX).mean()),
+            "first_frame_similarity": float(curves["first_frame_similarity"][1:].mean()),
+            **{f"drift_{name}": drift(curves[name]) for name in ("saturation", "contrast", "brightness", "sharpness")},
             "drift_histogram": _histogram_distance(*(part.mean(0) for part in ends(histograms))),
-            "flicker": flicker(brightness),
+            "flicker": flicker(curves["brightness"]),
             "seam_score": seam,
             "sink_returns": float(returns),
             "bad_frames": float((uniform | repeated).sum()),
         }
         found = {
-            "fade": drift(light) > FADE,
-            "blur": _loss(sharp) > BLUR,
+            "fade": drift(np.log(curves["light"])) > FADE,
+            "blur": _loss(curves["sharpness"]) > BLUR,
             "freeze": _longest(repeated) >= max(2, FREEZE_SECONDS * fps),
             "seam": seam is not None and seam > SEAM,
             "loop": returns > 0,
             "uniform": bool(uniform.any()),
         }
+        return Measured(
+            frames=len(plain),
+            fps=fps,
+            metrics=metrics,
+            curves={name: [None if np.isnan(v) else float(v) for v in values] for name, values in curves.items()},
+            slope=_slope(curves["first_frame_similarity"]) * fps,
+            defects=tuple(name for name, there in found.items() if there),
+        )
+
+    def _curves(self, motion: Motion, histograms: NDArray, fps: float) -> tuple[dict[str, Values], Values]:
+        """The curves [T], NaN in the first frame of those about pairs, and how far frames are from one colour [T]."""
+        similarity, saturation, contrast, brightness, sharp, change, plain = np.array(self.rows).T
         curves = {
-            "motion_px_s": [None, *(np.array(motion.px) * fps)],
+            "motion_px_s": np.array([np.nan, *motion.px]) * fps,
             "first_frame_similarity": similarity,
             "saturation": saturation,
             "contrast": contrast,
             "brightness": brightness,
             "sharpness": sharp,
-            "histogram": [_histogram_distance(histograms[0], row) for row in histograms],
-            "change": [None, *change[1:]],
-            "light": np.exp(light),
+            "histogram": np.array([_histogram_distance(histograms[0], row) for row in histograms]),
+            "change": change,
+            "light": np.exp(self._light.log_light),
         }
-        return Measured(
-            frames=len(similarity),
-            fps=fps,
-            metrics=metrics,
-            curves={name: [None if v is None else float(v) for v in values] for name, values in curves.items()},
-            slope=_slope(similarity) * fps,
-            defects=tuple(name for name, there in found.items() if there),
-        )
-
-
-def _motion_metrics(motion: Motion, fps: float) -> dict[str, float]:
-    return {
-        "motion_px_s": float(np.mean(motion.px)) * fps,
-        "dynamic_degree": float(motion.dynamic),
-        "still_share": float((np.array(motion.pair_px) < STILL_PX).mean()),
-    }
+        return curves, plain
 
 
 def ends(values: NDArray) -> tuple[NDArray, NDArray]:
@@ -281,6 +275,13 @@ def _histogram_distance(one: NDArray[np.float32], other: NDArray[np.float32]) ->
 def _slope(values: Values) -> float:
     """Of the straight line nearest to `values`, a frame."""
     return float(np.polyfit(np.arange(len(values)), values, 1)[0])
+
+
+def _repeated(change: Values) -> NDArray[np.bool_]:
+    """Which frames show the one before again: next to no change, where the video does change."""
+    return change <= max(
+        _REPEATED, _REPEATED_SHARE * float(np.nanmedian(change))
+    )  # NaN, of the first, is no repetition
 
 
 def _longest(flags: NDArray[np.bool_]) -> int:

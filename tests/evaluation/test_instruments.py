@@ -242,7 +242,7 @@ def test_frames_are_taken_one_at_a_time(moved):
 @pytest.mark.parametrize(
     ("video", "error", "words"),
     [
-        (np.zeros((1, 32, 32, 3), np.uint8), DataError, "has 1 frames; at least 2"),
+        (np.zeros((1, 32, 32, 3), np.uint8), DataError, "has 1 frames; it needs at least 2"),
         (np.zeros((0, 32, 32, 3), np.uint8), DataError, "has 0 frames"),
         (np.zeros((2, 32, 32, 3), np.float32), ShapeError, "float32"),
         (np.zeros((2, 8, 32, 3), np.uint8), ShapeError, "sides >= 16"),
