@@ -44,6 +44,8 @@ class VideoFrames:
             raise DataError(f"{where} has {what}; give a file with a film")
         self.where, self._container = where, container
         self.stream = max(films, key=lambda s: bool(s.disposition & av.stream.Disposition.default))
+        if self.stream.codec_context is None:
+            raise DataError(f"{where} names a codec that is not known here; repair it or write it again as H.264")
         # libavcodec reports damage in H.264 by flags; there `explode` would also refuse harmless additions of cameras.
         if self.stream.codec_context.name != "h264":
             self.stream.codec_context.options = {"err_detect": "explode"}

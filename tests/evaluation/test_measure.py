@@ -139,6 +139,13 @@ def short(folder):
     write(folder / "b.mp4", sample_world(0, 0).render(1))
 
 
+def strange(folder):
+    write(folder / "b.mp4", sample_world(0, 0).render(9))
+    data = (folder / "b.mp4").read_bytes()
+    assert b"avc1" in data
+    (folder / "b.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
+
+
 def nothing(folder):
     folder.mkdir()
 
@@ -148,6 +155,7 @@ def nothing(folder):
     [
         (broken, 1, "b.mp4"),
         (cut, 1, "b.mp4"),
+        (strange, 1, "names a codec that is not known here"),
         (short, 1, "fewer than 2 frames"),
         (nothing, 2, "there is no video in it"),
         (None, 2, "there is no such folder"),
