@@ -5,7 +5,7 @@
 Makes videos of photographs that a camera moves over, with a second photograph moving before the first, noise and the
 losses of an mp4, and writes one line a bar: motion of plain translations within 5 % from 0.2 to 8 pixels a frame; each
 of six defects found in 95 of 100 videos and reported in at most 2 of 100 without any; over 64 toy worlds at 0 to 1.5
-times their speed a correlation of 0.95 with the exact ratio, and 0 within 0.01 for frozen ones. About eight minutes on
+times their speed a correlation of 0.95 with the exact ratio, and 0 within 0.01 for frozen ones. About 17 minutes on
 one core; the exit code is 1 when a bar is missed.
 """
 
