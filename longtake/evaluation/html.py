@@ -28,7 +28,7 @@ _FROM_ZERO = ("motion_px_s", "change", "histogram")  # whose small changes are n
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 12px 0 } td, th { padding: 3px 10px; border-bottom: 1px solid #ddd }
-td { text-align: right } td:first-child, th { text-align: left } h3 { margin: 28px 0 4px }
+td { text-align: right; white-space: nowrap } td:first-child, th { text-align: left } h3 { margin: 28px 0 4px }
 .videos { display: flex; flex-wrap: wrap; gap: 12px } figure { margin: 0 } figcaption { font-size: 12px }
 video { height: 200px; background: #eee; display: block } .bad { color: #b00020; font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 4px } svg text { font: 10px system-ui, sans-serif; fill: #444 }
@@ -48,7 +48,7 @@ def write_page(
 ) -> None:
     """Writes the page, atomically.
 
-    Args: `played`, those of the videos that curves and players are of (None: all; the table is of all); `captions`, what
+    Args: `played`, those of the videos that curves and players are of (None: all, as the table is); `captions`, what
     stands under the name of a file, without its suffix.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
