@@ -58,7 +58,7 @@ def parse_multiples(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who makes videos; `plan` None for bidirectional weights, with their number of steps and their guidance.
+    """Who makes videos; `plan` None for bidirectional weights, whose `sampling` are number of steps and guidance.
 
     `multiples` are the lengths of its videos in clips of `clip_frames` latent frames: bidirectional weights know one.
     """
@@ -69,8 +69,7 @@ class Contender:
     clip_frames: int
     multiples: tuple[int, ...] = (1,)
     plan: StreamPlan | None = None
-    steps: int = 1
-    guidance: float = 1.0
+    sampling: tuple[int, float] = (1, 1.0)
 
     def row_name(self, multiple: int) -> str:
         """What the table calls its videos of one length."""
@@ -85,9 +84,10 @@ class Contender:
         frames = self.num_latent_frames(self.multiples[-1])
         if self.plan is not None:
             return student_maker(Denoiser(model), self.plan, frames, seed=seed)
-        rules: dict[str, Any] = {"num_steps": self.steps, "shift": self.source.settings.shift}
+        steps, guidance = self.sampling
+        rules: dict[str, Any] = {"num_steps": steps, "guidance": guidance, "shift": self.source.settings.shift}
         clean = model.config.condition_channels == 0
-        return teacher_maker(model, frames, first_frame_clean=clean, guidance=self.guidance, seed=seed, **rules)
+        return teacher_maker(model, frames, first_frame_clean=clean, seed=seed, **rules)
 
 
 def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
@@ -95,20 +95,20 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
     on, but bidirectional students keep to their own. Raises: ConfigError.
     """
     clip_frames = target.result.settings.num_latent_frames
-    sampling = {"steps": asked.teacher_steps, "guidance": asked.teacher_guidance}
-    found = []
+    sampling = asked.teacher_steps, asked.teacher_guidance
+    found: list[Contender] = []
     if target.teacher is not None:
-        found.append(Contender(TEACHER, target.result, target.teacher, clip_frames, **sampling))
+        found.append(Contender(TEACHER, target.result, target.teacher, clip_frames, sampling=sampling))
         if TEACHER in target.students:
             raise ConfigError(f"a model is called {TEACHER} as the teacher's row is; give its folder another name")
     for name, source in target.students.items():
         settings, load = source.settings, _loader(source)
         own_frames = settings.num_latent_frames
         if settings.sampler == "whole":
-            own = {"steps": len(settings.steps), "guidance": settings.guidance}
-            found.append(Contender(name, source, load, own_frames, **own))
+            own = len(settings.steps), settings.guidance
+            found.append(Contender(name, source, load, own_frames, sampling=own))
         elif source.plan is None:
-            found.append(Contender(name, source, load, own_frames, **sampling))
+            found.append(Contender(name, source, load, own_frames, sampling=sampling))
         elif settings.guidance != 1:
             raise ConfigError(
                 f"{name} streams with guidance={settings.guidance:g}, which is not evaluated; give guidance=1, or make "

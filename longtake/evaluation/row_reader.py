@@ -27,6 +27,9 @@ from longtake.parallel.mesh import Mesh
 from longtake.weights.locate import encoder_paths
 from longtake.weights.presets import model_config
 
+# Rules that say how a row is encoded
+_RULES = {"height", "width", "fps", "precision", "vae_precision", "text_precision", "clip_preprocess"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,13 +53,12 @@ class RowReader:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        self._readings: dict[tuple, Reading] = {}
+        self._readings: dict[str, Reading] = {}
 
     def read(self, source: Source) -> Reading:
         """The rows as the weights and the rules of `source` take them. Raises: ConfigError, DataError."""
-        settings, sizes = source.settings, model_config(str(source.weights))
-        key = (source.encoders, settings.height, settings.width, settings.fps, sizes.condition_channels)
-        key += (sizes.image_dim is not None, settings.text_precision, settings.precision, settings.clip_preprocess)
+        sizes, rules = model_config(str(source.weights)), source.settings.model_dump(include=_RULES)
+        key = str((source.encoders, sizes.condition_channels, sizes.image_dim, _empty_prompt(source), rules))
         if key not in self._readings:
             self._readings[key] = self._read(source, sizes)
         return self._readings[key]
@@ -86,11 +88,14 @@ class RowReader:
             return StoredEncoder(dataset, shape, contents, device=device), vae, None
         with_image = "clip" in contents
         encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
-        stage = source.config
-        empty = "" if stage is None else stage.objective.empty_prompt
-        shape = _shape(source, encoders.vae)
+        shape, empty = _shape(source, encoders.vae), _empty_prompt(source)
         encoder = BatchEncoder(encoders, shape, contents, device=device, empty_prompt=empty)
         return encoder, encoders.vae, encoders.image
+
+
+def _empty_prompt(source: Source) -> str:
+    """The text of the unconditional side."""
+    return "" if source.config is None else source.config.objective.empty_prompt
 
 
 def _contents(sizes: DiTConfig, dataset: Dataset) -> list[str]:

@@ -229,7 +229,7 @@ def test_bidirectional_weights_and_guided_students(place, tmp_path):
             (True, (1,), 5),
             (False, (1, 4), 3),
         ]
-        assert (found[0].steps, found[0].guidance) == (2, 2.0)
+        assert found[0].sampling == (2, 2.0)
     finally:
         write_rules(place / "bidirectional", RULES)
     with pytest.raises(ConfigError, match="guidance=3"):
