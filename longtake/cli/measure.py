@@ -129,8 +129,7 @@ def _on_data(
 ) -> None:
     from longtake.config.generation import changes_of
     from longtake.evaluation.contenders import Asked, parse_multiples
-    from longtake.evaluation.measure import as_table
-    from longtake.evaluation.on_data import evaluate_on_data
+    from longtake.evaluation.on_data import evaluate_on_data, tables
     from longtake.evaluation.target import of_models, of_run
     from longtake.parallel.mesh import init_mesh
 
@@ -142,7 +141,7 @@ def _on_data(
     with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
         videos = evaluate_on_data(target, wanted, folder, mesh, overwrite=overwrite)
         if mesh.is_main:
-            typer.echo(as_table(videos))
+            typer.echo(tables(videos))
 
 
 def measure(

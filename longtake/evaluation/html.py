@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from longtake.evaluation.instruments import Measured
-from longtake.evaluation.measure import MeasuredVideo, metrics_of, shown, summarise, title
+from longtake.evaluation.measure import MeasuredVideo, metrics_of, ratio, shown, summarise, title
 
 _COLOURS = ("#1668b8", "#c8501e", "#2a8f4a", "#8a3fa8", "#a08a12", "#b0305c", "#3a8f9c", "#666666")
 _MOST_GROUPS = 40  # videos of one name that are shown side by side; the JSON has all
@@ -45,19 +45,24 @@ def write_page(
     *,
     played: Sequence[MeasuredVideo] | None = None,
     captions: Mapping[str, str] | None = None,
+    ratios: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
     """Writes the page, atomically.
 
     Args: `played`, those of the videos that curves and players are of (None: all, as the table is); `captions`, what
-    stands under the name of a file, without its suffix.
+    stands under the name of a file, without its suffix; `ratios` to the teacher's videos, a line a name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page(videos, path.parent, played or videos, captions or {}), encoding="utf-8")
+    temporary.write_text(page(videos, path.parent, played or videos, captions or {}, ratios or {}), encoding="utf-8")
     temporary.replace(path)
 
 
 def page(
-    videos: Sequence[MeasuredVideo], folder: Path, played: Sequence[MeasuredVideo], captions: Mapping[str, str]
+    videos: Sequence[MeasuredVideo],
+    folder: Path,
+    played: Sequence[MeasuredVideo],
+    captions: Mapping[str, str],
+    ratios: Mapping[str, Mapping[str, float | None]],
 ) -> str:
     """The page as it lies in `folder`, to which the links are relative."""
     names = list(dict.fromkeys(video.name for video in played))
@@ -68,6 +73,7 @@ def page(
     parts = [
         "<h1>Measured videos</h1>",
         _table(videos),
+        *([_ratios(ratios)] if ratios else []),
         f'<h2>Means over time</h2><p class="key">{key}</p>',
         _plots(averages, colours),
         "<h2>Videos, the worst first</h2>",
@@ -101,6 +107,16 @@ def _table(videos: Sequence[MeasuredVideo]) -> str:
     ]
     note = "Means over videos, with 95 % intervals in brackets (number of videos in the head)."
     return f'<table><tr><th></th>{head}</tr>{"</tr>".join(lines)}</tr></table><p class="grey">{note}</p>'
+
+
+def _ratios(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    head = "".join(f"<th>{escape(title(name))}</th>" for name in next(iter(rows.values())))
+    lines = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{ratio(value)}</td>' for value in row.values())}</tr>"
+        for name, row in rows.items()
+    )
+    note = "Means over those of the teacher's videos of the same rows: 1 is the same."
+    return f'<table><tr><th></th>{head}</tr>{lines}</table><p class="grey">{note}</p>'
 
 
 def _group(

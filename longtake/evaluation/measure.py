@@ -23,6 +23,7 @@ from longtake.data.file_rows import files_below
 from longtake.data.samples import CLIP_SUFFIXES
 from longtake.errors import ConfigError, DataError, ShapeError
 from longtake.evaluation.instruments import METRICS, Blocks, Measured, measure
+from longtake.evaluation.report import aligned
 
 _RESAMPLES = 2000  # of the bootstrap
 _POSTER_HEIGHT = 120  # pixels
@@ -202,14 +203,17 @@ def as_table(videos: Sequence[MeasuredVideo]) -> str:
     counts = {name: sum(video.name == name for video in videos) for name in rows}
     cells = [["", *(f"{name} ({counts[name]})" for name in rows)]]
     cells += [[title(metric), *(shown(rows[name][metric]) for name in rows)] for metric in metrics_of(videos)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return aligned(cells)
 
 
 def title(metric: str) -> str:
     """A metric as a table calls it."""
     return _TITLES.get(metric, metric.replace("_", " "))
+
+
+def ratio(value: float | None) -> str:
+    """A ratio as a table shows it."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def shown(cell: Mapping[str, float | None]) -> str:

@@ -8,6 +8,7 @@ A student makes its longest video alone; the shorter ones are its beginnings.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import time
@@ -27,15 +28,15 @@ from longtake.condition import pixel_frames
 from longtake.data.loader import to_signed
 from longtake.encoders.clip import ImageEncoder
 from longtake.errors import ConfigError
-from longtake.evaluation.contenders import Asked, Contender, contenders
+from longtake.evaluation.contenders import TEACHER, Asked, Contender, contenders
 from longtake.evaluation.html import write_page
 from longtake.evaluation.instruments import Blocks
 from longtake.evaluation.latents import LatentMeter, in_pixel_frames
 from longtake.evaluation.likeness import LikenessMeter
-from longtake.evaluation.measure import MeasuredVideo, as_json, as_table, measure_video, measuring_threads
-from longtake.evaluation.report import write_json
+from longtake.evaluation.measure import MeasuredVideo, as_json, as_table, measure_video, measuring_threads, ratio, title
+from longtake.evaluation.report import aligned, write_json
 from longtake.evaluation.row_reader import Reading, RowReader
-from longtake.evaluation.row_videos import blocks_of, decoded
+from longtake.evaluation.row_videos import against, blocks_of, decoded
 from longtake.evaluation.target import EvalTarget
 from longtake.evaluation.vbench import LaidVideo, lay_out
 from longtake.inference.video_io import VideoWriter
@@ -203,12 +204,30 @@ def _embed(image: ImageEncoder, frames: NDArray[np.uint8]) -> Tensor:
     return image.embed(to_signed(frames))
 
 
+def ratios_to_teacher(videos: Sequence[MeasuredVideo]) -> dict[str, dict[str, float | None]]:
+    """By row `against` of its videos and the teacher's, None where a ratio has no meaning; empty without a teacher."""
+    teacher = [video.measured for video in videos if video.name == TEACHER]
+    names = [name for name in dict.fromkeys(video.name for video in videos) if name != TEACHER]
+    rows = {name: [video.measured for video in videos if video.name == name] for name in names if teacher}
+    found = {name: against(own, teacher) for name, own in rows.items()}
+    return {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in found.items()}
+
+
+def tables(videos: Sequence[MeasuredVideo]) -> str:
+    """What is printed: the table of `measure`, and that of the ratios to the teacher's videos."""
+    ratios = ratios_to_teacher(videos)
+    cells = [["", *(title(key) for row in list(ratios.values())[:1] for key in row)]]
+    cells += [[name, *map(ratio, row.values())] for name, row in ratios.items()]
+    return "\n\n".join([as_table(videos), *([aligned(cells)] if ratios else [])])
+
+
 def _write(
     folder: Path, videos: Sequence[MeasuredVideo], longest: set[str], asked: Asked, prompts: Mapping[str, str]
 ) -> None:
     settings: dict[str, Any] = {**asdict(asked), "data": str(asked.data)}
     with writing(folder / "evaluation.json"):
-        write_json(folder / "evaluation.json", {"settings": settings, **as_json(videos)})
-        (folder / "evaluation.md").write_text(as_table(videos) + "\n")
+        ratios = ratios_to_teacher(videos)
+        write_json(folder / "evaluation.json", {"settings": settings, **as_json(videos), "against_teacher": ratios})
+        (folder / "evaluation.md").write_text(tables(videos) + "\n")
         played = [video for video in videos if video.name in longest]
-        write_page(folder / "evaluation.html", videos, played=played, captions=prompts)
+        write_page(folder / "evaluation.html", videos, played=played, captions=prompts, ratios=ratios)

@@ -67,6 +67,10 @@ def num_frames(path):
         return sum(1 for _ in video.frames())
 
 
+def page_of(out):
+    return (out / "evaluation.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
     """The folder of one evaluation with everything."""
@@ -92,7 +96,11 @@ def test_every_row_and_length_is_in_table_json_and_page(whole):
         assert {len(curve) for curve in video["curves"].values()} == {frames}
         assert (video["metrics"]["seam_score"] is None) != video["name"].endswith("3x")  # a clip is two blocks
         assert video["curves"]["latent_mean_shift"][0] == 0 and video["curves"]["clip_frame_likeness"][0] is None
-    page = (out / "evaluation.html").read_text()
+    assert list(found["against_teacher"]) == names[1:] and "motion vs teacher" in text
+    means = {name: row["motion_px_s"]["mean"] for name, row in found["rows"].items()}
+    ratio = found["against_teacher"]["one 3x"]["motion_vs_teacher"]
+    assert ratio == pytest.approx(means["one 3x"] / means["teacher"]) and f"<td>{ratio:.2f}</td>" in page_of(out)
+    page = page_of(out)
     links = re.findall(r'<video src="([^"]+)"', page)
     assert len(links) == 6 and not any("1x" in link for link in links)  # the longest of each alone are played
     assert all((out / link.replace("%20", " ")).is_file() for link in links)
