@@ -42,7 +42,7 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
     model.double()
     weight = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     weight[:, : int(i2v)] = 0
-    mine = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, frames))
+    mine = packed_replay(model, condition, clean, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, frames))
     (mine * weight).sum().backward()
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     trace = run(
@@ -81,7 +81,7 @@ def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
     noisy = torch.cat([made.latents[:, :1], *exits], 1)
     sigma = torch.full((2, 9), SIGMAS[2])
     sigma[:, 0] = 0
-    again = packed_replay(model, condition, made.latents, noisy, sigma, layout_of(rules, 9))
+    again = packed_replay(model, condition, made.latents, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, 9))
     torch.testing.assert_close(again, made.latents, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_the_context_gets_gradient_and_the_latents_none():
     model, condition, rules, clean, noisy, sigma = problem(True, "relative", 9)
     clean.requires_grad_()
     noisy.requires_grad_()
-    found = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, 9))
+    found = packed_replay(model, condition, clean, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, 9))
     assert torch.autograd.grad(found.sum(), [clean, noisy], allow_unused=True) == (None, None)
 
 

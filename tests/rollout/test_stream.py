@@ -143,11 +143,11 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
         assert counted[0] >= number
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
+@pytest.mark.parametrize("recache", ["rebuild", "none"])
+def test_a_switched_stream_goes_on_after_an_interruption(recache):
     model = make_tiny_model(i2v=True)
     conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 2, 3)]
-    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5], recache=recache)
 
     def made(number):
         cache, latents = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), []
@@ -159,7 +159,6 @@ def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
             make_tiny_latents(1),
             lambda s, e, k: make_tiny_latents(e - s, seed=s + 50 * k),
             rules,
-            rebuild=rebuild,
         )
         with raising_at(number) as counted:
             while len(latents) < 5:
