@@ -91,7 +91,7 @@ class GenerationConfig(Settings):
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams."""
-        return self.plan.stream(self.rope, FlowConfig(**self.model_dump(include=FlowConfig.model_fields.keys())))
+        return self.plan.stream(self.rope, FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields))))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
