@@ -66,7 +66,10 @@ class Beginning:
 
     def plan_of(self, *, given: bool) -> StreamPlan:
         """How a scene streams that begins with a picture, which is a block of its own unless it stands still."""
-        return replace(self.plan, first_frames=1) if given and self.picture != "still" else self.plan
+        if not given:
+            return self.plan
+        frames = self.plan.first_frames if self.picture == "still" else 1
+        return replace(self.plan, first_frames=frames, given_frames=frames)
 
     def zero_shot(self, *, given: bool) -> str | None:
         """What is to be said of a scene whose picture the weights were not trained with; None: they were, or it has
