@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fake_ranks import on_ranks
 from PIL import Image
 from tiny_stage import TEACHER, make_encoders, make_model, stage_config
-from tiny_wan import write_model, write_photos
+from tiny_wan import T2V, write_model, write_photos
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -233,9 +234,9 @@ def test_bidirectional_weights_and_guided_students(place, tmp_path):
     write_rules(place / "bidirectional", GenerationConfig.from_tree(whole))
     try:
         found = contenders(of_models([place / "bidirectional", place / "one"]), Asked(Path("x"), multiples=(1, 4)))
-        assert [(one.plan is None, one.multiples, one.clip_frames) for one in found] == [
-            (True, (1,), 5),
-            (False, (1, 4), 3),
+        assert [(one.streams, one.multiples, one.clip_frames) for one in found] == [
+            (False, (1,), 5),
+            (True, (1, 4), 3),
         ]
         assert found[0].sampling == (2, 2.0)
     finally:
@@ -246,8 +247,44 @@ def test_bidirectional_weights_and_guided_students(place, tmp_path):
 
 def test_rows_without_pictures_are_refused_where_the_model_starts_from_one(place, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle rises\n")
-    with pytest.raises(ConfigError, match="have no pictures"):
+    with pytest.raises(ConfigError, match="there is no picture"):
         RowReader(tmp_path / "prompts.txt", 1, Mesh()).read(of_models([place / "one"]).result)
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory):
+    """A text-to-video student whose first block has two latent frames."""
+    folder = write_model(tmp_path_factory.mktemp("t2v") / "text", T2V, make_encoders())
+    plan = PlanConfig(block_frames=2, first_frames=2, window_frames=6, sink_frames=2)
+    write_rules(folder, GenerationConfig.from_tree(RULES.model_dump() | {"plan": plan.model_dump()}))
+    return folder
+
+
+def test_text_to_video_students_are_judged_on_prompts(text_only, place, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle rises\na blue cross falls\n")
+    out = tmp_path / "out"
+    result = run("evaluate", "--model", text_only, "--data", tmp_path / "prompts.txt", "--vbench", "-o", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [video["frames"] for video in found["videos"]] == [9, 9]
+    assert sorted(os.listdir(out / "vbench/text/long")) == ["a blue cross falls-0.mp4", "a red circle rises-0.mp4"]
+    result = run("evaluate", "--model", text_only, "--data", place / "photos", "-o", tmp_path / "photos")
+    assert result.exit_code == 2 and "text-to-video weights, which take no picture" in result.output
+
+
+@pytest.mark.parametrize(("picture", "frames"), [("frame", 1), ("still", 2)])
+def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, tmp_path, picture, frames):
+    # Alone the picture is a block of its own, and then other windows are whole blocks: none is.
+    plan = {} if picture == "still" else {"plan": {"window_frames": None, "sink_frames": 0}}
+    target = of_models([text_only], changes={"picture": picture, **plan})
+    asked = Asked(place / "photos", num_rows=1)
+    reading, (one,) = RowReader(asked.data, 1, Mesh()).read(target.result), contenders(target, asked)
+    (row,), plan = reading.rows, reading.beginning.plan_of(given=True)
+    latents = one.maker(one.load(torch.device("cpu")), plan, first_frame_clean=True, seed=0)(row)
+    assert row.first_latent.shape[1] == frames < latents.shape[1] == 3
+    assert torch.equal(latents[:, :frames], row.first_latent)
+    (video,) = evaluate_on_data(target, asked, tmp_path / "out", Mesh())
+    assert video.measured.frames == 9
 
 
 def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
