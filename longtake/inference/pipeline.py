@@ -196,10 +196,13 @@ class Pipeline:
 
     @torch.no_grad()
     def begin_condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor, ConditionFrames | None]:
-        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames)."""
+        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames): the
+        picture's own, and on a GPU, which works on them beside the text, those of the first block.
+        """
         if self.model.config.condition_channels == 0:
             return *self.condition(picture, prompt), None
-        condition, y = begin_condition(self.encoders, picture, [prompt])
+        near = self.plan.block_of(self.plan.first_frames)[1] if self.device.type == "cuda" else 1
+        condition, y = begin_condition(self.encoders, picture, [prompt], near)
         return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
     def check_memory(self, frames: int, layers: int, at_once: int) -> None:
