@@ -166,7 +166,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     context, decode = parts.get("context", 0.0), parts["decode"]
     loop = sum(passes) + context
     copy, write = copy_seconds(generator, warm.last), write_seconds(generator, frames)
-    ms = {**encoder_parts(generator), "passes": passes, "context": context, "decode": decode}
+    ms: dict[str, Any] = {**encoder_parts(generator), "passes": passes, "context": context, "decode": decode}
     ms |= {"copy": copy, "write": write, "rest": block_seconds - loop - decode - copy}
     ms |= {"launch": launch_seconds(generator), "first": first_parts(generator)}
     longer = [warmed - warming * block_seconds]
@@ -204,8 +204,8 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     image = 0 if sizes.image_dim is None or generator.encoders.image is None else generator.encoders.image.num_tokens
     past = len(generator.plan.attended(*generator.plan.block_of(10**6)))
     call = Call.bidirectional(1, block, tokens, sizes.text_len, image).cached(block, past, with_context=False)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    passes = pass_operations(sizes, call)
+    dtype = torch.bfloat16 if settings.is_half else torch.float32
+    passes = pass_operations(sizes, call, fp8=settings.precision == "fp8")
     decoding = best_layouts(decode_operations(vae.module, block, height, width), device, dtype)
     return {
         "rates_tflops": rates(passes, device, dtype) | rates(decoding, device, dtype),
@@ -222,7 +222,7 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
 
 def kernels_of(generator: Generator) -> dict[str, Any]:
     """What was chosen to compute with."""
-    device, dtype = generator.device, torch.bfloat16 if generator.settings.precision == "bf16" else torch.float32
+    device, dtype = generator.device, torch.bfloat16 if generator.settings.is_half else torch.float32
     chosen = {"attention": "torch's own"}
     if device.type == "cuda":
         device = next(generator.model.parameters()).device  # with its index
