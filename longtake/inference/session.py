@@ -109,6 +109,7 @@ class Session:
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
+        self._unused: list[KVCache] = []  # caches of a scene that could not be begun
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
 
@@ -208,7 +209,7 @@ class Session:
     def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
         history = (*self._history, self.state)[-self.history_blocks :] if self.history_blocks else ()
-        self.state, self._history, self.cut = state, history, False  # at once, whatever interrupts
+        self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
 
     @torch.no_grad()
     def _made(self) -> tuple[Frames, SessionState]:
@@ -222,9 +223,15 @@ class Session:
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
         plan = state.stream.plan
-        if state.stream.position:  # the picture's own latent was encoded with the condition
-            state.encode(plan.block_of(state.stream.position)[1])
-        frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        shown = state.stream.position
+        if shown:  # the picture's own latent was encoded with the condition
+            state.encode(plan.block_of(shown)[1])
+        latents = state.stream.next()
+        # A viewer waits for the first frames that are generated: one latent is decoded and sent before the others.
+        head = 1 if shown <= 1 else latents.shape[1]
+        frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
+        if head < latents.shape[1]:
+            frames.append(state.decoder.decode(latents[:, head:])[0])
         if self.generator.device.type == "cuda":  # while these frames are on their way
             state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
@@ -240,12 +247,15 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
+        kept = [] if state.stream is None or self.history_blocks else state.stream.caches
+        if not kept and not self._unused:
+            self._unused = self._new_caches()  # before the encoders are at work, for which a borrowed one would wait
         condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
-        caches = [] if state.stream is None or self.history_blocks else state.stream.caches
+        caches = kept or self._unused
         for cache in caches:
             cache.clear()
-        stream = self.new_stream(scene, caches or self._new_caches(), condition, unconditional, first_latent)
+        stream = self.new_stream(scene, caches, condition, unconditional, first_latent)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
         new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
@@ -311,7 +321,7 @@ class Session:
             state.encode()  # nothing that is still written to is shared
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
-        other.state = self.state.copy(clones)
+        other.state, other._unused = self.state.copy(clones), []
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
