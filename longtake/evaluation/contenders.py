@@ -119,5 +119,10 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
 
 
 def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
-    dtype = torch.bfloat16 if source.settings.precision == "bf16" else None
-    return lambda device: load_frozen(source.weights, device, dtype)
+    def load(device: torch.device) -> VideoDiT:
+        model = load_frozen(source.weights, device, torch.bfloat16 if source.settings.is_half else None)
+        if source.settings.precision == "fp8":
+            model.quantise()
+        return model
+
+    return load
