@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_ranks import on_ranks
 from PIL import Image
-from tiny_stage import TEACHER, make_encoders, make_model, stage_config
+from tiny_stage import TEACHER, make_encoders, make_model, save_student, stage_config
 from tiny_wan import T2V, write_model, write_photos
 from typer.testing import CliRunner
 
@@ -159,6 +159,33 @@ def test_a_folder_with_videos_is_kept_unless_it_is_to_be_overwritten(whole, plac
     assert result.exit_code == 2 and "00000-photo0.mp4 exists already" in result.output
     (out / "kept.json").rename(json_file)
     assert json_file.read_bytes() == before
+
+
+def test_what_is_overwritten_leaves_nothing_behind(place, tmp_path):
+    options = ["--rows", "3", "--vbench", "-o", tmp_path / "out"]
+    assert evaluate(place, *options).exit_code == 0
+    (mine := tmp_path / "out" / "videos" / "mine.mp4").write_bytes(b"of another")
+    options[1] = "1"
+    assert evaluate(place, *options, "--overwrite").exit_code == 0
+    assert len(json.loads((tmp_path / "out/evaluation.json").read_text())["videos"]) == 1
+    assert sorted((tmp_path / "out").rglob("*.mp4")) == [
+        tmp_path / "out/vbench/one/i2v/videos" / (name := f"{(place / 'photos/photo0.txt').read_text()}-0.mp4"),
+        tmp_path / "out/vbench/one/long" / name,
+        mine,
+        tmp_path / "out/videos/one/00000-photo0.mp4",
+    ]
+
+
+def test_all_stages_of_a_run_beside_their_teacher(workshop, place, tmp_path):
+    for stage in ("causal", "distill"):
+        save_student(stage_config(workshop, tmp_path / "run", stage))
+    options = ["--rows", "1", "--multiples", "1,2", "--teacher-steps", "1", "plan.window_frames=3"]
+    result = run("evaluate", "--run", tmp_path / "run", "--data", place / "photos", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(found["rows"]) == ["teacher", "causal 1x", "causal 2x", "distill 1x", "distill 2x"]
+    assert [video["frames"] for video in found["videos"]] == [17, 17, 37, 17, 37]
+    assert found["rows"]["causal 1x"]["motion_px_s"]["low"] is None  # one video
 
 
 def test_an_encoded_set_needs_its_decoder_alone(workshop, tmp_path, monkeypatch):
