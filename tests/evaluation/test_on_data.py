@@ -314,6 +314,18 @@ def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, t
     assert video.measured.frames == 9
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16(place, tmp_path):
+    out = tmp_path / "out"
+    options = ["--multiples", "1,3", "--rows", "1", "--teacher-steps", "2", "precision=bf16", "-o", out]
+    models = ["--model", place / "one", "--teacher", place / "bidirectional", "--data", place / "photos"]
+    result = CliRunner().invoke(app, [str(part) for part in ("evaluate", *models, *options, "--device", "cuda")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [video["frames"] for video in found["videos"]] == [9, 9, 33]
+    assert all(video["metrics"]["clip_picture_likeness"] <= 1.001 for video in found["videos"])
+
+
 def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
     write_photos(tmp_path / "photos", 2)
     (tmp_path / "photos" / "photo1.jpg").write_bytes(b"no picture")
