@@ -15,6 +15,7 @@ from longtake.config.generation import GenerationConfig
 from longtake.config.stage import TOY, TOY_ASSETS
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.decoders import random_decoder
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.inference.generator import Generator
@@ -83,7 +84,9 @@ def random_generator(
     vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
     encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
     graphs = CUDAGraphRunner() if device.type == "cuda" else None
-    made = Generator(Denoiser(model, graphs=graphs), _moved(encoders, device, vae_dtype), settings, device)
+    encoders, kind = _moved(encoders, device, vae_dtype), settings.decoder
+    decoder = None if kind == "exact" else random_decoder(kind, encoders.vae, device, vae_dtype)
+    made = Generator(Denoiser(model, graphs=graphs), encoders, settings, device, decoder=decoder)
     synchronize(device)
     return made
 

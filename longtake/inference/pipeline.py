@@ -18,7 +18,8 @@ from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
-from longtake.encoders.vae import DecoderSession, VideoVAE
+from longtake.encoders.decoders import load_decoder
+from longtake.encoders.sessions import Decoder, DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.cache_pool import CachePool
 from longtake.inference.source import Source
@@ -83,14 +84,17 @@ def picture_condition(
 
 @dataclass
 class Pipeline:
-    """Weights, encoders and the rules to stream by. Make it with `build`."""
+    """Weights, encoders and the rules to stream by. Make it with `build`.
+
+    `decoder` makes pixels where the VAE of the encoders does not.
+    """
 
     denoiser: Denoiser
     encoders: Encoders
     settings: GenerationConfig
     device: torch.device
     config: StageConfig | None = None
-    decoding_vae: VideoVAE | None = None
+    decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
 
     @property
@@ -111,8 +115,8 @@ class Pipeline:
         """Loads weights and encoders: the one place that makes one.
 
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
-        then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
-        that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
+        then make the same calls of it and get the same frames. `decode_device` has the decoder (of the VAE a second
+        copy) there, so that another GPU can do it beside the transformer. `graphs`
         has passes fused, recorded and replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
         where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
@@ -137,14 +141,19 @@ class Pipeline:
         vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
         encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
         _check_fit(model, encoders, source)
-        vae = None if decoding is None else encoders.vae.copy_to(decoding)
+        decoder = None
+        if settings.decoder != "exact":
+            given = settings.decoder, settings.decoder_weights, source.encoders, encoders.vae
+            decoder = load_decoder(*given, decoding or device, vae_dtype)
+        elif decoding is not None:
+            decoder = encoders.vae.copy_to(decoding)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(denoiser, encoders, settings, device, source.config, vae)
+        return cls(denoiser, encoders, settings, device, source.config, decoder)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
-        return (self.decoding_vae or self.encoders.vae).decoder_session()
+        return (self.decoder or self.encoders.vae).decoder_session()
 
     @property
     def is_ahead(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.encoders.condition import ConditionFrames
-from longtake.encoders.vae import DecoderSession
+from longtake.encoders.sessions import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
@@ -85,7 +85,8 @@ class SessionState:
             return clones[id(cache)]
 
         stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())
+        decoder = None if self.decoder is None else self.decoder.copy() if clones is None else self.decoder.fork()
+        return replace(self, stream=stream, decoder=decoder)
 
 
 class Session:

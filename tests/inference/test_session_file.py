@@ -98,16 +98,16 @@ def test_the_key_of_weights_sees_every_row():
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(3, 4)
     torch.nn.init.normal_(layer.weight, generator=generator)
-    key = weights_key(layer)
-    assert weights_key(layer.to(torch.float32)) == key
+    key = weights_key(layer.state_dict())
+    assert weights_key(layer.to(torch.float32).state_dict()) == key
     with torch.no_grad():
         layer.weight.copy_(layer.weight.flip(0))
-    assert weights_key(layer) != key, "rows changed places"
+    assert weights_key(layer.state_dict()) != key, "rows changed places"
     with torch.no_grad():
         layer.weight.copy_(layer.weight.flip(0))
-        assert weights_key(layer) == key
+        assert weights_key(layer.state_dict()) == key
         layer.bias[2] = torch.nextafter(layer.bias[2], torch.tensor(9.0))
-    assert weights_key(layer) != key and weights_key(layer.to(torch.bfloat16)) != key
+    assert weights_key(layer.state_dict()) != key and weights_key(layer.to(torch.bfloat16).state_dict()) != key
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
     with safe_open(tmp_path / "s", "pt") as file:
         values = json.loads(file.metadata()["longtake_session"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / "new", {"longtake_session": json.dumps({**values, "version": 3})})
+    save_file(tensors, tmp_path / "new", {"longtake_session": json.dumps({**values, "version": 4})})
     del tensors["kept.0"], tensors["kept.1"]
     save_file(tensors, tmp_path / "damaged", {"longtake_session": json.dumps(values)})
     for name, message in (
@@ -130,7 +130,7 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
         ("text", "cannot be read as a session"),
         ("cut", "cannot be read as a session"),
         ("weights.safetensors", "holds no session"),
-        ("new", "version 3; this version reads 2"),
+        ("new", "version 4; this version reads 3"),
         ("damaged", "is damaged .another checksum"),
     ):
         with pytest.raises(CheckpointError, match=message):
