@@ -334,7 +334,7 @@ def memory_gib(generator: Generator) -> dict[str, float] | None:
     decoder.decode(latents[:, :1])
     modules = {"transformer": generator.model, "text encoder": encoders.text.model, "vae": encoders.vae.module}
     modules |= {} if encoders.image is None else {"image encoder": encoders.image.model}
-    held = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
+    held = {name: sum(p.nbytes for p in module.parameters() if p.is_cuda) for name, module in modules.items()}
     if generator.decoder is not None:
         held["decoder"] = sum(tensor.nbytes for tensor in generator.decoder.tensors().values())
     cache = generator.model.new_cache(generator.plan, 1, size, 1 if generator.plan.window_frames is None else None)

@@ -76,6 +76,11 @@ class GenerationConfig(Settings):
     decoder_weights: str | None = Field(
         default=None, description="file of that decoder; null = the one in the encoders' folder, by its published name"
     )
+    low_memory: bool = Field(
+        default=False,
+        description="the same video in less of a GPU's memory: text and image encoder lie in this process's memory, of "
+        "which one matrix at a time is on the GPU, and pixels are encoded and decoded one latent frame at a time",
+    )
     history_blocks: int = Field(
         default=0,
         ge=0,

@@ -216,7 +216,7 @@ def _with_before(x: Tensor, slot: int, call: Call) -> Tensor:
     both = x.new_empty(*x.shape[:-1], 2 * width)
     both[..., :width] = x
     both[:, 1:, ..., width:] = x[:, :-1]
-    both[:, :1, ..., width:] = call.past(slot)
+    both[:, :1, ..., width:] = call.past(slot, x.device)
     call.keep(slot, x[:, -1:])
     return both
 

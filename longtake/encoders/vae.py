@@ -31,14 +31,15 @@ class VideoVAE:
     """A frozen `AutoencoderKLWan` (Wan2.1 or 2.2 layout) behind Longtake's axes.
 
     Args: `module`, the library class, whose weights are read at the first use; `latents_per_call`, how many latent
-    frames go through the network at once (more is faster on a GPU and needs more memory; the result is the same).
+    frames go through the network at once (more is faster on a GPU and needs more memory; the result is the same);
+    `low_memory`: one frame at a time at the finest level, and what the encoder remembers lies in this process's memory.
     """
 
-    def __init__(self, module: Any, *, latents_per_call: int = 4) -> None:
+    def __init__(self, module: Any, *, latents_per_call: int = 4, low_memory: bool = False) -> None:
         if latents_per_call < 1:
             raise ShapeError(f"latents_per_call={latents_per_call} must be at least 1")
         self.module = module.eval().requires_grad_(False)
-        self.latents_per_call = latents_per_call
+        self.latents_per_call, self.low_memory = latents_per_call, low_memory
         config = self.module.config
         self.latent_channels: int = config.z_dim
         self.patch_size: int = config.patch_size or 1
@@ -63,32 +64,39 @@ class VideoVAE:
         dtype: torch.dtype = torch.float32,
         *,
         latents_per_call: int = 4,
+        low_memory: bool = False,
     ) -> VideoVAE:
         """The VAE of a library folder (`config.json` and safetensors), or of `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`.
 
         Raises: CheckpointError.
         """
-        path = Path(folder)
+        path, calls = Path(folder), {"latents_per_call": latents_per_call, "low_memory": low_memory}
         if path.suffix == ".pth":
-            return cls(load_vae_module(path, device, dtype), latents_per_call=latents_per_call)
+            return cls(load_vae_module(path, device, dtype), **calls)
         from diffusers import AutoencoderKLWan
 
         module = load_strictly(AutoencoderKLWan, check_folder(path, "VAE"), torch_dtype=dtype)
-        return cls(module.to(device), latents_per_call=latents_per_call)
+        return cls(module.to(device), **calls)
 
     def copy_to(self, device: torch.device | str) -> VideoVAE:
         """Another one with the same weights, on `device`."""
-        return VideoVAE(copy.deepcopy(self.module).to(device), latents_per_call=self.latents_per_call)
+        calls = {"latents_per_call": self.latents_per_call, "low_memory": self.low_memory}
+        return VideoVAE(copy.deepcopy(self.module).to(device), **calls)
+
+    def encodes_only(self) -> None:
+        """Nobody decodes with it from now on: the weights of its decoder go to this process's memory."""
+        self.module.decoder.to("cpu")
+        self.__dict__.pop("decoder", None)
 
     @cached_property
     def encoder(self) -> WanEncoder:
         """The network from pixels to latents."""
-        return WanEncoder(self.module)
+        return WanEncoder(self.module, 1 if self.low_memory else None, past_on_host=self.low_memory)
 
     @cached_property
     def decoder(self) -> WanDecoder:
         """The network from latents to pixels."""
-        return WanDecoder(self.module)
+        return WanDecoder(self.module, 1) if self.low_memory else WanDecoder(self.module)
 
     @property
     def device(self) -> torch.device:

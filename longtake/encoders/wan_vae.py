@@ -68,7 +68,7 @@ class _CausalConv:
         """Memory [B, frames + T, H, W, C] for the input `x`: what was before it is there, `x` is not."""
         batch, time, *rest = x.shape
         buffer = self.bias.new_empty(batch, frames + time, *rest)
-        buffer[:, :frames] = call.past(self.slot)
+        buffer[:, :frames] = call.past(self.slot, self.bias.device)
         return buffer
 
 
@@ -87,7 +87,7 @@ class _StackedConv(_CausalConv):
         batch, time, height, width, channels = x.shape
         stacked = self.bias.new_empty(batch, time, height, width, 3, channels)
         frames = stacked.permute(4, 0, 1, 2, 3, 5)  # by their age: two before, one before, the same
-        before = call.past(self.slot)
+        before = call.past(self.slot, self.bias.device)
         if isinstance(before, Tensor):
             wide(frames[:2, :, 0]).copy_(wide(before.transpose(0, 1)))
             wide(frames[0, :, 1:2]).copy_(wide(before[:, 1:]))  # nowhere, where there is one frame
@@ -276,19 +276,35 @@ class _Network:
     def _last(self, conv: Any, slots: Iterator[int]) -> _CausalConv:
         return _CausalConv(conv, slots)
 
-    def _run(self, frames: Tensor, call: Call, *, finest: int | None = None) -> Tensor:
-        """The network's result, in float32 whatever the weights are. Args: `finest`, how many frames the last
-        block takes at a time; None = all.
+    def _run(self, frames: Tensor, call: Call, *, begin: int | None = None, finest: int | None = None) -> Tensor:
+        """The network's result, in float32 whatever the weights are. Args: `begin`, how many frames the first
+        convolution and `_beginning` take at a time, `finest`, how many the last block does; None = all.
         """
         frames = F.pad(frames, (0, self.conv_in.weight.shape[1] - frames.shape[-1]))
-        x = Sum(self.conv_in.of(frames, call), self.conv_in.bias)
-        for block in self.blocks[:-1]:
+        first = 0 if begin is None else self._beginning()
+        pieces = [frames] if begin is None or not first else list(frames.split(begin, dim=1))
+        x = Sum.joined([self._begun(piece, call, first) for piece in pieces])
+        for block in self.blocks[first:-1]:
             x = block(x, call)
         parts, made = [x] if finest is None else x.split(finest), []
         while parts:  # each is gone when it has been read
             last = self.blocks[-1](parts.pop(0), call)
             made.append(self.conv_out.after_norm(last, self.gamma, call, keep=False)[0])
         return torch.cat(made, dim=1) + self.conv_out.bias.float()
+
+    def _begun(self, frames: Tensor, call: Call, blocks: int) -> Sum:
+        x = Sum(self.conv_in.of(frames, call), self.conv_in.bias)
+        for block in self.blocks[:blocks]:
+            x = block(x, call)
+        return x
+
+    def _beginning(self) -> int:
+        """How many blocks there are up to the first one that makes pictures smaller; 0 where it joins frames."""
+        for index, block in enumerate(self.blocks):
+            down = block if isinstance(block, _Downsample) else getattr(block, "downsample", None)
+            if down is not None:
+                return 0 if down.time is not None else index + 1
+        return 0
 
     def new_past(self) -> list[Tensor | None]:
         """The past at the beginning of a video."""
@@ -345,10 +361,15 @@ class WanDecoder(_Network):
 
 
 class WanEncoder(_Network):
-    """From pixels to means of latents. Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once."""
+    """From pixels to means of latents.
 
-    def __init__(self, vae: Any) -> None:
+    Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once; `finest_frames`, how many frames are at the
+    finest level together, None = all of a call; `past_on_host` as `Call`'s `on_host`.
+    """
+
+    def __init__(self, vae: Any, finest_frames: int | None = None, *, past_on_host: bool = False) -> None:
         self.patch_size: int = vae.config.patch_size or 1
+        self.finest_frames, self.past_on_host = finest_frames, past_on_host
         weight, bias = _linear(vae.quant_conv)
         self.quant = weight[: vae.config.z_dim].float(), bias[: vae.config.z_dim].float()  # the means alone
         super().__init__(vae.encoder)
@@ -366,11 +387,11 @@ class WanEncoder(_Network):
         Args: `first`, whether this is the first frame of a video, which must come alone; else T is a multiple of the
         temporal stride; `into` as that of `WanDecoder`.
         """
-        call = Call(past, into, first=first)
+        call = Call(past, into, first=first, on_host=self.past_on_host)
         size = self.patch_size
         x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
         x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
-        return F.linear(self._run(x, call), *self.quant), call.new
+        return F.linear(self._run(x, call, begin=self.finest_frames), *self.quant), call.new
 
 
 def _conv3d(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:

@@ -50,11 +50,12 @@ def load_encoders(
     vae_dtype: torch.dtype = torch.float32,
     *,
     with_image: bool,
+    low_memory: bool = False,
 ) -> Encoders:
     """The encoders in a folder, in training, inference and evaluation alike. Raises: CheckpointError.
 
     Args: `rules` say how CLIP sees a picture and if the text encoder is bfloat16 where `dtype`, that of text and image
-    encoder, is not.
+    encoder, is not; `low_memory` as that of `Encoders.load`.
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
@@ -65,6 +66,7 @@ def load_encoders(
         clip_preprocess=rules.clip_preprocess,
         text_dtype=text_dtype,
         vae_dtype=vae_dtype,
+        low_memory=low_memory,
     )
 
 
@@ -139,12 +141,15 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
-        encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
+        low = settings.low_memory
+        types = dtype, vae_dtype
+        encoders = load_encoders(source.encoders, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = None
         if settings.decoder != "exact":
             given = settings.decoder, settings.decoder_weights, source.encoders, encoders.vae
-            decoder = load_decoder(*given, decoding or device, vae_dtype)
+            decoder = load_decoder(*given, decoding or device, vae_dtype, latents_per_call=1 if low else 4)
+            encoders.vae.encodes_only()
         elif decoding is not None:
             decoder = encoders.vae.copy_to(decoding)
         if device.type == "cuda":
