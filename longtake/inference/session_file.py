@@ -92,7 +92,10 @@ def read_session(path: Path, pipeline: Pipeline) -> tuple[dict[str, Any], dict[s
     values, tensors = _read(path)
     with damage(path):
         if values["version"] != VERSION:
-            raise CheckpointError(f"{path} is a session of version {values['version']}; this version reads {VERSION}")
+            raise CheckpointError(
+                f"{path} is a session of version {values['version']} and this version reads {VERSION}; go on with the "
+                "version of Longtake that saved it, or open a new session"
+            )
         if values.pop("checksum", None) not in (None, checksum(values, tensors)):  # files of earlier versions have none
             raise CheckpointError(f"{path} is damaged (another checksum); save the session again, or use another one")
         _compare(path, values, made_with(pipeline))

@@ -130,7 +130,7 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
         ("text", "cannot be read as a session"),
         ("cut", "cannot be read as a session"),
         ("weights.safetensors", "holds no session"),
-        ("new", "version 4; this version reads 3"),
+        ("new", "version 4 and this version reads 3"),
         ("damaged", "is damaged .another checksum"),
     ):
         with pytest.raises(CheckpointError, match=message):
