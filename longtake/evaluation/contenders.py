@@ -58,7 +58,7 @@ def parse_multiples(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who makes videos; `plan` None for bidirectional weights, whose `sampling` are number of steps and guidance.
+    """Who makes videos; `streams` False for bidirectional weights, whose `sampling` are number of steps and guidance.
 
     `multiples` are the lengths of its videos in clips of `clip_frames` latent frames: bidirectional weights know one.
     """
@@ -68,7 +68,7 @@ class Contender:
     load: Callable[[torch.device], VideoDiT]
     clip_frames: int
     multiples: tuple[int, ...] = (1,)
-    plan: StreamPlan | None = None
+    streams: bool = False
     sampling: tuple[int, float] = (1, 1.0)
 
     def row_name(self, multiple: int) -> str:
@@ -79,15 +79,14 @@ class Contender:
         """Latent frames of so many clips."""
         return self.clip_frames * multiple
 
-    def maker(self, model: VideoDiT, seed: int) -> Maker:
-        """What makes the latents of its longest videos."""
+    def maker(self, model: VideoDiT, plan: StreamPlan, *, first_frame_clean: bool, seed: int) -> Maker:
+        """What makes the latents of its longest videos; students stream by `plan`."""
         frames = self.num_latent_frames(self.multiples[-1])
-        if self.plan is not None:
-            return student_maker(Denoiser(model), self.plan, frames, seed=seed)
+        if self.streams:
+            return student_maker(Denoiser(model), plan, frames, seed=seed)
         steps, guidance = self.sampling
         rules: dict[str, Any] = {"num_steps": steps, "guidance": guidance, "shift": self.source.settings.shift}
-        clean = model.config.condition_channels == 0
-        return teacher_maker(model, frames, first_frame_clean=clean, seed=seed, **rules)
+        return teacher_maker(model, frames, first_frame_clean=first_frame_clean, seed=seed, **rules)
 
 
 def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
@@ -115,10 +114,15 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
                 "its videos with `longtake generate` and measure them with `longtake measure`"
             )
         else:
-            found.append(Contender(name, source, load, clip_frames, asked.multiples, source.plan))
+            found.append(Contender(name, source, load, clip_frames, asked.multiples, streams=True))
     return found
 
 
 def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
-    dtype = torch.bfloat16 if source.settings.precision == "bf16" else None
-    return lambda device: load_frozen(source.weights, device, dtype)
+    def load(device: torch.device) -> VideoDiT:
+        model = load_frozen(source.weights, device, torch.bfloat16 if source.settings.is_half else None)
+        if source.settings.precision == "fp8":
+            model.quantise()
+        return model
+
+    return load

@@ -42,6 +42,7 @@ from longtake.evaluation.vbench import LaidVideo, lay_out
 from longtake.inference.video_io import VideoWriter
 from longtake.outputs import check_output_folder, writing
 from longtake.parallel.mesh import Mesh
+from longtake.plan import StreamPlan
 
 VIDEOS, LAYOUT = "videos", "vbench"  # folders beside table, JSON and page
 _WINDOW_SHARE = 4  # the first window of latents is a quarter of the training clips
@@ -143,18 +144,21 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, po
     """Makes the videos of all rows of this rank, while the files of those before are measured."""
     reading = reader.read(one.source)
     model = one.load(reader.mesh.device)
-    if model.config.condition_channels != reading.condition_channels:
+    plan, clean = reading.beginning.plan_of(given=reading.given), not reading.beginning.needed
+    if (model.config.condition_channels > 0) == clean:
         raise ConfigError(f"{one.name} takes pictures in another way than the student does; leave it out")
+    if reading.given and reading.beginning.picture == "still" and not one.streams:
+        raise ConfigError(f"{one.name} has no blocks for a picture to stand still in; set picture=frame")
     made = []
     for (row, sample), index in product(zip(reading.rows, reading.samples), range(asked.samples)):
         begun = time.perf_counter()
         name = f"{row.number:05d}-{_UNUSUAL.sub('_', row.name)[:_NAME_SIGNS]}"
         stem = f"{name}-{index}" if asked.samples > 1 else name
         files = {multiple: folder / VIDEOS / one.row_name(multiple) / f"{stem}.mp4" for multiple in one.multiples}
-        latents = one.maker(model, asked.seed + index)(row)
+        latents = one.maker(model, plan, first_frame_clean=clean, seed=asked.seed + index)(row)
         picture, seen = _write_videos(one, latents, reading, sample.image, files)
         measuring = {
-            multiple: pool.submit(measure_video, one.row_name(multiple), path, _blocks(one, multiple, reading))
+            multiple: pool.submit(measure_video, one.row_name(multiple), path, _blocks(one, plan, multiple, reading))
             for multiple, path in files.items()
         }
         made.append(Made(name, sample.prompt, index, picture, seen, files, measuring))
@@ -162,11 +166,11 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, po
     return made
 
 
-def _blocks(one: Contender, multiple: int, reading: Reading) -> Blocks | None:
-    if one.plan is None:
+def _blocks(one: Contender, plan: StreamPlan, multiple: int, reading: Reading) -> Blocks | None:
+    if not one.streams:
         return None
-    _, end = one.plan.block_of(one.num_latent_frames(multiple) - 1)  # videos are cut from whole blocks
-    return blocks_of(one.plan, end, reading.vae.temporal_stride)
+    _, end = plan.block_of(one.num_latent_frames(multiple) - 1)  # videos are cut from whole blocks
+    return blocks_of(plan, end, reading.vae.temporal_stride)
 
 
 def _write_videos(

@@ -6,42 +6,48 @@ Of an encoded set nothing is encoded, and of the encoders the VAE alone is loade
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from longtake.condition import VideoShape
+from longtake.condition import VideoShape, pixel_frames
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
+from longtake.data.loader import to_signed
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.encodings.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.row_videos import VideoRow, read_rows
+from longtake.inference.beginning import Beginning
 from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.weights.locate import encoder_paths
-from longtake.weights.presets import model_config
 
 # Rules that say how a row is encoded
-_RULES = {"height", "width", "fps", "precision", "vae_precision", "text_precision", "clip_preprocess"}
+_RULES = {"height", "width", "fps", "plan", "picture", "precision", "vae_precision", "text_precision"}
+_RULES |= {"clip_preprocess"}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """This rank's rows, encoded, with what decodes and looks at their videos (`image` None: there is no CLIP)."""
+    """This rank's rows, encoded, with what decodes and looks at their videos (`image` None: there is no CLIP).
+
+    `beginning` says what videos of the weights begin with, `given` that it is a picture.
+    """
 
     rows: list[VideoRow]
     samples: list[Sample]
     vae: VideoVAE
     image: ImageEncoder | None
-    condition_channels: int
+    beginning: Beginning
+    given: bool
 
 
 @dataclass
@@ -57,8 +63,10 @@ class RowReader:
 
     def read(self, source: Source) -> Reading:
         """The rows as the weights and the rules of `source` take them. Raises: ConfigError, DataError."""
-        sizes, rules = model_config(str(source.weights)), source.settings.model_dump(include=_RULES)
-        key = str((source.encoders, sizes.condition_channels, sizes.image_dim, _empty_prompt(source), rules))
+        sizes, rules = source.open().model.config, source.settings.model_dump(include=_RULES)
+        key = str(
+            (source.encoders, sizes.model_type, sizes.condition_channels, sizes.image_dim, _empty_prompt(source), rules)
+        )
         if key not in self._readings:
             self._readings[key] = self._read(source, sizes)
         return self._readings[key]
@@ -68,19 +76,25 @@ class RowReader:
         dataset = open_dataset(self.path, num_frames=1, height=settings.height, width=settings.width, fps=settings.fps)
         if self.num_rows > len(dataset):
             logger.warning("%s has %d rows, fewer than the %d asked for", self.path, len(dataset), self.num_rows)
+        beginning, given = Beginning.of(sizes, settings), _has_pictures(dataset)
+        beginning.check(given=given)
+        if said := beginning.zero_shot(given=given):
+            logger.info("%s: %s", source.weights, said)
         numbers = range(min(self.num_rows, len(dataset)))[self.mesh.data_rank :: self.mesh.num_data_ranks]
         samples = [dataset[number] for number in numbers]
-        encoder, vae, image = self._encoder(source, sizes, dataset)
+        encoder, vae, image = self._encoder(source, sizes, dataset, _contents(sizes, given=given))
         rows = read_rows(dataset, encoder, numbers)
-        return Reading(rows, samples, vae, image, sizes.condition_channels)
+        if given and beginning.picture == "still":
+            frames = beginning.plan_of(given=True).first_frames
+            rows = [_standing(row, sample, vae, frames) for row, sample in zip(rows, samples)]
+        return Reading(rows, samples, vae, image, beginning, given)
 
     def _encoder(
-        self, source: Source, sizes: DiTConfig, dataset: Dataset
+        self, source: Source, sizes: DiTConfig, dataset: Dataset, contents: list[str]
     ) -> tuple[RowEncoder, VideoVAE, ImageEncoder | None]:
         settings, device = source.settings, self.mesh.device
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
-        contents = _contents(sizes, dataset)
+        dtype = torch.bfloat16 if settings.is_half else torch.float32
+        vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         if isinstance(dataset, EncodedRows):
             vae = VideoVAE.load(encoder_paths(source.encoders, with_image=False).vae, device, vae_dtype)
             shape = _shape(source, vae)
@@ -98,18 +112,27 @@ def _empty_prompt(source: Source) -> str:
     return "" if source.config is None else source.config.objective.empty_prompt
 
 
-def _contents(sizes: DiTConfig, dataset: Dataset) -> list[str]:
-    """What weights of these sizes are given of a row beside its text."""
+def _has_pictures(dataset: Dataset) -> bool:
     if isinstance(dataset, EncodedRows):
-        pictures = not {"y", "first"}.isdisjoint(dataset.key["contents"])
-    else:
-        pictures = dataset.pixel_size(0) is not None
-    if not pictures and sizes.condition_channels == 0:
+        return not {"y", "first"}.isdisjoint(dataset.key["contents"])
+    return dataset.pixel_size(0) is not None
+
+
+def _contents(sizes: DiTConfig, *, given: bool) -> list[str]:
+    """What weights of these sizes are given of a row beside its text, where it has a picture (`given`) or not."""
+    if not given:
         return []
-    if not pictures:
-        raise ConfigError("the rows have no pictures and the model starts from one; give rows with pictures")
     clip = ["clip"] if sizes.image_dim is not None else []
     return [*clip, "y"] if sizes.condition_channels else ["first"]
+
+
+def _standing(row: VideoRow, sample: Sample, vae: VideoVAE, num_frames: int) -> VideoRow:
+    """The row with its picture as `num_frames` latent frames of a video that stands still. Raises: ConfigError."""
+    if sample.image is None:
+        raise ConfigError("picture=still needs the pictures, which an encoded set has not; give the set it was made of")
+    picture = to_signed(sample.image)[None, None].to(vae.device)
+    pixels = picture.expand(-1, pixel_frames(num_frames, vae.temporal_stride), -1, -1, -1)
+    return replace(row, first_latent=vae.encode(pixels))
 
 
 def _shape(source: Source, vae: VideoVAE) -> VideoShape:

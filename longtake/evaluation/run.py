@@ -74,8 +74,8 @@ def evaluate(
     and those with switches, are also scored window by window; with switches each stage has a row without the rebuild
     of the cache, and none of a bidirectional teacher. With `open_worlds` all rows but the broken ones also make that
     many further worlds of which the captions leave a motion open. All ranks call it.
-    Raises: CheckpointError when nothing there was trained; ConfigError for switches that are no block boundary of every
-    stage.
+    Raises: CheckpointError when nothing there was trained; ConfigError for text-to-video models, and for switches that
+    are no block boundary of every stage.
     """
     run = None if isinstance(target, EvalTarget) else Path(target)
     settings = settings or _stored_settings(run)
@@ -84,6 +84,7 @@ def evaluate(
     if folder is None:
         raise ConfigError("exported students have no folder of their own; give `output`, the folder of the report")
     measured = target if isinstance(target, EvalTarget) else of_run(Path(target))
+    measured.check_worlds()
     return _measure(measured, settings, Path(folder), mesh or init_mesh(device))
 
 

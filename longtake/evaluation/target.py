@@ -23,7 +23,6 @@ from longtake.models.sizes import DiTConfig
 from longtake.run_folder import checkpoints_folder, find_checkpoint, student_stages, trained_config
 from longtake.weights.load import load_dit, load_opened, open_weights
 from longtake.weights.locate import find_weights
-from longtake.weights.presets import model_config
 from longtake.weights.widen import opened_as_asked
 
 
@@ -50,11 +49,23 @@ class EvalTarget:
     @cached_property
     def sizes(self) -> DiTConfig:
         """Of the result: pictures enter as `y` (`condition_channels`, else as a clean frame 0) and CLIP tokens."""
-        return model_config(str(self.result.weights))
+        return self.result.open().model.config
 
     @property
     def with_y(self) -> bool:
         return self.sizes.condition_channels > 0
+
+    def check_worlds(self) -> None:
+        """Raises ConfigError unless all students take pictures, in one way: worlds begin with one."""
+        for name, source in self.students.items():
+            if source.config is not None and source.config.model.image_condition != "i2v":
+                raise ConfigError(
+                    f"{name} is a text-to-video model, and worlds begin with a picture; give prompts with --data"
+                )
+        shapes = [source.open().model.config for source in self.students.values()]
+        if len({(shape.condition_channels > 0, shape.image_dim is not None) for shape in shapes}) > 1:
+            names = ", ".join(self.students)
+            raise ConfigError(f"the models {names} take pictures in different ways; evaluate them one by one")
 
     def load_encoders(self, device: torch.device) -> Encoders:
         source = self.result
@@ -70,7 +81,7 @@ def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:
     """All stages of a log folder, or one stage folder, and the teacher that they started from.
 
     Args: `changes` win over the values that they were trained with.
-    Raises: CheckpointError when nothing there was trained, ConfigError for a text-to-video model.
+    Raises: CheckpointError when nothing there was trained.
     """
     stages = trained_stages(run)
     checkpoint, last = stages[-1]
@@ -98,16 +109,12 @@ def of_models(
     Args: `models`, also `toy` for the student that ships with the package; the last one is the result; `teacher`, a
     folder of bidirectional weights, by default that of the package when `toy` is among the models; `encoders`, their
     folder, by default in or beside that of each model; `changes` win over the rules of all of them.
-    Raises: CheckpointError, ConfigError as `Source.of_model`; ConfigError for two folders of one name, or whose models
-    take pictures in different ways.
+    Raises: CheckpointError, ConfigError as `Source.of_model`; ConfigError for two folders of one name.
     """
     sources = [Source.of_model(model, encoders, changes=changes) for model in models]
     names = [source.weights.name if source.weights.is_dir() else source.weights.stem for source in sources]
     if not sources or len(set(names)) < len(names):
         raise ConfigError(f"models named {', '.join(names) or 'none'} were given; give each a folder of another name")
-    shapes = [model_config(str(source.weights)) for source in sources]
-    if len({(shape.condition_channels > 0, shape.image_dim is not None) for shape in shapes}) > 1:
-        raise ConfigError(f"the models {', '.join(names)} take pictures in different ways; evaluate them one by one")
     if teacher is None and TOY in [str(model) for model in models]:
         teacher = TOY
     weights = None if teacher is None else find_weights(TOY_ASSETS / "teacher" if str(teacher) == TOY else teacher).path
@@ -126,7 +133,4 @@ def trained_stages(run: Path) -> list[tuple[Path, StageConfig]]:
     if not folders:
         raise CheckpointError(f"{run} holds no trained stage; give a log folder or a stage folder of `longtake train`")
     found = [find_checkpoint(folder) for folder in folders]
-    stages = [(path, trained_config(path)) for path in found]
-    if any(config.model.image_condition != "i2v" for _, config in stages):
-        raise ConfigError(f"{run} holds a text-to-video model; the evaluation gives a picture and needs an i2v model")
-    return stages
+    return [(path, trained_config(path)) for path in found]

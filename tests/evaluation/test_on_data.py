@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fake_ranks import on_ranks
 from PIL import Image
-from tiny_stage import TEACHER, make_encoders, make_model, stage_config
-from tiny_wan import write_model, write_photos
+from tiny_stage import TEACHER, make_encoders, make_model, save_student, stage_config
+from tiny_wan import T2V, write_model, write_photos
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -160,6 +161,33 @@ def test_a_folder_with_videos_is_kept_unless_it_is_to_be_overwritten(whole, plac
     assert json_file.read_bytes() == before
 
 
+def test_what_is_overwritten_leaves_nothing_behind(place, tmp_path):
+    options = ["--rows", "3", "--vbench", "-o", tmp_path / "out"]
+    assert evaluate(place, *options).exit_code == 0
+    (mine := tmp_path / "out" / "videos" / "mine.mp4").write_bytes(b"of another")
+    options[1] = "1"
+    assert evaluate(place, *options, "--overwrite").exit_code == 0
+    assert len(json.loads((tmp_path / "out/evaluation.json").read_text())["videos"]) == 1
+    assert sorted((tmp_path / "out").rglob("*.mp4")) == [
+        tmp_path / "out/vbench/one/i2v/videos" / (name := f"{(place / 'photos/photo0.txt').read_text()}-0.mp4"),
+        tmp_path / "out/vbench/one/long" / name,
+        mine,
+        tmp_path / "out/videos/one/00000-photo0.mp4",
+    ]
+
+
+def test_all_stages_of_a_run_beside_their_teacher(workshop, place, tmp_path):
+    for stage in ("causal", "distill"):
+        save_student(stage_config(workshop, tmp_path / "run", stage))
+    options = ["--rows", "1", "--multiples", "1,2", "--teacher-steps", "1", "plan.window_frames=3"]
+    result = run("evaluate", "--run", tmp_path / "run", "--data", place / "photos", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(found["rows"]) == ["teacher", "causal 1x", "causal 2x", "distill 1x", "distill 2x"]
+    assert [video["frames"] for video in found["videos"]] == [17, 17, 37, 17, 37]
+    assert found["rows"]["causal 1x"]["motion_px_s"]["low"] is None  # one video
+
+
 def test_an_encoded_set_needs_its_decoder_alone(workshop, tmp_path, monkeypatch):
     encode(stage_config(workshop, tmp_path / "run", "distill"), tmp_path / "set")
     write_model(tmp_path / "one", TEACHER, make_encoders())
@@ -233,9 +261,9 @@ def test_bidirectional_weights_and_guided_students(place, tmp_path):
     write_rules(place / "bidirectional", GenerationConfig.from_tree(whole))
     try:
         found = contenders(of_models([place / "bidirectional", place / "one"]), Asked(Path("x"), multiples=(1, 4)))
-        assert [(one.plan is None, one.multiples, one.clip_frames) for one in found] == [
-            (True, (1,), 5),
-            (False, (1, 4), 3),
+        assert [(one.streams, one.multiples, one.clip_frames) for one in found] == [
+            (False, (1,), 5),
+            (True, (1, 4), 3),
         ]
         assert found[0].sampling == (2, 2.0)
     finally:
@@ -246,8 +274,44 @@ def test_bidirectional_weights_and_guided_students(place, tmp_path):
 
 def test_rows_without_pictures_are_refused_where_the_model_starts_from_one(place, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle rises\n")
-    with pytest.raises(ConfigError, match="have no pictures"):
+    with pytest.raises(ConfigError, match="there is no picture"):
         RowReader(tmp_path / "prompts.txt", 1, Mesh()).read(of_models([place / "one"]).result)
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory):
+    """A text-to-video student whose first block has two latent frames."""
+    folder = write_model(tmp_path_factory.mktemp("t2v") / "text", T2V, make_encoders())
+    plan = PlanConfig(block_frames=2, first_frames=2, window_frames=6, sink_frames=2)
+    write_rules(folder, GenerationConfig.from_tree(RULES.model_dump() | {"plan": plan.model_dump()}))
+    return folder
+
+
+def test_text_to_video_students_are_judged_on_prompts(text_only, place, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle rises\na blue cross falls\n")
+    out = tmp_path / "out"
+    result = run("evaluate", "--model", text_only, "--data", tmp_path / "prompts.txt", "--vbench", "-o", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [video["frames"] for video in found["videos"]] == [9, 9]
+    assert sorted(os.listdir(out / "vbench/text/long")) == ["a blue cross falls-0.mp4", "a red circle rises-0.mp4"]
+    result = run("evaluate", "--model", text_only, "--data", place / "photos", "-o", tmp_path / "photos")
+    assert result.exit_code == 2 and "text-to-video weights, which take no picture" in result.output
+
+
+@pytest.mark.parametrize(("picture", "frames"), [("frame", 1), ("still", 2)])
+def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, tmp_path, picture, frames):
+    # Alone the picture is a block of its own, and then other windows are whole blocks: none is.
+    plan = {} if picture == "still" else {"plan": {"window_frames": None, "sink_frames": 0}}
+    target = of_models([text_only], changes={"picture": picture, **plan})
+    asked = Asked(place / "photos", num_rows=1)
+    reading, (one,) = RowReader(asked.data, 1, Mesh()).read(target.result), contenders(target, asked)
+    (row,), plan = reading.rows, reading.beginning.plan_of(given=True)
+    latents = one.maker(one.load(torch.device("cpu")), plan, first_frame_clean=True, seed=0)(row)
+    assert row.first_latent.shape[1] == frames < latents.shape[1] == 3
+    assert torch.equal(latents[:, :frames], row.first_latent)
+    (video,) = evaluate_on_data(target, asked, tmp_path / "out", Mesh())
+    assert video.measured.frames == 9
 
 
 def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
