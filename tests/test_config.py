@@ -180,6 +180,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["objective=dmd"], r"objective: got 'dmd'"),
         (["objective.kind=dmd"], r"objective.teacher: missing; this key has no default"),
         (["data.kind=images"], r"has no motion to learn from"),
+        (["data.kind=csv"], r"^data.kind: 'csv' is no data format; give auto or one of encoded, .*clips"),
         (["wandb.enabled=true"], r"wandb: enabled=true needs project"),
     ],
 )

@@ -89,10 +89,7 @@ class GenerationConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            FlowConfig(steps=self.steps, shift=self.shift)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        FlowConfig(steps=self.steps, shift=self.shift)
         count = len(self.steps)
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
         if self.sampler == "whole" and not even:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from longtake.condition import VideoShape
 from longtake.config.base import PathText, Settings
@@ -13,6 +13,16 @@ from longtake.errors import ConfigError
 from longtake.plan import StreamPlan, student_sigmas
 
 WorldFormat = Literal["images", "clips", "lmdb"]
+# Formats of data sets -> the class that reads each, imported when it is needed. A path is asked for them in this order:
+# captions are text files too, so that texts come last. A new format is a file with its class and a line here.
+FORMATS = {
+    "encoded": "longtake.data.encoded:EncodedRows",
+    "lmdb": "longtake.data.lmdb:LmdbShards",
+    "webdataset": "longtake.data.tar:TarShards",
+    "images": "longtake.data.files:ImageFolder",
+    "clips": "longtake.data.files:ClipFolder",
+    "texts": "longtake.data.files:TextRows",
+}
 
 
 class ModelConfig(Settings):
@@ -83,10 +93,7 @@ class VideoConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            _ = self.shape
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        _ = self.shape
         return self
 
 
@@ -116,10 +123,7 @@ class PlanConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            self.stream().check_window()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        self.stream().check_window()
         return self
 
 
@@ -145,16 +149,26 @@ class FlowConfig(Settings):
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
-        return {name: f"objective.{name}" for name in ("guidance", "negative_prompt", "sigma_min", "sigma_max")}
+        return {
+            **{name: f"objective.{name}" for name in ("guidance", "sigma_min", "sigma_max")},
+            "negative_prompt": "objective.negative_prompt (text: in a file, words such as no go in quotes)",
+        }
+
+
+def check_format(kind: str) -> str:
+    """The name of a format, or `auto`. Raises: ConfigError when it is neither."""
+    if kind not in ("auto", *FORMATS):
+        raise ConfigError(f"{kind!r} is no data format; give auto or one of {', '.join(FORMATS)}")
+    return kind
 
 
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
     path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
-    kind: str = Field(
+    kind: Annotated[str, AfterValidator(check_format)] = Field(
         default="auto",
-        description="format (docs/formats.md): images, clips, texts ...; `auto` looks into the folder",
+        description=f"format (docs/formats.md): {', '.join(FORMATS)}; `auto` looks into the folder",
     )
     buckets: list[list[int]] | None = Field(
         default=None,
