@@ -222,6 +222,10 @@ class OptimConfig(Settings):
         default=0, ge=0, description="last iterations of `max_steps`, over which the learning rate falls linearly to 0"
     )
 
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {"moments": "gone: remove the key"}
+
 
 class LoraConfig(Settings):
     """Low-rank updates of linear layers in the blocks, trained in place of the weights, which stay as they are."""
@@ -282,7 +286,13 @@ class ParallelConfig(Settings):
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
-        return {"weights": "data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)"}
+        automatic = ("gather_once", "join_exits", "frozen_weights")
+        gone = ("cpu_offload", "reduce_once", "master_weights")
+        return {
+            "weights": "parallel.data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)",
+            **dict.fromkeys(automatic, "automatic: remove the key"),
+            **dict.fromkeys(gone, "gone: remove the key"),
+        }
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
