@@ -29,7 +29,7 @@ def losses(folder):
 
 
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_and_damaged_checkpoints_change_no_bit(tmp_path, kills):
     """SIGKILL and SIGTERM at seeded random moments, some in saves and some in start-up; a NaN on one rank."""
     story = run(tmp_path, "--kills", kills, "--seed", kills)["story"]
