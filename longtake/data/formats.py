@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from longtake.config.groups import FORMATS, check_format
+from longtake.config.formats import FORMATS, check_format
 from longtake.data.file_rows import contents
 from longtake.data.rows import Format, PictureSpec
 from longtake.data.samples import FileSize, Sizes

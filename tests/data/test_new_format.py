@@ -7,7 +7,7 @@ from tiny_stage import stage_tree
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.config.groups import FORMATS
+from longtake.config.formats import FORMATS
 from longtake.data.formats import detect_kind, open_dataset
 from longtake.data.rows import AS_STORED, Picture, Rows
 from longtake.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ class Album(Rows):
 @pytest.fixture
 def album(tmp_path, monkeypatch):
     """Four pictures and one that is missing; texts, which are tried last, are found in the folder too."""
-    for place in ("longtake.config.groups", "longtake.data.formats"):
+    for place in ("longtake.config.formats", "longtake.data.formats"):
         monkeypatch.setattr(f"{place}.FORMATS", {"album": f"{__name__}:Album", **FORMATS})
     folder = tmp_path / "album"
     folder.mkdir()
