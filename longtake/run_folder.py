@@ -200,7 +200,8 @@ def trained_config(checkpoint: Path) -> StageConfig:
         raise CheckpointError(
             f"{checkpoint} was written by another version, whose configuration this one does not read ({reason}). Its "
             "weights are as ever: name the folder `generator` (or `generator_ema`) in it as init_from, or in "
-            "`longtake generate --model FOLDER --config RECIPE`"
+            "`longtake generate --model FOLDER --config RECIPE`. The training itself goes on with `longtake train "
+            "RECIPE`, where the recipe has the keys of this version"
         ) from None
 
 

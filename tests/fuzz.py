@@ -28,7 +28,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fuzz_files import HUGE, NUMBERS, PATHS, TEXTS, change_tree, copy_fresh, damage  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 60, 120

@@ -301,9 +301,8 @@ def test_help_imports_no_torch_and_is_quick():
     program += "try: main()\nexcept SystemExit: pass\n"
     program += "heavy = {'torch', 'diffusers', 'transformers', 'av', 'lmdb', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     assert "generate" in timed("-c", program)[1].stdout
-    help_time = min(timed("-m", "longtake", "--help")[0] for _ in range(3))
-    torch_time = min(timed("-c", "import torch")[0] for _ in range(3))
-    assert help_time < torch_time / 2
+    torch_time = timed("-c", "import torch")[0]
+    assert any(timed("-m", "longtake", "--help")[0] < torch_time / 2 for _ in range(3))
 
 
 def test_check_imports_no_torch():

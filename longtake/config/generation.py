@@ -126,10 +126,7 @@ class GenerationConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            _ = self.stream_plan
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        _ = self.stream_plan
         count = len(self.steps)
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
         if self.sampler == "whole" and not even:

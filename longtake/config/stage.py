@@ -81,11 +81,8 @@ class StageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            self._check_sizes()
-            self._check_sources()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        self._check_sizes()
+        self._check_sources()
         # The model is frozen for its users; these follow from other values of the same file.
         if self.activation_checkpointing in ("none", "full"):
             object.__setattr__(self, "activation_checkpointing", self.activation_checkpointing == "full")

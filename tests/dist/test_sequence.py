@@ -1,13 +1,12 @@
 """Sequence parallelism on gloo ranks: exchanges and their gradients, every use of the transformer, caches, errors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import sequence_run
 import torch
 from fake_ranks import FakeMesh
+from forked_ranks import torchrun
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 
 from longtake.config.groups import ParallelConfig
@@ -17,8 +16,7 @@ from longtake.models.execution import Execution
 
 
 def ranks_of(folder, ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, sequence_run.__file__, str(folder)], capture_output=True, text=True, timeout=200)
+    done = torchrun(ranks, sequence_run.__file__, folder, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
