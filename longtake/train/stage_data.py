@@ -134,7 +134,8 @@ class DataBuilder:
             dataset, first = self.dataset, len(self.learnt)
             numbers = range(first, len(dataset))
         else:
-            other = replace(self, config=_with_data(self.config, settings.data))
+            data = DataConfig(path=settings.data, num_workers=self.config.data.num_workers)  # of the stage's own size
+            other = replace(self, config=self.config.model_copy(update={"data": data}))
             dataset = open_data(other.config.data, self.config.video, self.config.clip_shape)
             other = replace(other, dataset=dataset)
             numbers = range(min(settings.num_rows, len(dataset)))
@@ -171,9 +172,3 @@ def learnt_rows(dataset: Dataset, settings: ValidationConfig) -> Dataset:
     """The rows that are learnt from: all, or those before the ones that are kept for validation."""
     held = settings.held_rows(len(dataset))
     return FirstRows(dataset, len(dataset) - held) if held else dataset
-
-
-def _with_data(config: StageConfig, path: str) -> StageConfig:
-    """The stage on other data, of its own size."""
-    data = DataConfig(path=path, num_workers=config.data.num_workers)
-    return config.model_copy(update={"data": data})
