@@ -156,11 +156,11 @@ def _encoders(sizes: DiTConfig, device: torch.device, dtype: torch.dtype, *, sma
     return Encoders(VideoVAE(vae), TextEncoder(text, tokenizer, sizes.text_len), image)
 
 
-def random_vae(channels: int) -> Any:
-    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48)."""
+def random_vae(channels: int, sizes: Mapping[str, Any] = {}) -> Any:
+    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), or of other `sizes`, its configuration."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**_VAE[channels])
+    return AutoencoderKLWan(**(sizes or _VAE[channels]))
 
 
 def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype, *, low_memory: bool) -> Encoders:

@@ -182,7 +182,12 @@ class StageConfig(RunConfig):
     @property
     def validates(self) -> bool:
         """Whether validation is asked for."""
-        return self.validate_every > 0 and self.validation.num_worlds > 0
+        return self.validate_every > 0 and (self.validation.num_worlds > 0 or self.validation.num_rows > 0)
+
+    @property
+    def teacher_samples(self) -> Path:
+        """Folder that keeps the teacher's samples of validated rows."""
+        return Path(self.validation.teacher_samples or Path(self.logdir).absolute().parent / "teacher_samples")
 
     @property
     def encoders_folder(self) -> Path:
