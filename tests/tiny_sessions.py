@@ -33,6 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "plan": {"block_frames": 2, "window_frames": None, "sink_frames": 0},
     },
     "kept sink": {"plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 3, "keep_sink": True}},
+    "last step": {
+        "guidance": 2.0,
+        "steps": [1.0, 0.7, 0.4],
+        "later_steps": [1.0, 0.5],
+        "plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 1, "context": "last_step"},
+    },
     "no y, no sink": {"_y": False, "plan": {"block_frames": 2, "window_frames": 4, "sink_frames": 0}},
 }
 

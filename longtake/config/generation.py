@@ -54,7 +54,13 @@ class GenerationConfig(Settings):
     steps: list[float] = Field(
         default=[1.0, 0.75, 0.5, 0.25], max_length=MAX_STEPS, description="noise levels before the warp"
     )
+    later_steps: list[float] | None = Field(
+        default=None, max_length=MAX_STEPS, description="those of every generated block but the first; null = `steps`"
+    )
     shift: float = Field(default=5.0, ge=0.01, le=1000, description="warp of noise levels")
+    warp_steps: bool = Field(
+        default=True, description="false: `steps` and `later_steps` are the noise levels themselves"
+    )
     guidance: float = Field(
         default=1.0, ge=0, description="classifier-free guidance w of the student; 1 = off, else twice the work"
     )
@@ -99,12 +105,12 @@ class GenerationConfig(Settings):
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams."""
-        return self.plan.stream(self.rope, self.steps, self.shift)
+        return self.plan.stream(self.rope, FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields))))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            FlowConfig(steps=self.steps, shift=self.shift)
+            _ = self.stream_plan
         except ConfigError as error:
             raise ValueError(str(error)) from None
         count = len(self.steps)
@@ -141,7 +147,7 @@ def generation_settings(
     tree = (rules or GenerationConfig()).model_dump()
     if stage is not None:
         tree |= stage.video.model_dump(include={"height", "width", "fps", "num_latent_frames"})
-        tree |= stage.flow.model_dump(include={"steps", "shift"})
+        tree |= stage.flow.model_dump()
         tree |= stage.model.model_dump(include={"clip_preprocess", "text_precision"})
         tree |= {"plan": stage.plan.model_dump(), "rope": stage.rope}
         if stage.model.preset == "toy":

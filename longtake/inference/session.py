@@ -24,7 +24,7 @@ from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
 from longtake.models.cache import KVCache
-from longtake.rollout.denoise import Guidance
+from longtake.rollout.denoise import DenoisedBlock, Guidance
 from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream
 
@@ -275,6 +275,7 @@ class Session:
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
         denoiser, plan = self.generator.denoiser, self.generator.plan
+        plan = plan.with_given(plan.first_frames)  # the picture, also where the stream begins after it
         size, channels = self.generator.latent_size, denoiser.model.config.out_channels
         noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
@@ -389,7 +390,9 @@ class Session:
             tensors["unconditional.text"] = stream.guidance.condition.text
         tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
         values["pending"] = stream.pending is not None
-        block = self.generator.plan.block_frames if stream.pending is None else stream.pending.shape[1]
+        block = self.generator.plan.block_frames if stream.pending is None else stream.pending.clean.shape[1]
+        if stream.pending is not None and stream.pending.sigma > 0:
+            tensors["pending.context"] = stream.pending.context
         for index, cache in enumerate(stream.caches):
             frames = cache.attended_frames(block)
             tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
@@ -437,7 +440,10 @@ class Session:
         for start, latents in blocks:
             stream.kept.position = start
             stream.kept.append(latents)
-        stream.pending = blocks[-1][1] if values["pending"] else None
+        if values["pending"]:
+            start, clean = blocks[-1]
+            context = tensors.get("pending.context", clean)
+            stream.pending = DenoisedBlock(clean, context, stream.plan.context_level(start))
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
         return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])

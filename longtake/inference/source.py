@@ -53,7 +53,7 @@ class Source:
                 "model.image_condition=i2v"
             )
         source, trained = cls.of_checkpoint(checkpoint, config, changes), generation_settings(config)
-        for name in ("plan", "rope", "steps", "shift"):
+        for name in ("plan", "rope", "steps", "later_steps", "shift", "warp_steps"):
             if (now := getattr(source.settings, name)) != (before := getattr(trained, name)):
                 logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
         return source

@@ -14,7 +14,7 @@ from longtake.encoders.condition import encode_condition, prepare_image
 from longtake.errors import ConfigError, DataError
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import stream_noise, student_latents
-from longtake.rollout.denoise import Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import DenoisedBlock, Guidance, commit_block, denoise_block
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ class ByHand:
     """Streams block by block with nothing but the steps of `rollout/denoise.py`; both sides of guidance have a cache."""
 
     def __init__(self, generator):
-        self.generator, self.rules = generator, generator.plan
+        self.generator, self.rules = generator, generator.plan.with_given(1)
         self.noise = stream_noise(0, [0], 4, (4, 4), "cpu")
-        self.latents, self.starts = [generator.encoders.vae.encode(prepared(PICTURE)[:, None])], [0]
+        self.blocks, self.starts = [DenoisedBlock.given(generator.encoders.vae.encode(prepared(PICTURE)[:, None]))], [0]
         self.follow(A)
 
     @property
     def position(self):
-        return self.starts[-1] + self.latents[-1].shape[1]
+        return self.starts[-1] + self.blocks[-1].clean.shape[1]
 
     def follow(self, prompt):
         """Empty caches under another prompt."""
@@ -85,11 +85,16 @@ class ByHand:
         weight = self.generator.settings.guidance
         self.guidance = None if weight == 1 else Guidance(weight, self.condition.with_text(empty), self.caches[1])
 
-    def commit(self, block):
+    def commit(self, block, again=False):
+        """By a pass, also what a stream stores by its last step; `again`, from clean latents."""
+        start, made = self.starts[block], self.blocks[block]
         for cache in self.caches:
-            cache.position = self.starts[block]
-        latents = self.latents[block]
-        commit_block(self.generator.denoiser, self.caches[0], self.condition, latents, guidance=self.guidance)
+            cache.position = start
+        context, side = made.context, {"guidance": self.guidance}
+        if again and made.sigma:
+            noise = self.noise(start, start + made.clean.shape[1], self.rules.context_step)
+            context = (1 - made.sigma) * made.clean + made.sigma * noise
+        commit_block(self.generator.denoiser, self.caches[0], self.condition, context, made.sigma, **side)
 
     def make(self):
         start = self.position
@@ -98,11 +103,12 @@ class ByHand:
             self.caches[0],
             self.condition,
             lambda step: self.noise(start, start + 2, step),
-            self.rules.sigmas,
+            self.rules,
             guidance=self.guidance,
+            stores=False,
         )
         self.starts.append(start)
-        self.latents.append(made)
+        self.blocks.append(made)
 
 
 @torch.no_grad()
@@ -123,12 +129,12 @@ def switched_oracle(generator, num_before, num_after):
             new.restore(len(left), left, *before.stored(left))
     for block, start in enumerate(stream.starts):
         if (start < sink or start >= oldest) and start not in left:
-            stream.commit(block)
+            stream.commit(block, again=True)
     for index in range(num_after):
         if index:
             stream.commit(-1)
         stream.make()
-    return torch.cat(stream.latents, 1)
+    return torch.cat([block.clean for block in stream.blocks], 1)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +243,7 @@ def test_a_target_changes_clip_tokens_and_the_tail_of_y(generator):
     for start, end in rules.blocks(0, 5):
         commit_block(generator.denoiser, cache, mixed, latents[:, start:end])
     with torch.no_grad():
-        block = denoise_block(generator.denoiser, cache, mixed, lambda k: noise(5, 7, k), rules.sigmas)
+        block = denoise_block(generator.denoiser, cache, mixed, lambda k: noise(5, 7, k), rules).clean
     expected = to_frames(generator.encoders.vae.decode(torch.cat([latents, block], 1))[0])
     assert np.array_equal(np.concatenate([before, after]), expected)
     assert session.num_frames == 25 and session.scene == 0  # no cut
