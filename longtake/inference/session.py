@@ -24,6 +24,7 @@ from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
 from longtake.models.cache import KVCache
+from longtake.plan import StreamPlan
 from longtake.rollout.denoise import DenoisedBlock, Guidance
 from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SessionInputs:
-    """What the frames should follow: a prompt, the scene's own picture and, or None, another one to move towards.
+    """What the frames should follow: a prompt, the scene's own picture and another one to move towards, or None.
 
     Pictures are [1, 3, h, w] in [-1, 1].
     """
 
     prompt: str
-    picture: Tensor
+    picture: Tensor | None = None
     target: Tensor | None = None
 
     def same_pictures(self, other: SessionInputs) -> bool:
@@ -149,18 +150,21 @@ class Session:
         self.wanted = replace(self.wanted, prompt=check_prompt(text))
 
     @property
-    def image(self) -> NDArray[np.uint8]:
-        """The picture of the scene, uint8 [h, w, 3]. Setting it is a cut.
+    def image(self) -> NDArray[np.uint8] | None:
+        """The picture of the scene, uint8 [h, w, 3]; None: it has none. Setting it is a cut.
 
-        From the next call on the video shows a new scene that begins with this picture as latent frame 0: positions,
-        cache and decoder restart, a target is forgotten, the noise is that of another video of the same seed. Its first
-        call gives 1 frame again. Raises: DataError when the picture cannot be read.
+        From the next call on the video shows a new scene that begins with this picture as latent frame 0 (None: with a
+        block that is generated): positions, cache and decoder restart, a target is forgotten, the noise is that of
+        another video of the same seed. Its first call gives the first block again.
+        Raises: DataError when the picture cannot be read, ConfigError when the weights take none or need one.
         """
-        return to_frames(self.wanted.picture)[0]
+        return None if self.wanted.picture is None else to_frames(self.wanted.picture)[0]
 
     @image.setter
-    def image(self, image: Picture) -> None:
-        self.wanted, self.cut = SessionInputs(self.wanted.prompt, self.generator.prepare(image)), True
+    def image(self, image: Picture | None) -> None:
+        self.generator.beginning.check(given=image is not None)
+        picture = None if image is None else self.generator.prepare(image)
+        self.wanted, self.cut = SessionInputs(self.wanted.prompt, picture), True
 
     @property
     def image_target(self) -> NDArray[np.uint8] | None:
@@ -186,8 +190,9 @@ class Session:
     def next(self) -> NDArray[np.uint8]:
         """The next frames, uint8 [T, h, w, 3].
 
-        The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
-        frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
+        The first call of a scene gives its picture as the model sees it (T = 1), or where it has none the first block;
+        each later one a block: T = latent frames of a block times the VAE's temporal stride. Memory and work do not
+        depend on how long the video is.
         What raises, Ctrl-C and a full memory included, changes nothing: the same call can be made again.
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
         are not finite.
@@ -238,8 +243,8 @@ class Session:
         return frames, state
 
     def _check_length(self) -> None:
-        most = self.max_latent_frames
-        if most is not None and not self.cut and self.position >= most:
+        most, stream = self.max_latent_frames, self.state.stream
+        if most is not None and not self.cut and stream is not None and stream.plan.block_of(self.position)[1] > most:
             raise ConfigError(
                 f"this session was opened for scenes of {most} latent frames, which have been made; open one with a "
                 "larger max_frames, or set `image` for a new scene"
@@ -255,7 +260,8 @@ class Session:
         caches = kept or self._unused
         for cache in caches:
             cache.clear()
-        stream = self.new_stream(scene, caches, condition, unconditional, first_latent)
+        plan = generator.beginning.plan_of(given=first_latent is not None)
+        stream = self.new_stream(scene, caches, condition, unconditional, first_latent, plan)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
         new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
@@ -272,10 +278,10 @@ class Session:
         condition: Condition,
         unconditional: Condition | None,
         first_latent: Tensor | None,
+        plan: StreamPlan,
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
-        denoiser, plan = self.generator.denoiser, self.generator.plan
-        plan = plan.with_given(plan.first_frames)  # the picture, also where the stream begins after it
+        denoiser = self.generator.denoiser
         size, channels = self.generator.latent_size, denoiser.model.config.out_channels
         noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
@@ -364,7 +370,7 @@ class Session:
         values: dict[str, Any] = {
             name: {
                 "prompt": inputs.prompt,
-                "picture": number[id(inputs.picture)],
+                "picture": number.get(id(inputs.picture)),
                 "target": number.get(id(inputs.target)),
             }
             for name, inputs in looks.items()
@@ -390,7 +396,7 @@ class Session:
             tensors["unconditional.text"] = stream.guidance.condition.text
         tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
         values["pending"] = stream.pending is not None
-        block = self.generator.plan.block_frames if stream.pending is None else stream.pending.clean.shape[1]
+        block = stream.plan.block_frames if stream.pending is None else stream.pending.clean.shape[1]
         if stream.pending is not None and stream.pending.sigma > 0:
             tensors["pending.context"] = stream.pending.context
         for index, cache in enumerate(stream.caches):
@@ -410,8 +416,8 @@ class Session:
         ]
 
         def inputs(name: str) -> SessionInputs:
-            own, target = values[name]["picture"], values[name]["target"]
-            return SessionInputs(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
+            shown = (values[name][which] for which in ("picture", "target"))
+            return SessionInputs(values[name]["prompt"], *(None if k is None else pictures[k] for k in shown))
 
         session = cls(
             generator,
@@ -435,7 +441,8 @@ class Session:
         for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
             keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
             cache.restore(saved["position"], saved["frames"], keys, kept)
-        stream = self.new_stream(values["scene"], caches, condition, unconditional, None)
+        plan = self.generator.beginning.plan_of(given=self.state.inputs.picture is not None)
+        stream = self.new_stream(values["scene"], caches, condition, unconditional, None, plan)
         stream.kept = LatentHistory(stream.plan)
         for start, latents in blocks:
             stream.kept.position = start
