@@ -22,8 +22,9 @@ from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
 from longtake.inference.sampling import teacher_latents
-from longtake.inference.session import Session, SessionInputs
+from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
+from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
 from longtake.models.execution import compilations
