@@ -118,6 +118,10 @@ class Watched:
         """Seconds to the first frame that is not the picture."""
         return self.arrivals[self.given]
 
+    def generated(self, fps: int) -> tuple[list[float], list[float]]:
+        """Arrivals of the chunks that were generated, and the seconds for which each plays."""
+        return self.arrivals[self.given :], [count / fps for count in self.frames[self.given :]]
+
 
 def _picture(generator: Generator) -> NDArray[np.uint8] | None:
     """A picture, for weights that take one."""
@@ -143,11 +147,8 @@ def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watc
         frames.append(len(chunk))
         if generator.device.type == "cuda":
             allocated.append(torch.cuda.memory_allocated(generator.device))
-        if (
-            settled is not None
-            and sum(frames) == begun + settled * block_frames
-            and isinstance(generator, TimedGenerator)
-        ):
+        now = settled is not None and sum(frames) == begun + settled * block_frames
+        if now and isinstance(generator, TimedGenerator):
             generator.phases.take()
     return Watched(arrivals, frames, allocated, chunk, picture is not None)
 
@@ -200,7 +201,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
         },
         "gaps_ms": percentiles([1000 * (b - a) for a, b in pairwise(arrivals)]),
         "rtf": block_seconds * generator.fps / frames,
-        "stalls": asdict(playback(warm.arrivals[1:], [count / generator.fps for count in warm.frames[1:]])),
+        "stalls": asdict(playback(*warm.generated(generator.fps))),
         "peak_gib": peak,
         "memory_gib": memory_gib(generator),
         "allocated_gib": [min(held), max(held)] if held else None,
@@ -286,12 +287,8 @@ def first_parts(generator: Generator) -> dict[str, float | None]:
     latent decoded and fetched. Some run beside each other; and Python, which begins them all, has no part here.
     """
     encoders, device, picture = generator.encoders, generator.device, _picture(generator)
-    size, image, near = (
-        (generator.settings.height, generator.settings.width),
-        encoders.image,
-        1 + generator.plan.block_frames,
-    )
-    video = torch.zeros(1, 3, *size, device=device)
+    image, near = encoders.image, 1 + generator.plan.block_frames
+    video = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     timed, with_y = TimedGenerator.of(generator), generator.model.config.condition_channels
     length = generator.first_pixels(given=picture is not None)
     if picture is not None:
