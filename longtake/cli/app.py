@@ -45,6 +45,8 @@ def common(
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may be no text
     # numpy's products are small here; its threads would cost five times the time beside torch's and scoring processes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # FlashAttention-4 keeps what it compiles between processes where it is asked to; torch does so by itself.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def main() -> None:

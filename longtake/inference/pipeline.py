@@ -248,7 +248,8 @@ class Pipeline:
         """
         if picture is None or self.model.config.condition_channels == 0:
             return *self.condition(picture, prompt), None
-        near = self.plan.block_of(self.plan.first_frames)[1] if self.device.type == "cuda" else 1
+        plan = self.beginning.plan_of(given=True)
+        near = plan.block_of(plan.first_frames)[1] if self.device.type == "cuda" else 1
         condition, y = begin_condition(self.encoders, picture, [prompt], near)
         return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
