@@ -23,14 +23,17 @@ from torch import Tensor
 
 from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, wholes
 from longtake.bench.kernels import best_layouts, decode_operations, floor_seconds, pass_operations, rates
+from longtake.condition import Condition
 from longtake.encoders.condition import ConditionFrames, condition_frames
 from longtake.encoders.vae import DecoderSession
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.video_io import VideoWriter
 from longtake.models.attention import forward_kernels
+from longtake.models.cache import KVCache
 from longtake.models.execution import compilations
 from longtake.models.flops import Call
+from longtake.plan import StreamPlan
 from longtake.train.metrics import PhaseTimer
 
 PROMPT = "a red circle drifts to the right"  # words that the toy knows; any text takes as long
@@ -39,22 +42,29 @@ GIB = 2**30
 
 
 class TimedDenoiser:
-    """A denoiser whose passes are timed by their place in a block of so many `steps`: "pass 0", "pass 1", ..., and
-    "context", one that commits and denoises nothing.
+    """A denoiser whose passes are timed by their place in a block: "pass 0", "pass 1", ..., and "context", one that
+    commits and denoises nothing.
     """
 
-    def __init__(self, denoiser: Any, phases: PhaseTimer, steps: int) -> None:
-        self._denoiser, self._phases, self._steps, self._next = denoiser, phases, steps, 0
+    def __init__(self, denoiser: Any, phases: PhaseTimer, plan: StreamPlan) -> None:
+        self._denoiser, self._phases, self._plan = denoiser, phases, plan.with_given(plan.first_frames)
+        self._start, self._next = -1, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
-    def __call__(self, *args: Any, commit: bool = False, **given: Any) -> Tensor:
-        alone = commit and self._next == 0  # else the last pass of a block commits it
-        name = "context" if alone else f"pass {self._next}"
-        self._next = 0 if alone else (self._next + 1) % self._steps
+    def __call__(
+        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool = False, **given: Any
+    ) -> Tensor:
+        if cache.position != self._start:
+            self._start, self._next = cache.position, 0
+        name = f"pass {self._next}"
+        if commit and not self._plan.stores_itself(cache.position):
+            name = "context"
+        else:
+            self._next += 1
         with self._phases.whole(name):
-            return self._denoiser(*args, commit=commit, **given)
+            return self._denoiser(x, sigma, condition, cache, commit=commit, **given)
 
 
 class TimedDecoder:
@@ -86,7 +96,7 @@ class TimedGenerator(Generator):
         """Of another one."""
         made = cls(**{field.name: getattr(generator, field.name) for field in fields(generator)})
         made.phases = PhaseTimer(generator.device)
-        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, len(made.plan.sigmas))  # type: ignore[assignment]
+        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, made.plan)  # type: ignore[assignment]
         return made
 
     def new_decoder(self) -> Any:
@@ -136,10 +146,13 @@ def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watc
 
 
 def settled_block(generator: Generator) -> int:
-    """The first block of a warm video that is like all later ones: the window is full, and y encoded to its end."""
+    """The first block of a warm video that is like all later ones: the window is full, y encoded to its end, and levels
+    and context are those of later blocks.
+    """
     plan, steady = generator.plan, generator.encoders.vae.steady_index
     frames = max(plan.window_frames or 0, steady if generator.model.config.condition_channels else 0)
-    return 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames))
+    like_later = plan.context_from + 2 if plan.context == "last_step" else 1 if plan.later_sigmas is None else 2
+    return max(like_later, 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames)))
 
 
 def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm_up: bool = False) -> dict[str, Any]:
@@ -245,6 +258,7 @@ def plan_of(generator: Generator) -> dict[str, Any]:
         "precision": settings.precision,
         **{name: getattr(plan, name) for name in named},
         "sigmas": list(plan.sigmas),
+        "later_sigmas": None if plan.later_sigmas is None else list(plan.later_sigmas),
     }
 
 
