@@ -164,10 +164,13 @@ def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watc
 
 
 def settled_block(generator: Generator) -> int:
-    """The first block of a warm video that is like all later ones: the window is full, and y encoded to its end."""
+    """The first block of a warm video that is like all later ones: the window is full, y encoded to its end, and levels
+    and context are those of later blocks.
+    """
     plan, steady = generator.plan, generator.encoders.vae.steady_index
     frames = max(plan.window_frames or 0, steady if generator.model.config.condition_channels else 0)
-    return 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames))
+    like_later = plan.context_from + 2 if plan.context == "last_step" else 1 if plan.later_sigmas is None else 2
+    return max(like_later, 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames)))
 
 
 def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm_up: bool = False) -> dict[str, Any]:
@@ -282,6 +285,7 @@ def plan_of(generator: Generator) -> dict[str, Any]:
         "decoder": settings.decoder,
         **{name: getattr(plan, name) for name in named},
         "sigmas": list(plan.sigmas),
+        "later_sigmas": None if plan.later_sigmas is None else list(plan.later_sigmas),
     }
 
 
