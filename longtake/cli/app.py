@@ -20,6 +20,7 @@ from longtake.cli.generate import generate, play
 from longtake.cli.measure import evaluate, measure
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
+from longtake.cli.verify import verify
 from longtake.cli.weights import convert, export
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, world, convert, export):
+for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, verify, world, convert, export):
     app.command()(_command)
 app.command("config")(show_config)
 
