@@ -53,12 +53,12 @@ class ValidationBench:
             settings = self.config.validation.model_copy(
                 update={"teacher_steps": _TEACHER_STEPS, "teacher_samples": folder, "max_share": 1.0}
             )
-            config = self.config.model_copy(update={"logdir": str(Path(folder) / "log"), "validation": settings})
+            changes = {"logdir": str(Path(folder) / "log"), "validation": settings}
             short = settings.model_copy(update={"times_longer": 1})
-            warm = self._validation(config.model_copy(update={"validation": short}))
+            warm = self._validation(changes | {"validation": short})
             warm.prepare()
             first = self._seconds(lambda: warm.evaluate(0))
-            validation = replace(warm, config=config)  # which has the teacher's videos
+            validation = replace(warm, config=self.config.model_copy(update=changes))  # which has the teacher's videos
             self._forget_peak()
             numbers: dict[str, float] = {}
             seconds = self._seconds(lambda: numbers.update(validation.evaluate(1)))
@@ -79,8 +79,8 @@ class ValidationBench:
             "long_motion_px_s": numbers.get("validation/long_motion_px_s"),
         }
 
-    def _validation(self, config: StageConfig) -> RowValidation:
-        model = self.teacher
+    def _validation(self, changes: Mapping[str, Any]) -> RowValidation:
+        config, model = self.config.model_copy(update=changes), self.teacher
         teacher = None if model is None else Teacher(lambda: "random", lambda: nullcontext(model))
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         with self.mesh.device:

@@ -27,11 +27,11 @@ from longtake.config.groups import (
     OptimConfig,
     ParallelConfig,
     PlanConfig,
-    ValidationConfig,
     VideoConfig,
 )
 from longtake.config.objective import ChosenObjective, NetworkConfig, ObjectiveConfig
 from longtake.config.run import RunConfig
+from longtake.config.validation import ValidationConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from longtake.condition import VideoShape
-from longtake.config.groups import DataConfig, ValidationConfig, VideoConfig
+from longtake.config.groups import DataConfig, VideoConfig
 from longtake.config.stage import StageConfig
+from longtake.config.validation import ValidationConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader

@@ -55,7 +55,7 @@ def test_frames_are_those_of_the_decoder(generator, encoders):
     )
     decoding = generator.decoder.decoder_session()
     latents = torch.cat([block for _, block in kept.blocks()], 1)
-    wanted = [to_frames(decoding.decode(block)[0]) for block in latents.split([1, 2, 2], 1)]
+    wanted = [to_frames(decoding.decode(block)[0]) for block in latents.split([1, 1, 1, 2], 1)]
     assert np.array_equal(np.concatenate(frames), np.concatenate(wanted))
     assert [chunk.shape for chunk in frames] == [chunk.shape for chunk in real]
     assert np.abs(frames[2].astype(int) - real[2]).max() > 20
