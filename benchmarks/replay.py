@@ -48,9 +48,9 @@ class Packed(Dmd):
     def _roll_out(self, batch, step, *, with_grad):
         exits, predict = [], denoise._predict
 
-        def spy(denoiser, cache, condition, x, sigma, *rest):
+        def spy(denoiser, cache, condition, x, sigma, *rest, **more):
             exits.append((x, sigma))
-            return predict(denoiser, cache, condition, x, sigma, *rest)
+            return predict(denoiser, cache, condition, x, sigma, *rest, **more)
 
         with mock.patch.object(denoise, "_predict", spy), torch.no_grad():
             made = super()._roll_out(batch, step, with_grad=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longtake.errors import ConfigError
@@ -58,6 +59,24 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of this machine, or of the container where that has a limit: all, and what may still be taken (caches of
+    files make way); zeros where the system does not tell.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    fields = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    total, free, group = fields["MemTotal"], fields["MemAvailable"], Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no cgroup, or its limit is the word "max"
+        return total, free
+    return min(total, limit), min(free, limit - used + int(cached))
 
 
 def usable_device(name: str | torch.device | None, option: str = "device") -> torch.device:

@@ -13,8 +13,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-class ConfigError(LongtakeError):
-    """A configuration value, or a combination of values, breaks a rule."""
+class ConfigError(LongtakeError, ValueError):
+    """A configuration value, or a combination of values, breaks a rule.
+
+    A ValueError, so that rules which pydantic asks may raise it: it then gets the dotted name of its key.
+    """
 
 
 class DataError(LongtakeError):

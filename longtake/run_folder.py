@@ -37,6 +37,11 @@ def checkpoints_folder(stage_folder: str | Path) -> Path:
     return Path(stage_folder) / "checkpoints"
 
 
+def best_folder(stage_folder: str | Path) -> Path:
+    """Where the stage in `stage_folder` keeps the networks of its best checkpoint (`keep_best`)."""
+    return Path(stage_folder) / "best"
+
+
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint made after `step` iterations."""
     return f"step_{step:06d}"
@@ -200,7 +205,8 @@ def trained_config(checkpoint: Path) -> StageConfig:
         raise CheckpointError(
             f"{checkpoint} was written by another version, whose configuration this one does not read ({reason}). Its "
             "weights are as ever: name the folder `generator` (or `generator_ema`) in it as init_from, or in "
-            "`longtake generate --model FOLDER --config RECIPE`"
+            "`longtake generate --model FOLDER --config RECIPE`. The training itself goes on with `longtake train "
+            "RECIPE`, where the recipe has the keys of this version"
         ) from None
 
 
@@ -220,6 +226,22 @@ def find_checkpoint(path: Path) -> Path:
         if (found := latest_checkpoint(checkpoints_folder(stage), with_exports=True)) is not None:
             return found
     raise CheckpointError(f"{path} holds no complete checkpoint of a student; train one first")
+
+
+def best_checkpoint(path: Path) -> Path:
+    """What was kept as the best of a stage folder, or of the last stage of a log folder that kept one.
+
+    Raises: CheckpointError.
+    """
+    stages = [path] if checkpoints_folder(path).is_dir() else student_stages(path) if path.is_dir() else []
+    for stage in reversed(stages):
+        if kept := list_checkpoints(best_folder(stage)):
+            verify_checkpoint(kept[-1])
+            return kept[-1]
+    raise CheckpointError(
+        f"{path} holds no best checkpoint; train with keep_best set to a number of the validations (`longtake config "
+        "stage` lists them), or take the last one"
+    )
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:

@@ -28,7 +28,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fuzz_files import HUGE, NUMBERS, PATHS, TEXTS, change_tree, copy_fresh, damage  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 60, 120
@@ -49,6 +49,7 @@ CALLS = {
     "play": [["--model", "student", "--encoders", "encoders", *PICTURE, "--seconds", "0.4", "-o", "new.mp4"]],
     "evaluate": [["--run", "run", "--num-worlds", "1", "--batch-size", "1", "-o", "new"]],
     "measure": [["mine=data/clips", "--json", "new.json", "--block", "9+12"]],
+    "verify": [["student", "--encoders", "encoders", "height=32", "width=32", "--json", "new.json"]],
     "world": [["new", "--num-worlds", "1", "--num-frames", "5"]],
     "doctor": [["stage.yaml"], ["stage.yaml", "--json"], ["--table"]],
     "convert": [["teacher", "new", "--to", "original"], ["teacher", "new", "--to", "longtake", "--lora", "lora"]],
@@ -61,7 +62,7 @@ READERS = {
     "story.yaml": [CALLS["generate"][3]],
     "stage.yaml": [["train", "stage.yaml", "--check"], ["generate", "--config", "stage.yaml", *CALLS["generate"][0]]],
     "teacher/*": [["convert", *CALLS["convert"][0]], ["train", "stage.yaml", *TINY], ["doctor", "stage.yaml"]],
-    "student/*": [CALLS["generate"][0]],
+    "student/*": [CALLS["generate"][0], ["verify", *CALLS["verify"][0]]],
     "encoders/*/*": [CALLS["generate"][0], ["encode", "stage.yaml", "-o", "new"]],
     "lora/*": [["convert", *CALLS["convert"][1]]],
     "run/**/*": [["export", "run", "new"], CALLS["generate"][1], ["train", "stage.yaml", *TINY, "max_steps=2", "--logdir", "run"]],

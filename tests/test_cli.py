@@ -24,7 +24,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json", "unmerge", "overwrite", "small_text", "warm_up"}
+FLAGS = {"debug", "check", "help", "as_json", "unmerge", "best", "overwrite", "small_text", "warm_up"}
 PICTURE = ["--image", "i.png", "--prompt", "p"]
 
 
@@ -109,7 +109,14 @@ NOT_DEFAULT = {
     "watchdog": {"seconds": 41.0, "slow_seconds": 43.0},
     "validate_every": 17,
     "log_every": 19,
-    "validation": {"num_worlds": 23, "num_latent_frames": 10, "seed": 29, "teacher_steps": 31, "teacher_guidance": 1.5},
+    "validation": {
+        "num_worlds": 23, "num_latent_frames": 10, "seed": 29, "teacher_steps": 31, "teacher_guidance": 1.5,
+        "num_rows": 3, "data": "rows", "times_longer": 7, "max_share": 0.5, "teacher_samples": "samples",
+    },
+    "alarms": {
+        "motion": 0.3, "saturation": 0.4, "seam": 1.5, "uniform": 0.2, "history": 9.0, "stop": ["seam", "history"],
+    },
+    "keep_best": "stop_rate",
     "wandb": {"enabled": True, "project": "p"},
     "profile": {"num_steps": 3, "start_step": 5, "every_rank": True, "shapes": True, "memory": True},
 }  # fmt: skip
@@ -301,9 +308,8 @@ def test_help_imports_no_torch_and_is_quick():
     program += "try: main()\nexcept SystemExit: pass\n"
     program += "heavy = {'torch', 'diffusers', 'transformers', 'av', 'lmdb', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     assert "generate" in timed("-c", program)[1].stdout
-    help_time = min(timed("-m", "longtake", "--help")[0] for _ in range(3))
-    torch_time = min(timed("-c", "import torch")[0] for _ in range(3))
-    assert help_time < torch_time / 2
+    torch_time = timed("-c", "import torch")[0]
+    assert any(timed("-m", "longtake", "--help")[0] < torch_time / 2 for _ in range(3))
 
 
 def test_check_imports_no_torch():

@@ -180,6 +180,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["objective=dmd"], r"objective: got 'dmd'"),
         (["objective.kind=dmd"], r"objective.teacher: missing; this key has no default"),
         (["data.kind=images"], r"has no motion to learn from"),
+        (["data.kind=csv"], r"data.kind: 'csv' is no data format; give auto or one of encoded, .*clips"),
         (["wandb.enabled=true"], r"wandb: enabled=true needs project"),
     ],
 )
@@ -228,7 +229,13 @@ def test_dmd_has_a_critic_and_says_what_it_does_not_read(tmp_path):
         ("long.num_chunks=[3]", "objective: num_chunks, new_frames and switch_frames are keys of kind long_tuning"),
         ("flow.guidance=2", "objective.guidance"),
         ("flow.sigma_min=0.1", "objective.sigma_min"),
-        ("parallel.weights=whole", "data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)"),
+        ("parallel.join_exits=true", "automatic: remove the key"),
+        ("parallel.cpu_offload=true", "gone: remove the key"),
+        ("optim.moments=int8", "gone: remove the key"),
+        (
+            "parallel.weights=whole",
+            "parallel.data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)",
+        ),
     ],
 )
 def test_keys_of_earlier_versions_are_refused_with_their_new_names(tmp_path, override, named):

@@ -29,7 +29,7 @@ ALLOWED = {
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
     "doctor": TRAINING,  # it runs a training without data
-    "bench": TRAINING | {"doctor"},  # nobody imports it
+    "bench": TRAINING | {"doctor", "evaluation"},  # nobody imports it
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily
 
@@ -111,6 +111,16 @@ def test_the_rules_see_a_wrong_import(tmp_path, monkeypatch):
         test_import_direction(bad)
     with pytest.raises(AssertionError):
         test_heavy_imports_are_lazy(bad)
+
+
+def test_helpers_of_several_test_folders_lie_above_them():
+    """pytest finds a helper in a test's own folder and in `tests/`, in another one only if that was collected before."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    home = {path.stem: path.parent for path in files}
+    for path in files:
+        found = {name.split(".")[0] for name in imports(path)} & home.keys()
+        strangers = [name for name in found if home[name] not in (path.parent, Path(__file__).parent)]
+        assert not strangers, f"{path} imports {strangers}; move them to tests/"
 
 
 def test_every_public_name_is_there():

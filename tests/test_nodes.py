@@ -68,8 +68,36 @@ def test_a_wrong_key_ends_before_machines_wait_for_each_other():
     refused = bash(NODES, *given, "max_step=3")
     assert refused.returncode == 2 and "ConfigError: unknown key max_step" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A python on a machine with two GPUs that shows what torchrun would be given, in place of starting it."""
+    file = tmp_path / "python"
+    cases = "*torch.distributed.run*) printf '%s\\n' \"$@\" ;; *device_count*) echo 2 ;;"
+    file.write_text(f'#!/bin/sh\ncase "$*" in {cases} *) exec "{sys.executable}" "$@" ;; esac\n')
+    file.chmod(0o755)
+    return file
+
+
+def test_torchrun_is_told_of_all_machines(python):
+    """In its own words: they are read by its own parser."""
+    from torch.distributed.run import get_args_parser
+
+    config = ROOT / "configs" / "toy" / "distill.yaml"
+    given = ["--nodes=2", "--head=a", "--id=b", f"--config={config}", f"--python={python}", "batch_size=16"]
+    done = bash(NODES, *given)
+    assert done.returncode == 0, done.stderr
+    read = get_args_parser().parse_args(done.stdout.splitlines()[2:])
+    assert (read.nnodes, read.nproc_per_node, read.rdzv_id) == ("2", "2", "b")
+    assert (read.rdzv_backend, read.rdzv_endpoint, read.local_addr) == ("c10d", "a:29500", None)
+    assert read.module and [read.training_script, *read.training_script_args] == [
+        *("longtake", "train", str(config), "batch_size=16")
+    ]
+    here = get_args_parser().parse_args(bash(NODES, *given, "--head=127.0.0.1:1", "--gpus=0").stdout.splitlines()[2:])
+    assert (here.nproc_per_node, here.rdzv_endpoint, here.local_addr) == ("1", "127.0.0.1:1", "127.0.0.1")
     refused = bash(NODES, *given, "--gpus", "99")
-    assert refused.returncode == 2 and "--gpus 99: this machine has" in refused.stderr
+    assert refused.returncode == 2 and "--gpus 99: this machine has 2" in refused.stderr
 
 
 def slurm(tmp_path, *arguments, **changes):
@@ -176,6 +204,7 @@ def stage(workshop, tmp_path):
     return file, tree
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(stage, tmp_path):
     file, tree = stage
     assert wait(nodes(file, tmp_path), tmp_path) == [0, 0], (tmp_path / "node0.log").read_text()

@@ -87,7 +87,7 @@ def test_the_ports_values_are_corrected(monkeypatch):
     monkeypatch.chdir(ROOT)
     causal, distill = (load_config(WAN / f"i2v_1_3b/{name}.yaml") for name in ("teacher_forcing", "distill"))
     for stage in (causal, distill):
-        assert isinstance(stage, StageConfig)
+        assert isinstance(stage, StageConfig) and stage.validate_every > 0 and stage.validation.num_rows > 0
         assert [end - start for start, end in stage.plan.stream().blocks(0, 21)] == [1, 4, 4, 4, 4, 4]
         assert (stage.video.num_latent_frames, stage.plan.window_frames, stage.plan.sink_frames) == (21, 13, 5)
     assert distill.init_from == "teacher_forcing" and distill.accumulation(4) == 1
@@ -113,7 +113,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-SMALL = [*tiny_wan.REHEARSAL, "batch_size=1"]
+SMALL = [*tiny_wan.REHEARSAL, "batch_size=1", "validation.times_longer=2", "validation.teacher_steps=2"]
 
 
 def encode(recipe: str, data: str, output: str) -> list[str]:
@@ -129,6 +129,10 @@ def train(recipe: str, *changes: str, steps: int = 1) -> Path:
     config = load_config(file, [*SMALL, *changes])
     assert isinstance(config, StageConfig)
     rows = read_rows(config.folder / "metrics.jsonl")
+    validated = [row for row in rows if "validation/errors" in row]
+    assert [row["step"] for row in validated] == [0, steps] and (config.folder / "contact_sheet.png").is_file()
+    assert all(row["validation/errors"] == 0 and row["validation/distance_to_teacher"] > 0 for row in validated)
+    rows = [row for row in rows if row not in validated]
     assert len(rows) == steps and all(rows[0][key] > 0 for key in rows[0] if key.endswith(("_loss", "_grad_norm")))
     assert read_manifest(latest_checkpoint(config.folder / "checkpoints"))["step"] == steps
     return config.folder

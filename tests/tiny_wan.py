@@ -75,4 +75,4 @@ def write_data(folder: Path) -> None:
     """`photos/`, `prompts.txt`, and `world/clips/` that are long enough for every recipe."""
     write_photos(folder / "photos")
     (folder / "prompts.txt").write_text("\n".join(sample_world(0, k).caption for k in range(3)))
-    write_world(folder / "world", WorldConfig(num_worlds=1, num_frames=121, formats=["clips"]))
+    write_world(folder / "world", WorldConfig(num_worlds=2, num_frames=121, formats=["clips"]))

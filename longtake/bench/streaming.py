@@ -8,6 +8,7 @@ recording. Of the next video, blocks count from the one on that is like all late
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -22,15 +23,27 @@ from PIL import Image
 from torch import Tensor
 
 from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, wholes
-from longtake.bench.kernels import best_layouts, decode_operations, floor_seconds, pass_operations, rates
+from longtake.bench.kernels import (
+    Operation,
+    best_layouts,
+    decode_operations,
+    floor_seconds,
+    pass_operations,
+    rates,
+    tiny_operations,
+)
+from longtake.condition import Condition
 from longtake.encoders.condition import ConditionFrames, condition_frames
-from longtake.encoders.vae import DecoderSession
+from longtake.encoders.decoders import TinyDecoder
+from longtake.encoders.sessions import DecoderSession
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.video_io import VideoWriter
 from longtake.models.attention import forward_kernels
+from longtake.models.cache import KVCache
 from longtake.models.execution import compilations
 from longtake.models.flops import Call
+from longtake.plan import StreamPlan
 from longtake.train.metrics import PhaseTimer
 
 PROMPT = "a red circle drifts to the right"  # words that the toy knows; any text takes as long
@@ -39,22 +52,25 @@ GIB = 2**30
 
 
 class TimedDenoiser:
-    """A denoiser whose passes are timed by their place in a block of so many `steps`: "pass 0", "pass 1", ..., and
-    "context", one that commits and denoises nothing.
+    """A denoiser whose passes are timed by their place in a block of a `plan`: "pass 0", "pass 1", ..., and "context",
+    one that commits and denoises nothing.
     """
 
-    def __init__(self, denoiser: Any, phases: PhaseTimer, steps: int) -> None:
-        self._denoiser, self._phases, self._steps, self._next = denoiser, phases, steps, 0
+    def __init__(self, denoiser: Any, phases: PhaseTimer, plan: StreamPlan) -> None:
+        self._denoiser, self._phases, self._plan, self._next = denoiser, phases, plan, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
-    def __call__(self, *args: Any, commit: bool = False, **given: Any) -> Tensor:
-        alone = commit and self._next == 0  # else the last pass of a block commits it
-        name = "context" if alone else f"pass {self._next}"
-        self._next = 0 if alone else (self._next + 1) % self._steps
+    def __call__(
+        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool = False, **given: Any
+    ) -> Tensor:
+        levels = len(self._plan.levels(cache.position))
+        last = commit and self._next == levels - 1 and self._plan.stores_itself(cache.position)
+        name = "context" if commit and not last else f"pass {self._next}"
+        self._next = 0 if commit else (self._next + 1) % levels
         with self._phases.whole(name):
-            return self._denoiser(*args, commit=commit, **given)
+            return self._denoiser(x, sigma, condition, cache, commit=commit, **given)
 
 
 class TimedDecoder:
@@ -86,7 +102,8 @@ class TimedGenerator(Generator):
         """Of another one."""
         made = cls(**{field.name: getattr(generator, field.name) for field in fields(generator)})
         made.phases = PhaseTimer(generator.device)
-        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, len(made.plan.sigmas))  # type: ignore[assignment]
+        plan = generator.beginning.plan_of(given=_picture(generator) is not None)
+        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, plan)  # type: ignore[assignment]
         return made
 
     def new_decoder(self) -> Any:
@@ -104,14 +121,22 @@ class Watched:
     frames: list[int]
     allocated: list[int]
     last: NDArray[np.uint8]
+    given: bool = True  # the picture, as the first chunk
 
     @property
     def first_generated(self) -> float:
         """Seconds to the first frame that is not the picture."""
-        return self.arrivals[1]
+        return self.arrivals[self.given]
+
+    def generated(self, fps: int) -> tuple[list[float], list[float]]:
+        """Arrivals of the chunks that were generated, and the seconds for which each plays."""
+        return self.arrivals[self.given :], [count / fps for count in self.frames[self.given :]]
 
 
-def _picture(generator: Generator) -> NDArray[np.uint8]:
+def _picture(generator: Generator) -> NDArray[np.uint8] | None:
+    """A picture, for weights that take one."""
+    if generator.beginning.picture == "none":
+        return None
     size = generator.settings.height, generator.settings.width, 3
     return np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
 
@@ -121,25 +146,31 @@ def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watc
 
     Args: `settled`, the block after which a timed generator forgets what it timed before.
     """
+    picture = _picture(generator)
     block_frames = generator.plan.block_frames * generator.encoders.vae.temporal_stride
-    num_frames = 1 + blocks * block_frames
+    begun = generator.first_pixels(given=picture is not None)
+    num_frames = begun + blocks * block_frames
     arrivals, frames, allocated = [], [], []
     start = time.perf_counter()
-    for chunk in generator.stream(_picture(generator), PROMPT, num_frames=num_frames, ahead=generator.is_ahead):
+    for chunk in generator.stream(picture, PROMPT, num_frames=num_frames, ahead=generator.is_ahead):
         arrivals.append(time.perf_counter() - start)
         frames.append(len(chunk))
         if generator.device.type == "cuda":
             allocated.append(torch.cuda.memory_allocated(generator.device))
-        if settled is not None and sum(frames) == 1 + settled * block_frames and isinstance(generator, TimedGenerator):
+        now = settled is not None and sum(frames) == begun + settled * block_frames
+        if now and isinstance(generator, TimedGenerator):
             generator.phases.take()
-    return Watched(arrivals, frames, allocated, chunk)
+    return Watched(arrivals, frames, allocated, chunk, picture is not None)
 
 
 def settled_block(generator: Generator) -> int:
-    """The first block of a warm video that is like all later ones: the window is full, and y encoded to its end."""
+    """The first block of a warm video that is like all later ones: the window is full, y encoded to its end, and levels
+    and context are those of later blocks.
+    """
     plan, steady = generator.plan, generator.encoders.vae.steady_index
     frames = max(plan.window_frames or 0, steady if generator.model.config.condition_channels else 0)
-    return 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames))
+    like_later = plan.context_from + 2 if plan.context == "last_step" else 1 if plan.later_sigmas is None else 2
+    return max(like_later, 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames)))
 
 
 def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm_up: bool = False) -> dict[str, Any]:
@@ -183,7 +214,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
         },
         "gaps_ms": percentiles([1000 * (b - a) for a, b in pairwise(arrivals)]),
         "rtf": block_seconds * generator.fps / frames,
-        "stalls": asdict(playback(warm.arrivals[1:], [count / generator.fps for count in warm.frames[1:]])),
+        "stalls": asdict(playback(*warm.generated(generator.fps))),
         "peak_gib": peak,
         "memory_gib": memory_gib(generator),
         "allocated_gib": [min(held), max(held)] if held else None,
@@ -206,7 +237,8 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     call = Call.bidirectional(1, block, tokens, sizes.text_len, image).cached(block, past, with_context=False)
     dtype = torch.bfloat16 if settings.is_half else torch.float32
     passes = pass_operations(sizes, call, fp8=settings.precision == "fp8")
-    decoding = best_layouts(decode_operations(vae.module, block, height, width), device, dtype)
+    found = _decode_operations(generator.decoder or vae, block, height, width)
+    decoding = best_layouts(found, device, dtype)
     return {
         "rates_tflops": rates(passes, device, dtype) | rates(decoding, device, dtype),
         "floor_ms": {
@@ -220,6 +252,12 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     }
 
 
+def _decode_operations(decoder: Any, latents: int, height: int, width: int) -> Counter[Operation]:
+    if isinstance(decoder, TinyDecoder):
+        return tiny_operations(decoder.sizes, latents, height, width)
+    return decode_operations(decoder.module, latents, height, width)
+
+
 def kernels_of(generator: Generator) -> dict[str, Any]:
     """What was chosen to compute with."""
     device, dtype = generator.device, torch.bfloat16 if generator.settings.is_half else torch.float32
@@ -229,8 +267,9 @@ def kernels_of(generator: Generator) -> dict[str, Any]:
         for name, many in (("attention", True), ("attention to few keys", False)):
             kernels = forward_kernels(device, dtype, generator.model.config.head_width, many)
             chosen[name] = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
-    vae = generator.encoders.vae
-    decoder = f"{str(vae.dtype).removeprefix('torch.')}, {vae.latents_per_call} latent(s) a call"
+    used = generator.decoder or generator.encoders.vae
+    decoder = f"{generator.settings.decoder}, {str(used.dtype).removeprefix('torch.')}, "
+    decoder += f"{used.latents_per_call} latent(s) a call"
     return {**chosen, "decoder": decoder, "graphs": generator.denoiser.graphs is not None}
 
 
@@ -243,8 +282,10 @@ def plan_of(generator: Generator) -> dict[str, Any]:
         "width": settings.width,
         "fps": settings.fps,
         "precision": settings.precision,
+        "decoder": settings.decoder,
         **{name: getattr(plan, name) for name in named},
         "sigmas": list(plan.sigmas),
+        "later_sigmas": None if plan.later_sigmas is None else list(plan.later_sigmas),
     }
 
 
@@ -269,18 +310,20 @@ def first_parts(generator: Generator) -> dict[str, float | None]:
     latent decoded and fetched. Some run beside each other; and Python, which begins them all, has no part here.
     """
     encoders, device, picture = generator.encoders, generator.device, _picture(generator)
-    image, video, near = encoders.image, generator.prepare(picture), generator.plan.block_of(1)[1]
+    image, near = encoders.image, 1 + generator.plan.block_frames
+    video = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     timed, with_y = TimedGenerator.of(generator), generator.model.config.condition_channels
-    length = 1 + generator.plan.block_frames * encoders.vae.temporal_stride
-    chunks = timed.stream(picture, PROMPT, num_frames=length)
-    next(chunks)
-    next(chunks)
+    length = generator.first_pixels(given=picture is not None)
+    if picture is not None:
+        length += generator.plan.block_frames * encoders.vae.temporal_stride
+    for _ in timed.stream(picture, PROMPT, num_frames=length):
+        pass
     passes = [seconds for name, seconds in wholes(timed.phases.take()).items() if name != "decode"]
     decoder, latent = generator.new_decoder(), torch.zeros(1, 1, encoders.vae.latent_channels, *generator.latent_size)
     decoder.decode(latent)
     first = decoder.decode(latent)[0]
     return {
-        "picture": seconds_of(lambda: generator.prepare(picture), device),
+        "picture": None if picture is None else seconds_of(lambda: generator.prepare(picture), device),
         "text": seconds_of(lambda: encoders.text.encode([PROMPT]), device),
         "clip": None if image is None else seconds_of(lambda: image.encode(video), device),
         "y": seconds_of(lambda: ConditionFrames(encoders.vae, video).reach(near), device) if with_y else None,
@@ -342,14 +385,16 @@ def memory_gib(generator: Generator) -> dict[str, float] | None:
     device, encoders = generator.device, generator.encoders
     if device.type != "cuda":
         return None
-    decoder, stride = encoders.vae.decoder_session(), encoders.vae.spatial_stride
+    decoder, stride = generator.new_decoder(), encoders.vae.spatial_stride
     size = generator.settings.height // stride, generator.settings.width // stride
     latents = torch.randn(1, generator.plan.block_frames, encoders.vae.latent_channels, *size, device=device)
     picture = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     decoder.decode(latents[:, :1])
     modules = {"transformer": generator.model, "text encoder": encoders.text.model, "vae": encoders.vae.module}
     modules |= {} if encoders.image is None else {"image encoder": encoders.image.model}
-    held = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
+    held = {name: sum(p.nbytes for p in module.parameters() if p.is_cuda) for name, module in modules.items()}
+    if generator.decoder is not None:
+        held["decoder"] = sum(tensor.nbytes for tensor in generator.decoder.tensors().values())
     cache = generator.model.new_cache(generator.plan, 1, size, 1 if generator.plan.window_frames is None else None)
     held["cache"] = cache.size_bytes
     work = {

@@ -23,6 +23,8 @@ from longtake.bench.clock import wholes
 from longtake.bench.kernels import Attention, Operation, backward_rate, pass_operations, rates
 from longtake.bench.random_models import RandomBuilder
 from longtake.bench.report import machine
+from longtake.bench.validating import ValidationBench
+from longtake.condition import Condition
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
@@ -31,6 +33,7 @@ from longtake.encoders.vae import VideoVAE
 from longtake.errors import ConfigError
 from longtake.models.flops import Work, backward, forward
 from longtake.objectives.base import Objective
+from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches
@@ -79,13 +82,13 @@ class Bench:
         random = any(text.startswith(("weights", "sizes")) for text in (*found.missing, *found.notes))
         self.weights = "random" if random else "those of the configuration"
         builder = RandomBuilder(config, mesh, sizes=found.sizes) if random else Builder(config, mesh)
-        networks = builder.build()
+        networks = self.networks = builder.build()
         codec = _codec(found, config.video.num_latent_frames, mesh.device) if self.in_order else None
         self.phases = PhaseTimer(mesh.device)
         self.inner = builder.objective(networks, codec, self.phases)
         self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
         self.state = builder.state(self.inner)
-        made: Any = MadeBatches(
+        self.made: Any = MadeBatches(
             config.video.shape,
             config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
             found.sizes["generator"],
@@ -96,7 +99,7 @@ class Bench:
             second_prompts=config.objective.second_prompts,
             new=lambda *shape: torch.randn(shape, device=mesh.device),
         )
-        self.batches = self.inner.batches(made, config.batch_size)
+        self.batches = self.inner.batches(self.made, config.batch_size)
 
     def kind(self, step: int) -> Kind:
         """Of an iteration."""
@@ -116,6 +119,14 @@ class Bench:
         order = sorted(first, key=lambda kind: (kind.exit_step or 0, kind.generator), reverse=True)
         warm_up = [first[order[index % len(order)]] for index in range(min(2, len(order)))] * WARM_UP
         return [*warm_up[:WARM_UP], *(first[order[index % len(order)]] for index in range(count))]
+
+    def validation(self) -> ValidationBench:
+        """A validation of the stage."""
+        (rows, *_), networks, name = next(self.made), self.networks, self.config.objective.reference
+        teacher = None if name is None else networks.frozen.get(name)
+        average = self.state.ema.get("generator")
+        student, row = networks.student, _first(rows)
+        return ValidationBench(self.config, self.mesh, student, average, teacher, row, self.found.vae)
 
     def lap(self, step: int, *, warm_up: bool = False) -> Lap:
         """Runs an iteration and says what it took."""
@@ -179,6 +190,19 @@ def bench_training(
             "warm_up_s": sum(lap.seconds for lap in warm_up),
         }
         yield _bounds(bench, laps)
+        if config.validates and config.validation.num_rows:
+            yield {"validation": bench.validation().run()}
+
+
+def _first(rows: EncodedBatch) -> EncodedBatch:
+    """The first row of a batch, as a batch."""
+
+    def cut(tensor: torch.Tensor | None) -> Any:
+        return None if tensor is None else tensor[:1]
+
+    condition = Condition(cut(rows.condition.text), cut(rows.condition.image), cut(rows.condition.frames))
+    first, later = cut(rows.first_latent), cut(rows.later_text)
+    return EncodedBatch(rows.indices[:1], condition, cut(rows.empty_text), rows.latent_size, None, first, later)
 
 
 def _peak_bytes(device: torch.device) -> int:

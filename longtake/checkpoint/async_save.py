@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -61,24 +61,26 @@ class Saver:
         """True when a save in the background failed on this rank; `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def save(self, *, last: bool = False) -> None:
+    def save(self, *, last: bool = False, then: Callable[[Path], None] | None = None) -> None:
         """Saves the state; returns when the training may change it again. `last`: no further one is planned.
+
+        Args: `then` is called on rank 0 with the published checkpoint, which holds whole weights for it.
 
         Raises: CheckpointError on every rank, also for the save before; older checkpoints stay.
         """
         start = time.perf_counter()
         self.wait()  # the one before: its copy is in the memory that this one's will overwrite
         waited = time.perf_counter() - start
-        networks = EXPORTED if last or self.config.export == "every" else ()
+        networks = EXPORTED if last or then is not None or self.config.export == "every" else ()
         snapshot = Snapshot.of(self._state, networks)
         check_space(snapshot, self.folder, self.mesh)
         if self._staging is not None:
             snapshot = replace(snapshot, values=self._staging.copy(written_here(snapshot.tensors, self.mesh)))
         times = {"wait": waited, "stage": time.perf_counter() - start - waited}
         if self._staging is None:
-            self._write(snapshot, times)
+            self._write(snapshot, times, then)
         else:
-            self._writing = self._thread.submit(self._write, snapshot, times)
+            self._writing = self._thread.submit(self._write, snapshot, times, then)
 
     def wait(self) -> None:
         """Returns when everything is published. Raises: the error of a save in the background, once."""
@@ -98,11 +100,13 @@ class Saver:
         if self._beside is not self.mesh and not failing:
             self._beside.leave_group()
 
-    def _write(self, snapshot: Snapshot, times: dict[str, float]) -> None:
+    def _write(self, snapshot: Snapshot, times: dict[str, float], then: Callable[[Path], None] | None) -> None:
         start, mesh = time.perf_counter(), self._beside
-        save_checkpoint(snapshot, self.folder, mesh=mesh, info=self._info, keep=self.keep)
+        path = save_checkpoint(snapshot, self.folder, mesh=mesh, info=self._info, keep=self.keep)
         times["write"] = time.perf_counter() - start
         mesh.on_main(lambda: self._log(snapshot.step, times))
+        if then is not None:
+            mesh.on_main(lambda: then(path))
 
     def _log(self, step: int, times: Mapping[str, float]) -> None:
         files = run_folder.read_manifest(self.folder / run_folder.checkpoint_name(step))["files"]

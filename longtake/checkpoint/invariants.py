@@ -14,14 +14,15 @@ from typing import Any
 from longtake.config.groups import PlanConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
-from longtake.data.samples import Dataset
+from longtake.data.samples import Dataset, FirstRows
 from longtake.errors import CheckpointError
 
 # What to do about invariants that cannot simply be set back
 _FIXES = {
     "base": "name the weights that it was trained on in init_from (and critic.init_from)",
     "lora": "set rank, alpha and targets back",
-    "rows": "give data.path the rows that it had, in the same order",
+    "rows": "give data.path the rows that it had, in the same order, and validation.num_rows its value (0 in runs from "
+    "before there was one)",
     "batch_size": "set it back (with data.buckets and in long_tuning it says which rows come next)",
 }
 
@@ -51,8 +52,10 @@ def resume_invariants(config: StageConfig, rows: str) -> dict[str, Any]:
 
 def rows_invariant(dataset: Dataset) -> str:
     """Number and identity of the rows of a data set, in their order; an encoded set without bad rows has those of the
-    set that it was made from.
+    set that it was made from, and the first rows of a set have its own and their number.
     """
+    if isinstance(dataset, FirstRows):
+        return f"{rows_invariant(dataset.dataset)}, the first {len(dataset)}"
     if isinstance(dataset, EncodedRows) and dataset.made_from is not None:
         return dataset.made_from
     digest = hashlib.blake2b(digest_size=8)

@@ -36,6 +36,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.train.state import TrainState
 from longtake.weights.config_json import config_to_json
 from longtake.weights.lora import Adapter, write_adapter
+from longtake.weights.tensor_files import misfits, shapes_in
 
 SPARE_BYTES = 2**26  # manifests, headers, and what the file system takes for itself
 logger = logging.getLogger(__name__)
@@ -294,19 +295,9 @@ def _check_fit(tensors: Mapping[str, Tensor], reader: dcp.HuggingFaceStorageRead
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; use another checkpoint") from error
-    expected = {key: tuple(value.shape) for key, value in tensors.items()}
     found = {key: tuple(meta.size) for key, meta in saved.items()}  # type: ignore[union-attr]
-    differing = {
-        "missing": expected.keys() - found.keys(),
-        "surplus": found.keys() - expected.keys(),
-        "reshaped": {
-            f"{key} {shape} instead of {expected[key]}"
-            for key, shape in found.items()
-            if shape != expected.get(key, shape)
-        },
-    }
-    if any(differing.values()):
-        text = "; ".join(f"{len(ks)} {kind}: {', '.join(sorted(ks)[:20])}" for kind, ks in differing.items() if ks)
+    if groups := misfits(shapes_in(tensors), found):
+        text = "; ".join(f"{len(keys)} {group}: {', '.join(keys[:20])}" for group, keys in groups.items())
         raise CheckpointError(f"{path} does not fit the model: {text}. Use the configuration that it was trained with")
 
 

@@ -6,11 +6,11 @@ import logging
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from longtake.devices import host_memory
 from longtake.parallel.materialize import local
 from longtake.parallel.mesh import Mesh
 
@@ -75,27 +75,8 @@ def fits_in_host_memory(tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
     mine = sum(local(value).nbytes for value in tensors.values())
     ranks = mesh.every(lambda: (socket.gethostname(), mine))
     here = socket.gethostname()
-    needed, free = sum(size for host, size in ranks if host == here), available_bytes()
-    short = free is not None and needed > free
+    needed, free = sum(size for host, size in ranks if host == here), host_memory()[1]
+    short = 0 < free < needed
     if short:
-        logger.warning("Copies of the state would take %.1f GiB of %.1f GiB free here", needed / 2**30, free / 2**30)  # type: ignore[operator]
+        logger.warning("Copies of the state would take %.1f GiB of %.1f GiB free here", needed / 2**30, free / 2**30)
     return not mesh.gather([short]).any()
-
-
-def available_bytes() -> int | None:
-    """Host memory that this process may still take: of the machine and of its control group; None if not known."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            cache = [
-                line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")
-            ]
-            used = int((group / "memory.current").read_text()) - sum(int(line.split()[1]) for line in cache)
-            found.append(int(limit) - used)
-    except (OSError, ValueError, IndexError):
-        pass  # not Linux, or no such control group
-    return min(found) if found else None

@@ -20,6 +20,7 @@ from longtake.cli.generate import generate, play
 from longtake.cli.measure import evaluate, measure
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
+from longtake.cli.verify import verify
 from longtake.cli.weights import convert, export
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, world, convert, export):
+for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, verify, world, convert, export):
     app.command()(_command)
 app.command("config")(show_config)
 
@@ -45,6 +46,8 @@ def common(
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may be no text
     # numpy's products are small here; its threads would cost five times the time beside torch's and scoring processes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # FlashAttention-4 keeps what it compiles between processes where it is asked to; torch does so by itself.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def main() -> None:

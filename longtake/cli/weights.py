@@ -52,6 +52,7 @@ def export(
     target: Target,
     overrides: Rules = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="What keep_best kept, in place of the last checkpoint.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the student of a run with its rules: a folder for `longtake generate --model`."""
@@ -60,4 +61,4 @@ def export(
         from longtake.inference.export import export as write
 
         changes = changes_of(*(overrides or []))
-        typer.echo(str(write(run, target, changes=changes, overwrite=overwrite, **given(context, "dtype"))))
+        typer.echo(str(write(run, target, changes=changes, overwrite=overwrite, best=best, **given(context, "dtype"))))

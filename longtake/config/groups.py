@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from longtake.condition import VideoShape
 from longtake.config.base import PathText, Settings
+from longtake.config.formats import FORMATS, check_format
 from longtake.errors import ConfigError
 from longtake.plan import LEAST_START, StreamPlan, student_sigmas
 
@@ -82,10 +83,7 @@ class VideoConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            _ = self.shape
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        _ = self.shape
         return self
 
 
@@ -135,8 +133,11 @@ class FlowConfig(Settings):
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
-        moved = {name: f"objective.{name}" for name in ("guidance", "negative_prompt", "sigma_min", "sigma_max")}
-        return {**moved, "warp_denoising_step": "warp_steps"}
+        return {
+            **{name: f"objective.{name}" for name in ("guidance", "sigma_min", "sigma_max")},
+            "negative_prompt": "objective.negative_prompt (text: in a file, words such as no go in quotes)",
+            "warp_denoising_step": "warp_steps",
+        }
 
 
 class PlanConfig(Settings):
@@ -189,10 +190,7 @@ class PlanConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            self.stream().check_window()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        self.stream().check_window()
         return self
 
 
@@ -200,9 +198,9 @@ class DataConfig(Settings):
     """Where a stage reads its samples."""
 
     path: PathText = Field(min_length=1, description="folder or file of the data set; `{logdir}` is the log folder")
-    kind: str = Field(
+    kind: Annotated[str, AfterValidator(check_format)] = Field(
         default="auto",
-        description="format (docs/formats.md): images, clips, texts ...; `auto` looks into the folder",
+        description=f"format (docs/formats.md): {', '.join(FORMATS)}; `auto` looks into the folder",
     )
     buckets: list[list[int]] | None = Field(
         default=None,
@@ -255,6 +253,10 @@ class OptimConfig(Settings):
     decay_steps: int = Field(
         default=0, ge=0, description="last iterations of `max_steps`, over which the learning rate falls linearly to 0"
     )
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {"moments": "gone: remove the key"}
 
 
 class LoraConfig(Settings):
@@ -316,7 +318,13 @@ class ParallelConfig(Settings):
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
-        return {"weights": "data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)"}
+        automatic = ("gather_once", "join_exits", "frozen_weights")
+        gone = ("cpu_offload", "reduce_once", "master_weights")
+        return {
+            "weights": "parallel.data_parallel (sharded = fsdp, or hsdp with replicate above 1; whole = ddp)",
+            **dict.fromkeys(automatic, "automatic: remove the key"),
+            **dict.fromkeys(gone, "gone: remove the key"),
+        }
 
     def shard(self, world_size: int) -> int:
         """Ranks along the shard axis. Raises: ConfigError when replicate x sequence does not divide `world_size`."""
@@ -340,18 +348,6 @@ class EmaConfig(Settings):
     enabled: bool = Field(default=True, description="keep an average")
     decay: float = Field(default=0.99, ge=0, lt=1, description="weight of the old average, once a (generator) update")
     start_step: int = Field(default=200, ge=0, description="iteration from whose weights the average starts")
-
-
-class ValidationConfig(Settings):
-    """What a stage generates and measures while it trains, in held-out toy worlds."""
-
-    num_worlds: int = Field(default=8, ge=0, description="worlds generated at each validation; 0 = no validation")
-    num_latent_frames: int | None = Field(default=None, gt=0, description="length; null = that of the training clips")
-    seed: int = Field(
-        default=1_000_033, ge=0, description="seed of worlds and noise; must differ from the training data's"
-    )
-    teacher_steps: int = Field(default=20, gt=0, description="sampling steps of the teacher that is shown beside")
-    teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher that is shown beside")
 
 
 class WandbConfig(Settings):

@@ -127,11 +127,7 @@ def _of_kind(values: Any) -> Any:
         return values
     if not isinstance(values.get("kind"), str):
         raise ValueError(f"kind: missing; it says what is trained: {', '.join(KINDS)}, or MODULE:CLASS")
-    try:
-        group = _class_of(values["kind"])
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    return group.model_validate(dict(values))
+    return _class_of(values["kind"]).model_validate(dict(values))
 
 
 # The type of a field that is read as the group of its `kind`, and written with all keys of that group.

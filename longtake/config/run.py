@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from longtake.config.alarms import AlarmsConfig, Score
 from longtake.config.base import PathText, Settings
 from longtake.config.groups import ProfileConfig, WandbConfig
 
@@ -70,9 +71,23 @@ class RunConfig(Settings):
     max_skipped: int = Field(default=10, gt=0, description="updates of a run that on_nonfinite=skip may skip")
     watchdog: WatchdogConfig = Field(default=WatchdogConfig(), description=WatchdogConfig.__doc__)
     validate_every: int = Field(default=100, ge=0, description="iterations between validations; 0 = never")
+    alarms: AlarmsConfig = Field(default=AlarmsConfig(), description=AlarmsConfig.__doc__)
+    keep_best: Score | None = Field(
+        default=None,
+        description="number of the validations by which the networks of the best checkpoint are kept in the stage's "
+        "folder `best`; null = none are",
+    )
     log_every: int = Field(default=1, gt=0, description="iterations between lines of metrics.jsonl")
     wandb: WandbConfig = Field(default=WandbConfig(), description=WandbConfig.__doc__)
     profile: ProfileConfig = Field(default=ProfileConfig(), description=ProfileConfig.__doc__)
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.keep_best is not None and self.save_every == 0:
+            raise ValueError(
+                f"keep_best={self.keep_best} needs checkpoints, and save_every=0 saves none; set it higher"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

@@ -27,11 +27,11 @@ from longtake.config.groups import (
     OptimConfig,
     ParallelConfig,
     PlanConfig,
-    ValidationConfig,
     VideoConfig,
 )
 from longtake.config.objective import ChosenObjective, NetworkConfig, ObjectiveConfig
 from longtake.config.run import RunConfig
+from longtake.config.validation import ValidationConfig
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 
@@ -81,11 +81,8 @@ class StageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            self._check_sizes()
-            self._check_sources()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        self._check_sizes()
+        self._check_sources()
         # The model is frozen for its users; these follow from other values of the same file.
         if self.activation_checkpointing in ("none", "full"):
             object.__setattr__(self, "activation_checkpointing", self.activation_checkpointing == "full")
@@ -185,7 +182,12 @@ class StageConfig(RunConfig):
     @property
     def validates(self) -> bool:
         """Whether validation is asked for."""
-        return self.validate_every > 0 and self.validation.num_worlds > 0
+        return self.validate_every > 0 and (self.validation.num_worlds > 0 or self.validation.num_rows > 0)
+
+    @property
+    def teacher_samples(self) -> Path:
+        """Folder that keeps the teacher's samples of validated rows."""
+        return Path(self.validation.teacher_samples or Path(self.logdir).absolute().parent / "teacher_samples")
 
     @property
     def encoders_folder(self) -> Path:

@@ -5,21 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from longtake.config.formats import FORMATS, check_format
 from longtake.data.file_rows import contents
 from longtake.data.rows import Format, PictureSpec
 from longtake.data.samples import FileSize, Sizes
 from longtake.errors import ConfigError, DataError
-
-# Kind -> the class that reads it, imported when it is needed. A path is asked for them in this order: captions are text
-# files too, so that texts come last. A new format is a file with its class and a line here.
-FORMATS = {
-    "encoded": "longtake.data.encoded:EncodedRows",
-    "lmdb": "longtake.data.lmdb:LmdbShards",
-    "webdataset": "longtake.data.tar:TarShards",
-    "images": "longtake.data.files:ImageFolder",
-    "clips": "longtake.data.files:ClipFolder",
-    "texts": "longtake.data.files:TextRows",
-}
 
 
 def open_dataset(
@@ -52,9 +42,7 @@ def find_format(path: Path, kind: str = "auto") -> type[Format]:
         raise DataError(f"data folder {path} does not exist; write it (`longtake world`) or set data.path")
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{path} is a pipe or a device, which is read once; write what it gives to a file first")
-    if kind != "auto" and kind not in FORMATS:
-        raise ConfigError(f"data.kind={kind} must be auto or one of {', '.join(FORMATS)}")
-    found = _format(detect_kind(path) if kind == "auto" else kind)
+    found = _format(detect_kind(path) if check_format(kind) == "auto" else kind)
     if path.is_file() and not found.takes_file(path):
         raise DataError(f"data.path={path} is a file, and data.kind={kind} needs a folder")
     return found

@@ -1,9 +1,7 @@
 """Rows in LMDB databases, one folder or many `shard*` folders: our own format, and the published layouts.
 
-Own format: `longtake_format` = `1`, `num_rows`; for row i `img_{i}_data` (bytes of a PNG, JPEG or WebP file),
-`prompts_{i}_data` (UTF-8, one prompt a line), and optionally `latents_`, `y_`, `clip_`, `text_{i}_data` (raw
-little-endian numbers) with `..._{i}_shape` ("9 16 8 8") and `..._{i}_dtype` ("float16"). Axes of latents and y are
-[F, C, H, W].
+Own format: `longtake_format` = `1`, `num_rows`; for row i `img_{i}_data` (bytes of a PNG, JPEG or WebP file) and
+`prompts_{i}_data` (UTF-8, one prompt a line).
 Published layouts (no `longtake_format`): `img_{i}_data` is raw RGB of one fixed size, `latents_{i}_data` raw fp16 of
 the shape in `latents_shape` after its first number, which counts the rows; without that key the rows go up to the
 largest number of a picture or prompt.
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     import lmdb
 
 FORMAT_VERSION = b"1"
-ENCODINGS = ("latents", "y", "clip", "text")
 PUBLISHED_IMAGE_SHAPE = (480, 832, 3)  # the published layout stores no picture size; this is the only one in use
 
 # LMDB allows a database to be open once in a process, and not across a fork. A read opens it, copies the bytes and
@@ -109,13 +106,19 @@ class LmdbShards(Rows):
         return Picture(data, label) if shard.is_own else _RawPicture(data, label, shape=self.published_image_shape)
 
     def extras(self, row: int) -> dict[str, NDArray]:
-        """The stored encodings. Raises: DataError when one is damaged, or when a row has neither them nor a picture."""
+        """Latents of a published layout. Raises: DataError when they are damaged, or a row has neither them nor a
+        picture.
+        """
         shard, local, where = self._find(row)
-        raw = _read(shard.path, [f"{name}_{local}_{part}" for name in ENCODINGS for part in ("data", "shape", "dtype")])
-        names = [name for name in ENCODINGS if raw[f"{name}_{local}_data"] is not None]
-        if not names and not shard.has_images:
-            raise DataError(f"{where}: has neither img_{local}_data nor latents_{local}_data")
-        return {name: _encoding(raw, name, local, shard, where) for name in names}
+        key = f"latents_{local}_data"
+        data = None if shard.is_own else _read(shard.path, [key])[key]
+        if data is None:
+            if not shard.has_images:
+                raise DataError(f"{where}: has neither img_{local}_data nor {key}")
+            return {}
+        if shard.latents_shape is None:
+            raise DataError(f"{where}: {key}: the database has no latents_shape that says its shape")
+        return {"latents": _numbers(data, shard.latents_shape, np.float16, f"{where}: {key}")}
 
     def pixel_size(self, row: int) -> tuple[int, int] | None:
         """As `Rows.pixel_size`; raw pictures, all of one size, need not be read for it."""
@@ -136,7 +139,7 @@ class _RawPicture(Picture):
 
     def read(self, spec: PictureSpec) -> NDArray:
         """As of other pictures."""
-        return fit_pixels(_numbers(self._bytes(), self.shape, "uint8", self.label), spec.sizes)
+        return fit_pixels(_numbers(self._bytes(), self.shape, np.uint8, self.label), spec.sizes)
 
 
 def _databases(path: Path) -> list[Path]:
@@ -220,18 +223,6 @@ def _needed(raw: dict[str, bytes | None], key: str, where: str) -> bytes:
     return data
 
 
-def _encoding(raw: dict[str, bytes | None], name: str, row: int, shard: _Shard, where: str) -> NDArray:
-    data = _needed(raw, f"{name}_{row}_data", where)
-    label = f"{where}: {name}_{row}_data"
-    if shard.is_own:
-        shape = _shape(_needed(raw, f"{name}_{row}_shape", where), f"{where}: {name}_{row}_shape")
-        dtype = _needed(raw, f"{name}_{row}_dtype", where).decode("ascii", "replace")
-        return _numbers(data, shape, dtype, label)
-    if shard.latents_shape is None:
-        raise DataError(f"{label}: the database has no latents_shape that says its shape")
-    return _numbers(data, shard.latents_shape, "float16", label)
-
-
 def _shape(text: bytes | None, where: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(number) for number in (text or b"").split())
@@ -242,13 +233,10 @@ def _shape(text: bytes | None, where: str) -> tuple[int, ...]:
     return shape
 
 
-def _numbers(data: bytes, shape: tuple[int, ...], dtype: str, where: str) -> NDArray:
-    """The array of raw little-endian bytes. numpy has no bfloat16: such numbers are widened to float32, exactly."""
-    if not re.fullmatch(r"(u?int(8|16|32|64))|(float(16|32|64))|bfloat16|bool", dtype):
-        raise DataError(f"{where}: dtype is {dtype!r} and must be the name of a number type, e.g. float16")
-    stored = np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+def _numbers(data: bytes, shape: tuple[int, ...], dtype: type[np.generic], where: str) -> NDArray:
+    """The array of raw little-endian bytes."""
+    stored = np.dtype(dtype).newbyteorder("<")
     needed = int(np.prod(shape)) * stored.itemsize
     if len(data) != needed:
-        raise DataError(f"{where} has {len(data)} bytes; shape {shape} of {dtype} needs {needed}")
-    array = np.frombuffer(data, stored).reshape(shape).astype(stored.newbyteorder("="))  # a writable copy
-    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+        raise DataError(f"{where} has {len(data)} bytes; shape {shape} of {np.dtype(dtype)} needs {needed}")
+    return np.frombuffer(data, stored).reshape(shape).astype(dtype)  # a writable copy

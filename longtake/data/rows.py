@@ -1,6 +1,6 @@
 """What every data format shares: from where a row's prompts and picture lie to its `Sample`.
 
-A format is a subclass of `Rows` in a file of its own and a line in `formats.py`. This file must know no format.
+A format is a subclass of `Rows` in a file of its own and a line in `config/formats.py`. This file must know no format.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -63,6 +64,33 @@ class Dataset(Protocol):
     def identities(self) -> Iterable[str]:
         """What tells the rows apart, in their order, without a look at pictures: names of files, prompts, sizes."""
         ...
+
+
+@dataclass(frozen=True)
+class FirstRows(Dataset):
+    """The first `num_rows` rows of a data set; the others cannot be read through it."""
+
+    dataset: Dataset
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: int) -> Sample:
+        return self.dataset[self._checked(row)]
+
+    def pixel_size(self, row: int) -> tuple[int, int] | None:
+        """As the data set's."""
+        return self.dataset.pixel_size(self._checked(row))
+
+    def identities(self) -> Iterable[str]:
+        """As the data set's, of these rows."""
+        return islice(self.dataset.identities(), self.num_rows)
+
+    def _checked(self, row: int) -> int:
+        if not 0 <= row < self.num_rows:
+            raise IndexError(row)
+        return row
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from longtake.devices import host_memory
 from longtake.models.attention import forward_kernels
 
 # Needed, then optional: what is named by `pyproject.toml`
@@ -56,7 +57,7 @@ class Machine:
 
 def look() -> Machine:
     """The machine this runs on. Runs each attention kernel once where there is a GPU."""
-    total, free = _ram()
+    total, free = host_memory()
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     found = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
     cudnn: Any = torch.backends.cudnn.version()
@@ -94,18 +95,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _ram() -> tuple[int, int]:
-    """Total and available memory, of the container where it has a limit; zeros where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    fields = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    total, free = fields["MemTotal"], fields["MemAvailable"]
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no cgroup, or its limit is the word "max"
-        return total, free
-    return min(total, limit), min(free, limit - used)

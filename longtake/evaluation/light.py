@@ -16,6 +16,7 @@ Floats = NDArray[np.float32]
 
 _MIN_POINTS = 16
 _MIN_MATCH = 0.8  # correlation of a frame with the one before, along the flow; below it the picture is another one
+_CUT = 250.0  # pixels above are as white as they get: they neither brighten, nor tell how much darker they became
 _MISFIT = 3.0  # in median misfits; what fits worse has come to the fore, or was hidden
 
 
@@ -45,6 +46,10 @@ class LightMeter:
         if inside.sum() < _MIN_POINTS:
             return 0.0
         before, now = _at(last, self._points)[inside], _at(picture, places)[inside]
+        lit = np.maximum(before, now) < _CUT
+        before, now = before[lit], now[lit]
+        if len(now) < _MIN_POINTS:
+            return 0.0
         spread = float(now.std() * before.std())
         match = float(((now - now.mean()) * (before - before.mean())).mean()) / spread if spread else 0.0
         if match < _MIN_MATCH:

@@ -19,7 +19,7 @@ _WORK_AREA = 480 * 832  # pixels that flow is computed at: more cost time, and h
 _WORK_SIDE = 256  # small pictures are enlarged to this, so that flow sees their small parts
 # One pair of frames tells a displacement to about a tenth of a pixel: small motions are measured over as many frames as
 # bring the fastest parts this far, and at most over these.
-_FAR_PX, _MOST_FRAMES = 6.0, 16
+_FAR_PX, _MOST_FRAMES = 8.0, 24
 _STRIDE = 2  # of every how many pixels the flow is looked at
 # Source: VBench, vbench/dynamic_degree.py (which takes its flow from RAFT)
 _DYNAMIC_FPS, _DYNAMIC_TOP, _DYNAMIC_PX, _DYNAMIC_SHARE = 8, 0.05, 6 / 256, 4 / 16

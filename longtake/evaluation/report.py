@@ -62,6 +62,7 @@ WINDOW_COLUMNS: tuple[tuple[str, str, slice, Callable[[Sequence[float]], float],
 # By part of a summary: what an index counts, and which scores are drawn
 CURVES = {
     "curves": ("frame", ("position_error", "motion_ratio", "shape_kept", "saturation")),
+    "looks": ("frame", ("motion_px_s", "saturation", "contrast", "sharpness", "first_frame_similarity")),
     "windows": ("window", ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")),
 }
 

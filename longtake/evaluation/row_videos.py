@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -36,6 +36,9 @@ from longtake.inference.video_io import VideoWriter
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
+
+if TYPE_CHECKING:
+    from longtake.objectives.batch import EncodedBatch
 
 DEFECTS = ("fade", "blur", "freeze", "seam", "loop", "uniform")  # by which `instruments` names what is broken
 SHOWN_FRAMES, _SHOWN_HEIGHT = 9, 120  # of a video on a contact sheet; pixels
@@ -86,11 +89,15 @@ def _read(dataset: Dataset, encoder: RowEncoder, number: int) -> VideoRow:
     reading = encoder.reading(contents)
     reading.check(sample)
     rows = reading.rows(collate([sample], [Pick(number, number)], [number]))
-    batch = make_batch(reading, rows, [number])
+    return row_of(make_batch(reading, rows, [number]), number, sample.name)
+
+
+def row_of(batch: EncodedBatch, number: int, name: str) -> VideoRow:
+    """The row of a batch of one."""
     first, condition = batch.first_latent, batch.condition
     size = batch.latent_size if first is None else (first.shape[3], first.shape[4])
     later = None if batch.later_text is None else condition.with_text(batch.later_text)
-    return VideoRow(number, sample.name, condition, batch.empty_text, first, size, later)
+    return VideoRow(number, name, condition, batch.empty_text, first, size, later)
 
 
 def student_maker(

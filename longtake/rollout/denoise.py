@@ -242,7 +242,7 @@ def denoise_block(
     start = cache.position
     sigmas, itself = plan.levels(start), plan.stores_itself(start)
     last = len(sigmas) - 1 if exit_step is None else min(exit_step, len(sigmas) - 1)
-    first, x = begin or (0, scaled(noise(0).float(), sigmas[0]))
+    first, x = begin or (0, _first_input(noise(0).float(), sigmas[0]))
     with torch.no_grad():
         for step in range(first, last):
             clean = _predict(denoiser, cache, condition, x, sigmas[step], guidance)
@@ -253,16 +253,15 @@ def denoise_block(
         frames = x.shape[1]
         exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
         layers = exits[-1].layers
-    store = itself and stores and last == len(sigmas) - 1
-    graded = with_grad and exits is None
-    with torch.set_grad_enabled(graded):
-        clean = _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers, commit=store and not graded)
-    if itself and last == len(sigmas) - 1:
-        if store and graded:
+    itself = itself and last == len(sigmas) - 1
+    store, apart = itself and stores, with_grad and exits is None
+    with torch.set_grad_enabled(apart):
+        clean = _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers, commit=store and not apart)
+    if itself:
+        if store and apart:
             commit_block(denoiser, cache, condition, x, sigmas[last], guidance=guidance)
         return DenoisedBlock(clean, x, sigmas[last], store)
-    level = plan.context_level(start)
-    context = clean.detach()
+    level, context = plan.context_level(start), clean.detach()
     if level > 0:
         context = add_noise(context, noise(plan.context_step), _level(context, level))
     return DenoisedBlock(clean, context, level)
@@ -307,8 +306,8 @@ def _predict(
     return clean_from_velocity(x, velocity, level)
 
 
-def scaled(noise: Tensor, sigma: float) -> Tensor:
-    """What a block begins with: noise at the first level, of latents that are zero."""
+def _first_input(noise: Tensor, sigma: float) -> Tensor:
+    """What a block begins with: latents that are zero, at its first level."""
     return noise if sigma == 1 else noise * sigma
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from longtake.checkpoint.async_save import Saver
+from longtake.checkpoint.best import Best
 from longtake.checkpoint.save import RunInfo, resume
 from longtake.config.run import RunConfig
 from longtake.errors import TrainingError
@@ -30,6 +31,7 @@ from longtake.objectives.base import Objective
 from longtake.parallel.fsdp import average_gradients
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import checkpoints_folder
+from longtake.train.alarms import Alarms
 from longtake.train.metrics import MetricsLog, PhaseTimer
 from longtake.train.state import TrainState
 from longtake.train.throughput import Throughput, recorded
@@ -84,8 +86,8 @@ def train(
 
     Args: `phases`, timers that the objective shares; `throughput`, rates for the rows.
     Raises: TrainingError on every rank, before the optimizer step, when a loss or a gradient is not finite (and may not
-    be skipped); CheckpointError on every rank when a checkpoint cannot be written; SystemExit (128 + the signal) after
-    SIGTERM or SIGINT, once the state is saved.
+    be skipped), and once the state is saved after an alarm that stops; CheckpointError on every rank when a checkpoint
+    cannot be written; SystemExit (128 + the signal) after SIGTERM or SIGINT, once the state is saved.
     """
     hooks, phases, throughput = hooks or Hooks(), phases or PhaseTimer(mesh.device), throughput or Throughput()
     with Watchdog(mesh, config.watchdog, phases, lambda: state.step):
@@ -100,25 +102,31 @@ def train(
         if hooks.start:
             hooks.start()
         batches.seek(state.data_position)
+        alarms = Alarms(config.alarms, config.folder, mesh, first_step=first)
+        best = Best(config.keep_best, config.folder, mesh)
         log = MetricsLog(config.folder, first_step=first, max_steps=last, wandb=config.wandb, enabled=mesh.is_main)
         trace = recorded(config.profile, config.folder, mesh, first)
         with closing(log), trace as recorder, _stop_on_signals() as asked, _complete_saves(saver, phases):
             for step in range(first, last + 1):
-                _look(step, config, hooks, phases, log)
+                numbers = _look(step, config, hooks, phases, log)
+                alarms.validation(step, numbers)
+                improved = best.improves(step, numbers)
                 with phases("agree"):
                     stop = _agree(mesh, asked(), saver)
-                if saver and step > first and (stop or _due(step, config.save_every, last)):
+                ends = bool(stop) or alarms.stopping is not None
+                if saver and step > first and (ends or improved or _due(step, config.save_every, last)):
                     with phases("checkpoint"):
-                        saver.save(last=bool(stop) or step == last)
+                        saver.save(last=ends or step == last, then=best.keep if improved else None)
                 if step == last:
                     break
-                if stop:
-                    _stop(stop, step, last, saved=saver is not None)
+                _stop_if_asked(stop, alarms.stopping, step, last, saved=saver is not None)
                 before = state.data_position
                 seconds = iteration(state, objective, batches, config, mesh, phases, window)
                 throughput.add(step, seconds, state.data_position - before)
                 recorder()
-                log.iteration(step, _row(step, config, state, mesh, phases, window, throughput))
+                row = _row(step, config, state, mesh, phases, window, throughput)
+                log.iteration(step, row)
+                alarms.iteration(step, row)
 
 
 def _saver(state: TrainState, folder: Path, config: RunConfig, mesh: Mesh, info: RunInfo) -> Saver | None:
@@ -127,14 +135,18 @@ def _saver(state: TrainState, folder: Path, config: RunConfig, mesh: Mesh, info:
     return Saver(state, folder, config.checkpoint, keep=config.keep_checkpoints, mesh=mesh, info=info)
 
 
-def _look(step: int, config: RunConfig, hooks: Hooks, phases: PhaseTimer, log: MetricsLog) -> None:
-    """What is measured and shown after `step` iterations."""
+def _look(step: int, config: RunConfig, hooks: Hooks, phases: PhaseTimer, log: MetricsLog) -> Mapping[str, float]:
+    """What is measured, and shown, after `step` iterations; nothing where nothing is."""
+    numbers: Mapping[str, float] = {}
     if hooks.evaluate and _due(step, config.validate_every, config.max_steps):
         with phases("evaluate"):
-            log.scalars(step, hooks.evaluate(step))
+            numbers = hooks.evaluate(step)
+            if numbers:
+                log.scalars(step, numbers)
     if hooks.sample and _due(step, config.validate_every, config.max_steps):
         with phases("sample"):
             log.images(step, hooks.sample(step))
+    return numbers
 
 
 def _row(
@@ -169,9 +181,15 @@ def _agree(mesh: Mesh, asked: int, saver: Saver | None) -> int:
     return int(max(signals))
 
 
-def _stop(number: int, step: int, last: int, *, saved: bool) -> None:
-    """Ends the run after a signal."""
+def _stop_if_asked(number: int, alarm: str | None, step: int, last: int, *, saved: bool) -> None:
+    """Ends the run after a signal, or an alarm that stops it. Raises: SystemExit, TrainingError."""
+    if not number and alarm is None:
+        return
     outcome = "the same command goes on" if saved else "nothing is saved (save_every=0)"
+    if not number:
+        raise TrainingError(
+            f"stopped after {step} of {last} iterations by the {alarm}; {outcome} where it is in alarms.stop no more"
+        )
     name = signal.Signals(number).name
     logger.warning("Stopped by %s after %d of %d iterations; %s", name, step, last, outcome)
     raise SystemExit(128 + number)

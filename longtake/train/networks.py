@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -37,6 +37,7 @@ from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
 from longtake.weights.load import Opened, open_dit, open_weights
@@ -147,6 +148,20 @@ class Builder:
         opened = self.open(self.weights(name))
         _fill(opened, self.mesh.device, opened.read(None), self.mesh)
         return opened.model.requires_grad_(False)
+
+    def teacher(self, networks: Networks) -> Teacher | None:
+        """The weights whose samples a student is measured beside, None where the objective has none; they are read for
+        a time where they are not among the frozen networks.
+        """
+        name = self.config.objective.reference
+        if name is None:
+            return None
+
+        @contextmanager
+        def model() -> Iterator[VideoDiT]:
+            yield networks.frozen[name] if name in networks.frozen else self.frozen(name)
+
+        return Teacher(lambda: self.identity(self.weights(name)), model)
 
     @property
     def base(self) -> str | None:

@@ -16,19 +16,23 @@ from longtake.condition import VideoShape
 from longtake.config.stage import StageConfig, dump
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
-from longtake.encodings.encode import BatchEncoder
+from longtake.encodings.encode import BatchEncoder, RowEncoder
 from longtake.errors import ConfigError
 from longtake.objectives.base import LossResult, Objective
 from longtake.parallel.mesh import Mesh
+from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import checkpoints_folder
 from longtake.train.adapters import facts_of
 from longtake.train.lock import only_run
 from longtake.train.loop import Hooks, train
 from longtake.train.metrics import PhaseTimer
-from longtake.train.networks import Builder
-from longtake.train.stage_data import DataBuilder, open_data
+from longtake.train.networks import Builder, Networks
+from longtake.train.row_validation import RowValidation
+from longtake.train.stage_data import DataBuilder, learnt_rows, open_data
+from longtake.train.state import TrainState
 from longtake.train.throughput import clip_call, operations_of, stage_throughput
 from longtake.train.validation import Validation, can_measure
+from longtake.train.window_codec import EncoderCodec
 from longtake.weights.locate import image_token_count
 
 logger = logging.getLogger(__name__)
@@ -74,38 +78,49 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
     builder = Builder(config, mesh)
     builder.check_heads()
     dataset = open_data(config.data, config.video, config.clip_shape)
-    validates = config.validates and can_measure(config.model, config.video)
-    if isinstance(dataset, EncodedRows) and validates:
+    rows = config.validates and config.validation.num_rows > 0
+    if rows and config.validation.data is None and learnt_rows(dataset, config.validation) is dataset:
+        rows = False
+        if mesh.is_main:
+            logger.warning("NO VALIDATION: %s has a single row; name rows for it in validation.data", config.data.path)
+    worlds = config.validates and not rows and can_measure(config.model, config.video)
+    if isinstance(dataset, EncodedRows) and worlds:
         raise ConfigError(
             f"validate_every={config.validate_every} needs the encoders, and none is loaded for the encoded set "
-            f"{config.data.path}; set validate_every=0"
+            f"{config.data.path}; set validate_every=0, or validation.num_rows above 0 to validate rows of the set"
         )
     with only_run(config.folder, mesh, "set another name or logdir"):
-        _train(config, mesh, dataset, builder, validates=validates)
+        _train(config, mesh, dataset, builder, worlds=worlds, rows=rows)
 
 
-def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, *, validates: bool) -> None:
-    must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(dataset)))
+def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, *, worlds: bool, rows: bool) -> None:
+    learnt = learnt_rows(dataset, config.validation)
+    must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(learnt)))
     refuse_other_invariants(checkpoints_folder(config.folder), must_stay, mesh)
     networks = builder.build()
     sizes = {name: network.config for name, network in (networks.trained | networks.frozen).items()}
     data = DataBuilder(config, mesh, dataset, with_tokens=sizes["generator"].image_dim is not None)
     encoder = data.encoder()
-    phases, validation = PhaseTimer(mesh.device), None
+    phases = PhaseTimer(mesh.device)
     codec = data.codec(encoder.encoders) if config.objective.decodes else None
     objective = builder.objective(networks, codec, phases)
     loaded = data.batches(encoder)
     state = builder.state(objective)
-    if encoder.encoders is not None and validates:
+    validation: Validation | RowValidation | None = None
+    if encoder.encoders is not None and worlds:
         validation = Validation(config, encoder.encoders, state, builder.reference(networks), mesh)
+    elif rows:
+        validation = row_validation(builder, networks, state, data, encoder, codec)
 
     def start() -> None:
         mesh.on_main(lambda: _write_config(config.folder, dump(config)))
+        if isinstance(validation, RowValidation):
+            validation.prepare()
         wanted = config.max_steps * config.batch_size
         if isinstance(encoder, BatchEncoder) and _travels(config.clip_shape, loaded.num_rows, wanted):
             with phases("encode"):
                 loaded.prefill(mesh)
-            if validation is None and not config.objective.decodes and loaded.is_complete:
+            if not isinstance(validation, Validation) and not config.objective.decodes and loaded.is_complete:
                 encoder.release()  # nobody needs them any more
 
     image_tokens, shape = image_token_count(config.encoders_folder), config.video.shape
@@ -122,6 +137,27 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
         hooks=Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start),
         phases=phases,
         throughput=stage_throughput(config.precision, operations, mesh),
+    )
+
+
+def row_validation(
+    builder: Builder,
+    networks: Networks,
+    state: TrainState,
+    data: DataBuilder,
+    encoder: RowEncoder,
+    codec: EncoderCodec | None,
+) -> RowValidation:
+    """What validates the rows of a stage."""
+    return RowValidation(
+        config=builder.config,
+        mesh=builder.mesh,
+        # Without recorded passes, whose memory training needs.
+        student=Denoiser(networks.student.model, gathering=networks.student.gathered),
+        average=state.ema.get("generator"),
+        teacher=builder.teacher(networks),
+        read=lambda: data.validated(encoder),
+        decoder=lambda: data.decoder(encoder, codec),
     )
 
 

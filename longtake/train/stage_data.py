@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from longtake.condition import VideoShape
 from longtake.config.groups import DataConfig, VideoConfig
 from longtake.config.stage import StageConfig
+from longtake.config.validation import ValidationConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
 from longtake.data.loader import Loader
 from longtake.data.order import Buckets, nearest_buckets
-from longtake.data.samples import Dataset, FileSize, Sizes
+from longtake.data.samples import Dataset, FileSize, FirstRows, Sizes
 from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.encodings.encode import BatchEncoder, EncodedLoader, RowEncoder, StoredEncoder
 from longtake.encodings.key import check_encoded, contents_of
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, DataError
+from longtake.evaluation.row_videos import VideoRow, read_rows
 from longtake.inference.pipeline import load_encoders
 from longtake.parallel.mesh import Mesh
 from longtake.train.window_codec import EncoderCodec
@@ -68,12 +73,19 @@ def check_strides(vae: VideoVAE, video: VideoConfig, folder: Path) -> None:
 
 @dataclass
 class DataBuilder:
-    """Builds what a stage reads its rows with. Args: `with_tokens`, whether its models take CLIP tokens."""
+    """Builds what a stage reads its rows with. Args: `dataset`, all rows, of which the last may be validated and not
+    learnt from; `with_tokens`, whether its models take CLIP tokens.
+    """
 
     config: StageConfig
     mesh: Mesh
     dataset: Dataset
     with_tokens: bool
+
+    @property
+    def learnt(self) -> Dataset:
+        """The rows that are learnt from."""
+        return learnt_rows(self.dataset, self.config.validation)
 
     def encoder(self) -> BatchEncoder | StoredEncoder:
         """Where the encodings of rows come from. Raises: CheckpointError, ConfigError, DataError."""
@@ -101,9 +113,45 @@ class DataBuilder:
         vae = VideoVAE.load(paths.vae, device)
         return EncoderCodec(vae, image, with_y=model.with_y, num_latent_frames=frames)
 
+    @contextmanager
+    def decoder(self, encoder: RowEncoder, codec: EncoderCodec | None) -> Iterator[VideoVAE]:
+        """A VAE to decode with: the one that is resident, or one that is loaded for the time of the context."""
+        if codec is not None:
+            yield codec.vae
+            return
+        if (encoders := getattr(encoder, "encoders", None)) is not None:  # not released
+            yield encoders.vae
+            return
+        half = self.config.precision == "bf16"
+        paths = encoder_paths(self.config.encoders_folder, with_image=False)
+        yield VideoVAE.load(paths.vae, self.mesh.device, torch.bfloat16 if half else torch.float32)
+
+    def validated(self, encoder: RowEncoder) -> list[VideoRow]:
+        """This rank's share of the rows that are validated, encoded; as many on every data rank, by repeats. All ranks
+        call it. Raises: DataError, ConfigError.
+        """
+        settings = self.config.validation
+        if settings.data is None:
+            dataset, first = self.dataset, len(self.learnt)
+            numbers = range(first, len(dataset))
+        else:
+            data = DataConfig(path=settings.data, num_workers=self.config.data.num_workers)  # of the stage's own size
+            other = replace(self, config=self.config.model_copy(update={"data": data}))
+            dataset = open_data(other.config.data, self.config.video, self.config.clip_shape)
+            other = replace(other, dataset=dataset)
+            numbers = range(min(settings.num_rows, len(dataset)))
+            # Rows of a set need no encoders, and pictures those that training has or, beside a set, some for now.
+            if isinstance(dataset, EncodedRows) or encoder.encoders is None:
+                encoder = other.encoder()
+        if not numbers:
+            raise DataError(f"{settings.data} has no rows to validate; name another set in validation.data")
+        ranks, rank = self.mesh.num_data_ranks, self.mesh.data_rank
+        places = range(rank, ranks * -(-len(numbers) // ranks), ranks)
+        return read_rows(dataset, encoder, [numbers[place % len(numbers)] for place in places])
+
     def batches(self, encoder: RowEncoder) -> EncodedLoader:
         """The micro-batches of this rank. Raises: ConfigError as `find_buckets`."""
-        config, mesh, dataset = self.config, self.mesh, self.dataset
+        config, mesh, dataset = self.config, self.mesh, self.learnt
         loader = Loader(
             dataset,
             seed=config.seed,
@@ -117,4 +165,11 @@ class DataBuilder:
             buckets=find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh),
         )
         # Rows of an encoded set are read faster than they are remembered for nothing.
-        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if isinstance(dataset, EncodedRows) else {}))
+        stored = isinstance(self.dataset, EncodedRows)
+        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if stored else {}))
+
+
+def learnt_rows(dataset: Dataset, settings: ValidationConfig) -> Dataset:
+    """The rows that are learnt from: all, or those before the ones that are kept for validation."""
+    held = settings.held_rows(len(dataset))
+    return FirstRows(dataset, len(dataset) - held) if held else dataset

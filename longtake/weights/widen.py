@@ -52,7 +52,7 @@ def _wider(model: VideoDiT, config: DiTConfig) -> VideoDiT:
     if old.condition_channels or old.image_dim is not None:
         raise ConfigError(f"the weights have in_channels={old.in_channels} already; only text-to-video weights widen")
     with torch.device("meta"):
-        return VideoDiT(config)
+        return type(model)(config)
 
 
 def _widened(

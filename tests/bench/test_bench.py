@@ -85,6 +85,15 @@ def test_a_stream_after_a_warm_up():
     assert first["cold"] is None and 0 < first["warm"] < found["warm_up_s"]
 
 
+def test_a_student_whose_last_step_stores_has_no_context_pass():
+    """Of a settled block: the passes of later blocks alone, though the first one has more."""
+    rules = {"height": 32, "width": 32, "later_steps": [1.0, 0.5]}
+    settings = random_models.random_settings("toy", rules)
+    settings = settings.model_copy(update={"plan": settings.plan.model_copy(update={"context": "last_step"})})
+    found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=1, warm_up=True)
+    assert len(found["ms"]["passes"]) == 2 and min(found["ms"]["passes"]) > 0 and found["ms"]["context"] == 0
+
+
 def test_one_source_at_a_time(tmp_path):
     result = CliRunner().invoke(app, ["bench", "--random", "toy", "--model", "toy"])
     assert result.exit_code == 2 and "give one of" in result.output

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import torchrun
 
 pytest.importorskip("lmdb")
 ROOT = Path(__file__).parents[2]
@@ -101,9 +102,15 @@ def assert_passes(found):
     assert sum("exchanges of 2 layers" in name for name in found) == 2
 
 
-def test_passes_alone_and_together(two_gpus, tmp_path):
+def test_passes_alone_and_together(two_gpus, tmp_path, monkeypatch):
+    def forked(name, words, ranks):
+        done = torchrun(ranks, "-m", *words)
+        assert done.returncode == 0, done.stderr
+        return True
+
     args = two_gpus.parse(["-o", str(tmp_path), "--tiny", "--device", "cpu", "--rounds", "1", "--repeats", "1"])
     run = two_gpus.Run(args)
+    monkeypatch.setattr(run, "python", forked)
     sys.modules["benchmarks.random_files"].write_weights(run.sizes, run.work / "weights", run.device)
     two_gpus.measure_in_ranks(run, args)
     assert_passes(json.loads((tmp_path / "results.json").read_text())["passes"])

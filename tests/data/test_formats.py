@@ -201,7 +201,7 @@ def test_a_wrong_folder_is_told_what_it_holds_and_what_is_known(tmp_path):
         open_dataset(tmp_path, kind="clips", num_frames=5)
     with pytest.raises(DataError, match="is a file, and data.kind=images needs a folder"):
         open_dataset(tmp_path / "a.csv", kind="images")
-    with pytest.raises(ConfigError, match="data.kind=csv must be auto or one of encoded, lmdb, .*images"):
+    with pytest.raises(ConfigError, match="'csv' is no data format; give auto or one of encoded, lmdb, .*images"):
         open_dataset(tmp_path, kind="csv")
 
 

@@ -7,7 +7,8 @@ from tiny_stage import stage_tree
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
-from longtake.data.formats import FORMATS, detect_kind, open_dataset
+from longtake.config.formats import FORMATS
+from longtake.data.formats import detect_kind, open_dataset
 from longtake.data.rows import AS_STORED, Picture, Rows
 from longtake.errors import ConfigError, DataError
 from longtake.train.metrics import read_rows
@@ -46,7 +47,8 @@ class Album(Rows):
 @pytest.fixture
 def album(tmp_path, monkeypatch):
     """Four pictures and one that is missing; texts, which are tried last, are found in the folder too."""
-    monkeypatch.setattr("longtake.data.formats.FORMATS", {"album": f"{__name__}:Album", **FORMATS})
+    for place in ("longtake.config.formats", "longtake.data.formats"):
+        monkeypatch.setattr(f"{place}.FORMATS", {"album": f"{__name__}:Album", **FORMATS})
     folder = tmp_path / "album"
     folder.mkdir()
     for row in range(4):
@@ -67,7 +69,7 @@ def test_it_is_recognised_opened_and_told_of(album, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"(?s)album .*album.txt with a line .*webdataset"):
         open_dataset(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="data.kind=albums must be auto or one of album, encoded"):
+    with pytest.raises(ConfigError, match="'albums' is no data format; give auto or one of album, encoded"):
         open_dataset(album, kind="albums")
 
 

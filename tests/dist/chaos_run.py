@@ -237,24 +237,30 @@ SCENARIOS: dict[str, Callable[[Path, Mesh], None]] = {
 }
 
 
+def play(folder: Path, names: list[str]) -> list[dict]:
+    """What came of scenarios in one folder."""
+    seen = []
+    for number, name in enumerate(names):
+        log = folder.parent / f"{folder.name}-{number}-{name}.log"
+        codes = Life(log, lambda mesh, name=name: SCENARIOS[name](folder, mesh)).finish()
+        check_published(folder)
+        left = [path.name for path in (folder / "checkpoints").iterdir()]
+        seen.append({"name": name, "codes": codes, "log": log.read_text(), "checkpoints": sorted(left)})
+    return seen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scenarios", help="in this order, all in the same folder; with commas")
+    parser.add_argument("--scenarios", nargs="+", help="with commas: in this order, all in the same folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.monotonic()
     if args.scenarios:
-        seen = []
-        for number, name in enumerate(args.scenarios.split(",")):
-            log = args.folder.parent / f"{args.folder.name}-{number}-{name}.log"
-            codes = Life(log, lambda mesh, name=name: SCENARIOS[name](args.folder, mesh)).finish()
-            check_published(args.folder)
-            names = [path.name for path in (args.folder / "checkpoints").iterdir()]
-            seen.append({"name": name, "codes": codes, "log": log.read_text(), "checkpoints": sorted(names)})
-        print(json.dumps(seen))
+        rows = {names: args.folder / f"run{number}" for number, names in enumerate(args.scenarios)}
+        print(json.dumps({names: play(folder, names.split(",")) for names, folder in rows.items()}))
         return
     steps = 10 * args.kills + 10  # more than all lives can make
     codes = Life(args.folder / "whole.log", lambda mesh: train(args.folder / "whole", mesh, steps=steps)).finish(300)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from longtake.models.execution import Execution
@@ -130,11 +131,11 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
         with torch.no_grad():
             errors |= check(f"streamed, {rope}", model, plain, lambda m, r=rope: cached(m, r, False))  # noqa: B023
 
-    def unrolled(m: VideoDiT, rope: str) -> torch.Tensor:
+    def unrolled(m: VideoDiT, rope: str, **law: Any) -> torch.Tensor:
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
         batched = m is model
         m = m.executed(replace(m.execution, recompute=rope == "relative"))
-        rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5))
+        rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5), **law)
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
@@ -145,6 +146,8 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
 
     for rope in layouts:
         errors |= check(f"rolled out, {rope}", model, plain, lambda m, r=rope: unrolled(m, r))  # noqa: B023
+    last = {"context": "last_step", "context_from": 0}
+    errors |= check("rolled out, last step", model, plain, lambda m: unrolled(m, "relative", **last))
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         errors |= {
             f"bfloat16: {k}": v

@@ -45,12 +45,14 @@ def test_kills_and_damaged_checkpoints_change_no_bit(tmp_path, kills):
         assert path.name.startswith(("step_", "damaged-")), story
 
 
-def scenarios(folder, *names):
-    return run(folder, "--scenarios", ",".join(names))
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What came of each row of scenarios, by its names; one process imports everything for all of them."""
+    return run(tmp_path_factory.mktemp("scenarios"), "--scenarios", "nan,plain", "starved,plain", "data,critic")
 
 
-def test_a_nan_on_one_rank_stops_both_and_leaves_what_was_saved(tmp_path):
-    nan, again = scenarios(tmp_path / "run", "nan", "plain")
+def test_a_nan_on_one_rank_stops_both_and_leaves_what_was_saved(seen):
+    nan, again = seen["nan,plain"]
     assert nan["codes"] == [1, 1] and again["codes"] == [0, 0]
     for rank in (0, 1):
         assert f"rank {rank} Traceback" in nan["log"]
@@ -58,8 +60,8 @@ def test_a_nan_on_one_rank_stops_both_and_leaves_what_was_saved(tmp_path):
     assert nan["checkpoints"] == ["step_000002", "step_000004"]
 
 
-def test_a_write_that_fails_on_one_rank_stops_both_and_leaves_nothing_half(tmp_path):
-    failed, again = scenarios(tmp_path / "run", "starved", "plain")
+def test_a_write_that_fails_on_one_rank_stops_both_and_leaves_nothing_half(seen):
+    failed, again = seen["starved,plain"]
     assert failed["codes"] == [1, 1] and failed["log"].count("rank 1: OSError(27, 'File too large')") == 2, failed
     assert failed["log"].count("longtake.errors.CheckpointError: writing ") == 2
     assert failed["checkpoints"] == ["step_000002", "step_000004"]
@@ -71,39 +73,43 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(tmp_path):
     """A small file system: first no room by the estimate, then none although the estimate was not asked."""
     small = tmp_path / "small"
     small.mkdir()
+
+    def outcome(name="plain"):
+        return run(small, "--scenarios", name)[name][0]
+
     mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", str(small)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
         (tmp_path / "logs").mkdir()
-        done = scenarios(small / "run", "plain")[0]
+        done = outcome()
         assert done["codes"] == [0, 0]
-        for path in (small / "run" / "checkpoints").glob("step_*2"):
+        for path in (small / "run0" / "checkpoints").glob("step_*2"):
             shutil.rmtree(path)
         (small / "fill").write_bytes(bytes(10 << 20))
-        full = scenarios(small / "run", "plain")[0]
+        full = outcome()
         assert full["codes"] == [1, 1] and full["checkpoints"] == ["step_000010"], full
         assert full["log"].count("step_000010 needs 0.06 GiB in ") == 2 and "1 checkpoints there are intact" in full["log"]
         free = shutil.disk_usage(small).free
         (small / "fill").write_bytes(bytes((10 << 20) + free - (16 << 10)))
-        broken = scenarios(small / "run", "unchecked")[0]
+        broken = outcome("unchecked")
         assert broken["codes"] == [1, 1] and "No space left on device" in broken["log"], broken
         assert broken["checkpoints"] == ["step_000010"]
         (small / "fill").unlink()
-        again = scenarios(small / "run", "plain")[0]
+        again = outcome()
         assert again["codes"] == [0, 0] and again["checkpoints"] == ["step_000010", "step_000012"]
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_a_hang_ends_with_the_name_of_the_rank(tmp_path):
+def test_a_hang_ends_with_the_name_of_the_rank(seen):
     """Rank 1 stands still in its data, then in its work; rank 0 waits in a collective for it."""
-    for seen in scenarios(tmp_path / "run", "data", "critic"):
-        assert all(code in (124, 1, -9, -15) for code in seen["codes"]) and 124 in seen["codes"], seen
-        report = next(line for line in seen["log"].splitlines() if "NO PROGRESS" in line)
+    for hung in seen["data,critic"]:
+        assert all(code in (124, 1, -9, -15) for code in hung["codes"]) and 124 in hung["codes"], hung
+        report = next(line for line in hung["log"].splitlines() if "NO PROGRESS" in line)
         behind, waits = report.split("(watchdog): ")[1].split(". The run ends")[0].split("; ")
-        phase = {"data": "data", "critic": "forward"}[seen["name"]]
+        phase = {"data": "data", "critic": "forward"}[hung["name"]]
         assert behind.startswith(f"rank 1 has been in phase '{phase}' of step 5 for "), behind
         assert "chaos_run.py" in behind, behind
         assert waits.startswith("rank 0 waits in 'forward' of step 5"), waits
-        assert seen["checkpoints"] == ["step_000002", "step_000004"]
+        assert hung["checkpoints"] == ["step_000002", "step_000004"]

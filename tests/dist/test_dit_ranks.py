@@ -1,12 +1,11 @@
-"""The real transformer, its cache and objectives on two gloo ranks (torchrun, FSDP2) against one process."""
+"""The real transformer, its cache and objectives on two gloo ranks (FSDP2) against one process."""
 
 import json
-import subprocess
-import sys
 
 import dit_run
 import pytest
 import torch
+from forked_ranks import torchrun
 from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
@@ -27,8 +26,7 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, dit_run.__file__, str(folder)], capture_output=True, text=True, timeout=120)
+    done = torchrun(2, dit_run.__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder
 

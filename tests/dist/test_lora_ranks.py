@@ -1,11 +1,9 @@
-"""Low-rank updates on two gloo ranks (torchrun, FSDP2) against one process: N.15, and the frozen base."""
-
-import subprocess
-import sys
+"""Low-rank updates on two gloo ranks (FSDP2) against one process: N.15, and the frozen base."""
 
 import lora_run
 import pytest
 import torch
+from forked_ranks import torchrun
 from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
@@ -21,8 +19,7 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     lora_run.run(one, Mesh())
     torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, lora_run.__file__, str(two)], capture_output=True, text=True, timeout=120)
+    done = torchrun(2, lora_run.__file__, two)
     assert done.returncode == 0, done.stderr
     return one, two
 

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import memory_run
 import pytest
 import torch
+from forked_ranks import torchrun
 from safetensors.torch import load_file, save_file
 from tiny_lora import adapted, adapter_of, stir
 from tiny_stage import TEACHER, make_model
@@ -48,18 +47,15 @@ def shop(workshop, tmp_path_factory):
     return folder
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, memory_run.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=280
-    )
+def two(*arguments):
+    done = torchrun(2, memory_run.__file__, *arguments)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def read_by_two(shop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torchrun(shop, folder, "load")
+    two(shop, folder, "load")
     return folder
 
 
@@ -106,7 +102,7 @@ def weights(folder):
 
 @pytest.mark.slow
 def test_options_train_what_the_defaults_train(shop, tmp_path):
-    torchrun(shop, tmp_path / "two", "train", *memory_run.TRAININGS)
+    two(shop, tmp_path / "two", "train", *memory_run.TRAININGS)
     memory_run.trained(shop, tmp_path / "one", Mesh(), ["plain"])
     wanted = weights(tmp_path / "one" / "plain")
     for name in memory_run.TRAININGS:

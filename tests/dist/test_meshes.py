@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import mesh_run
 import numpy as np
 import pytest
 import torch
+from forked_ranks import torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,17 +31,11 @@ STAGES = tuple(mesh_run.STAGES)
 LORA = {"lora": {"rank": 2, "alpha": 4}, "critic": {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}}
 
 
-def torchrun(workshop, runs, folder, ranks):
+def train(workshop, runs, folder, ranks):
     """Each run of `runs`, one after the other in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"runs{ranks}.json").write_text(json.dumps(runs, default=str))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, mesh_run.__file__, str(workshop), str(folder / f"runs{ranks}.json")],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = torchrun(ranks, mesh_run.__file__, workshop, folder / f"runs{ranks}.json", timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -85,7 +78,7 @@ def test_two_ranks_of_a_sequence_group_train_and_stream_as_one(workshop, tmp_pat
     """The fast part: two iterations of `distill`, then of `causal` with low-rank updates, and what they validate."""
     runs = [("distill", {"validate_every": 2}), ("causal", {"lora": LORA["lora"], "validate_every": 2})]
     entries = [{"stage": s, "logdir": tmp_path / "two", "max_steps": 2, **c} for s, c in runs]
-    torchrun(workshop, [entry | {"parallel": {"sequence": 2}} for entry in entries], tmp_path, 2)
+    train(workshop, [entry | {"parallel": {"sequence": 2}} for entry in entries], tmp_path, 2)
     for stage, changes in runs:
         one = mesh_run.run(workshop, tmp_path / "one", Mesh(), stage, max_steps=2, **changes)
         assert_same(tmp_path / "two" / stage, one)
@@ -115,7 +108,7 @@ def many(workshop, tmp_path_factory):
             if name.startswith(str(ranks))
         ]
         lora = {"stage": "distill", "logdir": folder / f"{ranks} lora", "parallel": {"sequence": 2}, **LORA}
-        torchrun(workshop, [*runs, lora], folder, ranks)
+        train(workshop, [*runs, lora], folder, ranks)
     return folder
 
 
@@ -152,7 +145,7 @@ def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, man
     started = [("four", "distill", four), ("same", "long", four), ("replicas", "distill", replicas)]
     started += [("whole", "distill", wholes)]
     entries = [{"stage": s, "logdir": tmp_path / name, "max_steps": 3, **mesh} for name, s, mesh in started]
-    torchrun(workshop, entries, tmp_path, 4)
+    train(workshop, entries, tmp_path, 4)
     shutil.copytree(tmp_path / "four", tmp_path / "back")
     shutil.copytree(tmp_path / "four", tmp_path / "four again")
 
@@ -163,14 +156,14 @@ def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, man
         {"stage": "distill", "logdir": tmp_path / "whole", "max_steps": 4},
         {"stage": "distill", "logdir": tmp_path / "back", "max_steps": 4, **two},
     ]
-    torchrun(workshop, down, tmp_path, 2)
+    train(workshop, down, tmp_path, 2)
     up = [
         {"stage": "distill", "logdir": tmp_path / "back", **four},
         {"stage": "distill", "logdir": tmp_path / "whole", **wholes},
         {"stage": "distill", "logdir": tmp_path / "four again", **four},
         {"stage": "long", "logdir": tmp_path / "same", **four},
     ]
-    torchrun(workshop, up, tmp_path, 4)
+    train(workshop, up, tmp_path, 4)
 
     whole = many / "4 shard x sequence"
     for name in ("four", "replicas", "back", "whole"):

@@ -1,11 +1,9 @@
 """Shared roles equal separate networks with the same updates: losses and weights, on one rank and on two."""
 
-import subprocess
-import sys
-
 import pytest
 import roles_run
 import torch
+from forked_ranks import torchrun
 from safetensors.torch import load_file
 
 from longtake.parallel.mesh import Mesh
@@ -57,9 +55,7 @@ def test_one_rank(workshop, tmp_path, stage, variant):
 @pytest.mark.slow
 def test_two_ranks(workshop, tmp_path):
     pairs = [*FAST, *SLOW]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [roles_run.__file__, str(workshop), str(tmp_path), *(":".join(pair) for pair in pairs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = torchrun(2, roles_run.__file__, workshop, tmp_path, *map(":".join, pairs), timeout=280)
     assert done.returncode == 0, done.stderr
     for stage, variant in pairs:
         check_equal(tmp_path / variant, stage)

@@ -1,11 +1,10 @@
 """Many videos: which pairs are read, what a restart keeps, what bad pairs do, and that ranks change nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import torchrun
 from PIL import Image
 from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
@@ -160,21 +159,8 @@ def test_bad_pairs_are_named_after_the_others(run, inputs, tmp_path):
 def test_two_real_ranks_share_and_both_fail_after_the_others(run, inputs, tmp_path):
     """The bad pair is on rank 0, whose share is done first; rank 1 finishes all the same."""
     (inputs / "w0.png").write_bytes(b"no picture")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "--",
-        "longtake",
-    ]
     command = ["generate", "--run", run, "--inputs", inputs, "-o", tmp_path / "out", "--frames", 5, "--device", "cpu"]
-    done = subprocess.run(
-        [*launch, *map(str, command), "--samples", "2"], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = torchrun(2, "-m", "longtake", *command, "--samples", "2")
     assert done.returncode != 0 and "bad pairs (1; all others are done)" in done.stderr, done.stderr
     names = sorted(file.name for file in (tmp_path / "out").glob("*.mp4"))
     assert names == [f"w{k}-seed{s}.mp4" for k in (1, 2) for s in (0, 1)]

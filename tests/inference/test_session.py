@@ -161,6 +161,32 @@ def test_a_new_prompt_goes_on_from_a_cache_rebuilt_under_it(kind, num_before):
     assert not np.array_equal(after, take(unchanged, 2))
 
 
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"recache": "last_window", "keep_sink": True},
+        {"recache": "none", "context_sigma": 0.2},
+        {"recache": "none", "context": "last_step"},
+    ],
+)
+def test_other_laws_of_a_new_prompt_hold_in_files_branches_and_ways_back(law, tmp_path):
+    generator = make_generator(plan={"block_frames": 2, "window_frames": 5, "sink_frames": 1, **law})
+    session = open_session(generator, history_blocks=2)
+    before = take(session, 4)
+    session.prompt = B
+    session.save(tmp_path / "s")
+    others = [session.fork(), generator.resume(tmp_path / "s")]
+    after = take(session, 2)
+    old, new = (generator.condition(prepared(PICTURE), prompt)[0] for prompt in (A, B))
+    first, options = old.frames[:, :1, -4:], {"later": [new], "switch_frames": [7], "seed": 0, "videos": [0]}
+    latents = student_latents(generator.denoiser, old, first, generator.plan, 11, (4, 4), **options)
+    expected = to_frames(generator.encoders.vae.decode(latents)[0])
+    assert np.array_equal(np.concatenate([before, after]), expected)
+    session.rewind(2)
+    session.prompt = B
+    assert all(np.array_equal(take(other, 2), after) for other in [*others, session])
+
+
 def test_a_prompt_before_the_first_block_is_the_prompt_from_the_start(any_generator):
     expected = take(open_session(any_generator, B), 4)
     for num_before in (0, 1) if first_picture(any_generator) is not None else (0,):

@@ -1,10 +1,8 @@
 """Videos that several gloo ranks make together: the frames of one process, one file, clear errors."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from forked_ranks import torchrun
 from PIL import Image
 from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
@@ -37,10 +35,9 @@ def inputs(tmp_path):
     return folder
 
 
-def torchrun(*arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    command = [*launch, "longtake", "generate", "--device", "cpu", "--sequence-parallel", "2", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def generate(*arguments):
+    command = ["-m", "longtake", "generate", "--device", "cpu", "--sequence-parallel", "2", *arguments]
+    return torchrun(2, *command)
 
 
 def assert_frames_of_one(run, inputs, k, made, **length):
@@ -54,7 +51,7 @@ def assert_frames_of_one(run, inputs, k, made, **length):
 def test_two_ranks_make_each_video_together_and_go_on_after_a_bad_picture(run, inputs, tmp_path):
     (inputs / "v.png").write_bytes(b"no picture")
     (inputs / "v.txt").write_text("something")
-    done = torchrun("--run", run, "--inputs", inputs, "-o", tmp_path / "out", "--seconds", 1)
+    done = generate("--run", run, "--inputs", inputs, "-o", tmp_path / "out", "--seconds", 1)
     assert done.returncode != 0 and "bad pairs (1; all others are done)" in done.stderr, done.stderr
     assert done.stdout.count("frames in") == 2  # each video is reported once
     assert sorted(file.name for file in (tmp_path / "out").glob("*.mp4")) == ["w0-seed0.mp4", "w1-seed0.mp4"]
@@ -65,7 +62,7 @@ def test_two_ranks_make_each_video_together_and_go_on_after_a_bad_picture(run, i
 @pytest.mark.slow
 def test_two_ranks_make_one_video_and_one_script(run, inputs, tmp_path):
     made = tmp_path / "made.mp4"
-    done = torchrun(
+    done = generate(
         "--run", run, "--image", inputs / "w1.png", "--prompt", WORLDS[1].caption, "-o", made, "--frames", 17
     )
     assert done.returncode == 0 and done.stdout.count("frames in") == 1, done.stderr
@@ -74,7 +71,7 @@ def test_two_ranks_make_one_video_and_one_script(run, inputs, tmp_path):
     story.write_text(
         f"image: w0.png\nprompt: {WORLDS[0].caption}\nframes: 21\nevents:\n- frame: 9\n  prompt: a red circle\n"
     )
-    done = torchrun("--run", run, "--script", story, "-o", tmp_path / "story.mp4")
+    done = generate("--run", run, "--script", story, "-o", tmp_path / "story.mp4")
     assert done.returncode == 0 and done.stdout.count("frames in") == 1, done.stderr
     command = ["generate", "--run", run, "--script", story, "-o", tmp_path / "alone.mp4", "--device", "cpu"]
     assert CliRunner().invoke(app, [str(word) for word in command]).exit_code == 0

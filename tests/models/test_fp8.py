@@ -15,6 +15,7 @@ from torch import nn
 
 from longtake.errors import CheckpointError
 from longtake.models import sizes
+from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8, FP8Linear, Rows, gelu_quantised, has_kernel, plainly_multiplied, quantised
 from longtake.plan import StreamPlan
@@ -109,6 +110,11 @@ def test_which_layers_of_the_published_networks_are_quantised():
     small, large = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]
     assert small.quantises(1536, 8960) and small.quantises(8960, 1536) and not small.quantises(1536, 1536)
     assert large.quantises(5120, 5120) and large.quantises(13824, 5120)
+    with torch.device("meta"):
+        model = VideoDiT(large).cast(torch.bfloat16)
+        before = sum(p.nbytes for p in model.parameters()) / 2**30
+        after = sum(p.nbytes for p in model.quantise().parameters()) / 2**30
+    assert before > 30 and after < 16  # GiB, of which 40 are to hold a stream
 
 
 def test_layers_are_quantised_and_nothing_else(quantised_model, request):

@@ -4,43 +4,51 @@ from collections import Counter
 
 import pytest
 from test_long_tuning import make_long
-from tiny_batches import make_batch
+from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_model
 from tiny_objectives import parts_of, teacher_forcing
 
 from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.teacher_forcing import ErrorRecycling
+from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 
+# Every block has a context of its own noise, and blocks of one frame leave no number between those of two blocks.
+NOISY = StreamPlan(1, 1, 5, 1, sigmas=(1.0, 0.9, 0.5), later_sigmas=(1.0, 0.6), context="last_step")
+PLANS = {"clean": RULES, "noisy": NOISY}
 
-def forcing(model):
-    return teacher_forcing(model, seed=0, caption_dropout=0.5, recycling=ErrorRecycling(share=1.0, from_step=0))
+
+def forcing(model, plan):
+    recycling = ErrorRecycling(share=1.0, from_step=0)
+    return teacher_forcing(model, seed=0, caption_dropout=0.5, recycling=recycling, plan=plan)
 
 
-def make(kind):
+def make(kind, plan):
     if kind == "long":
-        return make_long(ratio=1)
+        return make_long(ratio=1, plan=plan)
     networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
     if kind == "teacher":
-        return FlowMatching(parts_of(networks[0], seed=0), FlowMatchingConfig(caption_dropout=0.5))
+        return FlowMatching(parts_of(networks[0], seed=0, plan=plan), FlowMatchingConfig(caption_dropout=0.5))
     if kind == "causal":
-        return forcing(networks[0])
+        return forcing(networks[0], plan)
     critic = CriticConfig(updates_per_generator=1)
-    dmd = Dmd(parts_of(*networks, seed=0), DmdConfig(teacher="toy", critic=critic, data_loss=DataLoss(weight=0.5)))
-    dmd.data_loss = forcing(networks[0])
+    settings = DmdConfig(teacher="toy", critic=critic, data_loss=DataLoss(weight=0.5))
+    dmd = Dmd(parts_of(*networks, seed=0, plan=plan), settings)
+    dmd.data_loss = forcing(networks[0], plan)
     return dmd
 
 
 @pytest.mark.parametrize("kind", ["teacher", "causal", "distill", "long"])
-def test_every_iteration_draws_its_own_numbers_and_each_once(kind, monkeypatch):
+@pytest.mark.parametrize("context", PLANS)
+def test_every_iteration_draws_its_own_numbers_and_each_once(kind, context, monkeypatch):
     drawn, generator = Counter(), KeyedRNG.generator
 
     def spy(self, step, purpose, index, part=0):
         drawn[step, purpose, index, part] += 1
         return generator(self, step, purpose, index, part)
 
-    objective = make(kind)
+    objective = make(kind, PLANS[context])
     batch = make_batch(objective.networks["generator"], [4, 9])
     monkeypatch.setattr(KeyedRNG, "generator", spy)
     for step in range(5):  # of long tuning one sequence and two chunks of the next

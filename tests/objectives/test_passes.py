@@ -26,10 +26,18 @@ from longtake.train.throughput import clip_call
 SIGMAS = (1.0, 0.9, 0.7)
 
 
-def options_of(i2v=True):
+LAWS = {
+    "pass": {},
+    "last step": {"context": "last_step"},
+    "three then two": {"later_sigmas": (1.0, 0.8)},
+    "last step, three then two": {"context": "last_step", "context_from": 0, "later_sigmas": (1.0, 0.8)},
+}
+
+
+def options_of(i2v=True, law="pass"):
     """The tiny sizes: latents of 4x6, 7 frames in blocks [1, 2, 2, 2] (or 6 in [2, 2, 2])."""
     plan = StreamPlan(2, 1, 5, 1, sigmas=SIGMAS) if i2v else StreamPlan(2, 2, 4, 0, sigmas=SIGMAS)
-    return {"plan": plan, "num_frames": 7 if i2v else 6}
+    return {"plan": replace(plan, **LAWS[law]), "num_frames": 7 if i2v else 6}
 
 
 def clips_of(objective, batch=2):
@@ -57,10 +65,10 @@ def counted(work):
     return counter.total, result
 
 
-def dmd_of(i2v=True, ratio=2, **settings):
+def dmd_of(i2v=True, ratio=2, law="pass", **settings):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
     settings = DmdConfig(teacher="toy", critic=CriticConfig(updates_per_generator=ratio), **settings)
-    return Dmd(parts_of(*networks, **options_of(i2v)), settings)
+    return Dmd(parts_of(*networks, **options_of(i2v, law)), settings)
 
 
 def total(found, size, *phases):
@@ -71,10 +79,11 @@ def total(found, size, *phases):
 
 
 @pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("step", range(4))
-def test_distillation(i2v, step):
+def test_distillation(i2v, law, step):
     """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
-    dmd = dmd_of(i2v)
+    dmd = dmd_of(i2v, law=law)
     size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)
     found = dmd.passes(step, clips_of(dmd))
     ran = {"forward": 0, "backward": 0}
@@ -92,10 +101,11 @@ def recomputed(size, call):
     return Work(blocks[0] + (size.num_layers - 1) * blocks[1], size.num_layers * flops._attention(size, call))
 
 
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("step", [0, 2])
-def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(step):
+def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(law, step):
     """But for embeddings and head; the blocks are recomputed once."""
-    dmd = dmd_of()
+    dmd = dmd_of(law=law)
     dmd.generator = Denoiser(dmd.generator.model.executed(Execution(recompute=True)), batched_exit_backward=True)
     size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], 7)
     found = dmd.passes(step, clips_of(dmd))
@@ -134,11 +144,12 @@ def test_teacher_and_causal():
 
 
 @pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("step", "from_step"), [(0, 0), (1, 0), (2, 1), (3, 2)])
-def test_error_recycling_costs_the_roll_out_of_this_iteration(i2v, step, from_step):
+def test_error_recycling_costs_the_roll_out_of_this_iteration(i2v, law, step, from_step):
     model, frames = make_tiny_model(i2v=i2v), options_of(i2v)["num_frames"]
     batch = make_batch(model, [4, 9], frames)
-    causal = teacher_forcing(model, recycling=ErrorRecycling(share=1.0, from_step=from_step), **options_of(i2v))
+    causal = teacher_forcing(model, recycling=ErrorRecycling(share=1.0, from_step=from_step), **options_of(i2v, law))
     *own, _ = causal.passes(step, clips_of(causal))
     ran, _ = counted(lambda: causal._history(batch.latents, batch.condition, batch, step))
     assert ran == total(own, model.config, "rollout")

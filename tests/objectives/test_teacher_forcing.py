@@ -1,5 +1,7 @@
 """Teacher forcing: the picture is clean and outside the loss, and each block sees what its cache would hold (N.4)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
@@ -40,6 +42,28 @@ def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypa
     torch.testing.assert_close(result.loss, error)
     (grad,) = torch.autograd.grad(result.loss, call["out"])
     assert (grad[:, :8] == 0).all() and (grad[:, 8:] != 0).any()
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+def test_the_context_has_the_level_that_the_student_stores(recycled, monkeypatch):
+    """The picture and the first block clean, later ones at the last level of theirs; by noise of its own."""
+    model, rules = make_tiny_model(i2v=True), replace(RULES, context="last_step", later_sigmas=(1.0, 0.6))
+    batch, calls = make_batch(model, [4, 9], 7), record(model, monkeypatch)
+    causal = objective(model, rules, recycling=OWN if recycled else None)
+    causal.loss("generator", batch, 5)
+    call, own = calls[-1], calls[:-1]
+    assert call["sigma"][:, :7].tolist() == [pytest.approx([0.0] * 3 + [0.6] * 4)] * 2
+    draws = KeyedRNG(3)
+    fresh = draws.noise(5, "context_noise", batch.indices, batch.latents.shape[1:])
+    clean = batch.latents
+    assert bool(own) is recycled
+    if recycled:
+        with torch.no_grad():
+            clean = causal._history(clean, batch.condition, batch, 5)
+        assert not torch.equal(clean[:, 1:5], batch.latents[:, 1:5])
+    assert torch.equal(call["x"][:, :7], add_noise(clean, fresh, call["sigma"][:, :7]))
+    noise = draws.noise(5, "noise", batch.indices, clean.shape[1:])
+    assert torch.equal(call["x"][:, 7:], add_noise(batch.latents, noise, call["sigma"][:, 7:]))
 
 
 def test_text_to_video_scores_every_frame(monkeypatch):
@@ -157,7 +181,9 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
     assert torch.equal(made[:, 5:], clean[:, 5:])
 
 
-def test_from_noise_alone_the_own_version_is_a_roll_out():
+@pytest.mark.parametrize("law", [{}, {"context": "last_step", "later_sigmas": (1.0, 0.6)}, {"context_sigma": 0.3}])
+def test_from_noise_alone_the_own_version_is_a_roll_out(law):
+    rules = replace(RULES, given_frames=1, **law)
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
 
@@ -165,8 +191,8 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
 
-    made = recycle(Denoiser(model), batch.condition, batch.latents, noise, RULES.with_given(1), [0] * 4)
-    rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
+    made = recycle(Denoiser(model), batch.condition, batch.latents, noise, rules, [0] * 4)
+    rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, rules, 7, (4, 6)).latents
     torch.testing.assert_close(made[:, :5], rolled[:, :5])
 
 

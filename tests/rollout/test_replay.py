@@ -80,8 +80,11 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
         assert (p.grad - state[name].grad).norm() <= 1e-10 * (1 + state[name].grad.norm()), name
 
 
-def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
+@pytest.mark.parametrize("law", [{}, {"context": "last_step", "sigmas": SIGMAS[:3]}, {"context_sigma": 0.3}])
+def test_the_exit_steps_of_a_roll_out_are_made_again(law, monkeypatch):
+    """Also where the context is what the last step saw."""
     model, condition, rules, *_ = problem(True, "relative", 9)
+    rules = replace(rules, **law)
     calls = record(model, monkeypatch)
 
     def noise(start, end, step):
@@ -89,10 +92,14 @@ def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
 
     made = roll_out(Denoiser(model), condition, make_tiny_latents(1, seed=7), noise, rules, 9, SIZE, exit_step=2)
     exits = [call["x"] for call in calls if call["sigma"][0] == SIGMAS[2]]
+    stored = torch.cat(
+        [*(call["x"] for call in calls if call["commit"]), made.latents[:, 7:]], 1
+    )  # nobody reads the last
+    levels = torch.tensor(rules.with_given(1).context_levels(9)).expand(2, -1)
     noisy = torch.cat([made.latents[:, :1], *exits], 1)
     sigma = torch.full((2, 9), SIGMAS[2])
     sigma[:, 0] = 0
-    again = packed_replay(model, condition, made.latents, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, 9))
+    again = packed_replay(model, condition, stored, levels, noisy, sigma, layout_of(rules, 9))
     torch.testing.assert_close(again, made.latents, rtol=1e-4, atol=1e-5)
 
 

@@ -302,6 +302,34 @@ def test_replayed_passes_equal_those_that_python_makes(law):
     assert tape.recorded >= 2 and tape.replayed >= 3 * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("law", ["last step", "last step, four then two"])
+def test_cuda_graphs_of_passes_that_store_give_the_same_latents(law, monkeypatch):
+    """Also after a change of prompt. Uncompiled: for these sizes compiling takes minutes, and says nothing of graphs."""
+    monkeypatch.setattr("longtake.models.execution.has_triton", lambda: False)
+    model = make_tiny_model(i2v=True).cuda()
+    condition, other = (make_tiny_condition(model, seed=seed).to("cuda") for seed in (1, 8))
+    plan = plan_of(True, law)
+
+    def run(graphs):
+        denoiser, cache = Denoiser(model, graphs=graphs), model.new_cache(plan, 2, SIZE)
+        picture = make_tiny_latents(1, seed=7).cuda()
+        stream = LatentStream(denoiser, cache, condition, picture, lambda *key: noise(*key).cuda(), plan)
+        made = [stream.next() for _ in range(14)]
+        stream.change(other)
+        return torch.cat([*made, *(stream.next() for _ in range(4))], 1), cache
+
+    def refuse(work):
+        raise RuntimeError("not recorded")
+
+    expected, _ = run(CUDAGraphRunner(refuse))
+    graphs = CUDAGraphRunner()
+    made, cache = run(graphs)
+    assert graphs.captured(cache) >= 2 and not graphs._broken
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_a_long_video_is_the_stream(law):
     model, condition, picture = scene()

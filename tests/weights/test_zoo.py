@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from paper_files import Shapes, write_tree
+from published_tensors import published_table
 from safetensors.torch import load_file
-from test_dit_parity import published_table
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.weights.convert import convert

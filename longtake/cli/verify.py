@@ -1,0 +1,55 @@
+"""`longtake verify`: weights in our code against the same weights in diffusers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longtake.cli.common import Device, Overwrite, Rules, clean_errors, given
+
+Weights = Annotated[
+    str, typer.Argument(help="Folder or file of weights in any layout, or `toy`; its encoders inside or beside it.")
+]
+Image = Annotated[Path | None, typer.Option(help="A photograph; without, a picture of the toy world.")]
+Prompt = Annotated[str | None, typer.Option(help="What moves in it and how; without, the caption of that picture.")]
+Json = Annotated[Path | None, typer.Option("--json", help="File for the checks.")]
+
+
+def verify(
+    context: typer.Context,
+    weights: Weights,
+    overrides: Rules = None,
+    image: Image = None,
+    prompt: Prompt = None,
+    encoders: Annotated[Path | None, typer.Option(help="Folder of the encoders.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher; 1 = none.")] = None,
+    device: Device = None,
+    json_file: Json = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare weights in our code with the same in diffusers', piece by piece, and measure a short clip.
+
+    Each line is passed, suspicious or wrong and says where to look; the exit code is 1 when one is wrong.
+    """
+    with clean_errors(context):
+        from longtake.cli.common import EXIT_ERROR
+        from longtake.config.generation import changes_of
+        from longtake.evaluation.report import write_json
+        from longtake.evaluation.verify import WRONG, as_json, as_text
+        from longtake.evaluation.verify import verify as verified
+        from longtake.outputs import check_output_file, writing
+
+        if json_file is not None:
+            check_output_file(json_file, suffixes=(".json",), overwrite=overwrite)
+        changes, checks = changes_of(*(overrides or [])), []
+        options = given(context, "image", "prompt", "encoders", "guidance", "device")
+        for check in verified(weights, changes=changes, **options):
+            typer.echo(as_text(check))
+            checks.append(check)
+        if json_file is not None:
+            with writing(json_file):
+                write_json(json_file, as_json(checks))
+        if any(check.status == WRONG for check in checks):
+            raise typer.Exit(EXIT_ERROR)

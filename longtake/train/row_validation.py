@@ -1,0 +1,307 @@
+"""Videos of rows that a stage never learns from, made and measured while it trains, beside the teacher's of the same.
+
+Nothing here ends a training: an error is agreed by all ranks, logged and counted, and the next validation tries again.
+Nor does it take much of it: how long one takes is measured, and one that is due waits until there is time for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longtake.condition import pixel_frames
+from longtake.config.stage import StageConfig
+from longtake.encoders.vae import VideoVAE
+from longtake.errors import OutputError
+from longtake.evaluation import report
+from longtake.evaluation.row_videos import (
+    KeptLatents,
+    Maker,
+    SeenVideo,
+    VideoRow,
+    against,
+    blocks_of,
+    decoded,
+    look,
+    mean_curves,
+    means,
+    student_maker,
+    teacher_maker,
+)
+from longtake.models.dit import VideoDiT
+from longtake.parallel.mesh import Mesh
+from longtake.rollout.denoise import Denoiser
+from longtake.train.ema import EMA
+
+logger = logging.getLogger(__name__)
+
+LONG = "long"
+_VERSION = 1  # of how the teacher samples: another one makes kept samples useless
+# By row number
+Seen = dict[int, SeenVideo]
+
+
+class Budget:
+    """Whether there is time for a validation: `share` of the seconds since it was made, by rank 0's clock (1: any).
+
+    Room must be for this one and for the last of the run, each as long as the longest so far but the first, which may
+    have compiled, and sampled the teacher.
+    """
+
+    def __init__(self, share: float, mesh: Mesh, clock: Callable[[], float] = time.monotonic) -> None:
+        self.share, self._mesh, self._clock = share, mesh, clock
+        self._start, self._spent = clock(), 0.0
+        self._taken: list[float] = []
+
+    def allows(self) -> bool:
+        """Whether there is time for one now; the same on every rank."""
+        return self._mesh.on_main(self._allows)
+
+    def _allows(self) -> bool:
+        longest = max(self._taken[1:] or self._taken or [0.0])
+        return self.share == 1 or self._spent + 2 * longest <= self.share * (self._clock() - self._start)
+
+    @contextmanager
+    def counted(self, *, more: bool = False) -> Iterator[None]:
+        """Counts the time inside as that of a validation, or as `more` of the last one."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            self._taken.append(seconds + (self._taken.pop() if more else 0.0))
+            self._spent += seconds
+
+    @property
+    def last(self) -> float:
+        """Seconds of the last one."""
+        return self._taken[-1]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The bidirectional weights beside which a student is measured: `identity` tells them from others, `model` gives
+    the network, which may be read for the time of the context alone.
+    """
+
+    identity: Callable[[], str]
+    model: Callable[[], AbstractContextManager[VideoDiT]]
+
+
+@dataclass(kw_only=True)
+class RowValidation:
+    """Validates the rows of a stage; every rank calls its methods.
+
+    Args: `read` gives this rank's rows; `decoder` a VAE for the time of the context; `student` as it streams, `average`
+    of its weights; `teacher` None where there is none.
+    """
+
+    config: StageConfig
+    mesh: Mesh
+    student: Denoiser
+    average: EMA | None
+    teacher: Teacher | None
+    read: Callable[[], list[VideoRow]]
+    decoder: Callable[[], AbstractContextManager[VideoVAE]]
+    errors: int = 0
+    budget: Budget = field(init=False)
+    _rows: list[VideoRow] | None = None
+    _teacher_seen: Seen | None = None
+    _fresh: dict[str, Seen] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.config.validation.max_share, self.mesh)
+
+    def prepare(self) -> None:
+        """Reads the rows, while the encoders are there."""
+        self._survived("reading the rows", self._read)
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Numbers after `step` iterations; nothing where there was no time."""
+        if step not in (0, self.config.max_steps) and not self.budget.allows():
+            return {}
+        with self.budget.counted():
+            numbers = self._survived(f"step {step}", lambda: self._measured(step))
+        seconds = self.mesh.on_main(lambda: self.budget.last)
+        numbers = {**(numbers or {}), "errors": self.errors, "seconds": seconds}
+        return {f"validation/{name}": value for name, value in numbers.items()}
+
+    def sample(self, step: int) -> Mapping[str, NDArray[np.uint8]]:
+        """The contact sheet of the last evaluation, also written to the stage's folder with curves over time."""
+        seen, self._fresh = self._fresh, {}
+        if not seen or not self.mesh.is_main:
+            return {}
+        with self.budget.counted(more=True):
+            return self._survived(f"sheet of step {step}", lambda: self._drawn(seen)) or {}
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+    def _drawn(self, seen: Mapping[str, Seen]) -> dict[str, NDArray[np.uint8]]:
+        lines = {
+            f"{video.name[:14]} {name}": [video.shown]
+            for number in seen["teacher" if "teacher" in seen else "student"]
+            for name, part in seen.items()
+            for video in [part[number]]
+        }
+        sheet = report.contact_sheet(lines, num_videos=1, zoom=1)
+        curves = {name: {"looks": mean_curves([v.measured for v in part.values()])} for name, part in seen.items()}
+        folder = self.config.folder
+        report.write_png(folder / "contact_sheet.png", sheet)
+        report.write_curves(folder / "validation.png", curves, "looks")
+        return {"contact_sheet": sheet}
+
+    def _survived(self, what: str, work: Callable[[], Any]) -> Any:
+        """What `work` returned, which ends on all ranks alike; None after an error, which is logged and counted."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 (a validation must not end a training; said loudly, counted)
+            self.errors += 1
+            logger.error("VALIDATION FAILED (%s, error %d of this run): %s: %s", what, self.errors,
+                         type(error).__name__, error, exc_info=error if self.mesh.is_main else None)  # fmt: skip
+        finally:
+            gc.collect()
+            if self.mesh.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return None
+
+    def _read(self) -> None:
+        rows = self.mesh.every(self.read)
+        self._rows = rows[self.mesh.rank]
+
+    def _measured(self, step: int) -> dict[str, float]:
+        if self._rows is None:
+            self._read()
+        seen: dict[str, Seen] = {}
+        if self.teacher is not None:
+            seen["teacher"] = self._of_teacher(self.teacher)
+        makers = list(self._makers())
+        with self.average.applied() if self.average is not None else nullcontext(), self.student.gathered():
+            made = {name: self._made(make) for name, make, _ in makers}
+        for name, _, frames in makers:
+            seen[name] = self._videos(name, made.pop(name), frames, f"step_{step:06d}")
+        self._fresh = seen
+        return self._numbers({name: [video.measured for video in part.values()] for name, part in seen.items()})
+
+    def _numbers(self, measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        distances = []
+        for name, videos in measured.items():
+            start = "" if name == "student" else f"{name}_"
+            numbers |= {f"{start}{key}": value for key, value in means(videos).items()}
+            if name != "teacher" and "teacher" in measured:
+                compared = against(videos, measured["teacher"])
+                distances.append(compared.pop("distance_to_teacher"))
+                numbers |= {f"{start}{key}": value for key, value in compared.items()}
+        return numbers | ({"distance_to_teacher": float(np.mean(distances))} if distances else {})
+
+    def _makers(self) -> Iterator[tuple[str, Maker, int]]:
+        """Name, maker and latent frames of the videos of the student."""
+        config, frames = self.config, self.config.video.num_latent_frames
+        settings, plan = config.validation, config.stream_plan
+        if not config.objective.causal:
+            yield "student", self._sampler(self.student.model), frames
+            return
+        yield "student", student_maker(self.student, plan, frames, seed=settings.seed), frames
+        if settings.times_longer > 1:
+            start = config.plan.first_frames
+            longer = start + settings.times_longer * (frames - start)
+            # On all rows or none: a rebuilt cache is a call more, and the calls of sharded networks are shared.
+            have = all(self.mesh.every(lambda: all(row.later is not None for row in self._rows or [])))
+            switch = plan.block_of(longer // 2)[0] if have else None
+            yield LONG, student_maker(self.student, plan, longer, seed=settings.seed, switch_frame=switch), longer
+
+    def _sampler(self, model: VideoDiT) -> Maker:
+        return teacher_maker(model, self.config.video.num_latent_frames, **self._sampling)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        settings, model = self.config.validation, self.config.model
+        return {
+            "seed": settings.seed,
+            "num_steps": settings.teacher_steps,
+            "shift": self.config.flow.shift,
+            "guidance": settings.teacher_guidance,
+            "first_frame_clean": model.image_condition == "i2v" and model.first_frame_sigma == "zero",
+        }
+
+    def _of_teacher(self, teacher: Teacher) -> Seen:
+        """The teacher's videos, once a process; their latents are kept for all."""
+        if self._teacher_seen is None:
+            frames = self.config.video.num_latent_frames
+            identity = self.mesh.on_main(teacher.identity)
+            about = {"weights": identity, "num_latent_frames": frames, "precision": self.config.precision}
+            kept = KeptLatents(self.config.teacher_samples, {"version": _VERSION, **about, **self._sampling})
+            found = [kept.get(row) for row in self._rows or []]
+            made = [latents for latents in found if latents is not None]
+            if not all(self.mesh.every(lambda: len(made) == len(found))):
+                if self.mesh.is_main:
+                    logger.info("The teacher samples the rows of the validation, once; kept in %s", kept.folder)
+                with teacher.model() as model:
+                    made = self._made(self._sampler(model))
+                self.mesh.every(lambda: self._keep(kept, made) if self.mesh.leads_sequence else None)
+            self._teacher_seen = self._videos("teacher", made, frames, "teacher")
+        return self._teacher_seen
+
+    def _made(self, make: Maker) -> list[Tensor]:
+        """The latents of this rank's rows. Sharded networks are called by all ranks alike: nothing is done in between
+        that might fail on one of them.
+        """
+        made: list[Tensor] = []
+
+        def run() -> None:
+            with self._precision():
+                made.extend(make(row) for row in self._rows or [])
+
+        self.mesh.every(run)
+        return made
+
+    def _videos(self, name: str, latents: Sequence[Tensor], num_latent_frames: int, prefix: str) -> Seen:
+        """The videos of all rows, measured and written, known to every rank."""
+        config = self.config
+        fps, stride = config.video.fps, config.video.temporal_stride
+        blocks = None
+        if config.objective.causal and name != "teacher":
+            blocks = blocks_of(config.stream_plan, num_latent_frames, stride)
+        end = f"_{name}" if name == LONG else ""
+        count = pixel_frames(num_latent_frames, stride)
+        workers = max(1, (os.cpu_count() or 1) // self.mesh.world_size)
+
+        def work() -> Seen:
+            jobs: dict[int, Future[SeenVideo]] = {}
+            # Measured in threads, which let others run, while the next video is decoded.
+            with self.decoder() as vae, ThreadPoolExecutor(min(workers, len(self._rows or [0]))) as pool:
+                for row, made in zip(self._rows or [], latents, strict=True):
+                    frames = list(decoded(vae, made))
+                    file = config.folder / "samples" / f"{prefix}_row{row.number}{end}.mp4"
+                    jobs[row.number] = pool.submit(look, row.name, frames, count, fps, blocks=blocks, file=file)
+            return {number: job.result() for number, job in jobs.items()}
+
+        parts = self.mesh.every(lambda: work() if self.mesh.leads_sequence else {})
+        found = {number: video for part in parts for number, video in part.items()}
+        return {number: found[number] for number in sorted(found)}
+
+    def _keep(self, kept: KeptLatents, latents: Sequence[Tensor]) -> None:
+        """Keeps the teacher's samples; where the disk does not take them, they serve this run alone, which is said."""
+        for row, made in zip(self._rows or [], latents, strict=True):
+            try:
+                kept.put(row, made)
+            except OutputError as error:
+                logger.warning("The teacher's samples are not kept for other runs: %s", error)
+                return
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """As the losses are computed (`stage.InPrecision`)."""
+        if self.config.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, cache_enabled=self.mesh.fsdp_mesh is None)
