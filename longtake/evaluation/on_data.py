@@ -76,17 +76,11 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """Video number `index` of a row and its `picture`, in files by their length in training clips; these are measured
-    while others are made.
-    """
+    """A video in files by their length in training clips, which are measured while others are made."""
 
-    row: str
-    prompt: str
-    index: int
-    picture: NDArray[np.uint8]
-    seen: Seen
-    files: Mapping[int, Path]
+    files: Mapping[int, LaidVideo]
     measuring: Mapping[int, Future[MeasuredVideo]]
+    seen: Seen
 
 
 def evaluate_on_data(
@@ -101,10 +95,18 @@ def evaluate_on_data(
     names = [one.row_name(multiple) for one in every for multiple in one.multiples]
     mesh.on_main(lambda: _prepare(folder, names, overwrite=overwrite))
     parts = mesh.every(lambda: _make_share(every, asked, folder, mesh))
-    videos = [video for name in names for part, _ in parts for video in part if video.name == name]
-    prompts = {stem: prompt for _, part in parts for stem, prompt in part.items()}
+    made = sorted((video for part in parts for video in part), key=lambda one: one[1].path.name)
+    by_name = {name: [pair for pair in made if pair[1].name == name] for name in names}
+    videos = [video for pairs in by_name.values() for _, video in pairs]
     longest = {one.row_name(one.multiples[-1]) for one in every}
-    mesh.on_main(lambda: _write(folder, videos, longest, asked, prompts))
+    prompts = {laid.path.stem: laid.prompt for laid, _ in made}
+
+    def write() -> None:
+        _write(folder, videos, longest, asked, prompts)
+        for name, pairs in by_name.items() if asked.layout else ():
+            lay_out([laid for laid, _ in pairs], folder / LAYOUT / name)
+
+    mesh.on_main(write)
     return videos
 
 
@@ -112,32 +114,30 @@ def _prepare(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Makes room for the videos. Raises: ConfigError when there are others and `overwrite` is not given."""
     check_output_folder(folder)
     for name in names:
-        there = sorted((folder / VIDEOS / name).glob("*.mp4"))
-        if there and not overwrite:
+        laid, there = folder / LAYOUT / name, sorted((folder / VIDEOS / name).glob("*.mp4"))
+        if (there or laid.exists()) and not overwrite:
+            there.append(laid)
             raise ConfigError(f"{there[0]} exists already; name another folder with -o, or give --overwrite")
         for file in there:
             file.unlink()
-        shutil.rmtree(folder / LAYOUT / name, ignore_errors=True)
+        if laid.exists():
+            shutil.rmtree(laid)
         (folder / VIDEOS / name).mkdir(parents=True, exist_ok=True)
 
 
 def _make_share(
     every: Sequence[Contender], asked: Asked, folder: Path, mesh: Mesh
-) -> tuple[list[MeasuredVideo], dict[str, str]]:
-    """This rank's rows by all contenders, one of whom is in memory at a time; and the prompts by names of files."""
+) -> list[tuple[LaidVideo, MeasuredVideo]]:
+    """Files of this rank's rows by all contenders, one of whom is in memory at a time, and what was measured."""
     reader = RowReader(asked.data, asked.num_rows, mesh)
-    found: list[MeasuredVideo] = []
     with measuring_threads() as pool:
         made = [(one, _videos_of(one, reader, asked, folder, pool)) for one in every]
-        for one, videos in made:
-            for multiple in one.multiples:
-                frames = one.num_latent_frames(multiple)
-                found += [video.seen.added_to(video.measuring[multiple].result(), frames) for video in videos]
-                if asked.layout:
-                    laid = [LaidVideo(v.files[multiple], v.row, v.prompt, v.picture, v.index) for v in videos]
-                    lay_out(laid, folder / LAYOUT / one.row_name(multiple))
-    prompts = {video.files[1].stem: video.prompt for _, videos in made for video in videos}
-    return found, prompts
+        return [
+            (laid, video.seen.added_to(video.measuring[multiple].result(), one.num_latent_frames(multiple)))
+            for one, videos in made
+            for video in videos
+            for multiple, laid in video.files.items()
+        ]
 
 
 def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, pool: Executor) -> list[Made]:
@@ -161,7 +161,8 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, po
             multiple: pool.submit(measure_video, one.row_name(multiple), path, _blocks(one, plan, multiple, reading))
             for multiple, path in files.items()
         }
-        made.append(Made(name, sample.prompt, index, picture, seen, files, measuring))
+        laid = {n: LaidVideo(path, name, sample.prompt, picture, index) for n, path in files.items()}
+        made.append(Made(laid, measuring, seen))
         logger.info("%s made %s in %.1f s", one.name, stem, time.perf_counter() - begun)
     return made
 

@@ -238,7 +238,9 @@ def test_a_table_may_name_pictures_anywhere(place, tmp_path):
 
 def test_ranks_share_the_rows_and_all_get_them(place, tmp_path, monkeypatch):
     target = of_models([place / "one"])
-    asked = Asked(place / "photos", samples=2)
+    rows = [{"image": str(place / "photos" / f"photo{k}.jpg"), "prompt": f"prompt {k // 2}"} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = Asked(tmp_path / "rows.jsonl", samples=2, layout=True)
     lock, load = threading.Lock(), row_reader.load_encoders
 
     def load_alone(*arguments, **options):  # the library loads weights in one thread of a process
@@ -250,10 +252,17 @@ def test_ranks_share_the_rows_and_all_get_them(place, tmp_path, monkeypatch):
     alone = evaluate_on_data(target, asked, tmp_path / "one", Mesh())
     stems = [f"0000{row}-photo{row}-{index}" for row in range(3) for index in range(2)]
     for videos in (*parts, alone):
-        assert sorted(video.path.stem for video in videos) == stems
+        assert [video.path.stem for video in videos] == stems
     numbers = [{video.path.stem: video.measured.metrics for video in videos} for videos in (*parts, alone)]
     assert numbers[0] == numbers[1] == numbers[2]
     assert numbers[0][stems[0]] != numbers[0][stems[1]]  # another seed
+    # Rows 0 and 1, on different ranks, have one prompt.
+    laid = {
+        name: (tmp_path / "two/vbench/one/long" / name).read_bytes()
+        for name in os.listdir(tmp_path / "two/vbench/one/long")
+    }
+    assert sorted(laid) == sorted(f"{row}-{k}.mp4" for row in ("prompt 0", "prompt 0 (2)", "prompt 1") for k in (0, 1))
+    assert laid["prompt 0 (2)-1.mp4"] == (tmp_path / "two/videos/one" / f"{stems[3]}.mp4").read_bytes()
 
 
 def test_bidirectional_weights_and_guided_students(place, tmp_path):
@@ -312,6 +321,18 @@ def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, t
     assert torch.equal(latents[:, :frames], row.first_latent)
     (video,) = evaluate_on_data(target, asked, tmp_path / "out", Mesh())
     assert video.measured.frames == 9
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16(place, tmp_path):
+    out = tmp_path / "out"
+    options = ["--multiples", "1,3", "--rows", "1", "--teacher-steps", "2", "precision=bf16", "-o", out]
+    models = ["--model", place / "one", "--teacher", place / "bidirectional", "--data", place / "photos"]
+    result = CliRunner().invoke(app, [str(part) for part in ("evaluate", *models, *options, "--device", "cuda")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [video["frames"] for video in found["videos"]] == [9, 9, 33]
+    assert all(video["metrics"]["clip_picture_likeness"] <= 1.001 for video in found["videos"])
 
 
 def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
