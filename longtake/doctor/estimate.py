@@ -278,7 +278,7 @@ class _Hollow(Builder):
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
-            model = VideoDiT(self.sizes[source.name], Execution(attend=_as_on_a_gpu))
+            model = VideoDiT(self.sizes[source.name], Execution(attend=as_on_a_gpu))
         for layer, block in enumerate(model.blocks):
             mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
             block.register_forward_pre_hook(lambda *_, mark=mark: mark())
@@ -308,7 +308,7 @@ def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
         out.register_hook(lambda _: mark())
 
 
-def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
+def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
     """Attention with the memory that it takes there: masks by which a key is seen more than once are flex attention's,
     which copies no keys.
     """

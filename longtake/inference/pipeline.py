@@ -18,7 +18,7 @@ from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
-from longtake.encoders.bundle import Encoders
+from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.decoders import load_decoder
 from longtake.encoders.sessions import Decoder, DecoderSession
@@ -161,8 +161,9 @@ class Pipeline:
         _check_fit(model, encoders, source)
         decoder = None
         if settings.decoder != "exact":
-            given = settings.decoder, settings.decoder_weights, source.encoders, encoders.vae
-            decoder = load_decoder(*given, decoding or device, vae_dtype, latents_per_call=1 if low else 4)
+            named = settings.decoder, settings.decoder_weights, source.encoders
+            place, calls = decoding or device, vae_calls(low_memory=low)["latents_per_call"]
+            decoder = load_decoder(*named, encoders.vae, place, vae_dtype, latents_per_call=calls)
             encoders.vae.encodes_only()
         elif decoding is not None:
             decoder = encoders.vae.copy_to(decoding)

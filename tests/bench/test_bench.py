@@ -21,6 +21,7 @@ from longtake.bench.kernels import (
 from longtake.bench.streaming import bench_stream
 from longtake.bench.training import Kind, Lap, summary
 from longtake.cli.app import app
+from longtake.encoders import original
 from longtake.models.flops import Call, forward
 from longtake.models.sizes import DiTConfig
 from longtake.weights.presets import PRESETS
@@ -106,7 +107,7 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
     small = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
     sizes = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "in_channels": 36, "text_dim": 32}
     dit = DiTConfig(**sizes, text_len=48, freq_dim=32, model_type="i2v", image_dim=1280)
-    monkeypatch.setitem(random_models._VAE, 16, small)
+    monkeypatch.setitem(original._PUBLISHED_VAE, 16, small)
     monkeypatch.setattr(
         random_models, "_IMAGE", random_models._IMAGE | {"num_hidden_layers": 2, "intermediate_size": 8}
     )
@@ -196,7 +197,7 @@ def test_two_contexts_of_one_length_are_two_attentions():
 def test_the_operations_of_a_decoder():
     """Those of Wan2.1's VAE, whose work is known: 3.4 TFLOP a frame at 480x832 (a latent decodes into four)."""
     with torch.device("meta"):
-        vae = random_models.random_vae(16)
+        vae = original.published_vae(16)
     found = decode_operations(vae, 4, 60, 104)
     total = sum(one.operations * count for one, count in found.items())
     assert total / 16 == pytest.approx(3.39e12, rel=0.01)
