@@ -28,9 +28,7 @@ def _gelu_quantised(
     # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3)
     x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST) / LARGEST
-    scale += tl.sum(
-        x * 0.0, axis=0
-    )  # a largest number is found among those that are numbers: one that is not must show
+    scale += tl.sum(x * 0.0, axis=0)  # the largest of what are numbers was found: what is not finite must show
     q = tl.clamp(x / scale, -LARGEST, LARGEST)
     tl.store(out + row * K + columns, q.to(out.dtype.element_ty), mask=real)
     tl.store(scales + row, scale)
