@@ -1,6 +1,7 @@
 """`longtake bench` of a stream and of a training on a CPU: what it writes, and that its parts agree with each other."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_a_student_whose_last_step_stores_has_no_context_pass():
     settings = settings.model_copy(update={"plan": settings.plan.model_copy(update={"context": "last_step"})})
     found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=1, warm_up=True)
     assert len(found["ms"]["passes"]) == 2 and min(found["ms"]["passes"]) > 0 and found["ms"]["context"] == 0
+
+
+def test_a_stream_without_a_picture(monkeypatch):
+    toy_sizes = random_models.model_config("toy")
+    sizes = replace(toy_sizes, model_type="t2v", in_channels=toy_sizes.out_channels, image_dim=None)
+    monkeypatch.setattr(random_models, "model_config", lambda preset: sizes)
+    plan = {"block_frames": 3, "first_frames": 3, "window_frames": 9, "sink_frames": 3, "context": "last_step"}
+    settings = random_models.random_settings("toy", {"height": 32, "width": 32, "plan": plan, "precision": "fp8"})
+    found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=2, warm_up=True)
+    assert found["blocks"]["frames"] == 12 and len(found["ms"]["passes"]) == 4 and found["ms"]["context"] == 0
+    assert found["ms"]["first"]["picture"] is found["ms"]["first"]["y"] is None and found["first_frame_s"]["warm"] > 0
 
 
 def test_one_source_at_a_time(tmp_path):
