@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from longtake.bench.clock import seconds_of
+from longtake.encoders.tiny import TinyNetwork, TinySizes
 from longtake.models.attention import attend, attend_fastest
 from longtake.models.flops import Call, attentions, products
 from longtake.models.fp8 import FP8Linear, quantised
@@ -220,6 +221,16 @@ def decode_operations(module: Any, latents: int, height: int, width: int) -> Cou
             first = part.shape[2] == 1 and features[0] is None
             inner = empty.post_quant_conv(part)
             empty.decoder(inner, feat_cache=features, feat_idx=[0], first_chunk=first)
+    return listener.found
+
+
+def tiny_operations(sizes: TinySizes, latents: int, height: int, width: int) -> Counter[Operation]:
+    """The convolutions by which a TAEHV decoder decodes `latents` at once."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in sizes.shapes().items()}
+    clip = torch.empty(1, latents, height, width, sizes.latent_channels, device="meta")
+    network = TinyNetwork(sizes, empty)
+    with torch.no_grad(), _Listener() as listener:
+        network(clip, network.new_past(), first=False)
     return listener.found
 
 

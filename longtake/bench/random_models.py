@@ -13,8 +13,9 @@ from torch import Tensor
 from longtake.bench.clock import synchronize
 from longtake.config.generation import GenerationConfig
 from longtake.config.stage import TOY, TOY_ASSETS
-from longtake.encoders.bundle import Encoders
+from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.decoders import random_decoder
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.inference.generator import Generator
@@ -85,7 +86,12 @@ def random_generator(
     vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
     encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
     graphs = CUDAGraphRunner() if device.type == "cuda" else None
-    made = Generator(Denoiser(model, graphs=graphs), _moved(encoders, device, vae_dtype), settings, device)
+    encoders, kind = _moved(encoders, device, vae_dtype, low_memory=settings.low_memory), settings.decoder
+    decoder = None
+    if kind != "exact":
+        decoder = random_decoder(kind, encoders.vae, device, vae_dtype)
+        encoders.vae.encodes_only()
+    made = Generator(Denoiser(model, graphs=graphs), encoders, settings, device, decoder=decoder)
     synchronize(device)
     return made
 
@@ -157,8 +163,12 @@ def random_vae(channels: int) -> Any:
     return AutoencoderKLWan(**_VAE[channels])
 
 
-def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype) -> Encoders:
+def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype, *, low_memory: bool) -> Encoders:
     for network in (encoders.text.model, None if encoders.image is None else encoders.image.model):
         if network is not None:
             network.to(device)
-    return Encoders(VideoVAE(encoders.vae.module.to(device, vae_dtype)), encoders.text, encoders.image)
+    vae = VideoVAE(encoders.vae.module.to(device, vae_dtype), **vae_calls(low_memory=low_memory))
+    moved = Encoders(vae, encoders.text, encoders.image)
+    if low_memory:
+        moved.offload(device)
+    return moved

@@ -8,6 +8,7 @@ recording. Of the next video, blocks count from the one on that is like all late
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -22,9 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, wholes
-from longtake.bench.kernels import best_layouts, decode_operations, floor_seconds, pass_operations, rates
+from longtake.bench.kernels import (
+    Operation,
+    best_layouts,
+    decode_operations,
+    floor_seconds,
+    pass_operations,
+    rates,
+    tiny_operations,
+)
 from longtake.encoders.condition import ConditionFrames, condition_frames
-from longtake.encoders.vae import DecoderSession
+from longtake.encoders.decoders import TinyDecoder
+from longtake.encoders.sessions import DecoderSession
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.video_io import VideoWriter
@@ -206,7 +216,8 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     call = Call.bidirectional(1, block, tokens, sizes.text_len, image).cached(block, past, with_context=False)
     dtype = torch.bfloat16 if settings.is_half else torch.float32
     passes = pass_operations(sizes, call, fp8=settings.precision == "fp8")
-    decoding = best_layouts(decode_operations(vae.module, block, height, width), device, dtype)
+    found = _decode_operations(generator.decoder or vae, block, height, width)
+    decoding = best_layouts(found, device, dtype)
     return {
         "rates_tflops": rates(passes, device, dtype) | rates(decoding, device, dtype),
         "floor_ms": {
@@ -220,6 +231,12 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     }
 
 
+def _decode_operations(decoder: Any, latents: int, height: int, width: int) -> Counter[Operation]:
+    if isinstance(decoder, TinyDecoder):
+        return tiny_operations(decoder.sizes, latents, height, width)
+    return decode_operations(decoder.module, latents, height, width)
+
+
 def kernels_of(generator: Generator) -> dict[str, Any]:
     """What was chosen to compute with."""
     device, dtype = generator.device, torch.bfloat16 if generator.settings.is_half else torch.float32
@@ -229,8 +246,9 @@ def kernels_of(generator: Generator) -> dict[str, Any]:
         for name, many in (("attention", True), ("attention to few keys", False)):
             kernels = forward_kernels(device, dtype, generator.model.config.head_width, many)
             chosen[name] = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
-    vae = generator.encoders.vae
-    decoder = f"{str(vae.dtype).removeprefix('torch.')}, {vae.latents_per_call} latent(s) a call"
+    used = generator.decoder or generator.encoders.vae
+    decoder = f"{generator.settings.decoder}, {str(used.dtype).removeprefix('torch.')}, "
+    decoder += f"{used.latents_per_call} latent(s) a call"
     return {**chosen, "decoder": decoder, "graphs": generator.denoiser.graphs is not None}
 
 
@@ -243,6 +261,7 @@ def plan_of(generator: Generator) -> dict[str, Any]:
         "width": settings.width,
         "fps": settings.fps,
         "precision": settings.precision,
+        "decoder": settings.decoder,
         **{name: getattr(plan, name) for name in named},
         "sigmas": list(plan.sigmas),
     }
@@ -342,14 +361,16 @@ def memory_gib(generator: Generator) -> dict[str, float] | None:
     device, encoders = generator.device, generator.encoders
     if device.type != "cuda":
         return None
-    decoder, stride = encoders.vae.decoder_session(), encoders.vae.spatial_stride
+    decoder, stride = generator.new_decoder(), encoders.vae.spatial_stride
     size = generator.settings.height // stride, generator.settings.width // stride
     latents = torch.randn(1, generator.plan.block_frames, encoders.vae.latent_channels, *size, device=device)
     picture = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     decoder.decode(latents[:, :1])
     modules = {"transformer": generator.model, "text encoder": encoders.text.model, "vae": encoders.vae.module}
     modules |= {} if encoders.image is None else {"image encoder": encoders.image.model}
-    held = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
+    held = {name: sum(p.nbytes for p in module.parameters() if p.is_cuda) for name, module in modules.items()}
+    if generator.decoder is not None:
+        held["decoder"] = sum(tensor.nbytes for tensor in generator.decoder.tensors().values())
     cache = generator.model.new_cache(generator.plan, 1, size, 1 if generator.plan.window_frames is None else None)
     held["cache"] = cache.size_bytes
     work = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Device, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Device, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
 
@@ -40,6 +40,7 @@ def bench(
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp8; with --random on a GPU bf16 by default.")] = None,
+    decoder: Decoder = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of a stream that count.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Iterations of a training that count.")] = None,
     warm_up: WarmUp = False,
@@ -61,7 +62,7 @@ def bench(
             return _tell(bench_training(config, overrides, device, **given(context, "steps")), json_file)
         from longtake.bench.run import bench_random, bench_source
 
-        changes = changes_of(*overrides, **_size(size), dtype=dtype)
+        changes = changes_of(*overrides, **_size(size), dtype=dtype, decoder=decoder)
         counted = {"warm_up": warm_up, **given(context, "blocks")}
         if random is not None:
             return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)

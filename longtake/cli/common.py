@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
+Decoder = Annotated[
+    str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
 WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]
 Rules = Annotated[

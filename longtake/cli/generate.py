@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file, free_name
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 WAIT_MINUTES = 7 * 24 * 60.0
 # Short options for values of the rules, which `a.b=c` can say too (`config/generation.py`)
-RULES = ("height", "width", "fps", "sampler", "steps", "shift", "block", "window", "sink", "rope", "guidance", "dtype")
+RULES = (
+    *("height", "width", "fps", "sampler", "steps", "shift", "block", "window", "sink", "rope", "guidance", "dtype"),
+    "decoder",
+)
 
 Model = Annotated[
     str | None,
@@ -83,6 +86,7 @@ def generate(
     rope: Annotated[str | None, typer.Option(help="relative or absolute temporal positions.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; not 1 = twice the work.")] = None,
     dtype: Dtype = None,
+    decoder: Decoder = None,
     sequence_parallel: SequenceParallel = None,
     decode_device: DecodeDevice = None,
     device: Device = None,
@@ -195,6 +199,7 @@ def play(
     ] = None,
     seed: Seed = None,
     dtype: Dtype = None,
+    decoder: Decoder = None,
     device: Device = None,
     warm_up: WarmUp = False,
     overwrite: Annotated[
@@ -208,7 +213,7 @@ def play(
         frames_of(None, seconds, 1)
         check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=True)
         output = output if overwrite else free_name(output)
-        source = source_of(run, model, encoders, config, changes_of(*(overrides or []), dtype=dtype))
+        source = source_of(run, model, encoders, config, changes_of(*(overrides or []), dtype=dtype, decoder=decoder))
         from longtake.inference.generator import Generator
         from longtake.inference.play import play as start
 

@@ -25,7 +25,7 @@ RULES_FILE = "generation.yaml"
 
 MAX_FRAMES = 10_000_000  # a week at 16 frames a second
 MAX_STEPS = 1000  # Wan's clock has no more
-_TOY_HISTORY_BLOCKS = 8  # 2.6 MB a block: 0.4 MB of cache, 2.2 MB of the decoder
+_TOY_HISTORY_BLOCKS = 8  # 0.4 MB of cache a block
 # Short options of the command line that have a name of their own, and the keys that they mean
 SHORT = {
     "block": "plan.block_frames",
@@ -84,13 +84,24 @@ class GenerationConfig(Settings):
     vae_precision: Literal["fp32", "bf16"] | None = Field(
         default=None, description="type of the VAE; null = that of `precision`"
     )
-
+    decoder: Literal["exact", "tiny", "light"] = Field(
+        default="exact",
+        description="what makes pixels: `exact` = the VAE; `tiny` = TAEHV or LightTAE, `light` = LightVAE: faster, in "
+        "less memory, and not as good",
+    )
+    decoder_weights: str | None = Field(
+        default=None, description="file of that decoder; null = the one in the encoders' folder, by its published name"
+    )
+    low_memory: bool = Field(
+        default=False,
+        description="the same video in less of a GPU's memory: text and image encoder lie in this process's memory, of "
+        "which one matrix at a time is on the GPU, and pixels are encoded and decoded one latent frame at a time",
+    )
     history_blocks: int = Field(
         default=0,
         ge=0,
         le=MAX_FRAMES,
-        description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache and "
-        "the decoder's features",
+        description="blocks that a session can be rewound by (8 for runs of the toy); each costs a block of cache",
     )
 
     @classmethod
@@ -120,6 +131,10 @@ class GenerationConfig(Settings):
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
         if self.sampler == "whole" and not even:
             raise ValueError(f"steps={self.steps} must be evenly spaced with sampler=whole; give their number")
+        if self.decoder_weights is not None and self.decoder == "exact":
+            raise ValueError(
+                f"decoder_weights={self.decoder_weights} says nothing with decoder=exact; use tiny or light"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,18 +36,36 @@ class Encoders:
         clip_preprocess: str = "original",
         text_dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype = torch.float32,
+        low_memory: bool = False,
     ) -> Encoders:
         """The encoders of a Wan model folder: an original one, or one of diffusers (`folders.py` knows both).
 
         Args: `dtype` of text and image encoder; `vae_dtype` of the VAE, float32 wherever something is trained (spec
         B.2). `text_dtype` of the text encoder alone (None = `dtype`): in float32 umT5-xxl takes 23 GB, in bfloat16, as
         it is published, 11 GB. `with_image` False leaves the image encoder out. `clip_preprocess`, see `ImageEncoder`.
+        `low_memory`: text and image encoder lie in this process's memory, of which one matrix at a time is on
+        the device, and the VAE works on one latent frame at a time: the same results, later.
         Raises: CheckpointError that names what is missing and where to get it.
         """
         paths = encoder_paths(folder, with_image=with_image)
         image = paths.image
-        return cls(
-            VideoVAE.load(paths.vae, device, vae_dtype),
-            TextEncoder.load(paths.text, device, text_dtype or dtype),
-            None if image is None else ImageEncoder.load(image, device, dtype, preprocess=clip_preprocess),
+        place = "cpu" if low_memory else device
+        found = cls(
+            VideoVAE.load(paths.vae, device, vae_dtype, **vae_calls(low_memory=low_memory)),
+            TextEncoder.load(paths.text, place, text_dtype or dtype),
+            None if image is None else ImageEncoder.load(image, place, dtype, preprocess=clip_preprocess),
         )
+        if low_memory:
+            found.offload(torch.device(device))
+        return found
+
+    def offload(self, device: torch.device) -> None:
+        """From now on of text and image encoder one matrix at a time is on `device`."""
+        self.text.offload(device)
+        if self.image is not None:
+            self.image.offload(device)
+
+
+def vae_calls(*, low_memory: bool) -> dict[str, Any]:
+    """How a VAE is called: four latent frames at a time, or one in as little memory as it takes."""
+    return {"latents_per_call": 1 if low_memory else 4, "low_memory": low_memory}

@@ -5,6 +5,7 @@ Must know no text, no video and no transformer.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.encoders.offload import WeightLine, offload
 from longtake.encoders.original import load_image_model
 from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import ConfigError, ShapeError
@@ -66,6 +68,7 @@ class ImageEncoder:
         self.image_size: int = config.image_size
         self.width: int = config.hidden_size
         self.num_tokens: int = (config.image_size // config.patch_size) ** 2 + 1
+        self._line: WeightLine | None = None
 
     @classmethod
     def load(
@@ -90,9 +93,13 @@ class ImageEncoder:
         model = load_strictly(CLIPVisionModel, path, ignore=_OTHER_PARTS, dtype=dtype, ignore_mismatched_sizes=True)
         return cls(model.to(device), preprocess)
 
+    def offload(self, device: torch.device) -> None:
+        """From now on works on `device` with one matrix at a time there; all weights lie in this process's memory."""
+        self._line = offload(self.model, device)
+
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self._line is None else self._line.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,5 +130,5 @@ class ImageEncoder:
     @torch.no_grad()
     def _call(self, image: Tensor, **outputs: bool) -> Any:
         check_image(image)
-        with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
+        with ONE_THREAD, self._line or nullcontext(), torch.autocast(self.device.type, enabled=False):
             return self.model(pixel_values=self.preprocess(image.to(self.device)).to(self.dtype), **outputs)

@@ -18,6 +18,7 @@ from longtake.condition import Condition
 from longtake.data.images import fit_image, open_image, upright_rgb
 from longtake.encoders.bundle import Encoders, VideoVAE
 from longtake.encoders.clip import check_image
+from longtake.encoders.sessions import EncoderSession
 from longtake.errors import DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ class ConditionFrames:
 
     def __init__(self, vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> None:
         check_image(image)
-        self._encoder = vae.encoder_session()
+        self._vae, self._image = vae, image
         self._grey = torch.zeros_like(image)[:, None].expand(-1, vae.temporal_stride, -1, -1, -1)
+        self._encoder: EncoderSession | None = vae.encoder_session()
         first = self._encoder.encode(image[:, None])
         most = vae.steady_index + 1
         latents = first.new_zeros(first.shape[0], min(most, num_latent_frames or most), *first.shape[2:])
@@ -50,20 +52,29 @@ class ConditionFrames:
         self.frames = with_mask(latents, vae.temporal_stride)
         self._latents = self.frames[:, :, vae.temporal_stride :]
         self._reaching = Lock()  # branches of a session share one
-
-    @property
-    def reached(self) -> int:
-        """Latent frames that are encoded."""
-        return self._encoder.num_latent_frames
+        self.reached = 1  # latent frames that are encoded
 
     def reach(self, num_latent_frames: int) -> None:
         """Encodes as far as that, or to the end. What was encoded stays as it is, bit for bit.
 
-        One latent after the other: the numbers do not depend on how far each call went.
+        One latent after the other: the numbers do not depend on how far each call went. A call that raises can be made
+        again.
         """
         with self._reaching:
-            while (index := self.reached) < min(num_latent_frames, self.frames.shape[1]):
-                self._latents[:, index : index + 1] = self._encoder.encode(self._grey)
+            while self.reached < min(num_latent_frames, self.frames.shape[1]):
+                encoder, self._encoder = self._encoder or self._again(), None  # a call that raises leaves none
+                latent = encoder.encode(self._grey)
+                self._latents[:, self.reached : self.reached + 1] = latent
+                self.reached += 1
+                self._encoder = encoder
+
+    def _again(self) -> EncoderSession:
+        """An encoder that has encoded as much as was reached."""
+        encoder = self._vae.encoder_session()
+        encoder.encode(self._image[:, None])
+        for _ in range(1, self.reached):
+            encoder.encode(self._grey)
+        return encoder
 
 
 def condition_frames(vae: VideoVAE, image: Tensor, num_latent_frames: int | None = None) -> Tensor:

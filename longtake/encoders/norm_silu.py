@@ -8,9 +8,11 @@ operations, which are also the reference. Must know no layer and no stream.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +36,14 @@ class Sum:
         assert self._parts is not None, "a sum was read twice"
         parts, self._parts = self._parts, None
         return parts
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sum]) -> Sum:
+        """One sum of the frames of several, all made by the same layer."""
+        if len(parts) == 1:
+            return parts[0]
+        values, biases, skips = zip(*(part.taken() for part in parts), strict=True)
+        return cls(torch.cat(values, 1), biases[0], None if skips[0] is None else torch.cat(skips, 1))
 
     def split(self, frames: int) -> list[Sum]:
         """Sums of so many frames each."""

@@ -19,7 +19,7 @@ import torch
 from longtake.encoders.strict import refuse
 from longtake.errors import CheckpointError
 from longtake.weights.file_kind import is_pickled
-from longtake.weights.read import read_pickled
+from longtake.weights.read import read_tensors
 from longtake.weights.tensor_files import check_finite, misfits, shapes_in
 
 # Names of the library's modules (regular expressions) -> the original's. What follows a module stays.
@@ -102,18 +102,16 @@ _LEADING = {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
 class _Original:
     """The tensors of a `.pth` file, mapped into memory and read only when they are used; nothing is unpickled.
 
-    Args: `skip`, beginnings of the names of tensors that are not wanted.
+    Args: `skip`, beginnings of the names of tensors that are not wanted; `any_format`, whether it may be safetensors.
     Raises: CheckpointError when the file is missing, damaged, or holds anything but tensors.
     """
 
-    def __init__(self, path: Path, skip: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, skip: tuple[str, ...] = (), *, any_format: bool = False) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; give an original Wan file or a folder of the library's")
-        if not is_pickled(path):
+        if not any_format and not is_pickled(path):
             raise CheckpointError(f"{path} is safetensors; original files of Wan's encoders are those of torch.save")
-        state = read_pickled(path)
-        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-            raise CheckpointError(f"{path} holds something else than tensors by name; it is no original Wan encoder")
+        state = read_tensors(path)
         self.path, self.state = path, {name: value for name, value in state.items() if not name.startswith(skip)}
 
     def shape(self, key: str, axes: int) -> torch.Size:
@@ -220,15 +218,16 @@ def load_image_model(path: Path, device: torch.device | str, dtype: torch.dtype)
     return model
 
 
-def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
+def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype, *, any_format: bool = False) -> Any:
     """An `AutoencoderKLWan` with the weights of `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, told apart by their keys.
 
     Widths and latent channels are those of the file; depth and strides are the published ones. Mean and standard
-    deviation of the latents are published for 16 and 48 channels. Raises: CheckpointError.
+    deviation of the latents are published for 16 and 48 channels. Args: `any_format`, whether the file may be
+    safetensors. Raises: CheckpointError.
     """
     from diffusers import AutoencoderKLWan
 
-    file = _Original(path)
+    file = _Original(path, any_format=any_format)
     nested = any(key.startswith("encoder.downsamples.0.downsamples.") for key in file.state)
     channels = file.shape("conv2.weight", 5)[0]
     if channels not in _VAE_STATISTICS:

@@ -9,12 +9,14 @@ import html
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longtake.encoders.offload import WeightLine, offload
 from longtake.encoders.original import load_text_model
 from longtake.encoders.strict import check_folder, load_strictly, quiet, reading
 from longtake.errors import CheckpointError, ConfigError, DataError, printable
@@ -62,6 +64,7 @@ class TextEncoder:
         self.text_len = text_len
         self.width: int = self.model.config.d_model
         self._cut: set[str] = set()
+        self._line: WeightLine | None = None
 
     @classmethod
     def load(
@@ -99,9 +102,13 @@ class TextEncoder:
             text_len = stated if stated < _LONGEST_STATED_LEN else WAN_TEXT_LEN
         return cls(model.to(device), tokenizer, text_len)
 
+    def offload(self, device: torch.device) -> None:
+        """From now on works on `device` with one matrix at a time there; all weights lie in this process's memory."""
+        self._line = offload(self.model, device, self.model.get_input_embeddings())
+
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self._line is None else self._line.device
 
     @torch.no_grad()
     def encode(self, prompts: list[str], *, places: Sequence[str] = ()) -> Tensor:
@@ -132,8 +139,10 @@ class TextEncoder:
             self._say_cut([places[k] if places else f"the prompt {prompts[k][:40]!r}..." for k in full])
         if int(tokens.input_ids.max()) >= self.model.config.vocab_size:
             raise CheckpointError("the tokenizer knows more words than the text encoder; their files are of two models")
-        with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
-            hidden = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        with ONE_THREAD, self._line or nullcontext(), torch.autocast(self.device.type, enabled=False):
+            table = self.model.get_input_embeddings()
+            embedded = table(tokens.input_ids.to(table.weight.device)).to(self.device)
+            hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         # Not a product with the mask: it would keep NaN and give -0.
         return hidden.float().masked_fill(~mask.bool()[..., None], 0.0)
 

@@ -3,7 +3,7 @@
 Frames are [B, T, H, W, C] inside (channels last). Five things are done other than the library does them:
 - What a causal convolution remembers is a value that goes into a call and comes out of it; the modules hold nothing.
 - Its input is written once, behind the frames that it remembers, by the norm before it (`norm_silu.py`).
-- Nearest-neighbour upsampling and the 3x3 convolution after it are one convolution of 2x2 (`_folded`).
+- Nearest-neighbour upsampling and the 3x3 convolution after it are one convolution of 2x2 (`folded`).
 - For some widths a convolution of videos is one of pictures (`_StackedConv`, `_PixelConv`).
 - Any number of latent frames but the first go through together, at the finest level a few frames at a time.
 
@@ -13,6 +13,7 @@ Source: huggingface/diffusers `models/autoencoders/autoencoder_kl_wan.py` (0.42)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -21,44 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.encoders.doubling import doubled, folded
 from longtake.encoders.norm_silu import Sum, norm_silu, settle
-
-# What the causal convolutions of a network remember, a slot each: their last input frames [B, 1 or 2, H, W, C], or
-# None before there are any, which means zeros.
-Past = Sequence[Tensor | None]
+from longtake.encoders.past import Call, Past, wide
 
 _MULTIPLE = 8  # of channels that GPUs convolve without copying them
-_FINEST_FRAMES = 4  # that are at the decoder's finest level together: it is what takes memory
-
-
-class _Call:
-    """One call's look at the past, and what it leaves for the next one.
-
-    Args: `into`, where the new past goes, slot by slot, which can be `past` itself; None makes new tensors and leaves
-    `past` as it is. `first`: the call has the first frame of the video and no other.
-    """
-
-    def __init__(self, past: Past, into: Past | None, *, first: bool) -> None:
-        self._past, self._into, self.first = past, into, first
-        self.new: list[Tensor | None] = list(past)
-
-    def past(self, slot: int) -> Tensor | int:
-        """What a convolution remembers, [B, frames, H, W, C], or 0 at the beginning of a video.
-
-        That is of this call's own frames, where the finest level takes some at a time.
-        """
-        kept = self.new[slot]
-        return 0 if kept is None else kept
-
-    def keep(self, slot: int, frames: Tensor) -> None:
-        """Remembers `frames`."""
-        place = self.new[slot]
-        if place is self._past[slot]:
-            place = None if self._into is None else self._into[slot]
-        if place is None:
-            place = frames.new_empty(frames.shape)
-        _wide(place).copy_(_wide(frames))
-        self.new[slot] = place
+FINEST_FRAMES = 4  # that are at the decoder's finest level together: it is what takes memory
 
 
 class _CausalConv:
@@ -78,14 +47,14 @@ class _CausalConv:
         x = _conv3d(buffer.permute(0, 4, 1, 2, 3), self.weight, self.stride, self.padding)
         return x.permute(0, 2, 3, 4, 1).contiguous()
 
-    def after_norm(self, x: Sum, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def after_norm(self, x: Sum, gamma: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         """The convolution of the normalised `x`; and where `keep` the sum `x`."""
         buffer = self._buffer(x, call, 2)
         total = norm_silu(x, gamma, buffer[:, 2:], keep=keep)
         call.keep(self.slot, buffer[:, -2:])
         return self(buffer), total
 
-    def of(self, x: Sum | Tensor, call: _Call, frames: int = 2) -> Tensor:
+    def of(self, x: Sum | Tensor, call: Call, frames: int = 2) -> Tensor:
         """The convolution of `x` as it is. Args: `frames` that it remembers."""
         buffer = self._buffer(x, call, frames)
         if isinstance(x, Sum):
@@ -95,11 +64,11 @@ class _CausalConv:
         call.keep(self.slot, buffer[:, -frames:])
         return self(buffer)
 
-    def _buffer(self, x: Sum | Tensor, call: _Call, frames: int) -> Tensor:
+    def _buffer(self, x: Sum | Tensor, call: Call, frames: int) -> Tensor:
         """Memory [B, frames + T, H, W, C] for the input `x`: what was before it is there, `x` is not."""
         batch, time, *rest = x.shape
         buffer = self.bias.new_empty(batch, frames + time, *rest)
-        buffer[:, :frames] = call.past(self.slot)
+        buffer[:, :frames] = call.past(self.slot, self.bias.device)
         return buffer
 
 
@@ -114,14 +83,14 @@ class _StackedConv(_CausalConv):
         weight = conv.weight.detach().transpose(1, 2).flatten(1, 2)  # [O, 3 C, 3, 3]
         self.weight = weight.contiguous(memory_format=torch.channels_last)
 
-    def after_norm(self, x: Sum, gamma: Tensor, call: _Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def after_norm(self, x: Sum, gamma: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         batch, time, height, width, channels = x.shape
         stacked = self.bias.new_empty(batch, time, height, width, 3, channels)
         frames = stacked.permute(4, 0, 1, 2, 3, 5)  # by their age: two before, one before, the same
-        before = call.past(self.slot)
+        before = call.past(self.slot, self.bias.device)
         if isinstance(before, Tensor):
-            _wide(frames[:2, :, 0]).copy_(_wide(before.transpose(0, 1)))
-            _wide(frames[0, :, 1:2]).copy_(_wide(before[:, 1:]))  # nowhere, where there is one frame
+            wide(frames[:2, :, 0]).copy_(wide(before.transpose(0, 1)))
+            wide(frames[0, :, 1:2]).copy_(wide(before[:, 1:]))  # nowhere, where there is one frame
         else:
             frames[:2, :, 0] = frames[0, :, 1:2] = before
         total = norm_silu(x, gamma, stacked, keep=keep)
@@ -158,7 +127,7 @@ class _ResidualBlock:
         self.conv1, self.conv2 = kinds[0](block.conv1, slots), kinds[1](block.conv2, slots)
         self.shortcut = None if isinstance(block.conv_shortcut, torch.nn.Identity) else _linear(block.conv_shortcut)
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         hidden, total = self.conv1.after_norm(x, self.gamma1, call, keep=True)
         assert total is not None
         between = Sum(hidden, self.conv1.bias)
@@ -174,7 +143,7 @@ class _Attention:
         self.gamma = block.norm.gamma.detach().flatten()
         self.qkv, (self.out, self.bias) = _linear(block.to_qkv), _linear(block.proj)
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         normed = self.gamma.new_empty(x.shape)
         total = norm_silu(x, self.gamma, normed, silu=False)
         assert total is not None
@@ -189,15 +158,15 @@ class _Upsample:
     def __init__(self, resample: Any, slots: Iterator[int]) -> None:
         self.time = _CausalConv(resample.time_conv, slots) if resample.mode == "upsample3d" else None
         conv = resample.resample[1]
-        self.weight, self.bias = _folded(conv.weight.detach()), conv.bias.detach()
+        self.weight, self.bias = folded(conv.weight.detach()), conv.bias.detach()
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         if self.time is None or call.first:
-            return Sum(_doubled(settle(x), self.weight), self.bias)
+            return Sum(doubled(settle(x), self.weight), self.bias)
         pairs = self.time.of(x, call).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)  # [B, T, 2, H, W, C]
         frames = pairs.new_empty(pairs.shape)
         torch.add(pairs, self.time.bias.view(2, 1, 1, -1), out=frames)
-        return Sum(_doubled(frames.flatten(1, 2), self.weight), self.bias)
+        return Sum(doubled(frames.flatten(1, 2), self.weight), self.bias)
 
 
 class _Downsample:
@@ -209,7 +178,7 @@ class _Downsample:
         self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.detach()
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         frames = F.pad(settle(x), (0, 0, 0, 1, 0, 1))  # below and to the right, as the library does
         images = F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), self.weight, stride=2).permute(0, 2, 3, 1)
         half = Sum(images.contiguous().unflatten(0, frames.shape[:2]), self.bias)
@@ -231,7 +200,7 @@ class _UpBlock:
         self.upsample = None if upsampler is None else _Upsample(upsampler, slots)
         self.shortcut: Any = getattr(block, "avg_shortcut", None)
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         start = None
         if self.shortcut is not None:
             start = settle(x)
@@ -259,7 +228,7 @@ class _DownBlock:
         self.downsample = None if block.downsampler is None else _Downsample(block.downsampler, slots)
         self.shortcut = block.avg_shortcut
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         start = settle(x)
         x, average = Sum(start), self._average(start)
         del start
@@ -284,7 +253,7 @@ class _MidBlock:
         for attention, resnet in zip(block.attentions, rest, strict=True):
             self.layers += [_Attention(attention), _ResidualBlock(resnet, slots)]
 
-    def __call__(self, x: Sum, call: _Call) -> Sum:
+    def __call__(self, x: Sum, call: Call) -> Sum:
         for layer in self.layers:
             x = layer(x, call)
         return x
@@ -307,13 +276,15 @@ class _Network:
     def _last(self, conv: Any, slots: Iterator[int]) -> _CausalConv:
         return _CausalConv(conv, slots)
 
-    def _run(self, frames: Tensor, call: _Call, *, finest: int | None = None) -> Tensor:
-        """The network's result, in float32 whatever the weights are. Args: `finest`, how many frames the last
-        block takes at a time; None = all.
+    def _run(self, frames: Tensor, call: Call, *, begin: int | None = None, finest: int | None = None) -> Tensor:
+        """The network's result, in float32 whatever the weights are. Args: `begin`, how many frames the first
+        convolution and `_beginning` take at a time, `finest`, how many the last block does; None = all.
         """
         frames = F.pad(frames, (0, self.conv_in.weight.shape[1] - frames.shape[-1]))
-        x = Sum(self.conv_in.of(frames, call), self.conv_in.bias)
-        for block in self.blocks[:-1]:
+        first = 0 if begin is None else self._beginning()
+        pieces = [frames] if begin is None or not first else list(frames.split(begin, dim=1))
+        x = Sum.joined([self._begun(piece, call, first) for piece in pieces])
+        for block in self.blocks[first:-1]:
             x = block(x, call)
         parts, made = [x] if finest is None else x.split(finest), []
         while parts:  # each is gone when it has been read
@@ -321,16 +292,35 @@ class _Network:
             made.append(self.conv_out.after_norm(last, self.gamma, call, keep=False)[0])
         return torch.cat(made, dim=1) + self.conv_out.bias.float()
 
+    def _begun(self, frames: Tensor, call: Call, blocks: int) -> Sum:
+        x = Sum(self.conv_in.of(frames, call), self.conv_in.bias)
+        for block in self.blocks[:blocks]:
+            x = block(x, call)
+        return x
+
+    def _beginning(self) -> int:
+        """How many blocks there are up to the first one that makes pictures smaller; 0 where it joins frames."""
+        for index, block in enumerate(self.blocks):
+            down = block if isinstance(block, _Downsample) else getattr(block, "downsample", None)
+            if down is not None:
+                return 0 if down.time is not None else index + 1
+        return 0
+
     def new_past(self) -> list[Tensor | None]:
         """The past at the beginning of a video."""
         return [None] * self.num_slots
 
 
 class WanDecoder(_Network):
-    """From latents to pixels. Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once."""
+    """From latents to pixels.
 
-    def __init__(self, vae: Any) -> None:
+    Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once; `finest_frames`, how many frames are at the
+    finest level together.
+    """
+
+    def __init__(self, vae: Any, finest_frames: int = FINEST_FRAMES) -> None:
         self.patch_size: int = vae.config.patch_size or 1
+        self.finest_frames = finest_frames
         self.post_quant = _linear(vae.post_quant_conv)
         super().__init__(vae.decoder)
 
@@ -339,6 +329,20 @@ class WanDecoder(_Network):
 
     def _last(self, conv: Any, slots: Iterator[int]) -> _CausalConv:
         return _PixelConv(conv, slots)
+
+    @property
+    def reach(self) -> int:
+        """How many latent frames before its own a frame depends on: each convolution over time looks at two frames
+        before its own, of which there are `rate` a latent.
+        """
+        frames, rate = 2.0, 1
+        for block in self.blocks:
+            layers = block.layers if isinstance(block, _MidBlock) else block.resnets
+            frames += sum(4 for layer in layers if isinstance(layer, _ResidualBlock)) / rate
+            if isinstance(block, _UpBlock) and block.upsample is not None and block.upsample.time is not None:
+                frames += 2 / rate
+                rate *= 2
+        return math.ceil(frames + 2 / rate)
 
     def __call__(
         self, latents: Tensor, past: Past, *, first: bool, into: Past | None = None
@@ -349,18 +353,23 @@ class WanDecoder(_Network):
         video, which must come alone and gives one frame; `into`, where the new past goes: None makes new tensors,
         `past` updates it in place.
         """
-        call = _Call(past, into, first=first)
-        x = self._run(F.linear(latents, *self.post_quant), call, finest=_FINEST_FRAMES)
+        call = Call(past, into, first=first)
+        x = self._run(F.linear(latents, *self.post_quant), call, finest=self.finest_frames)
         size = self.patch_size
         x = x.unflatten(-1, (-1, size, size)).permute(0, 1, 4, 2, 6, 3, 5)  # [B, T, 3, H, p, W, p]
         return x.flatten(5, 6).flatten(3, 4), call.new
 
 
 class WanEncoder(_Network):
-    """From pixels to means of latents. Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once."""
+    """From pixels to means of latents.
 
-    def __init__(self, vae: Any) -> None:
+    Args: `vae`, a library `AutoencoderKLWan`, whose weights are read once; `finest_frames`, how many frames are at the
+    finest level together, None = all of a call; `past_on_host` as `Call`'s `on_host`.
+    """
+
+    def __init__(self, vae: Any, finest_frames: int | None = None, *, past_on_host: bool = False) -> None:
         self.patch_size: int = vae.config.patch_size or 1
+        self.finest_frames, self.past_on_host = finest_frames, past_on_host
         weight, bias = _linear(vae.quant_conv)
         self.quant = weight[: vae.config.z_dim].float(), bias[: vae.config.z_dim].float()  # the means alone
         super().__init__(vae.encoder)
@@ -378,11 +387,11 @@ class WanEncoder(_Network):
         Args: `first`, whether this is the first frame of a video, which must come alone; else T is a multiple of the
         temporal stride; `into` as that of `WanDecoder`.
         """
-        call = _Call(past, into, first=first)
+        call = Call(past, into, first=first, on_host=self.past_on_host)
         size = self.patch_size
         x = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, T, 3, H, p, W, p]
         x = x.permute(0, 1, 3, 5, 2, 6, 4).flatten(4)
-        return F.linear(self._run(x, call), *self.quant), call.new
+        return F.linear(self._run(x, call, begin=self.finest_frames), *self.quant), call.new
 
 
 def _conv3d(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -406,36 +415,3 @@ def _stacks(weight: Tensor) -> bool:
 def _linear(conv: Any) -> tuple[Tensor, Tensor]:
     """A convolution of one pixel as a matrix and its bias."""
     return conv.weight.detach().flatten(1), conv.bias.detach()
-
-
-def _folded(weight: Tensor) -> Tensor:
-    """The 2x2 convolution [4 O, C, 2, 2] that stands for doubling a picture and then convolving it with [O, C, 3, 3].
-
-    Of the three rows that an even row of the doubled picture reads, the last two are one row of the small picture; of
-    an odd row, the first two. So both read two rows: the one before and its own, or its own and the next. Columns
-    alike: four kernels of 2x2, by the parity of row and column, do what nine taps did. Sums are taken in float32.
-    """
-
-    def by_parity(weight: Tensor, dim: int) -> Tensor:
-        before, middle, after = weight.unbind(dim)
-        return torch.stack([torch.stack([before, middle + after], dim), torch.stack([before + middle, after], dim)])
-
-    small = by_parity(by_parity(weight.float(), 3), 3)  # [2, 2, O, C, 2, 2]: columns first, so that rows stand first
-    return small.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _doubled(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, T, 2 H, 2 W, O] of [B, T, H, W, C] and a weight of `_folded`, without bias."""
-    batch, time, height, width, _ = x.shape
-    # With a border of one pixel, place (i, j) has read rows i - 1 and i: for even rows the result of row i, for odd
-    # ones that of row i - 1.
-    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).contiguous()
-    images, rows, columns, four = y.shape
-    line, out = columns * four, four // 4
-    places = (images, height, 2, width, 2, out), (rows * line, line, line + 2 * out, four, four + out, 1)
-    return _wide(y.as_strided(*places)).contiguous().view(y.dtype).view(batch, time, 2 * height, 2 * width, out)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The same memory in elements of eight bytes, if its last axis has whole ones: torch copies them as fast as two."""
-    return x if x.shape[-1] * x.element_size() % 8 else x.view(torch.int64)

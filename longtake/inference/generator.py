@@ -209,7 +209,7 @@ class Generator(Pipeline):
                 guidance=settings.guidance,
                 first_latent=None if self.model.config.condition_channels else first_latent,
             )
-            yield to_frames(self.encoders.vae.decode(latents)[0])[:num_frames]
+            yield to_frames(self.new_decoder().decode(latents)[0])[:num_frames]
 
         return clip()
 

@@ -18,9 +18,10 @@ from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
-from longtake.encoders.bundle import Encoders
+from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
-from longtake.encoders.vae import DecoderSession, VideoVAE
+from longtake.encoders.decoders import load_decoder
+from longtake.encoders.sessions import Decoder, DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.beginning import Beginning
 from longtake.inference.cache_pool import CachePool
@@ -52,11 +53,12 @@ def load_encoders(
     vae_dtype: torch.dtype = torch.float32,
     *,
     with_image: bool,
+    low_memory: bool = False,
 ) -> Encoders:
     """The encoders in a folder, in training, inference and evaluation alike. Raises: CheckpointError.
 
     Args: `rules` say how CLIP sees a picture and if the text encoder is bfloat16 where `dtype`, that of text and image
-    encoder, is not.
+    encoder, is not; `low_memory` as that of `Encoders.load`.
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
@@ -67,6 +69,7 @@ def load_encoders(
         clip_preprocess=rules.clip_preprocess,
         text_dtype=text_dtype,
         vae_dtype=vae_dtype,
+        low_memory=low_memory,
     )
 
 
@@ -86,14 +89,17 @@ def picture_condition(
 
 @dataclass
 class Pipeline:
-    """Weights, encoders and the rules to stream by. Make it with `build`."""
+    """Weights, encoders and the rules to stream by. Make it with `build`.
+
+    `decoder` makes pixels where the VAE of the encoders does not.
+    """
 
     denoiser: Denoiser
     encoders: Encoders
     settings: GenerationConfig
     device: torch.device
     config: StageConfig | None = None
-    decoding_vae: VideoVAE | None = None
+    decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
 
     @property
@@ -115,8 +121,8 @@ class Pipeline:
         """Loads weights and encoders: the one place that makes one.
 
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
-        then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
-        that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
+        then make the same calls of it and get the same frames. `decode_device` has the decoder (of the VAE a second
+        copy) there, so that another GPU can do it beside the transformer. `graphs`
         has passes fused, recorded and replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding.
         `begins`, whether videos to be made begin with a picture: what the weights cannot do is refused before they are
         read.
@@ -150,16 +156,24 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
+        low, types = settings.low_memory, (dtype, vae_dtype)
+        encoders = load_encoders(source.encoders, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
-        vae = None if decoding is None else encoders.vae.copy_to(decoding)
+        decoder = None
+        if settings.decoder != "exact":
+            named = settings.decoder, settings.decoder_weights, source.encoders
+            place, calls = decoding or device, vae_calls(low_memory=low)["latents_per_call"]
+            decoder = load_decoder(*named, encoders.vae, place, vae_dtype, latents_per_call=calls)
+            encoders.vae.encodes_only()
+        elif decoding is not None:
+            decoder = encoders.vae.copy_to(decoding)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(denoiser, encoders, settings, device, source.config, vae)
+        return cls(denoiser, encoders, settings, device, source.config, decoder)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
-        return (self.decoding_vae or self.encoders.vae).decoder_session()
+        return (self.decoder or self.encoders.vae).decoder_session()
 
     @property
     def is_ahead(self) -> bool:

@@ -1,9 +1,9 @@
 """A session in one safetensors file: its tensors, and as metadata a JSON text with everything else.
 
 What the file holds is what the next frames depend on: keys and values that will be read, kept latents, conditions, the
-decoder's features, pictures, prompts, seed and position; and what they were made with (a key of each network's weights,
-the rules), which must be the same where the session goes on; and a checksum of all of it, which is compared when it is
-read. docs/formats.md lists the names.
+latents that the decoder's state is made of, pictures, prompts, seed and position; and what they were made with (a key
+of each network's weights, the rules), which must be the same where the session goes on; and a checksum of all of it,
+which is compared when it is read. docs/formats.md lists the names.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.data.encoded import checksum
 from longtake.errors import CheckpointError, DataError
@@ -28,17 +28,17 @@ from longtake.weights.tensor_files import save_tensors
 VERSION = 3
 METADATA = "longtake_session"
 # Settings that say nothing about the frames that come
-_FREE = ("fps", "num_latent_frames", "history_blocks")
+_FREE = ("fps", "num_latent_frames", "history_blocks", "decoder_weights", "low_memory")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def weights_key(module: nn.Module) -> str:
+def weights_key(tensors: Mapping[str, Tensor]) -> str:
     """A SHA-256 of names, types, shapes and the sum of bits of every row of a network's tensors, on any device.
 
     Not of every bit: a network of many gigabytes is read at the speed of its memory, and nothing of its size is copied.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
         rows = bits.reshape(bits.shape[0], -1) if bits.ndim > 1 else bits.reshape(-1, 1)
@@ -49,12 +49,15 @@ def weights_key(module: nn.Module) -> str:
 def made_with(pipeline: Pipeline) -> dict[str, Any]:
     """What a session's frames depend on beside the session: `weights`, a key a network, and `rules`."""
     encoders = pipeline.encoders
-    networks = {"model": pipeline.model, "vae": encoders.vae.module, "text encoder": encoders.text.model}
+    networks = {"model": pipeline.model.state_dict(), "vae": encoders.vae.tensors()}
+    networks["text encoder"] = encoders.text.model.state_dict()
     if encoders.image is not None:
-        networks["image encoder"] = encoders.image.model
+        networks["image encoder"] = encoders.image.model.state_dict()
+    if pipeline.decoder is not None and pipeline.settings.decoder != "exact":
+        networks["decoder"] = pipeline.decoder.tensors()
     settings = pipeline.settings.model_dump(mode="json")
     rules = {name: value for name, value in settings.items() if name not in _FREE}
-    return {"weights": {name: weights_key(module) for name, module in networks.items()}, "rules": rules}
+    return {"weights": {name: weights_key(tensors) for name, tensors in networks.items()}, "rules": rules}
 
 
 def write_session(path: Path, values: dict[str, Any], tensors: dict[str, Tensor], pipeline: Pipeline) -> None:
@@ -122,12 +125,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _compare(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    networks = here["weights"].keys() | saved["weights"].keys()
-    if others := sorted(name for name in networks if here["weights"].get(name) != saved["weights"].get(name)):
-        raise CheckpointError(
-            f"{path} was made with other weights of: {', '.join(others)}; make the generator from those that it was "
-            "opened with, or open a new session"
-        )
     names = sorted(here["rules"].keys() | saved["rules"].keys())
     differences = [
         f"{name}: saved {saved['rules'].get(name)}, here {here['rules'].get(name)}"
@@ -137,4 +134,10 @@ def _compare(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
     if differences:
         raise CheckpointError(
             f"{path} was made by other rules ({'; '.join(differences)}); make the generator with them"
+        )
+    networks = here["weights"].keys() | saved["weights"].keys()
+    if others := sorted(name for name in networks if here["weights"].get(name) != saved["weights"].get(name)):
+        raise CheckpointError(
+            f"{path} was made with other weights of: {', '.join(others)}; make the generator from those that it was "
+            "opened with, or open a new session"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from longtake.encoders.condition import ConditionFrames
-from longtake.encoders.vae import DecoderSession
+from longtake.encoders.sessions import DecoderSession
 from longtake.models.cache import KVCache
 from longtake.rollout.stream import LatentStream
 
@@ -65,4 +65,5 @@ class SessionState:
             return clones[id(cache)]
 
         stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())
+        decoder = None if self.decoder is None else self.decoder.copy() if clones is None else self.decoder.fork()
+        return replace(self, stream=stream, decoder=decoder)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.condition import condition_frames
-from longtake.encoders.vae import DecoderSession, VideoVAE
+from longtake.encoders.sessions import DecoderSession
+from longtake.encoders.vae import VideoVAE
 from longtake.rollout.long_video import Picture
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longtake.errors import CheckpointError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.run_folder import MANIFEST, exported_weights, find_checkpoint
 from longtake.weights.config_json import read_json
 from longtake.weights.file_kind import GGUF, is_pickled
@@ -249,6 +249,75 @@ def find_encoders(model: str | Path) -> Path:
     looked, original = ", ".join(map(str, places)), next(iter(_VAES))
     wanted = f"vae/, text_encoder/ and image_encoder/, or {original} and the files published with it"
     raise CheckpointError(f"no encoders were found in {looked} ({wanted}); name their folder with --encoders")
+
+
+@dataclass(frozen=True)
+class DecoderFile:
+    """A file with what decodes in the VAE's place, and the published `name` that it has."""
+
+    path: Path
+    name: str
+
+    @property
+    def is_super(self) -> bool:
+        """Whether it is TAEHV's wider kind."""
+        return self.name.endswith("_super")
+
+    @property
+    def reads_denormalised(self) -> bool:
+        """Whether it reads latents as the VAE has them (LightTAE)."""
+        return self.name.startswith("lighttae")
+
+
+_TAEHV, _LIGHT = "github.com/madebyollin/taehv", "lightx2v/Autoencoders on the Hugging Face hub"
+# Published names without their suffixes, by kind and channels of the latents, and where they are
+_DECODERS = {
+    ("tiny", 16): {"taew2_1": _TAEHV, "lighttaew2_1": _LIGHT},
+    ("tiny", 48): {"taew2_2_super": _TAEHV, "taew2_2": _TAEHV, "lighttaew2_2": _LIGHT},
+    ("light", 16): {"lightvaew2_1": _LIGHT},
+}
+
+
+def find_decoder(kind: str, weights: str | Path | None, folder: Path, latent_channels: int) -> DecoderFile:
+    """The file of a decoder of a kind (`tiny`, `light`) for latents of so many channels.
+
+    Args: `weights`, its path; None: the one in the encoders' folder that has a published name. A name may go on behind
+    the published one (`taew2_1-fp16.safetensors`).
+    Raises: ConfigError where no such decoder is published; CheckpointError when there is no file, or more than one.
+    """
+    known = _DECODERS.get((kind, latent_channels))
+    if known is None:
+        raise ConfigError(
+            f"decoder={kind} is not published for {latent_channels} latent channels; use decoder=exact, or leave it out"
+        )
+    suffixes = " or ".join((*SAFETENSORS, ".pth"))
+    where = "; ".join(f"{name} is in {place}" for name, place in known.items())
+    if weights is not None:
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"decoder_weights={weights} does not exist; give the file of {' or '.join(known)}")
+        name = _decoder_name(path, known)
+        if name is None:
+            raise CheckpointError(
+                f"decoder_weights={weights}: the name says what the file is, which keys do not, and must begin with "
+                f"{' or '.join(known)} for decoder={kind} and {latent_channels} latent channels; rename it"
+            )
+        return DecoderFile(path, name)
+    files = files_in(folder, (*SAFETENSORS, *PICKLED))
+    found = [DecoderFile(file, name) for file in files if (name := _decoder_name(file, known)) is not None]
+    if not found:
+        raise CheckpointError(
+            f"decoder={kind} needs {' or '.join(known)} ({suffixes}) in {folder}, or decoder_weights=FILE ({where})"
+        )
+    if len(found) > 1:
+        names = " and ".join(file.path.name for file in found)
+        raise CheckpointError(f"{folder} holds {names}; say which one decodes with decoder_weights=FILE")
+    return found[0]
+
+
+def _decoder_name(file: Path, known: Mapping[str, str]) -> str | None:
+    """The published name that a file has; the longest, of which another may be a part."""
+    return next((name for name in sorted(known, key=len, reverse=True) if file.name.startswith(name)), None)
 
 
 def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:

@@ -246,6 +246,17 @@ def read_pickled(file: Path) -> Mapping[Any, Any]:
     return data
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch.save file that holds nothing else. Raises: CheckpointError."""
+    if is_pickled(file):
+        held = read_pickled(file)
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
+            raise CheckpointError(f"{file} holds something else than tensors by name; use a file of the weights alone")
+        return dict(held)
+    with open_safetensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
 def pick(data: Mapping[Any, Any], file: Path, choices: tuple[str, ...], asked: str | None) -> dict[str, Any]:
     """The state dict that is meant: `asked`, else the only one, else the first of `choices`.
 

@@ -357,3 +357,65 @@ def test_shipped_toy_weights_keep_sprites_where_they_are():
     right, left = encoders.text.encode(["a red circle goes to the right", "a red circle goes to the left"])
     assert (right - left).norm(dim=-1)[:3].min() > 1  # every word of the clause knows the direction
     assert encoders.image.encode(clip[0, :1]).shape == (1, 17, 64)
+
+
+# ---- one past for all copies -----------------------------------------------------------------------------------------
+def test_a_past_that_is_made_anew_is_the_same_bit_for_bit():
+    vae = random_vae(temperal_downsample=[False, True, True], dim_mult=[1, 1, 1, 1], num_res_blocks=1, patch_size=None,
+                     in_channels=3, out_channels=3)  # fmt: skip
+    reach, z, other = vae.network.reach, latents(40), latents(4, seed=1)
+    assert reach == 30
+    session, alone = vae.decoder_session(), vae.decoder_session()
+    for start, end in ((0, 1), (1, 6), (6, 10), (10, 11), (11, 32)):
+        assert torch.equal(session.decode(z[:, start:end]), alone.decode(z[:, start:end]))
+    before = session.copy()
+    assert torch.equal(session.copy().decode(other), alone.fork().decode(other))  # overwrites what `session` had
+    assert sum(chunk.shape[1] for chunk in before._recent) < reach + 4
+    assert torch.equal(session.decode(z[:, 32:]), alone.decode(z[:, 32:]))
+    assert torch.equal(before.decode(z[:, 32:36]), alone_from(vae, z, 36)[:, -16:])
+    states = [[kept for kept in one._held.past if kept is not None] for one in (session, alone)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def alone_from(vae: VideoVAE, z: torch.Tensor, frames: int) -> torch.Tensor:
+    session = vae.decoder_session()
+    parts = ((0, 1), (1, 6), (6, 10), (10, 11), (11, 32), (32, frames))
+    return torch.cat([session.decode(z[:, start:end]) for start, end in parts], 1)
+
+
+def test_a_decode_that_fails_is_made_again_from_what_was_before(vae, monkeypatch):
+    from longtake.encoders.wan_vae import WanDecoder
+
+    z, session = latents(7), vae.decoder_session()
+    wanted = vae.decode(z)
+    session.decode(z[:, :3])
+    made, calls = WanDecoder.__call__, []
+
+    def failing(self, *args, **given):
+        calls.append(made(self, *args, **given))  # the past is overwritten
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(WanDecoder, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+        session.decode(z[:, 3:])
+    assert session.num_latent_frames == 3
+    torch.testing.assert_close(session.decode(z[:, 3:]), wanted[:, 9:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperal_downsample": [False, True, True], "dim_mult": [1, 1, 1, 1], "patch_size": None, "in_channels": 3, "out_channels": 3},
+        {"temperal_downsample": [True, True], "dim_mult": [1, 1, 1], "num_res_blocks": 1},
+    ],
+)  # fmt: skip
+def test_no_latent_is_remembered_longer_than_the_networks_reach(changes):
+    vae = random_vae(**{"base_dim": 4, **changes})
+    session = vae.decoder_session()
+    session.decode(torch.full((1, 1, 16, 1, 1), torch.nan))
+    for count in range(1, vae.network.reach + 1):
+        assert any(kept is not None and kept.isnan().any() for kept in session._held.past), count
+        session.decode(torch.zeros(1, 1, 16, 1, 1))
+    assert not any(kept is not None and kept.isnan().any() for kept in session._held.past)

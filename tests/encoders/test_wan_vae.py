@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, patchi
 
 from longtake.encoders import norm_silu as norms
 from longtake.encoders import wan_vae
+from longtake.encoders.doubling import doubled, folded
 from longtake.encoders.norm_silu import Sum, norm_silu, settle
 from longtake.encoders.wan_vae import WanDecoder, WanEncoder
 
@@ -173,7 +174,7 @@ def test_a_folded_upsampling_is_doubling_and_convolving():
     x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 4, 6), (7, 6, 3, 3)))
     pictures = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest-exact")
     wanted = F.conv2d(pictures, weight, padding=1).permute(0, 2, 3, 1).unflatten(0, (2, 3))
-    got = wan_vae._doubled(x, wan_vae._folded(weight))
+    got = doubled(x, folded(weight))
     assert got.shape == (2, 3, 10, 8, 7)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=2e-5)
 
@@ -244,7 +245,7 @@ def test_stacked_convolutions_are_the_librarys(vae, monkeypatch, split):
     monkeypatch.setattr(wan_vae, "_stacks", lambda weight: True)
     decoder, z = WanDecoder(vae), random_latents(vae, 5)
     for frames in (8, 1):
-        monkeypatch.setattr(wan_vae, "_FINEST_FRAMES", frames)
+        decoder.finest_frames = frames
         torch.testing.assert_close(streamed(decoder, z, split), library_decode(vae, z), rtol=0, atol=1e-5)
     monkeypatch.undo()
     assert [kept.shape for kept in decoder_past(decoder, z)] == [
@@ -258,10 +259,10 @@ def decoder_past(decoder: WanDecoder, z: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
-def test_the_finest_level_can_take_any_number_of_frames(vae, monkeypatch, frames):
+def test_the_finest_level_can_take_any_number_of_frames(vae, frames):
     decoder, z = WanDecoder(vae), random_latents(vae, 6)
     wanted = library_decode(vae, z)
-    monkeypatch.setattr(wan_vae, "_FINEST_FRAMES", frames)
+    decoder.finest_frames = frames
     torch.testing.assert_close(streamed(decoder, z, [1, 2, 3]), wanted, rtol=0, atol=1e-5)
     _, past = decoder(z[:, :1], decoder.new_past(), first=True)
     _, past = decoder(z[:, 1:3], past, first=False)

@@ -199,7 +199,7 @@ def test_a_second_device_decodes_with_a_copy_of_the_vae(run, video, tmp_path, mo
     decode, calls = WanDecoder.__call__, []
 
     def counted(self, *args, **options):
-        calls.append("copy" if self is generator.decoding_vae.decoder else "own")
+        calls.append("copy" if self is generator.decoder.network else "own")
         return decode(self, *args, **options)
 
     monkeypatch.setattr(WanDecoder, "__call__", counted)
@@ -341,7 +341,7 @@ def test_encoders_come_from_the_runs_configuration(workshop, generator):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_frames_that_are_not_finite_are_an_error_and_not_black(generator, value, monkeypatch):
-    from longtake.encoders.vae import DecoderSession
+    from longtake.encoders.sessions import DecoderSession
 
     decode, calls = DecoderSession.decode, []
 
