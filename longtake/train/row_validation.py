@@ -176,8 +176,9 @@ class RowValidation:
         return None
 
     def _read(self) -> None:
-        rows = self.mesh.every(self.read)
-        self._rows = rows[self.mesh.rank]
+        rows: list[VideoRow] = []  # which do not travel: each rank keeps its own, once all have theirs
+        self.mesh.every(lambda: rows.extend(self.read()))
+        self._rows = rows
 
     def _measured(self, step: int) -> dict[str, float]:
         if self._rows is None:
