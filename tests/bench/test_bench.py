@@ -139,6 +139,8 @@ SMALL = ["batch_size=1", "micro_batch_size=1", "video.height=32", "video.width=3
 @pytest.mark.parametrize("stage", ["distill", "causal", "long"])
 def test_a_training_is_measured(stage, tmp_path):
     given = [*SMALL, f"logdir={tmp_path}/run"]
+    if stage == "distill":
+        given += ["validation.num_rows=1", "validation.times_longer=2"]
     found, output = bench(tmp_path, f"configs/toy/{stage}.yaml", *given, "--steps", "4")
     assert not (tmp_path / "run").exists()  # nothing is written there
     names = {"cycle_s", "critic_s", "critic_given_s", "generator_s", "phases", "mfu", "peak_gib", "floor_s"}
@@ -151,6 +153,10 @@ def test_a_training_is_measured(stage, tmp_path):
         mean = sum(found["generator_s"].values()) / 4
         assert found["cycle_s"] == pytest.approx(mean + found["critic_given_s"])
         assert found["cycle_s"] == pytest.approx(found["iteration_s"], rel=0.2)
+        assert found["validation"]["errors"] == 0 and found["validation"]["teacher_s_a_row"] > 0
+        assert found["validation"]["seconds_between"] == pytest.approx(found["validation"]["seconds"] / 0.03)
+    else:
+        assert "validation" not in found
     if stage == "causal":
         assert set(found["generator_s"]) == {"all"}
 
