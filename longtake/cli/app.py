@@ -20,7 +20,7 @@ from longtake.cli.generate import generate, play
 from longtake.cli.measure import measure
 from longtake.cli.toy import evaluate, world
 from longtake.cli.train import doctor, encode, show_config, train
-from longtake.cli.weights import convert, export
+from longtake.cli.weights import convert, export, students
 
 app = typer.Typer(
     name="longtake",
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, world, convert, export):
+for _command in (train, encode, doctor, bench, generate, play, evaluate, measure, world, convert, export, students):
     app.command()(_command)
 app.command("config")(show_config)
 

@@ -33,6 +33,7 @@ from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import load_opened
+from longtake.weights.locate import local_encoders
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,7 +147,9 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
-        encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
+        encoders = load_encoders(
+            local_encoders(source.encoders), settings, device, dtype, vae_dtype, with_image=with_image
+        )
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
