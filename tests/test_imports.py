@@ -24,7 +24,7 @@ ALLOWED = {
     "rollout": BELOW_ROLLOUT,
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,
-    "evaluation": INFERENCE | {"parallel"},
+    "evaluation": INFERENCE | {"parallel", "encodings"},
     "serve": INFERENCE,
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},

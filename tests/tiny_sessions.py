@@ -52,8 +52,10 @@ def make_generator(seed: int = 5, encoders_seed: int = 0, **changes: Any) -> Gen
         config, encoders = TEACHER.__class__(**sizes), Encoders(encoders.vae, encoders.text, None)
     settings = generation_settings(None, {**RULES, "plan": PLAN, **changes})
     model = make_model(config, seed).eval().requires_grad_(False)
-    if settings.precision == "bf16":
+    if settings.is_half:
         model.cast(torch.bfloat16)
+    if settings.precision == "fp8":
+        model.quantise()
     return Generator(Denoiser(model), encoders, settings, torch.device("cpu"))
 
 

@@ -46,7 +46,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
 Sampler = Annotated[
     str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8: type of weights and cache.")]
 SequenceParallel = Annotated[
     int | None,
     typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),

@@ -5,11 +5,12 @@ Rows come from the encoders, or from an encoded set on disk (`data/encoded.py`),
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,10 @@ class BatchEncoder:
         if stored.shape[-4:] != wanted or stored.ndim > 5:
             raise DataError(f"{where}: stored latents are {stored.shape}; they must be {wanted}")
 
+    def reading(self, contents: Sequence[str]) -> Self:
+        """The same that gives other contents beside the text."""
+        return _with_contents(self, contents)
+
     @torch.no_grad()
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample of a batch whose samples were checked."""
@@ -122,6 +127,10 @@ class StoredEncoder:
         """Raises DataError without a second prompt; every row of an encoded set has all else that it was made with."""
         _check_prompts(sample, sample.where or sample.name, self.contents)
 
+    def reading(self, contents: Sequence[str]) -> Self:
+        """The same that gives other contents beside the text, as far as the set has them."""
+        return _with_contents(self, contents)
+
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
         parts = {name: batch.extras[name].to(self.device) for name in ("text", *self.contents)}
@@ -131,6 +140,13 @@ class StoredEncoder:
 
 
 RowEncoder = BatchEncoder | StoredEncoder
+E = TypeVar("E", bound=RowEncoder)
+
+
+def _with_contents(encoder: E, contents: Sequence[str]) -> E:
+    other = copy.copy(encoder)
+    other.contents = list(contents)
+    return other
 
 
 def _by_row(parts: EncodedRow) -> list[EncodedRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
 from longtake.inference.sampling import teacher_latents
-from longtake.inference.session import Session, SessionInputs
+from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
+from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
+from longtake.models.execution import compilations
 from longtake.outputs import check_output_file
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,8 +80,8 @@ class Generator(Pipeline):
         image-to-video weights refuse (what others do with one, the rule `picture` says). `num_frames` pixel frames in
         all, None = for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the
         unconditional side of guidance (default: none). `ahead` begins a block before the one before it is fetched, so
-        that on a GPU fetching and what the caller does overlap with the next block; frames come a block later. The same
-        arguments give the same frames.
+        that on a GPU fetching and what the caller does overlap with the next block; frames come a block later, but
+        those of the first block as soon as they are decoded, in two pieces. The same arguments give the same frames.
         Raises: DataError for an unreadable picture, ConfigError for one that is missing or that the weights cannot
         take, a bad number of frames, an empty prompt or a negative prompt without guidance; all before any work.
         """
@@ -149,16 +154,21 @@ class Generator(Pipeline):
         """
         if self.settings.sampler == "whole":
             return 0
+        started, before = perf_counter(), compilations()
         plan, picture = self.plan, None
         if self.beginning.needed:
             picture = np.zeros((self.settings.height, self.settings.width, 3), np.uint8)
-        full = 2 + max(0, -(-((plan.window_frames or 0) - plan.first_frames) // plan.block_frames))
-        # A pass is recorded when it comes again, and the one that brings the condition a video later.
-        videos = [full] if self.denoiser.graphs is None else [full, full, 1]
+        # The past grows by a block until the window is full, and the block after that commits one with a full past.
+        past = max(0, (plan.window_frames or 0) - plan.block_frames - plan.first_frames)
+        full = 2 + -(-past // plan.block_frames)
+        # The pass that brings the condition is captured in the second video: only then its keys have a place.
+        videos = [full] if self.denoiser.graphs is None else [full, 1]
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
-            for _ in self.stream(picture, "a picture", num_frames=length):
-                pass
+            with self.caches.captured_at_once():
+                for _ in self.stream(picture, "a picture", num_frames=length):
+                    pass
+        logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)
 
     def length(self, num_frames: int | None, seconds: float | None) -> int:

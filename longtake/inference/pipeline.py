@@ -122,7 +122,8 @@ class Pipeline:
         `begins`, whether videos to be made begin with a picture: what the weights cannot do is refused before they are
         read.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
-        where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
+        where `vae_precision` says nothing else; what Wan computes in float32 stays float32. With fp8 the large weights
+        of blocks are 8-bit floats besides (`VideoDiT.quantise`).
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
@@ -134,7 +135,7 @@ class Pipeline:
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
         settings = source.settings
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
         opened = source.open()
         sizes = opened.model.config  # from the heads of the files: before they are read
@@ -143,13 +144,15 @@ class Pipeline:
             beginning.check(given=given)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
-        model = load_opened(opened, device, cast).eval().requires_grad_(False).executed(Execution(split))
+        model = load_opened(opened, device, cast).eval().requires_grad_(False)
+        if settings.precision == "fp8":
+            model.quantise()
+        model = model.executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
-        vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
-        encoders = load_encoders(
-            local_encoders(source.encoders), settings, device, dtype, vae_dtype, with_image=with_image
-        )
+        vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
+        folder = local_encoders(source.encoders)
+        encoders = load_encoders(folder, settings, device, dtype, vae_dtype, with_image=with_image)
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
         if device.type == "cuda":
@@ -229,10 +232,13 @@ class Pipeline:
     def begin_condition(
         self, picture: Tensor | None, prompt: str
     ) -> tuple[Condition, Tensor | None, ConditionFrames | None]:
-        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames)."""
+        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames): the
+        picture's own, and on a GPU, which works on them beside the text, those of the first block.
+        """
         if picture is None or self.model.config.condition_channels == 0:
             return *self.condition(picture, prompt), None
-        condition, y = begin_condition(self.encoders, picture, [prompt])
+        near = self.plan.block_of(self.plan.first_frames)[1] if self.device.type == "cuda" else 1
+        condition, y = begin_condition(self.encoders, picture, [prompt], near)
         return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
     def check_memory(self, frames: int, layers: int, at_once: int) -> None:
@@ -244,7 +250,7 @@ class Pipeline:
         tokens = frames * self.model.tokens_per_frame(height // vae.spatial_stride, width // vae.spatial_stride)
         split = self.model.execution.split
         sides, ranks = 1 if settings.guidance == 1 else 2, 1 if split is None else split.size
-        each = 2 * sides * layers * self.model.config.dim * (2 if settings.precision == "bf16" else 4)
+        each = 2 * sides * layers * self.model.config.dim * (2 if settings.is_half else 4)
         pixels = at_once * vae.temporal_stride * height * width * 3 * 4  # as float32
         needed, there = tokens * each // ranks + pixels, memory_bytes(device)
         if needed > there:

@@ -8,7 +8,7 @@ is for one thread at a time. Must know no file of its own; `session_file.py` wri
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.encoders.condition import ConditionFrames
-from longtake.encoders.vae import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
+from longtake.inference.session_state import SessionInputs, SessionState
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import DenoisedBlock, Guidance
@@ -34,59 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longtake.inference.pipeline import Picture
-
-
-@dataclass(frozen=True, eq=False)
-class SessionInputs:
-    """What the frames should follow: a prompt, the scene's own picture and another one to move towards, or None.
-
-    Pictures are [1, 3, h, w] in [-1, 1].
-    """
-
-    prompt: str
-    picture: Tensor | None = None
-    target: Tensor | None = None
-
-    def same_pictures(self, other: SessionInputs) -> bool:
-        return self.picture is other.picture and self.target is other.target
-
-
-@dataclass
-class SessionState:
-    """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
-
-    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
-    first; `y`, the condition frames of that scene while they are not all encoded, else None; `scene` counts cuts;
-    `num_frames` pixel frames given out.
-    """
-
-    inputs: SessionInputs
-    stream: LatentStream | None = None
-    decoder: DecoderSession | None = None
-    y: ConditionFrames | None = None
-    scene: int = -1
-    num_frames: int = 0
-
-    def encode(self, num_latent_frames: int | None = None) -> None:
-        """Encodes `y` as far as latent frames before that one read it (None: to its end)."""
-        if self.y is None:
-            return
-        most = self.y.frames.shape[1]
-        self.y.reach(most if num_latent_frames is None else num_latent_frames)
-        if self.y.reached == most:
-            self.y = None  # and with it what the encoder remembers
-
-    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
-        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
-
-        def clone(cache: KVCache) -> KVCache:
-            assert clones is not None
-            if id(cache) not in clones:
-                clones[id(cache)] = cache.copy()
-            return clones[id(cache)]
-
-        stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())
 
 
 class Session:
@@ -110,6 +56,7 @@ class Session:
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
+        self._unused: list[KVCache] = []  # caches of a scene that could not be begun
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
 
@@ -213,7 +160,7 @@ class Session:
     def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
         history = (*self._history, self.state)[-self.history_blocks :] if self.history_blocks else ()
-        self.state, self._history, self.cut = state, history, False  # at once, whatever interrupts
+        self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
 
     @torch.no_grad()
     def _made(self) -> tuple[Frames, SessionState]:
@@ -227,9 +174,15 @@ class Session:
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
         plan = state.stream.plan
-        if state.stream.position:  # the picture's own latent was encoded with the condition
-            state.encode(plan.block_of(state.stream.position)[1])
-        frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        shown = state.stream.position
+        if shown:  # the picture's own latent was encoded with the condition
+            state.encode(plan.block_of(shown)[1])
+        latents = state.stream.next()
+        # A viewer waits for the first frames that are generated: one latent is decoded and sent before the others.
+        head = 1 if shown <= 1 else latents.shape[1]
+        frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
+        if head < latents.shape[1]:
+            frames.append(state.decoder.decode(latents[:, head:])[0])
         if self.generator.device.type == "cuda":  # while these frames are on their way
             state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
@@ -245,13 +198,16 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
+        kept = [] if state.stream is None or self.history_blocks else state.stream.caches
+        if not kept and not self._unused:
+            self._unused = self._new_caches()  # before the encoders are at work, for which a borrowed one would wait
         condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
-        caches = [] if state.stream is None or self.history_blocks else state.stream.caches
+        caches = kept or self._unused
         for cache in caches:
             cache.clear()
         plan = generator.beginning.plan_of(given=first_latent is not None)
-        stream = self.new_stream(scene, caches or self._new_caches(), condition, unconditional, first_latent, plan)
+        stream = self.new_stream(scene, caches, condition, unconditional, first_latent, plan)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
         new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
@@ -317,7 +273,7 @@ class Session:
             state.encode()  # nothing that is still written to is shared
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
-        other.state = self.state.copy(clones)
+        other.state, other._unused = self.state.copy(clones), []
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
