@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -102,6 +102,9 @@ class RefusedStudent:
     source: str
 
 
+_Row = Student | RefusedStudent
+
+
 @dataclass(frozen=True)
 class FoundStudent:
     """A student and its files, local paths or names on the hub; `root`, the local folder that it lies in, or None."""
@@ -161,10 +164,11 @@ def find_student(source: str | Path) -> FoundStudent | None:
     Raises: ConfigError for a student that cannot be played, and where several are meant.
     """
     path = Path(source).expanduser()
+    found: Sequence[tuple[_Row, Path, Path | None]] = ()
     if path.exists():
-        found = [] if _has_rules(path) else _local(path)
-    else:
-        found = _on_the_hub(source) if is_hub_name(source) else []
+        found = () if _has_rules(path) else _local(path)
+    elif is_hub_name(source):
+        found = _on_the_hub(source)
     if not found:
         return None
     if len(found) > 1:
@@ -182,9 +186,6 @@ def find_student(source: str | Path) -> FoundStudent | None:
         if root is not None and not lora.is_file():
             raise CheckpointError(f"{row.name} is a base and updates, and {lora} is not there; download it, too")
     return FoundStudent(row, weights, lora, root)
-
-
-_Row = Student | RefusedStudent
 
 
 def _has_rules(path: Path) -> bool:
