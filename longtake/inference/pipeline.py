@@ -34,6 +34,7 @@ from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import load_opened
+from longtake.weights.locate import local_encoders
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,12 +157,12 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        low, types = settings.low_memory, (dtype, vae_dtype)
-        encoders = load_encoders(source.encoders, settings, device, *types, with_image=with_image, low_memory=low)
+        folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = None
         if settings.decoder != "exact":
-            named = settings.decoder, settings.decoder_weights, source.encoders
+            named = settings.decoder, settings.decoder_weights, folder
             place, calls = decoding or device, vae_calls(low_memory=low)["latents_per_call"]
             decoder = load_decoder(*named, encoders.vae, place, vae_dtype, latents_per_call=calls)
             encoders.vae.encodes_only()
