@@ -145,7 +145,7 @@ def random_vae(channels: int, sizes: Mapping[str, Any] = {}) -> Any:
     """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), or of other `sizes`, its configuration."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**(sizes or _VAE[channels]))
+    return AutoencoderKLWan(**sizes) if sizes else published_vae(channels)
 
 
 def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype, *, low_memory: bool) -> Encoders:
