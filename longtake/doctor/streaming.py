@@ -181,6 +181,7 @@ class StreamReport:
     where: str
     asked: Choice
     others: list[Choice]
+    least: str
 
     @property
     def ok(self) -> bool:
@@ -200,7 +201,7 @@ class StreamReport:
         lines += [f"  besides, {name:<12} {_gib(size):>6}" for name, size in self.asked.work.items()]
         if not self.ok:
             lines += [f"fits: {choice.named()}: {_gib(choice.total)}" for choice in self.others]
-            lines += [] if self.others else ["no choice fits: lower the size, the window or the sink"]
+            lines += [] if self.others else [f"no choice fits: lower the size, the window or the sink ({self.least})"]
         return "\n".join(lines)
 
 
@@ -214,7 +215,9 @@ def stream_report(
 ) -> StreamReport:
     """Whether a stream fits. Args: `most` other choices that are named."""
     asked, *others = stream_choices(sizes, settings)
-    return StreamReport(free_bytes, where, asked, [one for one in others if fits(one, free_bytes)][:most])
+    least = min([asked, *others], key=lambda choice: choice.total)
+    fitting = [one for one in others if fits(one, free_bytes)][:most]
+    return StreamReport(free_bytes, where, asked, fitting, f"least: {least.named()}, {_gib(least.total)}")
 
 
 def _gib(size: int) -> str:

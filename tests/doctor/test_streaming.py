@@ -47,7 +47,8 @@ def test_the_report_names_what_fits(choices, monkeypatch):
     report = stream_report(None, None, room, "--device 12GB")
     assert not report.ok and report.others and all(fits(choice, room) for choice in report.others)
     assert "PROBLEM" in str(report) and "fits: precision=bf16 decoder=exact low_memory=true" in str(report)
-    assert "no choice fits" in str(stream_report(None, None, GIB, "here"))
+    assert "no choice fits" in (text := str(stream_report(None, None, GIB, "here")))
+    assert "least: precision=fp8 decoder=tiny low_memory=true plan.window_frames=9" in text
     assert stream_report(None, None, 100 * GIB, "here").ok
     monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given: stream_report(*given))
     made = CliRunner().invoke(app, ["doctor", "--stream", "toy", "height=64", "width=64", "--device", "24GB", "--json"])
