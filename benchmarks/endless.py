@@ -66,7 +66,7 @@ def finite(session: Session) -> bool:
     """Whether the latest latents and the features that the decoder keeps are finite (bytes cannot show it)."""
     stream, decoder = session.state.stream, session.state.decoder
     assert stream is not None and stream.pending is not None and decoder is not None
-    return all(bool(t.isfinite().all()) for t in (stream.pending, *decoder.state()[0].values()))
+    return all(bool(t.isfinite().all()) for t in (stream.pending.clean, *decoder.state()[0].values()))
 
 
 def measure(session: Session, num_latent_frames: int, *, switch_every: int = 0) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -164,31 +165,41 @@ def sync(path: Path) -> None:
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into: it gets the name `folder` when all of it is on the disk, and goes when something fails.
+    What commands that were killed on this machine left of it goes, too.
 
-    Args: `overwrite`, as of `publish_folder`.
+    Args: `overwrite`: a folder of this name makes way and is removed.
     """
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    own = f".tmp-{folder.name}-{socket.gethostname()}-"
+    partial, old = (folder.with_name(f"{own}{os.getpid()}{end}") for end in ("", ".old"))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in folder.parent.iterdir():
+            process = path.name.removeprefix(own)
+            if path.name.startswith(own) and process.isdigit() and not _is_alive(int(process)):
+                shutil.rmtree(path, ignore_errors=True)
+        partial.mkdir()
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        publish_folder(partial, folder, overwrite=overwrite)
+        with writing(folder):
+            if replaces := overwrite and folder.exists():
+                os.rename(folder, old)
+            os.rename(partial, folder)
+            if replaces:
+                shutil.rmtree(old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish_folder(partial: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Gives the complete `partial` the name `folder`; with `overwrite` one that is there makes way and is removed."""
-    with writing(folder):
-        if not (overwrite and folder.exists()):
-            os.rename(partial, folder)
-            return
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old)
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()  # a command before this one had the same number
 
 
 def _same(path: str | Path, other: str | Path) -> bool:

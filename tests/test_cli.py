@@ -80,9 +80,12 @@ NOT_DEFAULT = {
     "video": {
         "height": 128, "width": 192, "num_latent_frames": 8, "fps": 24, "temporal_stride": 8, "spatial_stride": 16,
     },
-    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True},
+    "plan": {
+        "block_frames": 2, "first_frames": 2, "window_frames": 8, "sink_frames": 2, "keep_sink": True, "context": "last_step",
+        "context_from": 2, "context_sigma": 0.1, "recache": "last_window",
+    },
     "rope": "absolute",
-    "flow": {"steps": [1.0, 0.5], "shift": 3.0},
+    "flow": {"steps": [1.0, 0.5], "later_steps": [1.0, 0.25], "shift": 3.0, "warp_steps": False},
     "data": {
         "path": "/data", "kind": "lmdb", "buckets": [[128, 192], [192, 128]], "on_bad_row": "skip", "max_bad_share": 0.5,
         "num_workers": 7,

@@ -8,10 +8,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_sessions import PICTURE, A, make_generator
 from tiny_stage import TEACHER, stage_config
 from typer.testing import CliRunner
 
@@ -116,3 +118,23 @@ def test_a_transformer_outside_the_package_is_trained_and_streams(workshop, tmp_
     assert all((trained[name] - value).abs().max() > 1e-5 for name, value in own.items())
     frames = list(student.stream(sample_world(0, 0).render(1)[0], "a red circle", num_frames=17))
     assert [len(part) for part in frames] == [1, 8, 8]
+
+
+# ---- a decoder -------------------------------------------------------------------------------------------------------
+def test_a_decoder_outside_the_package_makes_the_frames(tmp_path):
+    given: dict = {}
+    exec(compile(block("python", "A decoder"), "my_decoder.py", "exec"), given)
+    generator = make_generator()
+    vae = generator.encoders.vae
+    matrix = torch.randn(vae.latent_channels, 3, generator=torch.Generator().manual_seed(0))
+    generator.decoder = given["ColourDecoder"](vae, matrix)
+    frames = np.concatenate(list(generator.stream(PICTURE, A, num_frames=21)))
+    side = (32 // vae.spatial_stride, vae.spatial_stride)
+    made = frames[1:].reshape(5, vae.temporal_stride, *side, *side, 3)
+    assert (made == made[:, :1, :, :1, :, :1]).all() and made.std() > 5  # one colour a latent pixel
+    session = generator.open(PICTURE, A, history_blocks=2)
+    taken = [session.next() for _ in range(2)]
+    session.save(tmp_path / "session.safetensors")
+    resumed = generator.resume(tmp_path / "session.safetensors")
+    assert np.array_equal(resumed.next(), session.next())
+    assert np.array_equal(np.concatenate(taken), frames[: sum(map(len, taken))])

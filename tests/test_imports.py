@@ -28,7 +28,7 @@ ALLOWED = {
     "serve": INFERENCE,
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
-    "doctor": TRAINING,  # it runs a training without data
+    "doctor": TRAINING | {"evaluation"},  # it runs a training without data
     "bench": TRAINING | {"doctor", "evaluation"},  # nobody imports it
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily

@@ -16,6 +16,7 @@ from longtake.config.stage import TOY, TOY_ASSETS
 from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.decoders import random_decoder
+from longtake.encoders.original import published_vae
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.inference.generator import Generator
@@ -39,22 +40,6 @@ _IMAGE: dict[str, Any] = {
     "num_attention_heads": 16,
     "image_size": 224,
     "patch_size": 14,
-}
-# `AutoencoderKLWan`, whose defaults are Wan2.1's, by channels of the latents
-_VAE: dict[int, dict[str, Any]] = {
-    16: {},
-    48: {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
 }
 
 
@@ -150,7 +135,7 @@ def _encoders(sizes: DiTConfig, device: torch.device, dtype: torch.dtype, *, sma
     image = None
     with torch.device(device):
         text = UMT5EncoderModel._from_config(text_config, dtype=dtype)
-        vae = random_vae(sizes.out_channels)
+        vae = published_vae(sizes.out_channels)
         if sizes.image_dim is not None:
             image = ImageEncoder(CLIPVisionModel._from_config(CLIPVisionConfig(**_IMAGE), dtype=dtype))
     return Encoders(VideoVAE(vae), TextEncoder(text, tokenizer, sizes.text_len), image)
@@ -160,7 +145,7 @@ def random_vae(channels: int, sizes: Mapping[str, Any] = {}) -> Any:
     """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), or of other `sizes`, its configuration."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**(sizes or _VAE[channels]))
+    return AutoencoderKLWan(**sizes) if sizes else published_vae(channels)
 
 
 def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype, *, low_memory: bool) -> Encoders:

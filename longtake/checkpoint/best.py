@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from longtake import run_folder
-from longtake.outputs import partial_name, publish_folder, writing
+from longtake.outputs import new_folder, partial_name, writing
 from longtake.parallel.mesh import Mesh
 
 _FILE = "best.json"
@@ -45,14 +45,11 @@ class Best:
         manifest = run_folder.read_manifest(checkpoint)
         manifest["files"] = {name: file for name, file in manifest["files"].items() if not name.startswith("state/")}
         final = self.folder / checkpoint.name
-        partial = partial_name(final)
-        with writing(final):
-            shutil.rmtree(partial, ignore_errors=True)
+        with writing(final), new_folder(final, overwrite=True) as partial:
             for name in manifest["files"]:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(checkpoint / name, partial / name)
             (partial / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        publish_folder(partial, final, overwrite=True)
         about = {"step": manifest["step"], "score": self.score, "value": self._value}
         temporary = partial_name(self.folder / _FILE)
         temporary.write_text(json.dumps(about) + "\n")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longtake.cli.common import EXIT_ERROR, Overwrite, clean_errors, given
 from longtake.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longtake.doctor.run import Report
+    from longtake.doctor.streaming import StreamReport
 
 Recipe = Annotated[Path, typer.Argument(help="YAML file of a job or of one stage, e.g. configs/toy/i2v.yaml.")]
 Overrides = Annotated[
@@ -90,13 +94,22 @@ def doctor(
     device: Annotated[
         str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
     ] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="In place of CONFIG: a preset or folder that streams; KEY=VALUE its rules."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
 ) -> None:
     """Say what is missing, whether a configuration fits, and what this machine has."""
     with clean_errors(context):
-        from longtake.doctor.run import diagnose
+        from longtake.doctor.run import diagnose, diagnose_stream
 
-        report = diagnose(config, overrides or [], gpus=gpus, device=device)
+        report: Report | StreamReport
+        if stream is not None:
+            rules = [*([] if config is None else [str(config)]), *(overrides or [])]
+            report = diagnose_stream(stream, rules, device=device)
+        else:
+            report = diagnose(config, overrides or [], gpus=gpus, device=device)
         typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
         if not report.ok:
             raise typer.Exit(EXIT_ERROR)

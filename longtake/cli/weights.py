@@ -1,4 +1,4 @@
-"""The commands about weights: `longtake convert` and `longtake export`."""
+"""The commands about weights: `longtake convert`, `longtake export` and `longtake students`."""
 
 from __future__ import annotations
 
@@ -62,3 +62,17 @@ def export(
 
         changes = changes_of(*(overrides or []))
         typer.echo(str(write(run, target, changes=changes, overwrite=overwrite, best=best, **given(context, "dtype"))))
+
+
+def students(context: typer.Context) -> None:
+    """List the published students that are known by name, with their licences, and those that cannot be played."""
+    with clean_errors(context):
+        from longtake.weights.students import read_table
+
+        playable, refused = read_table()
+        for student in playable:
+            typer.echo(f"{student.name}\n  --model {student.model}\n  {student.in_words}\n  licence: {student.licence}")
+        typer.echo("\nCannot be played:")
+        for row in refused:
+            typer.echo(f"{row.name}\n  {row.repository}: {row.law}; it would need {row.needed}")
+            typer.echo(f"  licence: {row.licence}")

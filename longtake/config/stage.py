@@ -185,6 +185,12 @@ class StageConfig(RunConfig):
         return self.validate_every > 0 and (self.validation.num_worlds > 0 or self.validation.num_rows > 0)
 
     @property
+    def longer_frames(self) -> int:
+        """Latent frames of the longer videos of a validation, which end on a block boundary as those of training do."""
+        first = self.plan.first_frames
+        return first + self.validation.times_longer * (self.video.num_latent_frames - first)
+
+    @property
     def teacher_samples(self) -> Path:
         """Folder that keeps the teacher's samples of validated rows."""
         return Path(self.validation.teacher_samples or Path(self.logdir).absolute().parent / "teacher_samples")

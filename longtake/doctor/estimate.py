@@ -2,7 +2,7 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, fragments of the allocator, encoders that are resident (`files.py` adds them), and validation.
+CUDA context, fragments of the allocator, encoders that are resident (`files.py` adds them), validation in toy worlds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
+from longtake.doctor.validating import validate
 from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
@@ -146,6 +147,14 @@ class Meter(TorchDispatchMode):
     def mark(self, *, inner: bool = False) -> None:
         """Begins another stretch."""
         self.moments.append(Moment(self.where, self.now, inner))
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Inside is a stretch of its own."""
+        self.where = what
+        self.mark()
+        yield
+        self.mark()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -278,7 +287,7 @@ class _Hollow(Builder):
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
-            model = VideoDiT(self.sizes[source.name], Execution(attend=_as_on_a_gpu))
+            model = VideoDiT(self.sizes[source.name], Execution(attend=as_on_a_gpu))
         for layer, block in enumerate(model.blocks):
             mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
             block.register_forward_pre_hook(lambda *_, mark=mark: mark())
@@ -308,7 +317,7 @@ def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
         out.register_hook(lambda _: mark())
 
 
-def _as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
+def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
     """Attention with the memory that it takes there: masks by which a key is seen more than once are flex attention's,
     which copies no keys.
     """
@@ -357,6 +366,8 @@ def trace(
             state.step = _busiest(inner)
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)
             iteration(state, objective, batches, config, mesh, phases, MetricWindow())
+            if config.validates and config.validation.num_rows:
+                validate(config, builder, networks, state.ema.get("generator"), next(batches)[0], vae, meter.during)
         exported = 4 * sum(p.numel() for p in networks.trained["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]

@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longtake.config.generation import changes_of, generation_settings, read_rules
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import DEVICES, find_device
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Machine, free_disk, look
+from longtake.doctor.streaming import StreamReport, stream_report
 from longtake.errors import ConfigError
+from longtake.weights.presets import model_config
 
 # What is not counted: the CUDA context, workspaces of kernels, fragments of the allocator, remembered encodings.
 HEADROOM = 1.1
@@ -104,6 +107,21 @@ def diagnose(
     job = loaded if isinstance(loaded, JobConfig) else None
     stages = [loaded] if isinstance(loaded, StageConfig) else job.stages.values() if job else []
     return Report(machine, [_stage(stage, job, ranks, *room) for stage in stages], problems)
+
+
+def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | None = None) -> StreamReport:
+    """Whether a stream fits: of a preset, or of the sizes in a folder's `config.json` by the rules beside it.
+
+    Args: `device` as that of `diagnose`; by default the first GPU here. Raises: ConfigError.
+    """
+    sizes, changes = model_config(model), {"precision": "bf16", **changes_of(*overrides)}
+    rules = read_rules(Path(model)) if Path(model).is_dir() else None
+    if device is not None:
+        return stream_report(sizes, generation_settings(None, changes, rules), _memory(device), f"--device {device}")
+    machine = look()
+    if not machine.gpus:
+        raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
+    return stream_report(sizes, generation_settings(None, changes, rules), machine.gpus[0].free_bytes, "GPU 0")
 
 
 def _memory(device: str) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 _TILE = 4096  # elements of a program
 
 
-@triton.jit
+# Nothing is gained by code for one frame, or for numbers of frames that sixteen divides, and each takes half a second.
+@triton.jit(do_not_specialize=["num_pixels", "num_frames"])
 def _sum_norm_silu(
     value,
     bias,

@@ -94,6 +94,22 @@ _STD_OF_48 = (
     + [0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]
 )
 _VAE_STATISTICS = {16: {}, 48: {"latents_mean": _MEAN_OF_48, "latents_std": _STD_OF_48}}
+# `AutoencoderKLWan`, whose defaults are Wan2.1's, by channels of the latents
+_PUBLISHED_VAE: dict[int, dict[str, Any]] = {
+    16: {},
+    48: {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
 # Library parameters that are one third of a packed original, and originals with axes of size 1 in front
 _PACKED = re.compile(r"\.([qkv])_proj\.")
 _LEADING = {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
@@ -246,3 +262,10 @@ def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype, 
             **_VAE_STATISTICS[channels],
         )
     return file.fill(module, _VAE | (_VAE_NESTED if nested else _VAE_FLAT), device, dtype)
+
+
+def published_vae(channels: int) -> Any:
+    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), with random weights."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**_PUBLISHED_VAE[channels])

@@ -70,7 +70,8 @@ class VideoVAE:
 
         Raises: CheckpointError.
         """
-        path, calls = Path(folder), {"latents_per_call": latents_per_call, "low_memory": low_memory}
+        path = Path(folder)
+        calls: dict[str, Any] = {"latents_per_call": latents_per_call, "low_memory": low_memory}
         if path.suffix == ".pth":
             return cls(load_vae_module(path, device, dtype), **calls)
         from diffusers import AutoencoderKLWan
@@ -80,8 +81,8 @@ class VideoVAE:
 
     def copy_to(self, device: torch.device | str) -> VideoVAE:
         """Another one with the same weights, on `device`."""
-        calls = {"latents_per_call": self.latents_per_call, "low_memory": self.low_memory}
-        return VideoVAE(copy.deepcopy(self.module).to(device), **calls)
+        module = copy.deepcopy(self.module).to(device)
+        return VideoVAE(module, latents_per_call=self.latents_per_call, low_memory=self.low_memory)
 
     def encodes_only(self) -> None:
         """Nobody decodes with it from now on: the weights of its decoder go to this process's memory."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 DEFECTS = ("fade", "blur", "freeze", "seam", "loop", "uniform")  # by which `instruments` names what is broken
 SHOWN_FRAMES, _SHOWN_HEIGHT = 9, 120  # of a video on a contact sheet; pixels
 _LOOKS = ("saturation", "contrast", "brightness", "sharpness")  # curves whose ends are compared with the teacher's
-_LATENTS_AT_ONCE = 8  # decoded together: pixels of a long video are many
+LATENTS_AT_ONCE = 8  # decoded together: pixels of a long video are many
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def teacher_maker(model: VideoDiT, num_latent_frames: int, *, first_frame_clean:
 def decoded(decoder: Decoder, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
     """Yields the frames of one video, uint8 [T, h, w, 3], a piece at a time. Raises: DataError if any is not finite."""
     session, first = decoder.decoder_session(), 0
-    for piece in latents.split(_LATENTS_AT_ONCE, dim=1):
+    for piece in latents.split(LATENTS_AT_ONCE, dim=1):
         frames = to_frames(session.decode(piece)[0], first)
         first += len(frames)
         yield frames

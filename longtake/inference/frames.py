@@ -29,8 +29,9 @@ class Fetched(Iterator["NDArray[np.uint8]"]):
     """The frames of each block, uint8 [T, h, w, 3]; `ahead`: when the one after it has been begun.
 
     Work on a GPU is only queued when it is begun, so that decoding, fetching and writing a block overlap with the next.
-    A block that comes in pieces is waited for by somebody: `ahead` gives each piece as soon as it is here, and begins
-    the next block after that, since this takes nearly as long as that block's passes do (a GPU's queue is short).
+    A block that comes in pieces is waited for by somebody: `ahead` gives each piece as soon as it is here, and the
+    block after it too, and begins the next one after that, since this takes nearly as long as its passes do: a GPU's
+    queue holds four. A player who began with the first piece would have nothing to show meanwhile.
     A call that raises loses nothing where `blocks` loses nothing: the next one goes on with the same frames.
     """
 
@@ -38,6 +39,7 @@ class Fetched(Iterator["NDArray[np.uint8]"]):
         self._blocks, self._ahead = iter(blocks), ahead
         self._waiting: list[Frames] = []
         self._given = 0  # pieces of the first one that were given out
+        self._urgent = False  # the block before came in pieces
 
     def __next__(self) -> NDArray[np.uint8]:
         while self._begins_more() and (begun := next(self._blocks, None)) is not None:
@@ -50,12 +52,12 @@ class Fetched(Iterator["NDArray[np.uint8]"]):
             self._given += 1
         else:
             frames = joined(pieces[self._given :])
-            self._waiting, self._given = self._waiting[1:], 0
+            self._waiting, self._given, self._urgent = self._waiting[1:], 0, len(pieces) > 1
         return frames
 
     def _begins_more(self) -> bool:
         alone = len(self._waiting) == 1 and len(self._waiting[0].pieces) == 1
-        return not self._waiting or (self._ahead and alone)
+        return not self._waiting or (self._ahead and alone and not self._urgent)
 
 
 class Frames:

@@ -18,7 +18,7 @@ from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.devices import memory_bytes, usable_device
-from longtake.encoders.bundle import Encoders
+from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.decoders import load_decoder
 from longtake.encoders.sessions import Decoder, DecoderSession
@@ -34,6 +34,7 @@ from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import load_opened
+from longtake.weights.locate import local_encoders
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,13 +157,14 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        low, types = settings.low_memory, (dtype, vae_dtype)
-        encoders = load_encoders(source.encoders, settings, device, *types, with_image=with_image, low_memory=low)
+        folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = None
         if settings.decoder != "exact":
-            given = settings.decoder, settings.decoder_weights, source.encoders, encoders.vae
-            decoder = load_decoder(*given, decoding or device, vae_dtype, latents_per_call=1 if low else 4)
+            named = settings.decoder, settings.decoder_weights, folder
+            place, calls = decoding or device, vae_calls(low_memory=low)["latents_per_call"]
+            decoder = load_decoder(*named, encoders.vae, place, vae_dtype, latents_per_call=calls)
             encoders.vae.encodes_only()
         elif decoding is not None:
             decoder = encoders.vae.copy_to(decoding)

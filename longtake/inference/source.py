@@ -18,22 +18,28 @@ from longtake.plan import StreamPlan
 from longtake.run_folder import exported_weights, find_checkpoint, trained_config
 from longtake.weights.load import Opened, open_weights
 from longtake.weights.locate import find_encoders, find_weights
+from longtake.weights.students import FoundStudent, find_student
 
 TOY_STUDENT = TOY_ASSETS / "student"
+
+# Rules whose change is not what a student was trained for
+_TRAINED = ("plan", "rope", "steps", "later_steps", "shift", "warp_steps")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a generator comes from, and its rules: `weights` a folder or file, `encoders` a folder; `config` is that
-    of the stage that trained it, None for weights of other origin. Making one reads no weights.
+    """Where a generator comes from, and its rules: `weights` a folder or file, `encoders` a folder, both also names on
+    the hub; `config` is that of the stage that trained it, None for weights of other origin; `student`, a published one
+    that is known by name. Making one reads no weights.
     """
 
     weights: Path
     encoders: Path
     settings: GenerationConfig
     config: StageConfig | None = None
+    student: FoundStudent | None = None
 
     @classmethod
     def of_run(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
@@ -48,10 +54,8 @@ class Source:
             raise CheckpointError(
                 f"{path} holds a bidirectional teacher, which cannot stream; give the run of a student"
             )
-        source, trained = cls.of_checkpoint(checkpoint, config, changes), generation_settings(config)
-        for name in ("plan", "rope", "steps", "later_steps", "shift", "warp_steps"):
-            if (now := getattr(source.settings, name)) != (before := getattr(trained, name)):
-                logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
+        source = cls.of_checkpoint(checkpoint, config, changes)
+        _say_differences(source.settings, generation_settings(config))
         return source
 
     @classmethod
@@ -61,7 +65,7 @@ class Source:
 
     def open(self) -> Opened:
         """The weights, before they are in a model. Raises: CheckpointError."""
-        return open_weights(self.weights, check=True)
+        return open_weights(self.weights, check=True) if self.student is None else self.student.open()
 
     @property
     def plan(self) -> StreamPlan | None:
@@ -79,13 +83,20 @@ class Source:
     ) -> Source:
         """Weights of any origin, as `weights/locate.py` finds them.
 
-        Args: `path`, also `toy` for the student that ships with the package; `encoders`, their folder (default: in the
-        model's folder, in its `encoders/`, or beside it); `stage`, a configuration whose rules are taken (default:
-        those of `generation.yaml` beside the weights, else of `GenerationConfig`); `changes` win over all.
+        Args: `path`, also `toy` for the student that ships with the package, and a published student
+        (`weights/students.py`), of which all is known; `encoders`, their folder (default: in the model's folder, in its
+        `encoders/`, or beside it); `stage`, a configuration whose rules are taken (default: those of `generation.yaml`
+        beside the weights, else of the published student, else of `GenerationConfig`); `changes` win over all.
         Raises: CheckpointError when weights or encoders are not found, ConfigError for wrong values and for a
         checkpoint of a training run without `stage`, since its own rules would be lost.
         """
         path = TOY_STUDENT if path == TOY else path
+        if (student := find_student(path)) is not None:
+            published = student.student.settings
+            settings = generation_settings(stage, changes, published)
+            _say_differences(settings, published)
+            folder = Path(encoders) if encoders is not None else student.encoders()
+            return cls(student.weights, folder, settings, student=student)
         found = find_weights(path)
         if stage is None and found.checkpoint is not None:
             raise ConfigError(
@@ -95,3 +106,9 @@ class Source:
         settings = generation_settings(stage, changes, read_rules(found.path))
         folder = Path(encoders) if encoders is not None else find_encoders(path)
         return cls(found.path, folder, settings)
+
+
+def _say_differences(settings: GenerationConfig, trained: GenerationConfig) -> None:
+    for name in _TRAINED:
+        if (now := getattr(settings, name)) != (before := getattr(trained, name)):
+            logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)

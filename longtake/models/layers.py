@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
-from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, quantised
+from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
 
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
@@ -130,7 +131,9 @@ def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor
     """
     first, second = layers[0], layers[2]
     if isinstance(x, Rows):
-        return second(execution.fused(gelu_quantised)(first(x)))
+        hidden = first(x)
+        once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
+        return second((once or execution.fused(gelu_quantised))(hidden))
     alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cuda")
     if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,7 +23,7 @@ from longtake.data.h264 import add_h264, encode
 from longtake.data.lmdb import FORMAT_VERSION
 from longtake.errors import ConfigError, DataError
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_folder, check_own, publish_folder, writing
+from longtake.outputs import check_output_folder, check_own, new_folder, writing
 from longtake.toy.story import sample_story
 from longtake.toy.world import FPS, SIZE, World
 
@@ -58,13 +56,9 @@ def write_world(folder: str | Path, asked: WorldConfig, *, overwrite: bool = Fal
     if _already_written(folder, request, overwrite):
         return folder
     check_output_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    partial = folder.parent / f"{_partial_prefix(folder)}{os.getpid()}"
-    partial.mkdir()
-    try:
-        stories = range(asked.num_worlds)
-        worlds = [sample_story(asked.seed, k, asked.switch_frames, stops=asked.stops) for k in stories]
+    stories = range(asked.num_worlds)
+    worlds = [sample_story(asked.seed, k, asked.switch_frames, stops=asked.stops) for k in stories]
+    with new_folder(folder, overwrite=overwrite) as partial:
         for name in request["formats"]:
             (partial / name).mkdir()
         if "images" in asked.formats:
@@ -76,11 +70,6 @@ def write_world(folder: str | Path, asked: WorldConfig, *, overwrite: bool = Fal
         rows = ({"seed": w.seed, "index": w.index, "caption": w.caption, **_script(w)} for w in worlds)
         _write_jsonl(partial / "worlds.jsonl", rows)
         (partial / STAMP).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        # Another process may have been faster; its folder is as good if it holds the same request.
-        if not _already_written(folder, request, overwrite):
-            publish_folder(partial, folder, overwrite=overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -139,29 +128,6 @@ def _already_written(folder: Path, request: dict[str, Any], overwrite: bool) -> 
     raise DataError(
         f"{folder} holds {present}, asked for was {request}; name another folder, or give --overwrite to replace it"
     )
-
-
-def _partial_prefix(folder: Path) -> str:
-    return f".{folder.name}.partial-{socket.gethostname()}-"
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed runs on this machine left beside `folder`."""
-    prefix = _partial_prefix(folder)
-    for path in folder.parent.iterdir():
-        process = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()  # a run before this one had the same number
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -176,8 +176,9 @@ class RowValidation:
         return None
 
     def _read(self) -> None:
-        rows = self.mesh.every(self.read)
-        self._rows = rows[self.mesh.rank]
+        rows: list[VideoRow] = []  # which do not travel: each rank keeps its own, once all have theirs
+        self.mesh.every(lambda: rows.extend(self.read()))
+        self._rows = rows
 
     def _measured(self, step: int) -> dict[str, float]:
         if self._rows is None:
@@ -214,8 +215,7 @@ class RowValidation:
             return
         yield "student", student_maker(self.student, plan, frames, seed=settings.seed), frames
         if settings.times_longer > 1:
-            start = config.plan.first_frames
-            longer = start + settings.times_longer * (frames - start)
+            longer = config.longer_frames
             # On all rows or none: a rebuilt cache is a call more, and the calls of sharded networks are shared.
             have = all(self.mesh.every(lambda: all(row.later is not None for row in self._rows or [])))
             switch = plan.block_of(longer // 2)[0] if have else None

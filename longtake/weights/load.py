@@ -56,10 +56,11 @@ def open_dit(
     lora_scale: float | None = None,
     *,
     unmerge: bool = False,
+    mend: Callable[[CheckpointReader], CheckpointReader] | None = None,
 ) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
-    Args: as `load_dit`; `unmerge` takes the updates out of what is read.
+    Args: as `load_dit`; `unmerge` takes the updates out of what is read; `mend` as `open_published`.
     Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing; ConfigError.
     """
     check_scale(lora_scale, lora)
@@ -67,7 +68,7 @@ def open_dit(
     if is_adapter(path) and network is None:
         published, model = open_dit(check_base(path, read_base(path)), lora=path)
     else:
-        published = open_published(path, network)  # first, since it says what the weights of others are
+        published = open_published(path, network, mend=mend)  # first: it says what the weights of others are
         with torch.device("meta"):
             model = VideoDiT(_sizes(published, (path if path.is_dir() else path.parent) / FILE))
         check_state(published.shapes(), model, path, diffusers=published.diffusers)

@@ -32,7 +32,7 @@ _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transforme
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
 _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 _ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
 # An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
@@ -318,6 +318,17 @@ def find_decoder(kind: str, weights: str | Path | None, folder: Path, latent_cha
 def _decoder_name(file: Path, known: Mapping[str, str]) -> str | None:
     """The published name that a file has; the longest, of which another may be a part."""
     return next((name for name in sorted(known, key=len, reverse=True) if file.name.startswith(name)), None)
+
+
+def local_encoders(folder: Path) -> Path:
+    """The local folder of encoders; those of a repository on the hub (OWNER/NAME) are downloaded, or in its cache.
+
+    Raises: CheckpointError.
+    """
+    if folder.exists() or not is_hub_name(folder):
+        return folder
+    parts = [part for part in ENCODER_PARTS if part.key != "image"]
+    return _download(folder.as_posix(), tuple(file for part in parts for file in (*part.originals, *part.beside)))
 
 
 def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:

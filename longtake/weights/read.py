@@ -99,11 +99,18 @@ class CheckpointReader:
                     yield name, opened.get_tensor(self.tensors[name].key)
 
 
-def open_published(path: Path, network: str | None = None, *, updates: bool = False) -> CheckpointReader:
+def open_published(
+    path: Path,
+    network: str | None = None,
+    *,
+    updates: bool = False,
+    mend: Callable[[CheckpointReader], CheckpointReader] | None = None,
+) -> CheckpointReader:
     """What a local file or folder holds; only headers are read.
 
     Args: `network`, which one of a file that holds several (`generator`, `generator_ema`, `critic`, ...); default: the
-    student, its average where there is one; `updates`, whether low-rank updates are expected.
+    student, its average where there is one; `updates`, whether low-rank updates are expected; `mend` gives tensors that
+    are stored otherwise the names and shapes of a transformer's, and leaves out what are none.
     Raises: CheckpointError when files are missing, damaged, contradict their index, or are no Wan transformer.
     """
     path = locate(path)
@@ -121,6 +128,7 @@ def open_published(path: Path, network: str | None = None, *, updates: bool = Fa
     if index is not None:
         _check_index(index, rows)
     published = _named(path, rows, pickled)
+    published = published if mend is None else mend(published)
     if not updates:
         refuse_others(published.tensors, path)
     for row in published.tensors.values():

@@ -1,6 +1,7 @@
 """`longtake bench` of a stream and of a training on a CPU: what it writes, and that its parts agree with each other."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from longtake.bench.kernels import (
 from longtake.bench.streaming import bench_stream
 from longtake.bench.training import Kind, Lap, summary
 from longtake.cli.app import app
+from longtake.encoders import original
 from longtake.models.flops import Call, forward
 from longtake.models.sizes import DiTConfig
 from longtake.weights.presets import PRESETS
@@ -94,6 +96,17 @@ def test_a_student_whose_last_step_stores_has_no_context_pass():
     assert len(found["ms"]["passes"]) == 2 and min(found["ms"]["passes"]) > 0 and found["ms"]["context"] == 0
 
 
+def test_a_stream_without_a_picture(monkeypatch):
+    toy_sizes = random_models.model_config("toy")
+    sizes = replace(toy_sizes, model_type="t2v", in_channels=toy_sizes.out_channels, image_dim=None)
+    monkeypatch.setattr(random_models, "model_config", lambda preset: sizes)
+    plan = {"block_frames": 3, "first_frames": 3, "window_frames": 9, "sink_frames": 3, "context": "last_step"}
+    settings = random_models.random_settings("toy", {"height": 32, "width": 32, "plan": plan, "precision": "fp8"})
+    found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=2, warm_up=True)
+    assert found["blocks"]["frames"] == 12 and len(found["ms"]["passes"]) == 4 and found["ms"]["context"] == 0
+    assert found["ms"]["first"]["picture"] is found["ms"]["first"]["y"] is None and found["first_frame_s"]["warm"] > 0
+
+
 def test_one_source_at_a_time(tmp_path):
     result = CliRunner().invoke(app, ["bench", "--random", "toy", "--model", "toy"])
     assert result.exit_code == 2 and "give one of" in result.output
@@ -106,7 +119,7 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
     small = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
     sizes = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "in_channels": 36, "text_dim": 32}
     dit = DiTConfig(**sizes, text_len=48, freq_dim=32, model_type="i2v", image_dim=1280)
-    monkeypatch.setitem(random_models._VAE, 16, small)
+    monkeypatch.setitem(original._PUBLISHED_VAE, 16, small)
     monkeypatch.setattr(
         random_models, "_IMAGE", random_models._IMAGE | {"num_hidden_layers": 2, "intermediate_size": 8}
     )
@@ -126,6 +139,8 @@ SMALL = ["batch_size=1", "micro_batch_size=1", "video.height=32", "video.width=3
 @pytest.mark.parametrize("stage", ["distill", "causal", "long"])
 def test_a_training_is_measured(stage, tmp_path):
     given = [*SMALL, f"logdir={tmp_path}/run"]
+    if stage == "distill":
+        given += ["validation.num_rows=1", "validation.times_longer=2"]
     found, output = bench(tmp_path, f"configs/toy/{stage}.yaml", *given, "--steps", "4")
     assert not (tmp_path / "run").exists()  # nothing is written there
     names = {"cycle_s", "critic_s", "critic_given_s", "generator_s", "phases", "mfu", "peak_gib", "floor_s"}
@@ -138,6 +153,10 @@ def test_a_training_is_measured(stage, tmp_path):
         mean = sum(found["generator_s"].values()) / 4
         assert found["cycle_s"] == pytest.approx(mean + found["critic_given_s"])
         assert found["cycle_s"] == pytest.approx(found["iteration_s"], rel=0.2)
+        assert found["validation"]["errors"] == 0 and found["validation"]["teacher_s_a_row"] > 0
+        assert found["validation"]["seconds_between"] == pytest.approx(found["validation"]["seconds"] / 0.03)
+    else:
+        assert "validation" not in found
     if stage == "causal":
         assert set(found["generator_s"]) == {"all"}
 
@@ -196,7 +215,7 @@ def test_two_contexts_of_one_length_are_two_attentions():
 def test_the_operations_of_a_decoder():
     """Those of Wan2.1's VAE, whose work is known: 3.4 TFLOP a frame at 480x832 (a latent decodes into four)."""
     with torch.device("meta"):
-        vae = random_models.random_vae(16)
+        vae = original.published_vae(16)
     found = decode_operations(vae, 4, 60, 104)
     total = sum(one.operations * count for one, count in found.items())
     assert total / 16 == pytest.approx(3.39e12, rel=0.01)

@@ -53,10 +53,9 @@ def test_frames_are_those_of_the_decoder(generator, encoders):
     assert all(
         torch.equal(a, b) for (_, a), (_, b) in zip(kept.blocks(), other.state.stream.kept.blocks(), strict=True)
     )
-    decoding = generator.decoder.decoder_session()
     latents = torch.cat([block for _, block in kept.blocks()], 1)
-    wanted = [to_frames(decoding.decode(block)[0]) for block in latents.split([1, 1, 1, 2], 1)]
-    assert np.array_equal(np.concatenate(frames), np.concatenate(wanted))
+    wanted = to_frames(generator.decoder.decoder_session().decode(latents)[0])
+    assert np.abs(np.concatenate(frames).astype(int) - wanted).max() <= 1  # by rounding, in other pieces
     assert [chunk.shape for chunk in frames] == [chunk.shape for chunk in real]
     assert np.abs(frames[2].astype(int) - real[2]).max() > 20
 

@@ -97,14 +97,14 @@ def test_a_session_goes_back_to_where_y_was_not_encoded(generator, whole):
 
 
 def test_the_first_latent_is_given_before_the_next_block_is_begun(generator, whole):
-    """And its block's other frames as soon as they are decoded; from then on a block is begun ahead."""
-    chunks = generator.stream(PICTURE, A, num_frames=25, ahead=True)
+    """Its block's other frames and the next block as soon as they are decoded; from then on a block is begun ahead."""
+    chunks = generator.stream(PICTURE, A, num_frames=41, ahead=True)
     begun, made = [], []
     for chunk in chunks:
         begun.append(chunks._blocks._session.num_frames)
         made.append(chunk)
-    assert [len(chunk) for chunk in made] == [1, 4, 4, 8, 8] and begun == [9, 9, 9, 25, 25]
-    assert np.array_equal(np.concatenate(made), whole[:25])
+    assert [len(chunk) for chunk in made] == [1, 4, 4, 8, 8, 8, 8] and begun == [9, 9, 9, 17, 33, 41, 41]
+    assert np.array_equal(np.concatenate(made), whole[:41])
 
 
 # ---- caches that outlive their session -------------------------------------------------------------------------------

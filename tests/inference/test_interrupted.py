@@ -172,3 +172,17 @@ def test_a_stream_and_a_story_go_on_after_an_interruption(ahead):
                         pass
                 made.append(next(frames))
             assert np.array_equal(np.concatenate(made), whole)
+
+
+@pytest.mark.parametrize("kind", ["plain", "last step"])
+def test_a_block_that_fails_in_the_end_takes_nothing_of_the_history(kind):
+    """Though it may have been stored by then: what the oldest block that can be taken back attends to is still there."""
+    generator = make_generator(**KINDS[kind])
+    session = open_session(generator, history_blocks=2)
+    made = [take(session, 1) for _ in range(9)]
+    twin = session.fork()
+    with raising_at(0) as calls:
+        twin.next()
+    interrupt(session.next, calls[0])
+    session.rewind(2)
+    assert np.array_equal(take(session, 2), np.concatenate(made[-2:]))

@@ -17,7 +17,16 @@ from longtake.errors import CheckpointError
 from longtake.models import sizes
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
-from longtake.models.fp8 import FP8, FP8Linear, Rows, gelu_quantised, has_kernel, plainly_multiplied, quantised
+from longtake.models.fp8 import (
+    FP8,
+    FP8Linear,
+    Rows,
+    gelu_quantised,
+    gelu_quantised_once,
+    has_kernel,
+    plainly_multiplied,
+    quantised,
+)
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
@@ -196,6 +205,24 @@ def test_a_video_of_8_bit_weights(tmp_path):
     settings = generator.settings.model_copy(update={"precision": "bf16"})
     with pytest.raises(CheckpointError, match="precision: saved fp8, here bf16"):
         replace(generator, settings=settings).resume(tmp_path / "a.session")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [48, 8960, 13824])
+def test_gelu_is_quantised_in_one_pass(width):
+    once = gelu_quantised_once(torch.device("cuda", 0))
+    assert once is not None
+    x = (random(7, 11, width) * 3).to("cuda", torch.bfloat16)
+    x[0, 0] = 0
+    made, plain = once(x), gelu_quantised(x)
+    assert made.shape == plain.shape and made.scale.shape == plain.scale.shape
+    torch.testing.assert_close(made.scale, plain.scale, rtol=1e-5, atol=0)
+    assert relative_error(dequantised(made), dequantised(plain)) < 5e-3
+    x[1, 2, 3], x[2, 2, 5] = torch.nan, torch.inf
+    for row in ((1, 2), (2, 2)):
+        assert not dequantised(once(x))[row].isfinite().any()
+    assert dequantised(once(x))[3:].isfinite().all()
 
 
 @pytest.mark.gpu

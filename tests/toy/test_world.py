@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_other_contents_are_never_overwritten(tmp_path):
 def test_a_failed_write_leaves_nothing_and_leftovers_of_killed_runs_go(tmp_path, monkeypatch):
     import longtake.toy.files as files
 
-    leftover = tmp_path / f"{files._partial_prefix(tmp_path / 'data')}{2**22 + 1}"  # above any process number
+    leftover = tmp_path / f".tmp-data-{socket.gethostname()}-{2**22 + 1}"  # above any process number
     leftover.mkdir()
 
     def fail(*_):

@@ -1,0 +1,222 @@
+"""Published streaming students by name: where their files are, what is in them, and the rules they stream by.
+
+The table is `assets/students.yaml`; nothing here knows a student. One that streams by a law that this version cannot
+play is refused by name: played by another law it would look worse, and nobody would know why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from longtake.config.base import read_yaml
+from longtake.config.generation import RULES_FILE, GenerationConfig
+from longtake.config.stage import TOY_ASSETS
+from longtake.errors import CheckpointError, ConfigError
+from longtake.weights.load import Opened, open_dit
+from longtake.weights.locate import find_encoders, is_hub_name, local_path
+from longtake.weights.read import CheckpointReader
+
+TABLE = TOY_ASSETS.parent / "students.yaml"
+_PATCH = "patch_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A row of the table; its fields are explained there. `settings`, its rules."""
+
+    name: str
+    repository: str
+    file: str
+    settings: GenerationConfig
+    base: str
+    network: str | None
+    key_prefix: str
+    licence: str
+    source: str
+    lora: str | None = None
+    skipped: str | None = None
+    linear_patch: bool = False
+    ours: str | None = None
+
+    @property
+    def model(self) -> str:
+        """What `--model` calls it."""
+        return f"{self.repository}/{self.file}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file that tells it from others."""
+        return (self.file,)
+
+    @property
+    def in_words(self) -> str:
+        """Blocks, window, noise levels and how a picture enters, in one line."""
+        plan = self.settings.stream_plan
+        lists = [plan.sigmas] if plan.later_sigmas is None else [plan.sigmas, plan.later_sigmas]
+        levels = ", then ".join(" ".join(f"{sigma:.4g}" for sigma in sigmas) for sigmas in lists)
+        blocks = f"blocks of {plan.block_frames}, window {plan.window_frames}, sink {plan.sink_frames}"
+        context = "" if plan.context == "pass" else ", context by the last step"
+        picture = f"zero-shot picture: {self.settings.picture}"
+        return f"{blocks}, {plan.rope} positions; noise levels {levels}{context}; {picture}"
+
+    def mended(self, published: CheckpointReader) -> CheckpointReader:
+        """Its tensors under the names and shapes of a transformer: without what is no parameter, patches as a kernel.
+
+        A kernel is [D, C, 1, 2, 2], and as a linear layer [D, C * 1 * 2 * 2] in this order.
+        """
+        tensors = {
+            name: stored
+            for name, stored in published.tensors.items()
+            if self.skipped is None or not stored.key.startswith(self.skipped)
+        }
+        patch = tensors.get(_PATCH)
+        if not self.linear_patch or patch is None or len(patch.shape) != 2 or patch.shape[1] % 4:
+            return replace(published, tensors=tensors)
+        shape = (patch.shape[0], patch.shape[1] // 4, 1, 2, 2)
+
+        def as_kernel(name: str, tensor: Tensor) -> Tensor:
+            return tensor.reshape(shape) if name == _PATCH else tensor
+
+        tensors[_PATCH] = replace(patch, shape=shape)
+        return replace(published, tensors=tensors, updates=(*published.updates, as_kernel))
+
+
+@dataclass(frozen=True)
+class RefusedStudent:
+    """A row of the table that cannot be played: the `law` that it streams by, and what would be `needed`."""
+
+    name: str
+    repository: str
+    files: tuple[str, ...]
+    law: str
+    needed: str
+    licence: str
+    source: str
+
+
+_Row = Student | RefusedStudent
+
+
+@dataclass(frozen=True)
+class FoundStudent:
+    """A student and its files, local paths or names on the hub; `root`, the local folder that it lies in, or None."""
+
+    student: Student
+    weights: Path
+    lora: Path | None
+    root: Path | None
+
+    def open(self) -> Opened:
+        """Its weights, strictly: with every tensor of the sizes and no other, low-rank updates merged.
+
+        Raises: CheckpointError that names the student.
+        """
+        student = self.student
+        try:
+            lora = None if self.lora is None else local_path(self.lora)
+            published, model = open_dit(self.weights, student.network, lora, mend=student.mended)
+        except CheckpointError as error:
+            raise CheckpointError(f"{student.name}, published as {student.model}: {error}") from error
+        return Opened(model, published.read, lambda name: str(published.tensors.get(name, name)))
+
+    def encoders(self) -> Path:
+        """The folder of its encoders: in its own, beside it, or else that of its base on the hub.
+
+        Raises: CheckpointError when it is a local student without them.
+        """
+        base = self.student.base
+        if self.root is None:
+            return Path(base)
+        beside = self.root.parent / base.rpartition("/")[2]
+        return beside if beside.is_dir() else find_encoders(self.root)
+
+
+@cache
+def read_table(file: Path = TABLE) -> tuple[list[Student], list[RefusedStudent]]:
+    """The students that can be played, and those that are refused."""
+    table = read_yaml(file)
+    common: dict[str, Any] = table["common"]
+    students = []
+    for row in table["students"]:
+        settings = GenerationConfig.from_tree(_merged(common["rules"], row.get("rules", {})))
+        values = {**common, **row}
+        del values["rules"]
+        students.append(Student(**values, settings=settings))
+    return students, [RefusedStudent(**{**row, "files": tuple(row["files"])}) for row in table["refused"]]
+
+
+def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    return {**common, **own, "plan": {**common["plan"], **own.get("plan", {})}}
+
+
+def find_student(source: str | Path) -> FoundStudent | None:
+    """The published student that a source means: OWNER/NAME on the hub, with its file where there are several; a local
+    folder of such files; or one of them. None for other weights, and for those with rules of their own beside them.
+
+    Raises: ConfigError for a student that cannot be played, and where several are meant.
+    """
+    path = Path(source).expanduser()
+    found: Sequence[tuple[_Row, Path, Path | None]] = ()
+    if path.exists():
+        found = () if _has_rules(path) else _local(path)
+    elif is_hub_name(source):
+        found = _on_the_hub(source)
+    if not found:
+        return None
+    if len(found) > 1:
+        names = "; ".join(f"--model {os.fspath(weights)} ({row.name})" for row, weights, _ in found)
+        raise ConfigError(f"{source} holds several students; give one of them: {names}")
+    row, weights, root = found[0]
+    if isinstance(row, RefusedStudent):
+        raise ConfigError(
+            f"{row.name} ({row.repository}) cannot be played: {row.law}. It would need {row.needed}; `longtake "
+            "students` lists those that can be played"
+        )
+    lora = None
+    if row.lora is not None:
+        lora = weights.with_name(PurePosixPath(row.lora).name) if root is not None else Path(row.repository, row.lora)
+        if root is not None and not lora.is_file():
+            raise CheckpointError(f"{row.name} is a base and updates, and {lora} is not there; download it, too")
+    return FoundStudent(row, weights, lora, root)
+
+
+def _has_rules(path: Path) -> bool:
+    return ((path if path.is_dir() else path.parent) / RULES_FILE).is_file()
+
+
+def _rows() -> list[_Row]:
+    students, refused = read_table()
+    return [*students, *refused]
+
+
+def _local(path: Path) -> list[tuple[_Row, Path, Path]]:
+    """Rows with their file and folder. A file may lie as in the repository, or in one folder if its name tells it."""
+    names = Counter(PurePosixPath(file).name for row in _rows() for file in row.files)
+    found: list[tuple[_Row, Path, Path]] = []
+    for row in _rows():
+        for file in map(PurePosixPath, row.files):
+            short = [PurePosixPath(file.name)] if names[file.name] == 1 and file.stem != "model" else []
+            for place in dict.fromkeys([file, *short]):
+                if path.is_dir() and (path / place).is_file():
+                    found.append((row, path / place, path))
+                elif path.is_file() and path.parts[-len(place.parts) :] == place.parts:
+                    found.append((row, path, path.parents[len(place.parts) - 1]))
+    return list({weights: (row, weights, root) for row, weights, root in reversed(found)}.values())[::-1]
+
+
+def _on_the_hub(source: str | Path) -> list[tuple[_Row, Path, None]]:
+    owner, name, *rest = PurePosixPath(source).parts
+    rows = [row for row in _rows() if row.repository.lower() == f"{owner}/{name}".lower()]
+    if rest and not all(isinstance(row, RefusedStudent) for row in rows):
+        rows = [row for row in rows if "/".join(rest) in row.files]
+    elif not all(isinstance(row, RefusedStudent) for row in rows):
+        rows = [row for row in rows if isinstance(row, Student)]
+    return [(row, Path(row.repository, *row.files[:1]), None) for row in rows]

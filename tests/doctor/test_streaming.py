@@ -1,0 +1,54 @@
+"""What a stream takes of a GPU's memory, traced without one: parts, and which choices fit."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from longtake.cli.app import app
+from longtake.config.generation import generation_settings
+from longtake.doctor.streaming import fits, stream_choices, stream_report
+from longtake.weights.presets import model_config
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def choices():
+    settings = generation_settings(None, {"precision": "bf16"})
+    return list(stream_choices(model_config("wan2.1-fun-1.3b-inp"), settings))
+
+
+def test_the_parts_are_those_that_a_gpu_showed(choices):
+    """`memory_gib` of `longtake bench` on an H200 (docs/log/full-size.md): lasting parts exactly."""
+    measured = {"transformer": 2.9464, "text encoder": 10.5815, "VAE": 0.2364, "image encoder": 1.1749, "cache": 3.4813}
+    there = choices[0].there
+    assert {name: pytest.approx(there[name] / GIB, rel=3e-3) for name in measured} == measured
+    assert there["decoder"] / GIB == pytest.approx(1.76 + 0.14, rel=0.02)  # its state and its weights' other layout
+    assert choices[0].total == sum(there.values()) + max(choices[0].work.values())
+
+
+def test_choices_take_less_in_the_order_of_their_price(choices):
+    asked, low, tiny, fp8 = (
+        next(c for c in choices if (c.precision, c.decoder, c.low_memory, c.window_frames) == wanted)
+        for wanted in (
+            ("bf16", "exact", False, 13), ("bf16", "exact", True, 13), ("bf16", "tiny", True, 13), ("fp8", "tiny", True, 13)
+        )
+    )  # fmt: skip
+    assert asked is choices[0] and asked.total > low.total > tiny.total > fp8.total
+    shorter = next(c for c in choices if c.window_frames == 9)
+    assert shorter.there["cache"] * 13 == asked.there["cache"] * 9
+    assert low.there["text encoder"] == 2 * 2 * 4096 * 10240
+
+
+def test_the_report_names_what_fits(choices, monkeypatch):
+    monkeypatch.setattr("longtake.doctor.streaming.stream_choices", lambda *_: iter(choices))
+    room = int(12 * GIB)
+    report = stream_report(None, None, room, "--device 12GB")
+    assert not report.ok and report.others and all(fits(choice, room) for choice in report.others)
+    assert "PROBLEM" in str(report) and "fits: precision=bf16 decoder=exact low_memory=true" in str(report)
+    assert "no choice fits" in str(stream_report(None, None, GIB, "here"))
+    assert stream_report(None, None, 100 * GIB, "here").ok
+    monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given: stream_report(*given))
+    made = CliRunner().invoke(app, ["doctor", "--stream", "toy", "height=64", "width=64", "--device", "24GB", "--json"])
+    assert made.exit_code == 1 and json.loads(made.output)["asked"]["total"] == choices[0].total

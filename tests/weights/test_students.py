@@ -1,0 +1,231 @@
+"""Published students: found by their files or by name, cleaned, read strictly, refused where their law is not ours."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from published_students import FILES, merged, write_student
+from tiny_sessions import PICTURE, A, B, take
+from tiny_stage import make_encoders, make_model, save_encoders
+from tiny_wan import T2V
+from typer.testing import CliRunner
+
+import longtake.weights.locate as locate
+from longtake.cli.app import app
+from longtake.errors import CheckpointError, ConfigError
+from longtake.inference.generator import Generator
+from longtake.inference.source import Source
+from longtake.inference.video_io import read_video
+from longtake.weights.config_json import config_to_json
+from longtake.weights.load import load_opened
+from longtake.weights.presets import PRESETS, shapes_of
+from longtake.weights.students import TABLE, find_student, read_table
+
+NAMES = list(FILES)
+SMALL = {"height": 32, "width": 32, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return {key: value.clone() for key, value in make_model(T2V).state_dict().items()}
+
+
+def download(name, state, folder):
+    """As `hf download` leaves it, with the sizes of the tiny model beside the weights."""
+    file = write_student(name, state, folder)
+    (file.parent / "config.json").write_text(json.dumps(config_to_json(T2V)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    return save_encoders(make_encoders(), tmp_path_factory.mktemp("encoders"))
+
+
+# ---- found and read --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_its_files_is_known_and_read_strictly(name, state, tmp_path, monkeypatch):
+    monkeypatch.setattr(locate, "_download", lambda *_: pytest.fail("nothing is downloaded"))
+    file = download(name, state, tmp_path / "here")
+    expected = merged(state) if name == "LongLive" else state
+    for source in (tmp_path / "here", file):
+        found = find_student(source)
+        assert found is not None and (found.student.name, found.weights) == (name, file)
+        assert f"{found.student.repository}/{found.student.file}" == FILES[name][0]
+        loaded = load_opened(found.open()).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.allclose(loaded[key], value, atol=1e-6) for key, value in expected.items())
+        if name != "LongLive":
+            assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["LongLive", "Self-Forcing (SiD v2)", "Causal-rCM (chunkwise, 2 steps)"])
+def test_a_file_whose_name_tells_it_may_lie_anywhere(name, state, tmp_path):
+    file = download(name, state, tmp_path / "repository")
+    (tmp_path / "flat").mkdir()
+    for one in file.parent.iterdir():
+        if one.is_file():
+            shutil.move(one, tmp_path / "flat")
+    for source in (tmp_path / "flat", tmp_path / "flat" / file.name):
+        found = find_student(source)
+        assert found is not None and found.student.name == name
+        found.open()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "LongLive")) for n in NAMES])
+def test_published_sizes_need_no_config(name, tmp_path):
+    """All 825 tensors of Wan2.1-T2V-1.3B, of which each is one number in the file; updates are read as a whole."""
+    shapes = shapes_of(PRESETS["wan2.1-t2v-1.3b"])
+    hollow = {key: torch.zeros(1, dtype=torch.bfloat16).expand(shape) for key, shape in shapes.items()}
+    write_student(name, hollow, tmp_path)
+    found = find_student(tmp_path)
+    assert len(shapes) == 825 and found is not None
+    assert found.open().model.config == PRESETS["wan2.1-t2v-1.3b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_renamed_or_missing_key_is_refused_by_name(name, state, tmp_path):
+    network = (FILES[name][1] or (None,))[0]
+    for number, break_ in enumerate((lambda held, key: held.pop(key), lambda held, key: held.update(x=held.pop(key)))):
+        file = download(name, state, tmp_path / str(number))
+        content = torch.load(file, weights_only=True)
+        held = content if network is None else content[network]
+        key = next(key for key in held if key.endswith("blocks.1.cross_attn.norm_k.weight"))
+        break_(held, key)
+        torch.save(content, file)
+        with pytest.raises(CheckpointError) as error:
+            find_student(file).open()
+        assert str(error.value).startswith(f"{name}, published as {FILES[name][0]}: ")
+        assert "blocks.1.cross_attn.norm_k.weight" in str(error.value)
+
+
+def test_a_missing_network_or_update_is_refused_by_name(state, tmp_path):
+    file = download("Self-Forcing (DMD)", state, tmp_path / "sf")
+    content = torch.load(file, weights_only=True)
+    torch.save({"generator": content["generator"]}, file)
+    with pytest.raises(CheckpointError, match=r"Self-Forcing \(DMD\).*holds generator, not generator_ema"):
+        find_student(file).open()
+    download("LongLive", state, tmp_path / "ll").with_name("lora.pt").unlink()
+    with pytest.raises(CheckpointError, match="LongLive is a base and updates, and .*lora.pt is not there"):
+        find_student(tmp_path / "ll")
+
+
+def test_several_students_in_one_folder_must_be_told_apart(state, tmp_path):
+    chunk = download("Causal-Forcing (chunkwise)", state, tmp_path)
+    download("Causal-Forcing (framewise)", state, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"holds several students; give one of them: --model \S+chunkwise/causal_forc"
+    ):
+        find_student(tmp_path)
+    assert find_student(chunk).student.name == "Causal-Forcing (chunkwise)"
+
+
+def test_other_weights_and_own_rules_are_left_alone(state, tmp_path):
+    torch.save({"generator": state}, tmp_path / "model.pt")
+    assert find_student(tmp_path) is None and find_student("Wan-AI/Wan2.1-T2V-1.3B") is None
+    assert find_student("gdhe17/Self-Forcing/checkpoints/ode_init.pt") is None and find_student("toy") is None
+    file = download("Self-Forcing (DMD)", state, tmp_path / "sf")
+    (file.parent / "generation.yaml").write_text("{}")
+    assert find_student(file) is None
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+def test_names_on_the_hub(state, encoders, tmp_path, monkeypatch):
+    assert find_student("efficient-large-model/longlive-1.3b").student.name == "LongLive"
+    for name, (model, _) in FILES.items():
+        assert find_student(model).student.name == name
+    with pytest.raises(ConfigError, match="--model gdhe17/Self-Forcing/checkpoints/self_forcing_sid.pt"):
+        find_student("gdhe17/Self-Forcing")
+    asked = []
+
+    def hub(repository, patterns):
+        asked.append((repository, patterns))
+        return encoders if repository == "Wan-AI/Wan2.1-T2V-1.3B" else tmp_path
+
+    download("LongLive", state, tmp_path)
+    monkeypatch.setattr(locate, "_download", hub)
+    source = Source.of_model("Efficient-Large-Model/LongLive-1.3B", changes=SMALL)
+    assert asked == []  # until it is needed
+    assert len(list(Generator.build(source, "cpu").stream(prompt=A, num_frames=9))) == 1
+    names = [(repository, patterns[0]) for repository, patterns in asked]
+    repository = "Efficient-Large-Model/LongLive-1.3B"
+    assert names == [
+        (repository, "models/lora.pt"),
+        (repository, "models/longlive_base.pt"),
+        ("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth"),
+    ]
+    assert "models_t5_umt5-xxl-enc-bf16.pth" in asked[2][1] and "google/umt5-xxl/tokenizer.json" in asked[2][1]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row", read_table()[1], ids=lambda row: row.name)
+def test_a_law_that_is_not_ours_is_refused_by_name(row, tmp_path):
+    sources = [] if row.name.startswith(("Causal", "Self-Forcing")) else [row.repository]
+    for file in row.files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        sources += [f"{row.repository}/{file}", tmp_path / file]
+    assert sources
+    for source in sources:
+        with pytest.raises(ConfigError) as error:
+            Source.of_model(source)
+        assert row.name in str(error.value) and row.law in str(error.value) and row.needed in str(error.value)
+
+
+def test_the_table_is_complete_and_listed():
+    rows = yaml.safe_load(TABLE.read_text())
+    students, refused = read_table()
+    assert [student.name for student in students] == NAMES and len({row.repository for row in refused}) >= 9
+    for row in [*rows["students"], *rows["refused"]]:
+        assert row["licence"] and row["source"]
+    result = CliRunner().invoke(app, ["students"])
+    assert result.exit_code == 0
+    for row in [*students, *refused]:
+        assert row.name in result.output and row.licence in result.output
+    for row in refused:
+        assert row.law in result.output
+
+
+# ---- played ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_generated_from_scripted_forked_and_rewound(name, state, encoders, tmp_path):
+    download(name, state, tmp_path)
+    generator = Generator.from_model(tmp_path, "cpu", encoders=encoders, changes=SMALL)
+    first = 1 if generator.plan.block_frames == 1 else 9
+    straight = take(generator.open(prompt=A), 4)
+    assert len(straight) == first + 3 * 4 * generator.plan.block_frames
+    assert np.array_equal(np.concatenate(list(generator.stream(prompt=A, num_frames=len(straight)))), straight)
+    session = generator.open(prompt=A, history_blocks=2)
+    take(session, 3)
+    branch = session.fork()
+    branch.prompt = B
+    assert np.array_equal(take(session, 1), straight[-4 * generator.plan.block_frames :])
+    assert len(take(branch, 1)) == 4 * generator.plan.block_frames
+    session.rewind(1)
+    assert np.array_equal(take(session, 1), straight[-4 * generator.plan.block_frames :])
+    given = generator.open(PICTURE, A)
+    assert len(given.next()) == (9 if generator.beginning.picture == "still" else 1)
+    assert generator.beginning.zero_shot(given=True)
+
+
+def test_the_command_finds_all_of_it_offline(state, encoders, tmp_path, monkeypatch):
+    monkeypatch.setattr(locate, "_download", lambda *_: pytest.fail("nothing is downloaded"))
+    download("LongLive", state, tmp_path / "LongLive-1.3B")
+    shutil.copytree(encoders, tmp_path / "Wan2.1-T2V-1.3B")
+    (tmp_path / "story.yaml").write_text(
+        yaml.safe_dump({"prompt": A, "frames": 33, "events": [{"frame": 9, "prompt": B}]})
+    )
+    Image.fromarray(PICTURE).save(tmp_path / "p.png")
+    small = ["--model", str(tmp_path / "LongLive-1.3B"), "--height", "32", "--width", "32", "--device", "cpu"]
+    for more, frames, said in (
+        (["--prompt", A, "--frames", "17"], 17, ""),
+        (["--script", str(tmp_path / "story.yaml")], 33, ""),
+        (["--prompt", A, "--frames", "17", "--image", str(tmp_path / "p.png")], 17, "zero-shot image-to-video"),
+    ):
+        result = CliRunner().invoke(app, ["generate", *small, *more, "-o", str(tmp_path / "o.mp4"), "--overwrite"])
+        assert result.exit_code == 0 and said in result.output, result.output
+        assert len(read_video(tmp_path / "o.mp4")[0]) == frames
