@@ -171,7 +171,7 @@ def _blocks(one: Contender, plan: StreamPlan, multiple: int, reading: Reading) -
     if not one.streams:
         return None
     _, end = plan.block_of(one.num_latent_frames(multiple) - 1)  # videos are cut from whole blocks
-    return blocks_of(plan, end, reading.vae.temporal_stride)
+    return blocks_of(plan, end, reading.decoder.temporal_stride)
 
 
 def _write_videos(
@@ -181,13 +181,13 @@ def _write_videos(
 
     Returns the picture (None: the first frame stands in for it) and what is seen of the video on the way.
     """
-    settings, stride = one.source.settings, reading.vae.temporal_stride
+    settings, stride = one.source.settings, reading.decoder.temporal_stride
     lengths = {pixel_frames(one.num_latent_frames(multiple), stride): path for multiple, path in files.items()}
     meter, likeness, number = LatentMeter(), None, 0
     meter.add(latents[0])
     with ExitStack() as stack:
         writers: dict[int, VideoWriter] = {}
-        for piece in decoded(reading.vae, latents):
+        for piece in decoded(reading.decoder, latents):
             if number == 0:
                 picture = piece[0] if picture is None else picture
                 likeness = None if reading.image is None else LikenessMeter(_embed(reading.image, picture[None])[0])

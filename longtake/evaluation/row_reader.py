@@ -17,6 +17,8 @@ from longtake.data.formats import open_dataset
 from longtake.data.loader import to_signed
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.clip import ImageEncoder
+from longtake.encoders.decoders import load_decoder
+from longtake.encoders.sessions import Decoder
 from longtake.encoders.vae import VideoVAE
 from longtake.encodings.encode import BatchEncoder, RowEncoder, StoredEncoder
 from longtake.errors import ConfigError, DataError
@@ -30,21 +32,21 @@ from longtake.weights.locate import encoder_paths
 
 # Rules that say how a row is encoded
 _RULES = {"height", "width", "fps", "plan", "picture", "precision", "vae_precision", "text_precision"}
-_RULES |= {"clip_preprocess"}
+_RULES |= {"clip_preprocess", "decoder", "decoder_weights"}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """This rank's rows, encoded, with what decodes and looks at their videos (`image` None: there is no CLIP).
+    """This rank's rows, encoded, with what makes pixels of latents and looks at them (`image` None: there is no CLIP).
 
     `beginning` says what videos of the weights begin with, `given` that it is a picture.
     """
 
     rows: list[VideoRow]
     samples: list[Sample]
-    vae: VideoVAE
+    decoder: Decoder
     image: ImageEncoder | None
     beginning: Beginning
     given: bool
@@ -87,7 +89,7 @@ class RowReader:
         if given and beginning.picture == "still":
             frames = beginning.plan_of(given=True).first_frames
             rows = [_standing(row, sample, vae, frames) for row, sample in zip(rows, samples)]
-        return Reading(rows, samples, vae, image, beginning, given)
+        return Reading(rows, samples, _decoder(source, vae), image, beginning, given)
 
     def _encoder(
         self, source: Source, sizes: DiTConfig, dataset: Dataset, contents: list[str]
@@ -133,6 +135,15 @@ def _standing(row: VideoRow, sample: Sample, vae: VideoVAE, num_frames: int) -> 
     picture = to_signed(sample.image)[None, None].to(vae.device)
     pixels = picture.expand(-1, pixel_frames(num_frames, vae.temporal_stride), -1, -1, -1)
     return replace(row, first_latent=vae.encode(pixels))
+
+
+def _decoder(source: Source, vae: VideoVAE) -> Decoder:
+    """What the rules make pixels with. Raises: ConfigError, CheckpointError as `load_decoder`."""
+    settings = source.settings
+    if settings.decoder == "exact":
+        return vae
+    given = settings.decoder, settings.decoder_weights, source.encoders, vae
+    return load_decoder(*given, vae.device, vae.dtype)
 
 
 def _shape(source: Source, vae: VideoVAE) -> VideoShape:

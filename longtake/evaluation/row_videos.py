@@ -26,7 +26,7 @@ from longtake.condition import Condition, pixel_frames
 from longtake.data.loader import collate
 from longtake.data.order import Pick
 from longtake.data.samples import Dataset
-from longtake.encoders.vae import VideoVAE
+from longtake.encoders.sessions import Decoder
 from longtake.encodings.encode import RowEncoder, make_batch
 from longtake.errors import DataError
 from longtake.evaluation.instruments import METRICS, Blocks, Measured, ends, measure
@@ -128,9 +128,9 @@ def teacher_maker(model: VideoDiT, num_latent_frames: int, *, first_frame_clean:
     return make
 
 
-def decoded(vae: VideoVAE, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
+def decoded(decoder: Decoder, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
     """Yields the frames of one video, uint8 [T, h, w, 3], a piece at a time. Raises: DataError if any is not finite."""
-    session, first = vae.decoder_session(), 0
+    session, first = decoder.decoder_session(), 0
     for piece in latents.split(LATENTS_AT_ONCE, dim=1):
         frames = to_frames(session.decode(piece)[0], first)
         first += len(frames)

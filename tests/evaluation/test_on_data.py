@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_ranks import on_ranks
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_stage import TEACHER, make_encoders, make_model, save_student, stage_config
 from tiny_wan import T2V, write_model, write_photos
 from typer.testing import CliRunner
@@ -18,8 +19,11 @@ from typer.testing import CliRunner
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, write_rules
 from longtake.config.groups import PlanConfig, WorldConfig
+from longtake.config.stage import TOY_ASSETS
 from longtake.data.clips import open_video
 from longtake.encoders.bundle import ImageEncoder, TextEncoder
+from longtake.encoders.decoders import TinyDecoder
+from longtake.encoders.tiny import TinySizes
 from longtake.encodings.write import encode
 from longtake.errors import ConfigError
 from longtake.evaluation import row_reader
@@ -321,6 +325,20 @@ def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, t
     assert torch.equal(latents[:, :frames], row.first_latent)
     (video,) = evaluate_on_data(target, asked, tmp_path / "out", Mesh())
     assert video.measured.frames == 9
+
+
+def test_pixels_are_made_by_the_decoder_of_the_rules(place, tmp_path):
+    for part in ("vae", "text_encoder", "image_encoder"):
+        (tmp_path / part).symlink_to(TOY_ASSETS / part)
+    tensors = {name: torch.full(shape, 0.01) for name, shape in TinySizes(16, 1).shapes().items()}
+    save_file(tensors, tmp_path / "taew2_1.safetensors")
+    changes = {"height": 32, "width": 32, "num_latent_frames": 2, "decoder": "tiny"}
+    target = of_models(["toy"], encoders=tmp_path, changes=changes)
+    asked = Asked(place / "photos", num_rows=1, teacher_steps=1)
+    assert isinstance(RowReader(asked.data, 1, Mesh()).read(target.result).decoder, TinyDecoder)
+    for video in evaluate_on_data(target, asked, tmp_path / "out", Mesh()):
+        assert video.measured.frames == 5
+        assert video.measured.curves["contrast"][-1] < 0.01  # of these weights: next to no picture
 
 
 @pytest.mark.gpu
