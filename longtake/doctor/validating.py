@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
@@ -59,7 +59,7 @@ def validate(
     with during("the decoder of a validation"):
         from diffusers import AutoencoderKLWan
 
-        module: nn.Module = AutoencoderKLWan(**vae)
+        module: Any = AutoencoderKLWan(**vae)
         session = VideoVAE(module.bfloat16() if config.precision == "bf16" else module).decoder_session()
         for piece in latents.split(LATENTS_AT_ONCE, dim=1)[:2]:
             to_bytes(session.decode(piece)[0])
