@@ -23,7 +23,6 @@ from torch import Tensor
 
 from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, wholes
 from longtake.bench.kernels import best_layouts, decode_operations, floor_seconds, pass_operations, rates
-from longtake.condition import Condition
 from longtake.encoders.condition import ConditionFrames, condition_frames
 from longtake.encoders.vae import DecoderSession
 from longtake.inference.frames import Frames
@@ -54,7 +53,7 @@ class TimedDenoiser:
         return getattr(self._denoiser, name)
 
     def __call__(
-        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool = False, **given: Any
+        self, x: Tensor, sigma: Tensor, condition: Any, cache: KVCache, *, commit: bool = False, **given: Any
     ) -> Tensor:
         if cache.position != self._start:
             self._start, self._next = cache.position, 0
