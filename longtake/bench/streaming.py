@@ -63,7 +63,7 @@ class TimedDenoiser:
         return getattr(self._denoiser, name)
 
     def __call__(
-        self, x: Tensor, sigma: Tensor, condition: Condition, cache: KVCache, *, commit: bool = False, **given: Any
+        self, x: Tensor, sigma: Tensor, condition: Any, cache: KVCache, *, commit: bool = False, **given: Any
     ) -> Tensor:
         levels = len(self._plan.levels(cache.position))
         last = commit and self._next == levels - 1 and self._plan.stores_itself(cache.position)
