@@ -78,8 +78,8 @@ class RowReader:
         self, source: Source, sizes: DiTConfig, dataset: Dataset
     ) -> tuple[RowEncoder, VideoVAE, ImageEncoder | None]:
         settings, device = source.settings, self.mesh.device
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
+        dtype = torch.bfloat16 if settings.is_half else torch.float32
+        vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         contents = _contents(sizes, dataset)
         if isinstance(dataset, EncodedRows):
             vae = VideoVAE.load(encoder_paths(source.encoders, with_image=False).vae, device, vae_dtype)

@@ -82,7 +82,7 @@ def test_rules_come_from_a_stage_and_options_win(models, workshop, tmp_path):
         ({"window": "-3"}, "--window -3 must be"),
         ({"steps": "0.5,1"}, "must descend strictly"),
         ({"window": "6", "sink": 1}, "must be a multiple of block_frames=4"),
-        ({"dtype": "fp8"}, "precision: got 'fp8'"),
+        ({"dtype": "fp4"}, "precision: got 'fp4'"),
     ],
 )
 def test_wrong_rules_are_named(options, message):
