@@ -119,10 +119,10 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
 
 
 def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
+    dtype = torch.bfloat16 if source.settings.is_half else None
+
     def load(device: torch.device) -> VideoDiT:
-        model = load_frozen(source.weights, device, torch.bfloat16 if source.settings.is_half else None)
-        if source.settings.precision == "fp8":
-            model.quantise()
-        return model
+        model = load_frozen(source.weights, device, dtype)
+        return model.quantise() if source.settings.precision == "fp8" else model
 
     return load
