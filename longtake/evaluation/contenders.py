@@ -121,4 +121,4 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
 
 def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
     dtype = torch.bfloat16 if source.settings.precision == "bf16" else None
-    return lambda device: load_frozen(source.weights, device, dtype)
+    return lambda device: load_frozen(source, device, dtype)
