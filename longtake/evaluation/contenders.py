@@ -122,7 +122,7 @@ def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
     dtype = torch.bfloat16 if source.settings.is_half else None
 
     def load(device: torch.device) -> VideoDiT:
-        model = load_frozen(source.weights, device, dtype)
+        model = load_frozen(source, device, dtype)
         return model.quantise() if source.settings.precision == "fp8" else model
 
     return load

@@ -176,7 +176,7 @@ def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mes
         if result.plan is not None:
             table["teacher, causal"] = rows.student_row(Denoiser(teacher), result.plan, seed=seed)
     for name, student in target.students.items():
-        model = load_frozen(student.weights, mesh.device)
+        model = load_frozen(student, mesh.device)
         if student.plan is None:
             table[name] = bidirectional(model)
             continue

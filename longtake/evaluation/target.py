@@ -21,7 +21,7 @@ from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.run_folder import checkpoints_folder, find_checkpoint, student_stages, trained_config
-from longtake.weights.load import load_dit, load_opened, open_weights
+from longtake.weights.load import load_opened, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.widen import opened_as_asked
 
@@ -72,9 +72,12 @@ class EvalTarget:
         return load_encoders(source.encoders, source.settings, device, with_image=self.sizes.image_dim is not None)
 
 
-def load_frozen(weights: Path, device: torch.device, dtype: torch.dtype | None = None) -> VideoDiT:
-    """A model for inference alone; `dtype` of its matrix weights, None: as they are."""
-    return load_dit(weights, device, dtype).eval().requires_grad_(False)
+def load_frozen(weights: Path | Source, device: torch.device, dtype: torch.dtype | None = None) -> VideoDiT:
+    """A model for inference alone, of weights or of a source, which knows more of them than their path; `dtype` of its
+    matrix weights, None: as they are.
+    """
+    opened = weights.open() if isinstance(weights, Source) else open_weights(weights, check=True)
+    return load_opened(opened, device, dtype).eval().requires_grad_(False)
 
 
 def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -48,7 +48,9 @@ class Lines(Protocol):
 
 @dataclass
 class Player:
-    """A session, the lines that steer it, and what the view shows; `output`, the file that the frames go to."""
+    """A session, the lines that steer it, and what the view shows; `output`, the file that the frames go to;
+    `pictured`, whether a scene began with a picture.
+    """
 
     session: Session
     lines: Lines
@@ -57,6 +59,7 @@ class Player:
     quitting: bool = False
     written: int = 0
     output: Path | None = None
+    pictured: bool = False
     _saved: set[Path] = field(default_factory=set)
     _times: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_CHUNKS))
 
@@ -88,6 +91,7 @@ class Player:
                 self.quit()
             elif command == "/image":
                 self.session.image = rest.strip() or None
+                self.pictured = self.pictured or bool(rest.strip())
                 self.message = f"cut to {rest.strip() or 'a scene of the prompt alone'}"
             elif command == "/target":
                 self.session.image_target = rest.strip()
@@ -156,10 +160,11 @@ def play(
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
     typed = sys.stdin if sys.stdin is not None and not sys.stdin.closed else io.StringIO()
     with Keyboard.reading(typed) if lines is None else nullcontext(lines) as source:
-        player = Player(session, source, num_frames, output=Path(output))
+        player = Player(session, source, num_frames, output=Path(output), pictured=image is not None)
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
         with view, _on_interrupt(player.quit):
-            return write_chunks(generator, player.frames(), output, given=image is not None, finish=True)
+            report = write_chunks(generator, player.frames(), output, given=image is not None, finish=True)
+            return replace(report, note=generator.beginning.zero_shot(given=player.pictured))
 
 
 @contextmanager

@@ -284,6 +284,10 @@ def test_a_trained_text_to_video_student_is_generated_from_exported_and_played(r
     ]
     result = CliRunner().invoke(app, typed, input=f"{B}\n/image\n")
     assert result.exit_code == 0 and len(read_video(tmp_path / "play.mp4")[0]) == 32, result.output
+    assert "zero-shot" not in result.output
+    cut = [*typed, "picture=still", "--overwrite"]
+    result = CliRunner().invoke(app, cut, input=f"/image {run / 'picture.png'}\n")
+    assert result.exit_code == 0 and "zero-shot image-to-video" in result.output, result.output
 
 
 @pytest.mark.parametrize("layout", ["lines", "objects", "folder"])
