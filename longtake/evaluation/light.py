@@ -63,7 +63,7 @@ class _Level:
         Gauss-Newton on frame(place + motion) - gain key(place); what moves on its own, and misfits, counts little.
         """
         before = _at(key, self.places)
-        slope_x, slope_y = (cv2.Sobel(frame, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1)))
+        slope_x, slope_y = (_slopes(frame, *axis) for axis in ((1, 0), (0, 1)))
         most = np.array(self.size, np.float32) - 1
         for step in range(steps + 1):
             places = (self.places + np.stack([way @ self._across, way @ self._down], -1)).astype(np.float32)
@@ -97,9 +97,9 @@ class LightMeter:
         self._levels = [_Level(round(width * scale), round(height * scale)) for scale in scales]
         self._key: list[Floats] = []
         self._pace = np.zeros(4, np.float32)  # a frame, of the camera
-        self._base = 0.0  # of the frame that is compared with
         self.log_light: list[float] = []
-        self._begin([])
+        # Since the frame that is compared with: its light, the camera's way, the gain, the number of frames
+        self._base, self._way, self._gain, self._number = 0.0, np.zeros(4, np.float32), 1.0, 0
 
     def add(self, luma: NDArray[np.uint8]) -> None:
         """Takes the next frame, uint8 [h, w]."""
@@ -121,7 +121,7 @@ class LightMeter:
 
     def _begin(self, frame: list[Floats]) -> None:
         """From here on frames are compared with this one."""
-        self._key, self._base = frame, self.log_light[-1] if self.log_light else 0.0
+        self._key, self._base = frame, self.log_light[-1]
         self._way, self._gain, self._number = np.zeros(4, np.float32), 1.0, 0
 
     def _follow(self, frame: list[Floats]) -> _Fit | None:
@@ -148,6 +148,11 @@ def _improved(way: Floats, gain: float, slopes: Floats, weight: NDArray, misfit:
     square += 1e-3 * np.eye(5)
     step = np.linalg.solve(square, -(weighted @ misfit))
     return (way + step[:4]).astype(np.float32), float(np.clip(gain + step[4], 0.5, 2))
+
+
+def _slopes(picture: Floats, across: int, down: int) -> Floats:
+    """Levels a pixel."""
+    return np.asarray(cv2.Sobel(picture, cv2.CV_32F, across, down, scale=1 / 8), np.float32)
 
 
 def _at(picture: Floats, places: Floats) -> Floats:
