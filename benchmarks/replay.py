@@ -65,7 +65,9 @@ class Packed(Dmd):
             "layout",
             plan.teacher_forcing_layout(frames),
         )
-        replayed = packed_replay(self.generator.model, batch.condition, made.latents, noisy, sigma, layout)
+        replayed = packed_replay(
+            self.generator.model, batch.condition, made.latents, torch.zeros_like(sigma), noisy, sigma, layout
+        )
         return RollOut(torch.cat([made.latents[:, :1], replayed[:, 1:]], 1), made.generated)
 
 

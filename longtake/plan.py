@@ -7,7 +7,7 @@ know no model, no tensor (but for the masks that it lays out) and no file format
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from longtake.errors import ConfigError
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 
-# What published students differ in besides, each with the one value that this version can play. Anything else is
-# refused: a student that is played by another law than its own would look worse, and nobody would know why.
+# A published student begins at 1600/1601. Far below 1, noise times the level is nothing that training has seen.
+LEAST_START = 0.99
+# Values of fields that have several. Anything else is refused by name: a student that is played by another law than its
+# own would look worse, and nobody would know why.
+_CHOICES = {
+    "rope": ("relative", "absolute"),
+    "context": ("pass", "last_step"),
+    "recache": ("rebuild", "last_window", "none"),
+}
+# What published students differ in besides, each with the one value that this version can play.
 _ONLY = {
-    "later_sigmas": (None, "every block has the same noise levels"),
-    "context_sigma": (0.0, "a finished block becomes context without noise"),
-    "context": ("pass", "a pass of its own stores a block's keys and values, not its last denoising step"),
     "commit_role": ("student", "the network that denoises also makes the context"),
-    "recache": ("rebuild", "where the prompt changes the cache is made anew from kept latents, block by block"),
     "sink_law": ("first", "the sink is the first frames, as they were stored"),
 }
 
@@ -35,12 +39,23 @@ _ONLY = {
 class StreamPlan:
     """How a student streams: in blocks `[first, n, n, ...]`, each attending to the sink, the window and itself.
 
-    Fields: `block_frames` is n; `first_frames` is 1 for image-to-video (the given picture is a block of its own) and n
-    for text-to-video. `window_frames` latent frames that a block attends to, sink and itself counted (None: all);
+    Blocks: `block_frames` is n; `first_frames` is 1 for image-to-video (the given picture is a block of its own) and n
+    for text-to-video. `given_frames` of a video are given and not generated (0 or `first_frames`): whoever has the
+    picture says so (`with_given`), and blocks are counted from the first generated one.
+    Attention: `window_frames` latent frames that a block attends to, sink and itself counted (None: all);
     `sink_frames` first frames that are never evicted. `rope`, "relative" or "absolute": positions counted in the
-    attended window, or since the start. `keep_sink`: where the prompt changes in mid-stream, the sink stays as the old
-    one made it. `sigmas`, the falling noise levels of a block. The others have one value each (`_ONLY`).
-    Raises: ConfigError for a value that is not known, or not implemented.
+    attended window, or since the start.
+    Levels: `sigmas`, the falling noise levels of a block; `later_sigmas`, those of every generated block but the first
+    (None: the same). A block begins with noise times its first level.
+    Context, what a finished block leaves in the cache: "pass", a call of its own on the clean latents, noised to
+    `context_sigma`; or "last_step", the last denoising step on its noisy latents, without a call of its own, from
+    generated block number `context_from` on (those before have the pass). The picture is always stored clean.
+    Where the prompt changes: `recache` "rebuild" makes the cache anew from kept latents, block by block; "last_window"
+    (LongLive) the frames of the window in one call in which all see each other, beside the kept sink; "none" leaves it
+    as the old prompt made it. `keep_sink`: the sink stays as the old one made it.
+    The others have one value each (`_ONLY`).
+    Source of the context without a pass: Causal-rCM (NVlabs/rcm), specification T.
+    Raises: ConfigError for a value that is not known, not implemented, or contradicts another.
     """
 
     block_frames: int
@@ -51,24 +66,96 @@ class StreamPlan:
     keep_sink: bool = False
     sigmas: tuple[float, ...] = (1.0,)
     later_sigmas: tuple[float, ...] | None = None
-    context_sigma: float = 0.0
     context: str = "pass"
-    commit_role: str = "student"
+    context_from: int = 1
+    context_sigma: float = 0.0
     recache: str = "rebuild"
+    commit_role: str = "student"
     sink_law: str = "first"
+    given_frames: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(self.sigmas))
+        if self.later_sigmas is not None:
+            object.__setattr__(self, "later_sigmas", tuple(self.later_sigmas))
         for name, (only, meaning) in _ONLY.items():
             if (got := getattr(self, name)) != only:
                 raise ConfigError(f"{name}={got!r} is not implemented; only {only!r} is: {meaning}")
-        if self.rope not in ("absolute", "relative"):
-            raise ConfigError(f"rope={self.rope!r} is not known; use 'absolute' or 'relative'")
+        for name, known in _CHOICES.items():
+            if (got := getattr(self, name)) not in known:
+                raise ConfigError(f"{name}={got!r} is not known; use {' or '.join(map(repr, known))}")
         if self.block_frames < 1 or self.first_frames < 1:
             raise ConfigError(
                 f"block_frames={self.block_frames} and first_frames={self.first_frames} must be at least 1"
             )
+        if self.given_frames not in (0, self.first_frames):
+            raise ConfigError(
+                f"given_frames={self.given_frames} must be 0 or the first block, first_frames={self.first_frames}"
+            )
+        self._check_levels()
+        if self.recache == "last_window" and self.sink_frames and not self.keep_sink:
+            raise ConfigError(
+                "recache='last_window' is not implemented with keep_sink=false, where later frames would take the "
+                "place of the sink's; set keep_sink=true, sink_frames=0 or recache='rebuild'"
+            )
 
+    def _check_levels(self) -> None:
+        later = self.later_sigmas
+        if later is not None and not 0 < len(later) <= len(self.sigmas):
+            raise ConfigError(
+                f"later blocks have {len(later)} noise levels and the first one {len(self.sigmas)}; give them at least "
+                "one, and no more than that"
+            )
+        if not 0 <= self.context_sigma < 1 or self.context_from < 0:
+            raise ConfigError(
+                f"context_sigma={self.context_sigma} must be in [0, 1) and context_from={self.context_from} at least 0"
+            )
+        under_the_rule = [later or self.sigmas, *([self.sigmas] if self.context_from == 0 else [])]
+        if self.context == "last_step" and min(map(len, under_the_rule)) < 2:
+            raise ConfigError(
+                "context='last_step' stores what the last denoising step sees, and with one noise level that is noise "
+                "alone; give such blocks two levels or more, or set context='pass'"
+            )
+
+    # ---- what a block does ------------------------------------------------------------------------------------------
+    def with_given(self, frames: int) -> StreamPlan:
+        """The same for a video whose first `frames` are given (0: all are generated)."""
+        return self if frames == self.given_frames else replace(self, given_frames=frames)
+
+    def _generated_number(self, start: int) -> int:
+        """Number of the block at `start` among the generated ones; -1 for the given one."""
+        number = 0 if start < self.first_frames else 1 + (start - self.first_frames) // self.block_frames
+        return number - (1 if self.given_frames else 0)
+
+    def levels(self, start: int) -> tuple[float, ...]:
+        """Noise levels at which the block that begins at frame `start` is denoised."""
+        return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
+
+    def stores_itself(self, start: int) -> bool:
+        """Whether the last denoising step of the block at `start` stores its keys and values."""
+        return self.context == "last_step" and self._generated_number(start) >= self.context_from
+
+    def context_level(self, start: int) -> float:
+        """Noise level of what the keys and values of the block at `start` are made of; later blocks see these."""
+        if start < self.given_frames:
+            return 0.0
+        return self.levels(start)[-1] if self.stores_itself(start) else self.context_sigma
+
+    def context_levels(self, num_frames: int) -> list[float]:
+        """`context_level` of each of `num_frames` frames, whole blocks."""
+        return [self.context_level(start) for start, end in self.blocks(0, num_frames) for _ in range(start, end)]
+
+    @property
+    def context_step(self) -> int:
+        """The number, after those of all denoising steps, of the noise that makes context of finished latents."""
+        return len(self.sigmas)
+
+    @property
+    def num_noises(self) -> int:
+        """How many noises a block can draw: one a denoising step, and one for its context where that has a level."""
+        return len(self.sigmas) + (self.context == "last_step" or self.context_sigma > 0)
+
+    # ---- blocks -----------------------------------------------------------------------------------------------------
     def check(self, num_frames: int, name: str = "num_latent_frames") -> None:
         """Raises ConfigError, naming the nearest valid values, unless `num_frames` ends on a block boundary."""
         if num_frames >= self.first_frames and self.is_boundary(num_frames):
@@ -192,13 +279,11 @@ def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def student_sigmas(steps: Sequence[float], shift: float) -> list[float]:
+def student_sigmas(steps: Sequence[float], shift: float, name: str = "flow.steps") -> list[float]:
     """Noise levels at which the student is called, from un-warped `steps`.
 
-    Raises: ConfigError unless `steps` starts at 1 and falls strictly, above 0.
+    Raises: ConfigError unless `steps` starts at 1 (or `LEAST_START` or more) and falls strictly, above 0.
     """
-    if not steps or steps[0] != 1 or any(b >= a for a, b in zip(steps, steps[1:])) or steps[-1] <= 0:
-        raise ConfigError(
-            f"flow.steps={list(steps)} must start at 1, fall strictly and stay above 0: [1, 0.75, 0.5, 0.25]"
-        )
+    if not steps or not LEAST_START <= steps[0] <= 1 or any(b >= a for a, b in zip(steps, steps[1:])) or steps[-1] <= 0:
+        raise ConfigError(f"{name}={list(steps)} must start at 1, fall strictly and stay above 0: [1, 0.75, 0.5, 0.25]")
     return [warp(float(u), shift) for u in steps]

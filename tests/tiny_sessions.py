@@ -33,7 +33,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "plan": {"block_frames": 2, "window_frames": None, "sink_frames": 0},
     },
     "kept sink": {"plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 3, "keep_sink": True}},
+    "last step": {
+        "guidance": 2.0,
+        "steps": [1.0, 0.7, 0.4],
+        "later_steps": [1.0, 0.5],
+        "plan": {"block_frames": 2, "window_frames": 7, "sink_frames": 1, "context": "last_step"},
+    },
     "no y, no sink": {"_y": False, "plan": {"block_frames": 2, "window_frames": 4, "sink_frames": 0}},
+    "begun by text alone": {"_y": False, "picture": "frame"},
 }
 
 
@@ -45,15 +52,22 @@ def make_generator(seed: int = 5, encoders_seed: int = 0, **changes: Any) -> Gen
         config, encoders = TEACHER.__class__(**sizes), Encoders(encoders.vae, encoders.text, None)
     settings = generation_settings(None, {**RULES, "plan": PLAN, **changes})
     model = make_model(config, seed).eval().requires_grad_(False)
-    if settings.precision == "bf16":
+    if settings.is_half:
         model.cast(torch.bfloat16)
+    if settings.precision == "fp8":
+        model.quantise()
     return Generator(Denoiser(model), encoders, settings, torch.device("cpu"))
 
 
 def open_session(generator: Generator, prompt: str = A, **given: Any) -> Any:
     if generator.plan.window_frames is None:
         given.setdefault("max_frames", 121)
-    return generator.open(PICTURE, prompt, **given)
+    return generator.open(first_picture(generator), prompt, **given)
+
+
+def first_picture(generator: Generator) -> np.ndarray | None:
+    """What `open_session` opens with."""
+    return None if generator.beginning.picture == "frame" else PICTURE
 
 
 def take(session: Any, num_blocks: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from longtake.bench.clock import seconds_of
 from longtake.models.attention import attend, attend_fastest
 from longtake.models.flops import Call, attentions, products
+from longtake.models.fp8 import FP8Linear, quantised
 from longtake.models.sizes import DiTConfig
 from longtake.rollout.cuda_graphs import CUDAGraphCapture
 
@@ -68,15 +69,16 @@ class Operation(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """[rows, inputs] x [inputs, outputs] with a bias."""
+    """[rows, inputs] x [inputs, outputs] with a bias; of 8-bit floats where `fp8`."""
 
     rows: int
     inputs: int
     outputs: int
+    fp8: bool = False
 
     @property
     def name(self) -> str:
-        return f"matmul {self.rows}x{self.inputs}x{self.outputs}"
+        return f"matmul {self.rows}x{self.inputs}x{self.outputs}{' fp8' if self.fp8 else ''}"
 
     @property
     def operations(self) -> float:
@@ -89,6 +91,9 @@ class Product:
     def work(self, scratch: Scratch) -> Callable[[], Any]:
         x, weight = scratch.take(self.rows, self.inputs), scratch.take(self.outputs, self.inputs)
         bias = scratch.take(self.outputs)
+        if self.fp8:
+            layer, rows = FP8Linear(quantised(weight), bias), quantised(x)
+            return lambda: layer(rows)
         return lambda: F.linear(x, weight, bias)
 
 
@@ -170,11 +175,13 @@ class Convolution:
 
 
 # ---- what a pass and a decoding are made of --------------------------------------------------------------------------
-def pass_operations(sizes: DiTConfig, call: Call) -> Counter[Operation]:
-    """The products and attentions of one call of a transformer, and how often each occurs."""
+def pass_operations(sizes: DiTConfig, call: Call, *, fp8: bool = False) -> Counter[Operation]:
+    """The products and attentions of one call of a transformer, and how often each occurs; `fp8`: those of layers that
+    are quantised are of 8-bit floats.
+    """
     found: Counter[Operation] = Counter()
-    for shape, count in products(sizes, call).items():
-        found[Product(*shape)] += count
+    for (rows, inputs, outputs), count in products(sizes, call).items():
+        found[Product(rows, inputs, outputs, fp8 and sizes.quantises(inputs, outputs))] += count
     for (queries, keys), count in attentions(sizes, call).items():
         found[Attention(queries, keys, sizes.num_heads, sizes.head_width)] += count
     return found

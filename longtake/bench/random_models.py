@@ -75,12 +75,14 @@ def random_generator(
     """
     sizes = model_config(preset)
     opened = random_weights(sizes, device)
-    if settings.precision == "bf16":
+    if settings.is_half:
         opened.model.cast(torch.bfloat16)
     materialize(opened.model, device, opened.read(None))
+    if settings.precision == "fp8":
+        opened.model.quantise()
     model = opened.model.eval().requires_grad_(False).executed(Execution())
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if settings.is_half else torch.float32
+    vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
     encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
     graphs = CUDAGraphRunner() if device.type == "cuda" else None
     made = Generator(Denoiser(model, graphs=graphs), _moved(encoders, device, vae_dtype), settings, device)

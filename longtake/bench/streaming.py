@@ -29,6 +29,7 @@ from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.video_io import VideoWriter
 from longtake.models.attention import forward_kernels
+from longtake.models.execution import compilations
 from longtake.models.flops import Call
 from longtake.train.metrics import PhaseTimer
 
@@ -38,16 +39,20 @@ GIB = 2**30
 
 
 class TimedDenoiser:
-    """A denoiser whose passes are timed by their place in a block: "pass 0", "pass 1", ... and "context"."""
+    """A denoiser whose passes are timed by their place in a block of so many `steps`: "pass 0", "pass 1", ..., and
+    "context", one that commits and denoises nothing.
+    """
 
-    def __init__(self, denoiser: Any, phases: PhaseTimer) -> None:
-        self._denoiser, self._phases, self._next = denoiser, phases, 0
+    def __init__(self, denoiser: Any, phases: PhaseTimer, steps: int) -> None:
+        self._denoiser, self._phases, self._steps, self._next = denoiser, phases, steps, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
     def __call__(self, *args: Any, commit: bool = False, **given: Any) -> Tensor:
-        name, self._next = ("context", 0) if commit else (f"pass {self._next}", self._next + 1)
+        alone = commit and self._next == 0  # else the last pass of a block commits it
+        name = "context" if alone else f"pass {self._next}"
+        self._next = 0 if alone else (self._next + 1) % self._steps
         with self._phases.whole(name):
             return self._denoiser(*args, commit=commit, **given)
 
@@ -81,7 +86,7 @@ class TimedGenerator(Generator):
         """Of another one."""
         made = cls(**{field.name: getattr(generator, field.name) for field in fields(generator)})
         made.phases = PhaseTimer(generator.device)
-        made.denoiser = TimedDenoiser(generator.denoiser, made.phases)  # type: ignore[assignment]
+        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, len(made.plan.sigmas))  # type: ignore[assignment]
         return made
 
     def new_decoder(self) -> Any:
@@ -91,8 +96,8 @@ class TimedGenerator(Generator):
 
 @dataclass(frozen=True)
 class Watched:
-    """A video as it arrived: seconds since it was asked for and frames of each chunk, the picture first; bytes that
-    were allocated then (none on a CPU).
+    """A video as it arrived: seconds since it was asked for and frames of each chunk, the picture first, then where
+    blocks are made ahead the first one in two; bytes that were allocated then (none on a CPU).
     """
 
     arrivals: list[float]
@@ -114,20 +119,18 @@ def _picture(generator: Generator) -> NDArray[np.uint8]:
 def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watched:
     """Streams a video of `blocks` generated blocks as `generate` does, without writing it.
 
-    Args: `settled`, the chunk with which a timed generator forgets what it timed before.
+    Args: `settled`, the block after which a timed generator forgets what it timed before.
     """
-    latent = 1 + blocks * generator.plan.block_frames
-    num_frames = 1 + (latent - 1) * generator.encoders.vae.temporal_stride
+    block_frames = generator.plan.block_frames * generator.encoders.vae.temporal_stride
+    num_frames = 1 + blocks * block_frames
     arrivals, frames, allocated = [], [], []
     start = time.perf_counter()
-    for index, chunk in enumerate(
-        generator.stream(_picture(generator), PROMPT, num_frames=num_frames, ahead=generator.is_ahead)
-    ):
+    for chunk in generator.stream(_picture(generator), PROMPT, num_frames=num_frames, ahead=generator.is_ahead):
         arrivals.append(time.perf_counter() - start)
         frames.append(len(chunk))
         if generator.device.type == "cuda":
             allocated.append(torch.cuda.memory_allocated(generator.device))
-        if index == settled and isinstance(generator, TimedGenerator):
+        if settled is not None and sum(frames) == 1 + settled * block_frames and isinstance(generator, TimedGenerator):
             generator.phases.take()
     return Watched(arrivals, frames, allocated, chunk)
 
@@ -156,18 +159,20 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     warm = watch(timed, settled + blocks, settled - generator.is_ahead)
     parts = {name: seconds / blocks for name, seconds in wholes(timed.phases.take()).items()}
     peak = peak_gib(device)
-    arrivals = warm.arrivals[settled:]
+    arrivals = warm.arrivals[-blocks - 1 :]
+    compiled = compilations()  # in this process: the bench's
     block_seconds, frames = (arrivals[-1] - arrivals[0]) / blocks, warm.frames[-1]
     passes = [parts[f"pass {index}"] for index in range(sum(name.startswith("pass") for name in parts))]
-    loop, decode = sum(passes) + parts["context"], parts["decode"]
+    context, decode = parts.get("context", 0.0), parts["decode"]
+    loop = sum(passes) + context
     copy, write = copy_seconds(generator, warm.last), write_seconds(generator, frames)
-    ms = {**encoder_parts(generator), "passes": passes, "context": parts["context"], "decode": decode}
+    ms: dict[str, Any] = {**encoder_parts(generator), "passes": passes, "context": context, "decode": decode}
     ms |= {"copy": copy, "write": write, "rest": block_seconds - loop - decode - copy}
-    ms["launch"] = launch_seconds(generator)
+    ms |= {"launch": launch_seconds(generator), "first": first_parts(generator)}
     longer = [warmed - warming * block_seconds]
     if cold is not None:
-        longer.append(cold.arrivals[-1] - warm.arrivals[COLD_BLOCKS])
-    held = [size / GIB for size in warm.allocated[settled:]]
+        longer.append(cold.arrivals[-1] - warm.arrivals[len(cold.arrivals) - 1])
+    held = [size / GIB for size in warm.allocated[-blocks - 1 :]]
     return {
         "ms": {name: _ms(value) for name, value in ms.items()},
         "block_ms": _ms(block_seconds),
@@ -184,6 +189,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
         "allocated_gib": [min(held), max(held)] if held else None,
         "load_s": load_seconds,
         "warm_up_s": warmed,
+        "compiled": asdict(compiled),
         "compile_s": sum(max(0.0, seconds) for seconds in longer),
         "blocks": {"settled_from": settled, "counted": blocks, "frames": frames},
     }
@@ -198,8 +204,8 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
     image = 0 if sizes.image_dim is None or generator.encoders.image is None else generator.encoders.image.num_tokens
     past = len(generator.plan.attended(*generator.plan.block_of(10**6)))
     call = Call.bidirectional(1, block, tokens, sizes.text_len, image).cached(block, past, with_context=False)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    passes = pass_operations(sizes, call)
+    dtype = torch.bfloat16 if settings.is_half else torch.float32
+    passes = pass_operations(sizes, call, fp8=settings.precision == "fp8")
     decoding = best_layouts(decode_operations(vae.module, block, height, width), device, dtype)
     return {
         "rates_tflops": rates(passes, device, dtype) | rates(decoding, device, dtype),
@@ -216,7 +222,7 @@ def kernel_report(generator: Generator) -> dict[str, Any]:
 
 def kernels_of(generator: Generator) -> dict[str, Any]:
     """What was chosen to compute with."""
-    device, dtype = generator.device, torch.bfloat16 if generator.settings.precision == "bf16" else torch.float32
+    device, dtype = generator.device, torch.bfloat16 if generator.settings.is_half else torch.float32
     chosen = {"attention": "torch's own"}
     if device.type == "cuda":
         device = next(generator.model.parameters()).device  # with its index
@@ -253,6 +259,34 @@ def encoder_parts(generator: Generator) -> dict[str, float | None]:
         "text": seconds_of(lambda: encoders.text.encode([PROMPT]), device),
         "clip": None if image is None else seconds_of(lambda: image.encode(picture), device),
         "y": seconds_of(lambda: condition_frames(encoders.vae, picture), device) if y else None,
+    }
+
+
+@torch.no_grad()
+def first_parts(generator: Generator) -> dict[str, float | None]:
+    """Seconds of each part that the first generated frame of a warm video waits for, each alone: the picture at its
+    size, the encoders, of y what the first block reads, the passes of the picture and of that block, and its first
+    latent decoded and fetched. Some run beside each other; and Python, which begins them all, has no part here.
+    """
+    encoders, device, picture = generator.encoders, generator.device, _picture(generator)
+    image, video, near = encoders.image, generator.prepare(picture), generator.plan.block_of(1)[1]
+    timed, with_y = TimedGenerator.of(generator), generator.model.config.condition_channels
+    length = 1 + generator.plan.block_frames * encoders.vae.temporal_stride
+    chunks = timed.stream(picture, PROMPT, num_frames=length)
+    next(chunks)
+    next(chunks)
+    passes = [seconds for name, seconds in wholes(timed.phases.take()).items() if name != "decode"]
+    decoder, latent = generator.new_decoder(), torch.zeros(1, 1, encoders.vae.latent_channels, *generator.latent_size)
+    decoder.decode(latent)
+    first = decoder.decode(latent)[0]
+    return {
+        "picture": seconds_of(lambda: generator.prepare(picture), device),
+        "text": seconds_of(lambda: encoders.text.encode([PROMPT]), device),
+        "clip": None if image is None else seconds_of(lambda: image.encode(video), device),
+        "y": seconds_of(lambda: ConditionFrames(encoders.vae, video).reach(near), device) if with_y else None,
+        "passes": sum(passes),
+        "decode": seconds_of(lambda: decoder.decode(latent), device),
+        "copy": seconds_of(lambda: Frames(first).array(), device),
     }
 
 

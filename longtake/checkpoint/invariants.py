@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longtake.config.groups import PlanConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset
@@ -24,14 +25,16 @@ _FIXES = {
     "batch_size": "set it back (with data.buckets and in long_tuning it says which rows come next)",
 }
 
+# What runs of versions without these keys did, as the defaults of the keys within `plan` say it of those there
+_BEFORE = {"later_steps": None, "warp_steps": True}
+
 
 def invariants(config: StageConfig) -> dict[str, Any]:
     """What must not change between a run, its resumption and its use: stored in every manifest."""
     return {
         "rope": config.rope,
         "plan": config.plan.model_dump(),
-        "steps": config.flow.steps,
-        "shift": config.flow.shift,
+        **config.flow.model_dump(),
         "fps": config.video.fps,
         "clip_preprocess": config.model.clip_preprocess,
     }
@@ -64,10 +67,13 @@ def compare_facts(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: 
     Raises: CheckpointError that names each fact which the run at `path` has otherwise.
     """
     config, unknown, wrong = flat(manifest.get("config", {})), [], []
+    known = {**_BEFORE, **config, **manifest}
+    if "plan" in manifest:
+        known["plan"] = {name: field.default for name, field in PlanConfig.model_fields.items()} | manifest["plan"]
     for key, value in wanted.items():
-        if key not in manifest and key not in config:
+        if key not in known:
             unknown.append(key)
-        elif (saved := manifest.get(key, config.get(key))) != json.loads(json.dumps(value)):
+        elif (saved := known[key]) != json.loads(json.dumps(value)):
             wrong.append(f"{key}={saved!r} and this run has {value!r}; {_FIXES.get(key, 'set it back')}")
     if wrong:
         raise CheckpointError(

@@ -17,8 +17,8 @@ import typer
 
 from longtake.cli.bench import bench
 from longtake.cli.generate import generate, play
-from longtake.cli.measure import measure
-from longtake.cli.toy import evaluate, world
+from longtake.cli.measure import evaluate, measure
+from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
 from longtake.cli.verify import verify
 from longtake.cli.weights import convert, export

@@ -39,7 +39,7 @@ def bench(
         bool, typer.Option("--small-text", help="With --random, a text encoder of one layer in umT5's place (11 GB).")
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; with --random on a GPU bf16 by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp8; with --random on a GPU bf16 by default.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of a stream that count.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Iterations of a training that count.")] = None,
     warm_up: WarmUp = False,

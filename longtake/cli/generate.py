@@ -31,9 +31,13 @@ Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose r
 Videos = Annotated[
     Path, typer.Option("--output", "-o", help="The mp4 file; with --inputs or --samples the folder of the files.")
 ]
-FIRST_FRAME = "The first frame; any size, cropped to the aspect, never stretched."
+FIRST_FRAME = (
+    "The first frame; any size, cropped to the aspect, never stretched. Image-to-video weights need one; text-to-video "
+    "ones take it zero-shot, untrained for it, with picture=frame or picture=still."
+)
 Inputs = Annotated[
-    Path | None, typer.Option(help="In place of --image and --prompt: folder of pictures and captions, or JSON lines.")
+    Path | None,
+    typer.Option(help="In place of --image and --prompt: folder of pictures and captions, JSON lines, or prompts."),
 ]
 Script = Annotated[
     Path | None, typer.Option(help="In place of --image and --prompt: YAML file of a video whose prompt changes.")
@@ -42,7 +46,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
 Sampler = Annotated[
     str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="bf16 or fp32: type of weights and cache.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8: type of weights and cache.")]
 SequenceParallel = Annotated[
     int | None,
     typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),
@@ -84,7 +88,7 @@ def generate(
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn one picture and a prompt into a video, or many of them, also over the ranks of torchrun."""
+    """Turn a prompt, and mostly a picture, into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
         from longtake.config.generation import changes_of, frames_of
 
@@ -103,7 +107,7 @@ def generate(
         elif is_single:
             from longtake.inference.generator import generate_file
 
-            assert image is not None and prompt is not None
+            assert prompt is not None
             _make_one(partial(generate_file, source, image, prompt, output, **wanted), device, sequence_parallel)
         else:
             from longtake.inference.batch import generate_many
@@ -115,9 +119,10 @@ def generate(
 def _is_single(context: typer.Context) -> bool:
     """Whether one video is made, a file. Raises: ConfigError for options that do not go together."""
     said = given(context, "image", "prompt", "inputs", "script", "samples", "decode_device").keys()
-    if said - {"samples", "decode_device"} not in ({"image", "prompt"}, {"inputs"}, {"script"}):
+    if said - {"samples", "decode_device"} not in ({"image", "prompt"}, {"prompt"}, {"inputs"}, {"script"}):
         raise ConfigError(
-            "give either --image and --prompt, or --inputs (a folder or a JSON-lines file of pairs), or --script"
+            "give either --prompt, with --image where the video begins with a picture, or --inputs (a folder or a "
+            "JSON-lines file of pairs), or --script"
         )
     if said >= {"script", "samples"}:
         raise ConfigError("--script makes one video; leave out --samples")
@@ -171,15 +176,15 @@ def _pairs(image: Path | None, prompt: str | None, inputs: Path | None, output: 
     if inputs is not None:
         check_apart(inputs, output)
         return read_pairs(inputs)
-    assert image is not None and prompt is not None
-    return [Pair(image.stem, str(image), image, prompt)]
+    assert prompt is not None
+    return [Pair("prompt", "--prompt", None, prompt) if image is None else Pair(image.stem, str(image), image, prompt)]
 
 
 def play(
     context: typer.Context,
-    image: Annotated[Path, typer.Option(help=FIRST_FRAME)],
     prompt: Annotated[str, typer.Option(help="What happens until another prompt is typed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 file.")],
+    image: Annotated[Path | None, typer.Option(help=FIRST_FRAME)] = None,
     overrides: Rules = None,
     run: Run = None,
     model: Model = None,
@@ -208,7 +213,7 @@ def play(
         from longtake.inference.play import play as start
 
         most = frames_of(None, seconds, source.settings.fps)
-        generator = Generator.build(source, device)
+        generator = Generator.build(source, device, begins=[image is not None])
         if warm_up:
             generator.warm_up()
         typer.echo(str(start(generator, image, prompt, output, num_frames=most, **given(context, "seed"))))

@@ -46,6 +46,12 @@ class GenerationConfig(Settings):
         default=PlanConfig(block_frames=4, window_frames=13, sink_frames=5), description=PlanConfig.__doc__
     )
     rope: Literal["relative", "absolute"] = Field(default="relative", description="rule of temporal positions")
+    picture: Literal["trained", "none", "frame", "still"] | None = Field(
+        default=None,
+        description="how a picture enters: `trained` = as in training, `none` = the student knows text alone and "
+        "refuses one; zero-shot, for which it was not trained: `frame` = a clean latent as a block of its own, `still` "
+        "= a first block that shows nothing else; null = what the weights say: with `y`, and TI2V, trained, else none",
+    )
     sampler: Literal["stream", "whole"] = Field(
         default="stream",
         description="`stream` = block by block, as students do; `whole` = all frames at once in Euler steps, as "
@@ -54,11 +60,21 @@ class GenerationConfig(Settings):
     steps: list[float] = Field(
         default=[1.0, 0.75, 0.5, 0.25], max_length=MAX_STEPS, description="noise levels before the warp"
     )
+    later_steps: list[float] | None = Field(
+        default=None, max_length=MAX_STEPS, description="those of every generated block but the first; null = `steps`"
+    )
     shift: float = Field(default=5.0, ge=0.01, le=1000, description="warp of noise levels")
+    warp_steps: bool = Field(
+        default=True, description="false: `steps` and `later_steps` are the noise levels themselves"
+    )
     guidance: float = Field(
         default=1.0, ge=0, description="classifier-free guidance w of the student; 1 = off, else twice the work"
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the matrix weights and the cache")
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        default="fp32",
+        description="type of the matrix weights and the cache; fp8 = bf16, and large weights (the MLP) and their "
+        "products in 8-bit floats: faster on GPUs that have them, another video",
+    )
     clip_preprocess: Literal["original", "diffusers"] = Field(
         default=ModelConfig().clip_preprocess, description="as `model.clip_preprocess` of the stage that trained it"
     )
@@ -83,24 +99,30 @@ class GenerationConfig(Settings):
         return SHORT
 
     @property
+    def is_half(self) -> bool:
+        """Whether what is computed, the cache and the encoders are bfloat16."""
+        return self.precision != "fp32"
+
+    @property
+    def has_half_vae(self) -> bool:
+        """Whether the VAE is bfloat16."""
+        return self.is_half if self.vae_precision is None else self.vae_precision == "bf16"
+
+    @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams."""
-        return self.plan.stream(self.rope, self.steps, self.shift)
+        return self.plan.stream(self.rope, FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields))))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            FlowConfig(steps=self.steps, shift=self.shift)
+            _ = self.stream_plan
         except ConfigError as error:
             raise ValueError(str(error)) from None
         count = len(self.steps)
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
         if self.sampler == "whole" and not even:
             raise ValueError(f"steps={self.steps} must be evenly spaced with sampler=whole; give their number")
-        if self.plan.first_frames != 1:
-            raise ValueError(
-                f"plan.first_frames={self.plan.first_frames} must be 1: the given picture is a block of its own"
-            )
         return self
 
 
@@ -127,9 +149,10 @@ def generation_settings(
     tree = (rules or GenerationConfig()).model_dump()
     if stage is not None:
         tree |= stage.video.model_dump(include={"height", "width", "fps", "num_latent_frames"})
-        tree |= stage.flow.model_dump(include={"steps", "shift"})
+        tree |= stage.flow.model_dump()
         tree |= stage.model.model_dump(include={"clip_preprocess", "text_precision"})
-        tree |= {"plan": stage.plan.model_dump(), "rope": stage.rope}
+        given = "trained" if stage.model.image_condition == "i2v" else "none"
+        tree |= {"plan": stage.plan.model_dump(), "rope": stage.rope, "picture": given}
         if stage.model.preset == "toy":
             tree["history_blocks"] = _TOY_HISTORY_BLOCKS
     for key, value in (changes or {}).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 from longtake.condition import VideoShape
 from longtake.config.base import PathText, Settings
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan, student_sigmas
+from longtake.plan import LEAST_START, StreamPlan, student_sigmas
 
 WorldFormat = Literal["images", "clips", "lmdb"]
 
@@ -90,6 +89,56 @@ class VideoConfig(Settings):
         return self
 
 
+class FlowConfig(Settings):
+    """The noise schedule."""
+
+    steps: list[float] = Field(
+        default=[1.0, 0.75, 0.5, 0.25],
+        min_length=1,
+        description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
+    )
+    later_steps: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        description="those of every generated block but the first, as many or fewer; null = `steps` for all",
+    )
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
+    warp_steps: bool = Field(
+        default=True, description="false: `steps` and `later_steps` are the noise levels themselves, without the warp"
+    )
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the student."""
+        return self._levels("steps", self.steps)
+
+    @property
+    def later_sigmas(self) -> tuple[float, ...] | None:
+        """Those of every generated block but the first, where they are others."""
+        return None if self.later_steps is None else self._levels("later_steps", self.later_steps)
+
+    def _levels(self, name: str, steps: list[float]) -> tuple[float, ...]:
+        return tuple(student_sigmas(steps, self.shift if self.warp_steps else 1.0, f"flow.{name}"))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, steps in (("steps", self.steps), ("later_steps", self.later_steps)):
+            if steps is None:
+                continue
+            if max(steps) > 1:
+                raise ValueError(f"{name}={steps} are noise levels in (0, 1], not a 0..1000 clock; divide them by 1000")
+            if min(steps) <= 0:
+                raise ValueError(f"{name}={steps} must be above 0; the last step ends at 0 without naming it")
+            if steps[0] < LEAST_START or any(a <= b for a, b in zip(steps, steps[1:])):
+                raise ValueError(f"{name}={steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
+        return self
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        moved = {name: f"objective.{name}" for name in ("guidance", "negative_prompt", "sigma_min", "sigma_max")}
+        return {**moved, "warp_denoising_step": "warp_steps"}
+
+
 class PlanConfig(Settings):
     """Blocks that are generated at once, and what a block attends to."""
 
@@ -107,12 +156,36 @@ class PlanConfig(Settings):
         default=False,
         description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
     )
+    context: Literal["pass", "last_step"] = Field(
+        default="pass",
+        description="what stores a finished block as context: `pass` = a call of its own on the clean block; "
+        "`last_step` = its last denoising step, on what that sees, one call less a block. Only for students trained so",
+    )
+    context_from: int = Field(
+        default=1,
+        ge=0,
+        description="with context=last_step, the first block that is stored so, counted from the first generated one; "
+        "those before have the call of their own",
+    )
+    context_sigma: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="noise level (after the warp) at which a finished block is stored by a call of its own",
+    )
+    recache: Literal["rebuild", "last_window", "none"] = Field(
+        default="rebuild",
+        description="where the prompt changes in mid-stream: `rebuild` = the cache is made anew from kept latents, "
+        "block by block; `last_window` = the window's frames in one call in which all see each other, as LongLive does "
+        "(with keep_sink); `none` = it stays as the old prompt made it",
+    )
 
-    def stream(self, rope: str = "relative", steps: Sequence[float] = (1.0,), shift: float = 1.0) -> StreamPlan:
+    def stream(self, rope: str = "relative", flow: FlowConfig | None = None) -> StreamPlan:
         """How a student with these blocks streams, by the rule of positions and the levels that are beside this group:
         the one place where a configuration becomes a plan.
         """
-        return StreamPlan(**self.model_dump(), rope=rope, sigmas=tuple(student_sigmas(steps, shift)))
+        flow = flow or FlowConfig()
+        return StreamPlan(**self.model_dump(), rope=rope, sigmas=flow.sigmas, later_sigmas=flow.later_sigmas)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,31 +194,6 @@ class PlanConfig(Settings):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
-
-
-class FlowConfig(Settings):
-    """The noise schedule."""
-
-    steps: list[float] = Field(
-        default=[1.0, 0.75, 0.5, 0.25],
-        min_length=1,
-        description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
-    )
-    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if max(self.steps) > 1:
-            raise ValueError(f"steps={self.steps} are noise levels in (0, 1], not a 0..1000 clock; divide them by 1000")
-        if min(self.steps) <= 0:
-            raise ValueError(f"steps={self.steps} must be above 0; the last step ends at 0 without naming it")
-        if self.steps[0] != 1 or any(a <= b for a, b in zip(self.steps, self.steps[1:])):
-            raise ValueError(f"steps={self.steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
-        return self
-
-    @classmethod
-    def familiar_names(cls) -> dict[str, str]:
-        return {name: f"objective.{name}" for name in ("guidance", "negative_prompt", "sigma_min", "sigma_max")}
 
 
 class DataConfig(Settings):

@@ -158,7 +158,7 @@ class StageConfig(RunConfig):
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams, in training as at inference."""
-        return self.plan.stream(self.rope, self.flow.steps, self.flow.shift)
+        return self.plan.stream(self.rope, self.flow)
 
     @property
     def clip_shape(self) -> VideoShape:

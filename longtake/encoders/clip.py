@@ -104,14 +104,24 @@ class ImageEncoder:
         mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
         return (resized * 0.5 + 0.5 - mean) / std
 
-    @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """float32 [B, L, D]: class token and patches after all blocks but the last, without a final norm.
 
         Args: `image` [B, 3, h, w] in [-1, 1], any size.
         Raises: ShapeError.
         """
+        return self._call(image, output_hidden_states=True).hidden_states[-2].float()
+
+    def embed(self, image: Tensor) -> Tensor:
+        """float32 [B, D]: the class token after all blocks and the final norm, to compare whole pictures by.
+
+        It is a linear map away from what CLIP was trained to compare; that map is no part of a vision model's files.
+        Args and Raises: as `encode`.
+        """
+        return self._call(image).pooler_output.float()
+
+    @torch.no_grad()
+    def _call(self, image: Tensor, **outputs: bool) -> Any:
         check_image(image)
         with ONE_THREAD, torch.autocast(self.device.type, enabled=False):
-            pixels = self.preprocess(image.to(self.device)).to(self.dtype)
-            return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float()
+            return self.model(pixel_values=self.preprocess(image.to(self.device)).to(self.dtype), **outputs)

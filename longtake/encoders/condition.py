@@ -80,13 +80,17 @@ def with_mask(latents: Tensor, temporal_stride: int) -> Tensor:
     return torch.cat([mask, latents], dim=2)
 
 
-def begin_condition(encoders: Encoders, images: Tensor, prompts: list[str]) -> tuple[Condition, ConditionFrames]:
-    """As `encode_condition`; of the condition's `frames` those alone that the second result has reached."""
+def begin_condition(
+    encoders: Encoders, images: Tensor, prompts: list[str], y_frames: int = 1
+) -> tuple[Condition, ConditionFrames]:
+    """As `encode_condition`; of the condition's `frames` those alone that the second result has reached: `y_frames`."""
     if images.shape[0] != len(prompts):
         raise ShapeError(f"{images.shape[0]} images and {len(prompts)} prompts were given; each image needs one prompt")
+    # First what takes a GPU the longest: it works on y while Python starts the many small kernels of the other two.
+    y = ConditionFrames(encoders.vae, images)
+    y.reach(y_frames)
     text = _beside(lambda: encoders.text.encode(prompts), encoders.text.device)
     tokens = None if encoders.image is None else encoders.image.encode(images)
-    y = ConditionFrames(encoders.vae, images)
     return Condition(text(), tokens, y.frames), y
 
 

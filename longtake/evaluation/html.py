@@ -17,8 +17,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from longtake.evaluation.instruments import METRICS, Measured
-from longtake.evaluation.measure import MeasuredVideo, shown, summarise, title
+from longtake.evaluation.instruments import Measured
+from longtake.evaluation.measure import MeasuredVideo, metrics_of, ratio, shown, summarise, title
 
 _COLOURS = ("#1668b8", "#c8501e", "#2a8f4a", "#8a3fa8", "#a08a12", "#b0305c", "#3a8f9c", "#666666")
 _MOST_GROUPS = 40  # videos of one name that are shown side by side; the JSON has all
@@ -28,41 +28,57 @@ _FROM_ZERO = ("motion_px_s", "change", "histogram")  # whose small changes are n
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 12px 0 } td, th { padding: 3px 10px; border-bottom: 1px solid #ddd }
-td { text-align: right } td:first-child, th { text-align: left } h3 { margin: 28px 0 4px }
+td { text-align: right; white-space: nowrap } td:first-child, th { text-align: left } h3 { margin: 28px 0 4px }
 .videos { display: flex; flex-wrap: wrap; gap: 12px } figure { margin: 0 } figcaption { font-size: 12px }
 video { height: 200px; background: #eee; display: block } .bad { color: #b00020; font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 4px } svg text { font: 10px system-ui, sans-serif; fill: #444 }
 .key span { margin-right: 16px; font-weight: 600 } .grey { color: #777 }
 """
 
-Lines = Mapping[str, Sequence[tuple[float, float]]]  # by name: (seconds, value)
+Line = list[tuple[float, float]]  # (seconds, value)
+Lines = Mapping[str, Line]  # by name
 
 
-def write_page(path: Path, videos: Sequence[MeasuredVideo]) -> None:
-    """Writes the page, atomically."""
+def write_page(
+    path: Path,
+    videos: Sequence[MeasuredVideo],
+    *,
+    played: Sequence[MeasuredVideo] | None = None,
+    captions: Mapping[str, str] | None = None,
+    ratios: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> None:
+    """Writes the page, atomically.
+
+    Args: `played`, those of the videos that curves and players are of (None: all, as the table is); `captions`, what
+    stands under the name of a file, without its suffix; `ratios` to the teacher's videos, a line a name.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page(videos, path.parent), encoding="utf-8")
+    temporary.write_text(page(videos, path.parent, played or videos, captions or {}, ratios or {}), encoding="utf-8")
     temporary.replace(path)
 
 
-def page(videos: Sequence[MeasuredVideo], folder: Path) -> str:
+def page(
+    videos: Sequence[MeasuredVideo],
+    folder: Path,
+    played: Sequence[MeasuredVideo],
+    captions: Mapping[str, str],
+    ratios: Mapping[str, Mapping[str, float | None]],
+) -> str:
     """The page as it lies in `folder`, to which the links are relative."""
-    names = list(dict.fromkeys(video.name for video in videos))
+    names = list(dict.fromkeys(video.name for video in played))
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
-    groups = _groups(videos)
+    groups = _groups(played)
     key = "".join(f'<span style="color:{colours[name]}">{escape(name)}</span>' for name in names)
-    averages = {
-        curve: {name: _mean_line([v.measured for v in videos if v.name == name], curve) for name in names}
-        for curve in videos[0].measured.curves
-    }
+    averages = _lines({name: [video.measured for video in played if video.name == name] for name in names})
     parts = [
         "<h1>Measured videos</h1>",
         _table(videos),
+        *([_ratios(ratios)] if ratios else []),
         f'<h2>Means over time</h2><p class="key">{key}</p>',
         _plots(averages, colours),
         "<h2>Videos, the worst first</h2>",
         f'<p class="grey">{min(len(groups), _MOST_GROUPS)} of {len(groups)} groups of files of one name.</p>',
-        *(_group(group, folder, colours) for group in groups[:_MOST_GROUPS]),
+        *(_group(group, folder, colours, captions) for group in groups[:_MOST_GROUPS]),
     ]
     head = f'<meta charset="utf-8"><title>Measured videos</title><style>{_STYLE}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
@@ -87,19 +103,41 @@ def _table(videos: Sequence[MeasuredVideo]) -> str:
     head = "".join(f"<th>{escape(name)} ({count[name]})</th>" for name in rows)
     lines = [
         f"<tr><td>{escape(title(metric))}</td>" + "".join(f"<td>{shown(rows[name][metric])}</td>" for name in rows)
-        for metric in METRICS
+        for metric in metrics_of(videos)
     ]
     note = "Means over videos, with 95 % intervals in brackets (number of videos in the head)."
     return f'<table><tr><th></th>{head}</tr>{"</tr>".join(lines)}</tr></table><p class="grey">{note}</p>'
 
 
-def _group(group: Sequence[MeasuredVideo], folder: Path, colours: Mapping[str, str]) -> str:
-    lines = {
-        curve: {video.name: _mean_line([video.measured], curve) for video in group}
-        for curve in group[0].measured.curves
-    }
+def _ratios(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    head = "".join(f"<th>{escape(title(name))}</th>" for name in next(iter(rows.values())))
+    lines = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{ratio(value)}</td>' for value in row.values())}</tr>"
+        for name, row in rows.items()
+    )
+    note = "Means over those of the teacher's videos of the same rows: 1 is the same."
+    return f'<table><tr><th></th>{head}</tr>{lines}</table><p class="grey">{note}</p>'
+
+
+def _group(
+    group: Sequence[MeasuredVideo], folder: Path, colours: Mapping[str, str], captions: Mapping[str, str]
+) -> str:
+    name = group[0].path.stem
     figures = "".join(_figure(video, folder, colours[video.name]) for video in group)
-    return f'<h3>{escape(group[0].path.stem)}</h3><div class="videos">{figures}</div>{_plots(lines, colours)}'
+    caption = f'<p class="grey">{escape(captions[name])}</p>' if name in captions else ""
+    plots = _plots(_lines({video.name: [video.measured] for video in group}), colours)
+    return f'<h3>{escape(name)}</h3>{caption}<div class="videos">{figures}</div>{plots}'
+
+
+def _lines(measured: Mapping[str, Sequence[Measured]]) -> dict[str, dict[str, Line]]:
+    """By curve, then by name, the mean over the videos that have the curve."""
+    curves = dict.fromkeys(curve for videos in measured.values() for video in videos for curve in video.curves)
+    found: dict[str, dict[str, Line]] = {curve: {} for curve in curves}
+    for curve in curves:
+        for name, videos in measured.items():
+            if having := [video for video in videos if curve in video.curves]:
+                found[curve][name] = _mean_line(having, curve)
+    return found
 
 
 def _figure(video: MeasuredVideo, folder: Path, colour: str) -> str:
@@ -115,7 +153,7 @@ def _figure(video: MeasuredVideo, folder: Path, colour: str) -> str:
     )
 
 
-def _mean_line(measured: Sequence[Measured], curve: str) -> list[tuple[float, float]]:
+def _mean_line(measured: Sequence[Measured], curve: str) -> Line:
     """Mean over videos at each time; the rate is that of the first, a time that a video does not reach has the rest."""
     length = max(len(one.curves[curve]) for one in measured)
     values = np.full((len(measured), length), np.nan)

@@ -6,8 +6,9 @@ Everything that can be wrong with the input is found before the first video is m
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from longtake.data.file_rows import files_below
 from longtake.data.samples import CLIP_SUFFIXES
 from longtake.errors import ConfigError, DataError, ShapeError
 from longtake.evaluation.instruments import METRICS, Blocks, Measured, measure
+from longtake.evaluation.report import aligned
 
 _RESAMPLES = 2000  # of the bootstrap
 _POSTER_HEIGHT = 120  # pixels
@@ -122,16 +124,28 @@ def measure_folders(folders: Mapping[str, Path], blocks: Blocks | None = None) -
     Raises: as `find_videos`, before anything is measured, and DataError for damage further on in a file.
     """
     jobs = find_videos(folders)
+    with measuring_threads() as pool:
+        running = [pool.submit(measure_video, name, path, blocks) for name, path in jobs]
+        return [one.result() for one in running]
+
+
+@contextmanager
+def measuring_threads() -> Iterator[Executor]:
+    """As many threads as there are cores, to call `measure_video` in; after an error what waits is not begun."""
     # Decoding and measuring let other threads run; those of OpenCV itself would only stand in each other's way.
     cv2.setNumThreads(1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        running = [pool.submit(measure_video, name, path, blocks) for name, path in jobs]
         try:
-            return [one.result() for one in running]
+            yield pool
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def metrics_of(videos: Sequence[MeasuredVideo]) -> list[str]:
+    """METRICS, then what was measured of some of the videos beside them."""
+    return list(dict.fromkeys([*METRICS, *(metric for video in videos for metric in video.measured.metrics)]))
 
 
 def summarise(videos: Sequence[MeasuredVideo]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -140,11 +154,12 @@ def summarise(videos: Sequence[MeasuredVideo]) -> dict[str, dict[str, dict[str, 
     The intervals are percentiles of the means of videos drawn with replacement, always the same ones; a single video
     has none. A metric that no video has is None.
     """
+    metrics = metrics_of(videos)
     rows: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in dict.fromkeys(video.name for video in videos):
         own = [video.measured.metrics for video in videos if video.name == name]
         rows[name] = {
-            metric: _interval([value for one in own if (value := one[metric]) is not None]) for metric in METRICS
+            metric: _interval([value for one in own if (value := one.get(metric)) is not None]) for metric in metrics
         }
     return rows
 
@@ -187,15 +202,18 @@ def as_table(videos: Sequence[MeasuredVideo]) -> str:
     rows = summarise(videos)
     counts = {name: sum(video.name == name for video in videos) for name in rows}
     cells = [["", *(f"{name} ({counts[name]})" for name in rows)]]
-    cells += [[title(metric), *(shown(rows[name][metric]) for name in rows)] for metric in METRICS]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    cells += [[title(metric), *(shown(rows[name][metric]) for name in rows)] for metric in metrics_of(videos)]
+    return aligned(cells)
 
 
 def title(metric: str) -> str:
     """A metric as a table calls it."""
     return _TITLES.get(metric, metric.replace("_", " "))
+
+
+def ratio(value: float | None) -> str:
+    """A ratio as a table shows it."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def shown(cell: Mapping[str, float | None]) -> str:

@@ -114,6 +114,11 @@ def _formatted(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mappi
     cells = [["row", *(title for title, _, _ in columns)]]
     for name, row in rows.items():
         cells.append([name, *("-" if row[key] is None else form.format(row[key]) for _, key, form in columns)])
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of these cells, its head first."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -158,11 +158,11 @@ def teacher_row(model: VideoDiT, *, first_frame_clean: bool, **sampling: Any) ->
     return make
 
 
-def student_row(denoiser: Denoiser, plan: StreamPlan, *, seed: int, rebuild: bool = True) -> Row:
-    """Weights streamed causally in a few steps; `rebuild` says if the cache is rebuilt where the captions change."""
+def student_row(denoiser: Denoiser, plan: StreamPlan, *, seed: int) -> Row:
+    """Weights streamed causally in a few steps."""
 
     def make(batch: WorldBatch) -> Videos:
-        switches: dict[str, Any] = {"later": batch.later, "switch_frames": batch.switch_frames, "rebuild": rebuild}
+        switches: dict[str, Any] = {"later": batch.later, "switch_frames": batch.switch_frames}
         begin, sizes = (batch.condition, batch.picture_latent), (batch.num_latent_frames, batch.size)
         return batch.decode(
             student_latents(denoiser, *begin, plan, *sizes, seed=seed, videos=batch.numbers, **switches)

@@ -5,10 +5,11 @@ Reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,14 +61,15 @@ class EvalTarget:
         return load_encoders(source.encoders, source.settings, device, with_image=self.sizes.image_dim is not None)
 
 
-def load_frozen(weights: Path, device: torch.device) -> VideoDiT:
-    """A model for inference alone."""
-    return load_dit(weights, device).eval().requires_grad_(False)
+def load_frozen(weights: Path, device: torch.device, dtype: torch.dtype | None = None) -> VideoDiT:
+    """A model for inference alone; `dtype` of its matrix weights, None: as they are."""
+    return load_dit(weights, device, dtype).eval().requires_grad_(False)
 
 
-def of_run(run: Path) -> EvalTarget:
+def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:
     """All stages of a log folder, or one stage folder, and the teacher that they started from.
 
+    Args: `changes` win over the values that they were trained with.
     Raises: CheckpointError when nothing there was trained, ConfigError for a text-to-video model.
     """
     stages = trained_stages(run)
@@ -81,19 +83,25 @@ def of_run(run: Path) -> EvalTarget:
         opened = opened_as_asked(open_weights(weights, check=True), last.model, last.seed)
         return load_opened(opened, device).eval().requires_grad_(False)
 
-    students = {config.name: Source.of_checkpoint(path, config) for path, config in stages}
+    students = {config.name: Source.of_checkpoint(path, config, changes) for path, config in stages}
     return EvalTarget(students, None if source is None else teacher)
 
 
-def of_models(models: Sequence[str | Path], teacher: str | Path | None = None) -> EvalTarget:
+def of_models(
+    models: Sequence[str | Path],
+    teacher: str | Path | None = None,
+    encoders: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> EvalTarget:
     """Folders of weights with their `generation.yaml`, as `longtake export` writes them; rows are named like them.
 
     Args: `models`, also `toy` for the student that ships with the package; the last one is the result; `teacher`, a
-    folder of bidirectional weights, by default that of the package when `toy` is among the models.
+    folder of bidirectional weights, by default that of the package when `toy` is among the models; `encoders`, their
+    folder, by default in or beside that of each model; `changes` win over the rules of all of them.
     Raises: CheckpointError, ConfigError as `Source.of_model`; ConfigError for two folders of one name, or whose models
     take pictures in different ways.
     """
-    sources = [Source.of_model(model) for model in models]
+    sources = [Source.of_model(model, encoders, changes=changes) for model in models]
     names = [source.weights.name if source.weights.is_dir() else source.weights.stem for source in sources]
     if not sources or len(set(names)) < len(names):
         raise ConfigError(f"models named {', '.join(names) or 'none'} were given; give each a folder of another name")

@@ -1,4 +1,5 @@
-"""Many videos: pairs of picture and prompt from a folder or a JSON-lines file, several seeds each, shared over ranks.
+"""Many videos: pairs of picture and prompt from a folder or a JSON-lines file, or prompts alone, several seeds each,
+shared over ranks.
 
 Each video is a function of its pair, its seed and the rules alone, so neither the number of ranks nor a restart changes
 it. Beside `name.mp4` lie `name.json` with what was asked for, whose finished video is not made again, and the caption
@@ -16,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.config.generation import frames_of
-from longtake.data.file_rows import FileRow, list_files
+from longtake.data.file_rows import (
+    FILE_KEYS,
+    FileRow,
+    files_below,
+    list_files,
+    read_objects,
+    table_of,
+    text_rows,
+    visible_files,
+)
+from longtake.data.samples import IMAGE_SUFFIXES
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_request
@@ -34,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and a prompt; `name` is that of the output, `where` names the pair in errors.
+    """A picture (or None) and a prompt; `name` is that of the output, `where` names the pair in errors.
 
     `problem` says why it cannot be used, if so.
     """
@@ -67,23 +78,34 @@ def check_apart(inputs: str | Path, folder: str | Path) -> None:
 def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs in `path`, unusable ones included (they carry their problem).
 
-    A folder holds pictures with captions, and a file is a table of such, in any of the ways of `data/file_rows.py`; of
-    several prompts the first is taken.
+    A folder holds pictures with captions, and a file is a table of such, in any of the ways of `data/file_rows.py`; a
+    table that names no file, a text file and a folder of text files alone hold prompts. Of several prompts the first is
+    taken.
     Raises: DataError when there is no pair at all.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of pictures and captions, or a JSON-lines file")
-    rows = list_files(path, "images")
+    rows = text_rows(path) if _holds_prompts_alone(path) else list_files(path, "images")
     stems = [file.stem if (file := row.file or row.caption) else "row" for row in rows]
     # Files with captions of their own keep their names; rows of a table, and files of one name, are numbered.
     numbered = len(set(stems)) < len(stems) or any(row.caption is None and row.problem is None for row in rows)
     return [_pair(f"{k:05d}-{stem}" if numbered else stem, row) for k, (stem, row) in enumerate(zip(stems, rows))]
 
 
+def _holds_prompts_alone(path: Path) -> bool:
+    """Whether no row there has a picture: a folder of text files, a `.txt` of lines, a `.jsonl` that names no file."""
+    if path.is_dir():
+        return table_of(path) is None and not files_below(path, IMAGE_SUFFIXES) and bool(visible_files(path, ".txt"))
+    objects = [entry for _, entry, problem in read_objects(path) if not problem]
+    if not objects:
+        return path.suffix.lower() == ".txt"
+    return path.suffix.lower() == ".jsonl" and not any(key in entry for entry in objects for key in FILE_KEYS)
+
+
 def _pair(name: str, row: FileRow) -> Pair:
     try:
-        image, prompts = row.find_file(), row.read_prompts()
+        image, prompts = row.find_file() if row.file or row.problem else None, row.read_prompts()
     except DataError as error:
         return Pair(name, row.where, problem=str(error).removeprefix(f"{row.where}: "))
     if len(prompts) > 1:
@@ -127,7 +149,7 @@ def generate_many(
         _Task(
             pair.where,
             folder / f"{pair.name}-seed{number}.mp4",
-            {"image": str(pair.image), "prompt": pair.prompt, "seed": number, **shared},
+            {"image": None if pair.image is None else str(pair.image), "prompt": pair.prompt, "seed": number, **shared},
         )
         for pair in pairs
         if pair.problem is None
@@ -170,22 +192,27 @@ def _make_share(
     for task in tasks:
         assert generator is not None
         asked = task.request
+        given = asked["image"] is not None
         try:
-            generator.prepare(asked["image"])
-        except DataError as error:  # this pair alone, on all ranks that would make it; named at the end
+            generator.beginning.check(given=given)
+            if given:
+                generator.prepare(asked["image"])
+        except (ConfigError, DataError) as error:  # this pair alone, on all ranks that would make it; named at the end
             logger.error("%s: %s", task.where, error)
             problems.append(f"{task.where}: {error}")
             continue
         if mesh.leads_sequence:
-            sidecar(task.output).write_text(json.dumps(asked, indent=2) + "\n")
+            note = generator.beginning.zero_shot(given=given)
+            record = asked if note is None else {**asked, "note": note}
+            sidecar(task.output).write_text(json.dumps(record, indent=2) + "\n")
             caption(task.output).write_text(asked["prompt"] + "\n", encoding="utf-8")
-        given = {
+        rest = {
             "seed": asked["seed"],
             "negative": asked["negative"],
             "num_frames": generator.length(**asked["length"]),
         }
-        chunks = generator.stream(asked["image"], asked["prompt"], **given, ahead=generator.is_ahead)
-        made = write_chunks(generator, chunks, task.output, keep=False)
+        chunks = generator.stream(asked["image"], asked["prompt"], **rest, ahead=generator.is_ahead)
+        made = write_chunks(generator, chunks, task.output, given=given, keep=False)
         if mesh.leads_sequence:
             reports.append(made)
             report(str(made))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from weakref import finalize
 
 import torch
@@ -18,6 +19,16 @@ class CachePool:
 
     def __init__(self) -> None:
         self._kept: deque[tuple[Hashable, list[KVCache]]] = deque(maxlen=1)  # its methods are atomic
+        self._at_once = False
+
+    @contextmanager
+    def captured_at_once(self) -> Iterator[None]:
+        """Passes against caches that are borrowed here are captured when each comes for the first time."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def borrow(
         self, owner: object, sizes: Hashable, new: Callable[[], list[KVCache]], graphs: CUDAGraphRunner
@@ -34,7 +45,7 @@ class CachePool:
                 torch.cuda.synchronize(caches[0].device)  # what their owner began may still run, on another stream
         for cache in caches:
             cache.clear()
-            if known == sizes:
-                graphs.comes_again(cache)
+            if known == sizes or self._at_once:
+                graphs.comes_again(cache, at_once=self._at_once)
         finalize(owner, self._kept.append, (sizes, caches)).atexit = False
         return caches

@@ -1,7 +1,8 @@
-"""A trained student ready to stream: one picture and a prompt in, uint8 frames out, block by block."""
+"""A trained student ready to stream: a prompt and mostly a picture in, uint8 frames out, block by block."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
 from longtake.inference.sampling import teacher_latents
-from longtake.inference.session import Session, SessionInputs
+from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
+from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
 from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
+from longtake.models.execution import compilations
 from longtake.outputs import check_output_file
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,25 +64,26 @@ class Generator(Pipeline):
 
     def stream(
         self,
-        image: Picture,
-        prompt: str,
+        image: Picture | None = None,
+        prompt: str = "",
         *,
         num_frames: int | None = None,
         seed: int = 0,
         negative: str | None = None,
         ahead: bool = False,
     ) -> Iterator[NDArray[np.uint8]]:
-        """Yields uint8 [T, h, w, 3]: first the given picture as the model sees it (1 frame), then a block at a time.
+        """Yields uint8 [T, h, w, 3], a block at a time; the first is the given picture as the model sees it (1 frame).
 
         Memory does not grow with the length: nothing but the window, the decoder's features and one block is kept.
 
-        Args: `image` of any size, cropped to the model's aspect and resized; `num_frames` pixel frames in all, None =
-        for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the unconditional side
-        of guidance (default: none). `ahead` begins a block before the one before it is fetched, so that on a GPU
-        fetching and what the caller does overlap with the next block; frames come a block later. The same arguments
-        give the same frames.
-        Raises: DataError for an unreadable picture, ConfigError for a bad number of frames, an empty prompt or a
-        negative prompt without guidance; all before any work.
+        Args: `image` of any size, cropped to the model's aspect and resized; None: the first block is generated, which
+        image-to-video weights refuse (what others do with one, the rule `picture` says). `num_frames` pixel frames in
+        all, None = for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the
+        unconditional side of guidance (default: none). `ahead` begins a block before the one before it is fetched, so
+        that on a GPU fetching and what the caller does overlap with the next block; frames come a block later, but
+        those of the first block as soon as they are decoded, in two pieces. The same arguments give the same frames.
+        Raises: DataError for an unreadable picture, ConfigError for one that is missing or that the weights cannot
+        take, a bad number of frames, an empty prompt or a negative prompt without guidance; all before any work.
         """
         frames_of(num_frames, None, self.fps)
         if self.settings.sampler == "whole":
@@ -89,8 +95,8 @@ class Generator(Pipeline):
 
     def open(
         self,
-        image: Picture,
-        prompt: str,
+        image: Picture | None = None,
+        prompt: str = "",
         *,
         seed: int = 0,
         negative: str | None = None,
@@ -101,25 +107,26 @@ class Generator(Pipeline):
 
         Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
         `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
-        Raises: DataError for an unreadable picture, ConfigError for an empty prompt, a negative prompt without guidance
-        or a missing `max_frames`.
+        Raises: as `stream`, and ConfigError for a missing `max_frames`.
         """
         if self.settings.sampler == "whole":
             raise ConfigError(
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
         check_request(self.settings, seed, negative)
+        self.beginning.check(given=image is not None)
+        plan = self.beginning.plan_of(given=image is not None)
         if max_frames is None and self.plan.window_frames is None:
             raise ConfigError("plan.window_frames=null keeps every frame; such a student needs max_frames")
         most = None
         if max_frames is not None:
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
-            most = self.plan.block_of(latent - 1)[1]
+            most = plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        self.check_memory(kept, layers, self.plan.block_frames)
+        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames))
         return Session(
             self,
-            SessionInputs(check_prompt(prompt), self.prepare(image)),
+            SessionInputs(check_prompt(prompt), None if image is None else self.prepare(image)),
             seed=seed,
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
@@ -147,14 +154,21 @@ class Generator(Pipeline):
         """
         if self.settings.sampler == "whole":
             return 0
-        plan, picture = self.plan, np.zeros((self.settings.height, self.settings.width, 3), np.uint8)
-        full = 2 + max(0, -(-((plan.window_frames or 0) - plan.first_frames) // plan.block_frames))
-        # A pass is recorded when it comes again, and the one that brings the condition a video later.
-        videos = [full] if self.denoiser.graphs is None else [full, full, 1]
+        started, before = perf_counter(), compilations()
+        plan, picture = self.plan, None
+        if self.beginning.needed:
+            picture = np.zeros((self.settings.height, self.settings.width, 3), np.uint8)
+        # The past grows by a block until the window is full, and the block after that commits one with a full past.
+        past = max(0, (plan.window_frames or 0) - plan.block_frames - plan.first_frames)
+        full = 2 + -(-past // plan.block_frames)
+        # The pass that brings the condition is captured in the second video: only then its keys have a place.
+        videos = [full] if self.denoiser.graphs is None else [full, 1]
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
-            for _ in self.stream(picture, "a picture", num_frames=length):
-                pass
+            with self.caches.captured_at_once():
+                for _ in self.stream(picture, "a picture", num_frames=length):
+                    pass
+        logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)
 
     def length(self, num_frames: int | None, seconds: float | None) -> int:
@@ -165,16 +179,19 @@ class Generator(Pipeline):
         )
 
     def _whole(
-        self, image: Picture, prompt: str, num_frames: int | None, seed: int, negative: str | None
+        self, image: Picture | None, prompt: str, num_frames: int | None, seed: int, negative: str | None
     ) -> Iterator[NDArray[np.uint8]]:
         """The frames of a whole clip at once, from bidirectional weights: checked now, made when they are asked for."""
         if num_frames is None:
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
         check_request(self.settings, seed, negative)
         check_prompt(prompt)
+        self.beginning.check(given=image is not None)
+        if image is not None and self.beginning.picture == "still":
+            raise ConfigError("sampler=whole has no blocks for a picture to stand still in; set picture=frame")
         count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
         self.check_memory(count, 1, count)
-        picture, settings = self.prepare(image), self.settings
+        picture, settings = None if image is None else self.prepare(image), self.settings
 
         @torch.no_grad()
         def clip() -> Iterator[NDArray[np.uint8]]:
@@ -184,7 +201,7 @@ class Generator(Pipeline):
                 condition,
                 self.encoders.text.encode([negative or ""]) if settings.guidance != 1 else condition.text,
                 count,
-                (first_latent.shape[3], first_latent.shape[4]),
+                self.latent_size,
                 seed=seed,
                 videos=[0],
                 num_steps=len(settings.steps),
@@ -199,12 +216,13 @@ class Generator(Pipeline):
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What a generation took; prints as one line."""
+    """What a generation took, and `note`, what is to be said of it; prints as one line."""
 
     output: Path
     num_frames: int
     seconds: float
     first_frame_seconds: float
+    note: str | None = None
 
     @property
     def frames_per_second(self) -> float:
@@ -215,12 +233,12 @@ class GenerationReport:
         return (
             f"{self.output}: {self.num_frames} frames in {self.seconds:.1f} s, {self.frames_per_second:.1f} frames/s, "
             f"first generated frame after {self.first_frame_seconds:.2f} s"
-        )
+        ) + ("" if self.note is None else f"; {self.note}")
 
 
 def generate_file(
     run: str | Path | Source,
-    image: str | Path,
+    image: str | Path | None,
     prompt: str,
     output: str | Path,
     *,
@@ -233,8 +251,9 @@ def generate_file(
 ) -> GenerationReport:
     """Writes an mp4 while it is generated, with the student in `run` or of a source.
 
-    Args: `num_frames` pixel frames or `seconds`; neither = the length of the training clips. `overwrite` lets `output`
-    replace another file. `build`: `device`, `split` and `decode_device` as in `Generator.build`.
+    Args: `image` as in `Generator.stream`; `num_frames` pixel frames or `seconds`; neither = the length of the training
+    clips. `overwrite` lets `output` replace another file. `build`: `device`, `split` and `decode_device` as in
+    `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
     check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[image], overwrite=overwrite)
@@ -242,11 +261,12 @@ def generate_file(
     check_request(source.settings, seed, negative)
     check_prompt(prompt)
     frames_of(num_frames, seconds, source.settings.fps)
-    prepare_image(image, source.settings.height, source.settings.width)
-    generator = Generator.build(source, **build)
+    if image is not None:
+        prepare_image(image, source.settings.height, source.settings.width)
+    generator = Generator.build(source, begins=[image is not None], **build)
     length = generator.length(num_frames, seconds)
     chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
-    return write_chunks(generator, chunks, output)
+    return write_chunks(generator, chunks, output, given=image is not None)
 
 
 def write_chunks(
@@ -254,13 +274,14 @@ def write_chunks(
     chunks: Iterable[NDArray[np.uint8]],
     output: str | Path,
     *,
+    given: bool = True,
     keep: bool = True,
     finish: bool = False,
 ) -> GenerationReport:
     """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
 
-    `keep` as in `VideoWriter`; with `finish` it is also completed when making it fails. Of the processes that compute a
-    generator's calls together, one writes.
+    `given`: they begin with a picture; `keep` as in `VideoWriter`; with `finish` it is also completed when making it
+    fails. Of the processes that compute a generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
@@ -273,7 +294,7 @@ def write_chunks(
                 if writer is not None:
                     writer.write(chunk)
                 made += len(chunk)
-                if index <= 1:  # the given picture is there at once; the first generated chunk is the second
+                if index <= given:  # the given picture is there at once; the first generated chunk is the second
                     first = perf_counter() - started
         except BaseException as error:
             if not finish or made == 0:
@@ -281,4 +302,5 @@ def write_chunks(
             failure = error  # raised when the file is complete: an hour of it may be there already
     if failure is not None:
         raise failure
-    return GenerationReport(Path(output), made, perf_counter() - started, first)
+    note = generator.beginning.zero_shot(given=given)
+    return GenerationReport(Path(output), made, perf_counter() - started, first, note)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape
+from longtake.condition import Condition, VideoShape, pixel_frames
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
@@ -20,6 +22,7 @@ from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.vae import DecoderSession, VideoVAE
 from longtake.errors import ConfigError
+from longtake.inference.beginning import Beginning
 from longtake.inference.cache_pool import CachePool
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
@@ -29,7 +32,7 @@ from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.load import load_dit, open_dit
+from longtake.weights.load import load_opened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,6 +110,7 @@ class Pipeline:
         split: SequenceParallel | None = None,
         decode_device: str | torch.device | None = None,
         graphs: bool = True,
+        begins: Iterable[bool] = (),
     ) -> Self:
         """Loads weights and encoders: the one place that makes one.
 
@@ -114,8 +118,11 @@ class Pipeline:
         then make the same calls of it and get the same frames. `decode_device` has a second copy of the VAE
         that decodes there, so that another GPU can do it beside the transformer (default: no second copy). `graphs`
         has passes fused, recorded and replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding.
+        `begins`, whether videos to be made begin with a picture: what the weights cannot do is refused before they are
+        read.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
-        where `vae_precision` says nothing else; what Wan computes in float32 stays float32.
+        where `vae_precision` says nothing else; what Wan computes in float32 stays float32. With fp8 the large weights
+        of blocks are 8-bit floats besides (`VideoDiT.quantise`).
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
@@ -127,14 +134,22 @@ class Pipeline:
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
         settings = source.settings
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
-        if split is not None:  # from the heads of the files: before they are read
-            check_heads(open_dit(source.weights)[1].config.num_heads, split.size)
-        model = load_dit(source.weights, device, cast).eval().requires_grad_(False).executed(Execution(split))
+        opened = source.open()
+        sizes = opened.model.config  # from the heads of the files: before they are read
+        beginning = Beginning.of(sizes, settings)
+        for given in begins:
+            beginning.check(given=given)
+        if split is not None:
+            check_heads(sizes.num_heads, split.size)
+        model = load_opened(opened, device, cast).eval().requires_grad_(False)
+        if settings.precision == "fp8":
+            model.quantise()
+        model = model.executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
-        vae_dtype = torch.bfloat16 if (settings.vae_precision or settings.precision) == "bf16" else torch.float32
+        vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
         _check_fit(model, encoders, source)
         vae = None if decoding is None else encoders.vae.copy_to(decoding)
@@ -156,10 +171,15 @@ class Pipeline:
         """Frames a second of the videos it was trained on."""
         return self.settings.fps
 
+    @cached_property
+    def beginning(self) -> Beginning:
+        """What a scene can begin with."""
+        return Beginning.of(self.model.config, self.settings)
+
     @property
     def plan(self) -> StreamPlan:
-        """Blocks, noise levels, window and positions."""
-        return self.settings.stream_plan
+        """Blocks, noise levels, window and positions of a scene that begins with a picture if it must, else without."""
+        return self.beginning.plan
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -170,8 +190,10 @@ class Pipeline:
     def new_caches(self, owner: object, history_blocks: int, max_latent_frames: int | None) -> list[KVCache]:
         """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
         plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
-        # What is overwritten by the last block of the history is attended to by no block before it.
-        spare = max(0, history_blocks - 1) * plan.block_frames
+        # What is overwritten by the last block of the history is attended to by no block before it; where its last step
+        # stores a block, one more is there than the session has given out, if that fails before it has.
+        ahead = 0 if plan.context == "last_step" else 1
+        spare = max(0, history_blocks - ahead) * plan.block_frames
         most = max_latent_frames if plan.window_frames is None else None
         sizes, count = (plan, 1, self.latent_size, most, spare), 1 if self.settings.guidance == 1 else 2
 
@@ -188,18 +210,33 @@ class Pipeline:
         """A picture as the model sees it, [1, 3, h, w] in [-1, 1]. Raises: DataError."""
         return prepare_image(image, self.settings.height, self.settings.width)[None].to(self.device)
 
-    @torch.no_grad()
-    def condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor]:
-        """The condition of a picture [1, 3, h, w] and a prompt, and the latent of the picture [1, 1, C, H, W]."""
-        with_y = self.model.config.condition_channels > 0
-        return picture_condition(self.encoders, picture, [prompt], with_y=with_y)
+    def first_pixels(self, *, given: bool) -> int:
+        """Pixel frames of the first block of a scene, which begins with a picture (`given`) or without."""
+        return pixel_frames(self.beginning.plan_of(given=given).first_frames, self.encoders.vae.temporal_stride)
 
     @torch.no_grad()
-    def begin_condition(self, picture: Tensor, prompt: str) -> tuple[Condition, Tensor, ConditionFrames | None]:
-        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames)."""
-        if self.model.config.condition_channels == 0:
+    def condition(self, picture: Tensor | None, prompt: str) -> tuple[Condition, Tensor | None]:
+        """The condition of a picture [1, 3, h, w], or None, and a prompt; and the latents of the picture
+        [1, f, C, H, W], the first block.
+        """
+        if picture is None:
+            return Condition(self.encoders.text.encode([prompt])), None
+        if self.model.config.condition_channels > 0:
+            return picture_condition(self.encoders, picture, [prompt], with_y=True)
+        video = picture[:, None].expand(-1, self.first_pixels(given=True), -1, -1, -1)
+        return Condition(self.encoders.text.encode([prompt])), self.encoders.vae.encode(video)
+
+    @torch.no_grad()
+    def begin_condition(
+        self, picture: Tensor | None, prompt: str
+    ) -> tuple[Condition, Tensor | None, ConditionFrames | None]:
+        """As `condition`; of its `frames` those alone that the third result has reached (None: it has no frames): the
+        picture's own, and on a GPU, which works on them beside the text, those of the first block.
+        """
+        if picture is None or self.model.config.condition_channels == 0:
             return *self.condition(picture, prompt), None
-        condition, y = begin_condition(self.encoders, picture, [prompt])
+        near = self.plan.block_of(self.plan.first_frames)[1] if self.device.type == "cuda" else 1
+        condition, y = begin_condition(self.encoders, picture, [prompt], near)
         return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
     def check_memory(self, frames: int, layers: int, at_once: int) -> None:
@@ -211,7 +248,7 @@ class Pipeline:
         tokens = frames * self.model.tokens_per_frame(height // vae.spatial_stride, width // vae.spatial_stride)
         split = self.model.execution.split
         sides, ranks = 1 if settings.guidance == 1 else 2, 1 if split is None else split.size
-        each = 2 * sides * layers * self.model.config.dim * (2 if settings.precision == "bf16" else 4)
+        each = 2 * sides * layers * self.model.config.dim * (2 if settings.is_half else 4)
         pixels = at_once * vae.temporal_stride * height * width * 3 * 4  # as float32
         needed, there = tokens * each // ranks + pixels, memory_bytes(device)
         if needed > there:
@@ -236,8 +273,6 @@ def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
             f"the weights at {source.weights} have in_channels={config.in_channels}; with this VAE an image-to-video "
             f"model has {config.out_channels + wanted}, or {config.out_channels} where the picture is only frame 0"
         )
-    if config.condition_channels == 0:
-        logger.info("%s takes no y: the picture enters as the clean first frame alone", source.weights)
     if encoders.text.width != config.text_dim:
         raise ConfigError(
             f"the weights at {source.weights} read text of width {config.text_dim} and the text encoder in "

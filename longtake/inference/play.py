@@ -87,8 +87,8 @@ class Player:
             if command == "/quit":
                 self.quit()
             elif command == "/image":
-                self.session.image = rest.strip()
-                self.message = f"cut to {rest.strip()}"
+                self.session.image = rest.strip() or None
+                self.message = f"cut to {rest.strip() or 'a scene of the prompt alone'}"
             elif command == "/target":
                 self.session.image_target = rest.strip()
                 self.message = f"moving towards {rest.strip()}"
@@ -134,7 +134,7 @@ class Player:
 
 def play(
     generator: Generator,
-    image: str | Path,
+    image: str | Path | None,
     prompt: str,
     output: str | Path,
     *,
@@ -145,8 +145,8 @@ def play(
 ) -> GenerationReport:
     """Writes an mp4 while lines typed at the keyboard change what it shows; Ctrl-C and `/quit` end it, complete.
 
-    Args: `num_frames` pixel frames at most; None = until it is told to quit or the input ends. `lines`, default: those
-    of the standard input.
+    Args: `image` as in `Generator.stream`; `num_frames` pixel frames at most; None = until it is told to quit or the
+    input ends. `lines`, default: those of the standard input.
     Raises: LongtakeError before any frame for a bad picture, prompt or output.
     """
     from rich.console import Console
@@ -159,7 +159,7 @@ def play(
         player = Player(session, source, num_frames, output=Path(output))
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
         with view, _on_interrupt(player.quit):
-            return write_chunks(generator, player.frames(), output, finish=True)
+            return write_chunks(generator, player.frames(), output, given=image is not None, finish=True)
 
 
 @contextmanager

@@ -48,11 +48,10 @@ def student_latents(
     videos: Sequence[int],
     later: Sequence[Condition] = (),
     switch_frames: Sequence[int] = (),
-    rebuild: bool = True,
 ) -> Tensor:
     """`num_frames` latent frames [B, F, C, H, W] streamed by causal weights, cut from whole blocks.
 
-    Args: `later`, the conditions from each of `switch_frames` (latent frames) on; `rebuild` as in `stream_switched`.
+    Args: `later`, the conditions from each of `switch_frames` (latent frames) on.
     """
     model = denoiser.model
     cache = model.new_cache(
@@ -65,7 +64,7 @@ def student_latents(
     noise = stream_noise(seed, videos, model.config.out_channels, size, device)
     blocks = list(plan.blocks(0, plan.block_of(num_frames - 1)[1]))
     conditions = [condition, *later]
-    stream = stream_switched(denoiser, cache, conditions, switch_frames, first_latent, noise, plan, rebuild=rebuild)
+    stream = stream_switched(denoiser, cache, conditions, switch_frames, first_latent, noise, plan)
     return torch.cat(list(islice(stream, len(blocks))), 1)[:, :num_frames]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -62,7 +62,7 @@ class Event(Settings):
 class Script(Settings):
     """A video: how it begins, how long it is, what changes. Pictures are paths beside the script's file."""
 
-    image: str = Field(description="the first frame")
+    image: str | None = Field(default=None, description="the first frame; text-to-video weights have none")
     prompt: str = Field(description="what happens until an event says otherwise")
     seconds: float | None = Field(default=None, gt=0, description="length, or")
     frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
@@ -82,7 +82,7 @@ class Script(Settings):
 class Story:
     """A script that was checked and whose pictures, `files`, were read."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | None
     prompt: str
     num_frames: int
     seed: int
@@ -93,9 +93,12 @@ class Story:
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
         """A session at the beginning.
 
-        Raises: ConfigError for a target that the weights cannot be told of, and for an event that no block follows.
+        Raises: ConfigError for a picture that is missing, or that the weights cannot take, or a target that they cannot
+        be told of, and for an event that no block follows.
         """
-        self._check_cues(generator.plan.block_frames * generator.encoders.vae.temporal_stride, generator.fps)
+        for given in self.begins:
+            generator.beginning.check(given=given)
+        self._check_cues(generator)
         session = generator.open(
             self.image,
             self.prompt,
@@ -113,13 +116,20 @@ class Story:
         """Yields the frames from where `session` stands to the end of the story, as `cues.play` does."""
         return play(session, self.num_frames, self.cues, ahead=ahead)
 
-    def _check_cues(self, block: int, fps: int) -> None:
+    @property
+    def begins(self) -> list[bool]:
+        """Whether its scenes begin with a picture: the first one, and those that events cut to."""
+        return [self.image is not None, *(True for cue in self.cues if cue.image is not None)]
+
+    def _check_cues(self, generator: Generator) -> None:
         """Raises ConfigError for a cue after which no block begins, or whose change another one undoes before it."""
+        block, fps = generator.plan.block_frames * generator.encoders.vae.temporal_stride, generator.fps
 
         def where(number: int) -> str:
             return f"event {number + 1} at frame {self.cues[number].frame} ({self.cues[number].frame / fps:g} s)"
 
-        begin, made, step = 0, 0, 1  # the latest block, from which frame to which, and how long the next one is
+        # The latest block, from which frame to which, and how long the next one is.
+        begin, made, step = 0, 0, generator.first_pixels(given=self.image is not None)
         for number, cue in enumerate(self.cues):
             before = made
             while made < cue.frame:
@@ -135,7 +145,7 @@ class Story:
                     f"{block} frames apart, or one event"
                 )
             if cue.image is not None:
-                step = 1  # a cut begins with its picture
+                step = generator.first_pixels(given=True)  # a cut begins with its picture
 
 
 def read_story(
@@ -175,9 +185,7 @@ def read_story(
         if frame >= frames:
             raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
         cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
-    image = picture(script.image)
-    assert image is not None
-    return Story(image, script.prompt, frames, script.seed, script.negative, tuple(cues), tuple(files))
+    return Story(picture(script.image), script.prompt, frames, script.seed, script.negative, tuple(cues), tuple(files))
 
 
 def generate_story(
@@ -198,6 +206,7 @@ def generate_story(
     """
     story = read_story(script, source.settings, **given)
     check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[script, *story.files], overwrite=overwrite)
-    generator = Generator.build(source, device, split=split, decode_device=decode_device)
+    generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
-    return write_chunks(generator, frames, output)
+    report = write_chunks(generator, frames, output, given=story.image is not None)
+    return replace(report, note=generator.beginning.zero_shot(given=any(story.begins)))

@@ -8,7 +8,7 @@ is for one thread at a time. Must know no file of its own; `session_file.py` wri
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.encoders.condition import ConditionFrames
-from longtake.encoders.vae import DecoderSession
 from longtake.errors import ConfigError
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
+from longtake.inference.session_state import SessionInputs, SessionState
 from longtake.models.cache import KVCache
-from longtake.rollout.denoise import Guidance
+from longtake.plan import StreamPlan
+from longtake.rollout.denoise import DenoisedBlock, Guidance
 from longtake.rollout.recache import LatentHistory
 from longtake.rollout.stream import LatentStream
 
@@ -33,59 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longtake.inference.pipeline import Picture
-
-
-@dataclass(frozen=True, eq=False)
-class SessionInputs:
-    """What the frames should follow: a prompt, the scene's own picture and, or None, another one to move towards.
-
-    Pictures are [1, 3, h, w] in [-1, 1].
-    """
-
-    prompt: str
-    picture: Tensor
-    target: Tensor | None = None
-
-    def same_pictures(self, other: SessionInputs) -> bool:
-        return self.picture is other.picture and self.target is other.target
-
-
-@dataclass
-class SessionState:
-    """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
-
-    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
-    first; `y`, the condition frames of that scene while they are not all encoded, else None; `scene` counts cuts;
-    `num_frames` pixel frames given out.
-    """
-
-    inputs: SessionInputs
-    stream: LatentStream | None = None
-    decoder: DecoderSession | None = None
-    y: ConditionFrames | None = None
-    scene: int = -1
-    num_frames: int = 0
-
-    def encode(self, num_latent_frames: int | None = None) -> None:
-        """Encodes `y` as far as latent frames before that one read it (None: to its end)."""
-        if self.y is None:
-            return
-        most = self.y.frames.shape[1]
-        self.y.reach(most if num_latent_frames is None else num_latent_frames)
-        if self.y.reached == most:
-            self.y = None  # and with it what the encoder remembers
-
-    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
-        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
-
-        def clone(cache: KVCache) -> KVCache:
-            assert clones is not None
-            if id(cache) not in clones:
-                clones[id(cache)] = cache.copy()
-            return clones[id(cache)]
-
-        stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())
 
 
 class Session:
@@ -109,6 +56,7 @@ class Session:
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
+        self._unused: list[KVCache] = []  # caches of a scene that could not be begun
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
 
@@ -148,18 +96,21 @@ class Session:
         self.wanted = replace(self.wanted, prompt=check_prompt(text))
 
     @property
-    def image(self) -> NDArray[np.uint8]:
-        """The picture of the scene, uint8 [h, w, 3]. Setting it is a cut.
+    def image(self) -> NDArray[np.uint8] | None:
+        """The picture of the scene, uint8 [h, w, 3]; None: it has none. Setting it is a cut.
 
-        From the next call on the video shows a new scene that begins with this picture as latent frame 0: positions,
-        cache and decoder restart, a target is forgotten, the noise is that of another video of the same seed. Its first
-        call gives 1 frame again. Raises: DataError when the picture cannot be read.
+        From the next call on the video shows a new scene that begins with this picture as latent frame 0 (None: with a
+        block that is generated): positions, cache and decoder restart, a target is forgotten, the noise is that of
+        another video of the same seed. Its first call gives the first block again.
+        Raises: DataError when the picture cannot be read, ConfigError when the weights take none or need one.
         """
-        return to_frames(self.wanted.picture)[0]
+        return None if self.wanted.picture is None else to_frames(self.wanted.picture)[0]
 
     @image.setter
-    def image(self, image: Picture) -> None:
-        self.wanted, self.cut = SessionInputs(self.wanted.prompt, self.generator.prepare(image)), True
+    def image(self, image: Picture | None) -> None:
+        self.generator.beginning.check(given=image is not None)
+        picture = None if image is None else self.generator.prepare(image)
+        self.wanted, self.cut = SessionInputs(self.wanted.prompt, picture), True
 
     @property
     def image_target(self) -> NDArray[np.uint8] | None:
@@ -185,8 +136,9 @@ class Session:
     def next(self) -> NDArray[np.uint8]:
         """The next frames, uint8 [T, h, w, 3].
 
-        The first call of a scene gives its picture as the model sees it (T = 1); each later one a block: T = latent
-        frames of a block times the VAE's temporal stride. Memory and work do not depend on how long the video is.
+        The first call of a scene gives its picture as the model sees it (T = 1), or where it has none the first block;
+        each later one a block: T = latent frames of a block times the VAE's temporal stride. Memory and work do not
+        depend on how long the video is.
         What raises, Ctrl-C and a full memory included, changes nothing: the same call can be made again.
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
         are not finite.
@@ -208,7 +160,7 @@ class Session:
     def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
         history = (*self._history, self.state)[-self.history_blocks :] if self.history_blocks else ()
-        self.state, self._history, self.cut = state, history, False  # at once, whatever interrupts
+        self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
 
     @torch.no_grad()
     def _made(self) -> tuple[Frames, SessionState]:
@@ -222,17 +174,23 @@ class Session:
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
         plan = state.stream.plan
-        if state.stream.position:  # the picture's own latent was encoded with the condition
-            state.encode(plan.block_of(state.stream.position)[1])
-        frames = Frames(state.decoder.decode(state.stream.next())[0], state.num_frames)
+        shown = state.stream.position
+        if shown:  # the picture's own latent was encoded with the condition
+            state.encode(plan.block_of(shown)[1])
+        latents = state.stream.next()
+        # A viewer waits for the first frames that are generated: one latent is decoded and sent before the others.
+        head = 1 if shown <= 1 else latents.shape[1]
+        frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
+        if head < latents.shape[1]:
+            frames.append(state.decoder.decode(latents[:, head:])[0])
         if self.generator.device.type == "cuda":  # while these frames are on their way
             state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
         return frames, state
 
     def _check_length(self) -> None:
-        most = self.max_latent_frames
-        if most is not None and not self.cut and self.position >= most:
+        most, stream = self.max_latent_frames, self.state.stream
+        if most is not None and not self.cut and stream is not None and stream.plan.block_of(self.position)[1] > most:
             raise ConfigError(
                 f"this session was opened for scenes of {most} latent frames, which have been made; open one with a "
                 "larger max_frames, or set `image` for a new scene"
@@ -240,12 +198,16 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
+        kept = [] if state.stream is None or self.history_blocks else state.stream.caches
+        if not kept and not self._unused:
+            self._unused = self._new_caches()  # before the encoders are at work, for which a borrowed one would wait
         condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
-        caches = [] if state.stream is None or self.history_blocks else state.stream.caches
+        caches = kept or self._unused
         for cache in caches:
             cache.clear()
-        stream = self.new_stream(scene, caches or self._new_caches(), condition, unconditional, first_latent)
+        plan = generator.beginning.plan_of(given=first_latent is not None)
+        stream = self.new_stream(scene, caches, condition, unconditional, first_latent, plan)
         inputs, decoder = replace(self.wanted, target=None), generator.new_decoder()
         new = SessionState(inputs, stream, decoder, y, scene, state.num_frames)
         if self.wanted.target is not None:
@@ -262,9 +224,10 @@ class Session:
         condition: Condition,
         unconditional: Condition | None,
         first_latent: Tensor | None,
+        plan: StreamPlan,
     ) -> LatentStream:
         """The stream of a scene that goes on where `caches` stand; its noise is that of video `scene` of the seed."""
-        denoiser, plan = self.generator.denoiser, self.generator.plan
+        denoiser = self.generator.denoiser
         size, channels = self.generator.latent_size, denoiser.model.config.out_channels
         noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
@@ -310,7 +273,7 @@ class Session:
             state.encode()  # nothing that is still written to is shared
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
-        other.state = self.state.copy(clones)
+        other.state, other._unused = self.state.copy(clones), []
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
@@ -353,7 +316,7 @@ class Session:
         values: dict[str, Any] = {
             name: {
                 "prompt": inputs.prompt,
-                "picture": number[id(inputs.picture)],
+                "picture": number.get(id(inputs.picture)),
                 "target": number.get(id(inputs.target)),
             }
             for name, inputs in looks.items()
@@ -379,7 +342,9 @@ class Session:
             tensors["unconditional.text"] = stream.guidance.condition.text
         tensors |= {f"kept.{start}": latents for start, latents in stream.kept.blocks()}
         values["pending"] = stream.pending is not None
-        block = self.generator.plan.block_frames if stream.pending is None else stream.pending.shape[1]
+        block = stream.plan.block_frames if stream.pending is None else stream.pending.clean.shape[1]
+        if stream.pending is not None and stream.pending.sigma > 0:
+            tensors["pending.context"] = stream.pending.context
         for index, cache in enumerate(stream.caches):
             frames = cache.attended_frames(block)
             tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"] = cache.stored(frames)
@@ -397,8 +362,8 @@ class Session:
         ]
 
         def inputs(name: str) -> SessionInputs:
-            own, target = values[name]["picture"], values[name]["target"]
-            return SessionInputs(values[name]["prompt"], pictures[own], None if target is None else pictures[target])
+            shown = (values[name][which] for which in ("picture", "target"))
+            return SessionInputs(values[name]["prompt"], *(None if k is None else pictures[k] for k in shown))
 
         session = cls(
             generator,
@@ -422,12 +387,16 @@ class Session:
         for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
             keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
             cache.restore(saved["position"], saved["frames"], keys, kept)
-        stream = self.new_stream(values["scene"], caches, condition, unconditional, None)
+        plan = self.generator.beginning.plan_of(given=self.state.inputs.picture is not None)
+        stream = self.new_stream(values["scene"], caches, condition, unconditional, None, plan)
         stream.kept = LatentHistory(stream.plan)
         for start, latents in blocks:
             stream.kept.position = start
             stream.kept.append(latents)
-        stream.pending = blocks[-1][1] if values["pending"] else None
+        if values["pending"]:
+            start, clean = blocks[-1]
+            context = tensors.get("pending.context", clean)
+            stream.pending = DenoisedBlock(clean, context, stream.plan.context_level(start))
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
         return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])

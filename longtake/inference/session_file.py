@@ -25,7 +25,7 @@ from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
 from longtake.weights.tensor_files import save_tensors
 
-VERSION = 2
+VERSION = 3
 METADATA = "longtake_session"
 # Settings that say nothing about the frames that come
 _FREE = ("fps", "num_latent_frames", "history_blocks")
@@ -89,7 +89,10 @@ def read_session(path: Path, pipeline: Pipeline) -> tuple[dict[str, Any], dict[s
     values, tensors = _read(path)
     with damage(path):
         if values["version"] != VERSION:
-            raise CheckpointError(f"{path} is a session of version {values['version']}; this version reads {VERSION}")
+            raise CheckpointError(
+                f"{path} is a session of version {values['version']} and this version reads {VERSION}; go on with the "
+                "version of Longtake that saved it, or open a new session"
+            )
         if values.pop("checksum", None) not in (None, checksum(values, tensors)):  # files of earlier versions have none
             raise CheckpointError(f"{path} is damaged (another checksum); save the session again, or use another one")
         _compare(path, values, made_with(pipeline))

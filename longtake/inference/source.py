@@ -16,6 +16,7 @@ from longtake.config.stage import TOY, TOY_ASSETS, StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.plan import StreamPlan
 from longtake.run_folder import exported_weights, find_checkpoint, trained_config
+from longtake.weights.load import Opened, open_weights
 from longtake.weights.locate import find_encoders, find_weights
 
 TOY_STUDENT = TOY_ASSETS / "student"
@@ -47,13 +48,8 @@ class Source:
             raise CheckpointError(
                 f"{path} holds a bidirectional teacher, which cannot stream; give the run of a student"
             )
-        if config.model.image_condition != "i2v":
-            raise CheckpointError(
-                f"{path} holds a text-to-video student, and a Generator starts from a picture; give a run with "
-                "model.image_condition=i2v"
-            )
         source, trained = cls.of_checkpoint(checkpoint, config, changes), generation_settings(config)
-        for name in ("plan", "rope", "steps", "shift"):
+        for name in ("plan", "rope", "steps", "later_steps", "shift", "warp_steps"):
             if (now := getattr(source.settings, name)) != (before := getattr(trained, name)):
                 logger.warning("%s is %s and was %s in training: expect drift or flicker", name, now, before)
         return source
@@ -62,6 +58,10 @@ class Source:
     def of_checkpoint(cls, path: Path, config: StageConfig, changes: Mapping[str, Any] | None = None) -> Source:
         """The weights that a stage left in a checkpoint, also those of a teacher."""
         return cls(exported_weights(path), config.encoders_folder, generation_settings(config, changes), config)
+
+    def open(self) -> Opened:
+        """The weights, before they are in a model. Raises: CheckpointError."""
+        return open_weights(self.weights, check=True)
 
     @property
     def plan(self) -> StreamPlan | None:

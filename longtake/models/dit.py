@@ -24,12 +24,14 @@ from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.context import CachedContext, CrossContext, MaskedContext, PreparedMask, SelfContext
 from longtake.models.execution import WHOLE_NETWORK, Execution
+from longtake.models.fp8 import FP8Linear, Rows
 from longtake.models.layers import (
     ImageEmbedding,
     RMSNorm,
     added_then_modulated,
     gated,
     gated_then_normed,
+    into,
     layer_norm,
     linear_fp32,
     mlp,
@@ -72,7 +74,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: SelfContext, layer: int) -> Tensor:
+    def forward(self, x: Tensor | Rows, context: SelfContext, layer: int) -> Tensor:
         """x [B, E, l, D] -> the same: this process's tokens of each frame."""
         entries, execution = x.shape[1], context.execution
         norm = execution.fused(rms_norm)
@@ -84,7 +86,7 @@ class SelfAttention(nn.Module):
         q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, v))
         k, v, mask = context.extend(layer, k, v)
         out = execution.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
-        return self.o(context.shard.to_tokens(out.unflatten(1, (entries, -1))).flatten(3))
+        return into(self.o, context.shard.to_tokens(out.unflatten(1, (entries, -1))).flatten(3), execution)
 
 
 class CrossAttention(nn.Module):
@@ -109,12 +111,12 @@ class CrossAttention(nn.Module):
             out += [self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)]
         return tuple(out)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, ...], execution: Execution) -> Tensor:
+    def forward(self, x: Tensor | Rows, keys_values: tuple[Tensor, ...], execution: Execution) -> Tensor:
         q = execution.fused(rms_norm)(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
         out = execution.attend(q, keys_values[0].to(q.dtype), keys_values[1].to(q.dtype))
         if self.image:
             out = out + execution.attend(q, keys_values[2].to(q.dtype), keys_values[3].to(q.dtype))
-        return self.o(out.flatten(2))
+        return into(self.o, out.flatten(2), execution)
 
 
 class Block(nn.Module):
@@ -142,18 +144,19 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
         entries, tokens = x.shape[1], x.shape[2]
-        dtype = cast(nn.Linear, self.ffn[0]).weight.dtype
-        fused = self_context.execution.fused
+        layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
+        own, across, within = (layer.weight.dtype for layer in layers)
+        execution, fused = self_context.execution, self_context.execution.fused
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
-        h = fused(modulated)(x, s1, c1, self.eps, dtype)
+        h = fused(modulated)(x, s1, c1, self.eps, own)
         h = self.self_attn(h, self_context, layer)
-        x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+        x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
         cross = cross_context.keys_values(self.cross_attn, layer)
-        h = self.cross_attn(h.flatten(1, 2), cross, self_context.execution).unflatten(1, (entries, tokens))
-        x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, dtype)
-        return fused(gated)(x, mlp(self.ffn, h, fuses=self_context.execution.fuses), g2)
+        h = self.cross_attn(h.flatten(1, 2), cross, execution).unflatten(1, (entries, tokens))
+        x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, within)
+        return fused(gated)(x, mlp(self.ffn, h, execution), g2)
 
 
 class Head(nn.Module):
@@ -223,6 +226,14 @@ class VideoDiT(nn.Module):
             parameter.data = parameter.data.to(parameter_type(name, dtype))
         return self
 
+    def quantise(self) -> VideoDiT:
+        """Keeps the MLPs' weights, and those of blocks' other layers that are large, as 8-bit floats (`fp8.py`)."""
+        for block in self.blocks:
+            for path, linear in list(block.named_modules()):
+                if type(linear) is nn.Linear and self.config.quantises(linear.in_features, linear.out_features):
+                    block.set_submodule(path, FP8Linear.of(linear))
+        return self
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame. Raises: ShapeError unless height and width are multiples of the patch."""
         _, ph, pw = self.config.patch_size
@@ -244,7 +255,7 @@ class VideoDiT(nn.Module):
         for recomputation in backward.
         Raises: ConfigError, ShapeError on sizes that cannot work.
         """
-        weight = cast(Block, self.blocks[0]).self_attn.q.weight
+        weight = cast(Block, self.blocks[0]).self_attn.norm_q.weight  # keys are of its type
         device = weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         return KVCache(

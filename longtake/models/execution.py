@@ -6,6 +6,7 @@ model and no process group.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +47,37 @@ class Execution:
 
 
 WHOLE_NETWORK = Execution()  # by one process, and nothing is computed again
+
+
+@dataclass(frozen=True)
+class Compilations:
+    """What this process has compiled: graphs of functions, one for each kind and size of tensors; how many of them were
+    found in torch's cache on disk; and the seconds of all that.
+    """
+
+    graphs: int
+    from_cache: int
+    seconds: float
+
+    def since(self, before: Compilations) -> Compilations:
+        """What came after `before`."""
+        return Compilations(
+            self.graphs - before.graphs, self.from_cache - before.from_cache, self.seconds - before.seconds
+        )
+
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs compiled in {self.seconds:.1f} s, {self.from_cache} of them found on disk"
+
+
+def compilations() -> Compilations:
+    """What this process has compiled so far, by torch's own count."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None:  # nothing was compiled
+        return Compilations(0, 0, 0.0)
+    counters, seconds = utils.counters, sum(utils.compilation_time_metrics.get("_compile.compile_inner", ()))
+    # What the cache of whole functions has is not asked for in that of their graphs.
+    found = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    return Compilations(counters["stats"]["unique_graphs"], found, seconds)
 
 
 @cache

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.models.execution import Execution
+from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, quantised
+
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
     """Wan's timestep embedding: [..., width] float32 from a clock in [0, 1000]; cosines first, float64 inside."""
@@ -53,9 +56,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The norm of `x`, shifted and scaled: what enters attention or MLP, in `dtype`."""
-    return torch.addcmul(shift, layer_norm(x, eps), 1 + scale).to(dtype)
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor | Rows:
+    """The norm of `x`, shifted and scaled, as it enters attention or MLP whose weights are of `dtype`."""
+    return entering(torch.addcmul(shift, layer_norm(x, eps), 1 + scale), dtype)
 
 
 def gated(x: Tensor, made: Tensor, gate: Tensor) -> Tensor:
@@ -65,15 +68,15 @@ def gated(x: Tensor, made: Tensor, gate: Tensor) -> Tensor:
 
 def gated_then_normed(
     x: Tensor, made: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`x` and the gated result of self-attention, and the norm of the sum, in `dtype`."""
+) -> tuple[Tensor, Tensor | Rows]:
+    """`x` and the gated result of self-attention, and the norm of the sum as it enters weights of `dtype`."""
     x = gated(x, made, gate)
-    return x, layer_norm(x, eps, weight, bias).to(dtype)
+    return x, entering(layer_norm(x, eps, weight, bias), dtype)
 
 
 def added_then_modulated(
     x: Tensor, made: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Rows]:
     """`x` and the result of cross-attention, and the sum `modulated`."""
     x = x + made
     return x, modulated(x, shift, scale, eps, dtype)
@@ -116,11 +119,20 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def mlp(layers: nn.Sequential, x: Tensor, *, fuses: bool) -> Tensor:
-    """`layers`, a linear one, GELU and another one; with `fuses` GELU is part of the first product where it can be."""
+def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
+    """`layer` of `x`, which is quantised first, by a kernel of its own, where the layer is."""
+    return layer(execution.fused(quantised)(x) if isinstance(layer, FP8Linear) else x)
+
+
+def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
+    """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product, or of
+    quantising its result.
+    """
     first, second = layers[0], layers[2]
+    if isinstance(x, Rows):
+        return second(execution.fused(gelu_quantised)(first(x)))
     alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cuda")
-    if not (fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
+    if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
     # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     hidden = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)

@@ -84,7 +84,8 @@ class Objective:
 
     def __init__(self, parts: Parts) -> None:
         self.networks, self.parts = dict(parts.trained), parts
-        self.draws, self.plan, self.phase = parts.draws, parts.plan, parts.phase
+        self.draws, self.phase = parts.draws, parts.phase
+        self.plan = parts.plan.with_given(parts.given)
 
     def turns(self, step: int) -> list[str]:
         """Names of the networks that iteration `step` updates, in order; the same on every rank."""

@@ -192,7 +192,7 @@ class Dmd(Objective):
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
     def exit_step(self, step: int) -> int:
-        """Denoising step at which every block of this iteration stops."""
+        """Denoising step at which every block of this iteration stops, or at its last one where it has fewer."""
         return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Dmd(Objective):
 
         def noise(start: int, end: int, denoising_step: int) -> Tensor:
             shape = (end - start, channels, *batch.latent_size)
-            part = start * len(self.plan.sigmas) + denoising_step
+            part = start * self.plan.num_noises + denoising_step
             return self.draws.noise(step, "roll_out", batch.indices, shape, device, part=part)
 
         return noise
@@ -317,19 +317,27 @@ class Dmd(Objective):
         """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
         plan, (start, end) = self.plan, self._generated(step)
         together = with_grad and self.generator.batched_exit_backward
+        apart = with_grad and not together
 
         def one(block: tuple[int, int], *, with_context: bool) -> Call:
             return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
 
+        def stops(block: tuple[int, int]) -> int:
+            return min(self.exit_step(step), len(plan.levels(block[0])) - 1)
+
+        def is_stored(block: tuple[int, int]) -> bool:
+            """Whether its last step, without gradient, stores it."""
+            return plan.stores_itself(block[0]) and stops(block) == len(plan.levels(block[0])) - 1 and not apart
+
         denoised = list(plan.blocks(start, end))
         # The block before is committed first: the picture, or what an earlier roll-out left.
-        committed = ([plan.block_of(start - 1)] if start else []) + denoised[:-1]
+        committed = [plan.block_of(start - 1)] if start else []
+        committed += [block for block in denoised[:-1] if not is_stored(block)]
         found = [Pass("generator", "rollout", one(block, with_context=k == 0)) for k, block in enumerate(committed)]
         for k, block in enumerate(denoised):
             call = one(block, with_context=False)
-            apart = with_grad and not together
             fresh = apart or (k == 0 and not committed)
-            found.append(Pass("generator", "rollout", call, times=self.exit_step(step)))
+            found.append(Pass("generator", "rollout", call, times=stops(block)))
             found.append(Pass("generator", "rollout", replace(call, with_context=fresh), with_grad=apart))
         if together:
             joined = Call.joined([one(block, with_context=True) for block in denoised])

@@ -94,8 +94,8 @@ class TeacherForcing(Objective):
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
-        both = torch.cat([self._history(clean, condition, batch, step), noisy], 1)
-        levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
+        context, context_sigma = self._context(self._history(clean, condition, batch, step), batch, step)
+        both, levels = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
         predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
@@ -107,13 +107,13 @@ class TeacherForcing(Objective):
         drawn = self.draws.integer(step, "own_history", 0, SHARE_PARTS)
         return drawn < self.settings.error_recycling.share * SHARE_PARTS
 
-    def starts(self, step: int, num_blocks: int, first_generated: int) -> list[int]:
+    def starts(self, step: int, num_frames: int) -> list[int]:
         """The denoising step from which each block is made again."""
-        low, steps = self.settings.error_recycling.from_step, len(self.plan.sigmas)
-        found = []
-        for block in range(num_blocks):
-            least = min(max(low, 1), steps - 1) if block == first_generated else low
-            found.append(self.draws.integer(step, "own_history_step", least, steps, part=block))
+        low, found = self.settings.error_recycling.from_step, []
+        for block, (start, _) in enumerate(self.plan.blocks(0, num_frames)):
+            steps = len(self.plan.levels(start))
+            least = max(low, 1) if start == self.plan.given_frames else low
+            found.append(self.draws.integer(step, "own_history_step", min(least, steps - 1), steps, part=block))
         return found
 
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
@@ -129,15 +129,14 @@ class TeacherForcing(Objective):
         """As `recycle` makes them; only the first call makes keys and values of the text."""
         if not self.remakes(step):
             return
-        blocks = list(self.plan.blocks(0, clip.entries))
-        starts = self.starts(step, len(blocks), self.parts.given)
-        fresh = True
-        for (start, end), begin in zip(blocks[:-1], starts):
-            call = clip.cached(end - start, len(self.plan.attended(start, end)), with_context=fresh)
-            if start >= self.parts.given:
-                times = len(self.plan.sigmas) - begin
+        plan, fresh = self.plan, True
+        blocks = list(plan.blocks(0, clip.entries))
+        for (start, end), begin in zip(blocks[:-1], self.starts(step, clip.entries)):
+            call = clip.cached(end - start, len(plan.attended(start, end)), with_context=fresh)
+            if start >= plan.given_frames:
+                times = len(plan.levels(start)) - begin - plan.stores_itself(start)
                 yield Pass("generator", "rollout", replace(call, with_context=False), times=times)
-            yield Pass("generator", "rollout", call)
+            yield Pass("generator", "rollout", call)  # what stores it: a call of its own, or the last step
             fresh = False
 
     def _history(self, clean: Tensor, condition: Condition, batch: EncodedBatch, step: int) -> Tensor:
@@ -146,17 +145,27 @@ class TeacherForcing(Objective):
             return clean
         from longtake.rollout.self_forcing import recycle
 
-        given = batch.first_latent is not None
-        blocks = list(self.plan.blocks(0, clean.shape[1]))
-
         def noise(start: int, end: int, part: int) -> Tensor:
             shape = (end - start, *clean.shape[2:])
-            key = start * len(self.plan.sigmas) + part
+            key = start * self.plan.num_noises + part
             return self.draws.noise(step, "history", batch.indices, shape, clean.device, part=key)
 
         with self.phase("rollout"):
-            starts = self.starts(step, len(blocks), 1 if given else 0)
-            return recycle(self.denoiser, condition, clean, noise, self.plan, starts, with_picture=given)
+            starts = self.starts(step, clean.shape[1])
+            return recycle(self.denoiser, condition, clean, noise, self.plan, starts)
+
+    def _context(self, history: Tensor, batch: EncodedBatch, step: int) -> tuple[Tensor, Tensor]:
+        """What the student's cache would hold of the history: at the levels of the plan; and these, [B, F]."""
+        import torch
+
+        from longtake.flow.path import add_noise
+
+        levels = self.plan.context_levels(history.shape[1])
+        sigma = torch.tensor(levels, device=history.device).expand(history.shape[0], -1)
+        if not any(levels):
+            return history, sigma
+        noise = self.draws.noise(step, "context_noise", batch.indices, history.shape[1:], history.device)
+        return add_noise(history, noise, sigma), sigma
 
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
@@ -169,8 +178,7 @@ class TeacherForcing(Objective):
             u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
             columns.append(training_sigma(u, self.parts.shift)[:, None].expand(-1, end - start))
         sigma = torch.cat(columns, 1).clone()
-        if batch.first_latent is not None:
-            sigma[:, 0] = 0.0
+        sigma[:, : self.plan.given_frames] = 0.0
         return sigma
 
     def _layout(self, frames: int) -> MaskLayout:

@@ -192,10 +192,12 @@ class CUDAGraphRunner:
             for passes in list(self._passes.values()):
                 passes.forget()
 
-    def comes_again(self, cache: KVCache) -> None:
-        """Says that a cache will serve one roll-out after another, so that even rare passes come again."""
+    def comes_again(self, cache: KVCache, *, at_once: bool = False) -> None:
+        """Says that a cache will serve one roll-out after another, so that even rare passes come again; `at_once`:
+        each is captured when it comes for the first time.
+        """
         with ONE_THREAD:
-            self._passes.setdefault(cache, _Passes()).eager = EAGER_PASSES_LENT
+            self._passes.setdefault(cache, _Passes()).eager = 0 if at_once else EAGER_PASSES_LENT
 
     def captured(self, cache: KVCache) -> int:
         """How many kinds of passes against a cache are captured."""

@@ -1,7 +1,8 @@
 """Denoise one block against a cache, and commit it: the only place that does so, in training and in inference.
 
 Source: Self-Forcing (Huang et al. 2025, arXiv 2506.08009, algorithm 1) with the rules of the project's specification:
-context is stored at sigma exactly 0, and only the exit step may carry gradient.
+context is stored at the level of the plan (sigma exactly 0, but for students that are trained otherwise), and only the
+exit step may carry gradient.
 """
 
 from __future__ import annotations
@@ -196,28 +197,54 @@ class Guidance:
     cache: KVCache
 
 
+@dataclass(frozen=True)
+class DenoisedBlock:
+    """A finished block: its `clean` latents [B, f, C, H, W], float32, and what it is in the past of later ones.
+
+    `context`, the latents at noise level `sigma` of which its keys and values are made (`StreamPlan.context_level`);
+    `stored`: the cache had them when it was finished, from the last denoising step.
+    """
+
+    clean: Tensor
+    context: Tensor
+    sigma: float = 0.0
+    stored: bool = False
+
+    @classmethod
+    def given(cls, latents: Tensor) -> DenoisedBlock:
+        """The given picture, which nobody has denoised; it is stored without noise."""
+        return cls(latents, latents)
+
+
 def denoise_block(
     denoiser: Denoiser,
     cache: KVCache,
     condition: Condition,
     noise: BlockNoise,
-    sigmas: Sequence[float],
+    plan: StreamPlan,
     *,
+    begin: tuple[int, Tensor] | None = None,
     exit_step: int | None = None,
     with_grad: bool = False,
     exits: list[ExitStep] | None = None,
     guidance: Guidance | None = None,
-) -> Tensor:
-    """Clean latents [B, f, C, H, W] of the block at `cache.position`; the cache is only read.
+    stores: bool = True,
+) -> DenoisedBlock:
+    """The block at `cache.position`, at the levels and with the context of `plan`.
 
-    Args: `sigmas` falling noise levels of the student; `exit_step` stops after that step (default: the last one);
-    `with_grad` lets gradient through the exit step, and through that step alone; or `exits` gets that step, for
-    `Denoiser.exits_with_grad`; `guidance` None = off.
+    The cache is only read, but where the plan has the last step store the block (`StreamPlan.stores_itself`), that was
+    taken, and it `stores` (False: nobody will read it): then the cache has moved on. With gradient such a step is made
+    once more without, since a call with gradient stores nothing.
+    Args: `begin`, a step and the noisy latents to begin from (default: the first, noise alone); `exit_step` stops after
+    that step, or after the last one of the block; `with_grad` lets gradient through the exit step, and through that
+    step alone; or `exits` gets that step, for `Denoiser.exits_with_grad`; `guidance` None = off.
     """
-    last = len(sigmas) - 1 if exit_step is None else exit_step
-    x = noise(0).float()
+    start = cache.position
+    sigmas, itself = plan.levels(start), plan.stores_itself(start)
+    last = len(sigmas) - 1 if exit_step is None else min(exit_step, len(sigmas) - 1)
+    first, x = begin or (0, scaled(noise(0).float(), sigmas[0]))
     with torch.no_grad():
-        for step in range(last):
+        for step in range(first, last):
             clean = _predict(denoiser, cache, condition, x, sigmas[step], guidance)
             x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
     layers = None
@@ -226,18 +253,39 @@ def denoise_block(
         frames = x.shape[1]
         exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
         layers = exits[-1].layers
-    with torch.set_grad_enabled(with_grad and exits is None):
-        return _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers)
+    store = itself and stores and last == len(sigmas) - 1
+    graded = with_grad and exits is None
+    with torch.set_grad_enabled(graded):
+        clean = _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers, commit=store and not graded)
+    if itself and last == len(sigmas) - 1:
+        if store and graded:
+            commit_block(denoiser, cache, condition, x, sigmas[last], guidance=guidance)
+        return DenoisedBlock(clean, x, sigmas[last], store)
+    level = plan.context_level(start)
+    context = clean.detach()
+    if level > 0:
+        context = add_noise(context, noise(plan.context_step), _level(context, level))
+    return DenoisedBlock(clean, context, level)
 
 
 @torch.no_grad()
 def commit_block(
-    denoiser: Denoiser, cache: KVCache, condition: Condition, clean: Tensor, *, guidance: Guidance | None = None
+    denoiser: Denoiser,
+    cache: KVCache,
+    condition: Condition,
+    context: Tensor,
+    sigma: float | Sequence[float] = 0.0,
+    *,
+    guidance: Guidance | None = None,
 ) -> None:
-    """The context pass: stores keys and values of finished latents at sigma 0 and advances the cache (both caches)."""
-    denoiser(clean.detach(), _level(clean, 0.0), condition, cache, commit=True)
+    """The context pass: stores keys and values of latents and advances the cache (both caches).
+
+    Args: `context` [B, f, C, H, W] at noise level `sigma`, which frames may have each their own of.
+    """
+    level = _level(context, sigma)
+    denoiser(context.detach(), level, condition, cache, commit=True)
     if guidance is not None:
-        denoiser(clean.detach(), _level(clean, 0.0), guidance.condition, guidance.cache, commit=True)
+        denoiser(context.detach(), level, guidance.condition, guidance.cache, commit=True)
 
 
 def _predict(
@@ -248,14 +296,24 @@ def _predict(
     sigma: float,
     guidance: Guidance | None,
     layers: list[Tensor] | None = None,
+    *,
+    commit: bool = False,
 ) -> Tensor:
     level = _level(x, sigma)
-    velocity = denoiser(x, level, condition, cache, layers=layers)
+    velocity = denoiser(x, level, condition, cache, layers=layers, commit=commit)
     if guidance is not None:
-        unconditional = denoiser(x, level, guidance.condition, guidance.cache)
+        unconditional = denoiser(x, level, guidance.condition, guidance.cache, commit=commit)
         velocity = guided(velocity, unconditional, guidance.weight)
     return clean_from_velocity(x, velocity, level)
 
 
-def _level(x: Tensor, sigma: float) -> Tensor:
-    return torch.full((x.shape[0],), sigma, device=x.device)
+def scaled(noise: Tensor, sigma: float) -> Tensor:
+    """What a block begins with: noise at the first level, of latents that are zero."""
+    return noise if sigma == 1 else noise * sigma
+
+
+def _level(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
+    """[B], or [B, f] where each frame has a level of its own."""
+    if isinstance(sigma, float):
+        return torch.full((x.shape[0],), sigma, device=x.device)
+    return torch.tensor(sigma, device=x.device).expand(x.shape[0], -1)

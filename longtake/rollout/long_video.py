@@ -8,7 +8,7 @@ the picture of an image-to-video clip (mask, `y`, CLIP tokens). Memory does not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
+from longtake.rollout.denoise import DenoisedBlock, Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.replay import ExitStep
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
@@ -88,7 +88,8 @@ class LongStream:
     ) -> None:
         if switch is not None and not plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
-        self.denoiser, self.condition, self.plan, self.codec = denoiser, condition, plan, codec
+        self.denoiser, self.condition, self.codec = denoiser, condition, codec
+        self.plan = plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
         self.horizon, self.switch = horizon, switch
         self.kept = LatentHistory(plan)
         self._cache = denoiser.model.new_cache(
@@ -97,14 +98,14 @@ class LongStream:
         self._decoder = codec.decoder()
         self._started = False
         self._first = None if first_latent is None else first_latent.float()
-        # Finished latents whose context pass is still to come, and those that the decoder has not seen.
-        self._pending = self._first
+        # The latest block, if the cache does not hold it yet; and latents that the decoder has not seen.
+        self._pending = None if self._first is None else DenoisedBlock.given(self._first)
         self._undecoded: list[Tensor] = [] if self._first is None else [self._first]
 
     @property
     def position(self) -> int:
         """Latent frames there are, the given picture included."""
-        return self.kept.position + (0 if self._pending is None else self._pending.shape[1])
+        return self.kept.position + (0 if self._pending is None else self._pending.clean.shape[1])
 
     def advance(
         self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, with_grad: bool = False
@@ -131,35 +132,38 @@ class LongStream:
         exits: list[ExitStep] = []
         with self.denoiser.gathered():
             for begin, stop in self.plan.blocks(start, end):
-                self._settle(begin)
+                self._settle(begin, noise)
                 wanted = with_grad and begin >= learns_from
                 block = denoise_block(
                     self.denoiser,
                     self._cache,
                     self.condition,
                     block_noise_at(noise, begin, stop),
-                    self.plan.sigmas,
+                    self.plan,
                     exit_step=exit_step,
                     with_grad=wanted,
                     exits=exits if wanted and self.denoiser.batched_exit_backward else None,
+                    stores=stop < end,  # the last one is, by the weights of the next call
                 )
-                new.append(block)
-                self._pending = block.detach()
-                self._undecoded.append(self._pending)
+                new.append(block.clean)
+                self._pending = replace(block, clean=block.clean.detach())
+                self._undecoded.append(self._pending.clean)
             if exits:
                 new[-len(exits) :] = [self.denoiser.exits_with_grad(self.condition, exits)]
         return self._window(torch.cat(new, 1), learns_from, first=first)
 
-    def _settle(self, frame: int) -> None:
+    def _settle(self, frame: int, noise: RollOutNoise) -> None:
         """The context of the block that begins at `frame`: commits what is pending, or rebuilds under a new prompt."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            self.kept.append(pending)
-        if self.switch is not None and frame >= self.switch.frame:
+            self.kept.append(pending.clean)
+        switches = self.switch is not None and frame >= self.switch.frame
+        if pending is not None and not pending.stored and not (switches and self.plan.recache != "none"):
+            commit_block(self.denoiser, self._cache, self.condition, pending.context, pending.sigma)
+        if self.switch is not None and switches:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
-            recache(self.denoiser, self._cache, self.condition, self.kept, keep_sink=self.plan.keep_sink)
-        elif pending is not None:
-            commit_block(self.denoiser, self._cache, self.condition, pending)
+            if self.plan.recache != "none":
+                recache(self.denoiser, self._cache, self.condition, self.kept, noise)
 
     def _window(self, new: Tensor, learns_from: int, *, first: bool) -> Window:
         """The last `horizon` latents as the scores see them; `new` carries the graph."""

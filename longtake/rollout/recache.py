@@ -8,15 +8,17 @@ which all frames see each other, and leaves the sink empty in training).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longtake.condition import Condition
+from longtake.flow.path import add_noise
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block
+from longtake.rollout.self_forcing import RollOutNoise
 
 
 class LatentHistory:
@@ -54,22 +56,49 @@ class LatentHistory:
 
 @torch.no_grad()
 def recache(
-    denoiser: Denoiser, cache: KVCache, condition: Condition, kept: LatentHistory, *, keep_sink: bool = False
+    denoiser: Denoiser,
+    cache: KVCache,
+    condition: Condition,
+    kept: LatentHistory,
+    noise: RollOutNoise | None = None,
 ) -> None:
-    """Fills the cache anew from `kept` under `condition`, and leaves it at `kept.position`.
+    """Fills the cache anew from `kept` under `condition`, by the law of its plan, and leaves it at `kept.position`.
 
-    Args: `keep_sink` leaves the keys and values of the sink, up to `cache.position`, as the old condition made them.
+    Kept latents are clean. Where the plan's context has a noise level (`StreamPlan.context_level`), a block is stored
+    at that level, noised by `noise` of its frames and `plan.context_step`: the same numbers whenever it is done, those
+    that a pass of its own would have used, and not those of the last denoising step, whose input is not kept.
+    With `plan.keep_sink` the keys and values of the sink, up to `cache.position`, stay as the old condition made them.
+    `plan.recache` "last_window": beside the kept sink, the other frames of the window are stored in one call, in which
+    all see each other; while the window is not full, all frames are, the sink too. Source: LongLive v1
+    (NVlabs/LongLive, pipeline/interactive_causal_inference.py; its block mask has no effect there, specification M-05).
     Where it fails it can be called again, with the cache at the same position.
     Raises: CacheError while a pending backward still reads the cache.
     """
-    stays = min(cache.sink_frames, cache.position)
-    if keep_sink and cache.holds(0, stays):
+    plan, stays = kept.plan, min(cache.sink_frames, cache.position)
+    together = plan.recache == "last_window"
+    full = plan.window_frames is not None and kept.position > plan.window_frames
+    if plan.keep_sink and (full or not together) and cache.holds(0, stays):
         cache.position = stays
     else:
         stays = 0
         cache.clear()
-    for start, latents in kept.blocks():
-        if start >= stays:
-            cache.skip_to(start)
-            commit_block(denoiser, cache, condition, latents)
+    blocks = [(start, latents) for start, latents in kept.blocks() if start >= stays]
+    # Of the blocks that share a call none is in the sink, unless all there is fits into the window.
+    alone = sum(start < plan.sink_frames for start, _ in blocks) * full if together else len(blocks)
+    for call in [*([block] for block in blocks[:alone]), *([blocks[alone:]] if blocks[alone:] else [])]:
+        levels = [plan.context_level(start) for start, latents in call for _ in range(latents.shape[1])]
+        cache.skip_to(call[0][0])
+        commit_block(denoiser, cache, condition, _context(call, plan, noise), levels if len(call) > 1 else levels[0])
     cache.skip_to(kept.position)
+
+
+def _context(blocks: Sequence[tuple[int, Tensor]], plan: StreamPlan, noise: RollOutNoise | None) -> Tensor:
+    """What the keys and values of finished blocks, one after the other, are made of again."""
+    made = []
+    for start, latents in blocks:
+        if (level := plan.context_level(start)) > 0:
+            assert noise is not None, "a plan whose context has a noise level needs noise"
+            drawn = noise(start, start + latents.shape[1], plan.context_step)
+            latents = add_noise(latents, drawn, torch.full(latents.shape[:1], level, device=latents.device))
+        made.append(latents)
+    return torch.cat(made, 1)

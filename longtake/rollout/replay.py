@@ -3,8 +3,8 @@
 `exits_with_grad` runs no forward: what each layer made was kept, and backward recomputes a layer for all blocks at
 once, against the cache as it was (`PinnedSlots`). The context is detached.
 
-`packed_replay` runs one forward more, over [clean | noisy]: what each block became (clean latents, the context of later
-blocks) and what its exit step began from. Under the teacher-forcing mask each noisy block sees itself and the clean
+`packed_replay` runs one forward more, over [context | noisy]: what each block was stored as (mostly its clean latents)
+and what its exit step began from. Under the teacher-forcing mask each noisy block sees itself and the clean
 blocks that its cache would have held; and here the keys and values of that context carry gradient too: the student
 learns to write a better context. Source: Self-Gradient Forcing (arXiv 2607.20368), specification R.
 
@@ -29,17 +29,24 @@ from longtake.models.dit import VideoDiT
 
 
 def packed_replay(
-    model: VideoDiT, condition: Condition, clean: Tensor, noisy: Tensor, sigma: Tensor, layout: MaskLayout
+    model: VideoDiT,
+    condition: Condition,
+    context: Tensor,
+    context_sigma: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    layout: MaskLayout,
 ) -> Tensor:
     """Clean latents [B, F, C, H, W] of the exit steps, with gradient through them and through their context.
 
-    Args: `clean` [B, F, C, H, W], what the roll-out made (a given picture first), read at sigma 0; `noisy` the same,
-    what each block's exit step began from, at noise levels `sigma` [B, F]; `layout`, that of `teacher_forcing_layout`
-    for the roll-out's window, sink and positions. No gradient goes into the latents.
+    Args: `context` [B, F, C, H, W], what the roll-out stored of each block (a given picture first), at noise levels
+    `context_sigma` [B, F] (`StreamPlan.context_levels`: 0, or those of the last denoising step, whose input it then
+    is); `noisy` the same, what each block's exit step began from, at `sigma` [B, F]; `layout`, that of
+    `teacher_forcing_layout` for the roll-out's window, sink and positions. No gradient goes into the latents.
     """
-    frames = clean.shape[1]
-    both = torch.cat([clean, noisy], 1).detach()
-    levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
+    frames = context.shape[1]
+    both = torch.cat([context, noisy], 1).detach()
+    levels = torch.cat([context_sigma, sigma], 1)
     velocity = model(both, levels, condition, layout)[:, frames:]
     return clean_from_velocity(noisy.detach(), velocity, sigma)
 

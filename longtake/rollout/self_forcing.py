@@ -44,11 +44,15 @@ def roll_out(
 ) -> RollOut:
     """Unrolls `num_frames` latent frames block by block from an empty cache.
 
+    What enters the cache follows the plan (`denoise_block`): where it stores a block by its last denoising step and the
+    block stops earlier, it is the block's clean latents, noised to the level of that step.
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` one step for every block; `with_grad` keeps the graph of the exit steps.
+    frames and denoising step; `exit_step` one step for every block, or the last step of a block that has fewer;
+    `with_grad` keeps the graph of the exit steps.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
     plan.check(num_frames)
+    plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
     # Recomputation in backward reads the context again, so nothing may be evicted before it.
     evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
     reread = denoiser.rereads and (with_grad or denoiser.graphs is not None)  # one cache for both
@@ -60,19 +64,20 @@ def roll_out(
             commit_block(denoiser, cache, condition, first_latent)
             blocks.append(first_latent.float())
         for start, end in plan.blocks(cache.position, num_frames):
-            clean = denoise_block(
+            made = denoise_block(
                 denoiser,
                 cache,
                 condition,
                 block_noise_at(noise, start, end),
-                plan.sigmas,
+                plan,
                 exit_step=exit_step,
                 with_grad=with_grad,
                 exits=exits,
+                stores=end < num_frames,
             )
-            blocks.append(clean)
-            if end < num_frames:
-                commit_block(denoiser, cache, condition, clean)
+            blocks.append(made.clean)
+            if end < num_frames and not made.stored:
+                commit_block(denoiser, cache, condition, made.context, made.sigma)
         if exits:
             blocks[-len(exits) :] = [denoiser.exits_with_grad(condition, exits)]
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
@@ -88,14 +93,12 @@ def recycle(
     noise: RollOutNoise,
     plan: StreamPlan,
     starts: Sequence[int],
-    *,
-    with_picture: bool,
 ) -> Tensor:
     """The student's own version of real videos `clean` [B, F, C, H, W], float32: what its history will look like.
 
     Block number k is noised to the level of step `starts[k]` and denoised from there, after the own versions of the
     blocks before it; what the noise leaves of the real block keeps the two alike. The last block, which is in nobody's
-    history, stays as it is, and so does frame 0 `with_picture`. Args: `noise` as in `roll_out`.
+    history, stays as it is, and so do the frames that are given (`plan.given_frames`). Args: `noise` as in `roll_out`.
     Source: the thought is that of error recycling (Stable Video Infinity, arXiv 2510.09212).
     """
     made = clean.float().clone()
@@ -105,19 +108,17 @@ def recycle(
         for part, (start, end) in enumerate(plan.blocks(0, frames)):
             if end == frames:
                 break
-            if not (with_picture and start == 0):
-                first, sigmas = starts[part], plan.sigmas[starts[part] :]
-                level = torch.full((batch,), sigmas[0], device=made.device)
-                drawn = block_noise_at(noise, start, end)
-                noisy = add_noise(made[:, start:end], drawn(first), level)
-                made[:, start:end] = denoise_block(denoiser, cache, condition, _begin_with(noisy, drawn, first), sigmas)
-            commit_block(denoiser, cache, condition, made[:, start:end])
+            if start < plan.given_frames:
+                commit_block(denoiser, cache, condition, made[:, start:end])
+                continue
+            first, drawn = starts[part], block_noise_at(noise, start, end)
+            level = torch.full((batch,), plan.levels(start)[first], device=made.device)
+            begin = first, add_noise(made[:, start:end], drawn(first), level)
+            block = denoise_block(denoiser, cache, condition, drawn, plan, begin=begin)
+            made[:, start:end] = block.clean
+            if not block.stored:
+                commit_block(denoiser, cache, condition, block.context, block.sigma)
     return made
-
-
-def _begin_with(noisy: Tensor, noise: Callable[[int], Tensor], first: int) -> Callable[[int], Tensor]:
-    """Noise of a block that begins with step `first` from latents `noisy`."""
-    return lambda step: noise(first + step) if step else noisy
 
 
 def block_noise_at(noise: RollOutNoise, start: int, end: int) -> Callable[[int], Tensor]:

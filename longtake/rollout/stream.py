@@ -13,7 +13,7 @@ from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
+from longtake.rollout.denoise import DenoisedBlock, Denoiser, Guidance, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 
@@ -21,8 +21,9 @@ from longtake.rollout.self_forcing import RollOutNoise, block_noise_at
 class LatentStream(Iterator[Tensor]):
     """The latents of one scene: first the given picture, where there is one, then a block at each call, for ever.
 
-    The context pass of a block runs only when the next block is asked for (nobody reads that of the last one); until
-    then the block is `pending`. `kept` holds what a rebuild under another condition needs, the pending block included.
+    The context pass of a block, where it has one, runs only when the next block is asked for (nobody reads that of the
+    last one); until then the block is `pending`. `kept` holds what a rebuild under another condition needs, the pending
+    block included. `plan` says how many frames are given where the stream begins later than with `first_latent`.
     The caller makes the cache (`VideoDiT.new_cache`; with `guidance` a second one like it), and the stream begins at
     `cache.position`.
 
@@ -43,10 +44,11 @@ class LatentStream(Iterator[Tensor]):
         guidance: Guidance | None = None,
     ) -> None:
         self.denoiser, self.cache, self.condition, self.guidance = denoiser, cache, condition, guidance
-        self.noise, self.plan = noise, plan
-        self.kept = LatentHistory(plan)
+        self.noise = noise
+        self.plan = plan if first_latent is None else plan.with_given(first_latent.shape[1])
+        self.kept = LatentHistory(self.plan)
         self.kept.position = cache.position
-        self.pending: Tensor | None = None
+        self.pending: DenoisedBlock | None = None
         self._first = first_latent
         self._content = object()  # marks caches that hold this stream's past under its present condition
         for one in self.caches:
@@ -70,7 +72,7 @@ class LatentStream(Iterator[Tensor]):
     @property
     def _committed(self) -> int:
         """The end of what has had its context pass."""
-        return self.position - (0 if self.pending is None else self.pending.shape[1])
+        return self.position - (0 if self.pending is None else self.pending.clean.shape[1])
 
     def __next__(self) -> Tensor:
         return self.next()
@@ -78,30 +80,28 @@ class LatentStream(Iterator[Tensor]):
     def next(self) -> Tensor:
         """The next clean latents, float32 [B, f, C, H, W]."""
         made, kept = self._made(), self.kept.copy()
-        kept.append(made)
+        kept.append(made.clean)
         self.pending, self.kept, self._first = made, kept, None
-        return made
+        return made.clean
 
     @torch.no_grad()
-    def _made(self) -> Tensor:
+    def _made(self) -> DenoisedBlock:
         if self._first is not None:
-            return self._first.float()
+            return DenoisedBlock.given(self._first.float())
         self.commit()
         start, end = next(self.plan.blocks(self.position))
         block_noise = block_noise_at(self.noise, start, end)
-        return denoise_block(
-            self.denoiser, self.cache, self.condition, block_noise, self.plan.sigmas, guidance=self.guidance
-        )
+        return denoise_block(self.denoiser, self.cache, self.condition, block_noise, self.plan, guidance=self.guidance)
 
     def commit(self) -> None:
-        """Brings the caches to where the next block begins: the context pass of the pending block runs now, and after
-        a change of condition those of all that is kept.
+        """Brings the caches to where the next block begins: the context pass of the pending block runs now, unless the
+        caches hold what it would store, and after a change of condition those of all that is kept.
         """
         for condition, cache in self._sides:
             self._make_own(condition, cache)
             if self.pending is not None and not cache.holds(self._committed, self.position):
                 cache.position = self._committed
-                commit_block(self.denoiser, cache, condition, self.pending)
+                commit_block(self.denoiser, cache, condition, self.pending.context, self.pending.sigma)
             cache.position = self.position
         self.pending = None
 
@@ -110,7 +110,7 @@ class LatentStream(Iterator[Tensor]):
         if cache.content is not self._content:
             cache.content = None
             cache.position = self._committed
-            recache(self.denoiser, cache, condition, self.kept, keep_sink=self.plan.keep_sink)
+            recache(self.denoiser, cache, condition, self.kept, self.noise)
             cache.content = self._content
 
     def change(
@@ -121,18 +121,22 @@ class LatentStream(Iterator[Tensor]):
         in_place: bool = True,
     ) -> None:
         """Goes on under another condition: with the next block, or `commit`, the cache is made anew from the kept
-        latents, the pending block included.
+        latents, the pending block included. With the plan's `recache` "none" it stays, and the pending block is stored
+        under the old condition, now.
 
         Args: `unconditional`, that of guidance, where the stream has it; `in_place` False leaves the cache that there
         was untouched and goes on with another one.
         """
-        cache, guidance = self.cache, self.guidance
+        stays = self.plan.recache == "none"
+        if stays:
+            self.commit()
+        cache, guidance, content = self.cache, self.guidance, self._content if stays else object()
         if guidance is not None:
             assert unconditional is not None
             guidance = replace(guidance, condition=unconditional)
-        if not in_place:
+        if not in_place and not stays:
             cache, guidance = _with_caches(KVCache.copy, cache, guidance)
-        self.condition, self.cache, self.guidance, self._content = condition, cache, guidance, object()
+        self.condition, self.cache, self.guidance, self._content = condition, cache, guidance, content
 
     def copy(self, cache_of: Callable[[KVCache], KVCache] | None = None) -> LatentStream:
         """Another stream at the same place.
@@ -185,14 +189,11 @@ def stream_switched(
     first_latent: Tensor | None,
     noise: RollOutNoise,
     plan: StreamPlan,
-    *,
-    rebuild: bool = True,
 ) -> Iterator[Tensor]:
     """As `stream_latents`, under another condition from the first block that begins at or after each switch frame.
 
     Args: `cache`, an empty one; `conditions`, one more than `switch_frames` (latent frames, ascending). At a switch the
-    cache is rebuilt under the new condition (`plan.keep_sink`: but for the sink); without `rebuild` it stays as the
-    old one made it, for comparison. Raises: ConfigError when conditions and switch frames do not fit.
+    cache is made anew as the plan says. Raises: ConfigError when conditions and switch frames do not fit.
     """
     ends = [_boundary(plan, frame) for frame in switch_frames]
     if len(conditions) != len(ends) + 1 or any(end <= start for start, end in zip([0, *ends], ends)):
@@ -201,23 +202,18 @@ def stream_switched(
             "condition more, and between two switches, and before the first, at least one block"
         )
     stream = LatentStream(denoiser, cache, conditions[0], first_latent, noise, plan)
-    return _Switched(stream, list(zip(ends, conditions[1:])), rebuild=rebuild)
+    return _Switched(stream, list(zip(ends, conditions[1:])))
 
 
 class _Switched(Iterator[Tensor]):
     """A stream whose condition changes at frames (ascending); as its `next`, a call that failed can be made again."""
 
-    def __init__(self, stream: LatentStream, changes: list[tuple[int, Condition]], *, rebuild: bool) -> None:
-        self.stream, self.changes, self.rebuild = stream, changes, rebuild
+    def __init__(self, stream: LatentStream, changes: list[tuple[int, Condition]]) -> None:
+        self.stream, self.changes = stream, changes
 
     def __next__(self) -> Tensor:
         if self.changes and self.stream.position >= self.changes[0][0]:
-            condition = self.changes[0][1]
-            if self.rebuild:
-                self.stream.change(condition)
-            else:
-                self.stream.commit()
-                self.stream.condition = condition
+            self.stream.change(self.changes[0][1])
             self.changes = self.changes[1:]
         return self.stream.next()
 

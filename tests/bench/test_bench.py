@@ -49,8 +49,9 @@ def test_a_stream_has_all_numbers(stream):
     kinds |= {"rtf": float, "peak_gib": float, "compile_s": float}
     assert {name: type(found[name]) for name in kinds} == kinds
     assert set(found["ms"]) == {
-        *["text", "clip", "y", "passes", "context", "decode", "copy", "write", "rest", "launch"]
+        *["text", "clip", "y", "passes", "context", "decode", "copy", "write", "rest", "launch", "first"]
     }
+    assert set(found["ms"]["first"]) == {"picture", "text", "clip", "y", "passes", "decode", "copy"}
     assert set(found["floor_ms"]) == {"pass", "decode"} and set(found["first_frame_s"]) == {"warm", "cold"}
     assert set(found["gaps_ms"]) == {"p50", "p90", "p99"} and set(found["fps"]) == {"loop", "end_to_end"}
     assert found["plan"]["height"] == 32 and len(found["ms"]["passes"]) == len(found["plan"]["sigmas"]) == 4

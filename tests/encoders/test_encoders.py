@@ -253,6 +253,17 @@ def test_image_tokens_are_the_penultimate_layer(encoders):
             p.copy_(old)
 
 
+def test_an_embedding_is_the_last_class_token_after_the_final_norm(encoders):
+    image, model = video(2)[0], encoders.image.model
+    norm = next(module for name, module in model.named_modules() if name.endswith("post_layernorm"))
+    with torch.no_grad():
+        last = model(pixel_values=encoders.image.preprocess(image)).last_hidden_state
+        expected = norm(last[:, 0])
+    assert torch.equal(encoders.image.embed(image), expected) and expected.shape == (2, 64)
+    with pytest.raises(ShapeError, match=r"\[B, 3, h, w\]"):
+        encoders.image.embed(image[0])
+
+
 def test_image_preprocessing_is_plain_bicubic_with_clip_statistics(encoders):
     grey = encoders.image.preprocess(torch.zeros(1, 3, 40, 70))
     assert grey.shape == (1, 3, 32, 32)

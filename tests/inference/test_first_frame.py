@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tape import Tape
-from tiny_sessions import B, make_generator, open_session, take
+from tiny_sessions import PICTURE, A, B, make_generator, open_session, take
 
 from longtake.encoders.condition import ConditionFrames
 from longtake.inference.generator import Generator
@@ -96,6 +96,17 @@ def test_a_session_goes_back_to_where_y_was_not_encoded(generator, whole):
     assert np.array_equal(take(session, BLOCKS - 1), whole[1:])
 
 
+def test_the_first_latent_is_given_before_the_next_block_is_begun(generator, whole):
+    """And its block's other frames as soon as they are decoded; from then on a block is begun ahead."""
+    chunks = generator.stream(PICTURE, A, num_frames=25, ahead=True)
+    begun, made = [], []
+    for chunk in chunks:
+        begun.append(chunks._blocks._session.num_frames)
+        made.append(chunk)
+    assert [len(chunk) for chunk in made] == [1, 4, 4, 8, 8] and begun == [9, 9, 9, 25, 25]
+    assert np.array_equal(np.concatenate(made), whole[:25])
+
+
 # ---- caches that outlive their session -------------------------------------------------------------------------------
 @pytest.fixture
 def taped():
@@ -139,6 +150,18 @@ def test_a_cache_is_lent_again_when_its_session_is_gone(taped):
     two = open_session(generator)
     two.next()
     assert two.state.stream.cache is cache
+
+
+def test_a_scene_that_could_not_be_begun_has_its_cache_when_it_is(taped, whole, monkeypatch):
+    generator, _ = taped
+    take(open_session(generator), 2)
+    gc.collect()
+    cache, session = generator.caches._kept[0][1][0], open_session(generator)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(generator.encoders.text, "encode", lambda prompts: (_ for _ in ()).throw(MemoryError))
+        session.next()
+    assert not generator.caches._kept and np.array_equal(take(session, BLOCKS), whole)
+    assert session.state.stream.cache is cache and not session._unused
 
 
 def test_a_cache_of_other_sizes_is_not_lent(taped):

@@ -121,14 +121,11 @@ def test_a_wrong_folder_is_refused(make, message, tmp_path):
         Generator.from_run(make(tmp_path))
 
 
-def test_a_teacher_and_a_text_to_video_student_cannot_stream(workshop, tmp_path):
+def test_a_teacher_cannot_stream(workshop, tmp_path):
     save_student(stage_config(workshop, tmp_path, "teacher"))
     with pytest.raises(CheckpointError, match="bidirectional teacher, which cannot stream"):
         Generator.from_run(tmp_path / "teacher", "cpu")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint of a student"):
-        Generator.from_run(tmp_path, "cpu")
-    save_student(stage_config(workshop, tmp_path, "causal", model={"image_condition": "t2v"}))
-    with pytest.raises(CheckpointError, match="text-to-video student"):
         Generator.from_run(tmp_path, "cpu")
 
 
@@ -169,7 +166,7 @@ def test_a_block_ahead_of_what_is_fetched_gives_the_same_frames(generator, video
     order = []
     begin = Session.begin
     monkeypatch.setattr(Session, "begin", lambda self: order.append("begin") or begin(self))
-    for ahead, wanted in ((False, "bfbfbf"), (True, "bbfbff")):
+    for ahead, wanted in ((False, "bfbfbf"), (True, "bbfffbf")):
         order.clear()
         chunks = []
         for chunk in generator.stream(PICTURE, WORLD.caption, num_frames=17, ahead=ahead):
@@ -351,7 +348,7 @@ def test_frames_that_are_not_finite_are_an_error_and_not_black(generator, value,
     def broken(self, latents):
         calls.append(latents)
         video = decode(self, latents).clone()
-        if len(calls) == 3:
+        if len(calls) == 4:
             video[0, 5, 1, 2, 3] = value
         return video
 

@@ -161,7 +161,7 @@ def test_a_stream_and_a_story_go_on_after_an_interruption(ahead):
     for number in (3, calls[0]):
         for frames, whole in zip(ways(), expected, strict=True):
             made = []
-            for _ in range(8):
+            for _ in range(12):
                 with raising_at(number):
                     try:
                         made.append(next(frames))

@@ -280,8 +280,9 @@ def test_command_with_a_stage_file(models, workshop, tmp_path):
     [
         (["--image", "a", "--prompt", "p"], "either --run"),
         (["--run", "r", "--model", "m", "--image", "a", "--prompt", "p"], "either --run"),
-        (["--model", "m"], "either --image and --prompt, or --inputs"),
-        (["--model", "m", "--inputs", "f", "--prompt", "p"], "either --image and --prompt, or --inputs"),
+        (["--model", "m"], "either --prompt, with --image where"),
+        (["--model", "m", "--image", "a"], "either --prompt, with --image where"),
+        (["--model", "m", "--inputs", "f", "--prompt", "p"], "either --prompt, with --image where"),
         (["--run", "r", "--encoders", "e", "--inputs", "f"], "belong to --model"),
         (["--model", "m", "--config", "configs/toy/i2v.yaml", "--image", "a", "--prompt", "p"], "job of several"),
     ],

@@ -234,7 +234,7 @@ def test_the_command_with_piped_input(generator, pictures, monkeypatch):
         return source
 
     monkeypatch.setattr(generator_module.Source, "of_run", classmethod(of_run))
-    monkeypatch.setattr(generator_module.Generator, "build", classmethod(lambda *_: generator))
+    monkeypatch.setattr(generator_module.Generator, "build", classmethod(lambda *_, **__: generator))
     command = ["play", "--run", "r", "--image", pictures / "a.png", "--prompt", A, "-o", pictures / "out.mp4"]
 
     def invoke(*more, typed=""):

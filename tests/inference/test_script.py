@@ -123,8 +123,8 @@ def test_a_target_for_weights_that_take_none_is_refused_before_any_frame(write):
 def test_a_file_is_written_by_script(generator, write, tmp_path, monkeypatch):
     written = []
 
-    def recorded(generator, chunks, output):
-        return write_chunks(generator, (written.append(chunk) or chunk for chunk in chunks), output)
+    def recorded(generator, chunks, output, **given):
+        return write_chunks(generator, (written.append(chunk) or chunk for chunk in chunks), output, **given)
 
     monkeypatch.setattr(module, "write_chunks", recorded)
     monkeypatch.setattr(module.Generator, "build", lambda *_, **__: generator)

@@ -122,7 +122,7 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
     with safe_open(tmp_path / "s", "pt") as file:
         values = json.loads(file.metadata()["longtake_session"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / "new", {"longtake_session": json.dumps({**values, "version": 3})})
+    save_file(tensors, tmp_path / "new", {"longtake_session": json.dumps({**values, "version": 4})})
     del tensors["kept.0"], tensors["kept.1"]
     save_file(tensors, tmp_path / "damaged", {"longtake_session": json.dumps(values)})
     for name, message in (
@@ -130,7 +130,7 @@ def test_files_that_are_no_session_are_refused(generator, tmp_path):
         ("text", "cannot be read as a session"),
         ("cut", "cannot be read as a session"),
         ("weights.safetensors", "holds no session"),
-        ("new", "version 3; this version reads 2"),
+        ("new", "version 4 and this version reads 3"),
         ("damaged", "is damaged .another checksum"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -80,8 +80,16 @@ def test_a_cached_block_with_a_window(model, with_grad):
     call = first.cached(2, past, with_context=with_grad)
     noise = make_tiny_latents(2)
     ran, out = counted(
-        lambda: denoise_block(
-            Denoiser(model), cache, condition, lambda step: noise, [1.0, 0.5], exit_step=1, with_grad=with_grad
+        lambda: (
+            denoise_block(
+                Denoiser(model),
+                cache,
+                condition,
+                lambda step: noise,
+                replace(PLAN, sigmas=(1.0, 0.5)),
+                exit_step=1,
+                with_grad=with_grad,
+            ).clean
         )
     )
     passes = [first.cached(2, past, with_context=False), call]

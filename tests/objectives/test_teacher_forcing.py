@@ -134,7 +134,7 @@ def test_error_recycling_is_the_context_and_the_real_video_the_target(monkeypatc
 def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(window):
     """By hand, without the code of roll-outs: one block from step 1 and one from step 2, each after the ones before."""
     model = make_tiny_model(i2v=True)
-    rules = StreamPlan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5))
+    rules = StreamPlan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5), given_frames=1)
     batch = make_batch(model, [4, 9], 7)
     clean, condition = batch.latents, batch.condition
 
@@ -142,7 +142,7 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *clean.shape[2:], generator=generator)
 
-    made = recycle(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0], with_picture=True)
+    made = recycle(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0])
     with torch.no_grad():
         cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
         commit_block(Denoiser(model), cache, condition, clean[:, :1])
@@ -165,7 +165,7 @@ def test_from_noise_alone_the_own_version_is_a_roll_out():
         generator = torch.Generator().manual_seed(10 * start + step)
         return torch.randn(2, end - start, *batch.latents.shape[2:], generator=generator)
 
-    made = recycle(Denoiser(model), batch.condition, batch.latents, noise, RULES, [0] * 4, with_picture=True)
+    made = recycle(Denoiser(model), batch.condition, batch.latents, noise, RULES.with_given(1), [0] * 4)
     rolled = roll_out(Denoiser(model), batch.condition, batch.first_latent, noise, RULES, 7, (4, 6)).latents
     torch.testing.assert_close(made[:, :5], rolled[:, :5])
 
@@ -174,12 +174,12 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
     causal = objective(make_tiny_model(i2v=True), recycling=ErrorRecycling(share=0.3, from_step=0))
     share = sum(causal.remakes(step) for step in range(2000)) / 2000
     assert abs(share - 0.3) < 0.04
-    starts = torch.tensor([causal.starts(step, 4, 1) for step in range(300)])
+    starts = torch.tensor([causal.starts(step, 7) for step in range(300)])
     steps = len(RULES.sigmas)
     assert set(starts[:, 1].tolist()) == set(range(1, steps))  # what is open is decided by the real video
     assert set(starts[:, 2].tolist()) == set(range(steps))
     late = objective(make_tiny_model(i2v=True), recycling=ErrorRecycling(share=1.0, from_step=steps - 1))
-    assert {tuple(late.starts(step, 4, 1)) for step in range(50)} == {(steps - 1,) * 4}
+    assert {tuple(late.starts(step, 7)) for step in range(50)} == {(steps - 1,) * 4}
     assert not any(objective(make_tiny_model(i2v=True)).remakes(step) for step in range(100))
 
 

@@ -1,5 +1,7 @@
 """One block against a cache: which calls are made, at which levels, and where gradient flows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_batches import record
@@ -11,6 +13,7 @@ from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
+RULES = StreamPlan(2, 1, 5, 1, sigmas=SIGMAS)
 
 
 def noise_of(frames, batch=2):
@@ -31,7 +34,7 @@ def test_levels_and_renoising_follow_the_steps(scene, exit_step, monkeypatch):
     model, cache, condition = scene
     calls = record(model, monkeypatch)
     noise = noise_of(2)
-    clean = denoise_block(Denoiser(model), cache, condition, noise, SIGMAS, exit_step=exit_step)
+    clean = denoise_block(Denoiser(model), cache, condition, noise, RULES, exit_step=exit_step).clean
     last = 3 if exit_step is None else exit_step
     assert [call["sigma"].tolist() for call in calls] == [pytest.approx([s, s]) for s in SIGMAS[: last + 1]]
     assert all(call["sigma"].dtype == torch.float32 and not call["commit"] for call in calls)
@@ -49,7 +52,7 @@ def test_the_cache_is_only_read(scene):
     model, cache, condition = scene
     keys, held = cache.keys.clone(), cache.held_frames
     for with_grad in (False, True):
-        denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, with_grad=with_grad)
+        denoise_block(Denoiser(model), cache, condition, noise_of(2), RULES, with_grad=with_grad)
     assert torch.equal(cache.keys, keys) and cache.held_frames == held and cache.position == 1
 
 
@@ -57,7 +60,9 @@ def test_the_cache_is_only_read(scene):
 def test_gradient_flows_through_the_exit_step_alone(scene, exit_step, monkeypatch):
     model, cache, condition = scene
     calls = record(model, monkeypatch)
-    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, exit_step=exit_step, with_grad=True)
+    clean = denoise_block(
+        Denoiser(model), cache, condition, noise_of(2), RULES, exit_step=exit_step, with_grad=True
+    ).clean
     assert [call["with_grad"] for call in calls] == [False] * exit_step + [True]
     assert [call["out"].requires_grad for call in calls] == [False] * exit_step + [True]
     assert not calls[-1]["x"].requires_grad
@@ -72,7 +77,7 @@ def test_gradient_flows_through_the_exit_step_alone(scene, exit_step, monkeypatc
 
 def test_graded_step_reaches_every_part_of_the_model(scene):  # spec N.6
     model, cache, condition = scene
-    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS, exit_step=1, with_grad=True)
+    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), RULES, exit_step=1, with_grad=True).clean
     clean.square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert without == []
@@ -81,7 +86,7 @@ def test_graded_step_reaches_every_part_of_the_model(scene):  # spec N.6
 def test_no_gradient_is_kept_inside_no_grad(scene):
     model, cache, condition = scene
     with torch.no_grad():
-        assert not denoise_block(Denoiser(model), cache, condition, noise_of(2), SIGMAS).requires_grad
+        assert not denoise_block(Denoiser(model), cache, condition, noise_of(2), RULES).clean.requires_grad
 
 
 def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
@@ -102,7 +107,9 @@ def test_both_sides_of_guidance_are_denoised_and_committed_alike(scene, monkeypa
     commit_block(Denoiser(model), twin, other, make_tiny_latents(1))
     calls = record(model, monkeypatch)
     guidance = Guidance(3.0, other, twin)
-    clean = denoise_block(Denoiser(model), cache, condition, noise_of(2), [1.0], guidance=guidance)
+    clean = denoise_block(
+        Denoiser(model), cache, condition, noise_of(2), replace(RULES, sigmas=(1.0,)), guidance=guidance
+    ).clean
     with_text, without = (call["out"] for call in calls)
     torch.testing.assert_close(clean, noise_of(2)(0) - (without + 3.0 * (with_text - without)))
     calls.clear()
@@ -121,9 +128,9 @@ def test_joined_exit_steps_are_those_of_each_block(scene):
     for frames, exit_step in ((1, 0), (3, 2)):
         block = noise_of(frames)
         expected.append(
-            denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, with_grad=True)
+            denoise_block(Denoiser(model), cache, condition, block, RULES, exit_step=exit_step, with_grad=True).clean
         )
-        plain = denoise_block(Denoiser(model), cache, condition, block, SIGMAS, exit_step=exit_step, exits=exits)
+        plain = denoise_block(Denoiser(model), cache, condition, block, RULES, exit_step=exit_step, exits=exits).clean
         assert not plain.requires_grad
         commit_block(Denoiser(model), cache, condition, plain)
     made = Denoiser(model).exits_with_grad(condition, exits)

@@ -107,7 +107,7 @@ def oracle_with_switch(model, condition, first, later, switch, end):
             recache(Denoiser(model), cache, condition, kept)
         else:
             commit_block(Denoiser(model), cache, condition, pending)
-        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES).clean
         blocks.append(pending)
     return torch.cat(blocks, 1)
 
@@ -123,7 +123,7 @@ def test_new_weights_are_used_whole_from_the_next_chunk_on():
             randomize(model, seed=9)
             condition = condition.with_text(condition.text)
         commit_block(Denoiser(model), cache, condition, pending)
-        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES.sigmas)
+        pending = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, begin, stop), RULES).clean
     assert torch.equal(stream.advance(11, noise).latents[:, -2:], pending)
 
 

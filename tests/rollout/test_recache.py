@@ -23,10 +23,10 @@ def streamed(model, condition, latents, window, sink, rope="relative"):
     return cache
 
 
-def kept_of(latents, window, sink, together=1):
+def kept_of(latents, window, sink, together=1, **law):
     """Kept latents, given `together` blocks at a time."""
     kept, blocks = (
-        LatentHistory(replace(PLAN, window_frames=window, sink_frames=sink)),
+        LatentHistory(replace(PLAN, window_frames=window, sink_frames=sink, **law)),
         list(PLAN.blocks(0, latents.shape[1])),
     )
     for k in range(0, len(blocks), together):
@@ -36,8 +36,12 @@ def kept_of(latents, window, sink, together=1):
 
 def next_block(model, cache, condition):
     return denoise_block(
-        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=50 + step), [1.0, 0.5]
-    )
+        Denoiser(model),
+        cache,
+        condition,
+        lambda step: make_tiny_latents(2, seed=50 + step),
+        replace(PLAN, sigmas=[1.0, 0.5]),
+    ).clean
 
 
 def frames(cache):
@@ -114,7 +118,7 @@ def test_the_sink_can_stay_as_the_old_prompt_made_it():
     latents = make_tiny_latents(11)
     cache = streamed(model, old, latents, 7, 3)
     before = {f: tuple(t.clone() for t in pair) for f, pair in frames(cache).items()}
-    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3, keep_sink=True))
     after = frames(cache)
     assert list(after) == [0, 1, 2, 7, 8, 9, 10] and cache.position == 11
     assert all(torch.equal(after[f][0], before[f][0]) for f in (0, 1, 2))
@@ -132,7 +136,7 @@ def test_beside_a_kept_sink_nothing_that_the_old_prompt_made_is_seen(spare, comm
     cache, fresh = (model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
-    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3, keep_sink=True))
     for start, condition in ((0, old), (1, old), (9, new), (11, new)):
         fresh.position = start
         commit_block(Denoiser(model), fresh, condition, latents[:, start : start + (2 if start else 1)])
@@ -151,7 +155,7 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}
-    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3), keep_sink=True)
+    recache(Denoiser(model), cache, new, kept_of(latents, 7, 3, keep_sink=True))
     after = frames(cache)
     assert list(after) == [0, 1, 2, 3, 4]
     assert [f for f in after if f in before and torch.equal(after[f][0], before[f])] == list(range(min(3, committed)))
@@ -174,8 +178,8 @@ def test_a_pending_backward_is_not_robbed_of_its_context():
     latents = make_tiny_latents(5)
     cache = streamed(model, condition, latents, 7, 1)
     clean = denoise_block(
-        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=step), [1.0], with_grad=True
-    )
+        Denoiser(model), cache, condition, lambda step: make_tiny_latents(2, seed=step), PLAN, with_grad=True
+    ).clean
     with pytest.raises(CacheError, match="pending backward"):
         recache(Denoiser(model), cache, condition, kept_of(latents, 7, 1))
     clean.sum().backward()

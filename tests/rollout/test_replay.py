@@ -1,5 +1,7 @@
 """The packed replay: the same exit steps as the roll-out's, and the gradient of brute force, context included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import run
@@ -33,22 +35,31 @@ def problem(i2v, rope, frames):
 
 
 @pytest.mark.parametrize(
-    ("i2v", "rope", "frames"), [(True, "relative", 9), (True, "absolute", 9), (False, "relative", 10)]
+    ("i2v", "rope", "frames", "context"),
+    [
+        (True, "relative", 9, "pass"),
+        (True, "absolute", 9, "pass"),
+        (False, "relative", 10, "pass"),
+        (True, "relative", 9, "last_step"),
+    ],
 )
-def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope, frames, monkeypatch):
+def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope, frames, context, monkeypatch):
     """With eviction, in float64: one packed forward against the oracle, which streams block by block with a graph."""
     model, condition, rules, clean, noisy, sigma = problem(i2v, rope, frames)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what Wan computes in float32, in float64 here
     model.double()
     weight = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     weight[:, : int(i2v)] = 0
-    mine = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, frames))
+    rules = replace(rules, context=context, given_frames=int(i2v))
+    stored = torch.tensor(rules.context_levels(frames)).expand(2, -1)
+    assert stored.any() == (context == "last_step")
+    mine = packed_replay(model, condition, clean, stored, noisy, sigma, layout_of(rules, frames))
     (mine * weight).sum().backward()
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     trace = run(
         state,
         clean,
-        torch.zeros_like(sigma),
+        stored,
         condition.text,
         condition.image,
         condition.frames,
@@ -81,7 +92,7 @@ def test_the_exit_steps_of_a_roll_out_are_made_again(monkeypatch):
     noisy = torch.cat([made.latents[:, :1], *exits], 1)
     sigma = torch.full((2, 9), SIGMAS[2])
     sigma[:, 0] = 0
-    again = packed_replay(model, condition, made.latents, noisy, sigma, layout_of(rules, 9))
+    again = packed_replay(model, condition, made.latents, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, 9))
     torch.testing.assert_close(again, made.latents, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +100,7 @@ def test_the_context_gets_gradient_and_the_latents_none():
     model, condition, rules, clean, noisy, sigma = problem(True, "relative", 9)
     clean.requires_grad_()
     noisy.requires_grad_()
-    found = packed_replay(model, condition, clean, noisy, sigma, layout_of(rules, 9))
+    found = packed_replay(model, condition, clean, torch.zeros_like(sigma), noisy, sigma, layout_of(rules, 9))
     assert torch.autograd.grad(found.sum(), [clean, noisy], allow_unused=True) == (None, None)
 
 

@@ -195,7 +195,7 @@ def test_what_blocks_read_together_is_kept_until_backward():
     commit()
     for backward in (True, False):
         exits = []
-        denoise_block(denoiser, cache, condition, lambda step: block, SIGMAS, exits=exits)
+        denoise_block(denoiser, cache, condition, lambda step: block, rules(), exits=exits)
         commit()
         with pytest.raises(CacheError, match="pending backward"):
             commit()

@@ -91,17 +91,24 @@ def raising_at(number):
 
 @pytest.mark.parametrize("step", [None, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize(
-    ("guided", "in_place", "keep_sink", "recorded"),
-    [(False, True, False, False), (True, True, True, False), (True, False, True, False), (False, True, True, True)],
+    ("guided", "in_place", "keep_sink", "recorded", "context"),
+    [
+        (False, True, False, False, "pass"),
+        (True, True, True, False, "pass"),
+        (True, False, True, False, "pass"),
+        (False, True, True, True, "pass"),
+        (True, False, False, False, "last_step"),
+        (False, True, False, True, "last_step"),
+    ],
 )
-def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded, step):
+def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded, context, step):
     """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild. At every call
     of a module or the cache (`step` 1), or at some of them.
     """
     denoiser = Denoiser(make_tiny_model(i2v=True))
     model = denoiser.model
     one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
-    rules = replace(PLAN, window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5])
+    rules = replace(PLAN, window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5], context=context)
 
     def noise(start, end, step):
         return make_tiny_latents(end - start, seed=start + 50 * step)
@@ -143,11 +150,11 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
         assert counted[0] >= number
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
+@pytest.mark.parametrize("recache", ["rebuild", "none"])
+def test_a_switched_stream_goes_on_after_an_interruption(recache):
     model = make_tiny_model(i2v=True)
     conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 2, 3)]
-    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
+    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5], recache=recache)
 
     def made(number):
         cache, latents = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), []
@@ -159,7 +166,6 @@ def test_a_switched_stream_goes_on_after_an_interruption(rebuild):
             make_tiny_latents(1),
             lambda s, e, k: make_tiny_latents(e - s, seed=s + 50 * k),
             rules,
-            rebuild=rebuild,
         )
         with raising_at(number) as counted:
             while len(latents) < 5:

@@ -37,12 +37,10 @@ def new_cache(model, rules=RULES):
     return model.new_cache(rules, 2, (4, 6))
 
 
-def switched(model, conditions, switch_frames, *, rebuild=True, keep_sink=False):
-    rules = replace(RULES, keep_sink=keep_sink)
+def switched(model, conditions, switch_frames, **law):
+    rules = replace(RULES, **law)
     first = make_tiny_latents(1)
-    stream = stream_switched(
-        Denoiser(model), new_cache(model), conditions, switch_frames, first, noise, rules, rebuild=rebuild
-    )
+    stream = stream_switched(Denoiser(model), new_cache(model), conditions, switch_frames, first, noise, rules)
     return torch.cat(list(islice(stream, BLOCKS)), 1)
 
 
@@ -53,14 +51,14 @@ def plain(model, condition):
 
 def by_hand(model, conditions, switch, policy):
     """Block by block, with the cache rebuilt, kept or rebuilt but for the sink at frame `switch`."""
-    cache, kept, made = new_cache(model), LatentHistory(RULES), []
+    cache, kept, made = new_cache(model), LatentHistory(replace(RULES, keep_sink=policy == "keep sink")), []
     for start, end in list(PLAN.blocks(0, 2 * BLOCKS - 1)):
         condition = conditions[start >= switch]
         if start == switch and policy != "none":
-            recache(Denoiser(model), cache, condition, kept, keep_sink=policy == "keep sink")
+            recache(Denoiser(model), cache, condition, kept)
         block = make_tiny_latents(1)
         if start:
-            block = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, start, end), RULES.sigmas)
+            block = denoise_block(Denoiser(model), cache, condition, block_noise_at(noise, start, end), RULES).clean
         commit_block(Denoiser(model), cache, condition, block)
         kept.append(block)
         made.append(block)
@@ -73,7 +71,7 @@ def test_without_a_switch_it_is_the_plain_stream(model, conditions):
 
 @pytest.mark.parametrize("policy", ["rebuild", "keep sink", "none"])
 def test_it_does_what_is_done_by_hand(model, conditions, policy):
-    options = {"rebuild": policy != "none", "keep_sink": policy == "keep sink"}
+    options = {"recache": "none" if policy == "none" else "rebuild", "keep_sink": policy == "keep sink"}
     assert torch.equal(switched(model, conditions[:2], [9], **options), by_hand(model, conditions, 9, policy))
 
 
@@ -82,7 +80,7 @@ def test_the_policies_differ_from_the_switch_on_and_nowhere_before(model, condit
         plain(model, conditions[0]),
         switched(model, conditions[:2], [9]),
         switched(model, conditions[:2], [9], keep_sink=True),
-        switched(model, conditions[:2], [9], rebuild=False),
+        switched(model, conditions[:2], [9], recache="none"),
     ]
     for k, one in enumerate(videos):
         for other in videos[:k]:

@@ -1,0 +1,68 @@
+"""What a session follows and where it stands: plain values that `Session` replaces as a whole.
+
+Must know no generator and no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from longtake.encoders.condition import ConditionFrames
+from longtake.encoders.vae import DecoderSession
+from longtake.models.cache import KVCache
+from longtake.rollout.stream import LatentStream
+
+
+@dataclass(frozen=True, eq=False)
+class SessionInputs:
+    """What the frames should follow: a prompt, the scene's own picture and another one to move towards, or None.
+
+    Pictures are [1, 3, h, w] in [-1, 1].
+    """
+
+    prompt: str
+    picture: Tensor | None = None
+    target: Tensor | None = None
+
+    def same_pictures(self, other: SessionInputs) -> bool:
+        return self.picture is other.picture and self.target is other.target
+
+
+@dataclass
+class SessionState:
+    """Where a session stands between two blocks: all that `Session.next` changes, in a copy that takes its place.
+
+    `inputs`, the one that the latest block followed; `stream` and `decoder` of the running scene, None before the
+    first; `y`, the condition frames of that scene while they are not all encoded, else None; `scene` counts cuts;
+    `num_frames` pixel frames given out.
+    """
+
+    inputs: SessionInputs
+    stream: LatentStream | None = None
+    decoder: DecoderSession | None = None
+    y: ConditionFrames | None = None
+    scene: int = -1
+    num_frames: int = 0
+
+    def encode(self, num_latent_frames: int | None = None) -> None:
+        """Encodes `y` as far as latent frames before that one read it (None: to its end)."""
+        if self.y is None:
+            return
+        most = self.y.frames.shape[1]
+        self.y.reach(most if num_latent_frames is None else num_latent_frames)
+        if self.y.reached == most:
+            self.y = None  # and with it what the encoder remembers
+
+    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
+        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
+
+        def clone(cache: KVCache) -> KVCache:
+            assert clones is not None
+            if id(cache) not in clones:
+                clones[id(cache)] = cache.copy()
+            return clones[id(cache)]
+
+        stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
+        return replace(self, stream=stream, decoder=None if self.decoder is None else self.decoder.copy())

@@ -1,0 +1,282 @@
+"""`longtake evaluate --data`: any rows, students at several lengths beside a teacher, the numbers of `measure`."""
+
+import json
+import os
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_ranks import on_ranks
+from PIL import Image
+from tiny_stage import TEACHER, make_encoders, make_model, stage_config
+from tiny_wan import write_model, write_photos
+from typer.testing import CliRunner
+
+from longtake.cli.app import app
+from longtake.config.generation import GenerationConfig, write_rules
+from longtake.config.groups import PlanConfig, WorldConfig
+from longtake.data.clips import open_video
+from longtake.encoders.bundle import ImageEncoder, TextEncoder
+from longtake.encodings.write import encode
+from longtake.errors import ConfigError
+from longtake.evaluation import row_reader
+from longtake.evaluation.contenders import Asked, contenders, parse_multiples
+from longtake.evaluation.instruments import METRICS
+from longtake.evaluation.latents import LATENT_METRICS
+from longtake.evaluation.likeness import LIKENESS_METRICS
+from longtake.evaluation.on_data import evaluate_on_data
+from longtake.evaluation.row_reader import RowReader
+from longtake.evaluation.target import of_models
+from longtake.parallel.mesh import Mesh
+from longtake.toy.files import write_world
+from longtake.weights.load import save_dit
+
+RULES = GenerationConfig(
+    height=64,
+    width=64,
+    num_latent_frames=3,
+    steps=[1.0, 0.5],
+    plan=PlanConfig(block_frames=2, window_frames=5, sink_frames=1),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """`photos/`, two students `one` and `two` with rules of their own, and `teacher` weights."""
+    root, encoders = tmp_path_factory.mktemp("on data"), make_encoders()
+    write_photos(root / "photos", 3)
+    for seed, name in enumerate(("one", "two", "bidirectional")):
+        write_model(root / name, TEACHER, encoders)
+        save_dit(TEACHER, make_model(TEACHER, seed).state_dict(), root / name)
+        write_rules(root / name, RULES)
+    return root
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+
+
+def evaluate(place, *arguments):
+    return run("evaluate", "--model", place / "one", "--data", place / "photos", *arguments)
+
+
+def num_frames(path):
+    with open_video(Path(path), str(path)) as video:
+        return sum(1 for _ in video.frames())
+
+
+def page_of(out):
+    return (out / "evaluation.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """The folder of one evaluation with everything."""
+    out = tmp_path_factory.mktemp("out") / "report"
+    options = ["--multiples", "3,1", "--rows", "2", "--teacher-steps", "2", "--vbench"]
+    teacher = ["--model", place / "two", "--teacher", place / "bidirectional"]
+    result = evaluate(place, *teacher, *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_every_row_and_length_is_in_table_json_and_page(whole):
+    out, text = whole
+    found = json.loads((out / "evaluation.json").read_text())
+    names = ["teacher", "one 1x", "one 3x", "two 1x", "two 3x"]
+    assert list(found["rows"]) == names and len(found["videos"]) == 2 * len(names)
+    metrics = [*METRICS, *LATENT_METRICS, *LIKENESS_METRICS]
+    assert all(list(row) == metrics for row in found["rows"].values())
+    assert (out / "evaluation.md").read_text() == text[text.index("|") :]
+    for video in found["videos"]:
+        frames = {"3x": 33}.get(video["name"][-2:], 9)  # 9 latent frames, 3 latent frames
+        assert video["frames"] == frames == num_frames(video["path"])
+        assert {len(curve) for curve in video["curves"].values()} == {frames}
+        assert (video["metrics"]["seam_score"] is None) != video["name"].endswith("3x")  # a clip is two blocks
+        assert video["curves"]["latent_mean_shift"][0] == 0 and video["curves"]["clip_frame_likeness"][0] is None
+    assert list(found["against_teacher"]) == names[1:] and "motion vs teacher" in text
+    means = {name: row["motion_px_s"]["mean"] for name, row in found["rows"].items()}
+    ratio = found["against_teacher"]["one 3x"]["motion_vs_teacher"]
+    assert ratio == pytest.approx(means["one 3x"] / means["teacher"]) and f"<td>{ratio:.2f}</td>" in page_of(out)
+    page = page_of(out)
+    links = re.findall(r'<video src="([^"]+)"', page)
+    assert len(links) == 6 and not any("1x" in link for link in links)  # the longest of each alone are played
+    assert all((out / link.replace("%20", " ")).is_file() for link in links)
+    assert "photo0" in page and (Path(out).parent.name not in page)
+
+
+def test_a_shorter_video_is_the_beginning_of_the_longer_one(whole):
+    out, _ = whole
+    found = json.loads((out / "evaluation.json").read_text())["videos"]
+    curves = {(video["name"], Path(video["path"]).stem): video["curves"] for video in found}
+    for (name, stem), short in curves.items():
+        if name.endswith("1x"):
+            for curve in (*LATENT_METRICS, *LIKENESS_METRICS):
+                assert short[curve] == curves[name.replace("1x", "3x"), stem][curve][:9]
+    one, two = (curves[name, "00000-photo0"]["change"] for name in ("one 3x", "two 3x"))
+    assert one != two
+
+
+def test_measure_finds_the_same_numbers_in_the_files(whole, tmp_path):
+    out, _ = whole
+    folders = [f"{name}={out / 'videos' / name}" for name in ("one 1x", "one 3x")]
+    assert run_measure(*folders, "--block", "9+8", "--json", tmp_path / "again.json").exit_code == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    found = {video["path"]: video for video in json.loads((out / "evaluation.json").read_text())["videos"]}
+    assert len(again["videos"]) == 4
+    for video in again["videos"]:
+        one = found[video["path"]]
+        assert {name: one["metrics"][name] for name in METRICS} == video["metrics"]
+        assert one["defects"] == video["defects"] and one["curves"]["light"] == video["curves"]["light"]
+
+
+def run_measure(*arguments):
+    return CliRunner().invoke(app, ["measure", *map(str, arguments)])
+
+
+def test_videos_are_laid_out_for_vbench_with_the_pictures_they_were_made_of(whole, place):
+    out, _ = whole
+    for name in ("teacher", "one 1x", "two 3x"):
+        laid = out / "vbench" / name
+        videos, images = os.listdir(laid / "i2v/videos"), os.listdir(laid / "i2v/images")
+        assert len(videos) == len(images) == 2 and sorted(videos) == sorted(os.listdir(laid / "long"))
+        assert {video.removesuffix("-0.mp4") for video in videos} == {image.removesuffix(".png") for image in images}
+        prompts = {(place / "photos" / f"photo{k}.txt").read_text() for k in range(2)}
+        assert {image.removesuffix(".png") for image in images} == prompts
+        assert Image.open(laid / "i2v/images" / images[0]).size == (64, 64)
+
+
+def test_a_folder_with_videos_is_kept_unless_it_is_to_be_overwritten(whole, place):
+    out, _ = whole
+    before = (out / "evaluation.json").read_bytes()
+    result = evaluate(place, "-o", out)
+    assert result.exit_code == 2 and "exists already" in result.output
+    (json_file := out / "evaluation.json").rename(out / "kept.json")
+    result = evaluate(place, "--multiples", "1,3", "-o", out)  # one that was ended half-way
+    assert result.exit_code == 2 and "00000-photo0.mp4 exists already" in result.output
+    (out / "kept.json").rename(json_file)
+    assert json_file.read_bytes() == before
+
+
+def test_an_encoded_set_needs_its_decoder_alone(workshop, tmp_path, monkeypatch):
+    encode(stage_config(workshop, tmp_path / "run", "distill"), tmp_path / "set")
+    write_model(tmp_path / "one", TEACHER, make_encoders())
+    write_rules(tmp_path / "one", RULES)
+    for encoder in (TextEncoder, ImageEncoder):
+        monkeypatch.setattr(encoder, "load", lambda *_, **__: pytest.fail("an encoder was loaded"))
+    result = run(
+        "evaluate",
+        "--model",
+        tmp_path / "one",
+        "--data",
+        tmp_path / "set",
+        "--rows",
+        2,
+        "--vbench",
+        "-o",
+        tmp_path / "out",
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert list(found["rows"]) == ["one"] and list(found["rows"]["one"]) == [*METRICS, *LATENT_METRICS]
+    # Without a picture the first frame stands in for it.
+    assert len(list((tmp_path / "out/vbench/one/i2v/images").iterdir())) == 2
+
+    wrong = GenerationConfig.from_tree(RULES.model_dump() | {"height": 32})
+    write_rules(tmp_path / "one", wrong)
+    result = run("evaluate", "--model", tmp_path / "one", "--data", tmp_path / "set", "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "its pictures are 64x64, wanted 32x64" in result.output
+
+
+@pytest.mark.parametrize("form", ["images", "clips", "lmdb"])
+def test_rows_of_any_format_are_read(place, tmp_path, form):
+    write_world(tmp_path / "world", WorldConfig(num_worlds=3, num_frames=9, formats=[form]))
+    source = of_models([place / "one"]).result
+    reader = RowReader(tmp_path / "world" / form, 2, Mesh())
+    reading = reader.read(source)
+    assert [row.number for row in reading.rows] == [0, 1] and reading.rows[0].size == (8, 8)
+    assert reading.samples[0].image.shape == (64, 64, 3) and reading.image is not None
+    assert reader.read(replace(source)) is reading  # of another model that takes rows alike
+
+
+def test_a_table_may_name_pictures_anywhere(place, tmp_path):
+    rows = [{"image": str(place / "photos" / f"photo{k}.jpg"), "prompt": f"prompt {k}"} for k in (2, 0)]
+    (tmp_path / "suite.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reading = RowReader(tmp_path / "suite.jsonl", 9, Mesh()).read(of_models([place / "one"]).result)
+    assert [sample.prompt for sample in reading.samples] == ["prompt 2", "prompt 0"]
+
+
+def test_ranks_share_the_rows_and_all_get_them(place, tmp_path, monkeypatch):
+    target = of_models([place / "one"])
+    asked = Asked(place / "photos", samples=2)
+    lock, load = threading.Lock(), row_reader.load_encoders
+
+    def load_alone(*arguments, **options):  # the library loads weights in one thread of a process
+        with lock:
+            return load(*arguments, **options)
+
+    monkeypatch.setattr(row_reader, "load_encoders", load_alone)
+    parts = on_ranks(lambda mesh: evaluate_on_data(target, asked, tmp_path / "two", mesh))
+    alone = evaluate_on_data(target, asked, tmp_path / "one", Mesh())
+    stems = [f"0000{row}-photo{row}-{index}" for row in range(3) for index in range(2)]
+    for videos in (*parts, alone):
+        assert sorted(video.path.stem for video in videos) == stems
+    numbers = [{video.path.stem: video.measured.metrics for video in videos} for videos in (*parts, alone)]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert numbers[0][stems[0]] != numbers[0][stems[1]]  # another seed
+
+
+def test_bidirectional_weights_and_guided_students(place, tmp_path):
+    whole = RULES.model_dump() | {"sampler": "whole", "guidance": 2.0, "num_latent_frames": 5}
+    write_rules(place / "bidirectional", GenerationConfig.from_tree(whole))
+    try:
+        found = contenders(of_models([place / "bidirectional", place / "one"]), Asked(Path("x"), multiples=(1, 4)))
+        assert [(one.plan is None, one.multiples, one.clip_frames) for one in found] == [
+            (True, (1,), 5),
+            (False, (1, 4), 3),
+        ]
+        assert found[0].sampling == (2, 2.0)
+    finally:
+        write_rules(place / "bidirectional", RULES)
+    with pytest.raises(ConfigError, match="guidance=3"):
+        contenders(of_models([place / "one"], changes={"guidance": 3.0}), Asked(Path("x")))
+
+
+def test_rows_without_pictures_are_refused_where_the_model_starts_from_one(place, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle rises\n")
+    with pytest.raises(ConfigError, match="have no pictures"):
+        RowReader(tmp_path / "prompts.txt", 1, Mesh()).read(of_models([place / "one"]).result)
+
+
+def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
+    write_photos(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "photo1.jpg").write_bytes(b"no picture")
+    result = run("evaluate", "--model", place / "one", "--data", tmp_path / "photos", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "photo1.jpg" in result.output
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "x", "--num-worlds", "3"], "--num-worlds is of toy worlds"),
+        (["--data", "x", "--no-ablations"], "--ablations is of toy worlds"),
+        (["--rows", "3"], "--rows needs --data"),
+        (["plan.sink_frames=1"], "needs --data"),
+        (["--data", "x", "--multiples", "1,x"], "--multiples 1,x must be whole numbers"),
+        (["--data", "x", "--multiples", "0,1"], "--multiples 0,1 must be whole numbers from 1 on"),
+        (["--data", "x", "--multiples", "2,2"], "each once"),
+        (["--data", "x", "--rows", "0"], "must be at least 1"),
+        (["--data", "nowhere"], "does not exist"),
+    ],
+)
+def test_wrong_options_are_refused(place, tmp_path, options, words):
+    result = run("evaluate", "--model", place / "one", "-o", tmp_path / "out", *options)
+    assert result.exit_code in (1, 2) and words in result.output, result.output
+    assert result.output.count("\n") == 1
+
+
+def test_multiples_are_read():
+    assert parse_multiples("1, 4,10") == (1, 4, 10) and Asked(Path("x"), multiples=(4, 1)).multiples == (1, 4)

@@ -1,0 +1,129 @@
+"""Rules of a student from a configuration to its weights and back: levels by block, context by the last step."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_stage import stage_config
+
+from longtake import Generator
+from longtake.checkpoint.invariants import compare_facts, invariants
+from longtake.config.generation import GenerationConfig, changes_of, generation_settings
+from longtake.errors import CheckpointError, ConfigError
+from longtake.inference.export import export
+from longtake.inference.sampling import student_latents
+from longtake.inference.source import Source
+from longtake.parallel.mesh import Mesh
+from longtake.run_folder import latest_checkpoint
+from longtake.toy.world import sample_world
+from longtake.train.stage import run_stage
+
+# Blocks [1, 2, 2] of 5 latents: the first generated block has three levels, the second one two
+RULES = {
+    "plan": {"block_frames": 2, "window_frames": 5, "sink_frames": 1, "context": "last_step"},
+    "flow": {"steps": [1.0, 0.7, 0.4], "later_steps": [1.0, 0.5], "shift": 3.0},
+}
+PICTURE = sample_world(3, 0).render(1)[0]
+
+
+def config_of(workshop, logdir, stage, **changes):
+    if stage == "causal":
+        changes = {"error_recycling": {"share": 1.0, "from_step": 0}} | changes
+    if stage == "long":
+        changes = {"num_chunks": [2]} | changes
+    return stage_config(workshop, logdir, stage, **{**RULES, "max_steps": 4, "save_every": 2, **changes})
+
+
+def state_of(config):
+    files = sorted((latest_checkpoint(config.folder / "checkpoints") / "state").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("stage", ["causal", "distill", "long"])
+def test_a_stage_trains_resumes_bit_for_bit_and_its_student_streams_by_the_same_rules(workshop, tmp_path, stage):
+    whole = config_of(workshop, tmp_path / "whole", stage)
+    run_stage(whole, Mesh())
+    resumed = config_of(workshop, tmp_path / "resumed", stage)
+    run_stage(resumed.model_copy(update={"max_steps": 3}), Mesh())
+    shutil.rmtree(latest_checkpoint(resumed.folder / "checkpoints"))  # of step 3: a killed run goes on from step 2
+    run_stage(resumed, Mesh())
+    one, two = state_of(whole), state_of(resumed)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    generator = Generator.from_run(whole.folder, device="cpu")
+    assert generator.plan == whole.stream_plan and generator.plan.later_sigmas == (1.0, pytest.approx(0.75))
+    streamed = np.concatenate(list(generator.stream(PICTURE, "a red circle drifts to the right", num_frames=33)))
+    condition, first = generator.condition(generator.prepare(PICTURE), "a red circle drifts to the right")
+    latents = student_latents(
+        generator.denoiser, condition, first, whole.stream_plan, 9, generator.latent_size, seed=0, videos=[0]
+    )
+    pixels = generator.encoders.vae.decode(latents)[0].permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255)
+    assert np.abs(streamed.astype(int) - pixels.numpy().astype(int)).max() <= 1 and streamed.std() > 0
+    plan = {**RULES["plan"], "context": "pass"}
+    with pytest.raises(CheckpointError, match="trained with.*plan="):
+        run_stage(config_of(workshop, tmp_path / "whole", stage, plan=plan), Mesh())
+
+
+def test_rules_go_along_with_exported_weights_and_options_win(workshop, tmp_path):
+    config = config_of(workshop, tmp_path / "log", "causal", max_steps=1)
+    run_stage(config, Mesh())
+    export(config.folder, tmp_path / "out")
+    found = Generator.from_model(tmp_path / "out", "cpu", encoders=workshop / "encoders")
+    assert found.plan == config.stream_plan
+    words = changes_of("plan.context=pass", "later_steps=null", "plan.recache=none")
+    changed = Source.of_model(tmp_path / "out", workshop / "encoders", changes=words).settings.stream_plan
+    assert (changed.context, changed.later_sigmas, changed.recache) == ("pass", None, "none")
+
+
+def test_levels_may_be_given_as_they_are():
+    words = ["warp_steps=false", "steps=[0.99938,0.9375,0.8333,0.625]", "later_steps=[0.99938,0.8333]"]
+    plan = generation_settings(None, changes_of(*words)).stream_plan
+    assert plan.sigmas == (0.99938, 0.9375, 0.8333, 0.625) and plan.later_sigmas == (0.99938, 0.8333)
+    warped = generation_settings(None, changes_of("later_steps=[1,0.5]")).stream_plan
+    assert warped.sigmas[1:] == pytest.approx((15 / 16, 5 / 6, 5 / 8)) and warped.later_sigmas[1] == pytest.approx(
+        5 / 6
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan.context=append"], "plan.context: got 'append'; must be 'pass' or 'last_step'"),
+        (["plan.recache=recompute"], "plan.recache: got 'recompute'"),
+        (["plan.context=last_step", "steps=[1]"], "one noise level that is noise alone"),
+        (["plan.context=last_step", "later_steps=[1]"], "one noise level that is noise alone"),
+        (["plan.recache=last_window"], "last_window.*keep_sink"),
+        (["plan.context_sigma=1.0"], "plan.context_sigma"),
+        (["steps=[1,0.5]", "later_steps=[1,0.7,0.5]"], "no more than that"),
+        (["later_steps=[0.5]"], "later_steps=.* must descend strictly from 1"),
+        (["later_steps=[1000,500]"], "later_steps=.*divide them by 1000"),
+        (["later_steps=[]"], "later_steps"),
+    ],
+)
+def test_wrong_rules_are_named(words, message):
+    with pytest.raises(ConfigError, match=message):
+        generation_settings(None, changes_of(*words))
+
+
+def test_files_of_earlier_versions_mean_what_those_did(workshop, tmp_path):
+    """A student's rules, and what a run must keep."""
+    new = ("context", "context_from", "context_sigma", "recache")
+    tree = yaml.safe_load(yaml.safe_dump(GenerationConfig().model_dump()))
+    older = {key: value for key, value in tree.items() if key not in ("later_steps", "warp_steps")}
+    older["plan"] = {key: value for key, value in tree["plan"].items() if key not in new}
+    assert GenerationConfig.from_tree(older) == GenerationConfig()
+    config = stage_config(workshop, tmp_path, "distill")
+    manifest = {**invariants(config), "config": config.model_dump()}
+    del manifest["later_steps"], manifest["warp_steps"]
+    manifest["plan"] = {key: value for key, value in manifest["plan"].items() if key not in new}
+    assert compare_facts(manifest, invariants(config), tmp_path) == []
+    for key, other in (
+        ("plan", {"context": "last_step"}),
+        ("flow", {"later_steps": [1.0]}),
+        ("flow", {"warp_steps": False}),
+    ):
+        changed = config.model_copy(update={key: getattr(config, key).model_copy(update=other)})
+        with pytest.raises(CheckpointError, match="plan" if key == "plan" else next(iter(other))):
+            compare_facts(manifest, invariants(changed), tmp_path)
