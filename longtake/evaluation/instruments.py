@@ -46,7 +46,7 @@ _THUMB_SIDE = 32  # pixels that frames are shrunk to before they are compared wi
 _AWAY, _BACK = 0.05, 0.2  # a video has left its first frame at this distance, and is back at this share of the farthest
 
 # What a defect is: the limits were set on photographs moved by a camera; docs/measuring.md says how well they do.
-FADE = 0.03  # change of the light on what stays in the picture, between the ends of the video
+FADE = 0.033  # change of the light on what stays in the picture, between the ends of the video
 BLUR = 0.2  # share of the sharpness that is lost between the ends
 FREEZE_SECONDS = 0.3  # frames shown again, one after another
 SEAM = 1.25  # seam_score
@@ -108,7 +108,7 @@ class Looks:
         self.rows: list[tuple[float, ...]] = []
         self._histograms: list[NDArray[np.float32]] = []
         self._motion = MotionMeter(shape[0], shape[1], fps)
-        self._light = LightMeter(shape[0], shape[1])
+        self._light = LightMeter(shape[0], shape[1], self._motion.points)
         self._last: NDArray[np.uint8] | None = None
         self._first: NDArray[np.float32] | None = None
 
@@ -116,8 +116,7 @@ class Looks:
         """Takes the next frame."""
         frame = np.ascontiguousarray(frame)
         luma = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8)
-        self._motion.add(luma)
-        self._light.add(luma)
+        self._light.add(luma, self._motion.add(luma))
         thumb = _thumb(frame)
         self._first = thumb if self._first is None else self._first
         change = math.nan if self._last is None else cv2.norm(frame, self._last, cv2.NORM_L1) / frame.size / 255

@@ -1,9 +1,10 @@
-"""How the light changes on what stays in the picture, followed by the motion of the camera.
+"""How the light changes on what stays in the picture, followed by the camera's motion and along the optical flow.
 
 A camera that turns from a wall to a window changes the mean of the pictures and fades nothing: only what two frames
-both show is compared. Dense flow is no help: where a smooth sky has shades, it finds the place whose light has not
-changed, and hides the fade. A camera's motion (shift, roll, zoom) is held by everything that has detail. Must know no
-file.
+both show is compared. Each way of following errs in scenes of its own, and the mean of both in few. Dense flow errs
+where a smooth sky has shades: it finds the place whose light has not changed. A camera's motion (shift, roll, zoom) is
+held by everything that has detail, and is a wrong one where little has, or where everything moves on its own. Must know
+no file.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ Floats = NDArray[np.float32]
 _SIDES = (32, 64, 128)  # short sides of the pictures that are compared, from coarse to fine
 _MIN_POINTS = 16
 _MIN_MATCH = 0.8  # correlation of a frame with the one that it is compared with; below it the picture is another one
+_MISFIT = 3.0  # in median misfits along the flow; what fits worse has come to the fore, or was hidden
 _CUT = 250.0  # pixels above are as white as they get: they neither brighten, nor tell how much darker they became
 _MOST_FRAMES, _MIN_SHARED = 32, 0.65  # frames, and share of the picture, over which one is compared with
 _STEPS, _COARSE_STEPS = 4, 6  # Gauss-Newton
+_ROW = 256
 _WIDE = 10.0  # levels of 256; misfits above say nothing more of how good a motion is
 _STEADY = 0.8  # another motion than the steady one must fit this much better: a fade in a sky looks like a pan
 
@@ -80,17 +83,62 @@ class _Level:
             way, gain = _improved(way, gain, np.concatenate([along, -before[None]]), weight, misfit)
         now, before, weight = now[lit], before[lit], weight[lit]
         mean = float((weight * now).sum() / max(1e-6, (weight * before).sum()))
-        spread = float(now.std() * before.std())
-        match = float(((now - now.mean()) * (before - before.mean())).mean()) / spread if spread > 1e-6 else 0.0
-        return _Fit(way, mean, float(inside.mean()), float(np.minimum(np.abs(misfit[lit]), _WIDE).mean()), match)
+        cost = float(np.minimum(np.abs(misfit[lit]), _WIDE).mean())
+        return _Fit(way, mean, float(inside.mean()), cost, _match(before, now))
 
 
 class LightMeter:
-    """Follows the light over frames of `height` x `width`.
+    """Follows the light over frames of `height` x `width`, with the flow at `points` [n, m, 2], (x, y) in pixels.
 
-    `log_light` [T] is the logarithm of the light on what is seen against that in the first frame; a cut leaves it. A
-    frame is compared with one up to 32 frames before, so that errors add up over few comparisons.
+    `log_light` [T] is the logarithm of the light on what is seen against that in the first frame; a cut leaves it.
     """
+
+    def __init__(self, height: int, width: int, points: Floats) -> None:
+        self._camera, self._flow = _AlongCamera(height, width), _AlongFlow(points)
+
+    def add(self, luma: NDArray[np.uint8], flow: Floats | None) -> None:
+        """Takes the next frame, uint8 [h, w], and the flow that led to it from the one before (None: the first)."""
+        picture = luma.astype(np.float32)  # between whole numbers rounding would add up to a fade
+        self._camera.add(picture)
+        self._flow.add(picture, flow)
+
+    @property
+    def log_light(self) -> list[float]:
+        return [(one + other) / 2 for one, other in zip(self._camera.log_light, self._flow.log_light, strict=True)]
+
+
+class _AlongFlow:
+    """Adds up the changes from each frame to the next."""
+
+    def __init__(self, points: Floats) -> None:
+        self._points = points.reshape(-1, 2)
+        self._last: Floats | None = None
+        self.log_light = [0.0]
+
+    def add(self, picture: Floats, flow: Floats | None) -> None:
+        """Arguments as those of `LightMeter.add`."""
+        if self._last is not None and flow is not None:
+            self.log_light.append(self.log_light[-1] + self._gain(self._last, picture, flow.reshape(-1, 2)))
+        self._last = picture
+
+    def _gain(self, last: Floats, picture: Floats, flow: Floats) -> float:
+        """Logarithm of how much brighter the parts that both frames show became; 0 across a cut."""
+        height, width = last.shape
+        places = self._points + flow
+        before, now = _at(last, self._points), _at(picture, places)
+        inside = ((places >= 0) & (places <= np.array([width - 1, height - 1], np.float32))).all(-1)
+        inside &= np.maximum(before, now) < _CUT
+        before, now = before[inside], now[inside]
+        if len(now) < _MIN_POINTS or _match(before, now) < _MIN_MATCH:
+            return 0.0
+        misfit = now - before
+        misfit = np.abs(misfit - np.median(misfit))
+        same = misfit <= 1 + _MISFIT * np.median(misfit)
+        return math.log(max(1.0, float(now[same].mean())) / max(1.0, float(before[same].mean())))
+
+
+class _AlongCamera:
+    """Compares each frame with one up to 32 frames before, so that errors add up over few comparisons."""
 
     def __init__(self, height: int, width: int) -> None:
         scales = sorted({min(1.0, side / min(height, width)) for side in _SIDES})
@@ -101,9 +149,9 @@ class LightMeter:
         # Since the frame that is compared with: its light, the camera's way, the gain, the number of frames
         self._base, self._way, self._gain, self._number = 0.0, np.zeros(4, np.float32), 1.0, 0
 
-    def add(self, luma: NDArray[np.uint8]) -> None:
-        """Takes the next frame, uint8 [h, w]."""
-        frame = [level.shrunk(luma.astype(np.float32)) for level in self._levels]
+    def add(self, picture: Floats) -> None:
+        """Takes the next frame."""
+        frame = [level.shrunk(picture) for level in self._levels]
         if not self._key:
             self.log_light.append(0.0)
             return self._begin(frame)
@@ -150,6 +198,12 @@ def _improved(way: Floats, gain: float, slopes: Floats, weight: NDArray, misfit:
     return (way + step[:4]).astype(np.float32), float(np.clip(gain + step[4], 0.5, 2))
 
 
+def _match(before: Floats, now: Floats) -> float:
+    """Correlation; 0 where one is of one level."""
+    spread = float(now.std() * before.std())
+    return float(((now - now.mean()) * (before - before.mean())).mean()) / spread if spread > 1e-6 else 0.0
+
+
 def _slopes(picture: Floats, across: int, down: int) -> Floats:
     """Levels a pixel."""
     return np.asarray(cv2.Sobel(picture, cv2.CV_32F, across, down, scale=1 / 8), np.float32)
@@ -157,4 +211,6 @@ def _slopes(picture: Floats, across: int, down: int) -> Floats:
 
 def _at(picture: Floats, places: Floats) -> Floats:
     """Its values at places [n, 2], between pixels too."""
-    return np.asarray(cv2.remap(picture, places[:, None], None, cv2.INTER_LINEAR), np.float32)[:, 0]  # type: ignore[call-overload]
+    rows = np.resize(places, (-(-len(places) // _ROW), _ROW, 2))  # OpenCV takes no more than 32767 rows
+    values = cv2.remap(picture, rows, None, cv2.INTER_LINEAR)  # type: ignore[call-overload]
+    return np.asarray(values, np.float32).ravel()[: len(places)]

@@ -150,9 +150,11 @@ def fade(video):
 # ---- light ------------------------------------------------------------------------------------------------------------
 def light_of(video):
     """The logarithm of the light at the end of a video."""
-    meter = LightMeter(*video.shape[1:3])
+    motion = MotionMeter(*video.shape[1:3], FPS)
+    meter = LightMeter(*video.shape[1:3], motion.points)
     for frame in video:
-        meter.add(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY))
+        luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        meter.add(luma, motion.add(luma))
     assert len(meter.log_light) == len(video) and meter.log_light[0] == 0
     return meter.log_light[-1]
 
