@@ -46,7 +46,7 @@ _THUMB_SIDE = 32  # pixels that frames are shrunk to before they are compared wi
 _AWAY, _BACK = 0.05, 0.2  # a video has left its first frame at this distance, and is back at this share of the farthest
 
 # What a defect is: the limits were set on photographs moved by a camera; docs/measuring.md says how well they do.
-FADE = 0.045  # change of the light on what stays in the picture, between the ends of the video: half of a fade of 10 %
+FADE = 0.033  # change of the light on what stays in the picture, between the ends of the video
 BLUR = 0.2  # share of the sharpness that is lost between the ends
 FREEZE_SECONDS = 0.3  # frames shown again, one after another
 SEAM = 1.25  # seam_score
@@ -108,7 +108,7 @@ class Looks:
         self.rows: list[tuple[float, ...]] = []
         self._histograms: list[NDArray[np.float32]] = []
         self._motion = MotionMeter(shape[0], shape[1], fps)
-        self._light = LightMeter(self._motion.points)
+        self._light = LightMeter(shape[0], shape[1], self._motion.points)
         self._last: NDArray[np.uint8] | None = None
         self._first: NDArray[np.float32] | None = None
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from longtake.errors import DataError, ShapeError
-from longtake.evaluation.instruments import METRICS, Blocks, flicker, measure, seam_score, sharpness
+from longtake.evaluation.instruments import FADE, METRICS, Blocks, flicker, measure, seam_score, sharpness
+from longtake.evaluation.light import LightMeter
 from longtake.evaluation.motion import MotionMeter
 from longtake.toy.world import sample_world
 
@@ -142,15 +143,54 @@ def test_seam_score_by_hand():
     assert seam_score(change, Blocks(8, 8)) < 1 and seam_score(change[:5], blocks) is None
 
 
+def fade(video):
+    return np.rint(video * np.linspace(1, 0.9, len(video))[:, None, None, None]).astype(np.uint8)
+
+
+# ---- light ------------------------------------------------------------------------------------------------------------
+def light_of(video):
+    """The logarithm of the light at the end of a video."""
+    motion = MotionMeter(*video.shape[1:3], FPS)
+    meter = LightMeter(*video.shape[1:3], motion.points)
+    for frame in video:
+        luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        meter.add(luma, motion.add(luma))
+    assert len(meter.log_light) == len(video) and meter.log_light[0] == 0
+    return meter.log_light[-1]
+
+
+def test_a_sky_with_shades_neither_fades_nor_hides_a_fade(truth, photo):
+    """A camera that climbs over a tower before a smooth sky: dense flow follows the shades."""
+    sky = np.repeat(np.linspace(120, 40, 600, dtype=np.float32)[:, None, None], 400, 1).repeat(3, 2)
+    sky[:, 180:220] = photo[:, 200:240]
+    sky = np.rint(sky + np.random.default_rng(0).normal(0, 0.5, sky.shape)).astype(np.uint8)
+    camera = truth.Camera(0.2, 1.0, 1.001, 200, 200)
+    video = np.stack([camera.shot(sky, time, (128, 192)) for time in range(65)])
+    assert abs(light_of(video)) < 0.01
+    assert light_of(fade(video)) == pytest.approx(np.log(0.9), abs=0.02)
+    assert abs(np.log(video[-1].mean() / video[0].mean())) > FADE  # the mean alone would call it one
+
+
+def test_white_that_stays_white_does_not_hide_a_fade(moved):
+    """Of two thirds of the picture nothing is seen but that they are white."""
+    white = moved.copy()
+    white[:, :, 64:] = 255
+    dark = fade(white)
+    dark[:, :, 64:] = 255
+    assert light_of(dark) == pytest.approx(np.log(0.9), abs=0.02) and abs(light_of(white)) < 0.01
+
+
+def test_a_cut_and_an_empty_frame_leave_the_light(moved):
+    blank = np.concatenate([moved[:10], np.zeros_like(moved[:2]), moved[12:20], 255 - moved[20:]])
+    assert abs(light_of(blank)) < 0.02
+    assert light_of(np.full((5, 32, 32, 3), 255, np.uint8)) == 0 == light_of(np.zeros((5, 32, 32, 3), np.uint8))
+
+
 # ---- defects ----------------------------------------------------------------------------------------------------------
 def test_a_moving_camera_is_no_defect(moved):
     found = measure(moved, FPS, Blocks(12, 9))
     assert found.defects == () and found.metrics["bad_frames"] == 0 and found.metrics["sink_returns"] == 0
     assert found.metrics["seam_score"] == pytest.approx(1, abs=0.1) and found.slope < 0
-
-
-def fade(video):
-    return np.rint(video * np.linspace(1, 0.9, len(video))[:, None, None, None]).astype(np.uint8)
 
 
 def blur(video):
