@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +59,22 @@ def validate(
     with during("the decoder of a validation"):
         from diffusers import AutoencoderKLWan
 
-        module = AutoencoderKLWan(**vae)
-        session = VideoVAE(module.bfloat16() if config.precision == "bf16" else module).decoder_session()
+        with _default_type(torch.bfloat16 if config.precision == "bf16" else torch.float32):
+            module = AutoencoderKLWan(**vae)
+        session = VideoVAE(module).decoder_session()
         for piece in latents.split(LATENTS_AT_ONCE, dim=1)[:2]:
             to_bytes(session.decode(piece)[0])
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, networks are made in this type: those without data cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _first(row: VideoRow) -> VideoRow:
