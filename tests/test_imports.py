@@ -29,7 +29,7 @@ ALLOWED = {
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
     "doctor": TRAINING | {"evaluation"},  # it runs a training without data
-    "bench": TRAINING | {"doctor"},  # nobody imports it
+    "bench": TRAINING | {"doctor", "evaluation"},  # nobody imports it
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # they import what they start, each lazily
 

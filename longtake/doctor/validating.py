@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.evaluation.row_videos import LATENTS_AT_ONCE, Maker, VideoRow, row_of, student_maker, teacher_maker
 from longtake.inference.frames import to_bytes
@@ -23,7 +22,6 @@ from longtake.train.networks import Builder, Networks
 
 
 def validate(
-    config: StageConfig,
     builder: Builder,
     networks: Networks,
     average: EMA | None,
@@ -36,6 +34,7 @@ def validate(
     Once its cache is full, a longer video needs no more. Args: `vae`, the VAE's configuration where it is not
     Wan2.1's; `during` is entered around the three, with their names.
     """
+    config = builder.config
     row, student, frames = _first(row_of(batch, 0, "")), networks.student, config.video.num_latent_frames
 
     def half() -> AbstractContextManager[Any]:
