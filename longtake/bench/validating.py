@@ -55,7 +55,7 @@ class ValidationBench:
             )
             config = self.config.model_copy(update={"logdir": str(Path(folder) / "log"), "validation": settings})
             short = settings.model_copy(update={"times_longer": 1})
-            warm = self._validation(config.model_copy(update={"validation": short}))
+            warm = replace(self._validation(), config=config.model_copy(update={"validation": short}))
             warm.prepare()
             first = self._seconds(lambda: warm.evaluate(0))
             validation = replace(warm, config=config)  # which has the teacher's videos
@@ -79,8 +79,8 @@ class ValidationBench:
             "long_motion_px_s": numbers.get("validation/long_motion_px_s"),
         }
 
-    def _validation(self, config: StageConfig) -> RowValidation:
-        model = self.teacher
+    def _validation(self) -> RowValidation:
+        config, model = self.config, self.teacher
         teacher = None if model is None else Teacher(lambda: "random", lambda: nullcontext(model))
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         with self.mesh.device:
