@@ -367,7 +367,7 @@ def trace(
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)
             iteration(state, objective, batches, config, mesh, phases, MetricWindow())
             if config.validates and config.validation.num_rows:
-                validate(config, builder, networks, state.ema.get("generator"), next(batches)[0], vae, meter.during)
+                validate(builder, networks, state.ema.get("generator"), next(batches)[0], vae, meter.during)
         exported = 4 * sum(p.numel() for p in networks.trained["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.evaluation.row_videos import LATENTS_AT_ONCE, Maker, VideoRow, row_of, student_maker, teacher_maker
 from longtake.inference.frames import to_bytes
@@ -23,7 +22,6 @@ from longtake.train.networks import Builder, Networks
 
 
 def validate(
-    config: StageConfig,
     builder: Builder,
     networks: Networks,
     average: EMA | None,
@@ -36,6 +34,7 @@ def validate(
     Once its cache is full, a longer video needs no more. Args: `vae`, the VAE's configuration where it is not
     Wan2.1's; `during` is entered around the three, with their names.
     """
+    config = builder.config
     row, student, frames = _first(row_of(batch, 0, "")), networks.student, config.video.num_latent_frames
 
     def half() -> AbstractContextManager[Any]:
@@ -59,10 +58,22 @@ def validate(
     with during("the decoder of a validation"):
         from diffusers import AutoencoderKLWan
 
-        module: Any = AutoencoderKLWan(**vae)
-        session = VideoVAE(module.bfloat16() if config.precision == "bf16" else module).decoder_session()
+        with _default_type(torch.bfloat16 if config.precision == "bf16" else torch.float32):
+            module = AutoencoderKLWan(**vae)
+        session = VideoVAE(module).decoder_session()
         for piece in latents.split(LATENTS_AT_ONCE, dim=1)[:2]:
             to_bytes(session.decode(piece)[0])
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, networks are made in this type: those without data cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _first(row: VideoRow) -> VideoRow:
