@@ -32,7 +32,6 @@ from longtake.bench.kernels import (
     rates,
     tiny_operations,
 )
-from longtake.condition import Condition
 from longtake.encoders.condition import ConditionFrames, condition_frames
 from longtake.encoders.decoders import TinyDecoder
 from longtake.encoders.sessions import DecoderSession
