@@ -46,7 +46,8 @@ _IMAGE: dict[str, Any] = {
 def random_settings(preset: str, changes: Mapping[str, Any]) -> GenerationConfig:
     """The defaults of generation, for the toy those of its recipes, with `changes` on top. Raises: ConfigError."""
     plan = {"block_frames": 4, "window_frames": 9, "sink_frames": 1}
-    tree: dict[str, Any] = {"height": 64, "width": 64, "plan": plan} if preset == TOY else {}
+    defaults = GenerationConfig.model_fields["plan"].default.model_dump()
+    tree: dict[str, Any] = {"height": 64, "width": 64, "plan": plan} if preset == TOY else {"plan": defaults}
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
     return GenerationConfig.from_tree(tree)

@@ -272,6 +272,11 @@ def ranks(parallel: ParallelConfig, world_size: int) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
+def network(sizes: DiTConfig) -> VideoDiT:
+    """A network whose calls are traced: it has no weights, and attends as on a GPU."""
+    return VideoDiT(sizes, Execution(attend=as_on_a_gpu))
+
+
 @dataclass(kw_only=True)
 class _Hollow(Builder):
     """Networks without weights: sizes instead of files, and storages without data."""
@@ -287,7 +292,7 @@ class _Hollow(Builder):
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
-            model = VideoDiT(self.sizes[source.name], Execution(attend=as_on_a_gpu))
+            model = network(self.sizes[source.name])
         for layer, block in enumerate(model.blocks):
             mark = partial(self.meter.mark, inner=EDGE <= layer < len(model.blocks) - EDGE)
             block.register_forward_pre_hook(lambda *_, mark=mark: mark())

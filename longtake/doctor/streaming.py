@@ -17,13 +17,11 @@ import torch
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
-from longtake.doctor.estimate import Meter, as_on_a_gpu
+from longtake.doctor.estimate import Meter, network
 from longtake.encoders.bundle import vae_calls
 from longtake.encoders.decoders import random_decoder
 from longtake.encoders.original import published_vae
 from longtake.encoders.vae import VideoVAE
-from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
 
 # Parameters of umT5-xxl and CLIP's ViT-H, and of the largest matrix of each. Source: specification C.1, C.2.
@@ -93,7 +91,7 @@ def _transformer(sizes: DiTConfig, settings: GenerationConfig) -> tuple[dict[str
     dtype, size = torch.bfloat16 if settings.is_half else torch.float32, _latent_size(sizes, settings)
     meter, sides = Meter(), 1 if settings.guidance == 1 else 2
     with meter.fake, torch.no_grad():
-        model, caches = VideoDiT(sizes).cast(dtype), {}
+        model, caches = network(sizes).cast(dtype), {}
         for window in _windows(settings):
             plan = replace(settings.stream_plan, window_frames=window)
             most = settings.num_latent_frames if window is None else None
@@ -101,7 +99,7 @@ def _transformer(sizes: DiTConfig, settings: GenerationConfig) -> tuple[dict[str
         if settings.precision == "fp8":
             model.quantise()
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-        few = VideoDiT(replace(sizes, num_layers=_LAYERS), Execution(attend=as_on_a_gpu)).cast(dtype).eval()
+        few = network(replace(sizes, num_layers=_LAYERS)).cast(dtype).eval()
         block, channels = settings.plan.block_frames, sizes.condition_channels
         condition = Condition(
             torch.empty(1, sizes.text_len, sizes.text_dim),
