@@ -113,7 +113,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-SMALL = [*tiny_wan.REHEARSAL, "batch_size=1", "validation.times_longer=2", "validation.teacher_steps=2"]
+SMALL = [
+    *tiny_wan.REHEARSAL,
+    "batch_size=1",
+    "validation.times_longer=2",
+    "validation.teacher_steps=2",
+    "validation.num_rows=1",
+]
 
 
 def encode(recipe: str, data: str, output: str) -> list[str]:

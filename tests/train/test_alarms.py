@@ -66,9 +66,10 @@ def test_a_student_that_goes_wrong_raises_its_alarm_within_two_validations(teach
     assert alarm in raised[1] and (alarm in raised[0]) == (alarm == "uniform")
 
 
-def test_healthy_students_raise_none(teacher):
-    """Of other worlds of the same kind even: five students, three validations each."""
-    for seed in range(5):
+@pytest.mark.parametrize("students", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_healthy_students_raise_none(teacher, students):
+    """Of other worlds of the same kind even: so many students, three validations each."""
+    for seed in range(students):
         watch = Watch(AlarmsConfig(saturation=0.3))  # other worlds have other colours
         for step in (100, 200, 300):
             assert watch.validation(step, numbers(videos(first=10 * seed + step // 100), teacher)) == []
