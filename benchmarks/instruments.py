@@ -258,10 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     photos = [decode_image(path.read_bytes(), str(path)) for path in files_below(options.photos, IMAGE_SUFFIXES)]
     bars: dict[str, dict[str, Any]] = {}
+    # Each is told as soon as it is known: a run that is stopped leaves what it had.
     for measured in (lambda: motion_bar(photos), toy_bar, lambda: defect_bars(photos, options.cases)):
         for name, bar in (
             found_bars := measured()
-        ).items():  # each as soon as it is known: a run that is stopped leaves what it had
+        ).items():
             print(name, *(f"{key}: {value}" for key, value in bar.items()), sep="  ", flush=True)
         bars |= found_bars
     if options.output:
