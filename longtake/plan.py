@@ -25,6 +25,7 @@ LEAST_START = 0.99
 # own would look worse, and nobody would know why.
 _CHOICES = {
     "rope": ("relative", "absolute"),
+    "clock": ("exact", "whole", "bf16"),
     "context": ("pass", "last_step"),
     "recache": ("rebuild", "last_window", "none"),
 }
@@ -46,7 +47,9 @@ class StreamPlan:
     `sink_frames` first frames that are never evicted. `rope`, "relative" or "absolute": positions counted in the
     attended window, or since the start.
     Levels: `sigmas`, the falling noise levels of a block; `later_sigmas`, those of every generated block but the first
-    (None: the same). A block begins with noise times its first level.
+    (None: the same). A block begins with noise times its first level. `clock`, what the network reads of a level l:
+    "exact", 1000 l; or that rounded to whole numbers, "whole", or to bfloat16, "bf16" (936 for 937.5), as some
+    publishers hand it over.
     Context, what a finished block leaves in the cache: "pass", a call of its own on the clean latents, noised to
     `context_sigma`; or "last_step", the last denoising step on its noisy latents, without a call of its own, from
     generated block number `context_from` on (those before have the pass). The picture is always stored clean.
@@ -63,6 +66,7 @@ class StreamPlan:
     window_frames: int | None = None
     sink_frames: int = 0
     rope: str = "relative"
+    clock: str = "exact"
     keep_sink: bool = False
     sigmas: tuple[float, ...] = (1.0,)
     later_sigmas: tuple[float, ...] | None = None

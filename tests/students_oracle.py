@@ -5,6 +5,7 @@ Written from specification P, T, I.1 and H.5 and from LongLive's own inference c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,20 @@ from torch import Tensor
 FOUR = (1.0, 15 / 16, 5 / 6, 5 / 8)  # u 1000/750/500/250 warped by shift 5
 RCM = (1600 / 1601, 15 / 16, 5 / 6, 5 / 8)
 
+
+def in_bfloat16(clock: float) -> float:
+    """Of 8 significant bits: 1000, 936, 832 and 624 of 999.375, 937.5, 833.3 and 625."""
+    step = 2.0 ** (math.floor(math.log2(clock)) - 7)
+    return round(clock / step) * step
+
+
 Noise = Callable[[int, int, int], Tensor]  # (start, end, step) -> [B, end - start, C, H, W]
 
 
 @dataclass(frozen=True)
 class Rule:
     """Frames of a block, attended frames with and sink frames, positions, noise levels of the first generated block and
-    of all others, whether the last step is the context, and what a switch of prompt does to the cache.
+    of all others, whether the last step is the context, what the network reads of 1000 times a level, and what a switch of prompt does to the cache.
     """
 
     block: int = 3
@@ -31,6 +39,7 @@ class Rule:
     first: Sequence[float] = FOUR
     later: Sequence[float] | None = None
     noisy_context: bool = False
+    clock: Callable[[float], float] = float
     switch: str = "not published"
 
 
@@ -40,7 +49,7 @@ PUBLISHED = {
     "Self-Forcing (SiD)": Rule(),
     "Self-Forcing (SiD v2)": Rule(),
     "Self-Forcing (GAN)": Rule(),
-    "CausVid (3 steps)": Rule(first=(1.0, 0.757, 0.522)),
+    "CausVid (3 steps)": Rule(first=(1.0, 28 / 37, 12 / 23), clock=round),  # u .28 and .12 by shift 8
     "CausVid (4 steps)": Rule(first=(1.0, 0.96, 8 / 9, 8 / 11)),
     "Causal-Forcing (chunkwise)": Rule(),
     "Causal-Forcing (framewise)": Rule(block=1),
@@ -48,13 +57,13 @@ PUBLISHED = {
     "Causal-Forcing++ (1 step)": Rule(block=1, later=(1.0,)),
     "Self-Gradient-Forcing (chunkwise)": Rule(window=12, sink=3, rope="relative", switch="nothing"),
     "Self-Gradient-Forcing (framewise)": Rule(block=1, window=21, sink=4, rope="relative", switch="nothing"),
-    "Causal-rCM (framewise, 4 steps)": Rule(block=1, first=RCM),
-    "Causal-rCM (framewise, 2 steps)": Rule(block=1, first=RCM, later=(RCM[0], 5 / 6)),
+    "Causal-rCM (framewise, 4 steps)": Rule(block=1, clock=in_bfloat16, first=RCM),
+    "Causal-rCM (framewise, 2 steps)": Rule(block=1, clock=in_bfloat16, first=RCM, later=(RCM[0], 5 / 6)),
     "Causal-rCM (framewise, 2 steps, noisy context)": Rule(
-        block=1, first=RCM, later=(RCM[0], 5 / 8), noisy_context=True
+        block=1, clock=in_bfloat16, first=RCM, later=(RCM[0], 5 / 8), noisy_context=True
     ),
-    "Causal-rCM (chunkwise, 4 steps)": Rule(first=RCM),
-    "Causal-rCM (chunkwise, 2 steps)": Rule(first=RCM, later=(RCM[0], 5 / 6)),
+    "Causal-rCM (chunkwise, 4 steps)": Rule(clock=in_bfloat16, first=RCM),
+    "Causal-rCM (chunkwise, 2 steps)": Rule(clock=in_bfloat16, first=RCM, later=(RCM[0], 5 / 6)),
 }
 
 
@@ -88,12 +97,13 @@ def stream(
                 sample.context, switched = prompts[1], True
                 _recache(rule, sample, made)
             levels = rule.first if number == 0 or rule.later is None else rule.later
-            noisy_context = rule.noisy_context and number > 0
+            noisy_context = rule.noisy_context and start > 0  # a picture is the first block
             drawn = [noise(start, start + rule.block, step)[b].double() for step in range(len(levels))]
             x = drawn[0] * levels[0]
             for step, level in enumerate(levels):
                 keep = noisy_context and step == len(levels) - 1
-                velocity = torch.stack(sample.block(start, x, torch.full((rule.block,), level), keep=keep))
+                read = torch.full((rule.block,), rule.clock(1000 * level) / 1000, dtype=torch.float64)
+                velocity = torch.stack(sample.block(start, x, read, keep=keep))
                 clean = x - level * velocity
                 if step + 1 < len(levels):
                     x = (1 - levels[step + 1]) * clean + levels[step + 1] * drawn[step + 1]

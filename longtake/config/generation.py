@@ -67,6 +67,11 @@ class GenerationConfig(Settings):
     warp_steps: bool = Field(
         default=True, description="false: `steps` and `later_steps` are the noise levels themselves"
     )
+    clock: Literal["exact", "whole", "bf16"] = Field(
+        default="exact",
+        description="what the network reads of a noise level: 1000 times it, or that rounded to whole numbers or to "
+        "bfloat16, for published students that were trained so",
+    )
     guidance: float = Field(
         default=1.0, ge=0, description="classifier-free guidance w of the student; 1 = off, else twice the work"
     )
@@ -122,7 +127,8 @@ class GenerationConfig(Settings):
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams."""
-        return self.plan.stream(self.rope, FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields))))
+        flow = FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields)))
+        return self.plan.stream(self.rope, flow, self.clock)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -181,12 +181,14 @@ class PlanConfig(Settings):
         "(with keep_sink); `none` = it stays as the old prompt made it",
     )
 
-    def stream(self, rope: str = "relative", flow: FlowConfig | None = None) -> StreamPlan:
-        """How a student with these blocks streams, by the rule of positions and the levels that are beside this group:
-        the one place where a configuration becomes a plan.
+    def stream(self, rope: str = "relative", flow: FlowConfig | None = None, clock: str = "exact") -> StreamPlan:
+        """How a student with these blocks streams, by the rules of positions and of the clock and the levels that are
+        beside this group: the one place where a configuration becomes a plan.
         """
         flow = flow or FlowConfig()
-        return StreamPlan(**self.model_dump(), rope=rope, sigmas=flow.sigmas, later_sigmas=flow.later_sigmas)
+        return StreamPlan(
+            **self.model_dump(), rope=rope, clock=clock, sigmas=flow.sigmas, later_sigmas=flow.later_sigmas
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

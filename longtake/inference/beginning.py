@@ -65,11 +65,15 @@ class Beginning:
             self._check_window()
 
     def plan_of(self, *, given: bool) -> StreamPlan:
-        """How a scene streams that begins with a picture, which is a block of its own unless it stands still."""
+        """How a scene streams that begins with a picture, which is a block of its own unless it stands still.
+
+        Zero-shot, it takes the place of the first block, and `context_from` counts on from it, as Causal-rCM does.
+        """
         if not given:
             return self.plan
         frames = self.plan.first_frames if self.picture == "still" else 1
-        return replace(self.plan, first_frames=frames, given_frames=frames)
+        first = max(0, self.plan.context_from - (self.picture != "trained"))
+        return replace(self.plan, first_frames=frames, given_frames=frames, context_from=first)
 
     def zero_shot(self, *, given: bool) -> str | None:
         """What is to be said of a scene whose picture the weights were not trained with; None: they were, or it has

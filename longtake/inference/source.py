@@ -23,7 +23,7 @@ from longtake.weights.students import FoundStudent, find_student
 TOY_STUDENT = TOY_ASSETS / "student"
 
 # Rules whose change is not what a student was trained for
-_TRAINED = ("plan", "rope", "steps", "later_steps", "shift", "warp_steps")
+_TRAINED = ("plan", "rope", "steps", "later_steps", "shift", "warp_steps", "clock")
 
 logger = logging.getLogger(__name__)
 

@@ -100,7 +100,8 @@ class KVCache:
     """Keys and values of past frames for every layer; made by `VideoDiT.new_cache`.
 
     Stored keys are rotated for `rope="absolute"` and not rotated for `"relative"`, where positions are indices within
-    the attended list (sink first, then window) and are applied at each call.
+    the attended list (sink first, then window) and are applied at each call. `clock` is what calls against it read of
+    noise levels (`StreamPlan`).
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class KVCache:
         window_frames: int | None,
         sink_frames: int,
         rope: str,
+        clock: str,
         max_frames: int | None,
         spare_frames: int,
         device: torch.device,
@@ -126,7 +128,7 @@ class KVCache:
         if window_frames is not None and window_frames <= sink_frames:
             raise ConfigError(f"window_frames={window_frames} must be larger than sink_frames={sink_frames}")
         self.window_frames, self.sink_frames, self.rope = window_frames, sink_frames, rope
-        self.max_frames = max_frames
+        self.max_frames, self.clock = max_frames, clock
         self.batch_size, self.tokens_per_frame = batch_size, tokens_per_frame
         if window_frames is None:
             assert max_frames is not None

@@ -36,6 +36,7 @@ from longtake.models.layers import (
     linear_fp32,
     mlp,
     modulated,
+    read_clock,
     rms_norm,
     rope_turn,
     rotated,
@@ -267,6 +268,7 @@ class VideoDiT(nn.Module):
             window_frames=plan.window_frames,
             sink_frames=plan.sink_frames,
             rope=plan.rope,
+            clock=plan.clock,
             max_frames=max_frames,
             spare_frames=spare_frames,
             device=device,
@@ -289,13 +291,13 @@ class VideoDiT(nn.Module):
         self.check(x, sigma, condition, context)
         frame_index, seen = self._self_context(x, context)
         cross = self._cross_context(condition, context)
-        layers = context.layers if isinstance(context, CacheView) else None
-        return self._velocity(x, sigma, condition.frames, frame_index, seen, cross, layers)
+        layers, rounding = (context.layers, context.cache.clock) if isinstance(context, CacheView) else (None, "exact")
+        return self._velocity(x, read_clock(sigma, rounding), condition.frames, frame_index, seen, cross, layers)
 
     def _velocity(
         self,
         x: Tensor,
-        sigma: Tensor,
+        clock: Tensor,
         frames: Tensor | None,
         frame_index: Tensor,
         seen: SelfContext,
@@ -304,7 +306,7 @@ class VideoDiT(nn.Module):
     ) -> Tensor:
         """The network itself; of the condition's `frames`, entry e reads number `frame_index[e]`."""
         batch, entries, _, height, width = x.shape
-        e, modulation = self._embed_time(sigma if sigma.ndim == 2 else sigma[:, None].expand(batch, entries))
+        e, modulation = self._embed_time(clock if clock.ndim == 2 else clock[:, None].expand(batch, entries))
         hidden = self._embed_patches(x, frames, frame_index, seen.shard)
         for layer, block in enumerate(self.blocks):
             hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
@@ -379,9 +381,9 @@ class VideoDiT(nn.Module):
         return CrossContext(self.text_embedding(text.to(dtype)), image, keeps)
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
-    def _embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma [B, E] -> (e [B, E, D], modulation [B, E, 6, D]), all in float32."""
-        embedded = sinusoid(sigma.double() * 1000.0, self.config.freq_dim)
+    def _embed_time(self, clock: Tensor) -> tuple[Tensor, Tensor]:
+        """clock [B, E] -> (e [B, E, D], modulation [B, E, 6, D]), all in float32."""
+        embedded = sinusoid(clock, self.config.freq_dim)
         first, second = cast(nn.Linear, self.time_embedding[0]), cast(nn.Linear, self.time_embedding[2])
         e = linear_fp32(second, F.silu(linear_fp32(first, embedded)))
         modulation = linear_fp32(cast(nn.Linear, self.time_projection[1]), F.silu(e))

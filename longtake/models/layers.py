@@ -17,6 +17,14 @@ from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
 
 
+def read_clock(sigma: Tensor, rounding: str) -> Tensor:
+    """Noise levels -> the clock in [0, 1000] that the network reads, float64, rounded as `StreamPlan.clock` says."""
+    clock = sigma.double() * 1000.0
+    if rounding == "whole":
+        return clock.round()
+    return clock.bfloat16().double() if rounding == "bf16" else clock
+
+
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
     """Wan's timestep embedding: [..., width] float32 from a clock in [0, 1000]; cosines first, float64 inside."""
     half = width // 2

@@ -64,8 +64,9 @@ class Student:
         levels = ", then ".join(" ".join(f"{sigma:.4g}" for sigma in sigmas) for sigmas in lists)
         blocks = f"blocks of {plan.block_frames}, window {plan.window_frames}, sink {plan.sink_frames}"
         context = "" if plan.context == "pass" else ", context by the last step"
+        clock = "" if plan.clock == "exact" else f", clock in {plan.clock}" + " numbers" * (plan.clock == "whole")
         picture = f"zero-shot picture: {self.settings.picture}"
-        return f"{blocks}, {plan.rope} positions; noise levels {levels}{context}; {picture}"
+        return f"{blocks}, {plan.rope} positions; noise levels {levels}{clock}{context}; {picture}"
 
     def mended(self, published: CheckpointReader) -> CheckpointReader:
         """Its tensors under the names and shapes of a transformer: without what is no parameter, patches as a kernel.

@@ -66,7 +66,13 @@ def test_a_switch_of_prompt_by_the_published_law(model, name, switch_frame):
 
 
 @pytest.mark.parametrize(
-    "name", ["Causal-Forcing (framewise)", "Causal-rCM (chunkwise, 2 steps)", "Self-Gradient-Forcing (chunkwise)"]
+    "name",
+    [
+        "Causal-Forcing (framewise)",
+        "Causal-rCM (chunkwise, 2 steps)",
+        "Causal-rCM (framewise, 2 steps, noisy context)",
+        "Self-Gradient-Forcing (chunkwise)",
+    ],
 )
 def test_a_picture_zero_shot(model, name):
     """A clean latent as frame 0, then whole blocks, of which the first has the first block's levels; or 3 of a picture."""
@@ -81,7 +87,10 @@ def test_another_law_would_be_seen(model, monkeypatch):
         ("LongLive", {"sink": 0}),
         ("Self-Gradient-Forcing (chunkwise)", {"rope": "absolute"}),
         ("Causal-rCM (framewise, 2 steps, noisy context)", {"noisy_context": False}),
-        ("Causal-rCM (chunkwise, 4 steps)", {"first": published.FOUR}),
+        ("Causal-rCM (framewise, 2 steps, noisy context)", {"first": published.FOUR, "later": (1.0, 5 / 8)}),
+        ("Causal-rCM (chunkwise, 2 steps)", {"clock": float}),
+        ("CausVid (3 steps)", {"first": (1.0, 0.757, 0.522)}),
     ):
-        monkeypatch.setitem(published.PUBLISHED, name, replace(published.PUBLISHED[name], **change))
-        assert compared(model, name, num_frames=18) > 1e-4
+        with monkeypatch.context() as patch:
+            patch.setitem(published.PUBLISHED, name, replace(published.PUBLISHED[name], **change))
+            assert compared(model, name, num_frames=18) > 1e-4, (name, change)
