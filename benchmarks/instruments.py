@@ -260,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bars: dict[str, dict[str, Any]] = {}
     # Each is told as soon as it is known: a run that is stopped leaves what it had.
     for measured in (lambda: motion_bar(photos), toy_bar, lambda: defect_bars(photos, options.cases)):
-        for name, bar in (
-            found_bars := measured()
-        ).items():
+        for name, bar in (found_bars := measured()).items():
             print(name, *(f"{key}: {value}" for key, value in bar.items()), sep="  ", flush=True)
         bars |= found_bars
     if options.output:
