@@ -381,7 +381,13 @@ def test_rows_that_cannot_be_read_cost_no_earlier_video(place, tmp_path):
         (["--data", "x", "--multiples", "1,x"], "--multiples 1,x must be whole numbers"),
         (["--data", "x", "--multiples", "0,1"], "--multiples 0,1 must be whole numbers from 1 on"),
         (["--data", "x", "--multiples", "2,2"], "each once"),
+        (
+            ["--data", "x", "--multiples", "1,9999999"],
+            "--multiples 9999999 of clips of 3 latent frames must be at most",
+        ),
         (["--data", "x", "--rows", "0"], "must be at least 1"),
+        (["--data", "x", "--teacher-guidance", "nan"], "--teacher-guidance nan must be a finite number"),
+        (["--data", "x", "--teacher-guidance", "-1"], "--teacher-guidance -1 must be a finite number"),
         (["--data", "nowhere"], "does not exist"),
     ],
 )
