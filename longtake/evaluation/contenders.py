@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longtake.config.generation import MAX_FRAMES
 from longtake.errors import ConfigError
 from longtake.evaluation.row_videos import Maker, student_maker, teacher_maker
 from longtake.evaluation.target import EvalTarget, load_frozen
@@ -44,6 +46,8 @@ class Asked:
         object.__setattr__(self, "multiples", tuple(sorted(self.multiples)))
         if min(self.num_rows, self.samples, self.teacher_steps) < 1:
             raise ConfigError("--rows, --samples and --teacher-steps must be at least 1")
+        if not 0 <= self.teacher_guidance < math.inf:  # not a number is neither
+            raise ConfigError(f"--teacher-guidance {self.teacher_guidance:g} must be a finite number, 0 or more")
         if not 0 <= self.seed < 2**63 - self.samples:
             raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^63, with that of every sample")
 
@@ -94,6 +98,11 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
     on, but bidirectional students keep to their own. Raises: ConfigError.
     """
     clip_frames = target.result.settings.num_latent_frames
+    if asked.multiples[-1] * clip_frames > MAX_FRAMES:
+        raise ConfigError(
+            f"--multiples {asked.multiples[-1]} of clips of {clip_frames} latent frames must be at most "
+            f"{MAX_FRAMES // clip_frames}"
+        )
     sampling = asked.teacher_steps, asked.teacher_guidance
     found: list[Contender] = []
     if target.teacher is not None:

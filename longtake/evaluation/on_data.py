@@ -93,8 +93,11 @@ def evaluate_on_data(
     """
     every = contenders(target, asked)
     names = [one.row_name(multiple) for one in every for multiple in one.multiples]
-    mesh.on_main(lambda: _prepare(folder, names, overwrite=overwrite))
-    parts = mesh.every(lambda: _make_share(every, asked, folder, mesh))
+    mesh.on_main(lambda: _check_free(folder, names, overwrite=overwrite))
+    reader = RowReader(asked.data, asked.num_rows, mesh)
+    mesh.every(lambda: _read(reader, every))  # rows that cannot be read cost no earlier video
+    mesh.on_main(lambda: _make_room(folder, names))
+    parts = mesh.every(lambda: _make_share(every, reader, asked, folder))
     made = sorted((video for part in parts for video in part), key=lambda one: one[1].path.name)
     by_name = {name: [pair for pair in made if pair[1].name == name] for name in names}
     videos = [video for pairs in by_name.values() for _, video in pairs]
@@ -110,26 +113,38 @@ def evaluate_on_data(
     return videos
 
 
-def _prepare(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    """Makes room for the videos. Raises: ConfigError when there are others and `overwrite` is not given."""
+def _check_free(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    """Raises ConfigError when there are videos of these rows and `overwrite` is not given."""
     check_output_folder(folder)
+    there = [found for name in names for found in _earlier(folder, name)]
+    if there and not overwrite:
+        raise ConfigError(f"{there[0]} exists already; name another folder with -o, or give --overwrite")
+
+
+def _make_room(folder: Path, names: Sequence[str]) -> None:
+    """Removes the earlier videos of these rows and makes their folders."""
     for name in names:
-        laid, there = folder / LAYOUT / name, sorted((folder / VIDEOS / name).glob("*.mp4"))
-        if (there or laid.exists()) and not overwrite:
-            there.append(laid)
-            raise ConfigError(f"{there[0]} exists already; name another folder with -o, or give --overwrite")
-        for file in there:
-            file.unlink()
-        if laid.exists():
-            shutil.rmtree(laid)
+        for found in _earlier(folder, name):
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
         (folder / VIDEOS / name).mkdir(parents=True, exist_ok=True)
 
 
+def _earlier(folder: Path, name: str) -> list[Path]:
+    """The videos of a row that lie there already, and their layout for VBench."""
+    laid = folder / LAYOUT / name
+    return sorted((folder / VIDEOS / name).glob("*.mp4")) + ([laid] if laid.exists() else [])
+
+
+def _read(reader: RowReader, every: Sequence[Contender]) -> None:
+    """Reads the rows as all contenders take them; the reader keeps them. Raises: ConfigError, DataError."""
+    for one in every:
+        reader.read(one.source)
+
+
 def _make_share(
-    every: Sequence[Contender], asked: Asked, folder: Path, mesh: Mesh
+    every: Sequence[Contender], reader: RowReader, asked: Asked, folder: Path
 ) -> list[tuple[LaidVideo, MeasuredVideo]]:
     """Files of this rank's rows by all contenders, one of whom is in memory at a time, and what was measured."""
-    reader = RowReader(asked.data, asked.num_rows, mesh)
     with measuring_threads() as pool:
         made = [(one, _videos_of(one, reader, asked, folder, pool)) for one in every]
         return [

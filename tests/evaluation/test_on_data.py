@@ -358,7 +358,17 @@ def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
     (tmp_path / "photos" / "photo1.jpg").write_bytes(b"no picture")
     result = run("evaluate", "--model", place / "one", "--data", tmp_path / "photos", "-o", tmp_path / "out")
     assert result.exit_code == 1 and "photo1.jpg" in result.output
-    assert not list((tmp_path / "out").rglob("*.mp4"))
+    assert not (tmp_path / "out" / "videos").exists()
+
+
+def test_rows_that_cannot_be_read_cost_no_earlier_video(place, tmp_path):
+    (earlier := tmp_path / "out" / "videos" / "one" / "00000-photo0.mp4").parent.mkdir(parents=True)
+    earlier.write_bytes(b"made before")
+    (tmp_path / "empty").mkdir()
+    options = ["--data", tmp_path / "empty", "-o", tmp_path / "out", "--overwrite"]
+    result = run("evaluate", "--model", place / "one", *options)
+    assert result.exit_code == 1 and "is no data set" in result.output
+    assert earlier.read_bytes() == b"made before"
 
 
 @pytest.mark.parametrize(
@@ -371,7 +381,13 @@ def test_a_bad_row_is_named_and_nothing_is_measured(place, tmp_path):
         (["--data", "x", "--multiples", "1,x"], "--multiples 1,x must be whole numbers"),
         (["--data", "x", "--multiples", "0,1"], "--multiples 0,1 must be whole numbers from 1 on"),
         (["--data", "x", "--multiples", "2,2"], "each once"),
+        (
+            ["--data", "x", "--multiples", "1,9999999"],
+            "--multiples 9999999 of clips of 3 latent frames must be at most",
+        ),
         (["--data", "x", "--rows", "0"], "must be at least 1"),
+        (["--data", "x", "--teacher-guidance", "nan"], "--teacher-guidance nan must be a finite number"),
+        (["--data", "x", "--teacher-guidance", "-1"], "--teacher-guidance -1 must be a finite number"),
         (["--data", "nowhere"], "does not exist"),
     ],
 )
