@@ -117,7 +117,7 @@ def train(
                 if saver and step > first and (ends or improved or _due(step, config.save_every, last)):
                     with phases("checkpoint"):
                         saver.save(last=ends or step == last, then=best.keep if improved else None)
-                if step == last:
+                if step == last and alarms.stopping is None:  # a job must not go on with a student that was stopped
                     break
                 _stop_if_asked(stop, alarms.stopping, step, last, saved=saver is not None)
                 before = state.data_position

@@ -193,13 +193,13 @@ def test_clock_and_time_embedding_stay_float32_in_bfloat16(how: str, monkeypatch
     model, x = make_tiny_model(True), make_tiny_latents(2, batch=1)
     condition, sigma = make_tiny_condition(model, batch=1), torch.tensor([[0.9375, 0.8333333]])
     with torch.no_grad():
-        truth_e, truth_modulation = model._embed_time(sigma)
+        truth_e, truth_modulation = model._embed_time(sigma.double() * 1000)
         truth = model(x, sigma, condition)
         if how == "cast":
             model.cast(torch.bfloat16)
         seen = _spy_on_clock(monkeypatch)
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-            e, modulation = model._embed_time(sigma)
+            e, modulation = model._embed_time(sigma.double() * 1000)
             out = model(x, sigma, condition)
     assert all(torch.equal(clock, sigma.double() * 1000) for clock in seen) and len(seen) == 2
     assert e.dtype == modulation.dtype == out.dtype == torch.float32

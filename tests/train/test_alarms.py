@@ -158,6 +158,14 @@ def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(worksh
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
 
+def test_an_alarm_stops_after_the_last_iteration_too(workshop, whole, tmp_path):
+    """A job would go on with its next stage, which begins with the student of this one."""
+    config = config_of(workshop, tmp_path / "run", whole, alarms={"motion": 1000.0, "stop": ["motion"]})
+    with pytest.raises(TrainingError, match="stopped after 4 of 4 iterations by the alarm motion"):
+        run_stage(config, Mesh())
+    assert read_manifest(config.folder / "checkpoints/step_000004")["step"] == 4
+
+
 def test_the_best_is_the_one_with_the_lowest_or_nearest_score(tmp_path):
     best = Best("motion_vs_teacher", tmp_path, Mesh())
     name = "validation/motion_vs_teacher"
