@@ -102,8 +102,7 @@ def generate(
             check_output_file(output, suffixes=(".mp4",), inputs=[image, script, config], overwrite=overwrite)
         changes = changes_of(*(overrides or []), **given(context, *RULES))
         source = source_of(run, model, encoders, config, changes)
-        wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device")
-        wanted["overwrite"] = overwrite
+        wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device", "overwrite")
         if script is not None:
             from longtake.inference.script import generate_story
 

@@ -22,6 +22,7 @@ from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.condition import ConditionFrames, begin_condition, encode_condition, prepare_image
 from longtake.encoders.decoders import load_decoder
 from longtake.encoders.sessions import Decoder, DecoderSession
+from longtake.encoders.vae import VideoVAE
 from longtake.errors import ConfigError
 from longtake.inference.beginning import Beginning
 from longtake.inference.cache_pool import CachePool
@@ -160,14 +161,7 @@ class Pipeline:
         folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
-        decoder = None
-        if settings.decoder != "exact":
-            named = settings.decoder, settings.decoder_weights, folder
-            place, calls = decoding or device, vae_calls(low_memory=low)["latents_per_call"]
-            decoder = load_decoder(*named, encoders.vae, place, vae_dtype, latents_per_call=calls)
-            encoders.vae.encodes_only()
-        elif decoding is not None:
-            decoder = encoders.vae.copy_to(decoding)
+        decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
         return cls(denoiser, encoders, settings, device, source.config, decoder)
@@ -272,6 +266,24 @@ class Pipeline:
                 f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
                 f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
             )
+
+
+def _decoder_beside(
+    vae: VideoVAE,
+    settings: GenerationConfig,
+    folder: Path,
+    device: torch.device,
+    decoding: torch.device | None,
+    dtype: torch.dtype,
+) -> Decoder | None:
+    """What decodes in the place of the VAE (which then only encodes), or of it on another device; None: itself."""
+    if settings.decoder == "exact":
+        return None if decoding is None else vae.copy_to(decoding)
+    calls = vae_calls(low_memory=settings.low_memory)["latents_per_call"]
+    named, place = (settings.decoder, settings.decoder_weights, folder), decoding or device
+    decoder = load_decoder(*named, vae, place, dtype, latents_per_call=calls)
+    vae.encodes_only()
+    return decoder
 
 
 def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:

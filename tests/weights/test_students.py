@@ -233,3 +233,25 @@ def test_the_command_finds_all_of_it_offline(state, encoders, tmp_path, monkeypa
         result = CliRunner().invoke(app, ["generate", *small, *more, "-o", str(tmp_path / "o.mp4"), "--overwrite"])
         assert result.exit_code == 0 and said in result.output, result.output
         assert len(read_video(tmp_path / "o.mp4")[0]) == frames
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "LongLive")) for n in NAMES])
+def test_the_commands_script_play_and_evaluate_each(name, state, encoders, tmp_path):
+    download(name, state, tmp_path / "student")
+    events = [{"frame": 9, "prompt": B}]
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump({"prompt": A, "frames": 33, "events": events}))
+    (tmp_path / "prompts.txt").write_text(f"{A}\n")
+    small = [f"{key}={value}" for key, value in SMALL.items()]
+    from_here = ["--model", str(tmp_path / "student"), "--encoders", str(encoders), "--device", "cpu", *small]
+
+    def command(*words, **more):
+        result = CliRunner().invoke(app, [words[0], *from_here, *map(str, words[1:])], **more)
+        assert result.exit_code == 0, result.output
+
+    command("generate", "--script", tmp_path / "story.yaml", "-o", tmp_path / "story.mp4")
+    assert len(read_video(tmp_path / "story.mp4")[0]) == 33
+    command("play", "--prompt", A, "--seconds", "2", "-o", tmp_path / "play.mp4", input=f"{B}\n")
+    assert len(read_video(tmp_path / "play.mp4")[0]) >= 32
+    command("evaluate", "--data", tmp_path / "prompts.txt", "-o", tmp_path / "report", "num_latent_frames=9")
+    (video,) = json.loads((tmp_path / "report/evaluation.json").read_text())["videos"]
+    assert video["frames"] == 33
