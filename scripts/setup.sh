@@ -57,6 +57,6 @@ rm -f "$stamp"-*
 # torch is asked for by its exact version: pip then takes a CPU build where it has one at hand.
 torch=$(grep '^torch==' "$root/constraints.txt")
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -c "$root/constraints.txt" "$torch" -e "$root${extra:+[$extra]}" >&2 ||
+    -c "$root/constraints.txt" "$torch" -e "$root[serve${extra:+,$extra}]" >&2 ||
     fail "pip could not install the versions of constraints.txt; see its message above"
 printf '%s' "$wanted" >"$stamp-$extra"
