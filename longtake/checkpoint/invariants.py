@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.config.groups import PlanConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset, FirstRows
 from longtake.errors import CheckpointError
+from longtake.plan import PlanConfig
 
 # What to do about invariants that cannot simply be set back
 _FIXES = {

@@ -34,9 +34,10 @@ from longtake.weights.presets import PRESETS, model_config
 
 @dataclass
 class Findings:
-    """What a stage reads: `missing` with the way to get it, `notes`, sizes of networks and bytes of encoders.
+    """What a stage reads: what is `missing`, `notes`, sizes of networks and bytes of encoders.
 
-    `encoder_bytes` are those that stay beside the training, of files that are there; `vae`, the VAE's configuration
+    `downloads`, repositories of the hub by the folder that they belong in; `encoder_bytes`, those that stay beside the
+    training, of files that are there; `vae`, the configuration of the VAE
     where a file tells it.
     """
 
@@ -46,6 +47,7 @@ class Findings:
     vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    downloads: dict[str, str] = field(default_factory=dict)
 
 
 def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
@@ -89,9 +91,9 @@ def _sizes(
         found.notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
-        published = hub_repository(path)
-        hint = f"; get it with `hf download {published} --local-dir {path}`" if published else ""
-        hint = hint if is_path(source) else "; train that stage first"
+        if repository is not None:
+            found.downloads[str(path)] = repository
+        hint = "" if is_path(source) else "; train that stage first"
         found.missing.append(f"weights {key}={source}: {path} {reason}{hint}")
     # A folder named like a preset, or the preset that the stage names
     preset = path.name.lower() if path.name.lower() in PRESETS else preset
@@ -109,6 +111,8 @@ def _vae(folder: Path) -> dict[str, Any]:
 def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
     """Bytes of the encoders that are there, as they are loaded."""
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
+    if absent and (repository := hub_repository(folder)) is not None:
+        found.downloads[str(folder)] = repository
     found.missing += [f"encoders: {what}" for what in absent]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
     half = {"text_encoder"} if half_text else set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,21 +13,19 @@ from longtake.config.generation import changes_of, generation_settings, read_rul
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import DEVICES, find_device
+from longtake.doctor.cost import Cost, measured_cost
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
-from longtake.doctor.machine import Machine, free_disk, look
+from longtake.doctor.machine import Machine, fits, free_disk, in_words, look
 from longtake.doctor.streaming import StreamReport, stream_report
 from longtake.errors import ConfigError
 from longtake.weights.presets import model_config
 
-# What is not counted: the CUDA context, workspaces of kernels, fragments of the allocator, remembered encodings.
-HEADROOM = 1.1
-
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: bytes that each rank needs at the worst `moment` by what for, what is free there and `where`, and its
-    problems in words.
+    """One stage: bytes that each rank needs at the worst `moment` by what for, what is free there and `where`, its
+    problems in words, repositories to download by folder, and what it costs where seconds were measured.
     """
 
     name: str
@@ -41,16 +40,19 @@ class StageReport:
     missing: list[str]
     notes: list[str]
     problems: list[str]
+    downloads: dict[str, str]
+    cost: Cost | None
 
     def lines(self) -> list[str]:
         """The report as text."""
-        total, ranks = _size(sum(self.need_bytes.values())), f"each of {self.ranks} rank(s)"
+        total, each = in_words(sum(self.need_bytes.values())), f"each of {self.ranks} rank(s)"
+        free, disk, room = map(in_words, (self.free_bytes, self.disk_need_bytes, self.disk_free_bytes))
         return [
-            f"stage {self.name} ({self.objective}), {ranks}: needs {total}, "
-            f"free {_size(self.free_bytes)} ({self.where})",
-            *(f"  {name:<16} {_size(size):>12}" for name, size in self.need_bytes.items() if size),
+            f"stage {self.name} ({self.objective}), {each}: needs {total}, free {free} ({self.where})",
+            *(f"  {name:<16} {in_words(size):>12}" for name, size in self.need_bytes.items() if size),
             f"  most at once     in {self.moment}",
-            f"  checkpoints      {_size(self.disk_need_bytes):>12}   (on disk; free {_size(self.disk_free_bytes)})",
+            f"  checkpoints      {disk:>12}   (on disk; free {room})",
+            *([] if self.cost is None else [f"  time             {self.cost.line()}"]),
             *(f"  note: {note}" for note in self.notes),
         ]
 
@@ -72,11 +74,17 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        problems = [f"PROBLEM: {problem}" for problem in self.problems]
-        problems += [f"PROBLEM: stage {stage.name}: {what}" for stage in self.stages for what in stage.problems]
-        verdict = "all is well" if self.ok else "something is missing or does not fit"
-        blocks = [[*problems, verdict], *(stage.lines() for stage in self.stages), _machine_lines(self.machine)]
-        return "\n\n".join("\n".join(lines) for lines in blocks)
+        of: dict[str, list[str]] = defaultdict(list)  # stages by what is wrong with them
+        for stage in self.stages:
+            for what in stage.problems:
+                of[what].append(stage.name)
+        problems = [f"PROBLEM: {what}" for what in self.problems]
+        problems += [f"PROBLEM: stage {', '.join(names)}: {what}" for what, names in of.items()]
+        folders = {folder: repository for stage in self.stages for folder, repository in stage.downloads.items()}
+        downloads = [f"  hf download {repository} --local-dir {folder}" for folder, repository in folders.items()]
+        blocks = [problems or ["all is well"], ["to download:", *downloads] if downloads else []]
+        blocks += [*(stage.lines() for stage in self.stages), self.machine.lines()]
+        return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
 def diagnose(
@@ -85,11 +93,14 @@ def diagnose(
     *,
     gpus: int | None = None,
     device: str | None = None,
+    seconds_from: Path | None = None,
+    price: float | None = None,
 ) -> Report:
     """Looks at the machine, and at a stage or job when `config` names one.
 
     Args: `gpus`, ranks to plan for (default: the GPUs of this machine, at least 1); `device`, to plan for GPUs of that
-    name, or of so much memory (`24GB`), on other machines.
+    name, or of so much memory (`24GB`), on other machines; `seconds_from`, the JSON of a `longtake bench` of the stage
+    (of one of the job's), whose hours are told, and with the `price` of an hour of a GPU what they cost.
     Raises: ConfigError for a wrong configuration, and for numbers that do not divide each other.
     """
     loaded = None if config is None else load_config(config, overrides)
@@ -105,8 +116,12 @@ def diagnose(
     else:
         room = machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks"
     job = loaded if isinstance(loaded, JobConfig) else None
-    stages = [loaded] if isinstance(loaded, StageConfig) else job.stages.values() if job else []
-    return Report(machine, [_stage(stage, job, ranks, *room) for stage in stages], problems)
+    stages = [loaded] if isinstance(loaded, StageConfig) else list(job.stages.values()) if job else []
+    costs = [None if seconds_from is None else measured_cost(seconds_from, stage, ranks, price) for stage in stages]
+    if (price is not None and seconds_from is None) or (seconds_from is not None and not any(costs)):
+        names = ", ".join(stage.name for stage in stages) or "a CONFIG, which is missing"
+        raise ConfigError(f"--price needs --seconds-from, and that the JSON of a `longtake bench` of {names}")
+    return Report(machine, [_stage(*pair, job, ranks, *room) for pair in zip(stages, costs)], problems)
 
 
 def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | None = None) -> StreamReport:
@@ -117,11 +132,12 @@ def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | 
     sizes, changes = model_config(model), {"precision": "bf16", **changes_of(*overrides)}
     rules = read_rules(Path(model)) if Path(model).is_dir() else None
     if device is not None:
-        return stream_report(sizes, generation_settings(None, changes, rules), _memory(device), f"--device {device}")
-    machine = look()
-    if not machine.gpus:
+        room = _memory(device), f"--device {device}"
+    elif gpus := look().gpus:
+        room = gpus[0].free_bytes, "GPU 0"
+    else:
         raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
-    return stream_report(sizes, generation_settings(None, changes, rules), machine.gpus[0].free_bytes, "GPU 0")
+    return stream_report(sizes, generation_settings(None, changes, rules), *room)
 
 
 def _memory(device: str) -> int:
@@ -135,49 +151,31 @@ def _memory(device: str) -> int:
     return int(plain[1]) * 10**9
 
 
-def _stage(config: StageConfig, job: JobConfig | None, ranks: int, free: int, where: str) -> StageReport:
+def _stage(
+    config: StageConfig, cost: Cost | None, job: JobConfig | None, ranks: int, free: int, where: str
+) -> StageReport:
     found = look_at(config, job)
     about: dict[str, Any] = {"image_tokens": found.image_tokens, "vae": found.vae}
     need = stage_need(config, found.sizes, ranks, **about)
     parts = {**need.at_rest, "encoders": found.encoder_bytes}
     parts["working memory"] = need.peak - sum(need.at_rest.values())
-    total = sum(parts.values())
-    problems = [f"missing {what}" for what in found.missing]
-    if total * HEADROOM > free:
-        less = None
+    problems = []
+    if not fits(total := sum(parts.values()), free):
+        remedy = "use more GPUs, activation_checkpointing=true, a smaller micro_batch_size, or smaller videos"
         if not config.activation_checkpointing:
             recomputing = config.model_copy(update={"activation_checkpointing": True})
             less = stage_need(recomputing, found.sizes, ranks, **about).peak + found.encoder_bytes
+            if fits(less, free):
+                remedy = f"set activation_checkpointing=true, which needs {in_words(less)}"
         problems.append(
-            f"{_size(total)} and a tenth for what is not counted do not fit into {_size(free)}: " + _remedy(less, free)
+            f"{in_words(total)} and a tenth for what is not counted do not fit into {in_words(free)}: {remedy}"
         )
+    problems += [f"missing {what}" for what in found.missing]
     disk = need.checkpoint * (config.keep_checkpoints + 1 if config.save_every else 0)
     if disk > (room := free_disk(config.logdir)):
         problems.append(
-            f"{config.keep_checkpoints} checkpoints and one being written need {_size(disk)} of disk; lower "
+            f"{config.keep_checkpoints} checkpoints and one being written need {in_words(disk)} of disk; lower "
             "keep_checkpoints or move logdir"
         )
     names, texts = (config.name, config.objective.kind, ranks), (found.missing, found.notes, problems)
-    return StageReport(*names, parts, need.moment, free, where, disk, room, *texts)
-
-
-def _remedy(recomputed: int | None, free: int) -> str:
-    """What to do. Args: `recomputed`, the bytes with activation checkpointing, None where it is on."""
-    if recomputed is not None and recomputed * HEADROOM <= free:
-        return f"set activation_checkpointing=true, which needs {_size(recomputed)}"
-    return "use more GPUs, activation_checkpointing=true, a smaller micro_batch_size, or smaller videos"
-
-
-def _machine_lines(machine: Machine) -> list[str]:
-    ram = f"memory {_size(machine.ram_bytes)}, available {_size(machine.ram_free_bytes)}"
-    lines = [f"{machine.system}, {machine.cores} cores, {ram}"]
-    for number, gpu in enumerate(machine.gpus):
-        sizes = f"{_size(gpu.total_bytes)}, free {_size(gpu.free_bytes)}"
-        lines.append(f"GPU {number}: {gpu.name}, capability {gpu.capability}, {sizes}")
-        lines += [f"  attention in {dtype}: {', '.join(names)}" for dtype, names in gpu.kernels.items()]
-    versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in machine.packages.items())
-    return [*lines, *([] if machine.gpus else ["no GPU that torch can use"]), versions]
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    return StageReport(*names, parts, need.moment, free, where, disk, room, *texts, found.downloads, cost)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape
+from longtake.condition import Condition
+from longtake.config.stage import StageConfig
+from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.batch import EncodedBatch
+from longtake.train.window_codec import EncoderCodec
 
 
 class MadeBatches:
@@ -17,22 +22,16 @@ class MadeBatches:
 
     def __init__(
         self,
-        shape: VideoShape,
-        num_clip_frames: int | None,
+        config: StageConfig,
         size: DiTConfig,
+        image_tokens: int,
         accumulation: int,
         rows: int,
-        image_tokens: int,
-        *,
-        with_picture: bool,
-        second_prompts: bool,
         new: Callable[..., Tensor] = torch.empty,
     ) -> None:
-        """Args: `num_clip_frames` of the rows' videos, None where they have none; `new` makes a tensor of a shape."""
-        self.position, self._new = 0, new
-        self._shape, self._clip_frames, self._size = shape, num_clip_frames, size
+        """Args: `size` of the generator; `rows` of a micro-batch; `new` makes a tensor of a shape."""
+        self.position, self._new, self._config, self._size = 0, new, config, size
         self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
-        self._with_picture, self._second_prompts = with_picture, second_prompts
 
     def seek(self, position: int) -> None:
         """Makes the next micro-batch the one after `position` rows."""
@@ -42,7 +41,7 @@ class MadeBatches:
         return [self._micro_batch() for _ in range(self._accumulation)]
 
     def _micro_batch(self) -> EncodedBatch:
-        size, rows, shape = self._size, self._rows, self._shape
+        size, rows, config, shape = self._size, self._rows, self._config, self._config.video
         space = shape.latent_height, shape.latent_width
         self.position += rows
 
@@ -59,7 +58,19 @@ class MadeBatches:
             Condition(text(), image, y),
             text(),
             space,
-            None if self._clip_frames is None else latents(self._clip_frames),
-            latents(1) if self._with_picture else None,
-            text() if self._second_prompts else None,
+            latents(config.clip_shape.num_latent_frames) if config.objective.learns_from_videos else None,
+            latents(1) if config.model.image_condition == "i2v" else None,
+            text() if config.objective.second_prompts else None,
         )
+
+
+def made_codec(vae: Mapping[str, Any], size: DiTConfig, image_tokens: int, num_latent_frames: int) -> EncoderCodec:
+    """A VAE with random weights, of its configuration (Wan2.1's where it is empty), and CLIP tokens that are zeros."""
+    from diffusers import AutoencoderKLWan
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), image_tokens, size.image_dim or 0, device=images.device)
+
+    tokens: Any = SimpleNamespace(encode=encode) if size.image_dim else None
+    with_y = size.condition_channels > 0
+    return EncoderCodec(VideoVAE(AutoencoderKLWan(**vae)), tokens, with_y=with_y, num_latent_frames=num_latent_frames)

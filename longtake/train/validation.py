@@ -11,7 +11,8 @@ from contextlib import nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.config.groups import ModelConfig, VideoConfig
+from longtake.condition import VideoShape
+from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation import report
@@ -27,7 +28,7 @@ from longtake.train.state import TrainState
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 
 
-def can_measure(model: ModelConfig, video: VideoConfig) -> bool:
+def can_measure(model: ModelConfig, video: VideoShape) -> bool:
     """Whether a stage can be measured: image-to-video at the size of the embedded world."""
     return model.image_condition == "i2v" and (video.height, video.width) == (SIZE, SIZE)
 
