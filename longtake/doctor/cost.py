@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from longtake.config.stage import StageConfig
 from longtake.errors import ConfigError
 from longtake.json_text import parse_json
-
-_KEYS = ("stage", "device", "ranks", "cycle_s", "cycle_iterations")
 
 
 @dataclass(frozen=True)
@@ -38,26 +36,21 @@ class Cost:
         return text
 
 
-def measured_cost(file: Path, stage: StageConfig, ranks: int, price: float | None) -> Cost | None:
-    """That of a stage, from the JSON of `longtake bench CONFIG --json`; None where that measured another stage.
+def measured_seconds(file: Path, ranks: int) -> tuple[str, float, str]:
+    """The stage, seconds of an iteration and the device that a JSON of `longtake bench CONFIG --json` tells.
 
-    A cycle is the iterations to one update of the generator, the unit that exit steps were averaged over.
-    Raises: ConfigError.
+    A cycle is the iterations to one update of the generator, over which exit steps were averaged.
+    Raises: ConfigError, also where other numbers of `ranks` were measured than are planned.
     """
     try:
-        found = parse_json(file.read_bytes())
-        name, device, measured, cycle, iterations = (found[key] for key in _KEYS)
-        seconds = None if cycle is None else float(cycle) / int(iterations)
+        found: dict[str, Any] = parse_json(file.read_bytes())
+        stage, device, measured, iterations = (found[key] for key in ("stage", "device", "ranks", "cycle_iterations"))
+        seconds = found["cycle_s"] / iterations
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"--seconds-from {file} is no JSON of a stage by this version ({type(error).__name__}: {error}); write it "
-            f"by `longtake bench CONFIG --json {file}`"
+            f"--seconds-from {file} tells no seconds of a stage ({type(error).__name__}: {error}); write it by "
+            "`longtake bench CONFIG --json FILE`, with more --steps where cycle_s is null"
         ) from None
-    if name != stage.name:
-        return None
-    if measured != ranks or seconds is None:
-        what = f"{measured} rank(s), and {ranks} are planned" if seconds is not None else "too few iterations"
-        fix = f"name --gpus {measured}, or measure again" if seconds is not None else "measure again with more"
-        raise ConfigError(f"--seconds-from {file} was measured on {what}; {fix}")
-    share = stage.validation.max_share if stage.validates and stage.validation.num_rows else 0.0
-    return Cost(seconds, device, stage.max_steps, ranks, share, price)
+    if measured != ranks:
+        raise ConfigError(f"--seconds-from {file} was measured on {measured} rank(s), and {ranks} are planned")
+    return stage, seconds, device

@@ -281,7 +281,8 @@ def without_data(vae: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        return nn.Module.to(AutoencoderKLWan(**vae), dtype)  # its own `to` remarks on types that no module has
+        module: Any = AutoencoderKLWan(**vae)
+    return nn.Module.to(module, dtype)  # its own `to` remarks on types that no module has
 
 
 @dataclass(kw_only=True)

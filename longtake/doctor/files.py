@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -27,7 +28,7 @@ from longtake.weights.locate import (
     find_weights,
     hub_repository,
     image_token_count,
-    missing_encoders,
+    tokenizer_places,
 )
 from longtake.weights.presets import PRESETS, model_config
 
@@ -36,7 +37,7 @@ from longtake.weights.presets import PRESETS, model_config
 class Findings:
     """What a stage reads: what is `missing`, `notes`, sizes of networks and bytes of encoders.
 
-    `downloads`, repositories of the hub by the folder that they belong in; `encoder_bytes`, those that stay beside the
+    `downloads`, the commands that get what is on the hub; `encoder_bytes`, those that stay beside the
     training, of files that are there; `vae`, the configuration of the VAE
     where a file tells it.
     """
@@ -47,7 +48,7 @@ class Findings:
     vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    downloads: dict[str, str] = field(default_factory=dict)
+    downloads: list[str] = field(default_factory=list)
 
 
 def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
@@ -92,9 +93,10 @@ def _sizes(
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
         if repository is not None:
-            found.downloads[str(path)] = repository
+            found.downloads.append(f"hf download {repository} --local-dir {path}")
         hint = "" if is_path(source) else "; train that stage first"
-        found.missing.append(f"weights {key}={source}: {path} {reason}{hint}")
+        place = "" if path.as_posix() == source else f": {path}"
+        found.missing.append(f"weights {key}={source}{place} {reason}{hint}")
     # A folder named like a preset, or the preset that the stage names
     preset = path.name.lower() if path.name.lower() in PRESETS else preset
     found.notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
@@ -109,16 +111,26 @@ def _vae(folder: Path) -> dict[str, Any]:
 
 
 def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
-    """Bytes of the encoders that are there, as they are loaded."""
-    absent = missing_encoders(folder, with_image="image_encoder" in wanted)
-    if absent and (repository := hub_repository(folder)) is not None:
-        found.downloads[str(folder)] = repository
-    found.missing += [f"encoders: {what}" for what in absent]
-    # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
-    half = {"text_encoder"} if half_text else set()
+    """Bytes of the encoders that are there, as they are loaded; what is not there, with the commands that get it."""
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
-    files = ((file, part) for part in parts for file in encoder_files(folder, part))
-    return sum((2 if part.folder in half else 4) * _elements(file, part) for file, part in files)
+    if absent := [part for part in parts if not part.places(folder)]:
+        found.missing.append(f"encoders: {folder} has no {', no '.join(part.name for part in absent)}")
+    if texts := [place for part in parts if part.key == "text" for place in part.places(folder)]:
+        places = tokenizer_places(texts[0])
+        if not any((place / "tokenizer_config.json").is_file() for place in places):
+            found.missing.append(f"encoders: the tokenizer: tokenizer_config.json in {' or '.join(map(str, places))}")
+    if absent and (repository := hub_repository(folder)) is not None:
+        found.downloads.append(f"hf download {repository} --local-dir {folder}")
+    elif absent:  # of several repositories, each named once
+        files: dict[str, list[str]] = defaultdict(list)
+        for part in absent:
+            choices = list(part.originals.items())
+            file, repository = choices[-1 if found.sizes["generator"].out_channels == 48 else 0]
+            files[repository] += [file, *part.beside]
+        found.downloads += [f"hf download {name} {' '.join(f)} --local-dir {folder}" for name, f in files.items()]
+    # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
+    there = ((file, part) for part in parts for file in encoder_files(folder, part))
+    return sum((2 if half_text and part.key == "text" else 4) * _elements(file, part) for file, part in there)
 
 
 def _elements(file: Path, part: EncoderPart) -> int:

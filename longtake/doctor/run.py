@@ -13,7 +13,7 @@ from longtake.config.generation import changes_of, generation_settings, read_rul
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import DEVICES, find_device
-from longtake.doctor.cost import Cost, measured_cost
+from longtake.doctor.cost import Cost, measured_seconds
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
 from longtake.doctor.machine import Machine, fits, free_disk, in_words, look
@@ -25,7 +25,7 @@ from longtake.weights.presets import model_config
 @dataclass(frozen=True)
 class StageReport:
     """One stage: bytes that each rank needs at the worst `moment` by what for, what is free there and `where`, its
-    problems in words, repositories to download by folder, and what it costs where seconds were measured.
+    problems in words, the commands that download what is missing, and what it costs where seconds were measured.
     """
 
     name: str
@@ -40,7 +40,7 @@ class StageReport:
     missing: list[str]
     notes: list[str]
     problems: list[str]
-    downloads: dict[str, str]
+    downloads: list[str]
     cost: Cost | None
 
     def lines(self) -> list[str]:
@@ -80,8 +80,7 @@ class Report:
                 of[what].append(stage.name)
         problems = [f"PROBLEM: {what}" for what in self.problems]
         problems += [f"PROBLEM: stage {', '.join(names)}: {what}" for what, names in of.items()]
-        folders = {folder: repository for stage in self.stages for folder, repository in stage.downloads.items()}
-        downloads = [f"  hf download {repository} --local-dir {folder}" for folder, repository in folders.items()]
+        downloads = [f"  {command}" for command in dict.fromkeys(c for stage in self.stages for c in stage.downloads)]
         blocks = [problems or ["all is well"], ["to download:", *downloads] if downloads else []]
         blocks += [*(stage.lines() for stage in self.stages), self.machine.lines()]
         return "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -107,52 +106,51 @@ def diagnose(
     machine = look()
     problems = [f"package {name} is not installed" for name in machine.missing_packages]
     ranks = gpus or max(1, len(machine.gpus))
-    if device is not None:
-        room = _memory(device), f"--device {device}"
-    elif machine.gpus:
-        room = min(gpu.free_bytes for gpu in machine.gpus), "on the fullest GPU"
-        if ranks > len(machine.gpus):
-            problems.append(f"{ranks} ranks are planned and this machine has {len(machine.gpus)} GPU(s); name --device")
-    else:
-        room = machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks"
+    if device is None and 0 < len(machine.gpus) < ranks:
+        problems.append(f"{ranks} ranks are planned and this machine has {len(machine.gpus)} GPU(s); name --device")
+    room = _room(device, machine) or (machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks")
     job = loaded if isinstance(loaded, JobConfig) else None
     stages = [loaded] if isinstance(loaded, StageConfig) else list(job.stages.values()) if job else []
-    costs = [None if seconds_from is None else measured_cost(seconds_from, stage, ranks, price) for stage in stages]
-    if (price is not None and seconds_from is None) or (seconds_from is not None and not any(costs)):
+    costs: dict[str, Cost] = {}
+    if seconds_from is not None:
+        name, seconds, gpu = measured_seconds(seconds_from, ranks)
+        for stage in (stage for stage in stages if stage.name == name):
+            share = stage.validation.max_share if stage.validates and stage.validation.num_rows else 0.0
+            costs[name] = Cost(seconds, gpu, stage.max_steps, ranks, share, price)
+    if not costs and (seconds_from is not None or price is not None):
         names = ", ".join(stage.name for stage in stages) or "a CONFIG, which is missing"
         raise ConfigError(f"--price needs --seconds-from, and that the JSON of a `longtake bench` of {names}")
-    return Report(machine, [_stage(*pair, job, ranks, *room) for pair in zip(stages, costs)], problems)
+    reports = [_stage(s, costs.get(s.name), job, ranks, *room, elsewhere=device is not None) for s in stages]
+    return Report(machine, reports, problems)
 
 
 def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | None = None) -> StreamReport:
     """Whether a stream fits: of a preset, or of the sizes in a folder's `config.json` by the rules beside it.
 
-    Args: `device` as that of `diagnose`; by default the first GPU here. Raises: ConfigError.
+    Args: `device` as that of `diagnose`; by default the fullest GPU here. Raises: ConfigError.
     """
     sizes, changes = model_config(model), {"precision": "bf16", **changes_of(*overrides)}
     rules = read_rules(Path(model)) if Path(model).is_dir() else None
-    if device is not None:
-        room = _memory(device), f"--device {device}"
-    elif gpus := look().gpus:
-        room = gpus[0].free_bytes, "GPU 0"
-    else:
+    if (room := _room(device, look())) is None:
         raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
     return stream_report(sizes, generation_settings(None, changes, rules), *room)
 
 
-def _memory(device: str) -> int:
-    """Bytes of a GPU. Raises: ConfigError."""
+def _room(device: str | None, machine: Machine) -> tuple[int, str] | None:
+    """Bytes of a GPU, and whose they are; None where there is none. Raises: ConfigError."""
+    if device is None:
+        return min(((gpu.free_bytes, "on the fullest GPU") for gpu in machine.gpus), default=None)
     if (known := find_device(device)) is not None:
-        return known.memory_bytes
+        return known.memory_bytes, f"--device {device}"
     if (plain := re.fullmatch(r"(\d+) ?GB", device, re.IGNORECASE)) is None:
         raise ConfigError(
             f"--device {device} is not known; give {', '.join(d.name for d in DEVICES)}, or memory such as 24GB"
         )
-    return int(plain[1]) * 10**9
+    return int(plain[1]) * 10**9, f"--device {device}"
 
 
 def _stage(
-    config: StageConfig, cost: Cost | None, job: JobConfig | None, ranks: int, free: int, where: str
+    config: StageConfig, cost: Cost | None, job: JobConfig | None, ranks: int, free: int, where: str, *, elsewhere: bool
 ) -> StageReport:
     found = look_at(config, job)
     about: dict[str, Any] = {"image_tokens": found.image_tokens, "vae": found.vae}
@@ -161,8 +159,9 @@ def _stage(
     parts["working memory"] = need.peak - sum(need.at_rest.values())
     problems = []
     if not fits(total := sum(parts.values()), free):
-        remedy = "use more GPUs, activation_checkpointing=true, a smaller micro_batch_size, or smaller videos"
+        remedy = "use more GPUs, a smaller micro_batch_size, or smaller videos"
         if not config.activation_checkpointing:
+            remedy = f"set activation_checkpointing=true, or {remedy}"
             recomputing = config.model_copy(update={"activation_checkpointing": True})
             less = stage_need(recomputing, found.sizes, ranks, **about).peak + found.encoder_bytes
             if fits(less, free):
@@ -172,7 +171,8 @@ def _stage(
         )
     problems += [f"missing {what}" for what in found.missing]
     disk = need.checkpoint * (config.keep_checkpoints + 1 if config.save_every else 0)
-    if disk > (room := free_disk(config.logdir)):
+    room = free_disk(config.logdir)
+    if disk > room and not elsewhere:
         problems.append(
             f"{config.keep_checkpoints} checkpoints and one being written need {in_words(disk)} of disk; lower "
             "keep_checkpoints or move logdir"

@@ -156,8 +156,8 @@ def _pixels(
         z, before = torch.empty(1, settings.plan.block_frames, sizes.out_channels, *size), meter.now
         decoder: Any = vae
         if settings.decoder != "exact":
-            decoder = random_decoder(settings.decoder, vae, torch.device("cpu"), dtype)
-            decoder.latents_per_call = vae.latents_per_call
+            calls = {"latents_per_call": vae.latents_per_call}
+            decoder = random_decoder(settings.decoder, vae, torch.device("cpu"), dtype, **calls)
         session = decoder.decoder_session()
         for part in (z[:, :1], z):
             session.decode(part)

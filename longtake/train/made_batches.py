@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,41 +18,40 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.train.window_codec import EncoderCodec
 
 
+@dataclass
 class MadeBatches:
-    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
+    """Micro-batches of a stage's shapes, `accumulation` an update, each with `rows` of its own.
 
-    def __init__(
-        self,
-        config: StageConfig,
-        size: DiTConfig,
-        image_tokens: int,
-        accumulation: int,
-        rows: int,
-        new: Callable[..., Tensor] = torch.empty,
-    ) -> None:
-        """Args: `size` of the generator; `rows` of a micro-batch; `new` makes a tensor of a shape."""
-        self.position, self._new, self._config, self._size = 0, new, config, size
-        self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
+    Args: `size` of the generator; `new` makes a tensor of a shape.
+    """
+
+    config: StageConfig
+    size: DiTConfig
+    image_tokens: int
+    accumulation: int
+    rows: int
+    new: Callable[..., Tensor] = torch.empty
+    position: int = 0
 
     def seek(self, position: int) -> None:
         """Makes the next micro-batch the one after `position` rows."""
         self.position = position
 
     def __next__(self) -> list[EncodedBatch]:
-        return [self._micro_batch() for _ in range(self._accumulation)]
+        return [self._micro_batch() for _ in range(self.accumulation)]
 
     def _micro_batch(self) -> EncodedBatch:
-        size, rows, config, shape = self._size, self._rows, self._config, self._config.video
+        size, rows, config, shape = self.size, self.rows, self.config, self.config.video
         space = shape.latent_height, shape.latent_width
         self.position += rows
 
         def latents(frames: int, channels: int = size.out_channels) -> Tensor:
-            return self._new(rows, frames, channels, *space)
+            return self.new(rows, frames, channels, *space)
 
         def text() -> Tensor:
-            return self._new(rows, size.text_len, size.text_dim)
+            return self.new(rows, size.text_len, size.text_dim)
 
-        image = None if size.image_dim is None else self._new(rows, self._tokens, size.image_dim)
+        image = None if size.image_dim is None else self.new(rows, self.image_tokens, size.image_dim)
         y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
         return EncodedBatch(
             range(self.position, self.position + rows),

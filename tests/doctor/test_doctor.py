@@ -115,20 +115,28 @@ def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path, q
     assert result.exit_code == 1
     (stage,) = json.loads(result.output)["stages"]
     text = "\n".join(stage["missing"])
-    assert f"teacher={folder}: {folder} does not exist" in text
-    assert stage["downloads"] == {str(folder): "alibaba-pai/Wan2.1-Fun-1.3B-InP"}
+    assert f"teacher={folder} does not exist" in text
+    command = f"hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}"
+    assert set(stage["downloads"]) == {command}
     assert "init_from=causal" in text and "train that stage first" in text
-    for name in ("the VAE (", "the text encoder (", "the image encoder (", "umt5-xxl/tokenizer.json", "data: "):
-        assert name in text
+    assert f"encoders: {folder} has no VAE, no text encoder, no image encoder" in text and "data: " in text
     lines = invoke(write(tmp_path, tree)).output.split("\n\n")
     assert lines[0].startswith("PROBLEM: stage distill: missing ") and lines[0].count("PROBLEM") == len(
         stage["problems"]
     )
     # One list: weights and encoders are of one repository.
-    assert lines[1] == f"to download:\n  hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}"
+    assert lines[1] == f"to download:\n  {command}"
     assert stage["need_bytes"]["encoders"] == 0 and all(
         f"missing {line}" in stage["problems"] for line in stage["missing"]
     )
+
+
+def test_encoders_of_no_known_folder_are_got_file_by_file(workshop, tmp_path):
+    """Of each repository in one command."""
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path / "none")))
+    first, second = found.downloads
+    assert first.startswith("hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth models_t5_umt5-xxl-enc-bf16.pth google/")
+    assert second.startswith("hf download Wan-AI/Wan2.1-I2V-14B-480P models_clip") and str(tmp_path / "none") in second
 
 
 def test_the_tokenizer_is_missed_on_its_own(workshop, tmp_path):
@@ -171,7 +179,8 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}
     found = look_at(stage_config(workshop, tmp_path, "distill", **named))
     assert "init_from=someone/student is no local path: it will be fetched" in found.notes[0]
-    assert found.downloads == {"weights/Wan2.1-Fun-1.3B-InP": "alibaba-pai/Wan2.1-Fun-1.3B-InP"}
+    wanted = ["hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir weights/Wan2.1-Fun-1.3B-InP"]
+    assert found.downloads == wanted
 
 
 def test_a_trained_stage_is_found_and_an_empty_one_is_not(workshop, tmp_path):
@@ -273,9 +282,9 @@ def test_hours_and_price_are_measured_seconds_times_iterations(workshop, tmp_pat
     assert stage["cost"]["seconds"] == 6 and stage["cost"]["price"] is None
     for changes, reason in (
         ({"ranks": 2}, "was measured on 2 rank(s), and 1 are planned"),
-        ({"cycle_s": None}, "too few iterations"),
+        ({"cycle_s": None}, "with more --steps where cycle_s is null"),
         ({"stage": "causal"}, "the JSON of a `longtake bench` of distill"),
-        ({"cycle_iterations": 0}, "is no JSON of a stage"),
+        ({"cycle_iterations": 0}, "tells no seconds of a stage"),
     ):
         measured.write_text(json.dumps(numbers | changes))
         result = invoke(file, "--seconds-from", measured)
