@@ -21,7 +21,7 @@ from longtake.cli.measure import evaluate, measure
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
 from longtake.cli.verify import verify
-from longtake.cli.weights import convert, export, students
+from longtake.cli.weights import convert, download, export, students
 
 app = typer.Typer(
     name="longtake",
@@ -30,7 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_COMMANDS = (train, encode, doctor, bench, generate, play, evaluate, measure, verify, world, convert, export, students)
+_COMMANDS = (
+    *(train, encode, doctor, bench, generate, play, evaluate, measure, verify),
+    *(world, download, convert, export, students),
+)
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("config")(show_config)

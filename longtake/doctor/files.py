@@ -28,9 +28,11 @@ from longtake.weights.locate import (
     find_weights,
     hub_repository,
     image_token_count,
+    is_hub_name,
     tokenizer_places,
 )
 from longtake.weights.presets import PRESETS, model_config
+from longtake.weights.students import find_student
 
 
 @dataclass
@@ -84,6 +86,12 @@ def _sizes(
         return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
     repository = hub_repository(path)
     try:
+        if (student := find_student(path)) is not None:
+            if student.root is not None:
+                return student.open().model.config
+            name = student.student.name
+            found.notes.append(f"{key}={source} is {name}: it will be fetched from the Hugging Face hub")
+            return model_config(student.preset)
         weights = find_weights(path, logdir)
         if weights.path.exists():
             return open_dit(weights.path)[1].config  # from the heads of its files
@@ -93,7 +101,7 @@ def _sizes(
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
         if repository is not None:
-            found.downloads.append(f"hf download {repository} --local-dir {path}")
+            found.downloads.append(f"longtake download {repository} -o {path}")
         hint = "" if is_path(source) else "; train that stage first"
         place = "" if path.as_posix() == source else f": {path}"
         found.missing.append(f"weights {key}={source}{place} {reason}{hint}")
@@ -112,6 +120,9 @@ def _vae(folder: Path) -> dict[str, Any]:
 
 def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
     """Bytes of the encoders that are there, as they are loaded; what is not there, with the commands that get it."""
+    if not folder.exists() and is_hub_name(folder):
+        found.notes.append(f"encoders={folder} will be fetched from the Hugging Face hub; their memory is not counted")
+        return 0
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
     if absent := [part for part in parts if not part.places(folder)]:
         found.missing.append(f"encoders: {folder} has no {', no '.join(part.name for part in absent)}")
@@ -120,7 +131,7 @@ def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: boo
         if not any((place / "tokenizer_config.json").is_file() for place in places):
             found.missing.append(f"encoders: the tokenizer: tokenizer_config.json in {' or '.join(map(str, places))}")
     if absent and (repository := hub_repository(folder)) is not None:
-        found.downloads.append(f"hf download {repository} --local-dir {folder}")
+        found.downloads.append(f"longtake download {repository} -o {folder}")
     elif absent:  # of several repositories, each named once
         files: dict[str, list[str]] = defaultdict(list)
         for part in absent:

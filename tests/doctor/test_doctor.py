@@ -116,7 +116,7 @@ def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path, q
     (stage,) = json.loads(result.output)["stages"]
     text = "\n".join(stage["missing"])
     assert f"teacher={folder} does not exist" in text
-    command = f"hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}"
+    command = f"longtake download alibaba-pai/Wan2.1-Fun-1.3B-InP -o {folder}"
     assert set(stage["downloads"]) == {command}
     assert "init_from=causal" in text and "train that stage first" in text
     assert f"encoders: {folder} has no VAE, no text encoder, no image encoder" in text and "data: " in text
@@ -179,7 +179,7 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}
     found = look_at(stage_config(workshop, tmp_path, "distill", **named))
     assert "init_from=someone/student is no local path: it will be fetched" in found.notes[0]
-    wanted = ["hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir weights/Wan2.1-Fun-1.3B-InP"]
+    wanted = ["longtake download alibaba-pai/Wan2.1-Fun-1.3B-InP -o weights/Wan2.1-Fun-1.3B-InP"]
     assert found.downloads == wanted
 
 
