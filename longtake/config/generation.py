@@ -130,7 +130,7 @@ class GenerationConfig(FlowConfig):
         return self.plan.stream(self, rope=self.rope, clock=self.clock)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_rules(self) -> Self:  # beside those of the noise levels, `_check`
         _ = self.stream_plan
         count = len(self.steps)
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))
