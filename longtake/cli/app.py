@@ -18,6 +18,7 @@ import typer
 from longtake.cli.bench import bench
 from longtake.cli.generate import generate, play
 from longtake.cli.measure import evaluate, measure
+from longtake.cli.recipes import recipes
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
 from longtake.cli.verify import verify
@@ -34,6 +35,7 @@ _COMMANDS = (train, encode, doctor, bench, generate, play, evaluate, measure, ve
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("config")(show_config)
+app.add_typer(recipes)
 
 
 @app.callback()
