@@ -133,7 +133,7 @@ def parse_yaml(text: str, where: str, loader: type = _StrictLoader) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises: ConfigError when it is missing, unreadable or no mapping of names."""
     if not path.is_file():
-        raise ConfigError(f"config {path} is not a file; give the path of a YAML file, e.g. configs/toy/i2v.yaml")
+        raise ConfigError(f"config {path} is not a file; give the path of a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
