@@ -18,6 +18,7 @@ import typer
 from longtake.cli.bench import bench
 from longtake.cli.generate import generate, play
 from longtake.cli.measure import evaluate, measure
+from longtake.cli.serve import serve
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
 from longtake.cli.verify import verify
@@ -30,7 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_COMMANDS = (train, encode, doctor, bench, generate, play, evaluate, measure, verify, world, convert, export, students)
+_VIDEOS = (generate, play, serve)
+_COMMANDS = (train, encode, doctor, bench, *_VIDEOS, evaluate, measure, verify, world, convert, export, students)
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("config")(show_config)

@@ -25,17 +25,26 @@ def add_h264(
     The bytes depend on the number of `threads`, which is therefore not that of the machine.
     """
     stream = container.add_stream("libx264", rate=rate, options={**_EXACT, **options})
-    stream.height, stream.width, stream.pix_fmt = height, width, pixels
-    codec = stream.codec_context
+    configure(stream.codec_context, height, width, pixels, threads=threads)
+    return stream
+
+
+def configure(codec: Any, height: int, width: int, pixels: str, *, threads: int) -> None:
+    """Size, kind of pixels and colours of an encoder that is not open yet; arguments as those of `add_h264`."""
+    codec.height, codec.width, codec.pix_fmt = height, width, pixels
     codec.thread_count = threads
     codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
     codec.color_range = _LIMITED
-    return stream
+
+
+def picture_of(picture: NDArray[np.uint8], pixels: str) -> Any:
+    """A picture, uint8 [h, w, 3], as an encoder of these `pixels` takes it."""
+    import av
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return frame.reformat(format=pixels, dst_colorspace=_BT709, dst_color_range=_LIMITED)
 
 
 def encode(stream: Any, picture: NDArray[np.uint8]) -> Any:
     """The packets that come of one more picture, uint8 [h, w, 3]."""
-    import av
-
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    return stream.encode(frame.reformat(format=stream.pix_fmt, dst_colorspace=_BT709, dst_color_range=_LIMITED))
+    return stream.encode(picture_of(picture, stream.pix_fmt))
