@@ -27,7 +27,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Name by which the server may be called; give it once for each.")
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where recordings and saved sessions lie.")] = Path("outputs/live"),
+    folder: Annotated[Path | None, typer.Option(help="Where recordings and saved sessions lie.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions that play at once; default: as measured.")] = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
@@ -46,8 +46,8 @@ def serve(
         from longtake.serve.settings import ServeSettings
 
         token = None if token_file is None else _first_line(token_file)
-        said = given(context, "host", "port", "max_sessions")
-        settings = ServeSettings(folder, token=token, hosts=tuple(allow_host or ()), **said)
+        said = given(context, "folder", "host", "port", "max_sessions")
+        settings = ServeSettings(token=token, hosts=tuple(allow_host or ()), **said)
         start(source, device, settings, typer.echo)
 
 

@@ -41,7 +41,7 @@ class ServeSettings:
     Raises: ConfigError for an address beyond this machine without a token, and for values that are none.
     """
 
-    folder: Path
+    folder: Path = Path("outputs/live")
     host: str = "127.0.0.1"
     port: int = 8765
     token: str | None = field(default=None, repr=False)
