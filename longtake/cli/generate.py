@@ -26,9 +26,15 @@ RULES = (
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
+    typer.Option(
+        help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, a name of `longtake "
+        "students`, or toy."
+    ),
 ]
-Encoders = Annotated[Path | None, typer.Option(help="Folder of the encoders, where not in or beside the model's.")]
+Encoders = Annotated[
+    str | None,
+    typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
+]
 Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")]
 Videos = Annotated[
     Path,

@@ -122,7 +122,8 @@ def verify(
     """
     if not 1 <= guidance < math.inf:
         raise ConfigError(f"guidance={guidance:g} must be at least 1, which is none; diffusers knows no less")
-    source, world = Source.of_model(weights, encoders, changes=changes), sample_world(0, 0)
+    source = Source.of_model(weights, encoders, changes=changes, must_stream=False).fetched()
+    world = sample_world(0, 0)
     config, settings, place = open_dit(source.weights)[1].config, source.settings, usable_device(device)
     wide, narrow = torch.float32, torch.bfloat16
     dtype = narrow if settings.precision == "bf16" else wide
