@@ -123,6 +123,8 @@ def test_version():
         (["train", "toy/i2v", "--log-dir", "x"], "--logdir"),
         (["config", "genertion"], "generation"),
         (["train", "toy/distill", "--check", "optim.lrr=1"], "did you mean optim.lr"),
+        (["train", "toy/distill", "--check", "keep_best=motion_ratoi"], "did you mean motion_ratio"),
+        (["train", "toy/distill", "--check", "rope=relativ"], "did you mean relative?"),
         (["doctor", "toy/distill", "model.preset=toi"], "did you mean toy?"),
         (["bench", "--random", "wan2.1-t2v-1.3"], "did you mean wan2.1-t2v-1.3b"),
     ],
