@@ -130,6 +130,9 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
     assert made.model.blocks[0].self_attn.q.weight.dtype == made.encoders.image.dtype == torch.bfloat16
     chunks = list(made.stream(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), "a circle", num_frames=17))
     assert sum(map(len, chunks)) == 17
+    spare = random_models.random_settings("wan", {**changes, "low_memory": True, "decoder": "tiny"})
+    made = random_models.random_generator("wan", spare, CPU, small_text=True)
+    assert made.decoder.latents_per_call == 1  # as generation with low memory decodes, or the peak would be another
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
