@@ -10,6 +10,7 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 from PIL import Image
+from spoilt_videos import blur, fade, freeze, loop, uniform
 
 from longtake.errors import DataError, ShapeError
 from longtake.evaluation.instruments import FADE, METRICS, Blocks, flicker, measure, seam_score, sharpness
@@ -144,10 +145,6 @@ def test_seam_score_by_hand():
     assert seam_score(change, Blocks(8, 8)) < 1 and seam_score(change[:5], blocks) is None
 
 
-def fade(video):
-    return np.rint(video * np.linspace(1, 0.9, len(video))[:, None, None, None]).astype(np.uint8)
-
-
 # ---- light ------------------------------------------------------------------------------------------------------------
 def light_of(video):
     """The logarithm of the light at the end of a video."""
@@ -192,23 +189,6 @@ def test_a_moving_camera_is_no_defect(moved):
     found = measure(moved, FPS, Blocks(12, 9))
     assert found.defects == () and found.metrics["bad_frames"] == 0 and found.metrics["sink_returns"] == 0
     assert found.metrics["seam_score"] == pytest.approx(1, abs=0.1) and found.slope < 0
-
-
-def blur(video):
-    sigmas = np.clip(np.linspace(-0.5, 1.3, len(video)), 0, 1)
-    return np.stack([cv2.GaussianBlur(f, (0, 0), s) if s > 0 else f for f, s in zip(video, sigmas)])
-
-
-def freeze(video):
-    return np.concatenate([video[:20], np.repeat(video[19:20], 8, 0), video[28:]])
-
-
-def loop(video):
-    return video[np.arange(len(video)) % 30]
-
-
-def uniform(video):
-    return np.concatenate([video[:20], np.full_like(video[:1], 90), video[21:]])
 
 
 @pytest.mark.parametrize("spoil", [fade, blur, freeze, loop, uniform])
