@@ -44,8 +44,8 @@ class Video:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes it as the file `path`, which is then that of this video.
 
-        Raises: ConfigError for a name that says no container and for a file that is there already, unless `overwrite` is
-        given; OutputError when it cannot be written.
+        Raises: ConfigError for a name that says no container, and for a file that is there already, unless `overwrite`
+        is given; OutputError when it cannot be written.
         """
         Target.of(path).check(overwrite=overwrite)
         with VideoWriter(path, self.fps, *self.frames.shape[1:3]) as writer:
