@@ -39,9 +39,8 @@ from longtake.weights.students import find_student
 class Findings:
     """What a stage reads: what is `missing`, `notes`, sizes of networks and bytes of encoders.
 
-    `downloads`, the commands that get what is on the hub; `encoder_bytes`, those that stay beside the
-    training, of files that are there; `vae`, the configuration of the VAE
-    where a file tells it.
+    `downloads`, the commands that get what is on the hub; `encoder_bytes`, those that stay beside the training, of
+    files that are there; `vae`, the configuration of the VAE where a file tells it.
     """
 
     sizes: Sizes = field(default_factory=dict)
@@ -156,9 +155,6 @@ def _elements(file: Path, part: EncoderPart) -> int:
 def _data(data: DataConfig, job: JobConfig | None, found: Findings) -> None:
     path = Path(data.path)
     if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
-        return
-    if not path.exists():
-        found.missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
         return
     try:
         find_format(path, data.kind)
