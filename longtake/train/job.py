@@ -57,8 +57,12 @@ def run_job(config: JobConfig, mesh: Mesh) -> None:
     """
     for stage in config.stages.values():
         stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
-    asked = [(stage.folder, stage.max_steps, stage.model_dump()) for stage in config.stages.values()]
-    mesh.on_main(lambda: [_refuse_other_sources(*one) for one in asked])
+
+    def check() -> None:
+        for stage in config.stages.values():
+            _refuse_other_sources(stage.folder, stage.max_steps, stage.model_dump())
+
+    mesh.on_main(check)
     with only_run(Path(config.logdir), mesh, "set another logdir"):
         _run_job(config, mesh)
 
