@@ -47,7 +47,8 @@ def run(config: StageConfig | JobConfig) -> None:
             run_stage(config, mesh)
         elif mesh.is_main:
             more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
-            _say(f"{folder} is complete: {config.max_steps} iterations.\n{_next_steps(folder)}\n{more}")
+            steps = _next_steps(folder, with_picture=config.model.image_condition == "i2v")
+            _say(f"{folder} is complete: {config.max_steps} iterations.\n{steps}\n{more}")
 
 
 def run_job(config: JobConfig, mesh: Mesh) -> None:
@@ -96,7 +97,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         _say(f"\n{table}\n\nIn {logdir}: contact_sheet.png, samples/, evaluation.{{md,json,png}}")
     again = "" if settings is None else f"\n  longtake evaluate --run {shlex.quote(str(logdir))}     # measures again"
     state = "is complete" if is_new else "was complete, and nothing was done anew"
-    _say(f"{logdir} {state}.\n{_next_steps(logdir)}{again}")
+    *_, last = config.stages.values()
+    _say(f"{logdir} {state}.\n{_next_steps(logdir, with_picture=last.model.image_condition == 'i2v')}{again}")
 
 
 def _say(text: str) -> None:
@@ -104,11 +106,11 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _next_steps(run: Path) -> str:
+def _next_steps(run: Path, *, with_picture: bool) -> str:
     """Commands that use what was trained."""
-    name = shlex.quote(str(run))
+    name, picture = shlex.quote(str(run)), "--image photo.jpg " * with_picture
     return (
-        f'Next:\n  longtake generate --run {name} --image photo.jpg --prompt "..." -o out.mp4\n'
+        f'Next:\n  longtake generate --run {name} {picture}--prompt "..." -o out.mp4\n'
         f"  longtake export {name} FOLDER     # to share it\n"
         "  longtake train RECIPE logdir=OTHER     # trains anew, beside it"
     )
