@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,12 @@ class Generator(Pipeline):
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
 
+    def guided(self, guidance: float) -> Generator:
+        """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""
+        if guidance == self.settings.guidance:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"guidance": guidance}))
+
     def warm_up(self) -> int:
         """Makes what a video needs and does not depend on its picture: kernels are chosen, compiled and recorded for
         every pass until the window is full and one more. The next video that no other runs beside finds it all.
@@ -209,7 +215,7 @@ class Generator(Pipeline):
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
             with self.caches.captured_at_once():
-                for _ in self.stream(picture, "a picture", num_frames=length):
+                for _ in self.stream(picture, "a", num_frames=length):
                     pass
         logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)

@@ -146,3 +146,16 @@ def test_missing_encoders_are_told_before_weights_are_read(bare, tmp_path, opene
     with pytest.raises(CheckpointError, match="empty lacks the VAE .*; the text encoder .*; the image encoder"):
         Generator.from_model(bare, "cpu", encoders=tmp_path / "empty", changes={"sampler": "stream"})
     assert sizes.image_dim is None and all("weights" in str(path) for path in opened)
+
+
+def test_toy_weights_warn_once_of_words_and_of_sizes(tmp_path, caplog):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a dog runs", "image": "a.png"}\n' * 2)
+    words = ("generate", "--model", "toy", "--frames", "5", "--device", "cpu", "--width", "96", "-o", tmp_path / "out")
+    result = invoke(*words, "--inputs", tmp_path / "rows.jsonl")
+    assert result.exit_code == 0, result.output
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [
+        "Pictures of 64x96 from weights that were trained with 64x64: expect worse ones",
+        "These weights do not know what is meant by: dog, runs; it says nothing to them",
+    ]
