@@ -35,6 +35,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.containers import SUFFIXES
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_request
+from longtake.inference.record import PLAIN, Asked, Writing, sidecar
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
 
@@ -154,14 +155,15 @@ def generate_many(
     seconds: float | None = None,
     negative: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     report: Callable[[str], None] = logger.info,
 ) -> list[GenerationReport]:
     """Writes `folder/NAME-seedS.mp4` for every pair and each of the seeds `seed` .. `seed + samples - 1`.
 
     Each is `num_frames` or `seconds` long, or (neither) as long as the training clips. Of the videos that are not there
     yet, each rank (with `mesh.sequence` each group of ranks together) makes its share. All ranks call it. `report` gets
-    a line after each video. `overwrite` makes videos again that are there already and were asked for otherwise. What a
-    row says (`RowValues`) wins; its seeds begin with its own.
+    a line after each video. `overwrite` makes videos again that are there already and were asked for otherwise;
+    `writing`, how they are written. What a row says (`RowValues`) wins; its seeds begin with its own.
     Raises: DataError on every rank, after all good pairs, naming the bad ones; ConfigError before any work; OutputError
     at once when a file cannot be written.
     """
@@ -176,11 +178,12 @@ def generate_many(
         "negative": negative,
         "length": {"num_frames": num_frames, "seconds": seconds},
         "weights": str(source.weights),
+        **_look(writing),
     }
     tasks = [task for pair in pairs if pair.problem is None for task in _tasks(pair, asked, settings, folder, samples)]
     waiting = mesh.on_main(lambda: _unfinished(folder, tasks, overwrite=overwrite))
     reports, problems = _make_share(
-        [tasks[k] for k in waiting[mesh.data_rank :: mesh.num_data_ranks]], source, mesh, report
+        [tasks[k] for k in waiting[mesh.data_rank :: mesh.num_data_ranks]], source, mesh, report, writing
     )
     if mesh.is_main:
         problems = [*(f"{pair.where}: {pair.problem}" for pair in pairs if pair.problem is not None), *problems]
@@ -226,7 +229,7 @@ def _unfinished(folder: Path, tasks: Sequence[_Task], *, overwrite: bool) -> lis
 
 
 def _make_share(
-    tasks: Sequence[_Task], source: Source, mesh: Mesh, report: Callable[[str], None]
+    tasks: Sequence[_Task], source: Source, mesh: Mesh, report: Callable[[str], None], writing: Writing
 ) -> tuple[list[GenerationReport], list[str]]:
     """Makes the videos of this rank, or of its group; their reports (of the rank that speaks for the group), and what
     is wrong with pictures that cannot be read.
@@ -247,9 +250,9 @@ def _make_share(
             logger.error("%s: %s", task.where, error)
             problems.append(f"{task.where}: {error}")
             continue
+        note = generator.beginning.zero_shot(given=given)
+        record = asked if note is None else {**asked, "note": note}
         if mesh.leads_sequence:
-            note = generator.beginning.zero_shot(given=given)
-            record = asked if note is None else {**asked, "note": note}
             sidecar(task.output).write_text(json.dumps(record, indent=2) + "\n")
             caption(task.output).write_text(asked["prompt"] + "\n", encoding="utf-8")
         rest = {
@@ -258,16 +261,17 @@ def _make_share(
             "num_frames": generator.length(**asked["length"]),
         }
         chunks = generator.stream(asked["image"], asked["prompt"], **rest, ahead=generator.is_ahead)
-        made = write_chunks(generator, chunks, task.output, given=given, keep=False)
+        shown = Asked(asked["prompt"], asked["seed"], asked["image"], asked["negative"], beside=record)
+        made = write_chunks(generator, chunks, task.output, given=given, keep=False, asked=shown, writing=writing)
         if mesh.leads_sequence:
             reports.append(made)
             report(str(made))
     return reports, problems
 
 
-def sidecar(output: Path) -> Path:
-    """The file beside a video that says what was asked for."""
-    return output.with_suffix(".json")
+def _look(writing: Writing) -> dict[str, Any]:
+    """What of `writing` a request holds; folders of earlier versions have no such key, and the default."""
+    return {"video": {"crf": writing.crf, "scale": writing.scale}}
 
 
 def caption(output: Path) -> Path:
@@ -292,7 +296,8 @@ def _is_finished(task: _Task, *, overwrite: bool) -> bool:
             f"{there[0]} exists and {file.name} does not say how it was made ({error}); move it, or give another folder"
         ) from error
     now = json.loads(json.dumps(task.request))
-    if not isinstance(before, dict) or not before.keys() >= now.keys():
+    before = {**_look(PLAIN), **before} if isinstance(before, dict) else None
+    if before is None or not before.keys() >= now.keys():
         raise DataError(f"{file} exists and is nothing that was made here; move it, or give another folder")
     changed = sorted(key for key in now if before[key] != now[key])
     if output in there and changed and not overwrite:

@@ -18,10 +18,10 @@ from longtake.config.generation import frames_of
 from longtake.config.stage import StageConfig
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
-from longtake.inference.containers import Target
 from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
+from longtake.inference.record import PLAIN, Asked, Writing, check_output, describe, write_sidecar
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
@@ -296,26 +296,28 @@ def generate_file(
     seed: int = 0,
     negative: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     **build: Any,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source.
+    """Writes a video while it is generated, with the student in `run` or of a source.
 
     Args: `image` as in `Generator.stream`; `num_frames` pixel frames or `seconds`; neither = the length of the training
-    clips. `overwrite` lets `output` replace another file. `build`: `device`, `split` and `decode_device` as in
-    `Generator.build`.
+    clips. `overwrite` lets `output` replace another file; `writing`, how it is written. `build`: `device`, `split`
+    and `decode_device` as in `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
-    Target.of(output).check(inputs=[image], overwrite=overwrite)
+    check_output(output, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_request(source.settings, seed, negative)
     check_prompt(prompt)
     frames_of(num_frames, seconds, source.settings.fps)
     if image is not None:
         prepare_image(image, source.settings.height, source.settings.width)
+    asked = Asked(prompt, seed, image, negative)
     generator = Generator.build(source, begins=[image is not None], **build)
     length = generator.length(num_frames, seconds)
     chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
-    return write_chunks(generator, chunks, output, given=image is not None)
+    return write_chunks(generator, chunks, output, given=image is not None, asked=asked, writing=writing)
 
 
 def write_chunks(
@@ -326,18 +328,23 @@ def write_chunks(
     given: bool = True,
     keep: bool = True,
     finish: bool = False,
+    asked: Asked | None = None,
+    writing: Writing = PLAIN,
 ) -> GenerationReport:
-    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
+    """Writes frames that arrive in pieces as one video, which appears when it is complete. Raises: LongtakeError.
 
     `given`: they begin with a picture; `keep` as in `VideoWriter`; with `finish` it is also completed when making it
-    fails. Of the processes that compute a generator's calls together, one writes.
+    fails; `asked`, what its record says was asked for (None: it has no record). Of the processes that compute a
+    generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
-    with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
+    how: dict[str, Any] = {"crf": writing.crf, "scale": writing.scale, "keep": keep}
+    record = None
+    with VideoWriter(output, settings.fps, *size, **how) if leads else nullcontext() as writer:
         try:
             for index, chunk in enumerate(chunks):
                 if writer is not None:
@@ -349,6 +356,11 @@ def write_chunks(
             if not finish or made == 0:
                 raise
             failure = error  # raised when the file is complete: an hour of it may be there already
+        if writer is not None and asked is not None and made:
+            record = describe(generator, asked, made, writing)
+            writer.record = None if record is None else record.model_dump(mode="json")
+    if record is not None and asked is not None:
+        write_sidecar(output, record, asked.beside)
     if failure is not None:
         raise failure
     note = generator.beginning.zero_shot(given=given)

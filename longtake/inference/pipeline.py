@@ -94,7 +94,7 @@ def picture_condition(
 class Pipeline:
     """Weights, encoders and the rules to stream by. Make it with `build`.
 
-    `decoder` makes pixels where the VAE of the encoders does not.
+    `decoder` makes pixels where the VAE of the encoders does not; `source`, where all of it came from.
     """
 
     denoiser: Denoiser
@@ -104,6 +104,7 @@ class Pipeline:
     config: StageConfig | None = None
     decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
+    source: Source | None = None
 
     @property
     def model(self) -> VideoDiT:
@@ -166,7 +167,7 @@ class Pipeline:
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(denoiser, encoders, settings, device, source.config, decoder)
+        return cls(denoiser, encoders, settings, device, source.config, decoder, source=source)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
