@@ -139,7 +139,7 @@ def generate_many(
     if not 1 <= samples <= MAX_VIDEOS // max(1, len(pairs)):
         raise ConfigError(f"samples={samples} must be at least 1, and with all pictures {MAX_VIDEOS} videos at most")
     for number in (seed, seed + samples):
-        check_request(settings, number, negative)
+        check_request(settings.guidance, number, negative)
     frames_of(num_frames, seconds, settings.fps)
     if folder.suffix.lower() in VIDEO_SUFFIXES and not folder.is_dir():
         raise ConfigError(f"{folder} must be a folder, for there are several videos; leave {folder.suffix} out")

@@ -67,6 +67,7 @@ class Script(Settings):
     seconds: float | None = Field(default=None, gt=0, description="length, or")
     frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise")
+    guidance: float | None = Field(default=None, ge=0, description="classifier-free guidance; null = that of the rules")
     negative: str | None = Field(default=None, description="what should not happen; needs guidance")
     events: list[Event] = Field(default=[], description="changes, in the order of their times")
 
@@ -89,6 +90,7 @@ class Story:
     negative: str | None
     cues: tuple[Cue, ...]
     files: tuple[Path, ...] = ()
+    guidance: float | None = None  # that of the rules
 
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
         """A session at the beginning.
@@ -103,6 +105,7 @@ class Story:
             self.image,
             self.prompt,
             seed=self.seed,
+            guidance=self.guidance,
             negative=self.negative,
             history_blocks=history_blocks,
             max_frames=None if generator.plan.window_frames is not None else self.num_frames,
@@ -163,7 +166,7 @@ def read_story(
     path = Path(path)
     length = {"frames": num_frames, "seconds": seconds} if (num_frames, seconds) != (None, None) else {}
     script = Script.from_tree({**read_yaml(path), **length, **given})
-    check_request(settings, script.seed, script.negative)
+    check_request(settings.guidance if script.guidance is None else script.guidance, script.seed, script.negative)
     frames = frames_of(script.frames, script.seconds, settings.fps)
     if frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
@@ -185,7 +188,9 @@ def read_story(
         if frame >= frames:
             raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
         cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
-    return Story(picture(script.image), script.prompt, frames, script.seed, script.negative, tuple(cues), tuple(files))
+    first = picture(script.image)
+    values = frames, script.seed, script.negative, tuple(cues), tuple(files), script.guidance
+    return Story(first, script.prompt, *values)
 
 
 def generate_story(

@@ -56,4 +56,8 @@ def make_app(build: Callable[[], Any], settings: ServeSettings) -> Guard:
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 
     app.mount("/static", StaticFiles(directory=STATIC, check_dir=False), "static")
-    return Guard(app, settings)
+
+    async def drain() -> None:
+        await app.state.hub.stop()
+
+    return Guard(app, settings, drain)

@@ -26,6 +26,7 @@ from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
+from longtake.serve.capacity import Capacity, measure
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,9 @@ class Engine:
     def do_hold(self, name: str, paused: bool) -> None:
         """Makes no more blocks of a session, or goes on."""
         lane = self._lane(name)
+        self._settle()
         lane.paused, lane.dry_at = paused, max(lane.dry_at, monotonic())
+        self._turned(name, None)
 
     def do_shown(self, name: str, frame: int) -> None:
         """So many frames of a session have been shown."""
@@ -255,6 +258,10 @@ class Engine:
     def _turned(self, name: str, result: Any) -> Any:
         self._emit(Turned(name, result))  # before the next block can come out
         return result
+
+    def do_measure(self, most: int | None) -> Capacity:
+        """How many sessions may play at once. Before the first one."""
+        return measure(self._generator, most)
 
     def do_memory(self) -> int:
         """Bytes of the device that are in use by this process; 0 for a CPU."""

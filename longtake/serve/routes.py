@@ -121,6 +121,17 @@ async def create(
     return await hub.create(Beginning(text, await _packed(picture), seed, guidance, unwanted), picture)
 
 
+@router.post("/sessions/open", status_code=201)
+async def open_saved(
+    hub: HubHere,
+    id: Annotated[str, Form(max_length=64)],
+    secret: Annotated[str, Form(max_length=1000)],
+    save: Annotated[int | None, Form(ge=0, le=2**31)] = None,
+) -> dict[str, Any]:
+    """A session as it was saved, under its old name; one that plays makes way."""
+    return await hub.open(id, secret, save)
+
+
 @router.get("/sessions/{name}")
 async def state(live: Session) -> dict[str, Any]:
     """Where a session stands."""
@@ -187,6 +198,12 @@ async def rewind(live: Session, body: RewindBody) -> dict[str, Any]:
 async def fork(hub: HubHere, live: Session) -> dict[str, Any]:
     """A branch that goes on from here."""
     return await hub.fork(live)
+
+
+@router.post("/sessions/{name}/save")
+async def save(live: Session) -> dict[str, int]:
+    """Writes the session down, for `open`."""
+    return await live.save()
 
 
 @router.get("/sessions/{name}/recording", response_class=StreamingResponse)

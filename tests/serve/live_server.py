@@ -15,14 +15,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from PIL import Image
 from tiny_sessions import PICTURE, A
 from websockets.sync.client import ClientConnection, connect
 
 from longtake.inference.generator import Generator
 from longtake.serve.app import make_app
-from longtake.serve.run import config_of
+from longtake.serve.run import LiveServer
 from longtake.serve.settings import ServeSettings
 
 
@@ -36,7 +35,7 @@ def png_of(picture: np.ndarray) -> bytes:
 def serving(generator: Generator, folder: Path, **settings: Any) -> Iterator[str]:
     """The address of a server that stops by itself."""
     chosen = ServeSettings(folder, port=0, **settings)
-    server = uvicorn.Server(config_of(make_app(lambda: generator, chosen), chosen))
+    server = LiveServer(make_app(lambda: generator, chosen), chosen)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -139,6 +138,6 @@ class LiveClient:
                     continue
                 if due and end >= due[0][0]:
                     due.pop(0)[1]()
+                socket.send(json.dumps({"type": "shown", "frame": end}))
                 if end >= until:
                     return seen
-                socket.send(json.dumps({"type": "shown", "frame": end}))
