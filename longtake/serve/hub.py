@@ -7,9 +7,8 @@ import hashlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.serve import store
-from longtake.serve.engine import Engine, Lost, Output
+from longtake.serve.devices import Devices
+from longtake.serve.engine import Lost, Output
 from longtake.serve.errors import ApiError, not_found, told
 from longtake.serve.live import Live, Stage
+from longtake.serve.metrics import Counts
 from longtake.serve.recording import Recording
 from longtake.serve.security import Allowance, same
 from longtake.serve.settings import ServeSettings
@@ -35,25 +36,27 @@ _MEAN_OF = 16  # sessions over whose lengths a wait is estimated
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A session that has no place yet, and how it will be opened."""
+    """A session that has no place yet, and the engine's operation that will open it."""
 
     live: Live
-    open: Callable[[], Future[Any]]
+    call: tuple[Any, ...]
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 class Hub:
     """Lives in the event loop. Make it there, `start` it, `stop` it.
 
-    Args: `build` makes the generator, in the engine's thread.
+    Args: `builds` make the generators, one for each device, in the thread or process that will own it.
     """
 
-    def __init__(self, build: Callable[[], Any], settings: ServeSettings) -> None:
+    def __init__(self, builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> None:
         self.settings = settings
         self.live: dict[str, Live] = {}
         self.stored: dict[str, Stored] = {}
         self.waiting: deque[_Waiting] = deque()
         self.ending = False
         self.memory = 0
+        self.counts = Counts()
         self.stage: Stage | None = None
         self._refused: dict[str, ApiError] = {}
         self._lengths: deque[float] = deque(maxlen=_MEAN_OF)
@@ -61,18 +64,15 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._admitting = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.engine = Engine(build, self._on_output, settings.blocks_ahead)
+        self.devices = Devices(builds, self._on_output, settings.blocks_ahead, settings.max_sessions)
 
     async def start(self) -> None:
         """Returns when sessions can be opened."""
         self.settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.stored = await asyncio.to_thread(store.read_all, self.settings.folder)
-        self.engine.start()
-        self.generator = generator = await asyncio.wrap_future(self.engine.ready)
-        self.capacity = await asyncio.wrap_future(self.engine.call("measure", self.settings.max_sessions))
-        block = generator.plan.block_frames * generator.encoders.vae.temporal_stride
-        size = generator.settings.height, generator.settings.width
-        self.stage = await asyncio.to_thread(Stage.of, *size, generator.fps, block, self.settings.blocks_ahead)
+        self.model = model = await self.devices.start()
+        sizes = model.height, model.width, model.fps, model.block_frames, self.settings.blocks_ahead
+        self.stage = await asyncio.to_thread(Stage.of, *sizes)
         self._later(self._tick())
 
     @property
@@ -88,7 +88,7 @@ class Hub:
             await self._put_away(live, "ending", 1001)
         for task in self._tasks:
             task.cancel()
-        await asyncio.to_thread(self.engine.stop)
+        await self.devices.stop()
 
     def _later(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -125,7 +125,7 @@ class Hub:
         name, secret = _new_names()
         live = self._add(name, digest(secret), Timeline(beginning))
         values = {"seed": beginning.seed, "negative": beginning.negative, "guidance": beginning.guidance}
-        self.waiting.append(_Waiting(live, lambda: self.engine.call("open", name, picture, beginning.prompt, **values)))
+        self.waiting.append(_Waiting(live, ("open", name, picture, beginning.prompt), values))
         await self._begun(live)
         return {"secret": secret, **self.standing(live)}
 
@@ -146,7 +146,7 @@ class Hub:
         live.saves = list(stored.saves)
         await live.stand_at(chosen.frame)
         file = store.save_file(live.folder, chosen.save)
-        self.waiting.append(_Waiting(live, lambda: self.engine.call("restore", name, file, chosen.number, chosen.past)))
+        self.waiting.append(_Waiting(live, ("restore", name, file, chosen.number, chosen.past)))
         await self._begun(live)
         return {"secret": secret, **self.standing(live)}
 
@@ -157,11 +157,13 @@ class Hub:
     async def fork(self, live: Live) -> dict[str, Any]:
         """A branch of a session. Raises: ApiError."""
         self._check_room()
-        if self.playing >= self.capacity.sessions:
+        device = self.devices.of(live.name)
+        if device is None or device.free < 1:
             raise ApiError(503, "full", "there is no room for a branch", "end another session, or come back later")
         name, secret = _new_names()
         branch = self._add(name, digest(secret), live.timeline.copy())
-        branch.state = "starting"
+        branch.state, branch.engine = "starting", device.engine
+        device.names.add(name)
         try:
             frame = await live.fork(branch)
         except BaseException:
@@ -186,7 +188,7 @@ class Hub:
         folder, limits = self.settings.folder / name, self.settings.limits
         folder.mkdir(mode=0o700, exist_ok=True)
         recording = Recording(folder, self.stage.head, limits.recording_bytes)
-        live = Live(name, secret, timeline, recording, self.stage, self.engine, folder, limits.saves)
+        live = Live(name, secret, timeline, recording, self.stage, folder, limits.saves, self.counts)
         self.live[name] = live
         self._later(asyncio.to_thread(self._forget_oldest))
         return live
@@ -207,20 +209,22 @@ class Hub:
     async def _admit(self) -> None:
         """Opens the sessions that wait as far as there is room."""
         async with self._admitting:
-            while self.waiting and self.playing < self.capacity.sessions:
+            while self.waiting and (device := self.devices.roomiest()):
                 waiting = self.waiting.popleft()
                 live = waiting.live
                 live.state, live.place, live.estimate = "starting", None, None
-                live.created = monotonic()
+                live.engine, live.created = device.engine, monotonic()
+                device.names.add(live.name)
                 try:
-                    await asyncio.wrap_future(waiting.open())
+                    await asyncio.wrap_future(device.engine.call(*waiting.call, **waiting.values))
                 except Exception as error:
                     if told(error).status_code == 500:
                         logger.exception("session %s cannot be opened", live.name)
                     self._refused[live.name] = told(error)
-                    self._leave(live)
+                    self._leave(live, "failed")
                     await live.end("failed")
                 else:
+                    self.counts.opened += 1
                     live.tell_state()
             for place, waiting in enumerate(self.waiting, 1):
                 waiting.live.wait_at(place, self._estimate(place))
@@ -229,12 +233,7 @@ class Hub:
         """Seconds until so many places are free, by how long sessions have lasted; None: none has ended yet."""
         if not self._lengths:
             return None
-        return round(place / self.capacity.sessions * sum(self._lengths) / len(self._lengths), 1)
-
-    @property
-    def playing(self) -> int:
-        """Sessions that have a place on the device."""
-        return len(self.live) - len(self.waiting)
+        return round(place / max(1, self.devices.most) * sum(self._lengths) / len(self._lengths), 1)
 
     def standing(self, live: Live) -> dict[str, Any]:
         """What who opens a session is told."""
@@ -243,7 +242,7 @@ class Hub:
     # ---- letting go -------------------------------------------------------------------------------------------------
     async def end(self, live: Live, reason: str, *, forget: bool = False) -> None:
         """Ends a session and lets the next one in; `forget`: what lies on the disk goes, too."""
-        if not self._leave(live):
+        if not self._leave(live, reason):
             return
         await live.end(reason, reopens=bool(live.saves) and not forget)
         if forget or not live.saves and reason != "ending":
@@ -252,7 +251,7 @@ class Hub:
         if not self.ending:
             await self._admit()
 
-    def _leave(self, live: Live) -> bool:
+    def _leave(self, live: Live, reason: str) -> bool:
         """Takes a session off the list; False when it was off already."""
         if self.live.pop(live.name, None) is None:
             return False
@@ -260,7 +259,10 @@ class Hub:
             self.waiting = deque(one for one in self.waiting if one.live is not live)
         else:
             self._lengths.append(monotonic() - live.created)
-        self.engine.call("close", live.name)
+        self.counts.end(reason)
+        if (device := self.devices.of(live.name)) is not None:
+            device.names.discard(live.name)
+            device.engine.call("close", live.name)
         if live.saves:
             self.stored[live.name] = Stored(live.folder, live.secret, tuple(live.saves))
         return True
@@ -280,7 +282,7 @@ class Hub:
         limits = self.settings.limits
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            self.memory = await asyncio.wrap_future(self.engine.call("memory"))
+            self.memory = await self.devices.measure_memory()
             now = monotonic()
             for live in list(self.live.values()):
                 if live.state == "playing":
@@ -290,27 +292,21 @@ class Hub:
                 elif now - live.created > limits.total_seconds:
                     await self._put_away(live, "time")
 
+    def rate(self) -> float:
+        """Frames a second while making them, over all sessions."""
+        rates = [rate for live in self.live.values() if (rate := live.rate())]
+        return sum(rates) / len(rates) if rates else 0.0
+
     def info(self, formats: Iterable[str]) -> dict[str, Any]:
         """The body of `GET /api/info`."""
         self.check_ready()
         assert self.stage is not None
-        rules, begin, sizes = self.generator.settings, self.generator.beginning, self.generator.model.config
-        picture = "needed" if begin.needed else "none" if begin.picture == "none" else "optional"
         stream = self.stage.public("h264")
         return {
-            "model": {
-                "height": rules.height,
-                "width": rules.width,
-                "fps": rules.fps,
-                "block_frames": self.stage.block_frames,
-                "picture": picture,
-                "target": sizes.image_dim is not None,
-                "guidance": rules.guidance,
-                "history_blocks": rules.history_blocks,
-            },
+            "model": asdict(self.model),
             "stream": {key: stream[key] for key in ("height", "width", "codec")} | {"formats": list(formats)},
             "limits": asdict(self.settings.limits) | {"blocks_ahead": self.settings.blocks_ahead},
-            "sessions": {"most": self.capacity.sessions, "now": self.playing, "queued": len(self.waiting)},
+            "sessions": {"most": self.devices.most, "now": self.devices.playing, "queued": len(self.waiting)},
         }
 
 

@@ -25,12 +25,14 @@ from longtake.serve.engine import Engine, Made, Turned
 from longtake.serve.errors import ApiError
 from longtake.serve.h264 import Headers, LiveEncoder, Size
 from longtake.serve.lanes import Block
+from longtake.serve.metrics import Counts
 from longtake.serve.mp4 import head
 from longtake.serve.pictures import thumbnail
 from longtake.serve.recording import Recording
 from longtake.serve.store import Saved, Stored
 from longtake.serve.timeline import Change, Timeline
 from longtake.serve.viewers import Chunk, Viewer
+from longtake.serve.workers import WorkerEngine
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ class Live:
     last wanted something of it.
     """
 
+    engine: Engine | WorkerEngine  # that of its device, when it has one
+
     def __init__(
         self,
         name: str,
@@ -85,13 +89,13 @@ class Live:
         timeline: Timeline,
         recording: Recording,
         stage: Stage,
-        engine: Engine,
         folder: Path,
         most_saves: int,
+        counts: Counts,
     ) -> None:
         self.name, self.secret, self.timeline, self.recording = name, secret, timeline, recording
-        self.stage, self.engine, self.folder, self.most_saves = stage, engine, folder, most_saves
-        self.state, self.made, self.shown = "queued", 0, 0
+        self.stage, self.folder, self.most_saves = stage, folder, most_saves
+        self.state, self.made, self.shown, self._counts = "queued", 0, 0, counts
         self.place: int | None = None
         self.estimate: float | None = None
         self.blocks: deque[Block] = deque(maxlen=64)
@@ -157,6 +161,8 @@ class Live:
             self.state = "playing" if self.state == "starting" else self.state
         chunk = await asyncio.to_thread(self._encoded, made.first, block.number, frames)
         self.chunks.append(chunk)
+        self._counts.frames += len(frames)
+        self._counts.stalls += any(0 < viewer.shown == self.made for viewer in self.viewers)
         self.made = chunk.end
         if self.made == block.first + block.count and block.count > 1:  # no given picture
             self.rate.blocks.append((block.count, made.seconds))

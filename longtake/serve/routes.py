@@ -87,11 +87,11 @@ def _checked(prompt: str, hub: Hub) -> str:
 async def _picture(file: UploadFile | None, hub: Hub) -> NDArray[np.uint8] | None:
     if file is None:
         return None
-    rules, limits = hub.generator.settings, hub.settings.limits
+    limits = hub.settings.limits
     data = await file.read(limits.upload_bytes + 1)
     if len(data) > limits.upload_bytes:
         raise ApiError(413, "too_large", f"the picture is larger than {limits.upload_bytes} bytes", "scale it down")
-    return await run_in_threadpool(read_picture, data, rules.height, rules.width, limits.pixels)
+    return await run_in_threadpool(read_picture, data, hub.model.height, hub.model.width, limits.pixels)
 
 
 async def _packed(picture: NDArray[np.uint8] | None) -> bytes | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from socket import socket
 from typing import Any
 
@@ -39,12 +40,12 @@ def config_of(app: Any, settings: ServeSettings) -> uvicorn.Config:
     )
 
 
-def serve(source: Source, device: str | None, settings: ServeSettings, say: Callable[[str], object]) -> None:
-    """Serves the student of `source` until a signal ends it; `say` is told the address.
+def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings, say: Callable[[str], object]) -> None:
+    """Serves the student of `source` on these devices until a signal ends it; `say` is told the address.
 
     Raises: LongtakeError for what cannot be served, before anything listens.
     """
-    app = make_app(lambda: Generator.build(source, device), settings)
+    app = make_app([partial(Generator.build, source, device) for device in devices], settings)
     if not settings.is_local:
         say("what is sent can be read on the way: put a proxy with TLS in front")
     say(f"http://{settings.host}:{settings.port}")

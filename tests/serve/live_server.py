@@ -32,14 +32,15 @@ def png_of(picture: np.ndarray) -> bytes:
 
 
 @contextmanager
-def serving(generator: Generator, folder: Path, **settings: Any) -> Iterator[str]:
-    """The address of a server that stops by itself."""
+def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of a server that stops by itself; of a generator, or of what makes one for each device."""
+    builds = generator if isinstance(generator, list) else [lambda: generator]
     chosen = ServeSettings(folder, port=0, **settings)
-    server = LiveServer(make_app(lambda: generator, chosen), chosen)
+    server = LiveServer(make_app(builds, chosen), chosen)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not server.started and time.monotonic() < until:
             time.sleep(0.02)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
