@@ -16,6 +16,7 @@ import json
 import secrets
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPSConnection
 from time import monotonic
@@ -193,7 +194,8 @@ class LiveSession:
             shown = _Shown(pace)
             while True:
                 for frame in shown.due():
-                    socket.send(json.dumps({"type": "shown", "frame": frame}))
+                    with suppress(ConnectionClosed):  # what the server has sent before is still to be read
+                        socket.send(json.dumps({"type": "shown", "frame": frame}))
                 try:
                     message = socket.recv(timeout=shown.wait())
                 except TimeoutError:

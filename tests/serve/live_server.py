@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 from PIL import Image
 from tiny_sessions import PICTURE, A
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from longtake.inference.generator import Generator
@@ -142,3 +143,16 @@ class LiveClient:
                 socket.send(json.dumps({"type": "shown", "frame": end}))
                 if end >= until:
                     return seen
+
+    def until_the_end(self) -> Seen:
+        """Takes all that comes until the server closes the connection."""
+        seen = Seen()
+        with self.connect() as socket, suppress(ConnectionClosed):
+            said = {"secret": self.secret, "format": "h264"}
+            socket.send(json.dumps(said if self.token is None else {"token": self.token, **said}))
+            while True:
+                end = seen.take(socket.recv(timeout=30), "h264")
+                if end is not None:
+                    with suppress(ConnectionClosed):  # what was sent before is still to be read
+                        socket.send(json.dumps({"type": "shown", "frame": end}))
+        return seen
