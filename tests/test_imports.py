@@ -16,6 +16,7 @@ TRAINING = INFERENCE | {"objectives", "parallel", "encodings", "checkpoint", "tr
 # What each part of the package may import; a part may always import itself.
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
+    "client": BASE,
     "flow": BASE,
     "data": BASE,
     "toy": BASE | {"data"},

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Rules, Run, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Rules, Run, clean_errors, given, source_of
 from longtake.cli.generate import Dtype, Encoders, Model, Stage
 from longtake.errors import ConfigError
 
@@ -31,7 +31,9 @@ def serve(
     max_sessions: Annotated[int | None, typer.Option(help="Sessions that play at once; default: as measured.")] = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ..., or several, a worker each: cuda:0,cuda:1; default: a GPU.")
+    ] = None,
 ) -> None:
     """Open a page on which videos play while they are made, and are steered."""
     with clean_errors(context):
@@ -48,7 +50,8 @@ def serve(
         token = None if token_file is None else _first_line(token_file)
         said = given(context, "folder", "host", "port", "max_sessions")
         settings = ServeSettings(token=token, hosts=tuple(allow_host or ()), **said)
-        start(source, device, settings, typer.echo)
+        devices = [None] if device is None else device.split(",")
+        start(source, devices, settings, typer.echo)
 
 
 def _first_line(file: Path) -> str:

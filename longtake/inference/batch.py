@@ -206,7 +206,7 @@ def _tasks(
     now = {**asked, **said}
     try:
         for number in (now["seed"], now["seed"] + samples):
-            check_request(settings, number, now["negative"])
+            check_request(guidance, number, now["negative"])
         frames_of(**now["length"], fps=settings.fps)
     except ConfigError as error:
         raise ConfigError(f"{pair.where}: {error}" if said else str(error)) from None

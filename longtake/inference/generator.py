@@ -90,7 +90,8 @@ class Generator(Pipeline):
         """
         length = self.length(num_frames, seconds)
         if output is not None:
-            Target.of(output).check(overwrite=overwrite)
+            check_output(output, inputs=[image] if isinstance(image, str | Path) else [], overwrite=overwrite)
+            asked = Asked(prompt, seed, image, negative)
         chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
         kept: list[NDArray[np.uint8]] = []
 
@@ -100,7 +101,7 @@ class Generator(Pipeline):
                 yield chunk
 
         if output is not None:
-            write_chunks(self, keeping(), output, given=image is not None)
+            write_chunks(self, keeping(), output, given=image is not None, asked=asked)
         else:
             kept.extend(chunks)
         return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
@@ -143,20 +144,22 @@ class Generator(Pipeline):
         *,
         seed: int = 0,
         negative: str | None = None,
+        guidance: float | None = None,
         history_blocks: int | None = None,
         max_frames: int | None = None,
     ) -> Session:
         """A video whose prompt and picture can change while it is made; no work is done before its first frame.
 
-        Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
-        `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        Args: as those of `stream`; `guidance` and `history_blocks`, by which it can be rewound (default: those of the
+        settings); `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
         Raises: as `stream`, and ConfigError for a missing `max_frames`.
         """
         if self.settings.sampler == "whole":
             raise ConfigError(
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
-        check_request(self.settings, seed, negative)
+        strength = self.settings.guidance if guidance is None else guidance
+        check_request(strength, seed, negative)
         self.beginning.check(given=image is not None)
         plan = self.beginning.plan_of(given=image is not None)
         if max_frames is None and self.plan.window_frames is None:
@@ -166,11 +169,12 @@ class Generator(Pipeline):
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames))
+        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames), strength)
         return Session(
             self,
             SessionInputs(check_prompt(prompt), None if image is None else self.prepare(image)),
             seed=seed,
+            guidance=strength,
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             max_latent_frames=most,
@@ -233,13 +237,13 @@ class Generator(Pipeline):
         """The frames of a whole clip at once, from bidirectional weights: checked now, made when they are asked for."""
         if num_frames is None:
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
-        check_request(self.settings, seed, negative)
+        check_request(self.settings.guidance, seed, negative)
         check_prompt(prompt)
         self.beginning.check(given=image is not None)
         if image is not None and self.beginning.picture == "still":
             raise ConfigError("sampler=whole has no blocks for a picture to stand still in; set picture=frame")
         count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-        self.check_memory(count, 1, count)
+        self.check_memory(count, 1, count, self.settings.guidance)
         picture, settings = None if image is None else self.prepare(image), self.settings
 
         @torch.no_grad()
@@ -308,7 +312,7 @@ def generate_file(
     """
     check_output(output, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
-    check_request(source.settings, seed, negative)
+    check_request(source.settings.guidance, seed, negative)
     check_prompt(prompt)
     frames_of(num_frames, seconds, source.settings.fps)
     if image is not None:

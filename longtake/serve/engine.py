@@ -26,6 +26,7 @@ from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
+from longtake.serve.capacity import Capacity, measure
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,36 @@ class Turned:
 Output = Made | Lost | Turned
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a generator makes: size and rate of its pictures, pixel frames of a block, what it takes (`picture`: needed,
+    optional or none; `target`), and the rules that a client may want to know.
+    """
+
+    height: int
+    width: int
+    fps: int
+    block_frames: int
+    picture: str
+    target: bool
+    guidance: float
+    history_blocks: int
+
+    @classmethod
+    def of(cls, generator: Generator) -> Model:
+        rules, begin = generator.settings, generator.beginning
+        return cls(
+            rules.height,
+            rules.width,
+            rules.fps,
+            generator.plan.block_frames * generator.encoders.vae.temporal_stride,
+            "needed" if begin.needed else "none" if begin.picture == "none" else "optional",
+            generator.model.config.image_dim is not None,
+            rules.guidance,
+            rules.history_blocks,
+        )
+
+
 class Engine:
     """Sessions of one generator, in a thread of its own; make it, `start` it, `stop` it.
 
@@ -81,7 +112,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
         ]
-        self.ready: Future[Generator] = Future()
+        self.ready: Future[Model] = Future()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -116,7 +147,7 @@ class Engine:
             self.ready.set_exception(error)
             self._on_their_way.put(None)
             return
-        self.ready.set_result(self._generator)
+        self.ready.set_result(Model.of(self._generator))
         while True:
             with self._wake:
                 while not (self._asked or self._stopping or self._next()):
@@ -199,8 +230,8 @@ class Engine:
         return session.num_frames
 
     def _add(self, name: str, session: Session, number: int = 0, past: int = 0) -> None:
-        block = self._generator.plan.block_frames * self._generator.encoders.vae.temporal_stride
-        lane = Lane(name, session, number, past, ahead=self._blocks_ahead * block, dry_at=monotonic())
+        ahead = self._blocks_ahead * Model.of(self._generator).block_frames
+        lane = Lane(name, session, number, past, ahead, dry_at=monotonic())
         lane.shown = session.num_frames
         self._lanes[name] = lane
 
@@ -210,7 +241,9 @@ class Engine:
     def do_hold(self, name: str, paused: bool) -> None:
         """Makes no more blocks of a session, or goes on."""
         lane = self._lane(name)
+        self._settle()
         lane.paused, lane.dry_at = paused, max(lane.dry_at, monotonic())
+        self._turned(name, None)
 
     def do_shown(self, name: str, frame: int) -> None:
         """So many frames of a session have been shown."""
@@ -255,6 +288,10 @@ class Engine:
     def _turned(self, name: str, result: Any) -> Any:
         self._emit(Turned(name, result))  # before the next block can come out
         return result
+
+    def do_measure(self, most: int | None) -> Capacity:
+        """How many sessions may play at once. Before the first one."""
+        return measure(self._generator, most)
 
     def do_memory(self) -> int:
         """Bytes of the device that are in use by this process; 0 for a CPU."""

@@ -97,3 +97,16 @@ _TIME_AT = 8 + 16 + 8 + 20 + 12  # moof, mfhd, traf, tfhd, and the head of tfdt
 def moved(data: bytes, first: int) -> bytes:
     """A fragment of `fragment`, as the pictures from number `first` on."""
     return data[:_TIME_AT] + struct.pack(">Q", first * TICKS) + data[_TIME_AT + 8 :]
+
+
+def span(data: bytes, offset: int) -> tuple[int, int, int] | None:
+    """Number of the first picture, their count, and the bytes of the fragment at an offset; None: no whole one."""
+    if data[offset + 4 : offset + 8] != b"moof" or len(data) < offset + _TIME_AT + 28:
+        return None
+    (movie,) = struct.unpack_from(">I", data, offset)
+    if data[offset + movie + 4 : offset + movie + 8] != b"mdat":
+        return None
+    (media,) = struct.unpack_from(">I", data, offset + movie)
+    (time,) = struct.unpack_from(">Q", data, offset + _TIME_AT)
+    (count,) = struct.unpack_from(">I", data, offset + _TIME_AT + 8 + 12)
+    return None if len(data) < offset + movie + media else (time // TICKS, count, movie + media)

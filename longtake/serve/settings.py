@@ -29,7 +29,8 @@ class Limits:
     total_seconds: float = 4 * 3600.0
     hello_seconds: float = 5.0
     slow_seconds: float = 15.0  # a viewer that takes nothing for so long is dropped
-    saves: int = 4
+    saves: int = 4  # of a session
+    kept_sessions: int = 64  # that have ended
     recording_bytes: int = 2 << 30
 
 
