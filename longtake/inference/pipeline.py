@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape, pixel_frames
+from longtake.condition import Condition, pixel_frames
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
@@ -294,7 +294,7 @@ def _decoder_beside(
 def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
     """Raises ConfigError when weights, encoders and size of the picture do not fit each other."""
     vae, config, settings = encoders.vae, model.config, source.settings
-    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
+    settings.shape(vae.temporal_stride, vae.spatial_stride)
     if config.out_channels != vae.latent_channels:
         raise ConfigError(
             f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "
