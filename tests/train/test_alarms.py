@@ -74,8 +74,9 @@ def test_healthy_students_raise_none(teacher, students):
         for step in (100, 200, 300):
             assert watch.validation(step, numbers(videos(first=10 * seed + step // 100), teacher)) == []
     watch = Watch(AlarmsConfig())
+    paler = numbers(videos(share=0.9, fade=0.97), teacher)
     for step in (100, 200, 300):  # of the same worlds, a little slower and paler
-        assert watch.validation(step, numbers(videos(share=0.9, fade=0.97), teacher)) == []
+        assert watch.validation(step, paler) == []
 
 
 def test_seams_and_single_slips():
