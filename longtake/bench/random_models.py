@@ -75,7 +75,8 @@ def random_generator(
     encoders, kind = _moved(encoders, device, vae_dtype, low_memory=settings.low_memory), settings.decoder
     decoder = None
     if kind != "exact":
-        decoder = random_decoder(kind, encoders.vae, device, vae_dtype)
+        calls = vae_calls(low_memory=settings.low_memory)["latents_per_call"]
+        decoder = random_decoder(kind, encoders.vae, device, vae_dtype, latents_per_call=calls)
         encoders.vae.encodes_only()
     made = Generator(Denoiser(model, graphs=graphs), encoders, settings, device, decoder=decoder)
     synchronize(device)

@@ -186,10 +186,13 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # Where blocks are made ahead, the one that is counted first has begun when the frames of the one before it come.
-    warm = watch(timed, settled + blocks, settled - generator.is_ahead)
-    parts = {name: seconds / blocks for name, seconds in wholes(timed.phases.take()).items()}
+    # The last of a video comes early, since no other is begun before it: one more than is counted is made.
+    extra = int(generator.is_ahead)
+    warm = watch(timed, settled + blocks + extra, settled - extra)
+    parts = {name: seconds / (blocks + extra) for name, seconds in wholes(timed.phases.take()).items()}
     peak = peak_gib(device)
-    arrivals = warm.arrivals[-blocks - 1 :]
+    counted = slice(-blocks - 1 - extra, -extra or None)
+    arrivals = warm.arrivals[counted]
     compiled = compilations()  # in this process: the bench's
     block_seconds, frames = (arrivals[-1] - arrivals[0]) / blocks, warm.frames[-1]
     passes = [parts[f"pass {index}"] for index in range(sum(name.startswith("pass") for name in parts))]
@@ -202,7 +205,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     longer = [warmed - warming * block_seconds]
     if cold is not None:
         longer.append(cold.arrivals[-1] - warm.arrivals[len(cold.arrivals) - 1])
-    held = [size / GIB for size in warm.allocated[-blocks - 1 :]]
+    held = [size / GIB for size in warm.allocated[counted]]
     return {
         "ms": {name: _ms(value) for name, value in ms.items()},
         "block_ms": _ms(block_seconds),

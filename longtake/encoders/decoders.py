@@ -115,7 +115,9 @@ def _read_tiny(file: DecoderFile, latent_channels: int) -> tuple[TinySizes, dict
     return sizes, tensors
 
 
-def random_decoder(kind: str, vae: VideoVAE, device: torch.device, dtype: torch.dtype) -> Decoder:
+def random_decoder(
+    kind: str, vae: VideoVAE, device: torch.device, dtype: torch.dtype, *, latents_per_call: int = 4
+) -> Decoder:
     """A decoder of a kind for the latents of `vae`, with random weights. Raises: ConfigError where there is no such."""
     if vae.latent_channels not in _PATCHES or (kind == "light" and vae.latent_channels != 16):
         raise ConfigError(f"decoder={kind} is not published for {vae.latent_channels} latent channels; use exact")
@@ -124,12 +126,12 @@ def random_decoder(kind: str, vae: VideoVAE, device: torch.device, dtype: torch.
 
         with torch.device(device):
             module: Any = AutoencoderKLWan(base_dim=_LIGHT_WIDTH)
-        return checked(VideoVAE(module.to(dtype)), vae, "a random LightVAE")
+        return checked(VideoVAE(module.to(dtype), latents_per_call=latents_per_call), vae, "a random LightVAE")
     sizes, tensors = TinySizes(vae.latent_channels, _PATCHES[vae.latent_channels]), {}
     for number, (name, shape) in enumerate(sizes.shapes().items()):
         drawn = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(number))
         tensors[name] = (drawn / (drawn[0].numel() ** 0.5 if drawn.ndim > 1 else 10)).to(dtype)
-    return checked(TinyDecoder(sizes, tensors), vae, "a random TAEHV")
+    return checked(TinyDecoder(sizes, tensors, latents_per_call=latents_per_call), vae, "a random TAEHV")
 
 
 def checked(decoder: Decoder, vae: VideoVAE, what: str) -> Decoder:

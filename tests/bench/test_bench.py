@@ -8,7 +8,7 @@ import torch
 from toy_assets import toy
 from typer.testing import CliRunner
 
-from longtake.bench import random_models
+from longtake.bench import random_models, streaming
 from longtake.bench.clock import percentiles, playback, seconds_of
 from longtake.bench.kernels import (
     Attention,
@@ -87,6 +87,23 @@ def test_a_stream_after_a_warm_up():
     assert first["cold"] is None and 0 < first["warm"] < found["warm_up_s"]
 
 
+def test_the_last_block_of_a_video_does_not_count_where_blocks_are_made_ahead(monkeypatch):
+    """It comes early, since no other is begun before it is handed over; a mean with it flatters."""
+    settings = random_models.random_settings("toy", {"height": 32, "width": 32})
+    made, watch, seen = random_models.random_generator("toy", settings, CPU), streaming.watch, []
+
+    def hasty(*given):
+        seen.append(watched := watch(*given))
+        even = [0.1 * index for index in range(len(watched.arrivals))]
+        return replace(watched, arrivals=[*even[:-1], even[-2] + 1e-6])
+
+    monkeypatch.setattr(streaming, "watch", hasty)
+    monkeypatch.setattr(type(made), "is_ahead", True)
+    found = bench_stream(made, 1.0, blocks=2, warm_up=True)
+    assert found["block_ms"] == pytest.approx(100) and found["gaps_ms"]["p50"] == pytest.approx(100)
+    assert found["blocks"]["counted"] == 2 and len(seen[0].frames) == 2 + found["blocks"]["settled_from"] + 3
+
+
 def test_a_student_whose_last_step_stores_has_no_context_pass():
     """Of a settled block: the passes of later blocks alone, though the first one has more."""
     rules = {"height": 32, "width": 32, "later_steps": [1.0, 0.5]}
@@ -130,6 +147,9 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
     assert made.model.blocks[0].self_attn.q.weight.dtype == made.encoders.image.dtype == torch.bfloat16
     chunks = list(made.stream(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), "a circle", num_frames=17))
     assert sum(map(len, chunks)) == 17
+    spare = random_models.random_settings("wan", {**changes, "low_memory": True, "decoder": "tiny"})
+    made = random_models.random_generator("wan", spare, CPU, small_text=True)
+    assert made.decoder.latents_per_call == 1  # as generation with low memory decodes, or the peak would be another
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
