@@ -53,7 +53,8 @@ def check_command(line: str) -> None:
     command = typer.main.get_command(cli.app).commands[words[0]]
     context = command.make_context(words[0], words[1:])
     if words[0] in ("train", "encode"):
-        load_config(ROOT / context.params["config"], context.params["overrides"] or [])
+        file = ROOT / context.params["config"]
+        load_config(file if file.is_file() else context.params["config"], context.params["overrides"] or [])
 
 
 @pytest.mark.parametrize("line", COMMANDS)
