@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -121,7 +122,7 @@ def _work(build: Callable[[], Generator], pipe: Connection, blocks_ahead: int) -
         while (asked := pipe.recv()) is not None:
             number, operation, args, kwargs = asked
             future = engine.call(operation, *args, **kwargs)
-            future.add_done_callback(lambda done, number=number: answer(number, done))
+            future.add_done_callback(partial(answer, number))
     except EOFError:  # who started it is gone
         pass
     engine.stop()
