@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.data.h264 import configure, picture_of
+from longtake.data.h264 import BT601, configure, picture_of
 
 LEAST_SIDE = 256
 _CRF = "17"
@@ -51,7 +51,7 @@ class LiveEncoder:
 
         self.size = size
         codec: Any = av.CodecContext.create("libx264", "w")
-        configure(codec, size.height, size.width, "yuv420p", threads=1)
+        configure(codec, size.height, size.width, "yuv420p", threads=1, matrix=BT601)
         codec.time_base, codec.framerate = Fraction(1, fps), Fraction(fps)
         codec.options = {**_OPTIONS, "x264-params": _PARAMETERS}
         self._codec, self._count = codec, 0
@@ -62,7 +62,7 @@ class LiveEncoder:
 
         units = []
         for index, picture in enumerate(frames):
-            frame = picture_of(self.size.enlarged(picture), "yuv420p")
+            frame = picture_of(self.size.enlarged(picture), "yuv420p", BT601)
             frame.pts, self._count = self._count, self._count + 1
             frame.pict_type = PictureType.I if index == 0 else PictureType.NONE
             units.append(b"".join(bytes(packet) for packet in self._codec.encode(frame)))

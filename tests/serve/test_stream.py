@@ -25,7 +25,7 @@ def made(session, until):
 def decoded(units):
     codec = av.CodecContext.create("h264", "r")
     frames = [frame for unit in units for frame in codec.decode(av.Packet(unit))] + codec.decode(None)
-    return np.stack([frame.reformat(format="rgb24", src_colorspace=1).to_ndarray() for frame in frames])
+    return np.stack([frame.reformat(format="rgb24", src_colorspace="ITU601").to_ndarray() for frame in frames])
 
 
 def psnr(one, other):
@@ -54,7 +54,7 @@ def test_h264_and_mp4_are_the_same_pictures_enlarged(client, generator):
     for first in (0, 1, 9, 17):  # a message can be begun with
         assert [nal[0] & 31 for nal in nal_units(units[first])][:2] == [7, 8]
     with av.open(io.BytesIO(b"".join(fragments))) as file:
-        shown = [frame.reformat(format="rgb24", src_colorspace=1).to_ndarray() for frame in file.decode(video=0)]
+        shown = [frame.reformat(format="rgb24", src_colorspace="ITU601").to_ndarray() for frame in file.decode(video=0)]
     assert np.array_equal(np.stack(shown)[:25], frames)
 
 
