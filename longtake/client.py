@@ -137,6 +137,7 @@ class LiveSession:
     def __init__(self, client: Client, name: str, secret: str) -> None:
         self.client, self.name, self.secret = client, name, secret
         self.events: list[dict[str, Any]] = []
+        self._shown = _Shown(None)
 
     def _ask(self, method: str, path: str = "", body: bytes | None = None, kind: str | None = None) -> bytes:
         return self.client.request(method, f"/api/sessions/{self.name}{path}", body, kind, self.secret)
@@ -181,6 +182,16 @@ class LiveSession:
     def script(self) -> bytes:
         return self._ask("GET", "/script")
 
+    @property
+    def shown(self) -> int:
+        """Frames that count as shown."""
+        return self._shown.now()
+
+    @property
+    def dry_seconds(self) -> float:
+        """For how long there was nothing to show, after the first frames."""
+        return self._shown.dry
+
     def frames(self, form: str = "png", from_frame: int | None = None, *, pace: float | None = None) -> Iterator[Chunk]:
         """Yields what comes, until the session ends. `pace`: frames a second in which they count as shown; None: at
         once, so that the server makes them as fast as it can. After a rewind, and a change that drops frames, `first`
@@ -191,7 +202,7 @@ class LiveSession:
         with self.client.socket(f"/api/sessions/{self.name}/stream") as socket:
             hello = {"token": self.client.token, "secret": self.secret, "format": form, "from_frame": from_frame}
             socket.send(json.dumps({name: value for name, value in hello.items() if value is not None}))
-            shown = _Shown(pace)
+            self._shown = shown = _Shown(pace)
             while True:
                 for frame in shown.due():
                     with suppress(ConnectionClosed):  # what the server has sent before is still to be read
@@ -224,6 +235,12 @@ class _Shown:
         self._pace = pace
         self._come, self._told = 0, -1
         self._frame, self._at = 0.0, 0.0
+        self.dry = 0.0
+
+    def now(self) -> int:
+        """Frames shown."""
+        self._move()
+        return self._come if self._pace is None else int(self._frame)
 
     def add(self, first: int, count: int) -> None:
         if self._told < 0:
@@ -241,8 +258,7 @@ class _Shown:
 
     def due(self) -> list[int]:
         """The number to be told, where it is another one."""
-        self._move()
-        now = self._come if self._pace is None else int(self._frame)
+        now = self.now()
         if now == self._told or self._come == 0:
             return []
         self._told = now
@@ -251,7 +267,9 @@ class _Shown:
     def _move(self) -> None:
         now = monotonic()
         if self._pace is not None and self._at:
-            self._frame = min(float(self._come), self._frame + (now - self._at) * self._pace)
+            wanted = self._frame + (now - self._at) * self._pace
+            self._frame = min(float(self._come), wanted)
+            self.dry += (wanted - self._frame) / self._pace
         self._at = now
 
 

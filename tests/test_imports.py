@@ -26,7 +26,7 @@ ALLOWED = {
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,
     "evaluation": INFERENCE | {"parallel", "encodings"},
-    "serve": INFERENCE | {"__version__"},
+    "serve": INFERENCE,
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
     "doctor": TRAINING | {"evaluation"},  # it runs a training without data

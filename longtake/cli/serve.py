@@ -29,6 +29,9 @@ def serve(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where recordings and saved sessions lie.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions that play at once; default: as measured.")] = None,
+    history_blocks: Annotated[
+        int | None, typer.Option("--history", help="Blocks by which a session can be rewound; each costs memory.")
+    ] = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
     device: Annotated[
@@ -48,7 +51,7 @@ def serve(
         from longtake.serve.settings import ServeSettings
 
         token = None if token_file is None else _first_line(token_file)
-        said = given(context, "folder", "host", "port", "max_sessions")
+        said = given(context, "folder", "host", "port", "max_sessions", "history_blocks")
         settings = ServeSettings(token=token, hosts=tuple(allow_host or ()), **said)
         devices = [None] if device is None else device.split(",")
         start(source, devices, settings, typer.echo)

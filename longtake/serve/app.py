@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from longtake import __version__
 from longtake.serve import routes, stream
 from longtake.serve.errors import not_found, tell_errors
 from longtake.serve.hub import Hub
@@ -34,7 +33,7 @@ def make_app(builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> Gu
         finally:
             await hub.stop()
 
-    app = FastAPI(title="Longtake live", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Longtake live", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes.router)
     app.include_router(stream.router)
     tell_errors(app)

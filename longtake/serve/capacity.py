@@ -28,15 +28,17 @@ class Capacity:
     session_bytes: int | None = None
 
 
-def measure(generator: Generator, most: int | None) -> Capacity:
-    """The capacity for sessions of this generator; `most`, where somebody has said how many."""
+def measure(generator: Generator, most: int | None, history: int) -> Capacity:
+    """The capacity for sessions of this generator; `most`, where somebody has said how many; `history`, blocks
+    that each can take back.
+    """
     on_gpu = generator.device.type == "cuda"
     if on_gpu:
         generator.warm_up()
     elif most is not None:
         return Capacity(most)
     before = _allocated(generator)
-    rate, session_bytes = _play(generator)
+    rate, session_bytes = _play(generator, history)
     sessions = max(1, int(_SHARE * rate / generator.fps)) if most is None else most
     if on_gpu and session_bytes:
         free, _ = torch.cuda.mem_get_info(generator.device)
@@ -46,13 +48,13 @@ def measure(generator: Generator, most: int | None) -> Capacity:
     return Capacity(sessions, rate, session_bytes)
 
 
-def _play(generator: Generator) -> tuple[float, int]:
+def _play(generator: Generator, history: int) -> tuple[float, int]:
     """Frames a second of a session whose history is full, and its bytes on the device."""
     rules = generator.settings
     picture = np.zeros((rules.height, rules.width, 3), np.uint8) if generator.beginning.needed else None
     before = _allocated(generator)
-    session = generator.open(picture, "a picture", seed=0)
-    for _ in range(2 + (rules.history_blocks if generator.device.type == "cuda" else 0)):
+    session = generator.open(picture, "a picture", seed=0, history_blocks=history)
+    for _ in range(2 + (history if generator.device.type == "cuda" else 0)):
         session.next()
     began = perf_counter()
     frames = sum(len(session.next()) for _ in range(_COUNTED_BLOCKS))

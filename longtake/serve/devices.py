@@ -29,15 +29,20 @@ class Device:
 class Devices:
     """One device is driven by a thread of this process, several by a process each.
 
-    Args: `builds` make the generators; `emit` and `blocks_ahead` as those of `Engine`; `most`, sessions on each, None:
-    as measured.
+    Args: `builds` make the generators; `emit`, `blocks_ahead` and `history` as those of `Engine`; `most`, sessions on
+    each, None: as measured.
     """
 
     def __init__(
-        self, builds: Sequence[Callable[[], Any]], emit: Callable[[Output], None], blocks_ahead: int, most: int | None
+        self,
+        builds: Sequence[Callable[[], Any]],
+        emit: Callable[[Output], None],
+        blocks_ahead: int,
+        history: int,
+        most: int | None,
     ) -> None:
         kind = Engine if len(builds) == 1 else WorkerEngine
-        self._all = [Device(kind(build, emit, blocks_ahead)) for build in builds]
+        self._all = [Device(kind(build, emit, blocks_ahead, history)) for build in builds]
         self._most = most
 
     async def start(self) -> Model:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.serve import store
+from longtake.serve.counts import Counts
 from longtake.serve.devices import Devices
 from longtake.serve.engine import Lost, Output
 from longtake.serve.errors import ApiError, not_found, told
 from longtake.serve.live import Live, Stage
-from longtake.serve.metrics import Counts
 from longtake.serve.recording import Recording
 from longtake.serve.security import Allowance, same
 from longtake.serve.settings import ServeSettings
@@ -64,7 +64,9 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._admitting = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.devices = Devices(builds, self._on_output, settings.blocks_ahead, settings.max_sessions)
+        self.devices = Devices(
+            builds, self._on_output, settings.blocks_ahead, settings.history_blocks, settings.max_sessions
+        )
 
     async def start(self) -> None:
         """Returns when sessions can be opened."""

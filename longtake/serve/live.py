@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.serve import store
+from longtake.serve.counts import Counts
 from longtake.serve.engine import Engine, Made, Turned
 from longtake.serve.errors import ApiError
 from longtake.serve.h264 import Headers, LiveEncoder, Size
 from longtake.serve.lanes import Block
-from longtake.serve.metrics import Counts
 from longtake.serve.mp4 import head
 from longtake.serve.pictures import thumbnail
 from longtake.serve.recording import Recording

@@ -13,19 +13,6 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Counts:
-    """What has happened since the server began."""
-
-    def __init__(self) -> None:
-        self.frames = 0
-        self.stalls = 0
-        self.opened = 0
-        self.ended: dict[str, int] = {}
-
-    def end(self, reason: str) -> None:
-        self.ended[reason] = self.ended.get(reason, 0) + 1
-
-
 class _Collector:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub

@@ -31,7 +31,8 @@ class _Part:
 class Recording:
     """The frames of one session from the first that is kept; used by one thread at a time, read by any.
 
-    Args: `folder`, its own; `head`, the init segment; `most_bytes`, the size of all its files together. What another
+    Args: `folder`, its own; `head`, the init segment; `most_bytes`, the size of all its files together, 0: none is
+    written. What another
     one has left in the folder is gone on with, as far as it is whole.
     """
 
@@ -65,6 +66,8 @@ class Recording:
     def append(self, units: Sequence[bytes], first: int) -> bytes:
         """Writes access units, the pictures from number `first` on. Returns: the fragment."""
         data, part = fragment(units, first), self._parts[-1]
+        if self._most == 0:
+            return data
         with part.path.open("r+b") as file:
             file.seek(part.size)
             file.write(data)

@@ -48,18 +48,25 @@ def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings
     app = make_app([partial(Generator.build, source, device) for device in devices], settings)
     if not settings.is_local:
         say("what is sent can be read on the way: put a proxy with TLS in front")
-    say(f"http://{settings.host}:{settings.port}")
     with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
-        LiveServer(app, settings).run()
+        LiveServer(app, settings, say).run()
     say("ended; sessions are saved and can be opened again")
 
 
 class LiveServer(uvicorn.Server):
-    """Ends in order: sessions are saved and viewers told before connections are cut."""
+    """Says its address when it is ready, and ends in order: sessions are saved and viewers told before connections are
+    cut.
+    """
 
-    def __init__(self, app: Guard, settings: ServeSettings) -> None:
+    def __init__(self, app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
         super().__init__(config_of(app, settings))
-        self._app = app
+        self._app, self._say = app, say
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._say(f"http://{self.config.host}:{port}")
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         await self._app.drain()

@@ -30,10 +30,12 @@ _KNOWN = (LongtakeError, MemoryError)
 class WorkerEngine:
     """Arguments and methods as those of `Engine`; `build` must be one that another process can import."""
 
-    def __init__(self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int) -> None:
+    def __init__(
+        self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int, history: int
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_work, args=(build, there, blocks_ahead), daemon=True)
+        self._process = context.Process(target=_work, args=(build, there, blocks_ahead, history), daemon=True)
         self._there, self._emit = there, emit
         self._asked: dict[int, Future[Any]] = {}
         self._sessions: set[str] = set()
@@ -101,7 +103,7 @@ def _settle(future: Future[Any], value: Any, error: Exception | None) -> None:
         future.set_exception(error)
 
 
-def _work(build: Callable[[], Generator], pipe: Connection, blocks_ahead: int) -> None:
+def _work(build: Callable[[], Generator], pipe: Connection, blocks_ahead: int, history: int) -> None:
     """The process: an engine, and the other end of the pipe."""
     for number in (signal.SIGINT, signal.SIGTERM):  # who started it ends it, when its sessions are saved
         signal.signal(number, signal.SIG_IGN)
@@ -115,8 +117,8 @@ def _work(build: Callable[[], Generator], pipe: Connection, blocks_ahead: int) -
         error = future.exception()
         send(number, None, _portable(error)) if error is not None else send(number, future.result())
 
-    engine = Engine(build, lambda output: send(None, _sent(output)), blocks_ahead)
-    engine.ready.add_done_callback(lambda future: answer(-1, future))
+    engine = Engine(build, lambda output: send(None, _sent(output)), blocks_ahead, history)
+    engine.ready.add_done_callback(partial(answer, -1))
     engine.start()
     try:
         while (asked := pipe.recv()) is not None:

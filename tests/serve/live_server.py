@@ -37,14 +37,15 @@ def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, 
     """The address of a server that stops by itself; of a generator, or of what makes one for each device."""
     builds = generator if isinstance(generator, list) else [lambda: generator]
     chosen = ServeSettings(folder, port=0, **settings)
-    server = LiveServer(make_app(builds, chosen), chosen)
+    addresses: list[str] = []
+    server = LiveServer(make_app(builds, chosen), chosen, addresses.append)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         until = time.monotonic() + 60
-        while not server.started and time.monotonic() < until:
+        while not addresses and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.02)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield addresses[0]
     finally:
         server.should_exit = True
         thread.join(timeout=30)
