@@ -11,7 +11,6 @@ import typer
 
 from longtake.cli.common import Decoder, Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
-from longtake.outputs import check_output_file, free_name
 
 if TYPE_CHECKING:
     from longtake.inference.batch import Pair
@@ -27,12 +26,23 @@ RULES = (
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
+    typer.Option(
+        help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, a name of `longtake "
+        "students`, or toy."
+    ),
 ]
-Encoders = Annotated[Path | None, typer.Option(help="Folder of the encoders, where not in or beside the model's.")]
+Encoders = Annotated[
+    str | None,
+    typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
+]
 Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")]
 Videos = Annotated[
-    Path, typer.Option("--output", "-o", help="The mp4 file; with --inputs or --samples the folder of the files.")
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help=".mp4, .webm, .gif, .webp or FOLDER/%05d.png; with --inputs or --samples a folder of mp4 files.",
+    ),
 ]
 FIRST_FRAME = (
     "The first frame; any size, cropped to the aspect, never stretched. Image-to-video weights need one; text-to-video "
@@ -99,7 +109,9 @@ def generate(
         is_single = _is_single(context)
         frames_of(num_frames, seconds, 1)
         if is_single:
-            check_output_file(output, suffixes=(".mp4",), inputs=[image, script, config], overwrite=overwrite)
+            from longtake.inference.containers import Target
+
+            Target.of(output).check(inputs=[image, script, config], overwrite=overwrite)
         changes = changes_of(*(overrides or []), **given(context, *RULES))
         source = source_of(run, model, encoders, config, changes)
         wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device", "overwrite")
@@ -186,7 +198,7 @@ def _pairs(image: Path | None, prompt: str | None, inputs: Path | None, output: 
 def play(
     context: typer.Context,
     prompt: Annotated[str, typer.Option(help="What happens until another prompt is typed.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, as of generate.")],
     image: Annotated[Path | None, typer.Option(help=FIRST_FRAME)] = None,
     overrides: Rules = None,
     run: Run = None,
@@ -210,8 +222,11 @@ def play(
         from longtake.config.generation import changes_of, frames_of
 
         frames_of(None, seconds, 1)
-        check_output_file(output, suffixes=(".mp4",), inputs=[image, config], overwrite=True)
-        output = output if overwrite else free_name(output)
+        from longtake.inference.containers import Target
+
+        target = Target.of(output)
+        target.check(inputs=[image, config], overwrite=overwrite or target.kind != "png")
+        output = output if overwrite else target.numbered()
         source = source_of(run, model, encoders, config, changes_of(*(overrides or []), dtype=dtype, decoder=decoder))
         from longtake.inference.generator import Generator
         from longtake.inference.play import play as start

@@ -29,9 +29,9 @@ from longtake.data.file_rows import (
 )
 from longtake.data.samples import IMAGE_SUFFIXES
 from longtake.errors import ConfigError, DataError
+from longtake.inference.containers import SUFFIXES
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_request
-from longtake.inference.video_io import VIDEO_SUFFIXES
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
 
@@ -141,7 +141,7 @@ def generate_many(
     for number in (seed, seed + samples):
         check_request(settings, number, negative)
     frames_of(num_frames, seconds, settings.fps)
-    if folder.suffix.lower() in VIDEO_SUFFIXES and not folder.is_dir():
+    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
         raise ConfigError(f"{folder} must be a folder, for there are several videos; leave {folder.suffix} out")
     length = {"num_frames": num_frames, "seconds": seconds}
     shared = {"negative": negative, "length": length, "weights": str(source.weights), "settings": settings.model_dump()}

@@ -18,6 +18,7 @@ from longtake.config.generation import frames_of
 from longtake.config.stage import StageConfig
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
+from longtake.inference.containers import Target
 from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
@@ -27,9 +28,8 @@ from longtake.inference.session_file import damage, read_session
 from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
 from longtake.inference.video import Video
-from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
+from longtake.inference.video_io import VideoWriter
 from longtake.models.execution import compilations
-from longtake.outputs import check_output_file
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Generator(Pipeline):
         """
         length = self.length(num_frames, seconds)
         if output is not None:
-            check_output_file(output, suffixes=VIDEO_SUFFIXES, overwrite=overwrite)
+            Target.of(output).check(overwrite=overwrite)
         chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
         kept: list[NDArray[np.uint8]] = []
 
@@ -299,7 +299,7 @@ def generate_file(
     `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
-    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[image], overwrite=overwrite)
+    Target.of(output).check(inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_request(source.settings, seed, negative)
     check_prompt(prompt)

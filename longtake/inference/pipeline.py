@@ -34,8 +34,9 @@ from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.hub import local_encoders
 from longtake.weights.load import load_opened
-from longtake.weights.locate import local_encoders
+from longtake.weights.locate import encoder_paths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def load_encoders(
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
-        folder,
+        local_encoders(folder, with_image=with_image),
         device,
         dtype,
         with_image=with_image,
@@ -141,7 +142,7 @@ class Pipeline:
             )
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
-        settings = source.settings
+        source, settings = source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
         opened = source.open()
@@ -149,6 +150,7 @@ class Pipeline:
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)
+        encoder_paths(source.encoders, with_image=sizes.image_dim is not None)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         model = load_opened(opened, device, cast).eval().requires_grad_(False)
@@ -158,7 +160,7 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)

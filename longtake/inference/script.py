@@ -13,11 +13,10 @@ from longtake.config.base import Settings, read_yaml
 from longtake.config.generation import MAX_FRAMES, GenerationConfig, frames_of
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
+from longtake.inference.containers import Target
 from longtake.inference.cues import Cue, play
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_prompt, check_request
-from longtake.inference.video_io import VIDEO_SUFFIXES
-from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,7 +204,7 @@ def generate_story(
     Raises: LongtakeError before any frame for a bad script, picture, source or output.
     """
     story = read_story(script, source.settings, **given)
-    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[script, *story.files], overwrite=overwrite)
+    Target.of(output).check(inputs=[script, *story.files], overwrite=overwrite)
     generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
     report = write_chunks(generator, frames, output, given=story.image is not None)

@@ -309,11 +309,12 @@ class Session:
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
-    def rewind(self, num_blocks: int) -> None:
+    def rewind(self, num_blocks: int, *, keep_wanted: bool = False) -> None:
         """Takes back the last `num_blocks` calls of `next`, cuts and changes of prompt or picture between them too.
 
         The session stands where it stood right after the call before those; what was set since is forgotten. If nothing
-        is changed, the same frames come again, bit for bit.
+        is changed, the same frames come again, bit for bit. `keep_wanted`: what was set since, cuts too, takes effect
+        there, with the next call.
         Raises: ConfigError when it is not between 1 and `rewindable`.
         """
         if not 1 <= num_blocks <= len(self._history):
@@ -322,7 +323,10 @@ class Session:
                 f"more than history_blocks={self.history_blocks}"
             )
         past, history = self._history[-num_blocks], self._history[:-num_blocks]
-        self.state, self._history, self.wanted, self.cut = past, history, past.inputs, past.stream is None
+        wanted, cut = past.inputs, past.stream is None
+        if keep_wanted:
+            wanted, cut = self.wanted, cut or self.cut or past.scene != self.scene
+        self.state, self._history, self.wanted, self.cut = past, history, wanted, cut
 
     def save(self, path: str | Path) -> None:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.

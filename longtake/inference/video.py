@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
-from longtake.outputs import check_output_file
+from longtake.inference.containers import Target
+from longtake.inference.video_io import VideoWriter
 
 # A preview lies in the notebook's own file: short, small, and never above so many bytes.
 _PREVIEW_SECONDS, _PREVIEW_BYTES = 10, 2**20
@@ -44,10 +44,10 @@ class Video:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes it as the file `path`, which is then that of this video.
 
-        Raises: ConfigError for another suffix than mp4 and for a file that is there already, unless `overwrite` is
-        given; OutputError when it cannot be written.
+        Raises: ConfigError for a name that says no container, and for a file that is there already, unless `overwrite`
+        is given; OutputError when it cannot be written.
         """
-        check_output_file(path, suffixes=VIDEO_SUFFIXES, overwrite=overwrite)
+        Target.of(path).check(overwrite=overwrite)
         with VideoWriter(path, self.fps, *self.frames.shape[1:3]) as writer:
             writer.write(self.frames)
         self.path = Path(path)
