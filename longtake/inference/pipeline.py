@@ -146,6 +146,7 @@ class Pipeline:
         source, settings = source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
+        encoder_paths(source.encoders, with_image=source.needs_image)
         opened = source.open()
         sizes = opened.model.config  # from the heads of the files: before they are read
         beginning = Beginning.of(sizes, settings)
