@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -32,6 +33,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
+from longtake.progress import size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import load_opened
@@ -152,6 +154,9 @@ class Pipeline:
             beginning.check(given=given)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
+        started, numbers = perf_counter(), sum(p.numel() for p in opened.model.parameters())
+        weighs = size(numbers * (2 if settings.is_half else 4))
+        logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
         model = load_opened(opened, device, cast).eval().requires_grad_(False)
         if settings.precision == "fp8":
             model.quantise()
@@ -160,11 +165,13 @@ class Pipeline:
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
+        logger.info("loaded in %.1f s", perf_counter() - started)
         return cls(denoiser, encoders, settings, device, source.config, decoder, source=source)
 
     def new_decoder(self) -> DecoderSession:
