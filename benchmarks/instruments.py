@@ -1,25 +1,31 @@
 """How far the instruments of `longtake measure` can be trusted: known motions and known defects, found or missed.
 
-    python -m benchmarks.instruments PHOTOS [-o FILE.json]      (in the repository; PHOTOS: a folder of photographs)
+    python -m benchmarks.instruments PHOTOS -o FILE.json      (in the repository; PHOTOS: a folder of photographs)
 
 Makes videos of photographs that a camera moves over, with a second photograph moving before the first, noise and the
 losses of an mp4, and writes one line a bar: motion of plain translations within 5 % from 0.2 to 8 pixels a frame; each
 of six defects found in 95 of 100 videos and reported in at most 2 of 100 without any; over 64 toy worlds at 0 to 1.5
-times their speed a correlation of 0.95 with the exact ratio, and 0 within 0.01 for frozen ones. About 17 minutes on
-one core; the exit code is 1 when a bar is missed.
+times their speed a correlation of 0.95 with the exact ratio, and 0 within 0.01 for frozen ones.
+
+Every case is kept in FILE as soon as it is known, and a case that is there is not measured again: stop it when you
+like, or give `--seconds`, and call it again to go on. Cases from before a change of the instruments stay there too, so
+name another file after one. `--bars motion fade` measures these alone, `clean` the videos without a defect. The exit
+code is 1 when a bar is missed or a case is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import cv2
@@ -30,6 +36,8 @@ from longtake.data.file_rows import files_below
 from longtake.data.images import decode_image
 from longtake.data.samples import IMAGE_SUFFIXES
 from longtake.evaluation.instruments import Blocks, measure
+from longtake.evaluation.motion import MotionMeter
+from longtake.evaluation.report import write_json
 from longtake.inference.video_io import VideoWriter, read_video
 from longtake.toy.world import sample_world
 
@@ -41,6 +49,8 @@ NUM_FRAMES = 81
 BLOCKS = Blocks(12, 9)
 DEFECTS = ("fade", "blur", "freeze", "seam", "loop", "uniform")
 SPEEDS = (0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)  # pixels a frame
+WORLDS = 64
+BARS = ("motion", "toy", "clean", *DEFECTS)
 _FINE = 2  # pictures are drawn at twice the size and shrunk, so that parts of a pixel do not blur them
 
 
@@ -187,85 +197,130 @@ def found(photos: Sequence[Picture], defect: str | None, number: int) -> tuple[s
     return measure(through_mp4(video, rng), FPS, BLOCKS).defects
 
 
-def motion_errors(photos: Sequence[Picture], size: tuple[int, int] = (480, 832)) -> dict[float, list[float]]:
-    """Measured over true motion - 1 of translated photographs, one a photograph, by speed."""
-    rng = np.random.default_rng(0)
-    errors: dict[float, list[float]] = {}
-    for speed in SPEEDS:
-        for photo in photos:
-            angle = rng.uniform(0, 2 * np.pi)
-            video = translated(photo, speed * np.cos(angle), speed * np.sin(angle), 33, size)
-            motion = measure(video, FPS).metrics["motion_px_s"]
-            assert motion is not None
-            errors.setdefault(speed, []).append(motion / FPS / speed - 1)
-    return errors
+def moved(video: Video) -> float:
+    """Mean motion in pixels a frame, as `measure` finds it."""
+    meter = MotionMeter(*video.shape[1:3], FPS)
+    for frame in video:
+        meter.add(np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8))
+    return float(np.mean(meter.finish().px))
 
 
-def toy_ratios(num_worlds: int = 64, num_frames: int = 81) -> tuple[list[float], list[float], list[float]]:
-    """True and measured motion of slowed toy worlds over that at full speed, and the measured one of frozen worlds."""
-    true, seen, frozen = [], [], []
-    for index in range(num_worlds):
-        world, scale = sample_world(1, index), 1.5 * index / (num_worlds - 1)
-        px = [measure(world.render(num_frames, time_scale=s), FPS).metrics["motion_px_s"] for s in (1, scale, 0)]
-        whole, slowed, still = (float(value or 0) for value in px)
-        if whole > 0:
-            true.append(scale)
-            seen.append(slowed / whole)
-            frozen.append(still / whole)
-    return true, seen, frozen
+def motion_error(photo: Picture, speed: float, number: int, size: tuple[int, int] = (480, 832)) -> float:
+    """Measured over true motion - 1 of a photograph, the `number`-th, that is translated in a random direction."""
+    angle = np.random.default_rng([number, round(100 * speed)]).uniform(0, 2 * np.pi)
+    return moved(translated(photo, speed * np.cos(angle), speed * np.sin(angle), 33, size)) / speed - 1
 
 
-def motion_bar(photos: Sequence[Picture]) -> dict[str, dict[str, Any]]:
-    """The worst error of all photographs at each speed."""
-    worst = {speed: max(values, key=abs) for speed, values in motion_errors(photos).items()}
-    return {"motion": {"met": max(map(abs, worst.values())) <= 0.05, "worst": worst}}
+def toy_ratios(index: int, num_frames: int = 81) -> tuple[float, float, float] | None:
+    """True and measured motion of a slowed toy world over that at full speed, and the measured one when it is frozen;
+    None of a world in which nothing moves.
+    """
+    world, scale = sample_world(1, index), 1.5 * index / (WORLDS - 1)
+    whole, slowed, still = (moved(world.render(num_frames, time_scale=s)) for s in (1, scale, 0))
+    return (scale, slowed / whole, still / whole) if whole else None
 
 
-def toy_bar() -> dict[str, dict[str, Any]]:
-    """How measured motion of slowed toy worlds follows the true one."""
-    true, seen, frozen = toy_ratios()
-    correlation = float(np.corrcoef(true, seen)[0, 1])
-    met = correlation >= 0.95 and max(frozen) <= 0.01
-    return {"toy": {"met": met, "correlation": correlation, "frozen": max(frozen), "worlds": len(true)}}
+def cases_of(bars: Sequence[str], photos: int, number: int) -> list[tuple[str, float, int]]:
+    """(bar, speed, number) of every case; the speed is of translations alone."""
+    cases: list[tuple[str, float, int]] = []
+    for bar in bars:
+        if bar == "motion":
+            cases += [(bar, speed, k) for speed in SPEEDS for k in range(photos)]
+        else:
+            cases += [(bar, 0.0, k) for k in range(WORLDS if bar == "toy" else number)]
+    return cases
 
 
-def defect_bars(photos: Sequence[Picture], cases: int) -> dict[str, dict[str, Any]]:
-    """By defect: in how many videos with it, and in how many without any, it is reported."""
-    jobs = [(defect, number) for defect in (None, *DEFECTS) for number in range(cases)]
-    with ProcessPoolExecutor() as pool:
-        reports = list(pool.map(partial(_found, photos), jobs, chunksize=8))
-    bars = {}
+def outcome(photos: Sequence[Picture], case: tuple[str, float, int]) -> Any:
+    """What is kept of a case: an error, ratios, or the names of the defects that are reported."""
+    cv2.setNumThreads(1)  # cases run side by side
+    bar, speed, number = case
+    if bar == "motion":
+        return motion_error(photos[number], speed, number)
+    if bar == "toy":
+        return toy_ratios(number)
+    return found(photos, None if bar == "clean" else bar, number)
+
+
+def as_bars(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By bar: whether it is met, by the outcomes {bar: {case: outcome}} so far."""
+    bars: dict[str, dict[str, Any]] = {}
+    if errors := outcomes.get("motion"):
+        by_speed = {f"{v:g}": [e for case, e in errors.items() if case.split()[0] == f"{v:g}"] for v in SPEEDS}
+        worst = {speed: max(values, key=abs) for speed, values in by_speed.items() if values}
+        bars["motion"] = {"met": max(map(abs, worst.values())) <= 0.05, "worst": worst, "of": len(errors)}
+    if ratios := outcomes.get("toy"):
+        true, seen, frozen = zip(*(three for three in ratios.values() if three is not None))
+        correlation = float(np.corrcoef(true, seen)[0, 1]) if len(true) > 1 else float("nan")
+        met = correlation >= 0.95 and max(frozen) <= 0.01
+        bars["toy"] = {"met": met, "correlation": correlation, "frozen": max(frozen), "of": len(true)}
+    clean_ones = list(outcomes.get("clean", {}).values())
     for defect in DEFECTS:
-        hits, false = (
-            sum(defect in report for (given, _), report in zip(jobs, reports) if given == wanted)
-            for wanted in (defect, None)
-        )
-        met = hits >= 0.95 * cases and false <= 0.02 * cases
-        bars[defect] = {"met": met, "found": hits, "falsely": false, "of": cases}
+        given = list(outcomes.get(defect, {}).values())
+        if given and clean_ones:
+            hits, false = (sum(defect in report for report in reports) for reports in (given, clean_ones))
+            met = hits >= 0.95 * len(given) and false <= 0.02 * len(clean_ones)
+            bars[defect] = {
+                "met": met, "found": hits, "of": len(given), "falsely": false, "of_clean": len(clean_ones)
+            }  # fmt: skip
     return bars
 
 
-def _found(photos: Sequence[Picture], job: tuple[str | None, int]) -> tuple[str, ...]:
-    return found(photos, *job)
+def measure_cases(
+    photos: Sequence[Picture],
+    cases: Sequence[tuple[str, float, int]],
+    file: Path | None = None,
+    *,
+    seconds: float = float("inf"),
+    workers: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The outcomes {bar: {case: outcome}} of the file and of the cases that it lacks, begun within `seconds`."""
+    outcomes: dict[str, dict[str, Any]] = {}
+    if file is not None and file.exists():
+        outcomes = json.loads(file.read_text())["outcomes"]
+    start = monotonic()
+    missing = iter([case for case in cases if _name(case) not in outcomes.get(case[0], {})])
+    running: dict[Future[Any], tuple[str, float, int]] = {}
+    number = workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(number) as pool:
+        while True:
+            if monotonic() - start < seconds:
+                more = islice(missing, number + 1 - len(running))
+                running |= {pool.submit(outcome, photos, case): case for case in more}
+            if not running:
+                return outcomes
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                case = running.pop(future)
+                outcomes.setdefault(case[0], {})[_name(case)] = future.result()
+            if file is not None:
+                write_json(file, {"bars": as_bars(outcomes), "outcomes": outcomes})
+
+
+def _name(case: tuple[str, float, int]) -> str:
+    bar, speed, number = case
+    return f"{speed:g} {number}" if bar == "motion" else str(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs everything; 1 when a bar is missed."""
+    """Measures the cases that are asked for; 1 when a bar is missed, or not whole."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("photos", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("-o", "--output", type=Path, help="keeps every case; those that are there are not repeated")
+    parser.add_argument("--bars", nargs="+", choices=BARS, default=BARS)
+    parser.add_argument("--cases", type=int, default=100, help="random videos of each defect, and without any")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins later")
+    parser.add_argument("--workers", type=int, help="processes; by default one a core")
     options = parser.parse_args(arguments)
     photos = [decode_image(path.read_bytes(), str(path)) for path in files_below(options.photos, IMAGE_SUFFIXES)]
-    bars: dict[str, dict[str, Any]] = {}
-    # Each is told as soon as it is known: a run that is stopped leaves what it had.
-    for measured in (lambda: motion_bar(photos), toy_bar, lambda: defect_bars(photos, options.cases)):
-        for name, bar in (found_bars := measured()).items():
-            print(name, *(f"{key}: {value}" for key, value in bar.items()), sep="  ", flush=True)
-        bars |= found_bars
-    if options.output:
-        options.output.write_text(json.dumps(bars, indent=1) + "\n")
-    return 0 if all(bar["met"] for bar in bars.values()) else 1
+    cases = cases_of(options.bars, len(photos), options.cases)
+    outcomes = measure_cases(photos, cases, options.output, seconds=options.seconds, workers=options.workers)
+    bars = as_bars(outcomes)
+    for name, bar in bars.items():
+        print(name, *(f"{key}: {value}" for key, value in bar.items()), sep="  ")
+    left = [case for case in cases if _name(case) not in outcomes.get(case[0], {})]
+    if left:
+        print(f"{len(left)} of {len(cases)} cases are left: call it again with the same file")
+    return 0 if not left and all(bar["met"] for bar in bars.values()) else 1
 
 
 if __name__ == "__main__":

@@ -125,6 +125,11 @@ class Condition:
                     "they must be equal"
                 )
 
+    def __repr__(self) -> str:
+        parts = {"text": self.text, "image": self.image, "frames": self.frames}
+        sizes = (f"{name}={None if part is None else list(part.shape)}" for name, part in parts.items())
+        return f"Condition({', '.join(sizes)})"
+
     @property
     def batch_size(self) -> int:
         return self.text.shape[0]

@@ -95,11 +95,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def size(count: float) -> str:
-    """Bytes as people say them: 4 MB, 2.8 GB."""
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
-
-
 class Terminal(logging.Handler):
     """Lines, and below them a bar for each thing in progress, with rich."""
 

@@ -25,7 +25,7 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json", "unmerge", "best", "overwrite", "small_text", "warm_up"}
+FLAGS = {"debug", "check", "help", "as_json", "unmerge", "best", "overwrite", "small_text", "warm_up", "version"}
 PICTURE = ["--image", "i.png", "--prompt", "p"]
 
 
@@ -140,7 +140,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     options = [p for command in [commands, *commands.commands.values()] for p in command.params if not p.required]
     assert {p.name for p in options} > {"logdir", "ablations", "num_worlds", "seed", "check"}
     for option in options:
-        if option.name not in {*FLAGS, "kind"}:
+        if option.name not in {*FLAGS, "kind", "install_completion", "show_completion"}:
             assert option.default is None, f"--{option.name} has the default {option.default!r}"
         if option.name in FLAGS:
             assert option.default is False

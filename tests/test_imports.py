@@ -25,7 +25,7 @@ ALLOWED = {
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,
     "evaluation": INFERENCE | {"parallel", "encodings"},
-    "serve": INFERENCE,
+    "serve": INFERENCE | {"__version__"},
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
     "doctor": TRAINING | {"evaluation"},  # it runs a training without data

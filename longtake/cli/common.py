@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +55,8 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
         if context.obj or (told := _told(error)) is None:
             raise
         notes = getattr(error, "__notes__", [])
+        if (options := getattr(error, "options", None)) and context.info_name in ("generate", "play"):
+            notes = [*notes, f"the whole command: {command_with(context, options)}"]
         if isinstance(error, KeyboardInterrupt) and not notes:
             notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []
         typer.echo("; ".join([told, *notes]), err=True)
@@ -76,6 +79,24 @@ def _told(error: BaseException) -> str | None:
     return None
 
 
+def command_with(context: typer.Context, options: Mapping[str, Any]) -> str:
+    """The command `longtake generate` with what was given to this one, and with these options where it lacks them; that
+    of `sampler` wins.
+    """
+    words, left = ["longtake", "generate"], dict(options)
+    for parameter in context.command.params:
+        name, value = max(parameter.opts, key=len).lstrip("-"), context.params[str(parameter.name)]
+        if value in (None, False, ()) or name in ("sampler", "warm-up"):
+            continue
+        if parameter.param_type_name == "argument":
+            words += value
+            left = {key: one for key, one in left.items() if not any(word.startswith(f"{key}=") for word in value)}
+        else:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            left.pop("frames" if name == "seconds" else name, None)
+    return shlex.join([*words, *(word for name, value in left.items() for word in (f"--{name}", str(value)))])
+
+
 def given(context: typer.Context, *names: str) -> dict[str, Any]:
     """Those of the named options that were given on the command line."""
     values = {name: context.params[name] for name in names}
@@ -85,11 +106,13 @@ def given(context: typer.Context, *names: str) -> dict[str, Any]:
 def source_of(
     run: Path | None,
     model: str | None,
-    encoders: Path | None = None,
+    encoders: str | None = None,
     config: Path | None = None,
     changes: dict[str, Any] | None = None,
+    *,
+    must_stream: bool = True,
 ) -> Source:
-    """Where a command's weights are and by which rules they stream.
+    """Where a command's weights are and by which rules they stream; `must_stream` as in `Source.of_model`.
 
     Raises: ConfigError for options that do not go together; else as `Source.of_run`, `Source.of_model`.
     """
@@ -103,4 +126,5 @@ def source_of(
     if run is not None:
         return Source.of_run(run, changes)
     assert model is not None
-    return Source.of_model(model, encoders, None if config is None else read_stage(config), changes)
+    stage = None if config is None else read_stage(config)
+    return Source.of_model(model, encoders, stage, changes, must_stream=must_stream)

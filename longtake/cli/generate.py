@@ -31,9 +31,15 @@ RULES = (
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, or toy."),
+    typer.Option(
+        help="Folder or file of weights in any layout, OWNER/NAME on the Hugging Face hub, a name of `longtake "
+        "students`, or toy."
+    ),
 ]
-Encoders = Annotated[Path | None, typer.Option(help="Folder of the encoders, where not in or beside the model's.")]
+Encoders = Annotated[
+    str | None,
+    typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
+]
 Stage = Annotated[Path | None, typer.Option(help="YAML file of the stage whose rules the weights of --model follow.")]
 Videos = Annotated[
     Path,
@@ -168,7 +174,7 @@ def _again(
         named = ", ".join([f"--{name.replace('_', '-')}" for name in foreign] or changes)
         raise ConfigError(f"--like makes the same video again, as its record says; leave out {named}")
     run, model, encoders = (context.params[name] for name in ("run", "model", "encoders"))
-    source = None if run is None and model is None else source_of(run, model, encoders)
+    source = None if run is None and model is None else source_of(run, model, encoders, must_stream=False)
     writing = wanted.pop("writing")
     look = given(context, "crf", "scale")
     assert isinstance(writing, Writing)

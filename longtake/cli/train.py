@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from longtake.doctor.run import Report
     from longtake.doctor.streaming import StreamReport
 
-Recipe = Annotated[Path, typer.Argument(help="YAML file of a job or of one stage, e.g. configs/toy/i2v.yaml.")]
+
+def _recipes(incomplete: str) -> list[str]:
+    """The names that a shell completes."""
+    from longtake.config.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        help="YAML file of a job or of one stage, or a name that `longtake recipes` lists, e.g. toy/i2v.",
+        autocompletion=_recipes,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -58,7 +72,9 @@ def train(
 
 def encode(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML file of one stage, e.g. configs/toy/distill.yaml.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
     ],
@@ -86,7 +102,9 @@ def encode(
 
 def doctor(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file or recipe of a job or of one stage.", autocompletion=_recipes)
+    ] = None,
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")

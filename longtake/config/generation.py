@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config.base import Settings, read_yaml, set_path, split_override
+from longtake.config.base import PathText, Settings, read_yaml, set_path, split_override
 from longtake.config.groups import FlowConfig, ModelConfig, PlanConfig
 from longtake.config.job import load_config
 from longtake.config.stage import StageConfig
@@ -101,6 +101,11 @@ class GenerationConfig(Settings):
         default=False,
         description="the same video in less of a GPU's memory: text and image encoder lie in this process's memory, of "
         "which one matrix at a time is on the GPU, and pixels are encoded and decoded one latent frame at a time",
+    )
+    encoders: PathText | None = Field(
+        default=None,
+        description="folder with VAE, text and image encoder, OWNER/NAME of a repository on the Hugging Face hub that "
+        "has them, or `toy`; null = in the folder of the weights or beside it",
     )
     history_blocks: int = Field(
         default=0,

@@ -198,7 +198,7 @@ class StageConfig(RunConfig):
     @property
     def encoders_folder(self) -> Path:
         """Folder of the encoders."""
-        return TOY_ASSETS if self.encoders == TOY else Path(self.encoders)
+        return encoders_at(self.encoders)
 
     def source(self, weights: str) -> Path:
         """The path that a value of `init_from` or `teacher` means: the packaged toy, a path, or a stage by its name."""
@@ -268,6 +268,11 @@ class StageConfig(RunConfig):
 def is_path(source: str) -> bool:
     """True when a weight source is written as a path: with a slash, or `.`, or absolute."""
     return "/" in source or os.sep in source or source.startswith((".", "~"))
+
+
+def encoders_at(encoders: str | Path) -> Path:
+    """The folder that a value of `encoders` means: those of the packaged toy, a path, or OWNER/NAME on the hub."""
+    return TOY_ASSETS if str(encoders) == TOY else Path(encoders).expanduser()
 
 
 def resolve_source(source: str, logdir: str | Path) -> Path:

@@ -36,22 +36,30 @@ def add_h264(
     The bytes depend on the number of `threads`, which is therefore not that of the machine.
     """
     stream = container.add_stream("libx264", rate=rate, options={**_EXACT, **options})
-    stream.height, stream.width, stream.pix_fmt = height, width, pixels
-    stream.codec_context.thread_count = threads
-    add_colours(stream, matrix)
+    configure(stream.codec_context, height, width, pixels, threads=threads, matrix=matrix)
     return stream
 
 
-def add_colours(stream: Any, matrix: int) -> None:
-    """Has a stream's file say what `encode` does with colours."""
-    codec = stream.codec_context
+def configure(codec: Any, height: int, width: int, pixels: str, *, threads: int, matrix: int = BT709) -> None:
+    """Size, kind of pixels and colours of an encoder that is not open yet; arguments as those of `add_h264`."""
+    codec.height, codec.width, codec.pix_fmt = height, width, pixels
+    codec.thread_count = threads
+    add_colours(codec, matrix)
+
+
+def picture_of(picture: NDArray[np.uint8], pixels: str, matrix: int = BT709) -> Any:
+    """A picture, uint8 [h, w, 3], as an encoder of these `pixels` and this `matrix` takes it."""
+    import av
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return frame.reformat(format=pixels, dst_colorspace=_IN_SWSCALE[matrix], dst_color_range=_LIMITED)
+
+
+def add_colours(codec: Any, matrix: int) -> None:
+    """Has an encoder's files say what `picture_of` does with colours."""
     codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = matrix, BT709, BT709, _LIMITED
 
 
 def encode(stream: Any, picture: NDArray[np.uint8]) -> Any:
     """The packets that come of one more picture, uint8 [h, w, 3]."""
-    import av
-
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    matrix = _IN_SWSCALE[int(stream.codec_context.colorspace)]
-    return stream.encode(frame.reformat(format=stream.pix_fmt, dst_colorspace=matrix, dst_color_range=_LIMITED))
+    return stream.encode(picture_of(picture, stream.pix_fmt, int(stream.codec_context.colorspace)))

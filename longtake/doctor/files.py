@@ -27,9 +27,11 @@ from longtake.weights.locate import (
     find_weights,
     hub_repository,
     image_token_count,
+    is_hub_name,
     missing_encoders,
 )
 from longtake.weights.presets import PRESETS, model_config
+from longtake.weights.students import find_student
 
 
 @dataclass
@@ -81,6 +83,12 @@ def _sizes(
         return look_at(job.stages[source], job).sizes["generator"]  # written before it is read
     repository = hub_repository(path)
     try:
+        if (student := find_student(path)) is not None:
+            if student.root is not None:
+                return student.open().model.config
+            name = student.student.name
+            found.notes.append(f"{key}={source} is {name}: it will be fetched from the Hugging Face hub")
+            return model_config(student.preset)
         weights = find_weights(path, logdir)
         if weights.path.exists():
             return open_dit(weights.path)[1].config  # from the heads of its files
@@ -108,6 +116,9 @@ def _vae(folder: Path) -> dict[str, Any]:
 
 def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
     """Bytes of the encoders that are there, as they are loaded."""
+    if not folder.exists() and is_hub_name(folder):
+        found.notes.append(f"encoders={folder} will be fetched from the Hugging Face hub; their memory is not counted")
+        return 0
     absent = missing_encoders(folder, with_image="image_encoder" in wanted)
     found.missing += [f"encoders: {what}" for what in absent]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.

@@ -18,6 +18,7 @@ from longtake.doctor.machine import Machine, free_disk, look
 from longtake.doctor.streaming import StreamReport, stream_report
 from longtake.errors import ConfigError
 from longtake.weights.presets import model_config
+from longtake.weights.students import find_student
 
 # What is not counted: the CUDA context, workspaces of kernels, fragments of the allocator, remembered encodings.
 HEADROOM = 1.1
@@ -110,12 +111,14 @@ def diagnose(
 
 
 def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | None = None) -> StreamReport:
-    """Whether a stream fits: of a preset, or of the sizes in a folder's `config.json` by the rules beside it.
+    """Whether a stream fits: of a preset, of the sizes in a folder's `config.json` by the rules beside it, or of a
+    published student.
 
     Args: `device` as that of `diagnose`; by default the first GPU here. Raises: ConfigError.
     """
-    sizes, changes = model_config(model), {"precision": "bf16", **changes_of(*overrides)}
-    rules = read_rules(Path(model)) if Path(model).is_dir() else None
+    student, changes = find_student(model), {"precision": "bf16", **changes_of(*overrides)}
+    sizes = model_config(model if student is None else student.preset)
+    rules = student.rules if student is not None else read_rules(Path(model)) if Path(model).is_dir() else None
     if device is not None:
         return stream_report(sizes, generation_settings(None, changes, rules), _memory(device), f"--device {device}")
     machine = look()

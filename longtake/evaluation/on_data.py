@@ -45,6 +45,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 
 VIDEOS, LAYOUT = "videos", "vbench"  # folders beside table, JSON and page
+_PART = "videos.part"  # where videos lie until all of them are made and measured: no refusal costs an earlier one
 _WINDOW_SHARE = 4  # the first window of latents is a quarter of the training clips
 _UNUSUAL, _NAME_SIGNS = re.compile(r"[^\w.-]+"), 60  # of a row's name in that of a file
 
@@ -96,9 +97,14 @@ def evaluate_on_data(
     mesh.on_main(lambda: _check_free(folder, names, overwrite=overwrite))
     reader = RowReader(asked.data, asked.num_rows, mesh)
     mesh.every(lambda: _read(reader, every))  # rows that cannot be read cost no earlier video
-    mesh.on_main(lambda: _make_room(folder, names))
-    parts = mesh.every(lambda: _make_share(every, reader, asked, folder))
-    made = sorted((video for part in parts for video in part), key=lambda one: one[1].path.name)
+    mesh.on_main(lambda: _make_room(folder / _PART, names))
+    try:
+        parts = mesh.every(lambda: _make_share(every, reader, asked, folder / _PART))
+    finally:
+        if mesh.is_main and not any((folder / _PART).rglob("*.mp4")):
+            shutil.rmtree(folder / _PART, ignore_errors=True)
+    mesh.on_main(lambda: _take_place(folder, names))
+    made = sorted((_placed(folder, *video) for part in parts for video in part), key=lambda one: one[1].path.name)
     by_name = {name: [pair for pair in made if pair[1].name == name] for name in names}
     videos = [video for pairs in by_name.values() for _, video in pairs]
     longest = {one.row_name(one.multiples[-1]) for one in every}
@@ -121,12 +127,28 @@ def _check_free(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
         raise ConfigError(f"{there[0]} exists already; name another folder with -o, or give --overwrite")
 
 
-def _make_room(folder: Path, names: Sequence[str]) -> None:
-    """Removes the earlier videos of these rows and makes their folders."""
+def _make_room(part: Path, names: Sequence[str]) -> None:
+    """Makes the folders of the rows, without what an interrupted evaluation left there."""
+    shutil.rmtree(part, ignore_errors=True)
+    for name in names:
+        (part / name).mkdir(parents=True)
+
+
+def _take_place(folder: Path, names: Sequence[str]) -> None:
+    """Puts the new videos of the rows where the earlier ones were."""
     for name in names:
         for found in _earlier(folder, name):
             shutil.rmtree(found) if found.is_dir() else found.unlink()
-        (folder / VIDEOS / name).mkdir(parents=True, exist_ok=True)
+        (target := folder / VIDEOS / name).mkdir(parents=True, exist_ok=True)
+        for video in (folder / _PART / name).iterdir():
+            video.replace(target / video.name)
+    shutil.rmtree(folder / _PART)
+
+
+def _placed(folder: Path, laid: LaidVideo, video: MeasuredVideo) -> tuple[LaidVideo, MeasuredVideo]:
+    """Both with the path that the file has now."""
+    path = folder / VIDEOS / video.name / video.path.name
+    return replace(laid, path=path), replace(video, path=path)
 
 
 def _earlier(folder: Path, name: str) -> list[Path]:
@@ -142,11 +164,11 @@ def _read(reader: RowReader, every: Sequence[Contender]) -> None:
 
 
 def _make_share(
-    every: Sequence[Contender], reader: RowReader, asked: Asked, folder: Path
+    every: Sequence[Contender], reader: RowReader, asked: Asked, part: Path
 ) -> list[tuple[LaidVideo, MeasuredVideo]]:
     """Files of this rank's rows by all contenders, one of whom is in memory at a time, and what was measured."""
     with measuring_threads() as pool:
-        made = [(one, _videos_of(one, reader, asked, folder, pool)) for one in every]
+        made = [(one, _videos_of(one, reader, asked, part, pool)) for one in every]
         return [
             (laid, video.seen.added_to(video.measuring[multiple].result(), one.num_latent_frames(multiple)))
             for one, videos in made
@@ -155,7 +177,7 @@ def _make_share(
         ]
 
 
-def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, pool: Executor) -> list[Made]:
+def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool: Executor) -> list[Made]:
     """Makes the videos of all rows of this rank, while the files of those before are measured."""
     reading = reader.read(one.source)
     model = one.load(reader.mesh.device)
@@ -169,7 +191,7 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, folder: Path, po
         begun = time.perf_counter()
         name = f"{row.number:05d}-{_UNUSUAL.sub('_', row.name)[:_NAME_SIGNS]}"
         stem = f"{name}-{index}" if asked.samples > 1 else name
-        files = {multiple: folder / VIDEOS / one.row_name(multiple) / f"{stem}.mp4" for multiple in one.multiples}
+        files = {multiple: part / one.row_name(multiple) / f"{stem}.mp4" for multiple in one.multiples}
         latents = one.maker(model, plan, first_frame_clean=clean, seed=asked.seed + index)(row)
         picture, seen = _write_videos(one, latents, reading, sample.image, files)
         measuring = {

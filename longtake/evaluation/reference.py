@@ -7,7 +7,7 @@ their tensors are called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ from longtake.errors import CheckpointError
 from longtake.models.dit import parameter_type
 from longtake.models.sizes import DiTConfig
 from longtake.weights.config_json import FILE, config_to_diffusers, read_json, write_config
+from longtake.weights.hub import local_path
 from longtake.weights.load import open_dit
-from longtake.weights.locate import local_path, locate, tokenizer_places
+from longtake.weights.locate import locate, tokenizer_places
 
 TEXT_LEN = 512  # what diffusers takes for granted: behind so many rows of text the picture's tokens begin
 _MOVED_PX = 2  # a frame of the clip from the one before
@@ -245,14 +246,6 @@ class Sampling:
     guidance: float
 
 
-@dataclass(frozen=True)
-class Called:
-    """`velocities` [1, F, C, H, W] at each level, and latents `sampled` by the pipeline (None: it cannot)."""
-
-    velocities: list[Tensor]
-    sampled: Tensor | None
-
-
 def called(
     source: Path,
     vae: Path,
@@ -262,14 +255,16 @@ def called(
     sampling: Sampling | None,
     run: Run,
     vae_run: Run,
-) -> Called:
-    """Velocities at (latents, level), and a clip sampled by the pipeline of this kind of weights (None: no clip)."""
+) -> Generator[Tensor]:
+    """Yields velocities [1, F, C, H, W] at (latents, level), then latents that the pipeline of this kind sampled (None:
+    no clip). The networks are there until it is closed.
+    """
     with library("transformer"):
         model = _transformer(source, config, run).eval()
-        velocities = [_velocity(model, inputs, x, sigma, run) for x, sigma in noisy]
-        if sampling is None:
-            return Called(velocities, None)
-        return Called(velocities, _sampled(model, _vae(vae, vae_run), inputs, sampling, run))
+        for x, sigma in noisy:
+            yield _velocity(model, inputs, x, sigma, run)
+        if sampling is not None:
+            yield _sampled(model, _vae(vae, vae_run), inputs, sampling, run)
 
 
 def _velocity(model: Any, inputs: Inputs, x: Tensor, sigma: float, run: Run) -> Tensor:

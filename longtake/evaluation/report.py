@@ -1,4 +1,4 @@
-"""What a person looks at: the table, JSON, curves over time, contact sheets and sample videos."""
+"""What a person reads and plays: the tables, JSON and sample videos."""
 
 from __future__ import annotations
 
@@ -57,14 +57,6 @@ WINDOW_COLUMNS: tuple[tuple[str, str, slice, Callable[[Sequence[float]], float],
     ("saturation", "saturation", slice(None), _farthest, "{:.3f}"),
     ("contrast", "contrast", slice(None), _farthest, "{:.3f}"),
 )
-
-
-# By part of a summary: what an index counts, and which scores are drawn
-CURVES = {
-    "curves": ("frame", ("position_error", "motion_ratio", "shape_kept", "saturation")),
-    "looks": ("frame", ("motion_px_s", "saturation", "contrast", "sharpness", "first_frame_similarity")),
-    "windows": ("window", ("motion_ratio", "shape_kept", "colour_kept", "count_kept", "saturation", "contrast")),
-}
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -129,62 +121,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def write_curves(path: Path, summaries: Mapping[str, Mapping[str, Any]], part: str = "curves") -> None:
-    """Scores over time as a PNG, with a plot a score and a line a row; `part` "windows": window by window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    unit, names = CURVES[part]
-    colours = plt.get_cmap("tab20")
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
-    for axis, name in zip(axes, names):
-        for number, (row, summary) in enumerate(summaries.items()):
-            values = [np.nan if value is None else value for value in summary[part][name]]
-            mark = "." if len(values) == 1 else None  # a line of one point is not to be seen
-            axis.plot(values, label=row, linewidth=1.2, color=colours(number % 20), marker=mark)
-        axis.set_title(name.replace("_", " "))
-        axis.set_xlabel(unit)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.86, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def contact_sheet(
-    rows: Mapping[str, Sequence[NDArray[np.uint8]]], *, num_videos: int = 3, num_frames: int = 9, zoom: int = 2
-) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3]: a labelled line a row; `num_frames` frames of each of the first `num_videos` videos."""
-    from PIL import Image, ImageDraw
-
-    label = 150
-    first = next(iter(rows.values()))
-    height, width = first[0].shape[1] * zoom, first[0].shape[2] * zoom
-    num_videos = min(num_videos, len(first))
-    gap = 8
-    total = label + num_videos * (num_frames * width + gap)
-    sheet = Image.new("RGB", (total, len(rows) * (height + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for line, (name, videos) in enumerate(rows.items()):
-        y = line * (height + 2)
-        draw.text((4, y + height // 2 - 6), name, fill="black")
-        for k, video in enumerate(videos[:num_videos]):
-            for j, index in enumerate(np.linspace(0, len(video) - 1, num_frames).round().astype(int)):
-                picture = Image.fromarray(video[index]).resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(picture, (label + k * (num_frames * width + gap) + j * width, y))
-    return np.asarray(sheet)
-
-
-def write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """A PNG file, atomically."""
-    from PIL import Image
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    Image.fromarray(image).save(temporary)
     temporary.replace(path)
 
 

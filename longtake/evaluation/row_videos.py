@@ -30,6 +30,7 @@ from longtake.encoders.sessions import Decoder
 from longtake.encodings.encode import RowEncoder, make_batch
 from longtake.errors import DataError
 from longtake.evaluation.instruments import METRICS, Blocks, Measured, ends, measure
+from longtake.evaluation.pictures import Strip, frame_numbers
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.inference.video_io import VideoWriter
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from longtake.objectives.batch import EncodedBatch
 
 DEFECTS = ("fade", "blur", "freeze", "seam", "loop", "uniform")  # by which `instruments` names what is broken
-SHOWN_FRAMES, _SHOWN_HEIGHT = 9, 120  # of a video on a contact sheet; pixels
+_SHOWN_SIDE = 160  # pixels of the longer side of a frame that is kept for a contact sheet
 _LOOKS = ("saturation", "contrast", "brightness", "sharpness")  # curves whose ends are compared with the teacher's
 LATENTS_AT_ONCE = 8  # decoded together: pixels of a long video are many
 
@@ -52,7 +53,7 @@ class VideoRow:
 
     Fields: `number` in its data set, which keys the noise; `name`; `empty_text` [1, M, text_dim] of the unconditional
     side; `first_latent` [1, 1, C, H, W], the given picture, None where there is none; `size` (H, W) of the latents;
-    `later`, the condition under the row's second prompt, None without one.
+    `later`, the condition under the row's second prompt, None without one; `prompts`, all that are known of the row.
     """
 
     number: int
@@ -62,6 +63,13 @@ class VideoRow:
     first_latent: Tensor | None
     size: tuple[int, int]
     later: Condition | None = None
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name and prompts, for people."""
+        prompts = "; then: ".join(filter(None, self.prompts))
+        return f"{self.name}: {prompts}" if prompts else self.name
 
     @property
     def identity(self) -> str:
@@ -89,15 +97,15 @@ def _read(dataset: Dataset, encoder: RowEncoder, number: int) -> VideoRow:
     reading = encoder.reading(contents)
     reading.check(sample)
     rows = reading.rows(collate([sample], [Pick(number, number)], [number]))
-    return row_of(make_batch(reading, rows, [number]), number, sample.name)
+    return row_of(make_batch(reading, rows, [number]), number, sample.name, sample.prompts)
 
 
-def row_of(batch: EncodedBatch, number: int, name: str) -> VideoRow:
+def row_of(batch: EncodedBatch, number: int, name: str, prompts: tuple[str, ...] = ()) -> VideoRow:
     """The row of a batch of one."""
     first, condition = batch.first_latent, batch.condition
     size = batch.latent_size if first is None else (first.shape[3], first.shape[4])
     later = None if batch.later_text is None else condition.with_text(batch.later_text)
-    return VideoRow(number, name, condition, batch.empty_text, first, size, later)
+    return VideoRow(number, name, condition, batch.empty_text, first, size, later, prompts)
 
 
 def student_maker(
@@ -150,11 +158,11 @@ def blocks_of(plan: StreamPlan, num_latent_frames: int, temporal_stride: int) ->
 
 @dataclass(frozen=True, eq=False)
 class SeenVideo:
-    """What is known of a video when its frames are gone: measures, and some small frames uint8 [n, h, w, 3]."""
+    """What is known of a video when its frames are gone: measures, and some small frames."""
 
     name: str
     measured: Measured
-    shown: NDArray[np.uint8]
+    shown: Strip
 
 
 def look(
@@ -170,7 +178,7 @@ def look(
 
     Raises: DataError, OutputError.
     """
-    wanted = set(np.linspace(0, num_frames - 1, min(SHOWN_FRAMES, num_frames)).round().astype(int).tolist())
+    wanted = frame_numbers(num_frames)
     shown: list[NDArray[np.uint8]] = []
     pieces = iter(frames)
     first = next(pieces, None)
@@ -193,14 +201,14 @@ def look(
 
     with writer as opened:
         measured = measure(each(opened), fps, blocks)
-    return SeenVideo(name, measured, np.stack(shown))
+    return SeenVideo(name, measured, Strip(np.stack(shown), wanted))
 
 
 def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
-    size = max(1, round(width * _SHOWN_HEIGHT / height)), _SHOWN_HEIGHT
-    way = cv2.INTER_AREA if height > _SHOWN_HEIGHT else cv2.INTER_NEAREST
-    return np.asarray(cv2.resize(frame, size, interpolation=way), np.uint8)
+    scale = _SHOWN_SIDE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8) if scale < 1 else frame.copy()
 
 
 # ---- numbers over several videos -----------------------------------------------------------------------------------

@@ -130,6 +130,12 @@ def to_videos(pixels: Videos, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).to(device).permute(0, 1, 4, 2, 3).float().div(127.5).sub(1)
 
 
+def caption(world: World) -> str:
+    """What a world's captions say, and from which pixel frame on."""
+    later = (f"from frame {switch.frame} on: {switch.caption}" for switch in world.switches)
+    return "; ".join([world.caption, *later])
+
+
 def truth(batch: WorldBatch) -> Videos:
     """The true videos: what the metric itself makes of perfection."""
     return batch.truth

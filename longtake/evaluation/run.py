@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -16,7 +16,7 @@ from longtake.condition import pixel_frames
 from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
-from longtake.evaluation import report, rows
+from longtake.evaluation import pictures, report, rows
 from longtake.evaluation.target import EvalTarget, load_frozen, of_run
 from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
@@ -26,8 +26,9 @@ from longtake.toy.metrics import summarise
 from longtake.toy.windows import WindowRule
 from longtake.toy.world import sample_world
 
-# Shown on the contact sheet, before the students: the story of a run.
-_SHEET_ROWS = ("truth", "teacher", "teacher, causal")
+# Drawn before the students: the story of a run.
+_DRAWN_ROWS = ("truth", "teacher", "teacher, causal")
+_SHEET_VIDEOS = 3
 # What a row is called whose condition lacks a part
 _BROKEN = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
 _NO_REBUILD = ", no rebuild"
@@ -113,8 +114,9 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
                 found = summarise(rows.score_row(table[name], further, mesh, scorers=scorers)[0])
                 summaries[name]["open_worlds"] = {key: value for key, value in found.items() if key != "curves"}
     result = EvaluationReport(summaries, folder)
-    sheet = {name: shown[name] for name in (*_SHEET_ROWS, *target.students) if name in shown}
-    mesh.on_main(lambda: _write(result, sheet, settings, target.result.settings.fps, frames))
+    drawn = {name: shown[name] for name in (*_DRAWN_ROWS, *target.students) if name in shown}
+    captions = [rows.caption(world) for world in batches[0].worlds]
+    mesh.on_main(lambda: _write(result, drawn, captions, settings, target.result.settings.fps, frames))
     return result
 
 
@@ -201,8 +203,14 @@ def _stored_settings(run: Path | None) -> EvaluationConfig:
 
 
 def _write(
-    result: EvaluationReport, shown: Mapping[str, rows.Videos], settings: EvaluationConfig, fps: int, frames: int
+    result: EvaluationReport,
+    drawn: Mapping[str, rows.Videos],
+    captions: Sequence[str],
+    settings: EvaluationConfig,
+    fps: int,
+    frames: int,
 ) -> None:
+    """The report in its folder; sheet, curves and videos are of the rows `drawn`."""
     folder = result.folder
     folder.mkdir(parents=True, exist_ok=True)
     head = f"{settings.num_worlds} held-out worlds, seed {settings.seed}, {frames} latent frames"
@@ -210,10 +218,12 @@ def _write(
         head += f", other captions from latent frame {', '.join(map(str, settings.switch_frames))} on"
     (folder / "evaluation.md").write_text(f"{head}\n\n{result}\n")
     report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
-    report.write_curves(folder / "evaluation.png", result.summaries)
+    summaries = {name: result.summaries[name] for name in drawn}
+    pictures.write_png(folder / "evaluation.png", pictures.curves(summaries))
     if result.has_windows:
-        report.write_curves(folder / "windows.png", result.summaries, "windows")
-    report.write_png(folder / "contact_sheet.png", report.contact_sheet(shown))
-    for name, videos in shown.items():
-        samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:3])}
+        pictures.write_png(folder / "windows.png", pictures.curves(summaries, "windows"))
+    sheet = pictures.contact_sheet(pictures.scenes(drawn, captions[:_SHEET_VIDEOS]))
+    pictures.write_png(folder / "contact_sheet.png", sheet)
+    for name, videos in drawn.items():
+        samples = {f"{name.replace(', ', '_')}_{k}": video for k, video in enumerate(videos[:_SHEET_VIDEOS])}
         report.write_samples(folder / "samples", samples, fps)

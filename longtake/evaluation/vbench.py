@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.evaluation.report import write_png
+from longtake.evaluation.pictures import write_png
 
 _MOST_BYTES = 200  # of a prompt in a name: VBench-Long adds the numbers of scene and clip, a file system takes 255
 _UNWANTED = re.compile(r"[\x00-\x1f/\\_]|\.mp4|(?<=-)(?=Scene)")

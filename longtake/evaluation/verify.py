@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from longtake.weights.locate import EncoderPaths, encoder_paths
 
 PASSED, SUSPICIOUS, WRONG, NOT_CHECKED = "passed", "suspicious", "wrong", "not checked"
 
+_SMALL_WIDTH = 512  # of a transformer; products of less are over before a second thread has begun
 _LEVELS = (0.95, 0.6, 0.15)
 _FRAMES = 5  # latent frames of everything
 _FEW_STEPS, _CLIP_STEPS = 4, 20
@@ -84,6 +86,7 @@ class Subject:
     run: Run
     text_run: Run
     vae_run: Run
+    begins: Callable[[str], None]
 
     @property
     def has_y(self) -> bool:
@@ -109,16 +112,18 @@ def verify(
     guidance: float = 5.0,
     device: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    begins: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Check]:
     """Yields the lines as they are found.
 
     Args: `weights`, `encoders`, `changes` as `Source.of_model`; without `image` or `prompt` those of a toy world;
-    `guidance` of the teacher, 1 = none.
+    `guidance` of the teacher, 1 = none; `begins` is told what is worked at from here on, for those who wait.
     Raises: CheckpointError for files that cannot be read, ConfigError, DataError for the image.
     """
     if not 1 <= guidance < math.inf:
         raise ConfigError(f"guidance={guidance:g} must be at least 1, which is none; diffusers knows no less")
-    source, world = Source.of_model(weights, encoders, changes=changes), sample_world(0, 0)
+    source = Source.of_model(weights, encoders, changes=changes, must_stream=False).fetched()
+    world = sample_world(0, 0)
     config, settings, place = open_dit(source.weights)[1].config, source.settings, usable_device(device)
     wide, narrow = torch.float32, torch.bfloat16
     dtype = narrow if settings.precision == "bf16" else wide
@@ -132,34 +137,46 @@ def verify(
         picture[None],
         check_prompt(world.caption if prompt is None else prompt),
         guidance,
-        *(Run(place, kind) for kind in (dtype, text_dtype, vae_dtype)),
+        Run(place, dtype),
+        Run(place, text_dtype),
+        Run(place, vae_dtype),
+        begins,
     )
     # Convolutions in TF32 would differ by more than a small fault does.
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False), _threads(config.dim):
         yield from _lines(subject)
 
 
-def as_json(checks: Sequence[Check]) -> dict[str, Any]:
+@contextmanager
+def _threads(width: int) -> Iterator[None]:
+    """One thread for small networks: more wait for each other longer than they work, most of all on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if width < _SMALL_WIDTH else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_json(checks: Sequence[Check], *, finished: bool) -> dict[str, Any]:
     """What `--json` writes; values that are not finite are null."""
     rows = [asdict(check) for check in checks]
-    return {"checks": [{**row, "value": row["value"] if _finite(row["value"]) else None} for row in rows]}
+    found = [{**row, "value": row["value"] if _finite(row["value"]) else None} for row in rows]
+    return {"checks": found, "finished": finished}
 
 
-def as_text(check: Check) -> str:
-    """The line of a check; where to look only when it did not pass."""
+def as_text(check: Check, seconds: float) -> str:
+    """The line of a check and how long it took; where to look only when it did not pass."""
     value = "" if check.value is None else f"{check.value:.4g}"
     value += "" if check.limit is None else f" (limit {check.limit:.4g})"
     hint = "" if check.status == PASSED else f"  {check.hint}"
-    return f"{check.status:<12}{check.name:<28}{value:<26}{hint}".rstrip()
+    return f"{check.status:<12}{check.name:<28}{value:<26}{seconds:6.1f} s{hint}"
 
 
 def _lines(subject: Subject) -> Iterator[Check]:
-    text, own_text, check = _text(subject)
-    yield check
-    tokens, own_tokens, checks = _image(subject)
-    yield from checks
-    coded, own_given, checks = _coding(subject)
-    yield from checks
+    text, own_text = yield from _text(subject)
+    tokens, own_tokens = yield from _image(subject)
+    coded, own_given = yield from _coding(subject)
     with_y = subject.has_y
     own = Condition(own_text[:1], own_tokens, own_given if with_y else None)
     inputs = Inputs(
@@ -170,28 +187,32 @@ def _lines(subject: Subject) -> Iterator[Check]:
         KeyedRNG(0).noise(0, "teacher", [0], coded.latents.shape[1:]),  # that `teacher_latents` starts from
         subject.picture,
     )
-    clip, checks = _network(subject, inputs, coded.latents, own, own_text[1:], own_given)
-    yield from checks
+    clip = yield from _network(subject, inputs, coded.latents, own, own_text[1:], own_given)
     yield from _clip(subject, clip)
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
-def _text(subject: Subject) -> tuple[Tensor, Tensor, Check]:
-    """Rows [2, M, D] of the prompt and of the empty one, the library's and ours."""
+def _text(subject: Subject) -> Generator[Check, None, tuple[Tensor, Tensor]]:
+    """Returns rows [2, M, D] of the prompt and of the empty one, the library's and ours."""
     path, run, prompts = subject.paths.text, subject.text_run, [subject.prompt, ""]
+    subject.begins("text encoder, the library's")
     wanted = reference.text_rows(path, prompts, subject.config.text_len, run)
     _free(run)
+    subject.begins("text encoder, ours")
     own = TextEncoder.load(path, run.device, run.dtype).encode(prompts).cpu()
     _free(run)
     hint = f"encoders/text.py: tokenizer, cleaning of prompts, length, zeros past the end; files: {path}"
-    return wanted, own, _relative("text rows", own, wanted, run, hint + _untold(path))
+    yield _relative("text rows", own, wanted, run, hint + _untold(path))
+    return wanted, own
 
 
-def _image(subject: Subject) -> tuple[Tensor | None, Tensor | None, list[Check]]:
-    """CLIP tokens [1, L, D], the library's and ours."""
+def _image(subject: Subject) -> Generator[Check, None, tuple[Tensor | None, Tensor | None]]:
+    """Returns CLIP tokens [1, L, D], the library's and ours."""
     path, run, way = subject.paths.image, subject.run, subject.source.settings.clip_preprocess
     if path is None:
-        return None, None, [_absent(f"CLIP {part}", "this kind has no CLIP branch") for part in ("pixels", "tokens")]
+        yield from (_absent(f"CLIP {part}", "this kind has no CLIP branch") for part in ("pixels", "tokens"))
+        return None, None
+    subject.begins("image encoder, ours")
     encoder = ImageEncoder.load(path, run.device, run.dtype, preprocess=way)
     picture = subject.picture.to(run.device)
     pixels, own, size = encoder.preprocess(picture).cpu(), encoder.encode(picture).cpu(), encoder.image_size
@@ -199,22 +220,23 @@ def _image(subject: Subject) -> tuple[Tensor | None, Tensor | None, list[Check]]
     _free(run)
     shown = reference.clip_pixels(path, subject.picture, size, way)
     levels = float((pixels - shown).abs().mean()) / _LEVEL if pixels.shape == shown.shape else math.inf
+    resizing = f"encoders/clip.py: resizing (clip_preprocess={way}), mean and std of pixels; mean difference in levels"
+    yield _judged("CLIP pixels", levels, (_CLIP_LEVELS[way], _CLIP_WRONG), resizing)
+    subject.begins("image encoder, the library's")
     wanted = reference.clip_tokens(path, pixels, run)
     _free(run)
-    resizing = f"encoders/clip.py: resizing (clip_preprocess={way}), mean and std of pixels; mean difference in levels"
     hint = f"encoders/clip.py: the layer that is read; files: {path}"
-    checks = [
-        _judged("CLIP pixels", levels, (_CLIP_LEVELS[way], _CLIP_WRONG), resizing),
-        _relative("CLIP tokens", own, wanted, run, hint + _untold(path)),
-    ]
-    return wanted, own, checks
+    yield _relative("CLIP tokens", own, wanted, run, hint + _untold(path))
+    return wanted, own
 
 
-def _coding(subject: Subject) -> tuple[reference.Coded, Tensor, list[Check]]:
-    """What the library's VAE makes of picture and clip; y or the latent of the picture as ours makes it."""
+def _coding(subject: Subject) -> Generator[Check, None, tuple[reference.Coded, Tensor]]:
+    """Returns what the library's VAE makes of picture and clip; y or the latent of the picture as ours makes it."""
     path, run, with_y = subject.paths.vae, subject.vae_run, subject.has_y
+    subject.begins("VAE, the library's")
     wanted = reference.coded(path, subject.picture, _FRAMES, run, with_y=with_y)
     _free(run)
+    subject.begins("VAE, ours")
     vae, clip = VideoVAE.load(path, run.device, run.dtype), wanted.clip
     latents = vae.encode(clip)
     given = condition_frames(vae, clip[:, 0].to(run.device), _FRAMES) if with_y else vae.encode(clip[:, :1])
@@ -225,64 +247,63 @@ def _coding(subject: Subject) -> tuple[reference.Coded, Tensor, list[Check]]:
     networks = f"encoders/vae.py (mean, std, chunks), encoders/wan_vae.py; files: {path}"
     if with_y:
         hint = "encoders/condition.py: mask before latents, grey after the picture; then the lines of the VAE"
-        checks = [_relative("y", given, wanted.given, run, hint)]
+        yield _relative("y", given, wanted.given, run, hint)
     elif subject.is_ti2v:
-        checks = [_relative("latent of the picture", given, wanted.given, run, networks)]
+        yield _relative("latent of the picture", given, wanted.given, run, networks)
     else:
-        checks = [_absent("y", "text-to-video weights take no picture")]
+        yield _absent("y", "text-to-video weights take no picture")
     theirs = _db(wanted.pixels, clip)
-    checks += [
-        _relative("VAE latents", latents, wanted.latents, run, networks),
-        _at_least("VAE decoding, dB", _db(pixels, wanted.pixels), _DECODED_DB[run.dtype], 10, networks),
-        _at_least("VAE round trip, dB", back, theirs - _LOST_DB, 1, f"{networks}; the library's: {theirs:.1f} dB"),
-        _plausible(
-            "VAE, picture seen again, dB", theirs, _SEEN_DB, f"is {path} a trained VAE, with its own mean and std?"
-        ),
-    ]
-    return wanted, given, checks
+    yield _relative("VAE latents", latents, wanted.latents, run, networks)
+    yield _at_least("VAE decoding, dB", _db(pixels, wanted.pixels), _DECODED_DB[run.dtype], 10, networks)
+    yield _at_least("VAE round trip, dB", back, theirs - _LOST_DB, 1, f"{networks}; the library's: {theirs:.1f} dB")
+    yield _plausible(
+        "VAE, picture seen again, dB", theirs, _SEEN_DB, f"is {path} a trained VAE, with its own mean and std?"
+    )
+    return wanted, given
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 def _network(
     subject: Subject, inputs: Inputs, clean: Tensor, own: Condition, own_empty: Tensor, own_given: Tensor
-) -> tuple[Tensor | None, list[Check]]:
-    """The latents of a clip that is ours alone (None: this kind cannot make one), and the checks."""
+) -> Generator[Check, None, Tensor | None]:
+    """Returns the latents of a clip that is ours alone (None: this kind cannot make one)."""
     source, run, shift = subject.source, subject.run, subject.source.settings.shift
     few = None if subject.pictures > 1 else Sampling(_FEW_STEPS, shift, subject.guidance)
     noisy = [(add_noise(clean, inputs.noise, torch.tensor([level])), level) for level in _LEVELS]
+    subject.begins("transformer, ours")
     model = load_dit(source.weights, run.device, None if run.dtype == torch.float32 else run.dtype)
     model = model.eval().requires_grad_(False)
     padded = _of_text(model, inputs.text.shape[1])
     condition = _condition(inputs).to(run.device)
     velocities = [_velocity(padded, inputs, condition, x, level) for x, level in noisy]
-    caches = _cached(padded, condition, clean, noisy[1], source.settings.rope)
+    held = "models/cache.py (what is kept, evicted, rotated), rollout/denoise.py, models/attention.py (masks)"
+    yield _relative(
+        "cached against full", *_cached(padded, condition, clean, noisy[1], source.settings.rope), run, held
+    )
     sampled = clip = None
     if few is not None:
         empty = inputs.text[1:].to(run.device)
         sampled = _teacher(padded, condition, empty, inputs.first, clean, few).cpu()
         first = own_given.to(run.device) if subject.is_ti2v else None
         whole = replace(few, steps=_CLIP_STEPS)
+        subject.begins(f"transformer, ours: a clip in {_CLIP_STEPS} steps")
         clip = _teacher(model, own.to(run.device), own_empty.to(run.device), first, clean, whole).cpu()
     del model, padded
     _free(run)
-    wanted = reference.called(
-        source.weights, subject.paths.vae, subject.config, inputs, noisy, few, run, subject.vae_run
-    )
+    subject.begins("transformer, the library's")
+    places = source.weights, subject.paths.vae, subject.config
+    names = f"weights/names.py (which tensor is which), models/dit.py, models/layers.py; files: {source.weights}"
+    with closing(reference.called(*places, inputs, noisy, few, run, subject.vae_run)) as called:
+        for level, made in zip(_LEVELS, velocities):
+            yield _relative(f"velocity at {level}", made, next(called), run, names)
+        if sampled is None:
+            yield _absent("teacher, a few steps", "weights for two pictures are not sampled")
+        else:
+            hint = "flow/schedule.py, flow/sampler.py, guidance (inference/sampling.py), if the velocities passed"
+            yield _relative("teacher, a few steps", sampled, next(called), run, hint, times=3)
     gc.collect()  # diffusers' transformer is one of a circle
     _free(run)
-    names = f"weights/names.py (which tensor is which), models/dit.py, models/layers.py; files: {source.weights}"
-    checks = [
-        _relative(f"velocity at {level}", made, theirs, run, names)
-        for level, made, theirs in zip(_LEVELS, velocities, wanted.velocities)
-    ]
-    held = "models/cache.py (what is kept, evicted, rotated), rollout/denoise.py, models/attention.py (masks)"
-    checks.append(_relative("cached against full", *caches, run, held))
-    if sampled is None or wanted.sampled is None:
-        checks.append(_absent("teacher, a few steps", "weights for two pictures are not sampled"))
-    else:
-        hint = "flow/schedule.py, flow/sampler.py, guidance (inference/sampling.py), if the velocities passed"
-        checks.append(_relative("teacher, a few steps", sampled, wanted.sampled, run, hint, times=3))
-    return clip, checks
+    return clip
 
 
 def _condition(inputs: Inputs) -> Condition:

@@ -194,7 +194,7 @@ class _Film:
             self._stream = self._container.add_stream("libvpx-vp9", rate=rate, options={"crf": scaled, **_VP9})
             self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
             self._stream.codec_context.bit_rate, self._stream.codec_context.thread_count = 0, _THREADS
-            add_colours(self._stream, _MATRIX)
+            add_colours(self._stream.codec_context, _MATRIX)
 
     def add(self, frame: NDArray[np.uint8]) -> None:
         self._container.mux(encode(self._stream, frame))

@@ -36,6 +36,7 @@ from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
+from longtake.inference.video import Video
 from longtake.inference.video_io import VideoWriter
 from longtake.models.execution import compilations
 from longtake.progress import Progress
@@ -50,6 +51,13 @@ if TYPE_CHECKING:
 
 class Generator(Pipeline):
     """A pipeline that makes videos. Make it with `from_run`, `from_model` or `build`."""
+
+    def __repr__(self) -> str:
+        sizes, rules = self.model.config, self.settings
+        return (
+            f"Generator({sizes.num_layers} layers of width {sizes.dim}, {rules.height}x{rules.width} at {rules.fps} "
+            f"frames/s, {rules.precision} on {self.device})"
+        )
 
     @classmethod
     def from_run(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
@@ -71,6 +79,42 @@ class Generator(Pipeline):
     ) -> Generator:
         """A student from weights of any origin; arguments and errors as those of `Source.of_model`."""
         return cls.build(Source.of_model(path, encoders, stage, changes), device)
+
+    def video(
+        self,
+        image: Picture | None = None,
+        prompt: str = "",
+        *,
+        seconds: float | None = None,
+        num_frames: int | None = None,
+        output: str | Path | None = None,
+        seed: int = 0,
+        negative: str | None = None,
+        overwrite: bool = False,
+    ) -> Video:
+        """A whole video, which a notebook shows; its frames are in this process's memory.
+
+        Args: as those of `stream`; `seconds` or `num_frames`, neither = the length of the training clips; `output`, a
+        file that is written meanwhile, in the place of another one with `overwrite`.
+        Raises: as `stream`, ConfigError and OutputError for `output`; all before any work.
+        """
+        length = self.length(num_frames, seconds)
+        if output is not None:
+            check_output(output, overwrite=overwrite)
+        chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
+        kept: list[NDArray[np.uint8]] = []
+
+        def keeping() -> Iterator[NDArray[np.uint8]]:
+            for chunk in chunks:
+                kept.append(chunk)
+                yield chunk
+
+        if output is not None:
+            asked = Asked(prompt, seed, image, negative)
+            write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
+        else:
+            kept.extend(chunks)
+        return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
 
     def stream(
         self,

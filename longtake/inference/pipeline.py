@@ -33,11 +33,11 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
-from longtake.progress import size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.hub import as_size, local_encoders
 from longtake.weights.load import load_opened
-from longtake.weights.locate import local_encoders
+from longtake.weights.locate import encoder_paths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +66,7 @@ def load_encoders(
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
-        folder,
+        local_encoders(folder, with_image=with_image),
         device,
         dtype,
         with_image=with_image,
@@ -144,7 +144,7 @@ class Pipeline:
             )
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
-        settings = source.settings
+        named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
         opened = source.open()
@@ -152,10 +152,11 @@ class Pipeline:
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)
+        encoder_paths(source.encoders, with_image=sizes.image_dim is not None)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
-        started, numbers = perf_counter(), sum(p.numel() for p in opened.model.parameters())
-        weighs = size(numbers * (2 if settings.is_half else 4))
+        started = perf_counter()
+        weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
         logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
         model = load_opened(opened, device, cast).eval().requires_grad_(False)
         if settings.precision == "fp8":
@@ -164,7 +165,7 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
         logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
@@ -172,7 +173,7 @@ class Pipeline:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
         logger.info("loaded in %.1f s", perf_counter() - started)
-        return cls(denoiser, encoders, settings, device, source.config, decoder, source=source)
+        return cls(denoiser, encoders, settings, device, source.config, decoder, source=named)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""

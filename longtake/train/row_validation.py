@@ -25,7 +25,7 @@ from longtake.condition import pixel_frames
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.errors import OutputError
-from longtake.evaluation import report
+from longtake.evaluation.pictures import Scene, contact_sheet, curves, write_png
 from longtake.evaluation.row_videos import (
     KeptLatents,
     Maker,
@@ -139,7 +139,7 @@ class RowValidation:
         return {f"validation/{name}": value for name, value in numbers.items()}
 
     def sample(self, step: int) -> Mapping[str, NDArray[np.uint8]]:
-        """The contact sheet of the last evaluation, also written to the stage's folder with curves over time."""
+        """Contact sheet and curves of the last evaluation, also written to the stage's folder."""
         seen, self._fresh = self._fresh, {}
         if not seen or not self.mesh.is_main:
             return {}
@@ -148,18 +148,15 @@ class RowValidation:
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _drawn(self, seen: Mapping[str, Seen]) -> dict[str, NDArray[np.uint8]]:
-        lines = {
-            f"{video.name[:14]} {name}": [video.shown]
-            for number in seen["teacher" if "teacher" in seen else "student"]
-            for name, part in seen.items()
-            for video in [part[number]]
-        }
-        sheet = report.contact_sheet(lines, num_videos=1, zoom=1)
-        curves = {name: {"looks": mean_curves([v.measured for v in part.values()])} for name, part in seen.items()}
-        folder = self.config.folder
-        report.write_png(folder / "contact_sheet.png", sheet)
-        report.write_curves(folder / "validation.png", curves, "looks")
-        return {"contact_sheet": sheet}
+        scenes = [
+            Scene(video.name, {name: part[number].shown for name, part in seen.items()})
+            for number, video in seen["student"].items()
+        ]
+        looks = {name: {"looks": mean_curves([v.measured for v in part.values()])} for name, part in seen.items()}
+        drawn = {"contact_sheet": contact_sheet(scenes), "validation": curves(looks, "looks")}
+        for name, picture in drawn.items():
+            write_png(self.config.folder / f"{name}.png", picture)
+        return drawn
 
     def _survived(self, what: str, work: Callable[[], Any]) -> Any:
         """What `work` returned, which ends on all ranks alike; None after an error, which is logged and counted."""
@@ -284,7 +281,7 @@ class RowValidation:
                 for row, made in zip(self._rows or [], latents, strict=True):
                     frames = list(decoded(vae, made))
                     file = config.folder / "samples" / f"{prefix}_row{row.number}{end}.mp4"
-                    jobs[row.number] = pool.submit(look, row.name, frames, count, fps, blocks=blocks, file=file)
+                    jobs[row.number] = pool.submit(look, row.title, frames, count, fps, blocks=blocks, file=file)
             return {number: job.result() for number, job in jobs.items()}
 
         parts = self.mesh.every(lambda: work() if self.mesh.leads_sequence else {})

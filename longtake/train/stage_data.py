@@ -30,6 +30,7 @@ from longtake.evaluation.row_videos import VideoRow, read_rows
 from longtake.inference.pipeline import load_encoders
 from longtake.parallel.mesh import Mesh
 from longtake.train.window_codec import EncoderCodec
+from longtake.weights.hub import local_encoders
 from longtake.weights.locate import encoder_paths
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class DataBuilder:
         model, frames, device = self.config.model, self.config.video.num_latent_frames, self.mesh.device
         if encoders is not None:
             return EncoderCodec(encoders.vae, encoders.image, with_y=model.with_y, num_latent_frames=frames)
-        paths, image = encoder_paths(self.config.encoders_folder, with_image=self.with_tokens), None
+        folder, image = local_encoders(self.config.encoders_folder, with_image=self.with_tokens), None
+        paths = encoder_paths(folder, with_image=self.with_tokens)
         if paths.image is not None:
             image = ImageEncoder.load(paths.image, device, preprocess=model.clip_preprocess)
         vae = VideoVAE.load(paths.vae, device)
@@ -123,7 +125,7 @@ class DataBuilder:
             yield encoders.vae
             return
         half = self.config.precision == "bf16"
-        paths = encoder_paths(self.config.encoders_folder, with_image=False)
+        paths = encoder_paths(local_encoders(self.config.encoders_folder, with_image=False), with_image=False)
         yield VideoVAE.load(paths.vae, self.mesh.device, torch.bfloat16 if half else torch.float32)
 
     def validated(self, encoder: RowEncoder) -> list[VideoRow]:

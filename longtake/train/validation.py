@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from longtake.config.groups import ModelConfig, VideoConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
-from longtake.evaluation import report
-from longtake.evaluation.rows import Row, Videos, held_out, score_row, student_row, teacher_row, truth
+from longtake.evaluation.pictures import contact_sheet, curves, scenes, write_png
+from longtake.evaluation.report import write_samples
+from longtake.evaluation.rows import Row, Videos, caption, held_out, score_row, student_row, teacher_row, truth
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
@@ -25,6 +27,7 @@ from longtake.train.state import TrainState
 
 # Numbers that are written to metrics.jsonl, by their name in the summary
 _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
+_SHEET_VIDEOS = 3
 
 
 def can_measure(model: ModelConfig, video: VideoConfig) -> bool:
@@ -46,6 +49,7 @@ class Validation:
         self._batches: list | None = None
         self._teacher_numbers: dict[str, float] = {}
         self._shown: dict[str, Videos] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Scores after `step` iterations; all ranks call it."""
@@ -75,20 +79,23 @@ class Validation:
         }
 
     def sample(self, step: int) -> Mapping[str, NDArray[np.uint8]]:
-        """The contact sheet of the last evaluation, also written to the stage's folder with its videos."""
-        if self.mesh.is_main:
-            sheet = report.contact_sheet(self._shown)
-            report.write_png(self.folder / "contact_sheet.png", sheet)
-            videos = {f"step_{step:06d}_{k}": video for k, video in enumerate(self._shown[self.config.name][:3])}
-            report.write_samples(self.folder / "samples", videos, self.config.video.fps)
-            return {"contact_sheet": sheet}
-        return {}
+        """Contact sheet and curves of the last evaluation, also written to the stage's folder with its videos."""
+        if not self.mesh.is_main or self._batches is None:
+            return {}
+        captions = [caption(world) for world in self._batches[0].worlds[:_SHEET_VIDEOS]]
+        drawn = {"contact_sheet": contact_sheet(scenes(self._shown, captions)), "validation": curves(self._summaries)}
+        for name, picture in drawn.items():
+            write_png(self.folder / f"{name}.png", picture)
+        shown = self._shown[self.config.name][:_SHEET_VIDEOS]
+        videos = {f"step_{step:06d}_{k}": video for k, video in enumerate(shown)}
+        write_samples(self.folder / "samples", videos, self.config.video.fps)
+        return drawn
 
     def _measure(self, name: str, row: Row) -> dict[str, float]:
         assert self._batches is not None
         scores, shown = score_row(row, self._batches, self.mesh)
         self._shown[name] = shown
-        summary = summarise(scores)
+        self._summaries[name] = summary = summarise(scores)
         return {key: float("nan") if summary[key] is None else summary[key] for key in _LOGGED}
 
     def _student(self, model: VideoDiT) -> Row:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longtake.evaluation.pictures import curves, write_png
 from longtake.rollout.denoise import Denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,26 +239,8 @@ def report(output: Path) -> None:
     (output / "compare.md").write_text(text + "\n")
     (output / "compare.json").write_text(json.dumps(results) + "\n")
     print(text)
-    draw(output / "compare.png", results)
-
-
-def draw(path: Path, results: dict[str, Any]) -> None:
-    """Position error and motion over time at four times the horizon, and the losses, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    for number, (name, result) in enumerate(results.items()):
-        for axis, curve in zip(axes, ("position_error", "motion_ratio", "saturation")):
-            style = {"color": plt.get_cmap("tab20")(number % 20), "linewidth": 1.2, "label": name}
-            axis.plot([float("nan") if v is None else v for v in result["ema"]["long_curves"][curve]], **style)
-            axis.set_title(f"{curve.replace('_', ' ')} at 4x the horizon")
-            axis.set_xlabel("frame")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.84, 1))
-    figure.savefig(path, dpi=110)
+    longer = {name: {"curves": result["ema"]["long_curves"]} for name, result in results.items()}
+    write_png(output / "compare.png", curves(longer))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Instruments of any video against what was done to it: known motions of a photograph, known defects, slowed worlds."""
 
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 from PIL import Image
+from spoilt_videos import blur, fade, freeze, loop, uniform
 
 from longtake.errors import DataError, ShapeError
 from longtake.evaluation.instruments import FADE, METRICS, Blocks, flicker, measure, seam_score, sharpness
@@ -143,10 +145,6 @@ def test_seam_score_by_hand():
     assert seam_score(change, Blocks(8, 8)) < 1 and seam_score(change[:5], blocks) is None
 
 
-def fade(video):
-    return np.rint(video * np.linspace(1, 0.9, len(video))[:, None, None, None]).astype(np.uint8)
-
-
 # ---- light ------------------------------------------------------------------------------------------------------------
 def light_of(video):
     """The logarithm of the light at the end of a video."""
@@ -193,23 +191,6 @@ def test_a_moving_camera_is_no_defect(moved):
     assert found.metrics["seam_score"] == pytest.approx(1, abs=0.1) and found.slope < 0
 
 
-def blur(video):
-    sigmas = np.clip(np.linspace(-0.5, 1.3, len(video)), 0, 1)
-    return np.stack([cv2.GaussianBlur(f, (0, 0), s) if s > 0 else f for f, s in zip(video, sigmas)])
-
-
-def freeze(video):
-    return np.concatenate([video[:20], np.repeat(video[19:20], 8, 0), video[28:]])
-
-
-def loop(video):
-    return video[np.arange(len(video)) % 30]
-
-
-def uniform(video):
-    return np.concatenate([video[:20], np.full_like(video[:1], 90), video[21:]])
-
-
 @pytest.mark.parametrize("spoil", [fade, blur, freeze, loop, uniform])
 def test_a_defect_is_found_and_no_other(moved, spoil):
     found = measure(spoil(moved), FPS, Blocks(12, 9))
@@ -244,14 +225,33 @@ def test_a_cut_is_the_largest_change_and_no_fade(moved):
 def test_defects_of_random_videos(truth, photo):
     """The bars of the benchmark, of one photograph and its parts."""
     photos = [photo, photo[:, ::-1], np.ascontiguousarray(photo[:300]), np.ascontiguousarray(photo[300:])]
-    bars = truth.defect_bars(photos, 40)
-    assert all(bar["met"] for bar in bars.values()), bars
+    bars = truth.as_bars(truth.measure_cases(photos, truth.cases_of(("clean", *truth.DEFECTS), len(photos), 40)))
+    assert all(bar["met"] for bar in bars.values()) and bars.keys() == set(truth.DEFECTS), bars
 
 
 @pytest.mark.slow
 def test_motion_of_64_slowed_worlds(truth):
-    true, seen, frozen = truth.toy_ratios()
-    assert np.corrcoef(true, seen)[0, 1] >= 0.95 and max(frozen) <= 0.01 and len(true) == 64
+    bar = truth.as_bars(truth.measure_cases([], truth.cases_of(("toy",), 0, 0)))["toy"]
+    assert bar["correlation"] >= 0.95 and bar["frozen"] <= 0.01 and bar["of"] == 64 and bar["met"]
+
+
+def test_the_benchmark_goes_on_where_it_stopped(truth, photo, tmp_path, monkeypatch, capsys):
+    """A case that is in the file is not measured again; what is left is said, and fails."""
+    Image.fromarray(photo[:200, :200]).save(tmp_path / "one.png")
+    monkeypatch.setattr(truth, "SPEEDS", (1.0, 2.0))
+    monkeypatch.setattr(truth, "motion_error", lambda _, speed, number: 0.01 * speed)
+    monkeypatch.setattr(truth, "found", lambda _, defect, number: () if defect is None else (defect,))
+    words = [str(tmp_path), "-o", str(file := tmp_path / "found.json"), "--cases", "2", "--workers", "1"]
+    assert truth.main([*words, "--seconds", "0"]) == 1 and "80 of 80 cases are left" in capsys.readouterr().out
+    assert truth.main([*words, "--bars", "motion", "clean"]) == 0
+    kept = json.loads(file.read_text())
+    assert kept["outcomes"] == {"motion": {"1 0": 0.01, "2 0": 0.02}, "clean": {"0": [], "1": []}}
+    kept["outcomes"]["motion"]["2 0"] = -0.06  # it would be measured as 0.02
+    file.write_text(json.dumps(kept))
+    assert truth.main([*words, "--bars", "motion", "fade"]) == 1
+    bars = json.loads(file.read_text())["bars"]
+    assert bars["motion"] == {"met": False, "worst": {"1": 0.01, "2": -0.06}, "of": 2}
+    assert bars["fade"] == {"met": True, "found": 2, "of": 2, "falsely": 0, "of_clean": 2}
 
 
 # ---- streams and wrong input ------------------------------------------------------------------------------------------

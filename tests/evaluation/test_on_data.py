@@ -26,6 +26,7 @@ from longtake.encoders.decoders import TinyDecoder
 from longtake.encoders.tiny import TinySizes
 from longtake.encodings.write import encode
 from longtake.errors import ConfigError
+from longtake.evaluation import contenders as makers
 from longtake.evaluation import row_reader
 from longtake.evaluation.contenders import Asked, contenders, parse_multiples
 from longtake.evaluation.instruments import METRICS
@@ -369,6 +370,31 @@ def test_rows_that_cannot_be_read_cost_no_earlier_video(place, tmp_path):
     result = run("evaluate", "--model", place / "one", *options)
     assert result.exit_code == 1 and "is no data set" in result.output
     assert earlier.read_bytes() == b"made before"
+
+
+def test_a_refusal_after_videos_were_made_costs_no_earlier_one(place, tmp_path, monkeypatch):
+    """The second model does not load once the first has made its videos; what it made lies apart until next time."""
+    out, options = tmp_path / "out", ["--rows", "1", "--vbench"]
+    assert evaluate(place, *options, "-o", out).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options += ["--model", place / "two", "-o", out, "--overwrite"]
+    whole = makers.load_frozen
+    weights = place / "two"
+
+    def refused(source, *more):
+        if source.weights == weights:
+            raise ConfigError("cannot be loaded")
+        return whole(source, *more)
+
+    monkeypatch.setattr(makers, "load_frozen", refused)
+    result = evaluate(place, *options)
+    assert result.exit_code == 2 and "cannot be loaded" in result.output
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (made,) = after.keys() - before.keys()
+    assert made == out / "videos.part/one/00000-photo0.mp4" and before.items() <= after.items()
+    monkeypatch.undo()
+    assert evaluate(place, *options).exit_code == 0
+    assert not (out / "videos.part").exists() and len(list((out / "videos").rglob("*.mp4"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,9 @@ def test_the_command_writes_json_and_exits_with_1_when_something_is_wrong(i2v, t
     checks = json.loads((tmp_path / "fine.json").read_text())["checks"]
     assert all(check.keys() == {"name", "status", "value", "limit", "hint"} for check in checks)
     assert [check["name"] for check in checks][0] == "text rows" and len(fine.stdout.splitlines()) == len(checks)
+    assert json.loads((tmp_path / "fine.json").read_text())["finished"] is True
+    told = fine.stderr.splitlines()
+    assert [line.split(" s  ")[1] for line in told][:2] == ["text encoder, the library's ...", "text encoder, ours ..."]
     break_levels(monkeypatch)
     wrong = CliRunner().invoke(app, [*words, str(tmp_path / "wrong.json")])
     assert wrong.exit_code == 1 and "wrong       teacher, a few steps" in wrong.stdout
@@ -243,14 +246,44 @@ def test_the_command_writes_json_and_exits_with_1_when_something_is_wrong(i2v, t
     assert [check["name"] for check in checks if check["status"] == WRONG] == ["teacher, a few steps"]
 
 
+def test_an_interrupted_run_leaves_the_lines_that_were_done(i2v, tmp_path, monkeypatch):
+    """Ctrl-C while the VAE is loaded: what text and picture said is on disk, and that it is not all."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoVAE, "load", interrupted)
+    threads = torch.get_num_threads()
+    words = ["verify", str(i2v), "height=32", "width=64", "--device", "cpu", "--json", str(tmp_path / "checks.json")]
+    assert CliRunner().invoke(app, words).exit_code not in (0, 1)
+    found = json.loads((tmp_path / "checks.json").read_text())
+    assert [check["name"] for check in found["checks"]] == ["text rows", "CLIP pixels", "CLIP tokens"]
+    assert found["finished"] is False and torch.is_grad_enabled() and torch.get_num_threads() == threads
+
+
+def test_small_networks_run_in_one_thread():
+    """Two threads of a small network on busy cores spend five times the time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with module._threads(64):
+            assert torch.get_num_threads() == 1
+        with module._threads(1536):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_numbers_that_are_none_are_wrong_and_null():
     broken, whole = torch.full((2,), torch.nan), torch.ones(2)
     check = module._relative("a", broken, whole, RUN, "here")
-    assert check.status == WRONG and as_json([check])["checks"][0]["value"] is None
+    assert check.status == WRONG and as_json([check], finished=True)["checks"][0]["value"] is None
     check = module._relative("a", torch.ones(3), whole, RUN, "here")
     assert (check.status, check.hint) == (WRONG, "shape [3], the library's is [2]; here")
     assert [module._judged("a", value, (0.1, 5), "").status for value in (0.1, 0.2, 0.6)] == [PASSED, SUSPICIOUS, WRONG]
-    assert as_text(Check("a", PASSED, 0.25, 1.0, "here")).split() == ["passed", "a", "0.25", "(limit", "1)"]
+    words = ["a", "0.25", "(limit", "1)", "3.2", "s"]
+    assert as_text(Check("a", PASSED, 0.25, 1.0, "here"), 3.21).split() == ["passed", *words]
+    assert as_text(Check("a", WRONG, 0.25, 1.0, "here"), 3.21).split() == ["wrong", *words, "here"]
 
 
 def test_guidance_below_none_is_refused(i2v):

@@ -1,5 +1,6 @@
 """Validation of rows: never learnt from, made beside the teacher's, kept samples, errors that end nothing, its time."""
 
+import io
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from encoded_files import from_cache, weights_of
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_stage import stage_config
 
 from longtake.data.loader import Loader
@@ -53,7 +55,14 @@ def test_it_leaves_numbers_videos_sheet_and_curves(workshop, whole, tmp_path):
     assert len(read_video(config.folder / "samples/step_000004_row5.mp4")[0]) == 17
     assert len(read_video(config.folder / "samples/step_000004_row5_long.mp4")[0]) == 33
     sheet = np.asarray(Image.open(config.folder / "contact_sheet.png"))
-    assert sheet.shape[0] > 3 * 120 and sheet.std() > 10 and (config.folder / "validation.png").stat().st_size > 10_000
+    assert sheet.shape[0] > 3 * 128 and sheet.std() > 10 and (config.folder / "validation.png").stat().st_size > 10_000
+    board = EventAccumulator(str(config.folder), size_guidance={"images": 0})
+    board.Reload()
+    for name in ("contact_sheet", "validation"):
+        shown = board.Images(name)
+        assert [image.step for image in shown] == [0, 2, 4] and shown[-1].width <= 1600
+        picture = np.asarray(Image.open(io.BytesIO(shown[-1].encoded_image_string)))
+        assert np.array_equal(picture, np.asarray(Image.open(config.folder / f"{name}.png")))
 
 
 def test_rows_that_are_validated_are_never_learnt_from(workshop, whole, tmp_path, monkeypatch):

@@ -237,19 +237,12 @@ def test_text_to_video_weights_widen_on_request(workshop, tmp_path):
         run_stage(wrong, Mesh())
 
 
-def test_a_stage_starts_from_a_name_of_the_hub(workshop, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    def snapshot_download(name, *, allow_patterns):
-        asked.append(name)
-        return str(workshop / "teacher")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    config = stage_config(workshop, tmp_path, "causal", init_from="Owner/Tiny-I2V", max_steps=1)
-    run_stage(config, Mesh())
-    assert set(asked) == {"Owner/Tiny-I2V"}
+def test_a_stage_starts_from_a_name_of_the_hub_with_encoders_from_there(workshop, tmp_path, hub):
+    shutil.copytree(workshop / "teacher", hub("Owner/Tiny-I2V"))
+    shutil.copytree(workshop / "encoders", hub("Owner/Encoders"))
+    changes = {"init_from": "Owner/Tiny-I2V", "encoders": "Owner/Encoders", "max_steps": 1}
+    run_stage(stage_config(workshop, tmp_path, "causal", **changes), Mesh())
+    assert set(hub.asked) == {"Owner/Tiny-I2V", "Owner/Encoders"}
 
 
 @pytest.mark.parametrize("source", ["earlier", "./missing", "./missing/too"])
