@@ -22,8 +22,7 @@ READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 README = READMES[0].read_text()
 PATHS_OF_MODULES = ("design.md", "glossary.md")  # docs that name modules without longtake/
 DOCS = {
-    path.name: path.read_text()
-    for path in [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    path.name: path.read_text() for path in [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 
 

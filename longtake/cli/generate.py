@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Device, Overwrite, Quiet, Rules, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def generate(
     decode_device: DecodeDevice = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a prompt, and mostly a picture, into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
@@ -171,7 +174,7 @@ def _again(
         named = ", ".join([f"--{name.replace('_', '-')}" for name in foreign] or changes)
         raise ConfigError(f"--like makes the same video again, as its record says; leave out {named}")
     run, model, encoders = (context.params[name] for name in ("run", "model", "encoders"))
-    source = None if run is None and model is None else source_of(run, model, encoders)
+    source = None if run is None and model is None else source_of(run, model, encoders, must_stream=False)
     writing = wanted.pop("writing")
     look = given(context, "crf", "scale")
     assert isinstance(writing, Writing)
@@ -220,7 +223,7 @@ def _make_one(make: Callable[..., GenerationReport], device: str | None, sequenc
             f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
             "together, or --inputs or --samples, or leave torchrun"
         )
-    with init_mesh(device) as mesh:
+    with init_mesh(device) as mesh, _told_once(mesh):
         made = make(device=mesh.device, split=_arranged(mesh, sequence_parallel).sequence)
         if mesh.is_main:
             typer.echo(str(made))
@@ -231,8 +234,21 @@ def _make_many(make: Callable[..., object], device: str | None, sequence_paralle
     from longtake.parallel.mesh import init_mesh
 
     # The ranks meet at the end alone: the one with the shortest share waits for the longest.
-    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
+    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh, _told_once(mesh):
         make(mesh=_arranged(mesh, sequence_parallel), report=typer.echo)
+
+
+@contextmanager
+def _told_once(mesh: Mesh) -> Iterator[None]:
+    """Of all ranks the first one says what runs; the others have warnings alone."""
+    own = logging.getLogger("longtake")
+    before = own.level
+    if not mesh.is_main:
+        own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
 
 
 def _arranged(mesh: Mesh, sequence_parallel: int | None) -> Mesh:
@@ -275,6 +291,7 @@ def play(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file of the output's name; without it, the name is numbered.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
     with clean_errors(context):

@@ -35,9 +35,10 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.containers import SUFFIXES
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_request
-from longtake.inference.record import PLAIN, Asked, Writing, sidecar
+from longtake.inference.record import PLAIN, Asked, Writing, check_space_for, sidecar
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_file, check_output_folder
+from longtake.progress import track
 
 if TYPE_CHECKING:
     from longtake.parallel.mesh import Mesh
@@ -181,7 +182,15 @@ def generate_many(
         **_look(writing),
     }
     tasks = [task for pair in pairs if pair.problem is None for task in _tasks(pair, asked, settings, folder, samples)]
-    waiting = mesh.on_main(lambda: _unfinished(folder, tasks, overwrite=overwrite))
+
+    def prepare() -> list[int]:
+        left = _unfinished(folder, tasks, overwrite=overwrite)
+        lengths = (frames_of(**tasks[number].asked["length"], fps=settings.fps) for number in left)
+        frames = sum(length or settings.num_latent_frames * 4 for length in lengths)
+        check_space_for(folder / "videos.mp4", settings, frames, writing)
+        return left
+
+    waiting = mesh.on_main(prepare)
     reports, problems = _make_share(
         [tasks[k] for k in waiting[mesh.data_rank :: mesh.num_data_ranks]], source, mesh, report, writing
     )
@@ -237,7 +246,7 @@ def _make_share(
     reports: list[GenerationReport] = []
     problems: list[str] = []
     generator = Generator.build(source, mesh.device, split=mesh.sequence) if tasks else None
-    for task in tasks:
+    for task in track(tasks, "videos", "videos"):
         assert generator is not None
         asked = task.request
         given = asked["image"] is not None
@@ -262,7 +271,8 @@ def _make_share(
         }
         chunks = generator.stream(asked["image"], asked["prompt"], **rest, ahead=generator.is_ahead)
         shown = Asked(asked["prompt"], asked["seed"], asked["image"], asked["negative"], beside=record)
-        made = write_chunks(generator, chunks, task.output, given=given, keep=False, asked=shown, writing=writing)
+        how: dict[str, Any] = {"asked": shown, "writing": writing, "num_frames": rest["num_frames"]}
+        made = write_chunks(generator, chunks, task.output, given=given, keep=False, **how)
         if mesh.leads_sequence:
             reports.append(made)
             report(str(made))

@@ -21,7 +21,16 @@ from longtake.errors import ConfigError
 from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
-from longtake.inference.record import PLAIN, Asked, Writing, check_output, describe, write_sidecar
+from longtake.inference.record import (
+    PLAIN,
+    Asked,
+    Writing,
+    check_output,
+    check_space_for,
+    describe,
+    device_name,
+    write_sidecar,
+)
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
@@ -30,6 +39,7 @@ from longtake.inference.source import Source
 from longtake.inference.video import Video
 from longtake.inference.video_io import VideoWriter
 from longtake.models.execution import compilations
+from longtake.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +111,7 @@ class Generator(Pipeline):
                 yield chunk
 
         if output is not None:
-            write_chunks(self, keeping(), output, given=image is not None, asked=asked)
+            write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
         else:
             kept.extend(chunks)
         return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
@@ -314,14 +324,32 @@ def generate_file(
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_request(source.settings.guidance, seed, negative)
     check_prompt(prompt)
-    frames_of(num_frames, seconds, source.settings.fps)
+    check_space_for(output, source.settings, frames_of(num_frames, seconds, source.settings.fps), writing)
     if image is not None:
         prepare_image(image, source.settings.height, source.settings.width)
     asked = Asked(prompt, seed, image, negative)
     generator = Generator.build(source, begins=[image is not None], **build)
     length = generator.length(num_frames, seconds)
     chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
-    return write_chunks(generator, chunks, output, given=image is not None, asked=asked, writing=writing)
+    how: dict[str, Any] = {"given": image is not None, "asked": asked, "writing": writing, "num_frames": length}
+    return write_chunks(generator, chunks, output, **how)
+
+
+def _told(
+    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, num_frames: int, asked: Asked | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The same chunks; says what is made and how far it is."""
+    settings = generator.settings
+    seed = "" if asked is None else f", seed {asked.seed}"
+    size, length = f"{settings.height}x{settings.width}", num_frames / settings.fps
+    logger.info("%s: %d frames of %s, %.1f s%s, on %s", output, num_frames, size, length, seed, device_name(generator))
+    progress = Progress(Path(output).name, num_frames, "frames")
+    try:
+        for chunk in chunks:
+            progress.update(progress.done + len(chunk))
+            yield chunk
+    finally:
+        progress.finish()
 
 
 def write_chunks(
@@ -334,18 +362,21 @@ def write_chunks(
     finish: bool = False,
     asked: Asked | None = None,
     writing: Writing = PLAIN,
+    num_frames: int | None = None,
 ) -> GenerationReport:
     """Writes frames that arrive in pieces as one video, which appears when it is complete. Raises: LongtakeError.
 
     `given`: they begin with a picture; `keep` as in `VideoWriter`; with `finish` it is also completed when making it
-    fails; `asked`, what its record says was asked for (None: it has no record). Of the processes that compute a
-    generator's calls together, one writes.
+    fails; `asked`, what its record says was asked for (None: it has no record); `num_frames` that will come: given, it
+    is said how far they are. Of the processes that compute a generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
+    if leads and num_frames is not None:
+        chunks = _told(generator, chunks, output, num_frames, asked)
     how: dict[str, Any] = {"crf": writing.crf, "scale": writing.scale, "keep": keep}
     record = None
     with VideoWriter(output, settings.fps, *size, **how) if leads else nullcontext() as writer:

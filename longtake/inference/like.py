@@ -15,7 +15,16 @@ import longtake
 from longtake.errors import ConfigError
 from longtake.inference.cues import Cue
 from longtake.inference.generator import GenerationReport, Generator, write_chunks
-from longtake.inference.record import Asked, VideoRecord, Writing, check_output, device_name, read_record, sidecar
+from longtake.inference.record import (
+    Asked,
+    VideoRecord,
+    Writing,
+    check_output,
+    check_space_for,
+    device_name,
+    read_record,
+    sidecar,
+)
 from longtake.inference.script import Story, pixels_of
 
 if TYPE_CHECKING:
@@ -49,6 +58,8 @@ def generate_like(
     record = _with_pictures(record, image)
     source = replace(record.source() if source is None else source, settings=record.settings)
     begins = [record.image is not None, *(True for change in record.changes if change.image)]
+    writing = Writing(**{"crf": record.crf, "scale": record.scale, **(look or {})}, command=command)
+    check_space_for(output, source.settings, record.num_frames, writing)
     generator = Generator.build(source, begins=begins, **build)
     record.check_weights(generator, str(like))
     _say_differences(record, generator)
@@ -59,8 +70,8 @@ def generate_like(
     else:
         values: dict[str, Any] = {"num_frames": record.num_frames, "seed": record.seed, "negative": record.negative}
         chunks = generator.stream(record.image, record.prompt, **values, ahead=generator.is_ahead)
-    writing = Writing(**{"crf": record.crf, "scale": record.scale, **(look or {})}, command=command)
-    return write_chunks(generator, chunks, output, given=record.image is not None, asked=asked, writing=writing)
+    how: dict[str, Any] = {"asked": asked, "writing": writing, "num_frames": record.num_frames}
+    return write_chunks(generator, chunks, output, given=record.image is not None, **how)
 
 
 def _with_pictures(record: VideoRecord, image: str | Path | None) -> VideoRecord:

@@ -21,7 +21,7 @@ from longtake.inference.pipeline import Pipeline
 from longtake.inference.session_file import made_with
 from longtake.inference.source import Source
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_file, partial_name, writing
+from longtake.outputs import check_output_file, check_space, partial_name, writing
 from longtake.weights.locate import is_hub_name
 from longtake.weights.students import find_student
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from longtake.inference.pipeline import Picture
 
 _FROM_MEMORY = "a picture that was no file"
+# Of pictures with grain at the default quality, twice where packets are written again at the end
+_BYTES_A_PIXEL = {"mp4": 0.15, "webm": 0.15, "gif": 0.8, "webp": 0.3, "png": 2.0}
 _KEY = "record"  # in the file beside a video, which may say more
 
 
@@ -193,6 +195,15 @@ def check_output(video: str | Path, *, inputs: Sequence[str | Path | None] = (),
     target.check(inputs=inputs, overwrite=overwrite)
     file = sidecar(video)
     check_output_file(file, inputs=inputs, overwrite=overwrite or _beside(file) is not None)
+
+
+def check_space_for(video: str | Path, settings: GenerationConfig, num_frames: int | None, how: Writing) -> None:
+    """Raises OutputError when a disk has no room for a video, and for what it is made from: a cautious guess. None: of
+    the length of a training clip.
+    """
+    frames = settings.num_latent_frames * 4 if num_frames is None else num_frames  # no VAE has a longer stride
+    pixels = frames * settings.height * settings.width * how.scale**2
+    check_space(Target.of(video).path, pixels * _BYTES_A_PIXEL[Target.of(video).kind])
 
 
 def read_record(video: str | Path) -> VideoRecord:

@@ -16,7 +16,7 @@ from longtake.errors import ConfigError
 from longtake.inference.cues import Cue, play
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_prompt, check_request
-from longtake.inference.record import PLAIN, Asked, Writing, check_output
+from longtake.inference.record import PLAIN, Asked, Writing, check_output, check_space_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,9 +219,11 @@ def generate_story(
     """
     story = read_story(script, source.settings, **given)
     check_output(output, inputs=[script, *story.files], overwrite=overwrite)
+    check_space_for(output, source.settings, story.num_frames, writing)
     generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
     if story.guidance is not None:
         generator = generator.guided(story.guidance)  # which its record then holds
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
-    report = write_chunks(generator, frames, output, given=story.image is not None, asked=story.asked, writing=writing)
+    how: dict[str, Any] = {"asked": story.asked, "writing": writing, "num_frames": story.num_frames}
+    report = write_chunks(generator, frames, output, given=story.image is not None, **how)
     return replace(report, note=generator.beginning.zero_shot(given=any(story.begins)))
