@@ -185,7 +185,7 @@ def generate_many(
 
     def prepare() -> list[int]:
         left = _unfinished(folder, tasks, overwrite=overwrite)
-        lengths = (frames_of(**tasks[number].asked["length"], fps=settings.fps) for number in left)
+        lengths = (frames_of(**tasks[number].request["length"], fps=settings.fps) for number in left)
         frames = sum(length or settings.num_latent_frames * 4 for length in lengths)
         check_space_for(folder / "videos.mp4", settings, frames, writing)
         return left
