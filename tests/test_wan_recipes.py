@@ -116,7 +116,7 @@ def one_thread():
 SMALL = [
     *tiny_wan.REHEARSAL,
     "batch_size=1",
-    "validation.times_longer=2",
+    "validation.times_longer=1",
     "validation.teacher_steps=2",
     "validation.num_rows=1",
 ]

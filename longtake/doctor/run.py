@@ -19,7 +19,9 @@ from longtake.doctor.files import look_at
 from longtake.doctor.machine import Machine, fits, free_disk, in_words, look
 from longtake.doctor.streaming import StreamReport, stream_report
 from longtake.errors import ConfigError
-from longtake.weights.presets import model_config
+from longtake.weights.hub import fetch_small, order_weights
+from longtake.weights.locate import is_hub_name
+from longtake.weights.presets import PRESETS, model_config
 from longtake.weights.students import find_student
 
 
@@ -126,12 +128,14 @@ def diagnose(
 
 
 def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | None = None) -> StreamReport:
-    """Whether a stream fits: of a preset, of the sizes in a folder's `config.json` by the rules beside it, or of a
-    published student.
+    """Whether a stream fits: of a preset, of the sizes in the `config.json` of a folder or of a repository on the hub
+    by the rules beside it, or of a published student.
 
     Args: `device` as that of `diagnose`; by default the fullest GPU here. Raises: ConfigError.
     """
     student, changes = find_student(model), {"precision": "bf16", **changes_of(*overrides)}
+    if student is None and model not in PRESETS and not Path(model).exists() and is_hub_name(model):
+        model = str(fetch_small(order_weights(model)))
     sizes = model_config(model if student is None else student.preset)
     rules = student.rules if student is not None else read_rules(Path(model)) if Path(model).is_dir() else None
     if (room := _room(device, look())) is None:

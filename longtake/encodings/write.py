@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from longtake.checkpoint.invariants import rows_invariant
 from longtake.config.groups import DataConfig
@@ -48,6 +47,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.progress import Progress
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
 
@@ -169,11 +169,15 @@ def _index(
 def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
     """Writes the missing shards, in each round one on every rank, so that the error of one rank stops all of them."""
     rows = sum(len(writer.rows_of(shard)) for shard in missing)
-    with tqdm(total=rows, unit="row", disable=not mesh.is_main) as bar:
+    progress = Progress(str(output), rows, "rows")
+    try:
         for start in range(0, len(missing), mesh.world_size):
             together = missing[start : start + mesh.world_size]
             mesh.every(partial(writer.write, output, together[mesh.rank : mesh.rank + 1]))
-            bar.update(sum(len(writer.rows_of(shard)) for shard in together))
+            if mesh.is_main:
+                progress.update(progress.done + sum(len(writer.rows_of(shard)) for shard in together))
+    finally:
+        progress.finish()
 
 
 class _ShardWriter:

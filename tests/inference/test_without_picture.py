@@ -262,7 +262,7 @@ def test_a_trained_text_to_video_student_is_generated_from_exported_and_played(r
     model = ("--model", tmp_path / "student", "--encoders", run / "encoders")
     result = command("generate", *model, *here, "-o", tmp_path / "model.mp4")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "model.mp4").read_bytes() == (tmp_path / "run.mp4").read_bytes()
+    assert np.array_equal(read_video(tmp_path / "model.mp4")[0], read_video(tmp_path / "run.mp4")[0])
     result = command("generate", *model, *here, "-o", tmp_path / "p.mp4", "--image", run / "picture.png")
     assert result.exit_code == 2 and "text-to-video weights, which take no picture" in result.output
     assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "p.mp4").exists()
