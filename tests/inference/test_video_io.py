@@ -130,3 +130,13 @@ def test_reader_names_bad_files(tmp_path):
     for name in ("bad.mp4", "cut.mp4", "absent.mp4"):
         with pytest.raises(DataError, match=name):
             read_video(tmp_path / name)
+
+
+def test_a_hidden_file_in_the_making_is_not_the_one_that_it_becomes(tmp_path):
+    """Longer than what a reader takes at once: written over itself it would be lost from there on."""
+    frames = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
+    for keep in (True, False):
+        with VideoWriter(tmp_path / f"{keep}.mp4", 16, 64, 64, keep=keep) as writer:
+            writer.write(frames)
+    assert (tmp_path / "True.mp4").read_bytes() == (tmp_path / "False.mp4").read_bytes()
+    assert len(read_video(tmp_path / "False.mp4")[0]) == 64 and len(list(tmp_path.iterdir())) == 2
