@@ -24,6 +24,7 @@ from longtake.inference.batch import generate_many
 from longtake.inference.export import export
 from longtake.inference.generator import generate_file
 from longtake.inference.play import play
+from longtake.serve.settings import ServeSettings
 from longtake.weights.convert import convert
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ COMMANDS = typer.main.get_command(app).commands
 BEHIND = {
     "generate": [generate_many, generate_file],
     "play": [play],
+    "serve": [ServeSettings],
     "encode": [encode],
     "export": [export],
     "convert": [convert],
@@ -126,12 +128,32 @@ def test_version():
         (["train", "toy/distill", "--check", "keep_best=motion_ratoi"], "did you mean motion_ratio"),
         (["train", "toy/distill", "--check", "rope=relativ"], "did you mean relative?"),
         (["doctor", "toy/distill", "model.preset=toi"], "did you mean toy?"),
+        (["students", "--hlep"], "--help"),
         (["bench", "--random", "wan2.1-t2v-1.3"], "did you mean wan2.1-t2v-1.3b"),
     ],
 )
 def test_a_wrong_name_brings_the_nearest(words, near):
     refused = invoke(*words)
     assert refused.exit_code == 2 and near in refused.output, refused.output
+
+
+@pytest.mark.parametrize(
+    ("model", "near"),
+    [
+        ("Self-Forcng", "did you mean Self-Forcing"),
+        ("long-live", "did you mean LongLive"),
+        ("causal_rcm", "did you mean Causal-rCM"),
+        ("toi", "did you mean toy?"),
+    ],
+)
+def test_a_wrong_name_of_a_student_brings_the_nearest(model, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["generate", "--model", model, "--prompt", "x", "-o", "x.mp4"], ["verify", model]):
+        refused = invoke(*words)
+        assert refused.exit_code == 2 and near in refused.output, refused.output
+    assert (
+        "did you mean" not in invoke("generate", "--model", "mine.safetensors", "--prompt", "x", "-o", "x.mp4").output
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ PANELS = {
         *("dtype", "decoder"),
     ),
     "Where it runs": ("device", "sequence_parallel", "decode_device", "warm_up"),
+    "The server": ("host", "port", "token_file", "allow_host", "folder", "max_sessions"),
     "What is written": ("output", "json_file", "html", "to", "shard_bytes", "overwrite"),
 }
 
@@ -43,6 +44,7 @@ DEFAULTS = {
         "sequence_parallel": "1",
     },
     "play": {"seed": "0"},
+    "serve": {"host": "127.0.0.1", "port": "8765", "folder": "outputs/live"},
     "encode": {"dtype": "float32", "rows_per_shard": "64"},
     "export": {"dtype": "bfloat16"},
     "convert": {"shard_bytes": "5368709120"},
