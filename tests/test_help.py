@@ -16,7 +16,7 @@ from longtake.bench.run import bench_source
 from longtake.bench.training import bench_training
 from longtake.cli.app import app
 from longtake.cli.help import DEFAULTS, PANELS
-from longtake.config.groups import EvaluationConfig, ParallelConfig, WorldConfig
+from longtake.config.groups import EvaluationConfig, WorldConfig
 from longtake.encodings.write import encode
 from longtake.evaluation.contenders import Asked
 from longtake.evaluation.verify import verify
@@ -24,6 +24,7 @@ from longtake.inference.batch import generate_many
 from longtake.inference.export import export
 from longtake.inference.generator import generate_file
 from longtake.inference.play import play
+from longtake.inference.record import Writing
 from longtake.serve.settings import ServeSettings
 from longtake.weights.convert import convert
 
@@ -31,8 +32,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
 # What a command's options reach, and so where their defaults stand; the later one where two have an option
 BEHIND = {
-    "generate": [generate_many, generate_file],
-    "play": [play],
+    "generate": [generate_many, generate_file, Writing],
+    "play": [play, Writing],
     "serve": [ServeSettings],
     "encode": [encode],
     "export": [export],
@@ -79,7 +80,6 @@ def test_the_help_tells_the_defaults_of_the_functions(command):
         shown.pop("seed")  # another one for worlds and for rows
     told = dict(DEFAULTS[command])
     if command == "generate":
-        assert told.pop("sequence_parallel") == str(ParallelConfig().sequence)
         assert told.pop("seconds") and "length of the training" in " ".join(generate_file.__doc__.split())
     if command == "world":
         shown["stops"] = options("world")["stops"]
