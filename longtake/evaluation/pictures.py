@@ -214,9 +214,20 @@ def curves(rows: Mapping[str, Mapping[str, Any]], part: str = "curves") -> NDArr
         plot.spines[["top", "right"]].set_visible(False)
     handles = plots[0].get_legend_handles_labels()
     figure.legend(*handles, fontsize=10, loc="upper left", ncols=abreast, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - names / height))
+    figure.subplots_adjust(**_margins(width, height, columns, lines, above=names))
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _margins(width: int, height: int, columns: int, lines: int, *, above: int) -> dict[str, float]:
+    """Room for ticks and titles, `above` pixels for names; `tight_layout` would draw all once more to measure it."""
+    left, right, bottom, top, beside, between = 62, 14, 44, 26, 66, 70  # pixels; the last two between plots
+    across = (width - left - right - (columns - 1) * beside) / columns
+    up = (height - above - bottom - top - (lines - 1) * between) / lines
+    return {
+        **{"left": left / width, "right": 1 - right / width, "wspace": beside / across},
+        **{"bottom": bottom / height, "top": 1 - (above + top) / height, "hspace": between / up},
+    }
 
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:
