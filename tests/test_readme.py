@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 README = READMES[0].read_text()
 PATHS_OF_MODULES = ("design.md", "glossary.md")  # docs that name modules without longtake/
-DOCS = {path.name: path.read_text() for path in [*READMES, *sorted((ROOT / "docs").glob("*.md"))]}
+DOCS = {
+    path.name: path.read_text() for path in [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 
 
 def fenced(language: str) -> list[str]:
@@ -53,8 +56,8 @@ def check_command(line: str) -> None:
     command = typer.main.get_command(cli.app).commands[words[0]]
     context = command.make_context(words[0], words[1:])
     if words[0] in ("train", "encode"):
-        file = ROOT / context.params["config"]
-        load_config(file if file.is_file() else context.params["config"], context.params["overrides"] or [])
+        with contextlib.chdir(ROOT):  # a file of a clone, or the name of a recipe
+            load_config(context.params["config"], context.params["overrides"] or [])
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -76,7 +79,7 @@ def test_commands_inside_the_text_parse(name):
     for command in inline(text):
         if (
             re.match(r"(\.venv/bin/)?longtake (train|encode|generate|evaluate|world|config) ", command)
-            and "FILE" not in command
+            and re.search(r"\b(FILE|NAME)\b", command) is None
         ):
             check_command(command)
 
