@@ -78,9 +78,10 @@ def test_the_commands_run(clone):
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}{result.exception or ''}"
         done.append(words[1])
-    assert done == ["generate", "encode", "encode"]
+    assert done == ["generate", "generate", "encode", "encode"]
     video, fps = read_video("stream.mp4")
     assert video.shape[1:] == (64, 64, 3) and len(video) >= 16 and fps == 16 and video.std() > 10
+    assert np.array_equal(read_video("again.mp4")[0], video)
     for name in ("clips", "pictures"):
         assert Path("outputs/wan_i2v_1_3b/encoded", name).is_dir()
 
@@ -98,7 +99,7 @@ def test_the_first_minute_and_the_main_job_run(clone):
         done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
-    (first,) = (line for line in commands(clone) if line.startswith("longtake generate"))
+    first, _ = (line for line in commands(clone) if line.startswith("longtake generate"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     run(first)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
