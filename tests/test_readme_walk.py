@@ -80,7 +80,7 @@ def test_the_commands_run(clone):
         done.append(words[1])
     assert done == ["generate", "generate", "encode", "encode"]
     video, fps = read_video("stream.mp4")
-    assert video.shape[1:] == (64, 64, 3) and len(video) >= 16 and fps == 16 and video.std() > 10
+    assert video.shape[1:] == (256, 256, 3) and len(video) >= 16 and fps == 16 and video.std() > 10
     assert np.array_equal(read_video("again.mp4")[0], video)
     for name in ("clips", "pictures"):
         assert Path("outputs/wan_i2v_1_3b/encoded", name).is_dir()
