@@ -26,7 +26,7 @@ FRAMES = 9  # of a video on a sheet
 _ZOOM = 2  # at most, of small frames
 _GAP, _PAD = 2, 8  # pixels between frames, and around texts
 _TEXT, _CAPTION = 15, 17  # heights of the letters
-_CAPTION_LINES = 3
+_CAPTION_LINES, _NAME_LETTERS = 3, 40  # at most
 
 # Colours that people tell apart, of all kinds of colour vision. Source: Okabe and Ito, Color Universal Design.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -100,7 +100,7 @@ def contact_sheet(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw
 
     names = [name for scene in scenes for name in (*scene.strips, "frame")]
-    label = 2 * _PAD + max(round(_font(_TEXT).getlength(name)) for name in names)
+    label = 2 * _PAD + max(round(_font(_TEXT).getlength(_cut(name))) for name in names)
     strips = [one for scene in scenes for one in scene.strips.values()]
     cell = _cell_width(strips, WIDEST - label - _PAD)
     width = label + max(len(one.frames) for one in strips) * (cell + _GAP) + _PAD
@@ -159,11 +159,15 @@ def _draw_scene(sheet: Any, draw: ImageDraw, scene: Scene, text: Sequence[str], 
             y += _line(_TEXT)
         before = one.numbers
         height = _cell_height(one, cell)
-        draw.text((_PAD, y + height // 2), name, fill="black", font=_font(_TEXT), anchor="lm")
+        draw.text((_PAD, y + height // 2), _cut(name), fill="black", font=_font(_TEXT), anchor="lm")
         way = Image.Resampling.NEAREST if cell >= one.frames.shape[2] else Image.Resampling.BOX
         for x, frame in zip(columns, one.frames):
             sheet.paste(Image.fromarray(frame).resize((cell, height), way), (x, y))
         y += height + _GAP
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 1]}…"
 
 
 def _line(letters: int) -> int:
