@@ -65,9 +65,9 @@ Like = Annotated[
     typer.Option(help="In place of all that: a video that was made here, which is made again from its own record."),
 ]
 Crf = Annotated[
-    int | None, typer.Option(help="Quality of mp4, webm and webp, 0 to 51; lower is better and larger. Default: 15.")
+    int | None, typer.Option(help="Quality of mp4, webm and webp, 0 to 51; lower is better and larger; without it 15.")
 ]
-Scale = Annotated[float | None, typer.Option(help="Enlarge the pictures of the file by this. Default: 1.")]
+Scale = Annotated[float | None, typer.Option(help="Enlarge the pictures of the file by this factor.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
 Sampler = Annotated[
     str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")

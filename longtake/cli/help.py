@@ -14,7 +14,8 @@ from typer.core import TyperCommand, TyperOption
 # stand in "Options", before them.
 PANELS = {
     "What it shows": (
-        *("image", "prompt", "inputs", "script", "samples", "negative", "seconds", "num_frames", "seed"),
+        *("image", "prompt", "inputs", "script", "like", "samples", "negative", "seconds", "num_frames"),
+        "seed",
     ),
     "Rows of your own": ("data", "num_rows", "multiples", "teacher_steps", "teacher_guidance", "layout"),
     "Toy worlds": (
@@ -30,7 +31,7 @@ PANELS = {
         *("dtype", "decoder"),
     ),
     "Where it runs": ("device", "sequence_parallel", "decode_device", "warm_up"),
-    "What is written": ("output", "json_file", "html", "to", "shard_bytes", "overwrite"),
+    "What is written": ("output", "crf", "scale", "json_file", "html", "to", "shard_bytes", "overwrite"),
 }
 
 

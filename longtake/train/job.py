@@ -17,6 +17,7 @@ from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run
+from longtake.train.pace import JobPace, in_words
 from longtake.train.stage import run_stage
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,18 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
             write_world(config.data_folder, config.data)
 
     mesh.on_main(prepare)
+    stages = config.stages.items()
+    pace = JobPace({name: (s.max_steps, in_words(s.validation, s.validate_every)) for name, s in stages})
     for name, stage in config.stages.items():
         stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
         values, folder = stage.model_dump(), stage.folder
         if mesh.on_main(partial(_is_done, folder, stage.max_steps, values)):
             logger.info("Stage %s is complete", name)
             continue
-        logger.info("Stage %s", name)
+        pace.begin(name)
+        before = latest_checkpoint(checkpoints_folder(folder))
         run_stage(stage, mesh)
+        pace.end(name, stage.max_steps - (0 if before is None else read_manifest(before)["step"]))
     if config.evaluation is None:
         return
     logger.info("Evaluation over %d held-out worlds", config.evaluation.num_worlds)
