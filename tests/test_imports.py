@@ -16,6 +16,7 @@ TRAINING = INFERENCE | {"objectives", "parallel", "encodings", "checkpoint", "tr
 # What each part of the package may import; a part may always import itself.
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
+    "client": BASE,
     "flow": BASE,
     "data": BASE,
     "toy": BASE | {"data"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "objectives": BELOW_ROLLOUT | {"rollout"},
     "inference": INFERENCE,
     "evaluation": INFERENCE | {"parallel", "encodings"},
-    "serve": INFERENCE | {"__version__"},
+    "serve": INFERENCE,
     **dict.fromkeys(("encodings", "checkpoint"), TRAINING),
     "train": TRAINING | {"evaluation"},
     "doctor": TRAINING | {"evaluation"},  # it runs a training without data

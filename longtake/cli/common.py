@@ -55,7 +55,8 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
         if context.obj or (told := _told(error)) is None:
             raise
         notes = getattr(error, "__notes__", [])
-        if (options := getattr(error, "options", None)) and context.info_name in ("generate", "play"):
+        can_be_whole = context.info_name in ("generate", "play") and context.params.get("script") is None
+        if can_be_whole and (options := getattr(error, "options", None)):
             notes = [*notes, f"the whole command: {command_with(context, options)}"]
         if isinstance(error, KeyboardInterrupt) and not notes:
             notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []

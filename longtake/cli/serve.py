@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Rules, Run, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Rules, Run, clean_errors, given, source_of
 from longtake.cli.generate import Dtype, Encoders, Model, Stage
 from longtake.errors import ConfigError
 
@@ -29,9 +29,14 @@ def serve(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where recordings and saved sessions lie.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions that play at once; default: as measured.")] = None,
+    history_blocks: Annotated[
+        int | None, typer.Option("--history", help="Blocks by which a session can be rewound; each costs memory.")
+    ] = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ..., or several, a worker each: cuda:0,cuda:1; default: a GPU.")
+    ] = None,
 ) -> None:
     """Open a page on which videos play while they are made, and are steered."""
     with clean_errors(context):
@@ -46,9 +51,10 @@ def serve(
         from longtake.serve.settings import ServeSettings
 
         token = None if token_file is None else _first_line(token_file)
-        said = given(context, "folder", "host", "port", "max_sessions")
+        said = given(context, "folder", "host", "port", "max_sessions", "history_blocks")
         settings = ServeSettings(token=token, hosts=tuple(allow_host or ()), **said)
-        start(source, device, settings, typer.echo)
+        devices = [None] if device is None else device.split(",")
+        start(source, devices, settings, typer.echo)
 
 
 def _first_line(file: Path) -> str:

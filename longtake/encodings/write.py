@@ -110,7 +110,7 @@ def encode_set(
     if dtype not in DTYPES or rows_per_shard < 1:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
     mesh.on_main(lambda: check_output_folder(output))
-    dataset = open_data(config.data, config.video, config.clip_shape)
+    dataset = open_data(config.data, config.clip_shape)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     mesh.on_main(lambda: _check_output(output))
@@ -134,7 +134,7 @@ def encode_set(
             "rows_per_shard": rows_per_shard,
             "batch_size": config.micro_batch_size,
         }
-        sizes = sizes_key(model, config.data, config.video, encoder.shape.num_latent_frames, contents)
+        sizes = sizes_key(model, config.data, encoder.shape, contents)
         index = partial(_index, folder, encoder, sizes, empty_prompt, request)
         missing = mesh.on_main(lambda: _begin(output, index(), encoder, overwrite))
         started = time.perf_counter()

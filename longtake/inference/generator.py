@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ class Generator(Pipeline):
         """
         length = self.length(num_frames, seconds)
         if output is not None:
-            check_output(output, overwrite=overwrite)
+            check_output(output, inputs=[image] if isinstance(image, str | Path) else [], overwrite=overwrite)
+            asked = Asked(prompt, seed, image, negative)
         chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
         kept: list[NDArray[np.uint8]] = []
 
@@ -110,7 +111,6 @@ class Generator(Pipeline):
                 yield chunk
 
         if output is not None:
-            asked = Asked(prompt, seed, image, negative)
             write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
         else:
             kept.extend(chunks)
@@ -154,20 +154,22 @@ class Generator(Pipeline):
         *,
         seed: int = 0,
         negative: str | None = None,
+        guidance: float | None = None,
         history_blocks: int | None = None,
         max_frames: int | None = None,
     ) -> Session:
         """A video whose prompt and picture can change while it is made; no work is done before its first frame.
 
-        Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
-        `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        Args: as those of `stream`; `guidance` and `history_blocks`, by which it can be rewound (default: those of the
+        settings); `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
         Raises: as `stream`, and ConfigError for a missing `max_frames`.
         """
         if self.settings.sampler == "whole":
             raise ConfigError(
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
-        check_request(self.settings, seed, negative)
+        strength = self.settings.guidance if guidance is None else guidance
+        check_request(strength, seed, negative)
         self.beginning.check(given=image is not None)
         plan = self.beginning.plan_of(given=image is not None)
         if max_frames is None and self.plan.window_frames is None:
@@ -177,11 +179,12 @@ class Generator(Pipeline):
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames))
+        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames), strength)
         return Session(
             self,
             SessionInputs(check_prompt(prompt), None if image is None else self.prepare(image)),
             seed=seed,
+            guidance=strength,
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             max_latent_frames=most,
@@ -199,6 +202,12 @@ class Generator(Pipeline):
         values, tensors = read_session(Path(path), self)
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
+
+    def guided(self, guidance: float) -> Generator:
+        """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""
+        if guidance == self.settings.guidance:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"guidance": guidance}))
 
     def warm_up(self) -> int:
         """Makes what a video needs and does not depend on its picture: kernels are chosen, compiled and recorded for
@@ -220,7 +229,7 @@ class Generator(Pipeline):
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
             with self.caches.captured_at_once():
-                for _ in self.stream(picture, "a picture", num_frames=length):
+                for _ in self.stream(picture, "a", num_frames=length):
                     pass
         logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)
@@ -238,13 +247,13 @@ class Generator(Pipeline):
         """The frames of a whole clip at once, from bidirectional weights: checked now, made when they are asked for."""
         if num_frames is None:
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
-        check_request(self.settings, seed, negative)
+        check_request(self.settings.guidance, seed, negative)
         check_prompt(prompt)
         self.beginning.check(given=image is not None)
         if image is not None and self.beginning.picture == "still":
             raise ConfigError("sampler=whole has no blocks for a picture to stand still in; set picture=frame")
         count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-        self.check_memory(count, 1, count)
+        self.check_memory(count, 1, count, self.settings.guidance)
         picture, settings = None if image is None else self.prepare(image), self.settings
 
         @torch.no_grad()
@@ -313,7 +322,7 @@ def generate_file(
     """
     check_output(output, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
-    check_request(source.settings, seed, negative)
+    check_request(source.settings.guidance, seed, negative)
     check_prompt(prompt)
     check_space_for(output, source.settings, frames_of(num_frames, seconds, source.settings.fps), writing)
     if image is not None:

@@ -66,6 +66,7 @@ class Script(Settings):
     seconds: float | None = Field(default=None, gt=0, description="length, or")
     frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise")
+    guidance: float | None = Field(default=None, ge=0, description="classifier-free guidance; null = that of the rules")
     negative: str | None = Field(default=None, description="what should not happen; needs guidance")
     events: list[Event] = Field(default=[], description="changes, in the order of their times")
 
@@ -89,6 +90,7 @@ class Story:
     cues: tuple[Cue, ...]
     files: tuple[Path, ...] = ()
     asked: Asked | None = None
+    guidance: float | None = None  # that of the rules
 
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
         """A session at the beginning.
@@ -103,6 +105,7 @@ class Story:
             self.image,
             self.prompt,
             seed=self.seed,
+            guidance=self.guidance,
             negative=self.negative,
             history_blocks=history_blocks,
             max_frames=None if generator.plan.window_frames is not None else self.num_frames,
@@ -163,7 +166,7 @@ def read_story(
     path = Path(path)
     length = {"frames": num_frames, "seconds": seconds} if (num_frames, seconds) != (None, None) else {}
     script = Script.from_tree({**read_yaml(path), **length, **given})
-    check_request(settings, script.seed, script.negative)
+    check_request(settings.guidance if script.guidance is None else script.guidance, script.seed, script.negative)
     frames = frames_of(script.frames, script.seconds, settings.fps)
     if frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
@@ -188,7 +191,7 @@ def read_story(
         named = {key: str(path.parent / name) for key in ("image", "target") if (name := getattr(event, key))}
         asked.change(frame, **{"prompt": event.prompt} if event.prompt else {}, **named)
     values = script.prompt, frames, script.seed, script.negative
-    return Story(picture(script.image), *values, tuple(cues), tuple(files), asked)
+    return Story(picture(script.image), *values, tuple(cues), tuple(files), asked, script.guidance)
 
 
 def pixels_of(picture: str | Path, settings: GenerationConfig) -> NDArray[np.uint8]:
@@ -218,6 +221,8 @@ def generate_story(
     check_output(output, inputs=[script, *story.files], overwrite=overwrite)
     check_space_for(output, source.settings, story.num_frames, writing)
     generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
+    if story.guidance is not None:
+        generator = generator.guided(story.guidance)  # which its record then holds
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
     how: dict[str, Any] = {"asked": story.asked, "writing": writing, "num_frames": story.num_frames}
     report = write_chunks(generator, frames, output, given=story.image is not None, **how)

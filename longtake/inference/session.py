@@ -51,11 +51,12 @@ class Session:
         inputs: SessionInputs,
         *,
         seed: int,
+        guidance: float,
         negative: str,
         history_blocks: int,
         max_latent_frames: int | None,
     ) -> None:
-        self.generator, self.seed, self.negative = generator, seed, negative
+        self.generator, self.seed, self.guidance, self.negative = generator, seed, guidance, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
@@ -247,7 +248,7 @@ class Session:
         return new
 
     def _new_caches(self) -> list[KVCache]:
-        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames)
+        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames, self.guidance)
 
     def new_stream(
         self,
@@ -264,7 +265,7 @@ class Session:
         noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
         if unconditional is not None:
-            guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
+            guidance = Guidance(self.guidance, unconditional, caches[1])
         return LatentStream(denoiser, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
     def _change(self, state: SessionState) -> None:
@@ -291,7 +292,7 @@ class Session:
 
     def _unconditional(self, condition: Condition) -> Condition | None:
         """The condition of guidance: the same pictures under the negative prompt."""
-        if self.generator.settings.guidance == 1:
+        if self.guidance == 1:
             return None
         return condition.with_text(self.generator.encoders.text.encode([self.negative]))
 
@@ -360,6 +361,7 @@ class Session:
         values |= {
             "cut": self.cut,
             "seed": self.seed,
+            "guidance": self.guidance,
             "negative": self.negative,
             "max_latent_frames": self.max_latent_frames,
             "scene": state.scene,
@@ -405,6 +407,9 @@ class Session:
             generator,
             inputs("inputs"),
             seed=values["seed"],
+            guidance=values.get(
+                "guidance", generator.settings.guidance
+            ),  # in files of earlier versions that of the rules
             negative=values["negative"],
             history_blocks=history_blocks,
             max_latent_frames=values["max_latent_frames"],

@@ -26,6 +26,7 @@ from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
+from longtake.serve.capacity import Capacity, measure
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
@@ -64,15 +65,48 @@ class Turned:
 Output = Made | Lost | Turned
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a generator makes: size and rate of its pictures, pixel frames of a block, what it takes (`picture`: needed,
+    optional or none; `target`), and the rules that a client may want to know.
+    """
+
+    height: int
+    width: int
+    fps: int
+    block_frames: int
+    picture: str
+    target: bool
+    guidance: float
+    history_blocks: int
+
+    @classmethod
+    def of(cls, generator: Generator, history_blocks: int) -> Model:
+        rules, begin = generator.settings, generator.beginning
+        return cls(
+            rules.height,
+            rules.width,
+            rules.fps,
+            generator.plan.block_frames * generator.encoders.vae.temporal_stride,
+            "needed" if begin.needed else "none" if begin.picture == "none" else "optional",
+            generator.model.config.image_dim is not None,
+            rules.guidance,
+            history_blocks,
+        )
+
+
 class Engine:
     """Sessions of one generator, in a thread of its own; make it, `start` it, `stop` it.
 
     Args: `build` makes the generator, in that thread; `emit` is called with what comes out, from another thread;
-    `blocks_ahead`, the most that are made beyond what was shown.
+    `blocks_ahead`, the most that are made beyond what was shown; `history`, blocks
+    that can be taken back.
     """
 
-    def __init__(self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int) -> None:
-        self._build, self._emit, self._blocks_ahead = build, emit, blocks_ahead
+    def __init__(
+        self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int, history: int
+    ) -> None:
+        self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
         self._lanes: dict[str, Lane] = {}
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
@@ -81,7 +115,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
         ]
-        self.ready: Future[Generator] = Future()
+        self.ready: Future[Model] = Future()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -116,7 +150,8 @@ class Engine:
             self.ready.set_exception(error)
             self._on_their_way.put(None)
             return
-        self.ready.set_result(self._generator)
+        self.model = Model.of(self._generator, self._history)
+        self.ready.set_result(self.model)
         while True:
             with self._wake:
                 while not (self._asked or self._stopping or self._next()):
@@ -177,6 +212,7 @@ class Engine:
                     array = piece.array()
                     self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - began))
                     first += len(array)
+                lane.block_seconds = monotonic() - began
             except Exception as error:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, error)
@@ -190,17 +226,17 @@ class Engine:
 
     def do_open(self, name: str, picture: NDArray[np.uint8] | None, prompt: str, **values: Any) -> None:
         """A new session; `values` as those of `Generator.open`."""
-        self._add(name, self._generator.open(picture, prompt, **values))
+        self._add(name, self._generator.open(picture, prompt, history_blocks=self._history, **values))
 
     def do_restore(self, name: str, path: Path, number: int, past: int) -> int:
         """The session of a file, which will follow change `number` and has followed `past`. Returns: its frame."""
-        session = self._generator.resume(path)
+        session = self._generator.resume(path, history_blocks=self._history)
         self._add(name, session, number, past)
         return session.num_frames
 
     def _add(self, name: str, session: Session, number: int = 0, past: int = 0) -> None:
-        block = self._generator.plan.block_frames * self._generator.encoders.vae.temporal_stride
-        lane = Lane(name, session, number, past, ahead=self._blocks_ahead * block, dry_at=monotonic())
+        ahead = self._blocks_ahead * self.model.block_frames
+        lane = Lane(name, session, number, past, ahead, dry_at=monotonic())
         lane.shown = session.num_frames
         self._lanes[name] = lane
 
@@ -210,7 +246,9 @@ class Engine:
     def do_hold(self, name: str, paused: bool) -> None:
         """Makes no more blocks of a session, or goes on."""
         lane = self._lane(name)
+        self._settle()
         lane.paused, lane.dry_at = paused, max(lane.dry_at, monotonic())
+        self._turned(name, None)
 
     def do_shown(self, name: str, frame: int) -> None:
         """So many frames of a session have been shown."""
@@ -255,6 +293,10 @@ class Engine:
     def _turned(self, name: str, result: Any) -> Any:
         self._emit(Turned(name, result))  # before the next block can come out
         return result
+
+    def do_measure(self, most: int | None) -> Capacity:
+        """How many sessions may play at once. Before the first one."""
+        return measure(self._generator, most, self._history)
 
     def do_memory(self) -> int:
         """Bytes of the device that are in use by this process; 0 for a CPU."""

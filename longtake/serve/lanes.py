@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +29,8 @@ class Lane:
 
     Fields: `number`, the change of prompt or picture that the next block follows, and `past`, the one that those before
     `blocks` followed; `shown`, frames that the viewer has seen; `ahead`, frames beyond those from which on it waits;
-    `dry_at`, the time at which one who watches in real time would have seen all there is: a session whose viewer takes
-    frames faster than that does not starve the others.
+    `block_seconds` that the latest block took; `dry_at`, the time at which one who watches in real time would have seen
+    all there is: a session whose viewer takes frames faster than that does not starve the others.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Lane:
     ahead: int
     dry_at: float
     shown: int = 0
+    block_seconds: float = 0.0
     paused: bool = False
     blocks: list[Block] = field(default_factory=list)  # those that can be taken back, and no others
 
@@ -74,12 +76,19 @@ class Lane:
 
     def change(self, kind: str, value: Any, number: int, *, drop: bool) -> bool:
         """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back."""
-        unseen = [block for block in self.blocks if drop and block.first >= self.shown]
+        unseen = [block for block in self.blocks if drop and block.first >= self.shown + self._bridge()]
         apply(self.session, kind, value)
         if unseen:
             self.rewind(len(unseen), keep_wanted=True)
         self.number = number
         return bool(unseen)
+
+    def _bridge(self) -> int:
+        """Frames that a viewer sees while a block is made. Who drops them has nothing to show, and where blocks take
+        longer than they last, and are asked for anew before they are there, never has.
+        """
+        last = self.blocks[-1].count if self.blocks else 0
+        return min(last, math.ceil(self.block_seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:
         """A branch of this name."""

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.serve import store
+from longtake.serve.counts import Counts
 from longtake.serve.engine import Engine, Made, Turned
 from longtake.serve.errors import ApiError
 from longtake.serve.h264 import Headers, LiveEncoder, Size
@@ -27,8 +29,10 @@ from longtake.serve.lanes import Block
 from longtake.serve.mp4 import head
 from longtake.serve.pictures import thumbnail
 from longtake.serve.recording import Recording
+from longtake.serve.store import Saved, Stored
 from longtake.serve.timeline import Change, Timeline
 from longtake.serve.viewers import Chunk, Viewer
+from longtake.serve.workers import WorkerEngine
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +63,6 @@ class Stage:
 
 
 @dataclass
-class Saved:
-    """A save: its number and frame, what `Engine.do_restore` needs, and the history up to it."""
-
-    save: int
-    frame: int
-    number: int
-    past: int
-    timeline: Timeline
-
-
-@dataclass
 class Rate:
     """Frames made, and the seconds in which they were, over the latest blocks."""
 
@@ -87,6 +80,8 @@ class Live:
     last wanted something of it.
     """
 
+    engine: Engine | WorkerEngine  # that of its device, when it has one
+
     def __init__(
         self,
         name: str,
@@ -94,13 +89,15 @@ class Live:
         timeline: Timeline,
         recording: Recording,
         stage: Stage,
-        engine: Engine,
         folder: Path,
+        most_saves: int,
+        counts: Counts,
     ) -> None:
         self.name, self.secret, self.timeline, self.recording = name, secret, timeline, recording
-        self.stage, self.engine, self.folder = stage, engine, folder
-        self.state, self.made, self.shown = "queued", 0, 0
+        self.stage, self.folder, self.most_saves = stage, folder, most_saves
+        self.state, self.made, self.shown, self._counts = "queued", 0, 0, counts
         self.place: int | None = None
+        self.estimate: float | None = None
         self.blocks: deque[Block] = deque(maxlen=64)
         self.thumbnails: dict[int, bytes] = {}
         self.rewindable = 0
@@ -108,6 +105,7 @@ class Live:
         self.chunks: deque[Chunk] = deque()
         self.viewers: set[Viewer] = set()
         self.rate = Rate()
+        self.code = 1000  # with which connections are closed
         self.created = self.touched = monotonic()
         self.asking = asyncio.Lock()  # requests that change it, one after the other
         self._encoder = LiveEncoder(stage.size, stage.fps)
@@ -163,8 +161,10 @@ class Live:
             self.state = "playing" if self.state == "starting" else self.state
         chunk = await asyncio.to_thread(self._encoded, made.first, block.number, frames)
         self.chunks.append(chunk)
+        self._counts.frames += len(frames)
+        self._counts.stalls += any(0 < viewer.shown == self.made for viewer in self.viewers)
         self.made = chunk.end
-        if self.made == block.first + block.count:
+        if self.made == block.first + block.count and block.count > 1:  # no given picture
             self.rate.blocks.append((block.count, made.seconds))
         for viewer in self.viewers:
             viewer.send(chunk)
@@ -226,13 +226,54 @@ class Live:
             frame, number = await self._turn(step, "rewind", blocks, to_frame)
             return {"from_frame": frame, "number": number}
 
+    async def save(self) -> dict[str, int]:
+        """Writes it down, to be opened again; of many saves the latest are kept."""
+        async with self.asking:
+            self.check_running()
+            save = self.saves[-1].save + 1 if self.saves else 1
+
+            async def step(answer: tuple[int, int, int]) -> None:
+                saves = [*self.saves, Saved(save, *answer, self.timeline.copy())][-self.most_saves :]
+                await asyncio.to_thread(store.write, Stored(self.folder, self.secret, tuple(saves)))
+                self.saves = saves
+                self.tell("saved", **saves[-1].public())
+
+            await self._turn(step, "save", store.save_file(self.folder, save))
+            return self.saves[-1].public()
+
+    async def fork(self, branch: Live) -> int:
+        """`branch`, which was made for it and is as good as new, goes on from here. Returns: its frame."""
+        async with self.asking:
+            self.check_running()
+            copied = asyncio.Event()
+
+            async def wait() -> None:
+                await copied.wait()
+
+            async def step(frame: int) -> None:
+                branch.recording = await asyncio.to_thread(self.recording.copy, branch.folder)
+                branch.chunks, branch.blocks = self.chunks.copy(), self.blocks.copy()
+                branch.thumbnails, branch.rewindable = dict(self.thumbnails), self.rewindable
+                branch.timeline, branch.made, branch.shown = self.timeline.copy(), self.made, self.shown
+                branch.state = self.state
+                self.tell("forked", id=branch.name, frame=frame)
+
+            branch._inbox.put_nowait(wait)  # its blocks may come before it knows where it stands
+            try:
+                return await self._turn(step, "fork", branch.name)
+            finally:
+                copied.set()
+
     async def hold(self, paused: bool) -> None:
         """Pauses, or goes on."""
         async with self.asking:
             self.check_running()
-            await asyncio.wrap_future(self.engine.call("hold", self.name, paused))
-            self.state = "paused" if paused else "playing"
-            self.tell_state()
+
+            async def step(answer: None) -> None:
+                self.state = "paused" if paused else "playing"
+                self.tell_state()
+
+            await self._turn(step, "hold", paused)
 
     def saw(self, viewer: Viewer, frame: int) -> None:
         """A viewer has shown so many frames."""
@@ -275,7 +316,7 @@ class Live:
             "id": self.name,
             "state": self.state,
             "place": self.place,
-            "estimate_seconds": None,
+            "estimate_seconds": self.estimate,
             "frame": self.made,
             "shown": self.shown,
             "prompt": self.timeline.prompt,
@@ -287,7 +328,7 @@ class Live:
             "rewindable": self.rewindable,
             "blocks": [block.public() for block in list(self.blocks)[-self.rewindable :] if self.rewindable],
             "changes": [change.public() for change in changes],
-            "saves": [{"save": one.save, "frame": one.frame} for one in self.saves],
+            "saves": [one.public() for one in self.saves],
             "recording_seconds": round((self.recording.end - self.recording.first) / self.stage.fps, 3),
         }
 
@@ -301,12 +342,29 @@ class Live:
             "memory_bytes": memory,
         }
 
-    async def end(self, reason: str, code: int = 1000, *, reopens: bool = False) -> None:
+    def wait_at(self, place: int, estimate: float | None) -> None:
+        """It is queued there."""
+        if (self.place, self.estimate) != (place, estimate):
+            self.place, self.estimate = place, estimate
+            self.tell_state()
+
+    async def stand_at(self, frame: int) -> None:
+        """It goes on from a save, and with it the recording; frames behind it are kept as `earlier.mp4`."""
+        self.made = self.shown = frame
+        await asyncio.to_thread(self._cut_recording, frame)
+
+    def _cut_recording(self, frame: int) -> None:
+        if self.recording.end > frame:
+            with (self.folder / "earlier.mp4").open("wb") as file:
+                file.writelines(self.recording.read())
+        self.recording.cut(frame)
+
+    async def end(self, reason: str, *, reopens: bool = False) -> None:
         """Ends it for all viewers; what was made is in the recording."""
         if self.state != "ended":
             await self.settled()
             self.state = "ended"
             self.tell("bye", reason=reason, reopens=reopens)
         for viewer in list(self.viewers):
-            viewer.close(code, reason)
+            viewer.close(self.code, reason)
         self._worker.cancel()

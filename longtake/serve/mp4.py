@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from longtake.data.h264 import BT601, BT709
 from longtake.serve.h264 import Headers, Size, length_prefixed
 
 TICKS = 512  # of the media's clock for a frame
@@ -39,7 +40,7 @@ def head(headers: Headers, size: Size, fps: int) -> bytes:
         # What High profile says once more: 4:2:0, eight bits, no extensions of the SPS
         b"\xfd\xf8\xf8\0" if sps[1] in (100, 110, 122, 144) else b"",
     )
-    colour = _box(b"colr", struct.pack(">4sHHHB", b"nclx", 1, 1, 1, 0))
+    colour = _box(b"colr", struct.pack(">4sHHHB", b"nclx", BT709, BT709, BT601, 0))
     entry = _box(
         b"avc1",
         struct.pack(">6xH16xHHIII H32sHh", 1, size.width, size.height, 0x480000, 0x480000, 0, 1, b"", 24, -1),
@@ -97,3 +98,16 @@ _TIME_AT = 8 + 16 + 8 + 20 + 12  # moof, mfhd, traf, tfhd, and the head of tfdt
 def moved(data: bytes, first: int) -> bytes:
     """A fragment of `fragment`, as the pictures from number `first` on."""
     return data[:_TIME_AT] + struct.pack(">Q", first * TICKS) + data[_TIME_AT + 8 :]
+
+
+def span(data: bytes, offset: int) -> tuple[int, int, int] | None:
+    """Number of the first picture, their count, and the bytes of the fragment at an offset; None: no whole one."""
+    if data[offset + 4 : offset + 8] != b"moof" or len(data) < offset + _TIME_AT + 28:
+        return None
+    (movie,) = struct.unpack_from(">I", data, offset)
+    if data[offset + movie + 4 : offset + movie + 8] != b"mdat":
+        return None
+    (media,) = struct.unpack_from(">I", data, offset + movie)
+    (time,) = struct.unpack_from(">Q", data, offset + _TIME_AT)
+    (count,) = struct.unpack_from(">I", data, offset + _TIME_AT + 8 + 12)
+    return None if len(data) < offset + movie + media else (time // TICKS, count, movie + media)

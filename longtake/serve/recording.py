@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longtake.serve.mp4 import fragment, moved
+from longtake.serve.mp4 import fragment, moved, span
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,21 @@ class _Part:
 class Recording:
     """The frames of one session from the first that is kept; used by one thread at a time, read by any.
 
-    Args: `folder`, its own; `head`, the init segment; `most_bytes`, the size of all its files together.
+    Args: `folder`, its own; `head`, the init segment; `most_bytes`, the size of all its files together, 0: none is
+    written. What another
+    one has left in the folder is gone on with, as far as it is whole.
     """
 
     def __init__(self, folder: Path, head: bytes, most_bytes: int) -> None:
         self._folder, self._head, self._most = folder, head, most_bytes
-        self._parts: list[_Part] = []
-        self._made = 0
-        self._begin()
+        numbers = sorted(int(path.stem.split("-")[1]) for path in folder.glob("recording-*.mp4"))
+        self._parts = [_read_part(self._path(number), head) for number in numbers]
+        self._made = numbers[-1] + 1 if numbers else 0
+        if not self._parts:
+            self._begin()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"recording-{number}.mp4"
 
     @property
     def first(self) -> int:
@@ -51,7 +58,7 @@ class Recording:
         return next((one.first + one.count for part in self._parts[::-1] for one in part.fragments[-1:]), 0)
 
     def _begin(self) -> None:
-        path = self._folder / f"recording-{self._made}.mp4"
+        path = self._path(self._made)
         self._made += 1
         path.write_bytes(self._head)
         self._parts.append(_Part(path, len(self._head)))
@@ -59,6 +66,8 @@ class Recording:
     def append(self, units: Sequence[bytes], first: int) -> bytes:
         """Writes access units, the pictures from number `first` on. Returns: the fragment."""
         data, part = fragment(units, first), self._parts[-1]
+        if self._most == 0:
+            return data
         with part.path.open("r+b") as file:
             file.seek(part.size)
             file.write(data)
@@ -83,14 +92,9 @@ class Recording:
 
     def copy(self, folder: Path) -> Recording:
         """The same frames in files of another folder, for a branch."""
-        other = Recording.__new__(Recording)
-        other._folder, other._head, other._most, other._made = folder, self._head, self._most, self._made
-        other._parts = []
         for part in self._parts:
-            path = folder / part.path.name
-            path.write_bytes(part.path.read_bytes()[: part.size])
-            other._parts.append(_Part(path, part.size, list(part.fragments)))
-        return other
+            (folder / part.path.name).write_bytes(part.path.read_bytes()[: part.size])
+        return Recording(folder, self._head, self._most)
 
     def read(self) -> Iterator[bytes]:
         """The mp4 of all frames that are kept, beginning at time 0."""
@@ -103,3 +107,12 @@ class Recording:
             if len(data) < one.size:  # it was rewound meanwhile
                 return
             yield moved(data, one.first - found[0][1].first)
+
+
+def _read_part(path: Path, head: bytes) -> _Part:
+    """A file of fragments, of which the last may not be whole."""
+    data, part = path.read_bytes(), _Part(path, len(head))
+    while (found := span(data, part.size)) is not None:
+        part.fragments.append(_Fragment(*found[:2], part.size, found[2]))
+        part.size += found[2]
+    return part

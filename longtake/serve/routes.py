@@ -87,11 +87,11 @@ def _checked(prompt: str, hub: Hub) -> str:
 async def _picture(file: UploadFile | None, hub: Hub) -> NDArray[np.uint8] | None:
     if file is None:
         return None
-    rules, limits = hub.generator.settings, hub.settings.limits
+    limits = hub.settings.limits
     data = await file.read(limits.upload_bytes + 1)
     if len(data) > limits.upload_bytes:
         raise ApiError(413, "too_large", f"the picture is larger than {limits.upload_bytes} bytes", "scale it down")
-    return await run_in_threadpool(read_picture, data, rules.height, rules.width, limits.pixels)
+    return await run_in_threadpool(read_picture, data, hub.model.height, hub.model.width, limits.pixels)
 
 
 async def _packed(picture: NDArray[np.uint8] | None) -> bytes | None:
@@ -119,6 +119,17 @@ async def create(
     unwanted = None if not negative else _checked(negative, hub)
     picture = await _picture(image, hub)
     return await hub.create(Beginning(text, await _packed(picture), seed, guidance, unwanted), picture)
+
+
+@router.post("/sessions/open", status_code=201)
+async def open_saved(
+    hub: HubHere,
+    id: Annotated[str, Form(max_length=64)],
+    secret: Annotated[str, Form(max_length=1000)],
+    save: Annotated[int | None, Form(ge=0, le=2**31)] = None,
+) -> dict[str, Any]:
+    """A session as it was saved, under its old name; one that plays makes way."""
+    return await hub.open(id, secret, save)
 
 
 @router.get("/sessions/{name}")
@@ -187,6 +198,12 @@ async def rewind(live: Session, body: RewindBody) -> dict[str, Any]:
 async def fork(hub: HubHere, live: Session) -> dict[str, Any]:
     """A branch that goes on from here."""
     return await hub.fork(live)
+
+
+@router.post("/sessions/{name}/save")
+async def save(live: Session) -> dict[str, int]:
+    """Writes the session down, for `open`."""
+    return await live.save()
 
 
 @router.get("/sessions/{name}/recording", response_class=StreamingResponse)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from socket import socket
 from typing import Any
 
 import uvicorn
@@ -11,6 +14,7 @@ import uvicorn
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.serve.app import make_app
+from longtake.serve.security import Guard
 from longtake.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -36,13 +40,34 @@ def config_of(app: Any, settings: ServeSettings) -> uvicorn.Config:
     )
 
 
-def serve(source: Source, device: str | None, settings: ServeSettings, say: Callable[[str], object]) -> None:
-    """Serves the student of `source` until a signal ends it; `say` is told the address.
+def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings, say: Callable[[str], object]) -> None:
+    """Serves the student of `source` on these devices until a signal ends it; `say` is told the address.
 
     Raises: LongtakeError for what cannot be served, before anything listens.
     """
-    app = make_app(lambda: Generator.build(source, device), settings)
+    app = make_app([partial(Generator.build, source, device) for device in devices], settings)
     if not settings.is_local:
         say("what is sent can be read on the way: put a proxy with TLS in front")
-    say(f"http://{settings.host}:{settings.port}")
-    uvicorn.Server(config_of(app, settings)).run()
+    with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
+        LiveServer(app, settings, say).run()
+    say("ended; sessions are saved and can be opened again")
+
+
+class LiveServer(uvicorn.Server):
+    """Says its address when it is ready, and ends in order: sessions are saved and viewers told before connections are
+    cut.
+    """
+
+    def __init__(self, app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
+        super().__init__(config_of(app, settings))
+        self._app, self._say = app, say
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._say(f"http://{self.config.host}:{port}")
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        await self._app.drain()
+        await super().shutdown(sockets)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 from collections import deque
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,10 +41,13 @@ def same(given: str | None, wanted: str) -> bool:
 
 
 class Guard:
-    """The layer. Refuses foreign hosts and origins, requests without the token, and bodies that are too large."""
+    """The layer. Refuses foreign hosts and origins, requests without the token, and bodies that are too large.
 
-    def __init__(self, app: Any, settings: ServeSettings) -> None:
-        self._app, self._settings = app, settings
+    `drain` puts all sessions of the application away.
+    """
+
+    def __init__(self, app: Any, settings: ServeSettings, drain: Callable[[], Awaitable[None]]) -> None:
+        self._app, self._settings, self.drain = app, settings, drain
         self._hosts = {*LOCAL_HOSTS, settings.host, *settings.hosts}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

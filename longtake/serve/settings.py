@@ -29,14 +29,16 @@ class Limits:
     total_seconds: float = 4 * 3600.0
     hello_seconds: float = 5.0
     slow_seconds: float = 15.0  # a viewer that takes nothing for so long is dropped
-    saves: int = 4
+    saves: int = 4  # of a session
+    kept_sessions: int = 64  # that have ended
     recording_bytes: int = 2 << 30
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server runs. `hosts`, names by which it may be called beside its own address; `max_sessions`, None: as many
-    as were measured to keep real time; `folder`, where recordings and saves lie.
+    """How a server runs. `folder`, where recordings and saves lie; `hosts`, names by which it may be called beside its
+    own address; `max_sessions`, None: as many as were measured to keep real time; `history_blocks` that can be taken
+    back, also by changes that drop what was not shown.
 
     Raises: ConfigError for an address beyond this machine without a token, and for values that are none.
     """
@@ -48,6 +50,7 @@ class ServeSettings:
     hosts: tuple[str, ...] = ()
     max_sessions: int | None = None
     blocks_ahead: int = 2
+    history_blocks: int = 8
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
@@ -60,8 +63,9 @@ class ServeSettings:
             raise ConfigError("the token is shorter than 16 characters; make a longer one: openssl rand -hex 32")
         if self.max_sessions is not None and self.max_sessions < 1:
             raise ConfigError(f"max_sessions={self.max_sessions} must be at least 1")
-        if not 1 <= self.blocks_ahead <= 16:
-            raise ConfigError(f"blocks_ahead={self.blocks_ahead} must be between 1 and 16")
+        for name in ("blocks_ahead", "history_blocks"):
+            if not 1 <= getattr(self, name) <= 64:
+                raise ConfigError(f"{name}={getattr(self, name)} must be between 1 and 64")
 
     @property
     def is_local(self) -> bool:

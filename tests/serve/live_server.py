@@ -8,21 +8,21 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from PIL import Image
 from tiny_sessions import PICTURE, A
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from longtake.inference.generator import Generator
 from longtake.serve.app import make_app
-from longtake.serve.run import config_of
+from longtake.serve.run import LiveServer
 from longtake.serve.settings import ServeSettings
 
 
@@ -33,17 +33,19 @@ def png_of(picture: np.ndarray) -> bytes:
 
 
 @contextmanager
-def serving(generator: Generator, folder: Path, **settings: Any) -> Iterator[str]:
-    """The address of a server that stops by itself."""
+def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of a server that stops by itself; of a generator, or of what makes one for each device."""
+    builds = generator if isinstance(generator, list) else [lambda: generator]
     chosen = ServeSettings(folder, port=0, **settings)
-    server = uvicorn.Server(config_of(make_app(lambda: generator, chosen), chosen))
+    addresses: list[str] = []
+    server = LiveServer(make_app(builds, chosen), chosen, addresses.append)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until = time.monotonic() + 30
-        while not server.started and time.monotonic() < until:
+        until = time.monotonic() + 60
+        while not addresses and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.02)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield addresses[0]
     finally:
         server.should_exit = True
         thread.join(timeout=30)
@@ -139,6 +141,19 @@ class LiveClient:
                     continue
                 if due and end >= due[0][0]:
                     due.pop(0)[1]()
+                socket.send(json.dumps({"type": "shown", "frame": end}))
                 if end >= until:
                     return seen
-                socket.send(json.dumps({"type": "shown", "frame": end}))
+
+    def until_the_end(self) -> Seen:
+        """Takes all that comes until the server closes the connection."""
+        seen = Seen()
+        with self.connect() as socket, suppress(ConnectionClosed):
+            said = {"secret": self.secret, "format": "h264"}
+            socket.send(json.dumps(said if self.token is None else {"token": self.token, **said}))
+            while True:
+                end = seen.take(socket.recv(timeout=30), "h264")
+                if end is not None:
+                    with suppress(ConnectionClosed):  # what was sent before is still to be read
+                        socket.send(json.dumps({"type": "shown", "frame": end}))
+        return seen
