@@ -26,6 +26,7 @@ runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
 FLAGS = {
+    "quiet",
     "debug",
     "check",
     "help",
