@@ -1,5 +1,10 @@
 """The exceptions a user can meet. Every message says what was got, the rule, and the fix."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class LongtakeError(Exception):
     """Base class of every error that Longtake raises on purpose."""
@@ -11,6 +16,16 @@ class LongtakeError(Exception):
 def printable(text: str) -> str:
     """The text as it can be written anywhere: what no UTF-8 is, as in some names of files, becomes `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    """What an error says of a name that there is not: "; did you mean toy/i2v?", or nothing where none is like it.
+
+    Capitals, and whether `-` or `_` joins words, do not count.
+    """
+    plain = {name.casefold().replace("_", "-"): name for name in known}
+    near = difflib.get_close_matches(wrong.casefold().replace("_", "-"), plain, n=2)
+    return f"; did you mean {' or '.join(plain[one] for one in near)}?" if near else ""
 
 
 class ConfigError(LongtakeError, ValueError):

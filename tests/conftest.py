@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 from PIL import Image
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
@@ -59,6 +60,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_stage import make_workshop
 
     return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of local folders (`fake_hub.py`); the folder of the test is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return FakeHub(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture(autouse=True)

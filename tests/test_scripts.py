@@ -126,45 +126,125 @@ def test_setup_says_which_python_is_too_old(tmp_path):
     assert refused.returncode == 1 and "older than 3.11; remove that folder" in refused.stderr
 
 
-def test_setup_installs_once_and_again_when_the_pins_change(tmp_path):
-    """A stand-in for .venv/bin/python writes down each installation."""
+@pytest.fixture
+def set_up(tmp_path):
+    """Runs setup.sh beside a stand-in for .venv/bin/python (and uv), which writes down each installation."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     shutil.copy(SCRIPTS / "setup.sh", tmp_path / "scripts")
     for name in ("constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     log = tmp_path / "pip.log"
+    log.touch()
     python = tmp_path / ".venv/bin/python"
-    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && echo "$@" >> "{log}"\nexit 0\n')
-    python.chmod(0o755)
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = pip ] && echo "$@" >> "{log}" && echo "Collecting x\n  Downloading x-1.whl (5.1 MB)"\nexit 0\n'
+    )
+    uv = tmp_path / "bin/uv"
+    uv.parent.mkdir()
+    uv.write_text(f'#!/bin/sh\necho "uv $@" >> "{log}"\n')
+    for program in (python, uv):
+        program.chmod(0o755)
 
-    def installed(*extra: str) -> list[str]:
-        assert bash(tmp_path / "scripts/setup.sh", *extra).returncode == 0
-        return log.read_text().splitlines()
+    def run(*arguments: str, code: int = 0, **environment: str) -> tuple[str, list[str]]:
+        """What it said, and what was installed so far."""
+        path = {"PATH": f"{uv.parent}:{os.environ['PATH']}"}
+        words = ["bash", str(tmp_path / "scripts/setup.sh"), *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | path | environment, timeout=60)
+        assert done.returncode == code, done.stderr
+        return done.stderr, log.read_text().splitlines()
 
-    first = installed()
-    assert len(first) == 1 and f"-c {tmp_path}/constraints.txt torch==" in first[0] and "[dev]" not in first[0]
-    assert len(installed()) == 1
-    assert installed("dev")[1].endswith("[dev]")
-    assert len(installed()) == len(installed("dev")) == 2  # what holds the tests' packages holds the others
-    (tmp_path / "constraints.txt").write_text((tmp_path / "constraints.txt").read_text() + "wheel==0.1\n")
-    assert len(installed()) == 3
-    python.write_text(python.read_text().replace("exit 0", '[ "$2" != pip ]'))
-    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n")
-    failed = bash(tmp_path / "scripts/setup.sh")
-    assert failed.returncode == 1 and "pip could not install" in failed.stderr
-    assert not list((tmp_path / ".venv").glob(".longtake-setup*"))  # an incomplete set-up is done again
+    run.folder, run.python = tmp_path, python
+    return run
+
+
+def test_setup_installs_once_and_again_when_the_pins_change(set_up):
+    folder = set_up.folder
+    said, first = set_up()
+    assert len(first) == 1 and f"-c {folder}/constraints.txt torch==" in first[0] and first[0].endswith("[serve]")
+    assert "  Downloading x-1.whl (5.1 MB)" in said and "Collecting" not in said  # a line a package, with its size
+    assert "GB of disk are free" in said and "Done: .venv takes" in said
+    assert set_up() == ("", first)
+    assert set_up("dev")[1][1].endswith("[serve,dev]")
+    assert len(set_up()[1]) == len(set_up("dev")[1]) == 2  # what holds the tests' packages holds the others
+    (folder / "constraints.txt").write_text((folder / "constraints.txt").read_text() + "wheel==0.1\n")
+    assert len(set_up()[1]) == 3
+    python = set_up.python
+    python.write_text(python.read_text().replace("exit 0", '[ "$2" != pip ] || ! echo "No matching distribution"'))
+    (folder / "constraints.txt").write_text("torch==2.13.0\n")
+    said, _ = set_up(code=1)
+    assert "could not be installed" in said and "No matching distribution" in said
+    assert not list((folder / ".venv").glob(".longtake-setup-*"))  # an incomplete one is done again
+
+
+def test_setup_takes_torch_from_the_index_that_is_asked_for_and_remembers_it(set_up):
+    said, first = set_up("--cpu")
+    uninstalled, installed = first
+    assert (
+        uninstalled.endswith("uninstall -y torch")
+        and "--extra-index-url https://download.pytorch.org/whl/cpu" in installed
+    )
+    assert len(set_up()[1]) == len(set_up("--cpu")[1]) == 2  # scripts that call it keep the choice
+    changed = set_up("--torch-index", "https://download.pytorch.org/whl/cu128")[1]
+    assert len(changed) == 4 and "--extra-index-url https://download.pytorch.org/whl/cu128 -c" in changed[3]
+    assert "--extra-index-url https://download.pytorch.org/whl/cu128 -c" in set_up("dev")[1][4]
+
+
+def test_setup_with_uv(set_up):
+    said, calls = set_up("--uv", "--cpu")
+    assert [call.split()[:3] for call in calls] == [["uv", "pip", "uninstall"], ["uv", "pip", "install"]]
+    assert "--index-strategy unsafe-best-match" in calls[1]
+    (set_up.folder / "bin/uv").unlink()
+    assert "uv is not installed" in set_up("--uv", code=1)[0]
+    shutil.rmtree(set_up.folder / ".venv")
+    uv = set_up.folder / "bin/uv"
+    made = set_up.folder / ".venv/bin"
+    uv.write_text(
+        f'#!/bin/sh\necho "$@" >> "{set_up.folder}/uv.log"\nmkdir -p {made}\nln -sf {sys.executable} {made}/python\n'
+    )
+    uv.chmod(0o755)
+    set_up("--uv")
+    assert (set_up.folder / "uv.log").read_text().startswith("venv --seed --python >=3.11 ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast"], "unknown argument 'fast'; there are dev, --cpu, --torch-index URL and --uv"),
+        (["--torch-index"], "--torch-index needs the URL of an index"),
+        (["--torch-index", "cu128"], "must begin with https://"),
+    ],
+)
+def test_setup_refuses_wrong_arguments(set_up, arguments, message):
+    said, calls = set_up(*arguments, code=1)
+    assert message in said and calls == []
+
+
+def test_setup_fails_on_a_bad_python(set_up):
+    """Also where .venv is there already: what was asked for would else be passed over silently."""
+    old = set_up.folder / "old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.2 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    said, calls = set_up(code=1, PYTHON=str(set_up.folder / "none"))
+    assert "is no program" in said and calls == []
+    said, calls = set_up(code=1, PYTHON=str(old))
+    assert "is Python 3.10.2; Python 3.11 or newer is needed" in said and calls == []
+    shutil.rmtree(set_up.folder / ".venv")
+    assert "is Python 3.10.2" in set_up(code=1, PYTHON=str(old))[0] and not (set_up.folder / ".venv").exists()
 
 
 def test_every_dependency_is_pinned():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *(name for kind in ("dev", "serve") for name in project["optional-dependencies"][kind]),
+    ]
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), pins
     pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
-    assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned
+    assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} - {"longtake"} <= pinned
     assert len(pinned) == len(pins) and "torchvision" not in pinned
 
 

@@ -11,35 +11,58 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from longtake import __version__
 from longtake.cli.bench import bench
 from longtake.cli.generate import generate, play
+from longtake.cli.help import Command
 from longtake.cli.measure import evaluate, measure
+from longtake.cli.recipes import recipes
+from longtake.cli.serve import serve
 from longtake.cli.toy import world
 from longtake.cli.train import doctor, encode, show_config, train
 from longtake.cli.verify import verify
-from longtake.cli.weights import convert, export, students
+from longtake.cli.weights import convert, download, export, students
 
+# The panels of `longtake --help` with their commands
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make videos": (generate, play, serve),
+    "Train": (train, encode, show_config),
+    "Judge": (evaluate, measure, verify, bench),
+    "Weights": (download, convert, export, students),
+    "This machine, toy data": (doctor, world),
+}
 app = typer.Typer(
     name="longtake",
     help="Trains and runs streaming image-to-video generators distilled from Wan video diffusion models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (train, encode, doctor, bench, generate, play, evaluate, measure, verify, world, convert, export, students)
-for _command in _COMMANDS:
-    app.command()(_command)
-app.command("config")(show_config)
+for _panel, _commands in _COMMANDS.items():
+    for _command in _commands:
+        _name = "config" if _command is show_config else None
+        app.command(_name, cls=Command, rich_help_panel=_panel)(_command)
+app.add_typer(recipes, rich_help_panel="Train")
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longtake {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def common(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Options of every command."""
     context.obj = debug
@@ -61,4 +84,4 @@ def main() -> None:
     for number in () if "WORLD_SIZE" in os.environ else (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    app()
+    app(prog_name="longtake")

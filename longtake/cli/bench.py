@@ -30,7 +30,8 @@ def bench(
     ] = None,
     run: Run = None,
     encoders: Annotated[
-        Path | None, typer.Option(help="Folder of the encoders, where it is not in or beside the model's.")
+        str | None,
+        typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
     ] = None,
     random: Annotated[
         str | None, typer.Option(metavar="PRESET", help="Random weights of a preset, made on the device; no files.")
@@ -66,7 +67,9 @@ def bench(
         counted = {"warm_up": warm_up, **given(context, "blocks")}
         if random is not None:
             return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)
-        source = source_of(run, "toy" if model is None and run is None else model, encoders, None, changes)
+        source = source_of(
+            run, "toy" if model is None and run is None else model, encoders, None, changes, must_stream=False
+        )
         _tell(bench_source(source, device, **counted), json_file)
 
 

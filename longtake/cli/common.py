@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from longtake.errors import ConfigError, LongtakeError
 from longtake.outputs import refusal
+from longtake.progress import shown
 
 if TYPE_CHECKING:
     from longtake.inference.source import Source
@@ -23,6 +23,7 @@ Decoder = Annotated[
     str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
 WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]
 Rules = Annotated[
     list[str] | None,
@@ -34,7 +35,11 @@ EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
     "encode": "started again, it goes on where it was",
-    "generate": "all finished videos are kept; started again, it makes the others",
+    "generate": "all finished videos are kept, and nothing was written of another; started again, it makes the others",
+    "play": "nothing was written yet",
+    "export": "nothing was written; what was there before is as it was",
+    "convert": "nothing was written; what was there before is as it was",
+    "evaluate": "what is written is kept; started again, it makes its videos anew",
 }
 
 
@@ -43,14 +48,16 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
     """Turns our own errors, those of the user's disk and memory and Ctrl-C into one message on stderr and an exit code;
     all others are bugs and keep their traceback.
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("longtake").setLevel(logging.INFO)  # of other libraries warnings alone
     try:
-        yield
+        with shown(quiet=context.params.get("quiet", False)):
+            yield
     except (Exception, KeyboardInterrupt) as error:
         if context.obj or (told := _told(error)) is None:
             raise
         notes = getattr(error, "__notes__", [])
+        can_be_whole = context.info_name in ("generate", "play") and context.params.get("script") is None
+        if can_be_whole and (options := getattr(error, "options", None)):
+            notes = [*notes, f"the whole command: {command_with(context, options)}"]
         if isinstance(error, KeyboardInterrupt) and not notes:
             notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []
         typer.echo("; ".join([told, *notes]), err=True)
@@ -73,6 +80,24 @@ def _told(error: BaseException) -> str | None:
     return None
 
 
+def command_with(context: typer.Context, options: Mapping[str, Any]) -> str:
+    """The command `longtake generate` with what was given to this one, and with these options where it lacks them; that
+    of `sampler` wins.
+    """
+    words, left = ["longtake", "generate"], dict(options)
+    for parameter in context.command.params:
+        name, value = max(parameter.opts, key=len).lstrip("-"), context.params[str(parameter.name)]
+        if value in (None, False, ()) or name in ("sampler", "warm-up"):
+            continue
+        if parameter.param_type_name == "argument":
+            words += value
+            left = {key: one for key, one in left.items() if not any(word.startswith(f"{key}=") for word in value)}
+        else:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            left.pop("frames" if name == "seconds" else name, None)
+    return shlex.join([*words, *(word for name, value in left.items() for word in (f"--{name}", str(value)))])
+
+
 def given(context: typer.Context, *names: str) -> dict[str, Any]:
     """Those of the named options that were given on the command line."""
     values = {name: context.params[name] for name in names}
@@ -82,11 +107,13 @@ def given(context: typer.Context, *names: str) -> dict[str, Any]:
 def source_of(
     run: Path | None,
     model: str | None,
-    encoders: Path | None = None,
+    encoders: str | None = None,
     config: Path | None = None,
     changes: dict[str, Any] | None = None,
+    *,
+    must_stream: bool = True,
 ) -> Source:
-    """Where a command's weights are and by which rules they stream.
+    """Where a command's weights are and by which rules they stream; `must_stream` as in `Source.of_model`.
 
     Raises: ConfigError for options that do not go together; else as `Source.of_run`, `Source.of_model`.
     """
@@ -100,4 +127,5 @@ def source_of(
     if run is not None:
         return Source.of_run(run, changes)
     assert model is not None
-    return Source.of_model(model, encoders, None if config is None else read_stage(config), changes)
+    stage = None if config is None else read_stage(config)
+    return Source.of_model(model, encoders, stage, changes, must_stream=must_stream)

@@ -120,7 +120,7 @@ def _on_data(
     run: Path | None,
     models: list[str],
     teacher: str | None,
-    encoders: Path | None,
+    encoders: str | None,
     overrides: list[str],
     asked: dict[str, Any],
     folder: Path,

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from longtake.doctor.run import Report
     from longtake.doctor.streaming import StreamReport
 
-Recipe = Annotated[Path, typer.Argument(help="YAML file of a job or of one stage, e.g. configs/toy/i2v.yaml.")]
+
+def _recipes(incomplete: str) -> list[str]:
+    """The names that a shell completes."""
+    from longtake.config.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        help="YAML file of a job or of one stage, or a name that `longtake recipes` lists, e.g. toy/i2v.",
+        autocompletion=_recipes,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -58,7 +72,9 @@ def train(
 
 def encode(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML file of one stage, e.g. configs/toy/distill.yaml.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
     ],
@@ -86,18 +102,25 @@ def encode(
 
 def doctor(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a job or of one stage.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file or recipe of a job or of one stage.", autocompletion=_recipes)
+    ] = None,
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
+        str | None,
+        typer.Option(help="Plan for other machines with H200, H100, A100, 5090, 4090, 3090, or memory such as 24GB."),
     ] = None,
     stream: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="In place of CONFIG: a preset or folder that streams; KEY=VALUE its rules."),
     ] = None,
+    seconds_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of `longtake bench CONFIG --json FILE`: tells the hours.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one GPU, in any currency.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
 ) -> None:
     """Say what is missing, whether a configuration fits, and what this machine has."""
@@ -106,10 +129,13 @@ def doctor(
 
         report: Report | StreamReport
         if stream is not None:
+            if gpus is not None or seconds_from is not None or price is not None:
+                raise ConfigError("--gpus, --seconds-from and --price are of a training; leave them out with --stream")
             rules = [*([] if config is None else [str(config)]), *(overrides or [])]
             report = diagnose_stream(stream, rules, device=device)
         else:
-            report = diagnose(config, overrides or [], gpus=gpus, device=device)
+            chosen = given(context, "gpus", "device", "seconds_from", "price")
+            report = diagnose(config, overrides or [], **chosen)
         typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
         if not report.ok:
             raise typer.Exit(EXIT_ERROR)

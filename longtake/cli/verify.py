@@ -28,7 +28,7 @@ def verify(
     overrides: Rules = None,
     image: Image = None,
     prompt: Prompt = None,
-    encoders: Annotated[Path | None, typer.Option(help="Folder of the encoders.")] = None,
+    encoders: Annotated[str | None, typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher; 1 = none.")] = None,
     device: Device = None,
     json_file: Json = None,

@@ -1,7 +1,8 @@
-"""The commands about weights: `longtake convert`, `longtake export` and `longtake students`."""
+"""The commands about weights: `longtake download`, `convert`, `export` and `students`."""
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +22,29 @@ class Layout(StrEnum):
     longtake = "longtake"
 
 
+def download(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub, or a name of `longtake students`.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the files; by default the hub's cache.")
+    ] = None,
+) -> None:
+    """Fetch all that a model needs: transformer, VAE, text and image encoder, tokenizer."""
+    with clean_errors(context):
+        from longtake.weights.download import download as fetch
+
+        model, lacking = fetch(name, output)
+        if lacking:
+            typer.echo(f"The repository has no {' and no '.join(lacking)}: name them with --encoders")
+        typer.echo(f"Ready: longtake generate --model {shlex.quote(str(model))} ...")
+
+
 def convert(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Folder or file of weights, or OWNER/NAME on the Hugging Face hub.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder or file of weights, OWNER/NAME on the Hugging Face hub, or a published student."),
+    ],
     target: Target,
     to: Annotated[Layout, typer.Option(help="Names and config.json of Wan's code, of diffusers, or of Longtake.")],
     network: Annotated[

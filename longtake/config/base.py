@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, nearest
 
 
 def _in_full(path: str) -> str:
@@ -69,6 +69,10 @@ class Settings(BaseModel):
         Raises: ConfigError naming every wrong key with its dotted path, the value got and the rule.
         """
         return cls(**tree)
+
+    def but(self, **changes: Any) -> Self:
+        """The same with other values. Raises: ConfigError, as where it is made."""
+        return type(self)(**{**dict(self), **changes})
 
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
@@ -133,7 +137,7 @@ def parse_yaml(text: str, where: str, loader: type = _StrictLoader) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises: ConfigError when it is missing, unreadable or no mapping of names."""
     if not path.is_file():
-        raise ConfigError(f"config {path} is not a file; give the path of a YAML file, e.g. configs/toy/i2v.yaml")
+        raise ConfigError(f"config {path} is not a file; give the path of a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -340,6 +344,8 @@ def _line(detail: ErrorDetails, model: type[Settings], values: Any) -> str:
     rule = detail["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
     if detail["type"] == "string_type":
         rule += f"; text that YAML takes for something else goes in quotes, e.g. {path.rpartition('.')[2]}: '2024'"
+    if detail["type"] == "literal_error":
+        rule += nearest(str(detail["input"]), re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
     return f"{path}: got {detail['input']!r}; {rule}"
 
 

@@ -19,6 +19,7 @@ from longtake.config.base import (
     split_override,
 )
 from longtake.config.groups import EvaluationConfig, WorldConfig
+from longtake.config.recipes import find_recipe
 from longtake.config.stage import TOY, StageConfig, is_path, resolve_source
 from longtake.errors import ConfigError
 
@@ -88,12 +89,13 @@ class JobConfig(Settings):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig | JobConfig:
-    """The configuration in a YAML file (a job when it has `stages:`), with `a.b=c` overrides on top.
+    """The configuration in a YAML file (a job when it has `stages:`), or in the recipe of a name such as toy/i2v, with
+    `a.b=c` overrides on top.
 
     In a job `causal.optim.lr=1e-4` means the stage named causal; a stage file's `logdir` gives way to the job's.
     Raises: ConfigError naming every wrong key, its value and the rule.
     """
-    path = Path(path)
+    path = find_recipe(path)
     tree, sources = read_recipe(path)
     model: type[StageConfig | JobConfig] = StageConfig
     if "stages" in tree:

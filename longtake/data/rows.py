@@ -80,6 +80,9 @@ class Format(Dataset, ABC):
     def __init__(self, path: Path, spec: PictureSpec = AS_STORED) -> None:
         self.path, self.spec = path, spec
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
+
     @classmethod
     @abstractmethod
     def lies_at(cls, path: Path) -> bool:

@@ -44,6 +44,11 @@ class Sample:
         object.__setattr__(self, "name", printable(self.name))
         object.__setattr__(self, "where", printable(self.where))
 
+    def __repr__(self) -> str:
+        parts = {"image": self.image, "video": self.video, **self.extras}
+        sizes = "".join(f", {name} {list(part.shape)}" for name, part in parts.items() if part is not None)
+        return f"Sample({self.name!r}, {self.prompt!r}{sizes})"
+
 
 class Dataset(Protocol):
     """A map-style data set; reading is safe from several threads and after a fork."""

@@ -26,8 +26,9 @@ from longtake.errors import CheckpointError
 from longtake.models.dit import parameter_type
 from longtake.models.sizes import DiTConfig
 from longtake.weights.config_json import FILE, config_to_diffusers, read_json, write_config
+from longtake.weights.hub import local_path
 from longtake.weights.load import open_dit
-from longtake.weights.locate import local_path, locate, tokenizer_places
+from longtake.weights.locate import locate, tokenizer_places
 
 TEXT_LEN = 512  # what diffusers takes for granted: behind so many rows of text the picture's tokens begin
 _MOVED_PX = 2  # a frame of the clip from the one before

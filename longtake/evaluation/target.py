@@ -104,7 +104,7 @@ def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:
 def of_models(
     models: Sequence[str | Path],
     teacher: str | Path | None = None,
-    encoders: Path | None = None,
+    encoders: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> EvalTarget:
     """Folders of weights with their `generation.yaml`, as `longtake export` writes them; rows are named like them.

@@ -122,7 +122,8 @@ def verify(
     """
     if not 1 <= guidance < math.inf:
         raise ConfigError(f"guidance={guidance:g} must be at least 1, which is none; diffusers knows no less")
-    source, world = Source.of_model(weights, encoders, changes=changes), sample_world(0, 0)
+    source = Source.of_model(weights, encoders, changes=changes, must_stream=False).fetched()
+    world = sample_world(0, 0)
     config, settings, place = open_dit(source.weights)[1].config, source.settings, usable_device(device)
     wide, narrow = torch.float32, torch.bfloat16
     dtype = narrow if settings.precision == "bf16" else wide
@@ -353,7 +354,7 @@ def _cached(
     model: VideoDiT, condition: Condition, clean: Tensor, noisy: tuple[Tensor, float], rope: str
 ) -> tuple[Tensor, Tensor]:
     """Velocities of blocks against a cache of the clean blocks before, and of all of them in one masked call."""
-    plan, device = replace(_PLAN, rope=rope), condition.text.device
+    plan, device = _PLAN.but(rope=rope), condition.text.device
     frames, size, (x, level) = clean.shape[1], (clean.shape[3], clean.shape[4]), noisy
     clean, x = clean.to(device), x.to(device)
     zero, sigma = (torch.full((1, frames), value, device=device) for value in (0.0, level))

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from longtake.config.generation import write_rules
+from longtake.config.stage import TOY, TOY_ASSETS
 from longtake.errors import ConfigError
+from longtake.inference.model_card import CARD, write_card
 from longtake.inference.source import Source
 from longtake.outputs import check_new_folder, new_folder
-from longtake.run_folder import best_checkpoint
+from longtake.run_folder import best_checkpoint, find_checkpoint
 from longtake.weights.convert import WEIGHT_FILES
 from longtake.weights.load import load_dit, save_dit
+from longtake.weights.locate import is_hub_name
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,8 +33,9 @@ def export(
 ) -> Path:
     """Writes the student of a run (a log, stage or checkpoint folder) to the folder `target`, whole or not at all.
 
-    Everything that `longtake generate --model` needs but the encoders: averaged weights, `config.json`,
-    `generation.yaml`. Args: `dtype` float16, bfloat16 or float32; `changes` of its rules, as in
+    Everything that `longtake generate --model` needs: averaged weights, `config.json`, `generation.yaml`, which also
+    names the place of the encoders, and `README.md`, the model card.
+    Args: `dtype` float16, bfloat16 or float32; `changes` of its rules, as in
     `Source.of_run`; `overwrite` lets it replace a folder of weights; `best`, the weights that `keep_best`
     kept, not those of the last checkpoint.
     Raises: ConfigError when `target` exists, OutputError when it cannot be written; CheckpointError when there is no
@@ -40,10 +44,20 @@ def export(
     target = Path(target)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
-    source = Source.of_run(best_checkpoint(Path(run)) if best else run, changes)
-    check_new_folder(target, own=WEIGHT_FILES, inputs=[run, source.weights], overwrite=overwrite)
+    checkpoint = best_checkpoint(Path(run)) if best else find_checkpoint(Path(run))
+    source = Source.of_run(checkpoint, changes)
+    check_new_folder(target, own=(*WEIGHT_FILES, CARD), inputs=[run, source.weights], overwrite=overwrite)
+    settings = source.settings.model_copy(update={"encoders": _place(source.encoders)})
     model = load_dit(source.weights)
     with new_folder(target, overwrite=overwrite) as folder:
         save_dit(model.config, model.state_dict(), folder, DTYPES[dtype])
-        write_rules(folder, source.settings)
+        write_rules(folder, settings)
+        write_card(folder, target.name, checkpoint, settings, with_picture=model.config.condition_channels > 0)
     return target
+
+
+def _place(encoders: Path) -> str:
+    """How a folder of encoders is named where its student will lie: a name on the hub and `toy` mean the same there."""
+    if encoders == TOY_ASSETS:
+        return TOY
+    return str(encoders) if is_hub_name(encoders) else str(encoders.absolute())

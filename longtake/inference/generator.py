@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,25 @@ from longtake.errors import ConfigError
 from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
+from longtake.inference.record import (
+    PLAIN,
+    Asked,
+    Writing,
+    check_output,
+    check_space_for,
+    describe,
+    device_name,
+    write_sidecar,
+)
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
 from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
-from longtake.inference.video_io import VIDEO_SUFFIXES, VideoWriter
+from longtake.inference.video import Video
+from longtake.inference.video_io import VideoWriter
 from longtake.models.execution import compilations
-from longtake.outputs import check_output_file
+from longtake.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +51,13 @@ if TYPE_CHECKING:
 
 class Generator(Pipeline):
     """A pipeline that makes videos. Make it with `from_run`, `from_model` or `build`."""
+
+    def __repr__(self) -> str:
+        sizes, rules = self.model.config, self.settings
+        return (
+            f"Generator({sizes.num_layers} layers of width {sizes.dim}, {rules.height}x{rules.width} at {rules.fps} "
+            f"frames/s, {rules.precision} on {self.device})"
+        )
 
     @classmethod
     def from_run(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
@@ -61,6 +79,42 @@ class Generator(Pipeline):
     ) -> Generator:
         """A student from weights of any origin; arguments and errors as those of `Source.of_model`."""
         return cls.build(Source.of_model(path, encoders, stage, changes), device)
+
+    def video(
+        self,
+        image: Picture | None = None,
+        prompt: str = "",
+        *,
+        seconds: float | None = None,
+        num_frames: int | None = None,
+        output: str | Path | None = None,
+        seed: int = 0,
+        negative: str | None = None,
+        overwrite: bool = False,
+    ) -> Video:
+        """A whole video, which a notebook shows; its frames are in this process's memory.
+
+        Args: as those of `stream`; `seconds` or `num_frames`, neither = the length of the training clips; `output`, a
+        file that is written meanwhile, in the place of another one with `overwrite`.
+        Raises: as `stream`, ConfigError and OutputError for `output`; all before any work.
+        """
+        length = self.length(num_frames, seconds)
+        if output is not None:
+            check_output(output, inputs=[image] if isinstance(image, str | Path) else [], overwrite=overwrite)
+            asked = Asked(prompt, seed, image, negative)
+        chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
+        kept: list[NDArray[np.uint8]] = []
+
+        def keeping() -> Iterator[NDArray[np.uint8]]:
+            for chunk in chunks:
+                kept.append(chunk)
+                yield chunk
+
+        if output is not None:
+            write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
+        else:
+            kept.extend(chunks)
+        return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
 
     def stream(
         self,
@@ -100,20 +154,22 @@ class Generator(Pipeline):
         *,
         seed: int = 0,
         negative: str | None = None,
+        guidance: float | None = None,
         history_blocks: int | None = None,
         max_frames: int | None = None,
     ) -> Session:
         """A video whose prompt and picture can change while it is made; no work is done before its first frame.
 
-        Args: as those of `stream`; `history_blocks` by which it can be rewound (default: that of the settings);
-        `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        Args: as those of `stream`; `guidance` and `history_blocks`, by which it can be rewound (default: those of the
+        settings); `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
         Raises: as `stream`, and ConfigError for a missing `max_frames`.
         """
         if self.settings.sampler == "whole":
             raise ConfigError(
                 "sampler=whole makes all frames at once, and a session block by block; use sampler=stream"
             )
-        check_request(self.settings, seed, negative)
+        strength = self.settings.guidance if guidance is None else guidance
+        check_request(strength, seed, negative)
         self.beginning.check(given=image is not None)
         plan = self.beginning.plan_of(given=image is not None)
         if max_frames is None and self.plan.window_frames is None:
@@ -123,11 +179,12 @@ class Generator(Pipeline):
             latent = latent_frames(max_frames, self.encoders.vae.temporal_stride)
             most = plan.block_of(latent - 1)[1]
         kept, layers = self.plan.window_frames or most or 0, self.model.config.num_layers
-        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames))
+        self.check_memory(kept, layers, max(plan.first_frames, plan.block_frames), strength)
         return Session(
             self,
             SessionInputs(check_prompt(prompt), None if image is None else self.prepare(image)),
             seed=seed,
+            guidance=strength,
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             max_latent_frames=most,
@@ -145,6 +202,12 @@ class Generator(Pipeline):
         values, tensors = read_session(Path(path), self)
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
+
+    def guided(self, guidance: float) -> Generator:
+        """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""
+        if guidance == self.settings.guidance:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"guidance": guidance}))
 
     def warm_up(self) -> int:
         """Makes what a video needs and does not depend on its picture: kernels are chosen, compiled and recorded for
@@ -166,7 +229,7 @@ class Generator(Pipeline):
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
             with self.caches.captured_at_once():
-                for _ in self.stream(picture, "a picture", num_frames=length):
+                for _ in self.stream(picture, "a", num_frames=length):
                     pass
         logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)
@@ -184,13 +247,13 @@ class Generator(Pipeline):
         """The frames of a whole clip at once, from bidirectional weights: checked now, made when they are asked for."""
         if num_frames is None:
             raise ConfigError("sampler=whole makes all frames at once; it needs num_frames")
-        check_request(self.settings, seed, negative)
+        check_request(self.settings.guidance, seed, negative)
         check_prompt(prompt)
         self.beginning.check(given=image is not None)
         if image is not None and self.beginning.picture == "still":
             raise ConfigError("sampler=whole has no blocks for a picture to stand still in; set picture=frame")
         count = latent_frames(num_frames, self.encoders.vae.temporal_stride)
-        self.check_memory(count, 1, count)
+        self.check_memory(count, 1, count, self.settings.guidance)
         picture, settings = None if image is None else self.prepare(image), self.settings
 
         @torch.no_grad()
@@ -247,26 +310,46 @@ def generate_file(
     seed: int = 0,
     negative: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     **build: Any,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source.
+    """Writes a video while it is generated, with the student in `run` or of a source.
 
     Args: `image` as in `Generator.stream`; `num_frames` pixel frames or `seconds`; neither = the length of the training
-    clips. `overwrite` lets `output` replace another file. `build`: `device`, `split` and `decode_device` as in
-    `Generator.build`.
+    clips. `overwrite` lets `output` replace another file; `writing`, how it is written. `build`: `device`, `split`
+    and `decode_device` as in `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
-    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[image], overwrite=overwrite)
+    check_output(output, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
-    check_request(source.settings, seed, negative)
+    check_request(source.settings.guidance, seed, negative)
     check_prompt(prompt)
-    frames_of(num_frames, seconds, source.settings.fps)
+    check_space_for(output, source.settings, frames_of(num_frames, seconds, source.settings.fps), writing)
     if image is not None:
         prepare_image(image, source.settings.height, source.settings.width)
+    asked = Asked(prompt, seed, image, negative)
     generator = Generator.build(source, begins=[image is not None], **build)
     length = generator.length(num_frames, seconds)
     chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
-    return write_chunks(generator, chunks, output, given=image is not None)
+    how: dict[str, Any] = {"given": image is not None, "asked": asked, "writing": writing, "num_frames": length}
+    return write_chunks(generator, chunks, output, **how)
+
+
+def _told(
+    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, num_frames: int, asked: Asked | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The same chunks; says what is made and how far it is."""
+    settings = generator.settings
+    seed = "" if asked is None else f", seed {asked.seed}"
+    size, length = f"{settings.height}x{settings.width}", num_frames / settings.fps
+    logger.info("%s: %d frames of %s, %.1f s%s, on %s", output, num_frames, size, length, seed, device_name(generator))
+    progress = Progress(Path(output).name, num_frames, "frames")
+    try:
+        for chunk in chunks:
+            progress.update(progress.done + len(chunk))
+            yield chunk
+    finally:
+        progress.finish()
 
 
 def write_chunks(
@@ -277,18 +360,26 @@ def write_chunks(
     given: bool = True,
     keep: bool = True,
     finish: bool = False,
+    asked: Asked | None = None,
+    writing: Writing = PLAIN,
+    num_frames: int | None = None,
 ) -> GenerationReport:
-    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
+    """Writes frames that arrive in pieces as one video, which appears when it is complete. Raises: LongtakeError.
 
     `given`: they begin with a picture; `keep` as in `VideoWriter`; with `finish` it is also completed when making it
-    fails. Of the processes that compute a generator's calls together, one writes.
+    fails; `asked`, what its record says was asked for (None: it has no record); `num_frames` that will come: given, it
+    is said how far they are. Of the processes that compute a generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
-    with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
+    if leads and num_frames is not None:
+        chunks = _told(generator, chunks, output, num_frames, asked)
+    how: dict[str, Any] = {"crf": writing.crf, "scale": writing.scale, "keep": keep}
+    record = None
+    with VideoWriter(output, settings.fps, *size, **how) if leads else nullcontext() as writer:
         try:
             for index, chunk in enumerate(chunks):
                 if writer is not None:
@@ -300,6 +391,11 @@ def write_chunks(
             if not finish or made == 0:
                 raise
             failure = error  # raised when the file is complete: an hour of it may be there already
+        if writer is not None and asked is not None and made:
+            record = describe(generator, asked, made, writing)
+            writer.record = None if record is None else record.model_dump(mode="json")
+    if record is not None and asked is not None:
+        write_sidecar(output, record, asked.beside)
     if failure is not None:
         raise failure
     note = generator.beginning.zero_shot(given=given)

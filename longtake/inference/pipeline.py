@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape, pixel_frames
+from longtake.condition import Condition, pixel_frames
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
@@ -34,8 +35,9 @@ from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.hub import as_size, local_encoders
 from longtake.weights.load import load_opened
-from longtake.weights.locate import local_encoders
+from longtake.weights.locate import encoder_paths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +66,7 @@ def load_encoders(
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
     return Encoders.load(
-        folder,
+        local_encoders(folder, with_image=with_image),
         device,
         dtype,
         with_image=with_image,
@@ -93,7 +95,7 @@ def picture_condition(
 class Pipeline:
     """Weights, encoders and the rules to stream by. Make it with `build`.
 
-    `decoder` makes pixels where the VAE of the encoders does not.
+    `decoder` makes pixels where the VAE of the encoders does not; `source`, where all of it came from.
     """
 
     denoiser: Denoiser
@@ -103,6 +105,7 @@ class Pipeline:
     config: StageConfig | None = None
     decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
+    source: Source | None = None
 
     @property
     def model(self) -> VideoDiT:
@@ -141,16 +144,21 @@ class Pipeline:
             )
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
-        settings = source.settings
+        named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
+        encoder_paths(source.encoders, with_image=source.needs_image)
         opened = source.open()
         sizes = opened.model.config  # from the heads of the files: before they are read
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)
+        encoder_paths(source.encoders, with_image=sizes.image_dim is not None)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
+        started = perf_counter()
+        weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
+        logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
         model = load_opened(opened, device, cast).eval().requires_grad_(False)
         if settings.precision == "fp8":
             model.quantise()
@@ -158,13 +166,15 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
-        folder, low, types = local_encoders(source.encoders), settings.low_memory, (dtype, vae_dtype)
+        folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
+        logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(denoiser, encoders, settings, device, source.config, decoder)
+        logger.info("loaded in %.1f s", perf_counter() - started)
+        return cls(denoiser, encoders, settings, device, source.config, decoder, source=named)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
@@ -196,7 +206,9 @@ class Pipeline:
         stride = self.encoders.vae.spatial_stride
         return self.settings.height // stride, self.settings.width // stride
 
-    def new_caches(self, owner: object, history_blocks: int, max_latent_frames: int | None) -> list[KVCache]:
+    def new_caches(
+        self, owner: object, history_blocks: int, max_latent_frames: int | None, guidance: float
+    ) -> list[KVCache]:
         """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
         plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
         # What is overwritten by the last block of the history is attended to by no block before it; where its last step
@@ -204,7 +216,7 @@ class Pipeline:
         ahead = 0 if plan.context == "last_step" else 1
         spare = max(0, history_blocks - ahead) * plan.block_frames
         most = max_latent_frames if plan.window_frames is None else None
-        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if self.settings.guidance == 1 else 2
+        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if guidance == 1 else 2
 
         def new() -> list[KVCache]:
             return [self.model.new_cache(*sizes) for _ in range(count)]
@@ -249,15 +261,15 @@ class Pipeline:
         condition, y = begin_condition(self.encoders, picture, [prompt], near)
         return condition, y.frames[:, :1, -self.encoders.vae.latent_channels :], y
 
-    def check_memory(self, frames: int, layers: int, at_once: int) -> None:
-        """Raises ConfigError when keys and values of `frames` latent frames in so many layers, and the pixels of
-        `at_once` latent frames that are decoded together, exceed the memory of the device.
+    def check_memory(self, frames: int, layers: int, at_once: int, guidance: float) -> None:
+        """Raises ConfigError when keys and values of `frames` latent frames in so many layers, twice with
+        `guidance`, and the pixels of `at_once` latent frames that are decoded together, exceed the device's memory.
         """
         settings, vae, device = self.settings, self.encoders.vae, next(self.model.parameters()).device
         height, width = settings.height, settings.width
         tokens = frames * self.model.tokens_per_frame(height // vae.spatial_stride, width // vae.spatial_stride)
         split = self.model.execution.split
-        sides, ranks = 1 if settings.guidance == 1 else 2, 1 if split is None else split.size
+        sides, ranks = 1 if guidance == 1 else 2, 1 if split is None else split.size
         each = 2 * sides * layers * self.model.config.dim * (2 if settings.is_half else 4)
         pixels = at_once * vae.temporal_stride * height * width * 3 * 4  # as float32
         needed, there = tokens * each // ranks + pixels, memory_bytes(device)
@@ -289,7 +301,7 @@ def _decoder_beside(
 def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
     """Raises ConfigError when weights, encoders and size of the picture do not fit each other."""
     vae, config, settings = encoders.vae, model.config, source.settings
-    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
+    settings.shape(vae.temporal_stride, vae.spatial_stride)
     if config.out_channels != vae.latent_channels:
         raise ConfigError(
             f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "
@@ -317,11 +329,11 @@ def check_prompt(text: str) -> str:
     return text
 
 
-def check_request(settings: GenerationConfig, seed: int, negative: str | None) -> None:
+def check_request(guidance: float, seed: int, negative: str | None) -> None:
     """Raises ConfigError for a seed that is none, and for a negative prompt that nothing would read."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
-    if negative is not None and settings.guidance == 1:
+    if negative is not None and guidance == 1:
         raise ConfigError(
             f"a negative prompt ({negative!r}) has no effect with guidance=1; set guidance above 1 (it doubles the "
             "work and the cache) or leave it out"

@@ -16,8 +16,7 @@ from longtake.errors import ConfigError
 from longtake.inference.cues import Cue, play
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_prompt, check_request
-from longtake.inference.video_io import VIDEO_SUFFIXES
-from longtake.outputs import check_output_file
+from longtake.inference.record import PLAIN, Asked, Writing, check_output, check_space_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +66,7 @@ class Script(Settings):
     seconds: float | None = Field(default=None, gt=0, description="length, or")
     frames: int | None = Field(default=None, gt=0, description="length in pixel frames")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise")
+    guidance: float | None = Field(default=None, ge=0, description="classifier-free guidance; null = that of the rules")
     negative: str | None = Field(default=None, description="what should not happen; needs guidance")
     events: list[Event] = Field(default=[], description="changes, in the order of their times")
 
@@ -80,7 +80,7 @@ class Script(Settings):
 
 @dataclass(frozen=True)
 class Story:
-    """A script that was checked and whose pictures, `files`, were read."""
+    """A script that was checked and whose pictures, `files`, were read; `asked`, the same by names of files."""
 
     image: NDArray[np.uint8] | None
     prompt: str
@@ -89,6 +89,8 @@ class Story:
     negative: str | None
     cues: tuple[Cue, ...]
     files: tuple[Path, ...] = ()
+    asked: Asked | None = None
+    guidance: float | None = None  # that of the rules
 
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
         """A session at the beginning.
@@ -103,6 +105,7 @@ class Story:
             self.image,
             self.prompt,
             seed=self.seed,
+            guidance=self.guidance,
             negative=self.negative,
             history_blocks=history_blocks,
             max_frames=None if generator.plan.window_frames is not None else self.num_frames,
@@ -163,18 +166,18 @@ def read_story(
     path = Path(path)
     length = {"frames": num_frames, "seconds": seconds} if (num_frames, seconds) != (None, None) else {}
     script = Script.from_tree({**read_yaml(path), **length, **given})
-    check_request(settings, script.seed, script.negative)
+    check_request(settings.guidance if script.guidance is None else script.guidance, script.seed, script.negative)
     frames = frames_of(script.frames, script.seconds, settings.fps)
     if frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
-    files = []
+    files, begin = [], None if script.image is None else path.parent / script.image
+    asked = Asked(script.prompt, script.seed, begin, script.negative)
 
     def picture(name: str | None) -> NDArray[np.uint8] | None:
         if name is None:
             return None
         files.append(path.parent / name)
-        pixels = prepare_image(files[-1], settings.height, settings.width)
-        return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+        return pixels_of(files[-1], settings)
 
     cues: list[Cue] = []
     for number, event in enumerate(script.events, 1):
@@ -185,7 +188,16 @@ def read_story(
         if frame >= frames:
             raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
         cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
-    return Story(picture(script.image), script.prompt, frames, script.seed, script.negative, tuple(cues), tuple(files))
+        named = {key: str(path.parent / name) for key in ("image", "target") if (name := getattr(event, key))}
+        asked.change(frame, **{"prompt": event.prompt} if event.prompt else {}, **named)
+    values = script.prompt, frames, script.seed, script.negative
+    return Story(picture(script.image), *values, tuple(cues), tuple(files), asked, script.guidance)
+
+
+def pixels_of(picture: str | Path, settings: GenerationConfig) -> NDArray[np.uint8]:
+    """A picture at the size of the video, uint8 [h, w, 3]. Raises: DataError."""
+    pixels = prepare_image(picture, settings.height, settings.width)
+    return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def generate_story(
@@ -197,16 +209,21 @@ def generate_story(
     split: SequenceParallel | None = None,
     decode_device: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     **given: Any,
 ) -> GenerationReport:
-    """Writes the mp4 of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
-    `overwrite` as in `generate_file`, `given` as in `read_story`.
+    """Writes the video of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
+    `overwrite` and `writing` as in `generate_file`, `given` as in `read_story`.
 
     Raises: LongtakeError before any frame for a bad script, picture, source or output.
     """
     story = read_story(script, source.settings, **given)
-    check_output_file(output, suffixes=VIDEO_SUFFIXES, inputs=[script, *story.files], overwrite=overwrite)
+    check_output(output, inputs=[script, *story.files], overwrite=overwrite)
+    check_space_for(output, source.settings, story.num_frames, writing)
     generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
+    if story.guidance is not None:
+        generator = generator.guided(story.guidance)  # which its record then holds
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
-    report = write_chunks(generator, frames, output, given=story.image is not None)
+    how: dict[str, Any] = {"asked": story.asked, "writing": writing, "num_frames": story.num_frames}
+    report = write_chunks(generator, frames, output, given=story.image is not None, **how)
     return replace(report, note=generator.beginning.zero_shot(given=any(story.begins)))

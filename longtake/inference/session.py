@@ -8,6 +8,7 @@ is for one thread at a time. Must know no file of its own; `session_file.py` wri
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import Condition
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, nearest
 from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
 class Session:
     """One video; made by `Generator.open` and `Generator.resume`.
 
-    `next` gives the next frames. `prompt`, `image` and `image_target` can be set between its calls and take effect at
-    the block boundary there, with the next call.
+    `next` gives the next frames, and so does a `for` loop. `prompt`, `image` and `image_target` can be set between its
+    calls and take effect at the block boundary there, with the next call.
     """
+
+    _is_made = False  # whether all attributes that there will be are there
 
     def __init__(
         self,
@@ -48,17 +51,32 @@ class Session:
         inputs: SessionInputs,
         *,
         seed: int,
+        guidance: float,
         negative: str,
         history_blocks: int,
         max_latent_frames: int | None,
     ) -> None:
-        self.generator, self.seed, self.negative = generator, seed, negative
+        self.generator, self.seed, self.guidance, self.negative = generator, seed, guidance, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         self._unused: list[KVCache] = []  # caches of a scene that could not be begun
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # A misspelt `session.promt = ...` would else change nothing, and nobody would know why.
+        if self._is_made and name not in self.__dict__ and not hasattr(type(self), name):
+            can_be_set = ("prompt", "image", "image_target")
+            raise AttributeError(
+                f"a session has no attribute {name!r}{nearest(name, can_be_set)}; {', '.join(can_be_set)} can be set"
+            )
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
+        return f"Session({prompt!r}, {self.num_frames} frames so far, scene {self.scene}, seed {self.seed})"
 
     # ---- where it stands --------------------------------------------------------------------------------------------
     @property
@@ -75,6 +93,14 @@ class Session:
     def scene(self) -> int:
         """Number of the running scene, from 0; -1 before the first frame."""
         return self.state.scene
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the scene has the `max_frames` that the session was opened for; `image` begins another one."""
+        most, stream = self.max_latent_frames, self.state.stream
+        if most is None or self.cut or stream is None:
+            return False
+        return stream.plan.block_of(self.position)[1] > most
 
     @property
     def rewindable(self) -> int:
@@ -148,6 +174,13 @@ class Session:
         self._advance(state)
         return array
 
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """Yields what `next` gives, for ever, or until the scene has as many frames as the session was opened for. A
+        loop that was left can be entered again; it goes on.
+        """
+        while not self.is_complete:
+            yield self.next()
+
     def begin(self) -> Frames:
         """The next frames as `next` gives them, but on their way here: work may still run.
 
@@ -189,8 +222,8 @@ class Session:
         return frames, state
 
     def _check_length(self) -> None:
-        most, stream = self.max_latent_frames, self.state.stream
-        if most is not None and not self.cut and stream is not None and stream.plan.block_of(self.position)[1] > most:
+        if self.is_complete:
+            most = self.max_latent_frames
             raise ConfigError(
                 f"this session was opened for scenes of {most} latent frames, which have been made; open one with a "
                 "larger max_frames, or set `image` for a new scene"
@@ -215,7 +248,7 @@ class Session:
         return new
 
     def _new_caches(self) -> list[KVCache]:
-        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames)
+        return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames, self.guidance)
 
     def new_stream(
         self,
@@ -232,7 +265,7 @@ class Session:
         noise = stream_noise(self.seed, [scene], channels, size, self.generator.device)
         guidance = None
         if unconditional is not None:
-            guidance = Guidance(self.generator.settings.guidance, unconditional, caches[1])
+            guidance = Guidance(self.guidance, unconditional, caches[1])
         return LatentStream(denoiser, caches[0], condition, first_latent, noise, plan, guidance=guidance)
 
     def _change(self, state: SessionState) -> None:
@@ -259,7 +292,7 @@ class Session:
 
     def _unconditional(self, condition: Condition) -> Condition | None:
         """The condition of guidance: the same pictures under the negative prompt."""
-        if self.generator.settings.guidance == 1:
+        if self.guidance == 1:
             return None
         return condition.with_text(self.generator.encoders.text.encode([self.negative]))
 
@@ -277,11 +310,12 @@ class Session:
         other._history = tuple(past.copy(clones) for past in self._history)
         return other
 
-    def rewind(self, num_blocks: int) -> None:
+    def rewind(self, num_blocks: int, *, keep_wanted: bool = False) -> None:
         """Takes back the last `num_blocks` calls of `next`, cuts and changes of prompt or picture between them too.
 
         The session stands where it stood right after the call before those; what was set since is forgotten. If nothing
-        is changed, the same frames come again, bit for bit.
+        is changed, the same frames come again, bit for bit. `keep_wanted`: what was set since, cuts too, takes effect
+        there, with the next call.
         Raises: ConfigError when it is not between 1 and `rewindable`.
         """
         if not 1 <= num_blocks <= len(self._history):
@@ -290,7 +324,10 @@ class Session:
                 f"more than history_blocks={self.history_blocks}"
             )
         past, history = self._history[-num_blocks], self._history[:-num_blocks]
-        self.state, self._history, self.wanted, self.cut = past, history, past.inputs, past.stream is None
+        wanted, cut = past.inputs, past.stream is None
+        if keep_wanted:
+            wanted, cut = self.wanted, cut or self.cut or past.scene != self.scene
+        self.state, self._history, self.wanted, self.cut = past, history, wanted, cut
 
     def save(self, path: str | Path) -> None:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
@@ -324,6 +361,7 @@ class Session:
         values |= {
             "cut": self.cut,
             "seed": self.seed,
+            "guidance": self.guidance,
             "negative": self.negative,
             "max_latent_frames": self.max_latent_frames,
             "scene": state.scene,
@@ -369,6 +407,9 @@ class Session:
             generator,
             inputs("inputs"),
             seed=values["seed"],
+            guidance=values.get(
+                "guidance", generator.settings.guidance
+            ),  # in files of earlier versions that of the rules
             negative=values["negative"],
             history_blocks=history_blocks,
             max_latent_frames=values["max_latent_frames"],

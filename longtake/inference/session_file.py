@@ -28,7 +28,7 @@ from longtake.weights.tensor_files import save_tensors
 VERSION = 3
 METADATA = "longtake_session"
 # Settings that say nothing about the frames that come
-_FREE = ("fps", "num_latent_frames", "history_blocks", "decoder_weights", "low_memory")
+_FREE = ("fps", "num_latent_frames", "history_blocks", "decoder_weights", "low_memory", "encoders")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -1,80 +1,75 @@
-"""mp4 files in and out, frame by frame, with PyAV alone. Must know no model."""
+"""Videos in and out, frame by frame. Must know no model."""
 
 from __future__ import annotations
 
-import struct
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from longtake.data.clips import open_video
-from longtake.data.h264 import add_h264, encode
-from longtake.errors import DataError, OutputError, ShapeError
-from longtake.outputs import check_output_file, free_name, partial_name, writing
+from longtake.errors import ConfigError, DataError, OutputError, ShapeError
+from longtake.inference.containers import Record, Sink, Target
+from longtake.outputs import writing
 
-VIDEO_SUFFIXES = (".mp4",)
 _MAX_FPS_DENOMINATOR = 1001  # 29.97 is 30000/1001
-_MAX_FPS, _MAX_SIDE = 1000, 16384
-_THREADS = 8  # not the machine's number, on which the bytes depend
-# A third of the default's work for 0.1 to 0.3 dB less at the same crf (480x832), and files that are no larger: what
-# follows a stream must keep up with it.
-_PRESET = "veryfast"
-_FRAGMENTS = {"movflags": "+hybrid_fragmented", "frag_duration": "1000000"}
+_MAX_FPS, _MAX_SIDE, _MAX_SCALE = 1000, 16384, 16
 
 
 class VideoWriter:
-    """Writes an H.264 mp4 while frames arrive; the file appears under its name only when it is complete.
+    """Writes a video while frames arrive, in the container that its name says (`Target`). It appears under its name
+    only when it is complete; the same frames and record give the same file.
 
-    Use as a context manager: leaving it without an exception publishes the file. After an exception, also of the disk,
-    what was written until then is kept as `NAME.partial.mp4`, which plays (`keep`: or else nothing is). The same frames
-    give the same file.
+    Use as a context manager: leaving it without an exception publishes the file. Until then what was written lies
+    beside it as `NAME.partial.SUFFIX`, which plays, also after the process was killed or the disk full; H.264 holds the
+    latest dozen frames back, which an exception still gets. (Without `keep`: under a hidden name, and an exception
+    removes it.)
 
-    Args: `fps` frames a second; `height`, `width` in pixels, both even; `crf` 0..51, lower is better.
+    Args: `fps` frames a second; `height`, `width` of frames in pixels, both even; `crf` 0..51, lower is better (gif and
+    png have no such choice); `scale`, by which pictures are enlarged; `record`, what the file says about itself, may be
+    changed until it is complete.
     Raises: ShapeError for odd sizes and wrong frames, OutputError when the file cannot be written, DataError when no
-    frame came.
+    frame came, ConfigError for a name that says no container.
     """
 
     def __init__(
-        self, path: str | Path, fps: float, height: int, width: int, *, crf: int = 15, keep: bool = True
+        self,
+        path: str | Path,
+        fps: float,
+        height: int,
+        width: int,
+        *,
+        crf: int = 15,
+        scale: float = 1.0,
+        keep: bool = True,
+        record: Record | None = None,
     ) -> None:
-        if not (2 <= height <= _MAX_SIDE and 2 <= width <= _MAX_SIDE) or height % 2 or width % 2:
-            raise ShapeError(
-                f"a video of {height}x{width} pixels cannot be written; H.264 (yuv420p) needs even sides, at most "
-                f"{_MAX_SIDE}"
-            )
+        self.target, self.size = Target.of(path), scaled_size(height, width, scale)
         if not 1 / _MAX_FPS <= fps <= _MAX_FPS:
             raise DataError(f"fps={fps} must be positive, at most {_MAX_FPS} and at least its inverse")
         if not 0 <= crf <= 51:
             raise DataError(f"crf={crf} must be between 0 (lossless) and 51")
         self.path = Path(path)
         self.fps, self.height, self.width, self.crf, self.keep = fps, height, width, crf, keep
-        self.num_frames = 0
-        self._partial = partial_name(self.path)
-        self._container: Any = None
-        self._stream: Any = None
+        self.record, self.num_frames = record, 0
+        self._sink: Sink | None = None
+        self._partial = self.target.path
 
     def __enter__(self) -> VideoWriter:
-        import av
-
-        check_output_file(self.path, overwrite=True)
-        with writing(self.path):
-            # Fragments until it is complete, then a plain mp4: what a full disk or a power cut leaves can be played.
-            self._container = av.open(str(self._partial), "w", format="mp4", options=_FRAGMENTS)
+        self.target.check(overwrite=True)
+        self._partial = self.target.partial(visible=self.keep)
         rate = Fraction(self.fps).limit_denominator(_MAX_FPS_DENOMINATOR)
-        size, crf = (self.height, self.width), str(self.crf)
-        self._stream = add_h264(
-            self._container, rate, *size, pixels="yuv420p", threads=_THREADS, crf=crf, preset=_PRESET
-        )
+        with writing(self.path):
+            self._sink = self.target.open(self._partial, rate, *self.size, self.crf)
         return self
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Appends `frames`, uint8 [T, h, w, 3] or [h, w, 3]."""
-        if self._container is None:
+        if self._sink is None:
             raise DataError(f"{self.path} is not open; use `with VideoWriter(...) as writer`")
         frames = np.asarray(frames)
         frames = frames[None] if frames.ndim == 3 else frames
@@ -84,61 +79,62 @@ class VideoWriter:
             )
         with writing(self.path):
             for frame in frames:
-                self._container.mux(encode(self._stream, frame))
+                self._sink.add(_resized(frame, *self.size))
                 self.num_frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        container, self._container = self._container, None
+        sink, self._sink = self._sink, None
+        assert sink is not None
+        plays, failure = False, error
         try:
-            try:
-                if self.num_frames and not isinstance(error, OutputError):
-                    with writing(self.path):
-                        container.mux(self._stream.encode())
-            finally:
-                with writing(self.path):
-                    container.close()
-            if error is None and self.num_frames == 0:
-                raise DataError(f"no frame was written to {self.path}; write at least one")
+            with writing(self.path):
+                plays = sink.close(drop=self.num_frames == 0 or isinstance(error, OutputError))
             if error is None:
-                with writing(self.path):
-                    self._partial.replace(self.path)
-        except OutputError as failure:
+                self._publish(sink)
+        except OutputError as refused:
+            failure = error or refused
             if error is None:
-                self._keep(failure)
                 raise
         finally:
-            if error is not None:
-                self._keep(error)
-            self._partial.unlink(missing_ok=True)
+            if failure is not None and plays and self.keep and self.num_frames > 1:
+                failure.add_note(f"what was made until then is kept in {self._partial}")
+            else:
+                sink.remove()
 
-    def _keep(self, error: BaseException) -> None:
-        """Keeps what is whole under a name of its own, and says so in a note of the error that ends the video."""
-        if not (self.keep and self.num_frames > 1 and self._partial.exists()) or not _cut_to_whole_fragments(
-            self._partial
-        ):
-            return
-        kept = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
-        self._partial.rename(kept)
-        error.add_note(f"what was made until then is kept in {kept}")
+    def _publish(self, sink: Sink) -> None:
+        if self.num_frames == 0:
+            raise DataError(f"no frame was written to {self.path}; write at least one")
+        with writing(self.path):
+            sink.publish(self.target.path, self.record)
 
 
-def _cut_to_whole_fragments(path: Path) -> bool:
-    """Cuts an mp4 behind its last whole box that holds pictures; False when it has none."""
-    size, position, end = path.stat().st_size, 0, 0
-    with path.open("r+b") as file:
-        while position + 16 <= size:
-            file.seek(position)
-            length, kind, longer = struct.unpack(">I4sQ", file.read(16))
-            position += longer if length == 1 else length
-            if length == 0 or position > size:
-                break
-            if kind == b"mdat" or (end and kind == b"moov"):
-                end = position
-        if end:
-            file.truncate(end)
-    return end > 0
+def check_scale(scale: float) -> None:
+    """Raises ConfigError for a factor that pictures cannot be enlarged by."""
+    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:
+        raise ConfigError(f"scale={scale} must be between 1/{_MAX_SCALE} and {_MAX_SCALE}")
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Height and width of a video whose frames are enlarged by `scale`, even.
+
+    Raises: ConfigError for a scale that is none, ShapeError for sizes that no video has.
+    """
+    check_scale(scale)
+    size = (height, width) if scale == 1 else (2 * round(height * scale / 2), 2 * round(width * scale / 2))
+    if not all(2 <= side <= _MAX_SIDE and side % 2 == 0 for side in size):
+        raise ShapeError(
+            f"a video of {size[0]}x{size[1]} pixels cannot be written; H.264 (yuv420p) needs even sides, at most "
+            f"{_MAX_SIDE}"
+        )
+    return size
+
+
+def _resized(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    if frame.shape[:2] == (height, width):
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[NDArray[np.uint8], float]:

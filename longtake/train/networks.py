@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.checkpoint.invariants import invariants
+from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
@@ -40,10 +40,11 @@ from longtake.train.adapters import adapt, earlier_values, first_values, referen
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
-from longtake.weights.load import Opened, open_dit, open_weights
+from longtake.weights.load import Opened
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
+from longtake.weights.students import find_student, open_source
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.widen import opened_as_asked
 
@@ -62,7 +63,9 @@ class Networks(NamedTuple):
 
 
 def weights_folder(source: Path, logdir: str | Path) -> Path:
-    """What `load_dit` reads for a source: published weights themselves, or the newest checkpoint of a stage."""
+    """What is read for a source: published weights themselves, or the newest checkpoint of a stage."""
+    if (student := find_student(source)) is not None:
+        return student.weights
     try:
         return find_weights(source, logdir).path
     except CheckpointError as error:
@@ -230,6 +233,12 @@ class Builder:
     def _adapt(self, opened: Opened, name: str, weights: Path, identity: str, adapter_name: str = DEFAULT) -> Adapter:
         lora = self.config.networks[name].lora
         assert lora is not None
+        if (student := find_student(weights)) is not None:  # updates read their base without the table of students
+            raise ConfigError(
+                f"{self.config.networks[name].key} is {student.student.name}, a published student, on which low-rank "
+                f"updates cannot be trained as it is; first write it out, `longtake convert {weights} FOLDER --to "
+                "longtake`, and name FOLDER"
+            )
         base = Base(reference_of(weights, self.config.logdir, self.config.folder), identity)
         found = adapt(opened, lora, base, weights, adapter_name=adapter_name)
         if self.mesh.is_main:
@@ -265,7 +274,7 @@ class Builder:
         for name, wanted in self.config.networks.items():
             sizes = model_config(self.config.model.preset)
             if wanted.source is not None:
-                sizes = open_dit(self.weights(name))[1].config
+                sizes = open_source(self.weights(name)).model.config
             check_heads(sizes.num_heads, together)
 
     def check_start(self) -> None:
@@ -274,10 +283,10 @@ class Builder:
         if source is None:
             return
         self.open(self.weights("generator"))  # heads of files only
-        checkpoint = find_weights(self.config.source(source), self.config.logdir).checkpoint
+        checkpoint = find_weights(self.weights("generator"), self.config.logdir).checkpoint
         if not self.config.objective.causal or checkpoint is None or not holds_student(checkpoint):
             return
-        manifest = read_manifest(checkpoint)
+        manifest = completed(read_manifest(checkpoint))
         for key, value in invariants(self.config).items():
             if (before := manifest.get(key)) != json.loads(json.dumps(value)):
                 raise ConfigError(f"{key}={value!r} is not that of init_from={source}, {before!r}; set it to that")
@@ -291,7 +300,7 @@ class Builder:
     def open(self, source: Path) -> Opened:
         """Weights before they are read, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
         model = self.config.model
-        opened = opened_as_asked(open_weights(weights_folder(source, self.config.logdir)), model, self.config.seed)
+        opened = opened_as_asked(open_source(weights_folder(source, self.config.logdir)), model, self.config.seed)
         sizes = opened.model.config
         if (sizes.condition_channels > 0) != model.with_y:
             key, fix = _misfit(model)

@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longtake.config.generation import RULES_FILE
+from longtake.config.generation import RULES_FILE, write_rules
 from longtake.errors import ConfigError
 from longtake.outputs import check_new_folder, new_folder
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.weights.load import open_dit
 from longtake.weights.names import to_diffusers_key
 from longtake.weights.read import INDEX, CheckpointReader
+from longtake.weights.students import find_student
 from longtake.weights.tensor_files import check_finite, save_tensors
 
 Layout = Literal["original", "diffusers", "longtake"]
@@ -42,8 +43,9 @@ def convert(
 ) -> list[Path]:
     """Writes the folder `target` with the weights of `source` in the layout `to`; returns the weight files.
 
-    The rules that lie beside the weights (`generation.yaml`) go along. Types stay as they are stored; tensors with a
-    low-rank update are merged in float32 and rounded once. `target` appears whole or not at all.
+    The rules that lie beside the weights (`generation.yaml`), or those of a published student, go along. Types stay as
+    they are stored; tensors with a low-rank update are merged in float32 and rounded once. `target` appears whole or
+    not at all.
     Args: `source`, `network`, `lora`, `lora_scale` as `load_dit`; `unmerge` takes the update out of weights that it was
     merged into (equal to what they were up to rounding); `shard_bytes`, most bytes of tensors in a file (a
     larger single tensor has a file of its own); `overwrite` lets `target` replace a folder of weights.
@@ -55,14 +57,20 @@ def convert(
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
-    published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
+    student = find_student(source) if network is None and lora is None else None
+    if student is None:
+        published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
+    else:
+        published, model = student.read()
     fields = _CONFIGS[to](model.config)
     with new_folder(target, overwrite=overwrite) as folder:
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
         written = _write(published, names, folder, shard_bytes)
         write_config(folder, fields)
         here = Path(source)  # a name on the hub is no path
-        if (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
+        if student is not None:
+            write_rules(folder, student.rules)
+        elif (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
             shutil.copyfile(rules, folder / RULES_FILE)
     return [target / name for name in written]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from longtake.errors import CheckpointError
-from longtake.weights.locate import local_path, locate
+from longtake.weights.hub import local_path
+from longtake.weights.locate import locate
 from longtake.weights.lora import Base, is_adapter, read_base, scale_text
 from longtake.weights.read import CheckpointReader, open_published
 

@@ -21,7 +21,8 @@ from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.sizes import DiTConfig
 from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
-from longtake.weights.locate import local_path, locate
+from longtake.weights.hub import local_path
+from longtake.weights.locate import locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
 from longtake.weights.names import shown_key
 from longtake.weights.presets import PRESETS, fitting_presets

@@ -8,7 +8,6 @@ Source: the file lists of Wan-AI/Wan2.1-T2V-1.3B, Wan-AI/Wan2.1-I2V-14B-480P, Wa
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -18,26 +17,21 @@ from pathlib import Path
 from longtake.errors import CheckpointError, ConfigError
 from longtake.run_folder import MANIFEST, exported_weights, find_checkpoint
 from longtake.weights.config_json import read_json
-from longtake.weights.file_kind import GGUF, is_pickled
-
-logger = logging.getLogger(__name__)
+from longtake.weights.file_kind import is_pickled
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of torch.save files; what a file is, its contents tell
 SAFETENSORS = (".safetensors",)
 INDEX = ".index.json"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encoder
 # Two transformers of one model, under original and under diffusers' names
-_EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 # Networks in a checkpoint, the average first
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
 _CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
-_ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
+ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
-# An asterisk of these patterns matches slashes too: they are anchored so that text encoder and VAE stay away.
-_FETCHED = ("config.json", "diffusion_pytorch_model*.safetensors*", "transformer/*")
-_TRANSFORMERS = [folder for pair in _EXPERTS for folder in pair]
 # Published repositories: weights of a transformer together with its encoders
 _IN_BOTH_LAYOUTS = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P", "Wan2.2-TI2V-5B")
 HUB_REPOSITORIES = (
@@ -101,7 +95,7 @@ def find_weights(source: str | Path, logdir: str | Path | None = None) -> Weight
         return _in_folder(path)
     if is_hub_name(source) and not (logdir is not None and path.is_relative_to(logdir)):
         return WeightSource(path)
-    raise CheckpointError(f"{path} does not exist; give a folder or file of weights, a training run, or {_ON_THE_HUB}")
+    raise CheckpointError(f"{path} does not exist; give a folder or file of weights, a training run, or {ON_THE_HUB}")
 
 
 def _in_folder(folder: Path) -> WeightSource:
@@ -132,60 +126,12 @@ def locate(path: Path) -> Path:
     if not path.is_dir():
         return path
     if not files_in(path, (*SAFETENSORS, INDEX)):
-        for first, second in _EXPERTS:
+        for first, second in EXPERTS:
             if (path / first).is_dir() and (path / second).is_dir():
                 raise CheckpointError(f"{path} holds two transformers; give {path / first} or {path / second}")
         if (path / "transformer").is_dir():
             return path / "transformer"
     return path
-
-
-# ---- the hub ---------------------------------------------------------------------------------------------------------
-def local_path(source: str | Path) -> Path:
-    """The local path that a source means; a repository on the hub is downloaded (or found in its cache) first.
-
-    Args: `source`, a path, or OWNER/NAME, with a folder or a file of the repository behind it if it holds several
-    transformers (`Wan-AI/Wan2.2-T2V-A14B/high_noise_model`, `gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt`).
-    Raises: CheckpointError when there is nothing.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not is_hub_name(source):
-        raise CheckpointError(f"{path} does not exist; give a folder or a file of weights, or {_ON_THE_HUB}")
-    owner, name, *rest = path.as_posix().split("/")
-    if rest and rest[-1].lower().endswith(".gguf"):
-        raise CheckpointError(f"{source} {GGUF}")
-    logger.info("%s is no local path; asking the Hugging Face hub for %s/%s", source, owner, name)
-    root = _download(f"{owner}/{name}", _patterns("/".join(rest)))
-    if not rest:
-        locate(root)  # before gigabytes of the wrong one of two transformers are fetched
-        root = _download(f"{owner}/{name}", _FETCHED)
-    found = root.joinpath(*rest)
-    if not found.exists():
-        raise CheckpointError(f"{'/'.join(rest)} is not in the repository {owner}/{name} of the Hugging Face hub")
-    return found
-
-
-def _patterns(part: str) -> tuple[str, ...]:
-    """The files to ask for first: those of the part that was named, or the configurations of all transformers."""
-    if part.lower().endswith((*SAFETENSORS, *PICKLED)):
-        folder = part.rpartition("/")[0]
-        return (part, f"{folder}/config.json" if folder else "config.json")
-    if part:
-        return (f"{part}/config.json", f"{part}/*.safetensors", f"{part}/*.safetensors.index.json")
-    return ("config.json", *(f"{folder}/config.json" for folder in _TRANSFORMERS))
-
-
-def _download(repository: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # all errors of the hub and of the network are among these
-        raise CheckpointError(
-            f"{repository} is neither a local path nor could it be fetched from the Hugging Face hub: {error}"
-        ) from error
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -248,7 +194,10 @@ def find_encoders(model: str | Path) -> Path:
         return found
     looked, original = ", ".join(map(str, places)), next(iter(_VAES))
     wanted = f"vae/, text_encoder/ and image_encoder/, or {original} and the files published with it"
-    raise CheckpointError(f"no encoders were found in {looked} ({wanted}); name their folder with --encoders")
+    raise CheckpointError(
+        f"no encoders were found in {looked} ({wanted}); name their folder, or a repository of the Hugging Face hub "
+        "that has them, with --encoders"
+    )
 
 
 @dataclass(frozen=True)
@@ -320,17 +269,6 @@ def _decoder_name(file: Path, known: Mapping[str, str]) -> str | None:
     return next((name for name in sorted(known, key=len, reverse=True) if file.name.startswith(name)), None)
 
 
-def local_encoders(folder: Path) -> Path:
-    """The local folder of encoders; those of a repository on the hub (OWNER/NAME) are downloaded, or in its cache.
-
-    Raises: CheckpointError.
-    """
-    if folder.exists() or not is_hub_name(folder):
-        return folder
-    parts = [part for part in ENCODER_PARTS if part.key != "image"]
-    return _download(folder.as_posix(), tuple(file for part in parts for file in (*part.originals, *part.beside)))
-
-
 def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPaths:
     """The encoders of an original Wan folder, of a diffusers pipeline folder, or of a mixture of both.
 
@@ -348,15 +286,6 @@ def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPath
             names = " and ".join(place.name for place in places)
             raise CheckpointError(f"{root} holds more than one {part.name}, {names}; keep one of them there")
     return EncoderPaths(found["vae"], found["text"], found.get("image"))
-
-
-def missing_encoders(folder: Path, *, with_image: bool) -> list[str]:
-    """What is not in an encoder folder, the tokenizer counted, and how to get it; empty when it is complete."""
-    missing = [part.wanted(folder) for part in _parts(with_image) if not part.places(folder)]
-    texts = ENCODER_PARTS[1].places(folder)
-    if texts and not any((place / "tokenizer_config.json").is_file() for place in tokenizer_places(texts[0])):
-        missing.append(f"the tokenizer: tokenizer_config.json in {' or '.join(map(str, tokenizer_places(texts[0])))}")
-    return missing
 
 
 def tokenizer_places(text_encoder: Path) -> tuple[Path, Path]:

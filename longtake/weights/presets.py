@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, nearest
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.weights.config_json import FILE, config_from_json, read_json
@@ -57,8 +57,8 @@ def model_config(preset: str) -> DiTConfig:
     folder = Path(preset)
     file = (locate(folder) if folder.is_dir() else folder) / FILE
     if not file.is_file():
-        known = ", ".join(sorted(PRESETS))
-        raise ConfigError(f"model.preset={preset} is neither known ({known}) nor a folder with a config.json")
+        known, near = ", ".join(sorted(PRESETS)), nearest(preset, PRESETS)
+        raise ConfigError(f"model.preset={preset} is neither known ({known}) nor a folder with a config.json{near}")
     return config_from_json(read_json(file))
 
 

@@ -17,11 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from longtake.config.base import read_yaml
-from longtake.config.generation import RULES_FILE, GenerationConfig
+from longtake.config.generation import RULES_FILE, GenerationConfig, read_rules
 from longtake.config.stage import TOY_ASSETS
 from longtake.errors import CheckpointError, ConfigError
-from longtake.weights.load import Opened, open_dit
-from longtake.weights.locate import find_encoders, is_hub_name, local_path
+from longtake.models.dit import VideoDiT
+from longtake.weights.config_json import FILE
+from longtake.weights.hub import Order, fetch, look_up
+from longtake.weights.load import Opened, open_dit, open_weights
+from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, is_hub_name, locate
 from longtake.weights.read import CheckpointReader
 
 TABLE = TOY_ASSETS.parent / "students.yaml"
@@ -59,14 +62,7 @@ class Student:
     @property
     def in_words(self) -> str:
         """Blocks, window, noise levels and how a picture enters, in one line."""
-        plan = self.settings.stream_plan
-        lists = [plan.sigmas] if plan.later_sigmas is None else [plan.sigmas, plan.later_sigmas]
-        levels = ", then ".join(" ".join(f"{sigma:.4g}" for sigma in sigmas) for sigmas in lists)
-        blocks = f"blocks of {plan.block_frames}, window {plan.window_frames}, sink {plan.sink_frames}"
-        context = "" if plan.context == "pass" else ", context by the last step"
-        clock = "" if plan.clock == "exact" else f", clock in {plan.clock}" + " numbers" * (plan.clock == "whole")
-        picture = f"zero-shot picture: {self.settings.picture}"
-        return f"{blocks}, {plan.rope} positions; noise levels {levels}{clock}{context}; {picture}"
+        return f"{in_words(self.settings)}; zero-shot picture: {self.settings.picture}"
 
     def mended(self, published: CheckpointReader) -> CheckpointReader:
         """Its tensors under the names and shapes of a transformer: without what is no parameter, patches as a kernel.
@@ -88,6 +84,17 @@ class Student:
 
         tensors[_PATCH] = replace(patch, shape=shape)
         return replace(published, tensors=tensors, updates=(*published.updates, as_kernel))
+
+
+def in_words(settings: GenerationConfig) -> str:
+    """Blocks, window and noise levels, in one line."""
+    plan = settings.stream_plan
+    lists = [plan.sigmas] if plan.later_sigmas is None else [plan.sigmas, plan.later_sigmas]
+    levels = ", then ".join(" ".join(f"{sigma:.4g}" for sigma in sigmas) for sigmas in lists)
+    blocks = f"blocks of {plan.block_frames}, window {plan.window_frames}, sink {plan.sink_frames}"
+    context = "" if plan.context == "pass" else ", context by the last step"
+    clock = "" if plan.clock == "exact" else f", clock in {plan.clock}" + " numbers" * (plan.clock == "whole")
+    return f"{blocks}, {plan.rope} positions; noise levels {levels}{clock}{context}"
 
 
 @dataclass(frozen=True)
@@ -115,18 +122,54 @@ class FoundStudent:
     lora: Path | None
     root: Path | None
 
-    def open(self) -> Opened:
-        """Its weights, strictly: with every tensor of the sizes and no other, low-rank updates merged.
+    @property
+    def preset(self) -> str:
+        """The name of its sizes, those of its base."""
+        return self.student.base.rpartition("/")[2].lower()
+
+    @property
+    def rules(self) -> GenerationConfig:
+        """By which it streams: those of a `generation.yaml` beside it, else of the table. Raises: ConfigError."""
+        own = None if self.root is None else read_rules(self.weights) or read_rules(self.root)
+        return own or self.student.settings
+
+    def read(self) -> tuple[CheckpointReader, VideoDiT]:
+        """Its tensors, strictly: every one of the sizes and no other, low-rank updates merged; and the model of them.
 
         Raises: CheckpointError that names the student.
         """
-        student = self.student
+        student, order = self.student, self.order()
+        here = self if order is None else self.fetched(fetch([order])[0])
         try:
-            lora = None if self.lora is None else local_path(self.lora)
-            published, model = open_dit(self.weights, student.network, lora, mend=student.mended)
+            return open_dit(here.weights, student.network, here.lora, mend=student.mended)
         except CheckpointError as error:
             raise CheckpointError(f"{student.name}, published as {student.model}: {error}") from error
+
+    def open(self) -> Opened:
+        """Its weights before they are in a model. Raises: as `read`."""
+        published, model = self.read()
         return Opened(model, published.read, lambda name: str(published.tensors.get(name, name)))
+
+    def order(self) -> Order | None:
+        """What is to be fetched of it from the hub, None for a local one. Raises: CheckpointError for missing files."""
+        if self.root is not None:
+            return None
+        repository, wanted = look_up(self.student.repository), {"transformer": self.student.file}
+        if self.student.lora is not None:
+            wanted["low-rank updates"] = self.student.lora
+        if absent := [file for file in wanted.values() if file not in repository.sizes]:
+            raise CheckpointError(
+                f"{self.student.name} was {' and '.join(absent)} of {repository.name}, which is no longer there; give "
+                f"its new place as --model {repository.name}/FILE and its rules (docs/students.md) by options"
+            )
+        files = {what: [file] for what, file in wanted.items()}
+        sizes = repository.present([str(PurePosixPath(self.student.file).with_name(FILE))])
+        return Order(repository, files | ({"sizes": sizes} if sizes else {}), self.student.file)
+
+    def fetched(self, root: Path) -> FoundStudent:
+        """Itself, with its files below a local copy of its repository."""
+        lora = None if self.student.lora is None else root / self.student.lora
+        return replace(self, weights=root / self.student.file, lora=lora, root=root)
 
     def encoders(self) -> Path:
         """The folder of its encoders: in its own, beside it, or else that of its base on the hub.
@@ -159,17 +202,19 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 
 def find_student(source: str | Path) -> FoundStudent | None:
-    """The published student that a source means: OWNER/NAME on the hub, with its file where there are several; a local
-    folder of such files; or one of them. None for other weights, and for those with rules of their own beside them.
+    """The published student that a source means: its name, as `longtake students` lists it; OWNER/NAME on the hub, with
+    its file where there are several; a local folder of such files; or one of them. None for other weights.
 
     Raises: ConfigError for a student that cannot be played, and where several are meant.
     """
     path = Path(source).expanduser()
     found: Sequence[tuple[_Row, Path, Path | None]] = ()
     if path.exists():
-        found = () if _has_rules(path) else _local(path)
+        found = () if _is_our_layout(path) else _local(path)
     elif is_hub_name(source):
         found = _on_the_hub(source)
+    else:
+        found = _named(os.fspath(source))
     if not found:
         return None
     if len(found) > 1:
@@ -189,8 +234,26 @@ def find_student(source: str | Path) -> FoundStudent | None:
     return FoundStudent(row, weights, lora, root)
 
 
-def _has_rules(path: Path) -> bool:
-    return ((path if path.is_dir() else path.parent) / RULES_FILE).is_file()
+def _is_our_layout(path: Path) -> bool:
+    """Whether a folder holds weights with rules beside them, as `longtake export` writes them."""
+    return path.is_dir() and (path / RULES_FILE).is_file() and bool(files_in(locate(path), SAFETENSORS))
+
+
+def _named(name: str) -> list[tuple[_Row, Path, None]]:
+    """Rows of that name, or of a family of it: "Self-Forcing" means all of "Self-Forcing (DMD)" and so on."""
+    wanted = name.lower()
+    exact = [row for row in _rows() if row.name.lower() == wanted]
+    found = exact or [row for row in _rows() if isinstance(row, Student) and row.name.lower().startswith(f"{wanted} (")]
+    return [(row, Path(row.repository, *row.files[:1]), None) for row in found]
+
+
+def open_source(source: str | Path, *, check: bool = False) -> Opened:
+    """Weights that are read later: a published student by its rules of reading, others as `open_weights`.
+
+    Raises: CheckpointError; ConfigError as `find_student`.
+    """
+    student = find_student(source)
+    return open_weights(source, check=check) if student is None else student.open()
 
 
 def _rows() -> list[_Row]:

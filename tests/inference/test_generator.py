@@ -18,7 +18,7 @@ from longtake.inference.frames import Fetched, Frames, to_frames
 from longtake.inference.generator import generate_file
 from longtake.inference.sampling import stream_noise, student_latents
 from longtake.inference.session import Session
-from longtake.inference.source import Source
+from longtake.inference.source import NotAStudentError, Source
 from longtake.inference.video_io import read_video
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, find_checkpoint
@@ -123,7 +123,7 @@ def test_a_wrong_folder_is_refused(make, message, tmp_path):
 
 def test_a_teacher_cannot_stream(workshop, tmp_path):
     save_student(stage_config(workshop, tmp_path, "teacher"))
-    with pytest.raises(CheckpointError, match="bidirectional teacher, which cannot stream"):
+    with pytest.raises(NotAStudentError, match="bidirectional teacher, which cannot stream"):
         Generator.from_run(tmp_path / "teacher", "cpu")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint of a student"):
         Generator.from_run(tmp_path, "cpu")

@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from longtake.weights.names import to_diffusers_key
 
 WORLD = sample_world(3, 0)
 PICTURE = WORLD.render(1)[0]
-RULES = {"height": 64, "width": 64, "num_latent_frames": 5, "steps": [1.0, 0.5], "shift": 3.0}
+RULES = {"height": 64, "width": 64, "num_latent_frames": 5, "steps": [1.0, 0.5], "shift": 3.0, "sampler": "stream"}
 RULES["plan"] = {"block_frames": 2, "window_frames": 5, "sink_frames": 1}
 
 
@@ -130,8 +130,9 @@ def test_folders_without_weights_or_encoders_say_where_was_looked(models, tmp_pa
         Source.of_model(tmp_path, tmp_path)
     save_dit(TEACHER, make_model().state_dict(), tmp_path / "bare")
     with pytest.raises(CheckpointError, match="no encoders were found in .*--encoders"):
-        Source.of_model(tmp_path / "bare")
-    assert Source.of_model(tmp_path / "bare", models / "encoders").encoders == models / "encoders"
+        Source.of_model(tmp_path / "bare", changes=RULES)
+    found = Source.of_model(tmp_path / "bare", models / "encoders", changes=RULES)
+    assert found.encoders == models / "encoders"
 
 
 def test_a_checkpoint_keeps_its_rules(models, workshop, tmp_path):
@@ -153,12 +154,22 @@ def test_weights_and_encoders_must_fit(models, tmp_path):
         Generator.from_model(tmp_path / "model", "cpu", encoders=models / "encoders", changes=RULES)
 
 
-def test_other_rules_than_those_of_training_are_named(models, caplog):
-    Source.of_run(models / "run", {"plan": {"window_frames": 3}})
-    assert "plan is" in caplog.text and "expect drift" in caplog.text
+def test_other_rules_than_those_of_training_are_named(models, tmp_path, caplog):
+    changes = {"plan": {"window_frames": 3}, "shift": 4.0}
+    Source.of_run(models / "run", changes)
+    (said,) = caplog.messages
+    assert said == (
+        "Not as in training: plan.window_frames is 3 and was 5, shift is 4.0 and was 3.0; expect drift or flicker"
+    )
     caplog.clear()
     Source.of_run(models / "run", {"precision": "bf16", "fps": 24})
     assert not caplog.text
+    Source.of_run(models / "run", {"height": 32})
+    assert caplog.messages == ["Pictures of 32x64 from weights that were trained with 64x64: expect worse ones"]
+    folder = export(models / "run", tmp_path / "student")
+    caplog.clear()
+    Source.of_model(folder, models / "encoders", changes={**changes, "width": 32})
+    assert len(caplog.messages) == 2 and caplog.messages[0] == said and "64x32 from weights" in caplog.messages[1]
 
 
 def test_weights_without_y_start_from_the_clean_first_frame(models, tmp_path):
@@ -183,7 +194,7 @@ def guided_oracle(generator, weight, num_blocks):
     latents = sides[0].frames[:, :1, -encoders.vae.latent_channels :].float()
     plan = rules
     for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
-        layout = replace(plan, window_frames=None, rope=rules.rope).causal_layout(end)
+        layout = plan.but(window_frames=None, rope=rules.rope).causal_layout(end)
         draws = KeyedRNG(0)
         shape = (end - start, model.config.out_channels, 8, 8)
         x = draws.noise(0, "stream", [0], shape, part=start)
@@ -297,14 +308,13 @@ def test_an_exported_student_streams_by_its_own_rules(models, tmp_path):
     folder = tmp_path / "student"
     result = CliRunner().invoke(app, ["export", str(models / "run"), str(folder), "--dtype", "float32"])
     assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        "generation.yaml",
-    ]
-    expected = frames_of(Generator.from_run(models / "run", "cpu"))
-    found = Generator.from_model(folder, "cpu", encoders=models / "encoders")
-    assert found.settings == Generator.from_run(models / "run", "cpu").settings
+    names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "generation.yaml"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    run = Generator.from_run(models / "run", "cpu")
+    expected = frames_of(run)
+    found = Generator.from_model(folder, "cpu")  # and nothing more: the place of the encoders is in the folder
+    place = str(run.config.encoders_folder)
+    assert found.settings == run.settings.model_copy(update={"encoders": place}) and Path(place).is_absolute()
     assert np.abs(frames_of(found).astype(int) - expected).max() <= 1
     changed = Generator.from_model(folder, "cpu", encoders=models / "encoders", changes={"shift": 4.0})
     assert changed.settings.shift == 4.0 and changed.settings.plan == found.settings.plan
@@ -313,9 +323,10 @@ def test_an_exported_student_streams_by_its_own_rules(models, tmp_path):
     with pytest.raises(ConfigError, match="dtype=int8 must be one of float16"):
         export(models / "run", tmp_path / "other", dtype="int8")
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    export(models / "run", folder, dtype="float32", overwrite=True)
     result = CliRunner().invoke(app, ["export", str(models / "run"), str(tmp_path / "second"), "history_blocks=3"])
     assert result.exit_code == 0, result.output
-    again = Source.of_model(tmp_path / "second", models / "encoders").settings
+    again = Source.of_model(tmp_path / "second").settings
     assert again == found.settings.model_copy(update={"history_blocks": 3})
     (folder / "generation.yaml").write_text("shift: -1\nwindow: 3\n")
     with pytest.raises(ConfigError, match=r"(?s)shift: got -1.*unknown key window|unknown key window.*shift: got -1"):

@@ -10,22 +10,31 @@ import yaml
 from PIL import Image
 from published_students import FILES, merged, write_student
 from tiny_sessions import PICTURE, A, B, take
-from tiny_stage import make_encoders, make_model, save_encoders
+from tiny_stage import make_encoders, make_model, save_encoders, stage_config
 from tiny_wan import T2V
 from typer.testing import CliRunner
 
-import longtake.weights.locate as locate
 from longtake.cli.app import app
+from longtake.config.generation import read_rules
+from longtake.doctor.files import look_at
+from longtake.doctor.run import diagnose_stream
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.inference.video_io import read_video
+from longtake.parallel.mesh import Mesh
+from longtake.train.networks import Builder
 from longtake.weights.config_json import config_to_json
-from longtake.weights.load import load_opened
+from longtake.weights.load import load_dit, load_opened, save_dit
 from longtake.weights.presets import PRESETS, shapes_of
 from longtake.weights.students import TABLE, find_student, read_table
 
 NAMES = list(FILES)
+FROM_STUDENT = {"init_from": "Efficient-Large-Model/LongLive-1.3B", "model": {"image_condition": "t2v"}}
+PLAN = {
+    "plan": {"block_frames": 2, "first_frames": 2, "window_frames": 4, "sink_frames": 2},
+    "video": {"height": 64, "width": 64, "num_latent_frames": 4},
+}
 SMALL = {"height": 32, "width": 32, "precision": "fp32"}
 
 
@@ -48,8 +57,7 @@ def encoders(tmp_path_factory):
 
 # ---- found and read --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_its_files_is_known_and_read_strictly(name, state, tmp_path, monkeypatch):
-    monkeypatch.setattr(locate, "_download", lambda *_: pytest.fail("nothing is downloaded"))
+def test_a_folder_of_its_files_is_known_and_read_strictly(name, state, tmp_path, hub):
     file = download(name, state, tmp_path / "here")
     expected = merged(state) if name == "LongLive" else state
     for source in (tmp_path / "here", file):
@@ -61,6 +69,7 @@ def test_a_folder_of_its_files_is_known_and_read_strictly(name, state, tmp_path,
         assert all(torch.allclose(loaded[key], value, atol=1e-6) for key, value in expected.items())
         if name != "LongLive":
             assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["LongLive", "Self-Forcing (SiD v2)", "Causal-rCM (chunkwise, 2 steps)"])
@@ -128,41 +137,86 @@ def test_several_students_in_one_folder_must_be_told_apart(state, tmp_path):
     assert find_student(chunk).student.name == "Causal-Forcing (chunkwise)"
 
 
-def test_other_weights_and_own_rules_are_left_alone(state, tmp_path):
+def test_other_weights_are_left_alone_and_own_rules_are_taken(state, encoders, tmp_path):
     torch.save({"generator": state}, tmp_path / "model.pt")
     assert find_student(tmp_path) is None and find_student("Wan-AI/Wan2.1-T2V-1.3B") is None
     assert find_student("gdhe17/Self-Forcing/checkpoints/ode_init.pt") is None and find_student("toy") is None
     file = download("Self-Forcing (DMD)", state, tmp_path / "sf")
-    (file.parent / "generation.yaml").write_text("{}")
-    assert find_student(file) is None
+    (file.parent / "generation.yaml").write_text("{shift: 3.0, height: 32, width: 32}")
+    assert find_student(file).rules.shift == 3 and find_student(tmp_path / "sf").student.name == "Self-Forcing (DMD)"
+    source = Source.of_model(tmp_path / "sf", encoders)  # and the file is read as its student's
+    assert source.settings.shift == 3 and source.weights == file
+    assert load_opened(source.open()).state_dict().keys() == state.keys()
+    shutil.copy(file.parent / "generation.yaml", tmp_path / "sf")
+    save_dit(T2V, state, tmp_path / "sf")  # weights of somebody's own in the folder itself
+    assert find_student(tmp_path / "sf") is None
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
-def test_names_on_the_hub(state, encoders, tmp_path, monkeypatch):
-    assert find_student("efficient-large-model/longlive-1.3b").student.name == "LongLive"
+def test_names_on_the_hub(state, encoders, hub, caplog):
+    for name in ("efficient-large-model/longlive-1.3b", "LongLive", "longlive"):
+        assert find_student(name).student.name == "LongLive"
+    assert find_student("self-forcing (SID)").student.name == "Self-Forcing (SiD)"
+    with pytest.raises(ConfigError, match="Self-Forcing holds several students.*--model gdhe17/Self-Forcing/checkpoin"):
+        find_student("Self-Forcing")
     for name, (model, _) in FILES.items():
         assert find_student(model).student.name == name
     with pytest.raises(ConfigError, match="--model gdhe17/Self-Forcing/checkpoints/self_forcing_sid.pt"):
         find_student("gdhe17/Self-Forcing")
-    asked = []
-
-    def hub(repository, patterns):
-        asked.append((repository, patterns))
-        return encoders if repository == "Wan-AI/Wan2.1-T2V-1.3B" else tmp_path
-
-    download("LongLive", state, tmp_path)
-    monkeypatch.setattr(locate, "_download", hub)
-    source = Source.of_model("Efficient-Large-Model/LongLive-1.3B", changes=SMALL)
-    assert asked == []  # until it is needed
+    repository, base = "Efficient-Large-Model/LongLive-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"
+    download("LongLive", state, hub(repository))
+    source = Source.of_model(repository, changes=SMALL)
+    assert hub.asked == []  # until it is needed
+    with pytest.raises(CheckpointError, match=f"{base} is neither a local path nor a repository"):
+        Generator.build(source, "cpu")
+    assert hub.fetched == []  # nothing before all is known to be there
+    shutil.copytree(encoders, hub(base))
+    caplog.set_level("INFO")
     assert len(list(Generator.build(source, "cpu").stream(prompt=A, num_frames=9))) == 1
-    names = [(repository, patterns[0]) for repository, patterns in asked]
-    repository = "Efficient-Large-Model/LongLive-1.3B"
-    assert names == [
-        (repository, "models/lora.pt"),
-        (repository, "models/longlive_base.pt"),
-        ("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth"),
-    ]
-    assert "models_t5_umt5-xxl-enc-bf16.pth" in asked[2][1] and "google/umt5-xxl/tokenizer.json" in asked[2][1]
+    assert sorted(hub.fetched[:3]) == ["models/config.json", "models/longlive_base.pt", "models/lora.pt"]
+    assert {file.split("/")[0] for file in hub.fetched[3:]} == {"vae", "text_encoder"}
+    size = sum(path.stat().st_size for path in hub(repository).rglob("*") if path.is_file()) / 1e6
+    assert f"Fetching {repository}: transformer" in caplog.text and "low-rank updates" in caplog.text
+    assert f"({size:.1f} MB)" in caplog.text and f"Fetching {base}: VAE" in caplog.text
+    (hub(repository) / "models/lora.pt").unlink()
+    with pytest.raises(CheckpointError, match=f"LongLive was models/lora.pt of {repository}, which is no longer there"):
+        source.fetched()
+
+
+def test_students_are_fetched_by_name_and_played_without_a_network(state, encoders, hub, tmp_path):
+    download("LongLive", state, hub("Efficient-Large-Model/LongLive-1.3B"))
+    shutil.copytree(encoders, hub("Wan-AI/Wan2.1-T2V-1.3B"))
+    result = CliRunner().invoke(app, ["download", "LongLive", "-o", str(tmp_path / "here")])
+    assert result.exit_code == 0 and f"longtake generate --model {tmp_path}/here" in result.output, result.output
+    hub.offline = OSError("no network")
+    found = Source.of_model(tmp_path / "here")
+    assert found.student.student.name == "LongLive" and found.encoders == tmp_path / "here" / "encoders"
+    assert found.fetched() is found and len(hub.asked) == 2
+    result = CliRunner().invoke(app, ["download", "MemFlow"])
+    assert result.exit_code == 2 and "MemFlow (" in result.output and "cannot be played" in result.output
+    for name, said in (("LongLiv", "neither OWNER/NAME on the"), (str(tmp_path), "is a local path; give OWNER/NAME")):
+        result = CliRunner().invoke(app, ["download", name])
+        assert result.exit_code == 2 and said in result.output
+
+
+def test_a_student_is_converted_trained_from_and_planned_for(state, workshop, hub, tmp_path):
+    download("LongLive", state, hub("Efficient-Large-Model/LongLive-1.3B"))
+    result = CliRunner().invoke(app, ["convert", "LongLive", str(tmp_path / "plain"), "--to", "longtake"])
+    assert result.exit_code == 0, result.output
+    written = load_dit(tmp_path / "plain").state_dict()
+    assert all(torch.allclose(written[key], value, atol=1e-6) for key, value in merged(state).items())
+    assert read_rules(tmp_path / "plain") == read_table()[0][0].settings
+    for source in ("Efficient-Large-Model/LongLive-1.3B", str(hub("Efficient-Large-Model/LongLive-1.3B"))):
+        config = stage_config(workshop, tmp_path, "causal", init_from=source, model={"image_condition": "t2v"}, **PLAN)
+        read = dict(Builder(config, Mesh()).open(config.source(source)).read(None))
+        assert all(torch.allclose(read[key], value, atol=1e-6) for key, value in merged(state).items())
+    lora = stage_config(workshop, tmp_path, "causal", **{**FROM_STUDENT, "lora": {"rank": 2}}, **PLAN)
+    with pytest.raises(ConfigError, match="LongLive, a published student, .*`longtake convert .*, and name FOLDER"):
+        Builder(lora, Mesh()).build()
+    report = diagnose_stream("LongLive", device="80GB")
+    assert "window 12" in str(report) or "plan.window_frames=12" in str(report)
+    with_name = stage_config(workshop, tmp_path, "causal", **FROM_STUDENT, **PLAN)
+    assert "is LongLive: it will be fetched from the Hugging Face hub" in "\n".join(look_at(with_name).notes)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -216,8 +270,7 @@ def test_each_is_generated_from_scripted_forked_and_rewound(name, state, encoder
     assert generator.beginning.zero_shot(given=True)
 
 
-def test_the_command_finds_all_of_it_offline(state, encoders, tmp_path, monkeypatch):
-    monkeypatch.setattr(locate, "_download", lambda *_: pytest.fail("nothing is downloaded"))
+def test_the_command_finds_all_of_it_offline(state, encoders, tmp_path, hub):
     download("LongLive", state, tmp_path / "LongLive-1.3B")
     shutil.copytree(encoders, tmp_path / "Wan2.1-T2V-1.3B")
     (tmp_path / "story.yaml").write_text(
@@ -233,6 +286,7 @@ def test_the_command_finds_all_of_it_offline(state, encoders, tmp_path, monkeypa
         result = CliRunner().invoke(app, ["generate", *small, *more, "-o", str(tmp_path / "o.mp4"), "--overwrite"])
         assert result.exit_code == 0 and said in result.output, result.output
         assert len(read_video(tmp_path / "o.mp4")[0]) == frames
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "LongLive")) for n in NAMES])

@@ -1,0 +1,315 @@
+"""The thread that owns a device: the sessions on it, what is asked of them, and whose block is made next.
+
+Nothing else calls a session. Whoever asks gets a future; blocks come out through a function, in the order in which they
+were made, from a second thread, so that a GPU is never waited for before its next block has begun. Must know no
+network and no file format.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longtake.errors import ConfigError, LongtakeError
+from longtake.inference.frames import Frames
+from longtake.inference.generator import Generator
+from longtake.inference.session import Session
+from longtake.serve.capacity import Capacity, measure
+from longtake.serve.lanes import Block, Lane, next_lane
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Frames of a session: `frames` uint8 [T, h, w, 3] from number `first` on, all of `block` or, of the first one that
+    is generated, a part; `rewindable` blocks can be taken back; `seconds` since the block was begun.
+    """
+
+    session: str
+    block: Block
+    first: int
+    frames: NDArray[np.uint8]
+    rewindable: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A session that could not go on and is no more."""
+
+    session: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Where among its blocks a session was changed, rewound, forked or saved; `result`, what was answered."""
+
+    session: str
+    result: Any
+
+
+Output = Made | Lost | Turned
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a generator makes: size and rate of its pictures, pixel frames of a block, what it takes (`picture`: needed,
+    optional or none; `target`), and the rules that a client may want to know.
+    """
+
+    height: int
+    width: int
+    fps: int
+    block_frames: int
+    picture: str
+    target: bool
+    guidance: float
+    history_blocks: int
+
+    @classmethod
+    def of(cls, generator: Generator, history_blocks: int) -> Model:
+        rules, begin = generator.settings, generator.beginning
+        return cls(
+            rules.height,
+            rules.width,
+            rules.fps,
+            generator.plan.block_frames * generator.encoders.vae.temporal_stride,
+            "needed" if begin.needed else "none" if begin.picture == "none" else "optional",
+            generator.model.config.image_dim is not None,
+            rules.guidance,
+            history_blocks,
+        )
+
+
+class Engine:
+    """Sessions of one generator, in a thread of its own; make it, `start` it, `stop` it.
+
+    Args: `build` makes the generator, in that thread; `emit` is called with what comes out, from another thread;
+    `blocks_ahead`, the most that are made beyond what was shown; `history`, blocks
+    that can be taken back.
+    """
+
+    def __init__(
+        self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int, history: int
+    ) -> None:
+        self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
+        self._lanes: dict[str, Lane] = {}
+        self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue(maxsize=1)
+        self._threads = [
+            threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
+        ]
+        self.ready: Future[Model] = Future()
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends both threads after the block in the making; what was asked for by then is done first."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        for thread in self._threads:
+            thread.join()
+
+    def call(self, operation: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Asks for a method of `Engine` whose name begins with `do_`, between two blocks."""
+        method = getattr(self, f"do_{operation}")
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._stopping:
+                future.set_exception(ConfigError("the server is ending; come back when it has started again"))
+                return future
+            self._asked.append((future, lambda: method(*args, **kwargs)))
+            self._wake.notify()
+        return future
+
+    # ---- the thread that owns the device ----------------------------------------------------------------------------
+    def _own(self) -> None:
+        try:
+            self._generator = self._build()
+        except Exception as error:
+            logger.exception("the weights cannot be served")
+            self.ready.set_exception(error)
+            self._on_their_way.put(None)
+            return
+        self.model = Model.of(self._generator, self._history)
+        self.ready.set_result(self.model)
+        while True:
+            with self._wake:
+                while not (self._asked or self._stopping or self._next()):
+                    self._wake.wait()
+                asked, self._asked = self._asked, deque()
+            for future, method in asked:
+                self._answer(future, method)
+            if self._stopping and not asked:
+                break
+            if not self._asked and (lane := self._next()):
+                self._make(lane)
+        self._on_their_way.put(None)
+        self._lanes.clear()
+
+    def _next(self) -> Lane | None:
+        return next_lane(self._lanes.values())
+
+    def _answer(self, future: Future[Any], method: Callable[[], Any]) -> None:
+        try:
+            result = method()
+        except Exception as error:
+            _free_memory(error)
+            future.set_exception(error)
+            if not isinstance(error, LongtakeError | MemoryError | torch.OutOfMemoryError):
+                logger.exception("a request failed")
+        else:
+            future.set_result(result)
+
+    def _make(self, lane: Lane) -> None:
+        """Begins the next block of a session; one that cannot is closed, and the others go on."""
+        began, first = monotonic(), lane.session.num_frames
+        try:
+            frames = lane.session.begin()
+        except Exception as error:
+            logger.exception("session %s cannot go on", lane.name)
+            self._lose(lane, error)
+            return
+        block = Block(first, len(frames), lane.number)
+        lane.began(block, monotonic())
+        self._on_their_way.put((lane, block, frames, began))
+
+    def _lose(self, lane: Lane, error: Exception) -> None:
+        if self._lanes.pop(lane.name, None) is not None:
+            _free_memory(error)
+            self._emit(Lost(lane.name, error))
+
+    def _settle(self) -> None:
+        """Returns when all blocks that were begun have come out."""
+        self._on_their_way.join()
+
+    # ---- the thread that waits for frames ---------------------------------------------------------------------------
+    def _fetch(self) -> None:
+        while (item := self._on_their_way.get()) is not None:
+            lane, block, frames, began = item
+            try:
+                first = block.first
+                for piece in frames.pieces:
+                    array = piece.array()
+                    self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - began))
+                    first += len(array)
+                lane.block_seconds = monotonic() - began
+            except Exception as error:
+                logger.exception("session %s cannot go on", lane.name)
+                self.call("lose", lane.name, error)
+            finally:
+                self._on_their_way.task_done()
+
+    # ---- what can be asked for --------------------------------------------------------------------------------------
+    def do_lose(self, name: str, error: Exception) -> None:
+        if (lane := self._lanes.get(name)) is not None:
+            self._lose(lane, error)
+
+    def do_open(self, name: str, picture: NDArray[np.uint8] | None, prompt: str, **values: Any) -> None:
+        """A new session; `values` as those of `Generator.open`."""
+        self._add(name, self._generator.open(picture, prompt, history_blocks=self._history, **values))
+
+    def do_restore(self, name: str, path: Path, number: int, past: int) -> int:
+        """The session of a file, which will follow change `number` and has followed `past`. Returns: its frame."""
+        session = self._generator.resume(path, history_blocks=self._history)
+        self._add(name, session, number, past)
+        return session.num_frames
+
+    def _add(self, name: str, session: Session, number: int = 0, past: int = 0) -> None:
+        ahead = self._blocks_ahead * self.model.block_frames
+        lane = Lane(name, session, number, past, ahead, dry_at=monotonic())
+        lane.shown = session.num_frames
+        self._lanes[name] = lane
+
+    def do_close(self, name: str) -> None:
+        self._lanes.pop(name, None)
+
+    def do_hold(self, name: str, paused: bool) -> None:
+        """Makes no more blocks of a session, or goes on."""
+        lane = self._lane(name)
+        self._settle()
+        lane.paused, lane.dry_at = paused, max(lane.dry_at, monotonic())
+        self._turned(name, None)
+
+    def do_shown(self, name: str, frame: int) -> None:
+        """So many frames of a session have been shown."""
+        if (lane := self._lanes.get(name)) is not None:
+            lane.shown = min(frame, lane.session.num_frames)
+
+    def do_change(self, name: str, kind: str, value: Any, number: int, drop: bool) -> tuple[int, bool]:
+        """Another `prompt`, `image` or `target` (the kind); with `drop` in the place of what was not shown yet.
+
+        Returns: the frame from which on it holds, and whether frames were taken back for it.
+        """
+        lane = self._lane(name)
+        self._settle()
+        dropped = lane.change(kind, value, number, drop=drop)
+        return self._turned(name, (lane.session.num_frames, dropped))
+
+    def do_rewind(self, name: str, blocks: int | None, to_frame: int | None) -> tuple[int, int]:
+        """Takes back so many blocks, or those that begin at `to_frame` or later.
+
+        Returns: the frame where it stands then, and the number of the change it follows.
+        """
+        lane = self._lane(name)
+        self._settle()
+        lane.rewind(lane.blocks_from(to_frame) if blocks is None else blocks)
+        return self._turned(name, (lane.session.num_frames, lane.number))
+
+    def do_fork(self, name: str, branch: str) -> int:
+        """Another session at the same place. Returns: its frame."""
+        lane = self._lane(name)
+        self._settle()
+        self._lanes[branch] = lane.fork(branch)
+        return self._turned(name, lane.session.num_frames)
+
+    def do_save(self, name: str, path: Path) -> tuple[int, int, int]:
+        """Writes a session down. Returns: its frame, and `number` and `past` for `do_restore`."""
+        lane = self._lane(name)
+        self._settle()
+        lane.session.save(path)
+        past = lane.blocks[-1].number if lane.blocks else lane.past
+        return self._turned(name, (lane.session.num_frames, lane.number, past))
+
+    def _turned(self, name: str, result: Any) -> Any:
+        self._emit(Turned(name, result))  # before the next block can come out
+        return result
+
+    def do_measure(self, most: int | None) -> Capacity:
+        """How many sessions may play at once. Before the first one."""
+        return measure(self._generator, most, self._history)
+
+    def do_memory(self) -> int:
+        """Bytes of the device that are in use by this process; 0 for a CPU."""
+        device = self._generator.device
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+    def _lane(self, name: str) -> Lane:
+        if name not in self._lanes:
+            raise ConfigError("the session has ended; open another one")
+        return self._lanes[name]
+
+
+def _free_memory(error: Exception) -> None:
+    """After a full memory what nobody needs is given back, so that the next session finds it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()

@@ -1,0 +1,73 @@
+"""A server from its source to its end: weights, address, signals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from socket import socket
+from typing import Any
+
+import uvicorn
+
+from longtake.inference.generator import Generator
+from longtake.inference.source import Source
+from longtake.serve.app import make_app
+from longtake.serve.security import Guard
+from longtake.serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_SECONDS = 20
+
+
+def config_of(app: Any, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn runs it: no access log (it would name sessions), small messages from clients alone."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=settings.limits.message_bytes,
+        ws_per_message_deflate=False,
+        limit_concurrency=settings.limits.connections,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
+
+
+def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings, say: Callable[[str], object]) -> None:
+    """Serves the student of `source` on these devices until a signal ends it; `say` is told the address.
+
+    Raises: LongtakeError for what cannot be served, before anything listens.
+    """
+    app = make_app([partial(Generator.build, source, device) for device in devices], settings)
+    if not settings.is_local:
+        say("what is sent can be read on the way: put a proxy with TLS in front")
+    with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
+        LiveServer(app, settings, say).run()
+    say("ended; sessions are saved and can be opened again")
+
+
+class LiveServer(uvicorn.Server):
+    """Says its address when it is ready, and ends in order: sessions are saved and viewers told before connections are
+    cut.
+    """
+
+    def __init__(self, app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
+        super().__init__(config_of(app, settings))
+        self._app, self._say = app, say
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._say(f"http://{self.config.host}:{port}")
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        await self._app.drain()
+        await super().shutdown(sockets)
