@@ -1,6 +1,7 @@
 """Alarms over videos of the packaged student as it is, and broken on purpose: what a validation would say of it."""
 
-from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import pytest
 from torch import Tensor
@@ -10,7 +11,8 @@ from longtake.config.alarms import AlarmsConfig
 from longtake.config.groups import WorldConfig
 from longtake.config.stage import TOY_ASSETS
 from longtake.evaluation import row_videos as rv
-from longtake.evaluation.row_reader import RowReader
+from longtake.evaluation.instruments import Blocks, Measured
+from longtake.evaluation.row_reader import Reading, RowReader
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
@@ -47,48 +49,56 @@ class Broken(Denoiser):
         return clean.mean((-2, -1), keepdim=True).expand_as(clean) if block else clean
 
 
-@dataclass
 class Toy:
     """The packaged student, its teacher, and rows of the toy world."""
 
-    source: Source
-    student: VideoDiT
-    teacher: VideoDiT
-    rows: list[rv.VideoRow]
-    decoder: object
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.source = folder, Source.of_model("toy")
+        places = self.source.weights, TOY_ASSETS / "teacher"
+        self.student, self.teacher = (load_dit(path).eval().requires_grad_(False) for path in places)
 
-    def seen(self, make: rv.Maker, numbers: range, lengths: list[int], plan=None) -> list[list[rv.SeenVideo]]:
-        """By length the videos of these rows."""
-        cuts = [rv.Cut(pixel_frames(n, 4), plan and rv.blocks_of(plan, n, 4)) for n in lengths]
-        videos = [(self.rows[k], list(rv.decoded(self.decoder, make(self.rows[k])))) for k in numbers]
-        return list(zip(*(rv.look(row.name, frames, 16, cuts) for row, frames in videos)))
+    @cache  # noqa: B019 (it lives as long as the tests of this file)
+    def reading(self, seed: int) -> Reading:
+        """Rows of their own for each seed, and what decodes."""
+        world = WorldConfig(num_worlds=ROWS, num_frames=9, seed=11 + seed, formats=["images"])
+        folder = write_world(self.folder / str(seed), world)
+        return RowReader(folder / "images", ROWS, Mesh()).read(self.source)
+
+    def measured(self, seed: int, make: rv.Maker, cuts: list[rv.Cut]) -> list[list[Measured]]:
+        """The beginnings of the videos of the rows, by cut."""
+        reading = self.reading(seed)
+        videos = [rv.look(row.name, rv.decoded(reading.decoder, make(row)), 16, cuts) for row in reading.rows]
+        return [[video.measured for video in part] for part in zip(*videos)]
+
+    @cache  # noqa: B019 (it lives as long as the tests of this file)
+    def of_teacher(self, seed: int) -> list[Measured]:
+        """Sampled as the toy recipes sample it in validations."""
+        sampling = {"num_steps": 10, "shift": 5.0, "guidance": 1.0, "first_frame_clean": False}
+        return self.measured(seed, rv.teacher_maker(self.teacher, SHORT, seed=seed, **sampling), [_cut(SHORT)])[0]
 
     def numbers(self, kind: str, seed: int, lengths: list[int]) -> dict[str, float]:
         """What a validation of rows would log."""
-        rows, plan = range(ROWS * seed, ROWS * seed + ROWS), self.source.plan
-        sampling = {"num_steps": 10, "shift": 5.0, "guidance": 1.0, "first_frame_clean": False}
-        (teacher,) = self.seen(rv.teacher_maker(self.teacher, SHORT, seed=seed, **sampling), rows, [SHORT])
+        plan = self.source.plan
 
         def make(row: rv.VideoRow) -> Tensor:
             denoiser = Denoiser(self.student) if kind == "healthy" else Broken(self.student, kind)
             return rv.student_maker(denoiser, plan, lengths[-1], seed=seed)(row)
 
         found: dict[str, float] = {}
-        for videos, start in zip(self.seen(make, rows, lengths, plan), ("", "long_")):
-            own, theirs = ([video.measured for video in part] for part in (videos, teacher))
-            both = rv.means(own) | rv.against(own, theirs)
+        cuts = [_cut(length, rv.blocks_of(plan, length, 4)) for length in lengths]
+        for own, start in zip(self.measured(seed, make, cuts), ("", "long_")):
+            both = rv.means(own) | rv.against(own, self.of_teacher(seed))
             found |= {f"validation/{start}{name}": value for name, value in both.items()}
         return found
 
 
+def _cut(num_latent_frames: int, blocks: Blocks | None = None) -> rv.Cut:
+    return rv.Cut(pixel_frames(num_latent_frames, 4), blocks)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("rows")
-    write_world(root, WorldConfig(num_worlds=ROWS * SEEDS, num_frames=9, seed=11, formats=["images"]))
-    source = Source.of_model("toy")
-    reading = RowReader(root / "images", ROWS * SEEDS, Mesh()).read(source)
-    networks = [load_dit(path).eval().requires_grad_(False) for path in (source.weights, TOY_ASSETS / "teacher")]
-    return Toy(source, *networks, reading.rows, reading.decoder)
+    return Toy(tmp_path_factory.mktemp("rows"))
 
 
 def alarms(numbers: dict[str, float]) -> list[set[str]]:
