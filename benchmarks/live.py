@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -90,18 +90,18 @@ class Watched:
         self.latencies.append(time.monotonic() - asked)
 
     def rate(self, since: float) -> float:
-        """Frames received a second from a time on."""
-        counted = [one for one in self.arrivals if one[0] >= since]
-        (start, before), (end, after) = counted[0], counted[-1]
-        return (after - before) / (end - start)
+        """Frames received a second from a time on until now."""
+        before = max((count for at, count in self.arrivals if at < since), default=0)
+        return (self.received - before) / (time.monotonic() - since)
 
 
 def memory_bytes(process: int) -> int:
     """Resident bytes of a process and of its children."""
     total = 0
     for task in os.listdir(f"/proc/{process}/task"):
-        children = Path(f"/proc/{process}/task/{task}/children").read_text().split()
-        total += sum(memory_bytes(int(child)) for child in children)
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            children = Path(f"/proc/{process}/task/{task}/children").read_text().split()
+            total += sum(memory_bytes(int(child)) for child in children)
     return total + int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

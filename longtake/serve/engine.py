@@ -8,6 +8,8 @@ network and no file format.
 from __future__ import annotations
 
 import logging
+import mmap
+import os
 import queue
 import threading
 from collections import deque
@@ -30,6 +32,8 @@ from longtake.serve.capacity import Capacity, measure
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class Engine:
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue(maxsize=1)
+        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue()
+        self._room = threading.Semaphore(_AT_ONCE)
         self._threads = [
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
         ]
@@ -150,6 +155,9 @@ class Engine:
             self.ready.set_exception(error)
             self._on_their_way.put(None)
             return
+        if self._generator.device.type == "cpu":
+            # A core for encoding and sending: threads that share their cores with others wait for each other.
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
         self.model = Model.of(self._generator, self._history)
         self.ready.set_result(self.model)
         while True:
@@ -182,10 +190,12 @@ class Engine:
 
     def _make(self, lane: Lane) -> None:
         """Begins the next block of a session; one that cannot is closed, and the others go on."""
+        self._room.acquire()
         began, first = monotonic(), lane.session.num_frames
         try:
             frames = lane.session.begin()
         except Exception as error:
+            self._room.release()
             logger.exception("session %s cannot go on", lane.name)
             self._lose(lane, error)
             return
@@ -217,6 +227,7 @@ class Engine:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, error)
             finally:
+                self._room.release()
                 self._on_their_way.task_done()
 
     # ---- what can be asked for --------------------------------------------------------------------------------------
@@ -299,9 +310,14 @@ class Engine:
         return measure(self._generator, most, self._history)
 
     def do_memory(self) -> int:
-        """Bytes of the device that are in use by this process; 0 for a CPU."""
+        """Bytes of the device that this process holds; of a CPU's memory, those of the process."""
         device = self._generator.device
-        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        if device.type == "cuda":
+            return torch.cuda.memory_reserved(device)
+        try:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        except (OSError, ValueError, IndexError):  # not on this system
+            return 0
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:
