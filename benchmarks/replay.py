@@ -118,7 +118,7 @@ def main() -> None:
         size,
         first_latent=torch.randn(1, 1, config.out_channels, *size, device=device),
     )
-    plan = StreamPlan(4, 1, 13, 5, sigmas=SIGMAS)
+    plan = StreamPlan(block_frames=4, window_frames=13, sink_frames=5, sigmas=SIGMAS)
     seeds = {}
     for wanted in map(int, given.exits.split(",")):
         draws = next(seed for seed in range(99) if KeyedRNG(seed).integer(0, "exit_step", 0, 4) == wanted)

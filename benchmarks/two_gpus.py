@@ -181,7 +181,7 @@ def passes(
     """The passes that are measured, of a model as it is split now."""
     model, size, window_frames = denoiser.model, (clip.shape[3], clip.shape[4]), window[0]
     block, one = clip[:, :BLOCK], torch.ones(1, device=clip.device)
-    cache = model.new_cache(StreamPlan(BLOCK, 1, *window), 1, size)
+    cache = model.new_cache(StreamPlan(block_frames=BLOCK, window_frames=window[0], sink_frames=window[1]), 1, size)
     with torch.no_grad():
         while cache.position < window_frames + BLOCK:
             denoiser(block, 0 * one, condition, cache, commit=True)

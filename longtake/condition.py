@@ -11,8 +11,11 @@ This file must know no model, no file format and no training stage.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from pydantic import Field, model_validator
+
+from longtake.config.base import Settings
 from longtake.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -20,21 +23,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class VideoShape:
-    """Sizes of one video: pixels, latents and the strides of the VAE between them.
+class VideoShape(Settings):
+    """The size of videos, in pixels and in latents, and how fast they play."""
 
-    Args (fields): `height`, `width` in pixels; `num_latent_frames` F; strides of the VAE.
-    Raises: ConfigError when the pixel size is not a multiple of twice the spatial stride (the DiT's patch is 2x2).
-    """
+    height: int = Field(
+        default=64, gt=0, le=8192, description="height in pixels, a multiple of twice the spatial stride of the VAE"
+    )
+    width: int = Field(
+        default=64, gt=0, le=8192, description="width in pixels, a multiple of twice the spatial stride of the VAE"
+    )
+    num_latent_frames: int = Field(default=9, gt=0, description="latent frames of a clip; must end on a block boundary")
+    fps: int = Field(
+        default=16, gt=0, le=1000, description="frames a second, at which clips are read and videos are written"
+    )
+    temporal_stride: int = Field(default=4, gt=0, description="pixel frames a latent frame; must be that of the VAE")
+    spatial_stride: int = Field(default=8, gt=0, description="pixels a latent pixel; must be that of the VAE")
 
-    height: int
-    width: int
-    num_latent_frames: int
-    temporal_stride: int = 4
-    spatial_stride: int = 8
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         unit = 2 * self.spatial_stride
         for name in ("height", "width"):
             size = getattr(self, name)
@@ -43,8 +49,7 @@ class VideoShape:
                 raise ConfigError(
                     f"{name}={size} must be a positive multiple of {unit}; set it to {below} or {below + unit}"
                 )
-        if self.num_latent_frames < 1:
-            raise ConfigError(f"num_latent_frames={self.num_latent_frames} must be at least 1")
+        return self
 
     @property
     def latent_height(self) -> int:
@@ -142,6 +147,11 @@ class Condition:
 
         image = None if self.image is None else move(self.image)
         return Condition(move(self.text), image, None if self.frames is None else move(self.frames))
+
+    def first(self) -> Condition:
+        """That of the first row alone."""
+        image = None if self.image is None else self.image[:1]
+        return Condition(self.text[:1], image, None if self.frames is None else self.frames[:1])
 
     def with_text(self, text: Tensor) -> Condition:
         """The same picture under other text (classifier-free guidance: same `frames`, same `image`)."""

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Device:
     """Peaks of one kind of accelerator, in operations a second, and its memory.
 
-    `marks` are parts of the name that torch reports, all of which must be in it.
+    `pattern` is found in the name that torch reports.
     """
 
     name: str
-    marks: tuple[str, ...]
+    pattern: str
     bf16: float
     fp32: float
     memory_bytes: int
@@ -36,18 +36,22 @@ class Device:
         return self.bf16 if precision == "bf16" else self.fp32
 
 
-# Order matters where one name contains the marks of another.
 DEVICES = (
-    Device("H200", ("H200",), 989e12, 67e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
-    Device("H100", ("H100", "HBM3"), 989e12, 67e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
-    Device("A100", ("A100", "SXM", "80GB"), 312e12, 19.5e12, 80 * 10**9, "NVIDIA A100 data sheet"),
+    Device("H200", "H200", 989e12, 67e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
+    Device("H100", "H100.*HBM3", 989e12, 67e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
+    Device("A100", "A100.*SXM.*80GB", 312e12, 19.5e12, 80 * 10**9, "NVIDIA A100 data sheet"),
+    # Of GeForce cards, bfloat16 with sums in float32; cards for laptops and the like have longer names.
+    Device("RTX 5090", "RTX 5090$", 209.5e12, 104.8e12, 32 * 10**9, "NVIDIA RTX Blackwell GPU architecture"),
+    Device("RTX 4090", "RTX 4090$", 165.2e12, 82.6e12, 24 * 10**9, "NVIDIA Ada GPU architecture"),
+    Device("RTX 3090", "RTX 3090$", 71e12, 35.6e12, 24 * 10**9, "NVIDIA Ampere GA102 GPU architecture"),
 )
 
 
 def find_device(name: str) -> Device | None:
     """The device of this name, as torch reports it (`NVIDIA H200`) or as the table calls it; None if not known."""
     for device in DEVICES:
-        if name.upper() == device.name or all(mark.lower() in name.lower() for mark in device.marks):
+        short = device.name.removeprefix("RTX ")
+        if name.upper() in (device.name, short) or re.search(device.pattern, name, re.IGNORECASE):
             return device
     return None
 

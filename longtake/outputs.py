@@ -153,6 +153,19 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
 
 
+def check_space(path: str | Path, needed: float) -> None:
+    """Raises OutputError when the disk of a file that will be written has no room for `needed` bytes."""
+    folder = Path(os.path.abspath(path)).parent
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{path} will take about {needed / 1e9:.1f} GB while it is made, and its disk has {free / 1e9:.1f} GB; "
+            "name another disk, or make it shorter or smaller"
+        )
+
+
 def sync(path: Path) -> None:
     """Returns when a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

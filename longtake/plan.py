@@ -1,15 +1,18 @@
 """How a student streams, in one object: blocks, window, sink, positions and noise levels.
 
-Training, inference, masks, caches and data checks all ask a `StreamPlan`; nothing else knows a block boundary. It must
-know no model, no tensor (but for the masks that it lays out) and no file format: `PlanConfig.stream` builds it.
+Training, inference, masks, caches and data checks all ask a `StreamPlan`; nothing else knows a block boundary. What a
+file says of it are two groups of keys, `plan:` and `flow:`, which `PlanConfig.stream` puts together. It must know no
+model, no tensor (but for the masks that it lays out) and no file format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
+from pydantic import BeforeValidator, Field, model_validator
+
+from longtake.config.base import Settings
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,148 +21,135 @@ if TYPE_CHECKING:
     from longtake.condition import MaskLayout
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
+Rope = Literal["relative", "absolute"]
+Clock = Literal["exact", "whole", "bf16"]
+Levels = Annotated[tuple[float, ...], BeforeValidator(tuple)]
 
 # A published student begins at 1600/1601. Far below 1, noise times the level is nothing that training has seen.
 LEAST_START = 0.99
-# Values of fields that have several. Anything else is refused by name: a student that is played by another law than its
-# own would look worse, and nobody would know why.
-_CHOICES = {
-    "rope": ("relative", "absolute"),
-    "clock": ("exact", "whole", "bf16"),
-    "context": ("pass", "last_step"),
-    "recache": ("rebuild", "last_window", "none"),
-}
-# What published students differ in besides, each with the one value that this version can play.
-_ONLY = {
-    "commit_role": ("student", "the network that denoises also makes the context"),
-    "sink_law": ("first", "the sink is the first frames, as they were stored"),
-}
+MAX_STEPS = 1000  # Wan's clock has no more
 
 
-@dataclass(frozen=True)
-class StreamPlan:
-    """How a student streams: in blocks `[first, n, n, ...]`, each attending to the sink, the window and itself.
+def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
+    """sigma = shift u / (1 + (shift - 1) u). Source: Wan2.1's flow schedulers; Esser et al. 2024, eq. 23."""
+    return shift * u / (1 + (shift - 1) * u)
 
-    Blocks: `block_frames` is n; `first_frames` is 1 for image-to-video (the given picture is a block of its own) and n
-    for text-to-video. `given_frames` of a video are given and not generated (0 or `first_frames`): whoever has the
-    picture says so (`with_given`), and blocks are counted from the first generated one.
-    Attention: `window_frames` latent frames that a block attends to, sink and itself counted (None: all);
-    `sink_frames` first frames that are never evicted. `rope`, "relative" or "absolute": positions counted in the
-    attended window, or since the start.
-    Levels: `sigmas`, the falling noise levels of a block; `later_sigmas`, those of every generated block but the first
-    (None: the same). A block begins with noise times its first level. `clock`, what the network reads of a level l:
-    "exact", 1000 l; or that rounded to whole numbers, "whole", or to bfloat16, "bf16" (936 for 937.5), as some
-    publishers hand it over.
-    Context, what a finished block leaves in the cache: "pass", a call of its own on the clean latents, noised to
-    `context_sigma`; or "last_step", the last denoising step on its noisy latents, without a call of its own, from
-    generated block number `context_from` on (those before have the pass). The picture is always stored clean.
-    Where the prompt changes: `recache` "rebuild" makes the cache anew from kept latents, block by block; "last_window"
-    (LongLive) the frames of the window in one call in which all see each other, beside the kept sink; "none" leaves it
-    as the old prompt made it. `keep_sink`: the sink stays as the old one made it.
-    The others have one value each (`_ONLY`).
-    Source of the context without a pass: Causal-rCM (NVlabs/rcm), specification T.
-    Raises: ConfigError for a value that is not known, not implemented, or contradicts another.
-    """
 
-    block_frames: int
-    first_frames: int = 1
-    window_frames: int | None = None
-    sink_frames: int = 0
-    rope: str = "relative"
-    clock: str = "exact"
-    keep_sink: bool = False
-    sigmas: tuple[float, ...] = (1.0,)
-    later_sigmas: tuple[float, ...] | None = None
-    context: str = "pass"
-    context_from: int = 1
-    context_sigma: float = 0.0
-    recache: str = "rebuild"
-    commit_role: str = "student"
-    sink_law: str = "first"
-    given_frames: int = 0
+class FlowConfig(Settings):
+    """The noise schedule."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(self.sigmas))
-        if self.later_sigmas is not None:
-            object.__setattr__(self, "later_sigmas", tuple(self.later_sigmas))
-        for name, (only, meaning) in _ONLY.items():
-            if (got := getattr(self, name)) != only:
-                raise ConfigError(f"{name}={got!r} is not implemented; only {only!r} is: {meaning}")
-        for name, known in _CHOICES.items():
-            if (got := getattr(self, name)) not in known:
-                raise ConfigError(f"{name}={got!r} is not known; use {' or '.join(map(repr, known))}")
-        if self.block_frames < 1 or self.first_frames < 1:
-            raise ConfigError(
-                f"block_frames={self.block_frames} and first_frames={self.first_frames} must be at least 1"
-            )
-        if self.given_frames not in (0, self.first_frames):
-            raise ConfigError(
-                f"given_frames={self.given_frames} must be 0 or the first block, first_frames={self.first_frames}"
-            )
-        self._check_levels()
+    steps: list[float] = Field(
+        default=[1.0, 0.75, 0.5, 0.25],
+        min_length=1,
+        max_length=MAX_STEPS,
+        description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
+    )
+    later_steps: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_STEPS,
+        description="those of every generated block but the first, as many or fewer; null = `steps` for all",
+    )
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
+    warp_steps: bool = Field(
+        default=True, description="false: `steps` and `later_steps` are the noise levels themselves, without the warp"
+    )
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the student."""
+        return self._levels(self.steps)
+
+    @property
+    def later_sigmas(self) -> tuple[float, ...] | None:
+        """Those of every generated block but the first, where they are others."""
+        return None if self.later_steps is None else self._levels(self.later_steps)
+
+    def _levels(self, steps: list[float]) -> tuple[float, ...]:
+        return tuple(warp(u, self.shift) if self.warp_steps else u for u in steps)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, steps in (("steps", self.steps), ("later_steps", self.later_steps)):
+            if steps is None:
+                continue
+            if max(steps) > 1:
+                raise ValueError(f"{name}={steps} are noise levels in (0, 1], not a 0..1000 clock; divide them by 1000")
+            if min(steps) <= 0:
+                raise ValueError(f"{name}={steps} must be above 0; the last step ends at 0 without naming it")
+            if steps[0] < LEAST_START or any(a <= b for a, b in zip(steps, steps[1:])):
+                raise ValueError(f"{name}={steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
+        return self
+
+    @classmethod
+    def familiar_names(cls) -> dict[str, str]:
+        return {
+            **{name: f"objective.{name}" for name in ("guidance", "sigma_min", "sigma_max")},
+            "negative_prompt": "objective.negative_prompt (text: in a file, words such as no go in quotes)",
+            "warp_denoising_step": "warp_steps",
+        }
+
+
+class PlanConfig(Settings):
+    """Blocks that are generated at once, and what a block attends to."""
+
+    block_frames: int = Field(default=4, gt=0, description="latent frames of a block")
+    first_frames: int = Field(
+        default=1, gt=0, description="latent frames of the first block: 1 for i2v (the given picture)"
+    )
+    window_frames: int | None = Field(
+        default=9, gt=0, description="latent frames that a block attends to, sink and itself counted; null = all"
+    )
+    sink_frames: int = Field(
+        default=1, ge=0, description="first latent frames that are never evicted: 0 or a block boundary"
+    )
+    keep_sink: bool = Field(
+        default=False,
+        description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
+    )
+    context: Literal["pass", "last_step"] = Field(
+        default="pass",
+        description="what stores a finished block as context: `pass` = a call of its own on the clean block; "
+        "`last_step` = its last denoising step, on what that sees, one call less a block. Only for students trained so",
+    )
+    context_from: int = Field(
+        default=1,
+        ge=0,
+        description="with context=last_step, the first block that is stored so, counted from the first generated one; "
+        "those before have the call of their own",
+    )
+    context_sigma: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="noise level (after the warp) at which a finished block is stored by a call of its own",
+    )
+    recache: Literal["rebuild", "last_window", "none"] = Field(
+        default="rebuild",
+        description="where the prompt changes in mid-stream: `rebuild` = the cache is made anew from kept latents, "
+        "block by block; `last_window` = the window's frames in one call in which all see each other, as LongLive does "
+        "(with keep_sink); `none` = it stays as the old prompt made it",
+    )
+
+    def stream(self, flow: FlowConfig, *, rope: Rope = "relative", clock: Clock = "exact") -> StreamPlan:
+        """How a student with these blocks streams, by the levels and the rules of positions and of the clock that are
+        beside this group: the one place where a configuration becomes a plan.
+        """
+        return StreamPlan(**dict(self), rope=rope, clock=clock, sigmas=flow.sigmas, later_sigmas=flow.later_sigmas)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.check_window()
+        self._check_recache()
+        return self
+
+    def _check_recache(self) -> None:
         if self.recache == "last_window" and self.sink_frames and not self.keep_sink:
             raise ConfigError(
                 "recache='last_window' is not implemented with keep_sink=false, where later frames would take the "
                 "place of the sink's; set keep_sink=true, sink_frames=0 or recache='rebuild'"
             )
 
-    def _check_levels(self) -> None:
-        later = self.later_sigmas
-        if later is not None and not 0 < len(later) <= len(self.sigmas):
-            raise ConfigError(
-                f"later blocks have {len(later)} noise levels and the first one {len(self.sigmas)}; give them at least "
-                "one, and no more than that"
-            )
-        if not 0 <= self.context_sigma < 1 or self.context_from < 0:
-            raise ConfigError(
-                f"context_sigma={self.context_sigma} must be in [0, 1) and context_from={self.context_from} at least 0"
-            )
-        under_the_rule = [later or self.sigmas, *([self.sigmas] if self.context_from == 0 else [])]
-        if self.context == "last_step" and min(map(len, under_the_rule)) < 2:
-            raise ConfigError(
-                "context='last_step' stores what the last denoising step sees, and with one noise level that is noise "
-                "alone; give such blocks two levels or more, or set context='pass'"
-            )
-
-    # ---- what a block does ------------------------------------------------------------------------------------------
-    def with_given(self, frames: int) -> StreamPlan:
-        """The same for a video whose first `frames` are given (0: all are generated)."""
-        return self if frames == self.given_frames else replace(self, given_frames=frames)
-
-    def _generated_number(self, start: int) -> int:
-        """Number of the block at `start` among the generated ones; -1 for the given one."""
-        number = 0 if start < self.first_frames else 1 + (start - self.first_frames) // self.block_frames
-        return number - (1 if self.given_frames else 0)
-
-    def levels(self, start: int) -> tuple[float, ...]:
-        """Noise levels at which the block that begins at frame `start` is denoised."""
-        return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
-
-    def stores_itself(self, start: int) -> bool:
-        """Whether the last denoising step of the block at `start` stores its keys and values."""
-        return self.context == "last_step" and self._generated_number(start) >= self.context_from
-
-    def context_level(self, start: int) -> float:
-        """Noise level of what the keys and values of the block at `start` are made of; later blocks see these."""
-        if start < self.given_frames:
-            return 0.0
-        return self.levels(start)[-1] if self.stores_itself(start) else self.context_sigma
-
-    def context_levels(self, num_frames: int) -> list[float]:
-        """`context_level` of each of `num_frames` frames, whole blocks."""
-        return [self.context_level(start) for start, end in self.blocks(0, num_frames) for _ in range(start, end)]
-
-    @property
-    def context_step(self) -> int:
-        """The number, after those of all denoising steps, of the noise that makes context of finished latents."""
-        return len(self.sigmas)
-
-    @property
-    def num_noises(self) -> int:
-        """How many noises a block can draw: one a denoising step, and one for its context where that has a level."""
-        return len(self.sigmas) + (self.context == "last_step" or self.context_sigma > 0)
-
-    # ---- blocks -----------------------------------------------------------------------------------------------------
     def check(self, num_frames: int, name: str = "num_latent_frames") -> None:
         """Raises ConfigError, naming the nearest valid values, unless `num_frames` ends on a block boundary."""
         if num_frames >= self.first_frames and self.is_boundary(num_frames):
@@ -201,9 +191,8 @@ class StreamPlan:
     def check_window(self) -> None:
         """Raises ConfigError unless window and sink respect the block boundaries (the rule of recipes)."""
         window_frames, sink_frames = self.window_frames, self.sink_frames
-        if sink_frames < 0 or not self.is_boundary(sink_frames):
-            below = self.block_of(sink_frames)[0] if sink_frames > 0 else 0
-            above = self.block_of(max(sink_frames, 0))[1]
+        if not self.is_boundary(sink_frames):
+            below, above = self.block_of(sink_frames)
             raise ConfigError(f"sink_frames={sink_frames} must be 0 or a block boundary; set it to {below} or {above}")
         if window_frames is None:
             return
@@ -226,6 +215,104 @@ class StreamPlan:
             return list(range(start))
         oldest = end - (self.window_frames - self.sink_frames)
         return [p for p in range(start) if p < self.sink_frames or p >= oldest]
+
+
+class StreamPlan(PlanConfig):
+    """How a student streams: in blocks `[first, n, n, ...]`, each attending to the sink, the window and itself.
+
+    Blocks and attention are the keys of `PlanConfig`; `first_frames` is n for text-to-video. A file's windows hold
+    whole blocks, those of a plan need not: a picture that enters a text student zero-shot moves the boundaries.
+    `given_frames` of a video are given and not generated (0 or `first_frames`): whoever has the picture says so
+    (`with_given`), and blocks are counted from the first generated one.
+    Levels: `sigmas`, the falling noise levels of a block; `later_sigmas`, those of every generated block but the first
+    (None: the same). A block begins with noise times its first level. `clock`, what the network reads of a level l:
+    "exact", 1000 l; or that rounded to whole numbers, "whole", or to bfloat16, "bf16" (936 for 937.5), as some
+    publishers hand it over. `rope`: positions counted in the attended window, or since the start.
+    The picture is always stored clean. Where the prompt changes and `keep_sink` is on, the sink stays as the old one
+    made it.
+    `commit_role` and `sink_law` have one value each that this version can play (`_ONLY`).
+    Source of the context without a pass: Causal-rCM (NVlabs/rcm), specification T.
+    Raises: ConfigError for a value that is not known, not implemented, or contradicts another.
+    """
+
+    # Anything else is refused by name: a student that is played by another law than its own would look worse, and
+    # nobody would know why.
+    _ONLY: ClassVar[dict[str, tuple[str, str]]] = {
+        "commit_role": ("student", "the network that denoises also makes the context"),
+        "sink_law": ("first", "the sink is the first frames, as they were stored"),
+    }
+
+    rope: Rope = "relative"
+    clock: Clock = "exact"
+    sigmas: Levels = (1.0,)
+    later_sigmas: Levels | None = None
+    commit_role: str = "student"
+    sink_law: str = "first"
+    given_frames: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:  # in place of the rule of files
+        for name, (only, meaning) in self._ONLY.items():
+            if (got := getattr(self, name)) != only:
+                raise ConfigError(f"{name}={got!r} is not implemented; only {only!r} is: {meaning}")
+        if self.given_frames not in (0, self.first_frames):
+            raise ConfigError(
+                f"given_frames={self.given_frames} must be 0 or the first block, first_frames={self.first_frames}"
+            )
+        self._check_levels()
+        self._check_recache()
+        return self
+
+    def _check_levels(self) -> None:
+        later = self.later_sigmas
+        if later is not None and not 0 < len(later) <= len(self.sigmas):
+            raise ConfigError(
+                f"later blocks have {len(later)} noise levels and the first one {len(self.sigmas)}; give them at least "
+                "one, and no more than that"
+            )
+        under_the_rule = [later or self.sigmas, *([self.sigmas] if self.context_from == 0 else [])]
+        if self.context == "last_step" and min(map(len, under_the_rule)) < 2:
+            raise ConfigError(
+                "context='last_step' stores what the last denoising step sees, and with one noise level that is noise "
+                "alone; give such blocks two levels or more, or set context='pass'"
+            )
+
+    def with_given(self, frames: int) -> StreamPlan:
+        """The same for a video whose first `frames` are given (0: all are generated)."""
+        return self if frames == self.given_frames else self.but(given_frames=frames)
+
+    def _generated_number(self, start: int) -> int:
+        """Number of the block at `start` among the generated ones; -1 for the given one."""
+        number = 0 if start < self.first_frames else 1 + (start - self.first_frames) // self.block_frames
+        return number - (1 if self.given_frames else 0)
+
+    def levels(self, start: int) -> tuple[float, ...]:
+        """Noise levels at which the block that begins at frame `start` is denoised."""
+        return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
+
+    def stores_itself(self, start: int) -> bool:
+        """Whether the last denoising step of the block at `start` stores its keys and values."""
+        return self.context == "last_step" and self._generated_number(start) >= self.context_from
+
+    def context_level(self, start: int) -> float:
+        """Noise level of what the keys and values of the block at `start` are made of; later blocks see these."""
+        if start < self.given_frames:
+            return 0.0
+        return self.levels(start)[-1] if self.stores_itself(start) else self.context_sigma
+
+    def context_levels(self, num_frames: int) -> list[float]:
+        """`context_level` of each of `num_frames` frames, whole blocks."""
+        return [self.context_level(start) for start, end in self.blocks(0, num_frames) for _ in range(start, end)]
+
+    @property
+    def context_step(self) -> int:
+        """The number, after those of all denoising steps, of the noise that makes context of finished latents."""
+        return len(self.sigmas)
+
+    @property
+    def num_noises(self) -> int:
+        """How many noises a block can draw: one a denoising step, and one for its context where that has a level."""
+        return len(self.sigmas) + (self.context == "last_step" or self.context_sigma > 0)
 
     def causal_layout(self, num_frames: int) -> MaskLayout:
         """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
@@ -276,18 +363,3 @@ class StreamPlan:
         for first, last, slots in pairs:
             allowed[first:last, torch.tensor(slots)] = True
         return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed)
-
-
-def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """sigma = shift u / (1 + (shift - 1) u). Source: Wan2.1's flow schedulers; Esser et al. 2024, eq. 23."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def student_sigmas(steps: Sequence[float], shift: float, name: str = "flow.steps") -> list[float]:
-    """Noise levels at which the student is called, from un-warped `steps`.
-
-    Raises: ConfigError unless `steps` starts at 1 (or `LEAST_START` or more) and falls strictly, above 0.
-    """
-    if not steps or not LEAST_START <= steps[0] <= 1 or any(b >= a for a, b in zip(steps, steps[1:])) or steps[-1] <= 0:
-        raise ConfigError(f"{name}={list(steps)} must start at 1, fall strictly and stay above 0: [1, 0.75, 0.5, 0.25]")
-    return [warp(float(u), shift) for u in steps]

@@ -86,10 +86,7 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
             f"{path} has format_version {version}; this version of Longtake reads {FORMAT_VERSION}. "
             "Use the version of Longtake that wrote it"
         )
-    # All there was before these became options
-    manifest.setdefault("clip_preprocess", "original")
-    if isinstance(manifest.get("plan"), dict):
-        manifest["plan"].setdefault("keep_sink", False)
+    manifest.setdefault("clip_preprocess", "original")  # all there was before it became an option
     return manifest
 
 

@@ -98,11 +98,11 @@ install() {
         VIRTUAL_ENV=$venv uv pip "$@"
     else
         "$venv/bin/python" -m pip --disable-pip-version-check "$@"
-    fi 2>&1 | tee "$log" | awk '/Downloading|Using cached|Installing collected|Prepared|Installed/ {print "  " $0; fflush()}' >&2
+    fi 2>&1 | tee "$log" | awk '/Downloading|Using cached|Installing collected|Prepared|Installed/ {print substr("  " $0, 1, 100); fflush()}' >&2
 }
 
 free=$(df -Pk "$venv" | awk 'NR == 2 {printf "%.1f", $4 / 1048576}')
-say "Installing the versions of constraints.txt into .venv ($free GB of disk are free there; it takes 2 to 3, CUDA's libraries more)"
+say "Installing the versions of constraints.txt into .venv ($free GB of disk are free there; it takes 2, with CUDA's libraries 5)"
 rm -f "$stamp"-*
 if [[ $index != "$before" ]]; then
     install uninstall $([[ $uv == yes ]] || echo -y) torch # another build of the same version would stay

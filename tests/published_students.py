@@ -68,8 +68,17 @@ def _content(state: Mapping[str, Tensor], networks: tuple[str, ...]) -> dict[str
     for network in networks:
         prefix = "model._fsdp_wrapped_module." if network.endswith("_ema") else "model."
         scale = 1.0 if network == networks[0] else 2.0  # the other one is other weights
-        content[network] = {prefix + key: value if scale == 1 else value * scale for key, value in state.items()}
+        content[network] = {
+            prefix + key: value if scale == 1 else _scaled(value, scale) for key, value in state.items()
+        }
     return content
+
+
+def _scaled(value: Tensor, scale: float) -> Tensor:
+    """`value * scale`; what repeats one number (a hollow file's) goes on to do so."""
+    if value.dim() and not any(value.stride()):
+        return (value[(0,) * value.dim()] * scale).expand(value.shape)
+    return value * scale
 
 
 def lora_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

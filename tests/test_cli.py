@@ -5,6 +5,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -203,6 +204,8 @@ def test_e_only_given_options_reach_the_function(called, command, name):
     assert invoke(*command).exit_code == 0
     _, kwargs = called[name]
     ranks = {"device": torch.device("cpu")} if name == "generate_file" else {}  # of the ranks, here one
+    writing = kwargs.pop("writing", None)
+    assert writing is None or (writing.crf, writing.scale) == (15, 1.0)
     assert {key: value for key, value in kwargs.items() if value not in (None, {}, False)} == ranks
 
 
@@ -212,7 +215,7 @@ def test_given_options_reach_the_function(called):
     assert args == (Path("r"),) and kwargs["overrides"] == {"ablations": False, "num_worlds": 4}
     assert kwargs["device"] == "cpu" and kwargs["output"] == Path("out")
     command = ["generate", "--run", "r", *PICTURE, "-o", "o.mp4", "--device", "cpu"]
-    fixed = {"overwrite": False, "device": torch.device("cpu"), "split": None}
+    fixed = {"overwrite": False, "device": torch.device("cpu"), "split": None, "writing": ANY}
     result = invoke(*command, "--frames", "40", "--seed", "0")
     assert result.exit_code == 0 and "report" in result.output
     expected = ((Path("r"), {}), Path("i.png"), "p", Path("o.mp4"))
@@ -221,6 +224,9 @@ def test_given_options_reach_the_function(called):
     assert called["generate_file"][1] == {"seconds": 2.5, **fixed, "overwrite": True}
     assert invoke(*command, "--decode-device", "cuda:1").exit_code == 0
     assert called["generate_file"][1] == {"decode_device": "cuda:1", **fixed}
+    assert invoke(*command, "--crf", "20", "--scale", "2").exit_code == 0
+    writing = called["generate_file"][1]["writing"]
+    assert (writing.crf, writing.scale) == (20, 2.0) and writing.command.startswith("longtake ")
     many = invoke(*command, "--samples", "2", "--decode-device", "cuda:1")
     assert many.exit_code == 2 and "--decode-device is for one video" in many.output
     for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):

@@ -150,7 +150,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         stage(tmp_path, "video.num_latent_frames=8")
     with pytest.raises(ConfigError, match=r"validation.num_latent_frames=10 does not fit .*set it to 9 or 13"):
         stage(tmp_path, "validation.num_latent_frames=10")
-    assert stage(tmp_path, "video.num_latent_frames=13").video.shape.num_pixel_frames == 49
+    assert stage(tmp_path, "video.num_latent_frames=13").video.num_pixel_frames == 49
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ def test_a_recipe_of_an_earlier_version_is_refused_with_the_new_name_of_its_kind
 
 def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
     plain = stage(tmp_path, base=DISTILL)
-    assert not plain.objective.learns_from_videos and plain.clip_shape == plain.video.shape
+    assert not plain.objective.learns_from_videos and plain.clip_shape == plain.video
     changes = ["objective.data_loss.weight=1", "data.kind=clips"]
     same = stage(tmp_path, *changes, base=DISTILL)
-    assert same.objective.learns_from_videos and same.clip_shape == same.video.shape
+    assert same.objective.learns_from_videos and same.clip_shape == same.video
     longer = stage(tmp_path, *changes, "objective.data_loss.num_latent_frames=13", base=DISTILL)
     assert (longer.clip_shape.num_latent_frames, longer.video.num_latent_frames) == (13, 9)
     with pytest.raises(ConfigError, match="data_loss.num_latent_frames=13 has no effect while data_loss.weight=0"):
@@ -297,7 +297,7 @@ def test_a_new_teacher_starts_from_random_weights(tmp_path):
 
 def test_t2v_may_have_any_first_block(tmp_path):
     frames = ["plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8", "video.num_latent_frames=8"]
-    assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.stream().num_blocks(8) == 2
+    assert stage(tmp_path, "model.image_condition=t2v", *frames).plan.num_blocks(8) == 2
     with pytest.raises(
         ConfigError,
         match="widen=true adds y, the condition of i2v; set image_condition=i2v and first_frame_sigma=clip, or",

@@ -53,8 +53,8 @@ def test_main_job_runs_on_two_ranks_over_at_least_two_blocks():
     assert isinstance(job, JobConfig) and list(job.stages) == ["causal", "distill"]
     for stage in job.stages.values():
         assert stage.accumulation(2) >= 1
-        assert stage.video.num_latent_frames >= 9 and stage.plan.stream().num_blocks(stage.video.num_latent_frames) >= 3
-        assert stage.video.shape.num_pixel_frames >= 33
+        assert stage.video.num_latent_frames >= 9 and stage.plan.num_blocks(stage.video.num_latent_frames) >= 3
+        assert stage.video.num_pixel_frames >= 33
         assert not stage.wandb.enabled
     assert job.evaluation.num_worlds >= 32
 

@@ -33,7 +33,7 @@ def fuzz(*words):
 
 
 def test_a_few_cases_find_nothing():
-    fuzz("--seed", 17, "--cases", 16)
+    fuzz("--seed", 17, "--cases", 8)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_damaged_metrics_are_named(tmp_path):
 
 
 def test_the_end_of_a_job_or_terminal_is_told_as_ctrl_c_is(monkeypatch):
-    monkeypatch.setattr("longtake.cli.app.app", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("longtake.cli.app.app", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(KeyboardInterrupt):

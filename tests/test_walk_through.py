@@ -115,7 +115,7 @@ def walk(run: Callable[[str, list[str]], tuple[int, str]]) -> None:
     for stage in ("teacher_forcing", "distill"):
         newest = latest_checkpoint(Path("outputs/wan_i2v_1_3b") / stage / "checkpoints")
         assert read_manifest(newest)["step"] == 2
-    assert read_video("cat.mp4")[0].shape == (160, 64, 64, 3)
+    assert read_video("cat.mp4")[0].shape == (160, 32, 32, 3)
     videos = sorted(path.name for path in Path("videos").glob("*.mp4"))
     assert videos == ["cat-seed0.mp4", "photo0-seed0.mp4", "photo1-seed0.mp4"]
     assert len(list(Path("clips").glob("*.mp4"))) == 3 and len(read_video("clips/cat-seed0.mp4")[0]) == 81

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH
+from tiny_plan import tiny_plan
 
 from longtake.condition import Condition, MaskLayout
 from longtake.models.cache import CacheView
 from longtake.models.dit import VideoDiT
 from longtake.objectives.batch import EncodedBatch
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
-RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9, 0.75, 0.5))
+RULES = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.9, 0.75, 0.5))
 
 
 def make_batch(model: VideoDiT, indices: list[int], num_frames: int = 7, *, videos: bool = True) -> EncodedBatch:

@@ -25,7 +25,7 @@ T2V = dataclasses.replace(TEACHER, model_type="t2v", in_channels=TEACHER.out_cha
 LARGE_T2V = dataclasses.replace(T2V, dim=32, num_layers=3)
 TI2V_CHANNELS = 48
 TI2V = dataclasses.replace(T2V, model_type="ti2v", in_channels=TI2V_CHANNELS, out_channels=TI2V_CHANNELS)
-REHEARSAL = ["video.height=64", "video.width=64"]
+REHEARSAL = ["video.height=32", "video.width=32"]
 
 
 def ti2v_encoders() -> Encoders:

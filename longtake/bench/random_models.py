@@ -13,6 +13,7 @@ from torch import Tensor
 from longtake.bench.clock import synchronize
 from longtake.config.generation import GenerationConfig
 from longtake.config.stage import TOY, TOY_ASSETS
+from longtake.doctor.estimate import SizedBuilder
 from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.decoders import random_decoder
@@ -26,7 +27,6 @@ from longtake.models.sizes import DiTConfig
 from longtake.parallel.materialize import materialize
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.train.networks import Builder
 from longtake.weights.load import Opened
 from longtake.weights.presets import model_config
 
@@ -106,25 +106,12 @@ def random_weights(sizes: DiTConfig, device: torch.device, seed: int = 0) -> Ope
 
 
 @dataclass(kw_only=True)
-class RandomBuilder(Builder):
+class RandomBuilder(SizedBuilder):
     """The networks of a stage as a training builds them, of given sizes and with random weights."""
-
-    sizes: Mapping[str, DiTConfig]
-
-    def check_start(self) -> None:
-        """There are no files that could be of another stage."""
-
-    def weights(self, name: str) -> Path:
-        """The network's name; one for all that share a base."""
-        return Path(self.base or name)
 
     def open(self, source: Path) -> Opened:
         """Weights of that name."""
         return random_weights(self.sizes[source.name], self.mesh.device, sorted(self.sizes).index(source.name))
-
-    def identity(self, source: Path) -> str:
-        """The name."""
-        return source.name
 
 
 def _encoders(sizes: DiTConfig, device: torch.device, dtype: torch.dtype, *, small_text: bool) -> Encoders:

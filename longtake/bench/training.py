@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,24 +23,20 @@ from longtake.bench.kernels import Attention, Operation, backward_rate, pass_ope
 from longtake.bench.random_models import RandomBuilder
 from longtake.bench.report import machine
 from longtake.bench.validating import ValidationBench
-from longtake.condition import Condition
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.doctor.files import Findings, look_at
-from longtake.encoders.vae import VideoVAE
 from longtake.errors import ConfigError
 from longtake.models.flops import Work, backward, forward
 from longtake.objectives.base import Objective
-from longtake.objectives.batch import EncodedBatch
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.loop import MetricWindow, iteration
-from longtake.train.made_batches import MadeBatches
+from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision
 from longtake.train.throughput import clip_call
-from longtake.train.window_codec import EncoderCodec
 
 logger = logging.getLogger(__name__)
 
@@ -83,21 +78,23 @@ class Bench:
         self.weights = "random" if random else "those of the configuration"
         builder = RandomBuilder(config, mesh, sizes=found.sizes) if random else Builder(config, mesh)
         networks = self.networks = builder.build()
-        codec = _codec(found, config.video.num_latent_frames, mesh.device) if self.in_order else None
+        codec = None
+        if self.in_order:
+            with mesh.device:
+                codec = made_codec(
+                    found.vae, found.sizes["generator"], found.image_tokens, config.video.num_latent_frames
+                )
         self.phases = PhaseTimer(mesh.device)
         self.inner = builder.objective(networks, codec, self.phases)
         self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
         self.state = builder.state(self.inner)
         self.made: Any = MadeBatches(
-            config.video.shape,
-            config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
+            config,
             found.sizes["generator"],
+            found.image_tokens,
             config.accumulation(mesh.world_size),
             config.micro_batch(mesh.world_size),
-            found.image_tokens,
-            with_picture=config.model.image_condition == "i2v",
-            second_prompts=config.objective.second_prompts,
-            new=lambda *shape: torch.randn(shape, device=mesh.device),
+            lambda *shape: torch.randn(shape, device=mesh.device),
         )
         self.batches = self.inner.batches(self.made, config.batch_size)
 
@@ -125,7 +122,7 @@ class Bench:
         (rows, *_), networks, name = next(self.made), self.networks, self.config.objective.reference
         teacher = None if name is None else networks.frozen.get(name)
         average = self.state.ema.get("generator")
-        student, row = networks.student, _first(rows)
+        student, row = networks.student, rows.first()
         return ValidationBench(self.config, self.mesh, student, average, teacher, row, self.found.vae)
 
     def lap(self, step: int, *, warm_up: bool = False) -> Lap:
@@ -144,7 +141,7 @@ class Bench:
         """Model operations of an iteration, of one rank."""
         sizes, config = self.found.sizes, self.config
         clips = {
-            name: clip_call(config.video.shape, size, config.batch_size, self.found.image_tokens)
+            name: clip_call(config.video, size, config.batch_size, self.found.image_tokens)
             for name, size in sizes.items()
         }
         total = Work()
@@ -172,7 +169,7 @@ def bench_training(
         mesh = mesh.arranged(config.parallel)
         bench = Bench(config, found, mesh)
         made = {"weights": bench.weights, "data": "encodings made in memory"}
-        yield machine(mesh.device) | {"stage": config.name, **made}
+        yield machine(mesh.device) | {"stage": config.name, "ranks": mesh.world_size, **made}
         numbers = bench.steps(steps)
         warm_up = [bench.lap(step, warm_up=True) for step in numbers[:WARM_UP]]
         if mesh.device.type == "cuda":
@@ -192,17 +189,6 @@ def bench_training(
         yield _bounds(bench, laps)
         if config.validates and config.validation.num_rows:
             yield {"validation": bench.validation().run()}
-
-
-def _first(rows: EncodedBatch) -> EncodedBatch:
-    """The first row of a batch, as a batch."""
-
-    def cut(tensor: torch.Tensor | None) -> Any:
-        return None if tensor is None else tensor[:1]
-
-    condition = Condition(cut(rows.condition.text), cut(rows.condition.image), cut(rows.condition.frames))
-    first, later = cut(rows.first_latent), cut(rows.later_text)
-    return EncodedBatch(rows.indices[:1], condition, cut(rows.empty_text), rows.latent_size, None, first, later)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -241,6 +227,7 @@ def summary(laps: list[Lap], per_cycle: int) -> dict[str, Any]:
         cycle = generator + (shared or 0.0) + (per_cycle - 1) * critic
     return {
         "cycle_s": cycle,
+        "cycle_iterations": per_cycle,
         "critic_s": seconds_of["critic"],
         "critic_given_s": shared,
         "generator_s": seconds_of["generator"],
@@ -253,7 +240,7 @@ def _bounds(bench: Bench, laps: list[Lap]) -> dict[str, Any]:
     """Rates of the kernels, the least seconds of a cycle at these, and the share of the device's peak that is used."""
     config, device = bench.config, bench.mesh.device
     size, dtype = bench.found.sizes["generator"], torch.bfloat16 if config.precision == "bf16" else torch.float32
-    found = pass_operations(size, clip_call(config.video.shape, size, 1, bench.found.image_tokens))
+    found = pass_operations(size, clip_call(config.video, size, 1, bench.found.image_tokens))
     heaviest = max((op for op in found if isinstance(op, Attention)), key=lambda op: op.operations)
     products: Counter[Operation] = Counter({op: n for op, n in found.items() if not isinstance(op, Attention)})
     rate = rates(products, device, dtype, most=3)
@@ -288,19 +275,3 @@ def _cycle(seconds: Mapping[Kind, float], per_cycle: int) -> float | None:
 def _peak(precision: str, device: torch.device) -> float | None:
     known = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if known is None else known.peak(precision)
-
-
-def _codec(found: Findings, num_latent_frames: int, device: torch.device) -> EncoderCodec:
-    """A VAE with random weights, of the sizes that files tell, else of Wan2.1; and CLIP tokens of the right shape."""
-    from diffusers import AutoencoderKLWan
-
-    size, count = found.sizes["generator"], found.image_tokens
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(images), count, size.image_dim or 0, device=device)
-
-    tokens: Any = SimpleNamespace(encode=encode) if size.image_dim else None
-    with device:
-        vae = VideoVAE(AutoencoderKLWan(**found.vae))
-    with_y = size.condition_channels > 0
-    return EncoderCodec(vae, tokens, with_y=with_y, num_latent_frames=num_latent_frames)

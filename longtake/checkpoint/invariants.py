@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.config.groups import PlanConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.samples import Dataset, FirstRows
 from longtake.errors import CheckpointError
+from longtake.plan import PlanConfig
 
 # What to do about invariants that cannot simply be set back
 _FIXES = {
@@ -26,7 +26,7 @@ _FIXES = {
     "batch_size": "set it back (with data.buckets and in long_tuning it says which rows come next)",
 }
 
-# What runs of versions without these keys did, as the defaults of the keys within `plan` say it of those there
+# What runs of versions without these keys did
 _BEFORE = {"later_steps": None, "warp_steps": True}
 
 
@@ -70,9 +70,7 @@ def compare_facts(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: 
     Raises: CheckpointError that names each fact which the run at `path` has otherwise.
     """
     config, unknown, wrong = flat(manifest.get("config", {})), [], []
-    known = {**_BEFORE, **config, **manifest}
-    if "plan" in manifest:
-        known["plan"] = {name: field.default for name, field in PlanConfig.model_fields.items()} | manifest["plan"]
+    known = {**config, **completed(manifest)}
     for key, value in wanted.items():
         if key not in known:
             unknown.append(key)
@@ -84,6 +82,12 @@ def compare_facts(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: 
             "the checkpoint"
         )
     return unknown
+
+
+def completed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with what earlier versions, which had fewer rules, did by those that it does not name."""
+    plan = {name: field.default for name, field in PlanConfig.model_fields.items()}
+    return {**_BEFORE, **manifest, **({"plan": plan | manifest["plan"]} if "plan" in manifest else {})}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -178,19 +178,19 @@ def _in_files(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
 
 
 class StateFiles:
-    """Reads whole tensors back from the files in a state folder, one at a time."""
+    """Reads whole tensors back from the files in a state folder, one at a time; opening one parses all its names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._parts: defaultdict[str, list[tuple[Path, tuple[slice, ...]]]] = defaultdict(list)
+        self._parts: defaultdict[str, list[tuple[Any, tuple[slice, ...]]]] = defaultdict(list)
         for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                offsets = json.loads(opened.metadata()[SHARDING])
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    sizes = opened.get_slice(name).get_shape()
-                    starts = offsets[name][OFFSETS]
-                    place = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
-                    self._parts[name].append((file, place))
+            opened = safe_open(file, framework="pt")
+            offsets = json.loads(opened.metadata()[SHARDING])
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                sizes = opened.get_slice(name).get_shape()
+                starts = offsets[name][OFFSETS]
+                place = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+                self._parts[name].append((opened, place))
 
     def piece(self, name: str, stored_as: str, like: Tensor) -> Piece:
         """The whole tensor `stored_as`, to be written under `name`.
@@ -204,9 +204,8 @@ class StateFiles:
 
         def whole() -> Tensor:
             values = torch.empty(like.shape, dtype=like.dtype)
-            for file, place in self._parts[stored_as]:
-                with safe_open(file, framework="pt") as opened:
-                    values[place] = opened.get_tensor(stored_as)
+            for opened, place in self._parts[stored_as]:
+                values[place] = opened.get_tensor(stored_as)
             return values
 
         return Piece(name, like.dtype, tuple(like.shape), whole)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ import typer
 
 from longtake.errors import ConfigError, LongtakeError
 from longtake.outputs import refusal
+from longtake.progress import shown
 
 if TYPE_CHECKING:
     from longtake.inference.source import Source
@@ -24,6 +23,7 @@ Decoder = Annotated[
     str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
 WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]
 Rules = Annotated[
     list[str] | None,
@@ -35,7 +35,11 @@ EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
     "encode": "started again, it goes on where it was",
-    "generate": "all finished videos are kept; started again, it makes the others",
+    "generate": "all finished videos are kept, and nothing was written of another; started again, it makes the others",
+    "play": "nothing was written yet",
+    "export": "nothing was written; what was there before is as it was",
+    "convert": "nothing was written; what was there before is as it was",
+    "evaluate": "what is written is kept; started again, it makes its videos anew",
 }
 
 
@@ -44,15 +48,15 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
     """Turns our own errors, those of the user's disk and memory and Ctrl-C into one message on stderr and an exit code;
     all others are bugs and keep their traceback.
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("longtake").setLevel(logging.INFO)  # of other libraries warnings alone
     try:
-        yield
+        with shown(quiet=context.params.get("quiet", False)):
+            yield
     except (Exception, KeyboardInterrupt) as error:
         if context.obj or (told := _told(error)) is None:
             raise
         notes = getattr(error, "__notes__", [])
-        if (options := getattr(error, "options", None)) and context.info_name in ("generate", "play"):
+        can_be_whole = context.info_name in ("generate", "play") and context.params.get("script") is None
+        if can_be_whole and (options := getattr(error, "options", None)):
             notes = [*notes, f"the whole command: {command_with(context, options)}"]
         if isinstance(error, KeyboardInterrupt) and not notes:
             notes = [_INTERRUPTED[name]] if (name := context.info_name) in _INTERRUPTED else []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Overwrite, Rules, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Device, Overwrite, Quiet, Rules, Run, WarmUp, clean_errors, given, source_of
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
     from longtake.inference.batch import Pair
     from longtake.inference.generator import GenerationReport
+    from longtake.inference.record import Writing
     from longtake.parallel.mesh import Mesh
 
 WAIT_MINUTES = 7 * 24 * 60.0
@@ -55,6 +60,14 @@ Inputs = Annotated[
 Script = Annotated[
     Path | None, typer.Option(help="In place of --image and --prompt: YAML file of a video whose prompt changes.")
 ]
+Like = Annotated[
+    Path | None,
+    typer.Option(help="In place of all that: a video that was made here, which is made again from its own record."),
+]
+Crf = Annotated[
+    int | None, typer.Option(help="Quality of mp4, webm and webp, 0 to 51; lower is better and larger. Default: 15.")
+]
+Scale = Annotated[float | None, typer.Option(help="Enlarge the pictures of the file by this. Default: 1.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
 Sampler = Annotated[
     str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
@@ -79,6 +92,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
     inputs: Inputs = None,
     script: Script = None,
+    like: Like = None,
     samples: Annotated[int | None, typer.Option(help="Videos of each picture: seeds S, S + 1, ...")] = None,
     negative: Annotated[str | None, typer.Option(help="What should not happen; needs --guidance above 1.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds.")] = None,
@@ -97,50 +111,96 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; not 1 = twice the work.")] = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
+    crf: Crf = None,
+    scale: Scale = None,
     sequence_parallel: SequenceParallel = None,
     decode_device: DecodeDevice = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a prompt, and mostly a picture, into a video, or many of them, also over the ranks of torchrun."""
     with clean_errors(context):
         from longtake.config.generation import changes_of, frames_of
+        from longtake.inference.record import check_output
 
         is_single = _is_single(context)
         frames_of(num_frames, seconds, 1)
         if is_single:
-            from longtake.inference.containers import Target
-
-            Target.of(output).check(inputs=[image, script, config], overwrite=overwrite)
+            check_output(output, inputs=[image, script, config, like], overwrite=overwrite)
         changes = changes_of(*(overrides or []), **given(context, *RULES))
-        source = source_of(run, model, encoders, config, changes)
         wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device", "overwrite")
+        wanted["writing"] = _writing(context)
+        where = device, sequence_parallel
+        if like is not None:
+            _make_one(_again(context, like, output, changes, wanted), *where)
+            return
+        source = source_of(run, model, encoders, config, changes)
         if script is not None:
             from longtake.inference.script import generate_story
 
-            _make_one(partial(generate_story, source, script, output, **wanted), device, sequence_parallel)
+            _make_one(partial(generate_story, source, script, output, **wanted), *where)
         elif is_single:
             from longtake.inference.generator import generate_file
 
             assert prompt is not None
-            _make_one(partial(generate_file, source, image, prompt, output, **wanted), device, sequence_parallel)
+            _make_one(partial(generate_file, source, image, prompt, output, **wanted), *where)
         else:
             from longtake.inference.batch import generate_many
 
             pairs = _pairs(image, prompt, inputs, output)
-            _make_many(partial(generate_many, source, pairs, output, **wanted), device, sequence_parallel)
+            _make_many(partial(generate_many, source, pairs, output, **wanted), *where)
+
+
+def _writing(context: typer.Context) -> Writing:
+    """How videos are written. Raises: ConfigError for a scale that is none."""
+    from longtake.inference.record import Writing
+    from longtake.inference.video_io import check_scale
+
+    writing = Writing(**given(context, "crf", "scale"), command=shlex.join(["longtake", *sys.argv[1:]]))
+    check_scale(writing.scale)
+    return writing
+
+
+def _again(
+    context: typer.Context, like: Path, output: Path, changes: dict[str, Any], wanted: dict[str, Any]
+) -> Callable[..., GenerationReport]:
+    """What makes a video again. Raises: ConfigError for options that its record answers."""
+    from longtake.inference.like import generate_like
+    from longtake.inference.record import Writing
+
+    foreign = given(context, "config", "num_frames", "seconds", "seed", "negative")
+    if changes or foreign:
+        named = ", ".join([f"--{name.replace('_', '-')}" for name in foreign] or changes)
+        raise ConfigError(f"--like makes the same video again, as its record says; leave out {named}")
+    run, model, encoders = (context.params[name] for name in ("run", "model", "encoders"))
+    source = None if run is None and model is None else source_of(run, model, encoders, must_stream=False)
+    writing = wanted.pop("writing")
+    look = given(context, "crf", "scale")
+    assert isinstance(writing, Writing)
+    return partial(
+        generate_like,
+        like,
+        output,
+        source=source,
+        image=context.params["image"],
+        look=look,
+        command=writing.command,
+        **wanted,
+    )
 
 
 def _is_single(context: typer.Context) -> bool:
     """Whether one video is made, a file. Raises: ConfigError for options that do not go together."""
-    said = given(context, "image", "prompt", "inputs", "script", "samples", "decode_device").keys()
-    if said - {"samples", "decode_device"} not in ({"image", "prompt"}, {"prompt"}, {"inputs"}, {"script"}):
+    said = given(context, "image", "prompt", "inputs", "script", "samples", "decode_device", "like").keys()
+    shown = said - {"samples", "decode_device"}
+    if shown not in ({"image", "prompt"}, {"prompt"}, {"inputs"}, {"script"}, {"like"}, {"like", "image"}):
         raise ConfigError(
             "give either --prompt, with --image where the video begins with a picture, or --inputs (a folder or a "
-            "JSON-lines file of pairs), or --script"
+            "JSON-lines file of pairs), or --script, or --like"
         )
-    if said >= {"script", "samples"}:
-        raise ConfigError("--script makes one video; leave out --samples")
+    if "samples" in said and said & {"script", "like"}:
+        raise ConfigError(f"--{min(said & {'script', 'like'})} makes one video; leave out --samples")
     if said.isdisjoint({"inputs", "samples"}):
         return True
     if "decode_device" in said:
@@ -163,7 +223,7 @@ def _make_one(make: Callable[..., GenerationReport], device: str | None, sequenc
             f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
             "together, or --inputs or --samples, or leave torchrun"
         )
-    with init_mesh(device) as mesh:
+    with init_mesh(device) as mesh, _told_once(mesh):
         made = make(device=mesh.device, split=_arranged(mesh, sequence_parallel).sequence)
         if mesh.is_main:
             typer.echo(str(made))
@@ -174,8 +234,21 @@ def _make_many(make: Callable[..., object], device: str | None, sequence_paralle
     from longtake.parallel.mesh import init_mesh
 
     # The ranks meet at the end alone: the one with the shortest share waits for the longest.
-    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
+    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh, _told_once(mesh):
         make(mesh=_arranged(mesh, sequence_parallel), report=typer.echo)
+
+
+@contextmanager
+def _told_once(mesh: Mesh) -> Iterator[None]:
+    """Of all ranks the first one says what runs; the others have warnings alone."""
+    own = logging.getLogger("longtake")
+    before = own.level
+    if not mesh.is_main:
+        own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
 
 
 def _arranged(mesh: Mesh, sequence_parallel: int | None) -> Mesh:
@@ -212,10 +285,13 @@ def play(
     dtype: Dtype = None,
     decoder: Decoder = None,
     device: Device = None,
+    crf: Crf = None,
+    scale: Scale = None,
     warm_up: WarmUp = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file of the output's name; without it, the name is numbered.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a video without end; type prompts while it is written, Ctrl-C or /quit ends it."""
     with clean_errors(context):
@@ -223,10 +299,11 @@ def play(
 
         frames_of(None, seconds, 1)
         from longtake.inference.containers import Target
+        from longtake.inference.record import check_output
 
         target = Target.of(output)
-        target.check(inputs=[image, config], overwrite=overwrite or target.kind != "png")
         output = output if overwrite else target.numbered()
+        check_output(output, inputs=[image, config], overwrite=overwrite)
         source = source_of(run, model, encoders, config, changes_of(*(overrides or []), dtype=dtype, decoder=decoder))
         from longtake.inference.generator import Generator
         from longtake.inference.play import play as start
@@ -235,4 +312,5 @@ def play(
         generator = Generator.build(source, device, begins=[image is not None])
         if warm_up:
             generator.warm_up()
-        typer.echo(str(start(generator, image, prompt, output, num_frames=most, **given(context, "seed"))))
+        how = {**given(context, "seed"), "writing": _writing(context)}
+        typer.echo(str(start(generator, image, prompt, output, num_frames=most, **how)))

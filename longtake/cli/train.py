@@ -110,12 +110,17 @@ def doctor(
         int | None, typer.Option(min=1, help="Ranks to plan for; by default the GPUs of this machine.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Plan for other machines with H200, H100 or A100, or memory such as 24GB.")
+        str | None,
+        typer.Option(help="Plan for other machines with H200, H100, A100, 5090, 4090, 3090, or memory such as 24GB."),
     ] = None,
     stream: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="In place of CONFIG: a preset or folder that streams; KEY=VALUE its rules."),
     ] = None,
+    seconds_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of `longtake bench CONFIG --json FILE`: tells the hours.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one GPU, in any currency.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
 ) -> None:
     """Say what is missing, whether a configuration fits, and what this machine has."""
@@ -124,10 +129,13 @@ def doctor(
 
         report: Report | StreamReport
         if stream is not None:
+            if gpus is not None or seconds_from is not None or price is not None:
+                raise ConfigError("--gpus, --seconds-from and --price are of a training; leave them out with --stream")
             rules = [*([] if config is None else [str(config)]), *(overrides or [])]
             report = diagnose_stream(stream, rules, device=device)
         else:
-            report = diagnose(config, overrides or [], gpus=gpus, device=device)
+            chosen = given(context, "gpus", "device", "seconds_from", "price")
+            report = diagnose(config, overrides or [], **chosen)
         typer.echo(json.dumps(report.tree(), indent=2) if as_json else str(report))
         if not report.ok:
             raise typer.Exit(EXIT_ERROR)

@@ -70,6 +70,10 @@ class Settings(BaseModel):
         """
         return cls(**tree)
 
+    def but(self, **changes: Any) -> Self:
+        """The same with other values. Raises: ConfigError, as where it is made."""
+        return type(self)(**{**dict(self), **changes})
+
     @classmethod
     def familiar_names(cls) -> dict[str, str]:
         """Names that users of other code bases will try, or that keys had before, with what each is called here."""

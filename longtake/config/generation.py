@@ -13,18 +13,18 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from longtake.config.base import PathText, Settings, read_yaml, set_path, split_override
-from longtake.config.groups import FlowConfig, ModelConfig, PlanConfig
+from longtake.condition import VideoShape
+from longtake.config.base import PathText, read_yaml, set_path, split_override
+from longtake.config.groups import ModelConfig
 from longtake.config.job import load_config
 from longtake.config.stage import StageConfig
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan
+from longtake.plan import MAX_STEPS, Clock, FlowConfig, PlanConfig, Rope, StreamPlan
 
 # Beside the weights of a student: the rules it streams by
 RULES_FILE = "generation.yaml"
 
 MAX_FRAMES = 10_000_000  # a week at 16 frames a second
-MAX_STEPS = 1000  # Wan's clock has no more
 _TOY_HISTORY_BLOCKS = 8  # 0.4 MB of cache a block
 # Short options of the command line that have a name of their own, and the keys that they mean
 SHORT = {
@@ -35,7 +35,7 @@ SHORT = {
 }
 
 
-class GenerationConfig(Settings):
+class GenerationConfig(FlowConfig):
     """How a student streams. The defaults are those of the image-to-video recipe at full size."""
 
     height: int = Field(default=480, gt=0, le=8192, description="height in pixels")
@@ -45,7 +45,7 @@ class GenerationConfig(Settings):
     plan: PlanConfig = Field(
         default=PlanConfig(block_frames=4, window_frames=13, sink_frames=5), description=PlanConfig.__doc__
     )
-    rope: Literal["relative", "absolute"] = Field(default="relative", description="rule of temporal positions")
+    rope: Rope = Field(default="relative", description="rule of temporal positions")
     picture: Literal["trained", "none", "frame", "still"] | None = Field(
         default=None,
         description="how a picture enters: `trained` = as in training, `none` = the student knows text alone and "
@@ -57,17 +57,7 @@ class GenerationConfig(Settings):
         description="`stream` = block by block, as students do; `whole` = all frames at once in Euler steps, as "
         "teachers do, which are not causal",
     )
-    steps: list[float] = Field(
-        default=[1.0, 0.75, 0.5, 0.25], max_length=MAX_STEPS, description="noise levels before the warp"
-    )
-    later_steps: list[float] | None = Field(
-        default=None, max_length=MAX_STEPS, description="those of every generated block but the first; null = `steps`"
-    )
-    shift: float = Field(default=5.0, ge=0.01, le=1000, description="warp of noise levels")
-    warp_steps: bool = Field(
-        default=True, description="false: `steps` and `later_steps` are the noise levels themselves"
-    )
-    clock: Literal["exact", "whole", "bf16"] = Field(
+    clock: Clock = Field(
         default="exact",
         description="what the network reads of a noise level: 1000 times it, or that rounded to whole numbers or to "
         "bfloat16, for published students that were trained so",
@@ -129,14 +119,18 @@ class GenerationConfig(Settings):
         """Whether the VAE is bfloat16."""
         return self.is_half if self.vae_precision is None else self.vae_precision == "bf16"
 
+    def shape(self, temporal_stride: int, spatial_stride: int) -> VideoShape:
+        """The size of the videos, where the VAE has these strides. Raises: ConfigError when it does not fit them."""
+        sizes = self.model_dump(include={"height", "width", "fps", "num_latent_frames"})
+        return VideoShape(**sizes, temporal_stride=temporal_stride, spatial_stride=spatial_stride)
+
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams."""
-        flow = FlowConfig(**self.model_dump(include=set(FlowConfig.model_fields)))
-        return self.plan.stream(self.rope, flow, self.clock)
+        return self.plan.stream(self, rope=self.rope, clock=self.clock)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_rules(self) -> Self:  # beside those of the noise levels, `_check`
         _ = self.stream_plan
         count = len(self.steps)
         even = all(abs(level - (1 - k / count)) < 1e-6 for k, level in enumerate(self.steps))

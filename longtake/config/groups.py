@@ -10,7 +10,6 @@ from longtake.condition import VideoShape
 from longtake.config.base import PathText, Settings
 from longtake.config.formats import FORMATS, check_format
 from longtake.errors import ConfigError
-from longtake.plan import LEAST_START, StreamPlan, student_sigmas
 
 WorldFormat = Literal["images", "clips", "lmdb"]
 
@@ -60,142 +59,6 @@ class ModelConfig(Settings):
         return self
 
 
-class VideoConfig(Settings):
-    """The size of the training clips."""
-
-    height: int = Field(
-        default=64, gt=0, le=8192, description="height in pixels, a multiple of twice the spatial stride of the VAE"
-    )
-    width: int = Field(
-        default=64, gt=0, le=8192, description="width in pixels, a multiple of twice the spatial stride of the VAE"
-    )
-    num_latent_frames: int = Field(default=9, gt=0, description="latent frames of a clip; must end on a block boundary")
-    fps: int = Field(
-        default=16, gt=0, le=1000, description="frames a second, at which clips are read and videos are written"
-    )
-    temporal_stride: int = Field(default=4, gt=0, description="pixel frames a latent frame; must be that of the VAE")
-    spatial_stride: int = Field(default=8, gt=0, description="pixels a latent pixel; must be that of the VAE")
-
-    @property
-    def shape(self) -> VideoShape:
-        """All sizes of a clip."""
-        return VideoShape(self.height, self.width, self.num_latent_frames, self.temporal_stride, self.spatial_stride)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _ = self.shape
-        return self
-
-
-class FlowConfig(Settings):
-    """The noise schedule."""
-
-    steps: list[float] = Field(
-        default=[1.0, 0.75, 0.5, 0.25],
-        min_length=1,
-        description="noise levels of the few-step student before the warp, descending from 1, final 0 left out",
-    )
-    later_steps: list[float] | None = Field(
-        default=None,
-        min_length=1,
-        description="those of every generated block but the first, as many or fewer; null = `steps` for all",
-    )
-    shift: float = Field(default=5.0, ge=1e-3, le=1e3, description="warp of noise levels, s u / (1 + (s - 1) u)")
-    warp_steps: bool = Field(
-        default=True, description="false: `steps` and `later_steps` are the noise levels themselves, without the warp"
-    )
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of the student."""
-        return self._levels("steps", self.steps)
-
-    @property
-    def later_sigmas(self) -> tuple[float, ...] | None:
-        """Those of every generated block but the first, where they are others."""
-        return None if self.later_steps is None else self._levels("later_steps", self.later_steps)
-
-    def _levels(self, name: str, steps: list[float]) -> tuple[float, ...]:
-        return tuple(student_sigmas(steps, self.shift if self.warp_steps else 1.0, f"flow.{name}"))
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name, steps in (("steps", self.steps), ("later_steps", self.later_steps)):
-            if steps is None:
-                continue
-            if max(steps) > 1:
-                raise ValueError(f"{name}={steps} are noise levels in (0, 1], not a 0..1000 clock; divide them by 1000")
-            if min(steps) <= 0:
-                raise ValueError(f"{name}={steps} must be above 0; the last step ends at 0 without naming it")
-            if steps[0] < LEAST_START or any(a <= b for a, b in zip(steps, steps[1:])):
-                raise ValueError(f"{name}={steps} must descend strictly from 1, e.g. [1, 0.75, 0.5, 0.25]")
-        return self
-
-    @classmethod
-    def familiar_names(cls) -> dict[str, str]:
-        return {
-            **{name: f"objective.{name}" for name in ("guidance", "sigma_min", "sigma_max")},
-            "negative_prompt": "objective.negative_prompt (text: in a file, words such as no go in quotes)",
-            "warp_denoising_step": "warp_steps",
-        }
-
-
-class PlanConfig(Settings):
-    """Blocks that are generated at once, and what a block attends to."""
-
-    block_frames: int = Field(default=4, gt=0, description="latent frames of a block")
-    first_frames: int = Field(
-        default=1, gt=0, description="latent frames of the first block: 1 for i2v (the given picture)"
-    )
-    window_frames: int | None = Field(
-        default=9, gt=0, description="latent frames that a block attends to, sink and itself counted; null = all"
-    )
-    sink_frames: int = Field(
-        default=1, ge=0, description="first latent frames that are never evicted: 0 or a block boundary"
-    )
-    keep_sink: bool = Field(
-        default=False,
-        description="leave the sink as the old prompt made it where the prompt changes in mid-stream; false = rebuild",
-    )
-    context: Literal["pass", "last_step"] = Field(
-        default="pass",
-        description="what stores a finished block as context: `pass` = a call of its own on the clean block; "
-        "`last_step` = its last denoising step, on what that sees, one call less a block. Only for students trained so",
-    )
-    context_from: int = Field(
-        default=1,
-        ge=0,
-        description="with context=last_step, the first block that is stored so, counted from the first generated one; "
-        "those before have the call of their own",
-    )
-    context_sigma: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="noise level (after the warp) at which a finished block is stored by a call of its own",
-    )
-    recache: Literal["rebuild", "last_window", "none"] = Field(
-        default="rebuild",
-        description="where the prompt changes in mid-stream: `rebuild` = the cache is made anew from kept latents, "
-        "block by block; `last_window` = the window's frames in one call in which all see each other, as LongLive does "
-        "(with keep_sink); `none` = it stays as the old prompt made it",
-    )
-
-    def stream(self, rope: str = "relative", flow: FlowConfig | None = None, clock: str = "exact") -> StreamPlan:
-        """How a student with these blocks streams, by the rules of positions and of the clock and the levels that are
-        beside this group: the one place where a configuration becomes a plan.
-        """
-        flow = flow or FlowConfig()
-        return StreamPlan(
-            **self.model_dump(), rope=rope, clock=clock, sigmas=flow.sigmas, later_sigmas=flow.later_sigmas
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.stream().check_window()
-        return self
-
-
 class DataConfig(Settings):
     """Where a stage reads its samples."""
 
@@ -219,7 +82,7 @@ class DataConfig(Settings):
     )
     num_workers: int = Field(default=2, ge=0, description="threads that read a micro-batch")
 
-    def check_buckets(self, video: VideoConfig) -> None:
+    def check_buckets(self, video: VideoShape) -> None:
         """Raises ConfigError unless the buckets are sizes that `video` allows, its own among them."""
         buckets = self.buckets
         if buckets is None:
@@ -230,7 +93,7 @@ class DataConfig(Settings):
             raise ConfigError(f"data.buckets={buckets} has two of one aspect, and only the first gets rows; remove one")
         for height, width in buckets:
             try:
-                VideoShape(height, width, 1, video.temporal_stride, video.spatial_stride)
+                video.but(height=height, width=width)
             except ConfigError as error:
                 raise ConfigError(f"data.buckets={buckets}: {error}") from None
         if [video.height, video.width] not in buckets:

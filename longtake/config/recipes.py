@@ -24,7 +24,7 @@ def find_recipe(given: str | Path) -> Path:
         return path
     if path.as_posix() in names:
         return RECIPES / f"{path.as_posix()}.yaml"
-    near = nearest(path.with_suffix("").as_posix().removeprefix("configs/"), names)
+    near = nearest(path.as_posix().removeprefix("configs/").removesuffix(".yaml"), names)
     raise ConfigError(f"config {path} is not a file, and no recipe is called so{near}; `longtake recipes` lists them")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -21,19 +20,16 @@ from longtake.config.base import PathText, Settings
 from longtake.config.groups import (
     DataConfig,
     EmaConfig,
-    FlowConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    PlanConfig,
-    VideoConfig,
 )
 from longtake.config.objective import ChosenObjective, NetworkConfig, ObjectiveConfig
 from longtake.config.run import RunConfig
 from longtake.config.validation import ValidationConfig
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan
+from longtake.plan import FlowConfig, PlanConfig, Rope, StreamPlan
 
 TOY_ASSETS = Path(__file__).parents[1] / "assets" / "toy"
 TOY = "toy"
@@ -53,9 +49,9 @@ class StageConfig(RunConfig):
         description="folder with VAE, text and image encoder (a Wan model, original or diffusers), or `toy`",
     )
     model: ModelConfig = Field(default=ModelConfig(), description=ModelConfig.__doc__)
-    video: VideoConfig = Field(default=VideoConfig(), description=VideoConfig.__doc__)
+    video: VideoShape = Field(default=VideoShape(), description=VideoShape.__doc__)
     plan: PlanConfig = Field(default=PlanConfig(), description=PlanConfig.__doc__)
-    rope: Literal["relative", "absolute"] = Field(
+    rope: Rope = Field(
         default="relative",
         description="frame positions counted in the attended window or since the start; kept with the weights",
     )
@@ -103,10 +99,9 @@ class StageConfig(RunConfig):
                     "video.num_latent_frames=1 leaves nothing to generate after the given picture; "
                     f"set it to {1 + self.plan.block_frames}"
                 )
-        blocks = self.plan.stream()
-        blocks.check(self.video.num_latent_frames, "video.num_latent_frames")
+        self.plan.check(self.video.num_latent_frames, "video.num_latent_frames")
         if self.validation.num_latent_frames is not None:
-            blocks.check(self.validation.num_latent_frames, "validation.num_latent_frames")
+            self.plan.check(self.validation.num_latent_frames, "validation.num_latent_frames")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(_batch_rule(self.batch_size, self.micro_batch_size, 1))
         self.data.check_buckets(self.video)
@@ -155,13 +150,13 @@ class StageConfig(RunConfig):
     @property
     def stream_plan(self) -> StreamPlan:
         """How the student streams, in training as at inference."""
-        return self.plan.stream(self.rope, self.flow)
+        return self.plan.stream(self.flow, rope=self.rope)
 
     @property
     def clip_shape(self) -> VideoShape:
         """Sizes of the videos that rows are read as."""
         frames = self.objective.num_clip_frames
-        return self.video.shape if frames is None else replace(self.video.shape, num_latent_frames=frames)
+        return self.video if frames is None else self.video.but(num_latent_frames=frames)
 
     @property
     def gathers_once(self) -> bool:

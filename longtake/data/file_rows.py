@@ -17,8 +17,9 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ _NOT_THE_FILE = {
 class FileRow:
     """A file and its prompts, or the `problem` why the row cannot be used; `where` names it in errors.
 
-    `caption` is a file that is read only when the row is; it stands in for `prompts`.
+    `caption` is a file that is read only when the row is; it stands in for `prompts`. `values` are those of the keys
+    that a reader of a table asked for besides.
     """
 
     where: str
@@ -60,6 +62,7 @@ class FileRow:
     prompts: tuple[str, ...] = ()
     caption: Path | None = None
     problem: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def find_file(self) -> Path:
         """The file, under the name that it has on disk. Raises: DataError when the row cannot be used."""
@@ -74,13 +77,13 @@ class FileRow:
         return self.prompts or _read_caption(self.caption, self.where)
 
 
-def list_files(path: Path, kind: str) -> list[FileRow]:
+def list_files(path: Path, kind: str, also: Collection[str] | None = None) -> list[FileRow]:
     """The rows of a folder of `kind` images or clips, or of a table of such files, unusable ones included.
 
-    Raises: DataError when the folder holds none of the three ways, or no row.
+    Args: `also` as in `read_table`. Raises: DataError when the folder holds none of the three ways, or no row.
     """
     if (table := table_of(path)) is not None:
-        rows = list(read_table(path))
+        rows = list(read_table(path, also))
         if not rows:
             raise DataError(f'{table} is empty; it needs one line a file: {{"file_name": "a.png", "text": "a prompt"}}')
         return rows
@@ -235,15 +238,17 @@ def what_it_is(source: Path | bytes) -> str | None:
     return next((words for head, words in _NOT_THE_FILE.items() if source.startswith(head)), None)
 
 
-def read_table(path: Path) -> Iterator[FileRow]:
+def read_table(path: Path, also: Collection[str] | None = None) -> Iterator[FileRow]:
     """Yields the rows of a table of files, or of that of a folder; unusable lines are rows with a problem.
 
     `metadata.*` of a folder is Hugging Face's layout (`file_name`); a table that is named itself may have other keys.
+    Args: `also`, keys whose values a row brings along; with them, a key that nobody reads is an error (DataError).
     """
     file = table_of(path)
     assert file is not None
     known = FILE_KEYS if file == path else FILE_KEYS[:1]
-    for where, entry, problem in read_objects(file, (*known, "switch_frames")):
+    keys_read = (*known, "switch_frames", *(also or ()))
+    for where, entry, problem in read_objects(file, keys_read, strict=also is not None):
         keys = [key for key in known if key in entry]
         name = entry[keys[0]] if keys else None
         if problem:
@@ -255,7 +260,11 @@ def read_table(path: Path) -> Iterator[FileRow]:
             named = file.parent / name
             if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
                 named = Path(name)  # musubi-tuner takes them from where it is started
-            yield FileRow(where, named, prompts, problem=fault)
+            yield FileRow(where, named, prompts, problem=fault, values=_values(entry, also))
+
+
+def _values(entry: Mapping[str, Any], keys: Collection[str] | None) -> dict[str, Any]:
+    return {key: entry[key] for key in keys or () if key in entry}
 
 
 def _key_problem(keys: list[str], present: list[str], file: Path) -> str:
@@ -312,20 +321,21 @@ def contents(path: Path) -> str:
     return ", ".join([*parts, *folders[:12], *(["..."] if len(folders) > 12 or len(files) > 12 else [])]) or "nothing"
 
 
-def text_rows(path: Path) -> list[FileRow]:
+def text_rows(path: Path, also: Collection[str] | None = None) -> list[FileRow]:
     """The rows of `prompts.txt` (one prompt a line), of `rows.jsonl` (`{"prompts": [...]}` or `{"text": "..."}`), or
     of a folder of text files (one row a file, several lines are several prompts).
 
-    Lines of white space are no rows. Raises: DataError when there is no row, or a text file is not UTF-8.
+    Lines of white space are no rows. Args: `also` as in `read_table`.
+    Raises: DataError when there is no row, or a text file is not UTF-8.
     """
     if path.is_dir():
         files = enumerate(files_below(path, (CAPTION_SUFFIX,)))
         rows = [FileRow(f"{path} row {row} ({file.name})", caption=file) for row, file in files]
     elif path.suffix.lower() == ".jsonl":
         rows = []
-        for where, entry, problem in read_objects(path, ()):
+        for where, entry, problem in read_objects(path, also or (), strict=also is not None):
             prompts, fault = ((), problem) if problem else prompts_of(entry)
-            rows.append(FileRow(where, prompts=prompts, problem=fault))
+            rows.append(FileRow(where, prompts=prompts, problem=fault, values=_values(entry, also)))
     else:
         lines = enumerate(_lines(_decoded(path.read_bytes(), str(path))), start=1)
         kept = enumerate((number, line.strip()) for number, line in lines if line.strip())
@@ -335,12 +345,14 @@ def text_rows(path: Path) -> list[FileRow]:
     return rows
 
 
-def read_objects(file: Path, known: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
+def read_objects(
+    file: Path, known: Iterable[str] | None = None, *, strict: bool = False
+) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yields (where, object, problem) of each line of a `.jsonl` or `.csv` file that is not empty; an object with a
     problem is empty.
 
-    Args: `known`, the keys that the caller reads beside the prompts'; others are named in one warning.
-    Raises: DataError when a CSV file is no text, or no table.
+    Args: `known`, the keys that the caller reads beside the prompts'; others are named in one warning, or refused
+    (`strict`). Raises: DataError when a CSV file is no text, or no table, and for a key that is refused.
     """
     if what := what_it_is(file):
         raise DataError(f"{file} is no table: {what}")
@@ -353,9 +365,17 @@ def read_objects(file: Path, known: Iterable[str] | None = None) -> Iterator[tup
             continue
         if known is not None:
             unread |= entry.keys() - set(known) - set([key for key in PROMPT_KEYS if key in entry][:1])
+            if unread and strict:
+                raise DataError(f"{where}: {_unknown(sorted(unread)[0], (*known, *PROMPT_KEYS))}")
         yield where, entry, ""
     if unread:
         logger.warning("%s: the values of %s are not read", file, ", ".join(sorted(unread)))
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown key {key}; {hint}The keys are {', '.join(known)}; rename it, or take it out"
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.doctor.validating import validate
-from longtake.encoders.vae import VideoVAE
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -38,12 +36,11 @@ from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.train.loop import MetricWindow, iteration
-from longtake.train.made_batches import MadeBatches
+from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
 from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
-from longtake.train.window_codec import EncoderCodec
 from longtake.weights.load import Opened
 
 # Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
@@ -277,18 +274,40 @@ def network(sizes: DiTConfig) -> VideoDiT:
     return VideoDiT(sizes, Execution(attend=as_on_a_gpu))
 
 
+def without_data(vae: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The library's VAE of a configuration (Wan2.1's where it is empty), for a trace to fill by `to_empty`: networks
+    without data cannot be cast.
+    """
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        module: Any = AutoencoderKLWan(**vae)
+    return nn.Module.to(module, dtype)  # its own `to` remarks on types that no module has
+
+
 @dataclass(kw_only=True)
-class _Hollow(Builder):
-    """Networks without weights: sizes instead of files, and storages without data."""
+class SizedBuilder(Builder):
+    """Builds networks from sizes instead of files: what `open` gives of each name is not read."""
 
     sizes: Sizes
-    meter: Meter
 
     def check_start(self) -> None:
         """There are no files that could be of another stage."""
 
     def weights(self, name: str) -> Path:
+        """The network's name; one for all that share a base."""
         return Path(self.base or name)
+
+    def identity(self, source: Path) -> str:
+        """The name."""
+        return source.name
+
+
+@dataclass(kw_only=True)
+class _Hollow(SizedBuilder):
+    """Networks without weights: storages without data."""
+
+    meter: Meter
 
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
@@ -303,9 +322,6 @@ class _Hollow(Builder):
             return ((name, torch.ones(1).expand(shapes[name])) for name in names or ())
 
         return Opened(model, read, str)
-
-    def identity(self, source: Path) -> str:
-        return source.name
 
     def _random(self) -> VideoDiT:
         return self._filled(self.open(Path("generator")))
@@ -342,10 +358,9 @@ def trace(
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
     meter = Meter()
     with meter.fake:
-        codec = None
-        if config.objective.decodes:
-            frames = config.video.num_latent_frames
-            codec = _codec(sizes["generator"], image_tokens, vae, frames, with_y=config.model.with_y)
+        frames, codec = config.video.num_latent_frames, None
+        if config.objective.decodes:  # whose weights are those of the resident encoders
+            codec = made_codec(vae, sizes["generator"], image_tokens, frames)
     with ranks(config.parallel, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
         builder = _Hollow(config, mesh, sizes=sizes, meter=meter)
@@ -354,15 +369,10 @@ def trace(
         accumulation, rows = config.accumulation(world_size), config.micro_batch(world_size)
         if codec is None:
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
-        batches: Any = MadeBatches(
-            config.video.shape,
-            config.clip_shape.num_latent_frames if config.objective.learns_from_videos else None,
-            sizes["generator"],
-            accumulation,
-            rows,
-            image_tokens,
-            with_picture=config.model.image_condition == "i2v",
-            second_prompts=config.objective.second_prompts,
+        batches: Any = MadeBatches(config, sizes["generator"], image_tokens, accumulation, rows)
+        of_rows = config.validates and config.validation.num_rows > 0
+        decoder = (
+            without_data(vae, torch.bfloat16 if config.precision == "bf16" else torch.float32) if of_rows else None
         )
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
@@ -371,8 +381,8 @@ def trace(
             state.step = _busiest(inner)
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)
             iteration(state, objective, batches, config, mesh, phases, MetricWindow())
-            if config.validates and config.validation.num_rows:
-                validate(builder, networks, state.ema.get("generator"), next(batches)[0], vae, meter.during)
+            if decoder is not None:
+                validate(builder, networks, state.ema.get("generator"), next(batches)[0], decoder, meter.during)
         exported = 4 * sum(p.numel() for p in networks.trained["generator"].parameters() if p.requires_grad)
         saved = sum(tensor.nbytes for tensor in state.tensors().values()) + exported * (1 + len(state.ema))
     return [Moment("checkpoint", saved), *kept, *meter.moments]
@@ -388,21 +398,6 @@ def _busiest(objective: Objective) -> int:
     most = len(objective.networks)
     first = next((step for step in range(1 << 20) if len(objective.turns(step)) == most), 0)
     return min(range(first, first + 200), key=order)
-
-
-def _codec(
-    size: DiTConfig, image_tokens: int, vae: Mapping[str, Any], num_latent_frames: int, *, with_y: bool
-) -> EncoderCodec:
-    """The real VAE, whose weights are those of the resident encoders, and CLIP tokens of the right shape."""
-    from diffusers import AutoencoderKLWan
-
-    tokens: Any = SimpleNamespace(encode=lambda images: torch.empty(len(images), image_tokens, size.image_dim or 0))
-    return EncoderCodec(
-        VideoVAE(AutoencoderKLWan(**vae)),
-        tokens if size.image_dim else None,
-        with_y=with_y,
-        num_latent_frames=num_latent_frames,
-    )
 
 
 def _kept(networks: Sequence[nn.Module], state: TrainState) -> list[Moment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -28,7 +29,7 @@ from longtake.weights.locate import (
     hub_repository,
     image_token_count,
     is_hub_name,
-    missing_encoders,
+    tokenizer_places,
 )
 from longtake.weights.presets import PRESETS, model_config
 from longtake.weights.students import find_student
@@ -36,10 +37,10 @@ from longtake.weights.students import find_student
 
 @dataclass
 class Findings:
-    """What a stage reads: `missing` with the way to get it, `notes`, sizes of networks and bytes of encoders.
+    """What a stage reads: what is `missing`, `notes`, sizes of networks and bytes of encoders.
 
-    `encoder_bytes` are those that stay beside the training, of files that are there; `vae`, the VAE's configuration
-    where a file tells it.
+    `downloads`, the commands that get what is on the hub; `encoder_bytes`, those that stay beside the training, of
+    files that are there; `vae`, the configuration of the VAE where a file tells it.
     """
 
     sizes: Sizes = field(default_factory=dict)
@@ -48,6 +49,7 @@ class Findings:
     vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    downloads: list[str] = field(default_factory=list)
 
 
 def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
@@ -97,10 +99,11 @@ def _sizes(
         found.notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
     except (LongtakeError, ValueError) as error:
         reason = "does not exist" if not path.exists() else str(error)
-        published = hub_repository(path)
-        hint = f"; get it with `hf download {published} --local-dir {path}`" if published else ""
-        hint = hint if is_path(source) else "; train that stage first"
-        found.missing.append(f"weights {key}={source}: {path} {reason}{hint}")
+        if repository is not None:
+            found.downloads.append(f"longtake download {repository} -o {path}")
+        hint = "" if is_path(source) else "; train that stage first"
+        place = "" if path.as_posix() == source else f": {path}"
+        found.missing.append(f"weights {key}={source}{place} {reason}{hint}")
     # A folder named like a preset, or the preset that the stage names
     preset = path.name.lower() if path.name.lower() in PRESETS else preset
     found.notes.append(f"sizes of {key}={source} are taken from the preset {preset}")
@@ -115,17 +118,29 @@ def _vae(folder: Path) -> dict[str, Any]:
 
 
 def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
-    """Bytes of the encoders that are there, as they are loaded."""
+    """Bytes of the encoders that are there, as they are loaded; what is not there, with the commands that get it."""
     if not folder.exists() and is_hub_name(folder):
         found.notes.append(f"encoders={folder} will be fetched from the Hugging Face hub; their memory is not counted")
         return 0
-    absent = missing_encoders(folder, with_image="image_encoder" in wanted)
-    found.missing += [f"encoders: {what}" for what in absent]
-    # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
-    half = {"text_encoder"} if half_text else set()
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
-    files = ((file, part) for part in parts for file in encoder_files(folder, part))
-    return sum((2 if part.folder in half else 4) * _elements(file, part) for file, part in files)
+    if absent := [part for part in parts if not part.places(folder)]:
+        found.missing.append(f"encoders: {folder} has no {', no '.join(part.name for part in absent)}")
+    if texts := [place for part in parts if part.key == "text" for place in part.places(folder)]:
+        places = tokenizer_places(texts[0])
+        if not any((place / "tokenizer_config.json").is_file() for place in places):
+            found.missing.append(f"encoders: the tokenizer: tokenizer_config.json in {' or '.join(map(str, places))}")
+    if absent and (repository := hub_repository(folder)) is not None:
+        found.downloads.append(f"longtake download {repository} -o {folder}")
+    elif absent:  # of several repositories, each named once
+        files: dict[str, list[str]] = defaultdict(list)
+        for part in absent:
+            choices = list(part.originals.items())
+            file, repository = choices[-1 if found.sizes["generator"].out_channels == 48 else 0]
+            files[repository] += [file, *part.beside]
+        found.downloads += [f"hf download {name} {' '.join(f)} --local-dir {folder}" for name, f in files.items()]
+    # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
+    there = ((file, part) for part in parts for file in encoder_files(folder, part))
+    return sum((2 if half_text and part.key == "text" else 4) * _elements(file, part) for file, part in there)
 
 
 def _elements(file: Path, part: EncoderPart) -> int:
@@ -140,9 +155,6 @@ def _elements(file: Path, part: EncoderPart) -> int:
 def _data(data: DataConfig, job: JobConfig | None, found: Findings) -> None:
     path = Path(data.path)
     if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
-        return
-    if not path.exists():
-        found.missing.append(f"data: {path} does not exist; set data.path to your data set (docs/formats.md)")
         return
     try:
         find_format(path, data.kind)

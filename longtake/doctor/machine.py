@@ -24,6 +24,8 @@ PACKAGES = (
     *("diffusers", "ftfy", "lmdb", "av", "tensorboard", "matplotlib"),
 )
 OPTIONAL = ("triton", "webdataset", "wandb", "huggingface_hub")
+# What is not counted: the CUDA context, workspaces of kernels, fragments of the allocator, remembered encodings.
+HEADROOM = 1.1
 _HEAD_WIDTH = 128  # of every published Wan model; specification A.1
 
 
@@ -54,6 +56,17 @@ class Machine:
         """Needed packages that are not installed."""
         return [name for name in PACKAGES if self.packages[name] is None]
 
+    def lines(self) -> list[str]:
+        """It as text."""
+        ram = f"memory {in_words(self.ram_bytes)}, available {in_words(self.ram_free_bytes)}"
+        lines = [f"this machine: {self.system}, {self.cores} cores, {ram}"]
+        for number, gpu in enumerate(self.gpus):
+            sizes = f"{in_words(gpu.total_bytes)}, free {in_words(gpu.free_bytes)}"
+            lines.append(f"GPU {number}: {gpu.name}, capability {gpu.capability}, {sizes}")
+            lines += [f"  attention in {dtype}: {', '.join(names)}" for dtype, names in gpu.kernels.items()]
+        versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in self.packages.items())
+        return [*lines, *([] if self.gpus else ["no GPU that torch can use"]), versions]
+
 
 def look() -> Machine:
     """The machine this runs on. Runs each attention kernel once where there is a GPU."""
@@ -70,6 +83,16 @@ def look() -> Machine:
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(f"{platform.system()} {platform.machine()}", cores, total, free, gpus, versions)
+
+
+def fits(needed: int, free: int) -> bool:
+    """Whether so many bytes fit, with a tenth for what is not counted."""
+    return needed * HEADROOM <= free
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def free_disk(path: str | Path) -> int:

@@ -1,26 +1,25 @@
-"""`longtake doctor --stream`: what of a GPU's memory a stream takes, by its choices, and which of them fit.
+"""`longtake doctor --stream`: what of a GPU's memory a stream takes, and what takes less of it.
 
 The real networks run on tensors without data (`Meter`), in torch's plain operations, which take somewhat more than the
-kernels of a GPU. Text and image encoder are counted by their published sizes. Not counted: the CUDA context, workspaces
-of kernels, fragments of the allocator.
+kernels of a GPU. Text and image encoder are counted by their published sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import product
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
-from longtake.doctor.estimate import Meter, network
+from longtake.doctor.estimate import Meter, network, without_data
+from longtake.doctor.machine import fits, in_words
 from longtake.encoders.bundle import vae_calls
 from longtake.encoders.decoders import random_decoder
-from longtake.encoders.original import published_vae
+from longtake.encoders.original import PUBLISHED_VAE
 from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
 
@@ -61,46 +60,70 @@ class Choice:
 
 
 def stream_choices(sizes: DiTConfig, settings: GenerationConfig) -> Iterator[Choice]:
-    """The stream of `settings` first, then in the order of what they cost: what takes less memory.
+    """The stream of `settings` first, then what takes less memory, each beside those before, in the order of what they
+    cost.
 
     Args: `sizes` of the transformer. Raises: ConfigError for sizes that do not fit each other.
     """
-    kinds = dict.fromkeys((settings.decoder, "exact", "tiny"))
-    lows = dict.fromkeys((settings.low_memory, True))
-    pixels = {low: _pixels(sizes, settings, list(kinds), low_memory=low) for low in lows}
-    for precision in dict.fromkeys((settings.precision, "bf16", "fp8")):
-        given = settings.model_copy(update={"precision": precision})
-        parts, caches = _transformer(sizes, given)
-        for kind, low, (window, cache) in product(kinds, lows, caches.items()):
-            there, work = pixels[low][kind]
-            encoders = _encoders(sizes, given, low_memory=low)
-            yield Choice(precision, kind, low, window, parts | {"cache": cache} | encoders | there, work)
+    stride = 16 if sizes.out_channels == 48 else 8
+    size = settings.height // stride, settings.width // stride
+    # Of several choices the same: traced once.
+    transformer = cache(lambda **chosen: _transformer(sizes, settings.model_copy(update=chosen), size))
+    pixels = cache(lambda **chosen: _pixels(sizes, settings.model_copy(update=chosen), size))
+
+    def choice(precision: str, decoder: str, low_memory: bool) -> Choice:
+        vae = settings.vae_precision or ("fp32" if precision == "fp32" else "bf16")
+        parts, a_pass = transformer(precision=precision)
+        there, work = pixels(decoder=decoder, low_memory=low_memory, vae_precision=vae)
+        there = parts | _encoders(sizes, settings, half=precision != "fp32", low_memory=low_memory) | there
+        return Choice(precision, decoder, low_memory, settings.plan.window_frames, there, {"a pass": a_pass, **work})
+
+    given: dict[str, Any] = {
+        "precision": settings.precision,
+        "decoder": settings.decoder,
+        "low_memory": settings.low_memory,
+    }
+    yield (last := choice(**given))
+    for name, value, instead_of in (
+        ("precision", "bf16", ("fp32",)),
+        ("low_memory", True, (False,)),
+        ("decoder", "tiny", ("exact", "light")),
+        ("precision", "fp8", ("bf16",)),
+    ):
+        if given[name] in instead_of:
+            given[name] = value
+            yield (last := choice(**given))
+    if (window := last.window_frames) is not None:  # shorter ones, of whole blocks behind the sink
+        plan, frame = settings.plan, last.there["cache"] // window
+        for shorter in range(window - plan.block_frames, plan.sink_frames, -plan.block_frames):
+            yield replace(last, window_frames=shorter, there=last.there | {"cache": frame * shorter})
 
 
-def _windows(settings: GenerationConfig) -> list[int | None]:
-    """That of the settings, and shorter ones of whole blocks behind the sink."""
-    window, plan = settings.plan.window_frames, settings.plan
-    if window is None:
-        return [None]
-    shortest = plan.sink_frames + plan.block_frames
-    return [window, *range(window - plan.block_frames, shortest - 1, -plan.block_frames)]
+def _encoders(sizes: DiTConfig, settings: GenerationConfig, *, half: bool, low_memory: bool) -> dict[str, int]:
+    width = 2 if half else 4
+    text = 2 if settings.text_precision == "bf16" else width
+    found = {"text encoder": text * (2 * _TEXT_MATRIX if low_memory else _TEXT)}
+    if sizes.image_dim:
+        found["image encoder"] = width * (2 * _IMAGE_MATRIX if low_memory else _IMAGE)
+    return found
 
 
-def _transformer(sizes: DiTConfig, settings: GenerationConfig) -> tuple[dict[str, int], dict[int | None, int]]:
-    """Weights and what a pass takes, and the cache by window."""
-    dtype, size = torch.bfloat16 if settings.is_half else torch.float32, _latent_size(sizes, settings)
-    meter, sides = Meter(), 1 if settings.guidance == 1 else 2
+def _transformer(sizes: DiTConfig, settings: GenerationConfig, size: tuple[int, int]) -> tuple[dict[str, int], int]:
+    """Weights and cache, and what a pass takes."""
+    meter, plan = Meter(), settings.stream_plan
+    dtype, block, channels = (
+        torch.bfloat16 if settings.is_half else torch.float32,
+        plan.block_frames,
+        sizes.condition_channels,
+    )
     with meter.fake, torch.no_grad():
-        model, caches = network(sizes).cast(dtype), {}
-        for window in _windows(settings):
-            plan = replace(settings.stream_plan, window_frames=window)
-            most = settings.num_latent_frames if window is None else None
-            caches[window] = sides * model.new_cache(plan, 1, size, most).size_bytes
+        model = network(sizes).cast(dtype)
+        most = settings.num_latent_frames if plan.window_frames is None else None
+        kept = (1 if settings.guidance == 1 else 2) * model.new_cache(plan, 1, size, most).size_bytes
         if settings.precision == "fp8":
             model.quantise()
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         few = network(replace(sizes, num_layers=_LAYERS)).cast(dtype).eval()
-        block, channels = settings.plan.block_frames, sizes.condition_channels
         condition = Condition(
             torch.empty(1, sizes.text_len, sizes.text_dim),
             torch.empty(1, _IMAGE_TOKENS, sizes.image_dim) if sizes.image_dim else None,
@@ -109,7 +132,7 @@ def _transformer(sizes: DiTConfig, settings: GenerationConfig) -> tuple[dict[str
         x = torch.empty(1, block, sizes.out_channels, *size)
         with meter:
             working = _most(meter, lambda: few(x, torch.ones(1), condition))
-    return {"transformer": weights, "a pass": working}, caches
+    return {"transformer": weights, "cache": kept}, working
 
 
 def _most(meter: Meter, work: Callable[[], Any]) -> int:
@@ -117,40 +140,29 @@ def _most(meter: Meter, work: Callable[[], Any]) -> int:
     before = meter.now
     meter.mark()
     work()
-    return max(moment.size for moment in meter.moments[-1:]) - before
-
-
-def _latent_size(sizes: DiTConfig, settings: GenerationConfig) -> tuple[int, int]:
-    stride = 16 if sizes.out_channels == 48 else 8
-    return settings.height // stride, settings.width // stride
+    return meter.moments[-1].size - before
 
 
 def _pixels(
-    sizes: DiTConfig, settings: GenerationConfig, kinds: Sequence[str], *, low_memory: bool
-) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
-    """By decoder: what it and the VAE hold, and what encoding y and decoding take besides."""
-    meter, found = Meter(), {}
-    dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
+    sizes: DiTConfig, settings: GenerationConfig, size: tuple[int, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What VAE and decoder hold, and what encoding y and decoding take besides."""
+    meter, dtype = Meter(), torch.bfloat16 if settings.has_half_vae else torch.float32
+    module = without_data(PUBLISHED_VAE[sizes.out_channels], dtype)
     with meter.fake, meter, torch.no_grad():
-        torch.set_default_dtype(dtype)  # fake modules do not change their type
-        try:
-            module = published_vae(sizes.out_channels)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        vae = VideoVAE(module, **vae_calls(low_memory=low_memory))
+        vae = VideoVAE(module.to_empty(device="cpu"), **vae_calls(low_memory=settings.low_memory))
         weights = meter.now
-        y = {"encoding y": _encoding(meter, vae, settings)} if sizes.condition_channels else {}
-        z = torch.empty(1, settings.plan.block_frames, sizes.out_channels, *_latent_size(sizes, settings))
-        for kind in kinds:
-            before = meter.now
-            decoder: Any = vae if kind == "exact" else random_decoder(kind, vae, torch.device("cpu"), dtype)
-            decoder.latents_per_call = vae.latents_per_call
-            session = decoder.decoder_session()
-            for part in (z[:, :1], z):
-                session.decode(part)
-            there = {"VAE": weights, "decoder": meter.now - before}
-            found[kind] = there, y | {"decoding": _most(meter, partial(session.decode, z))}
-    return found
+        work = {"encoding y": _encoding(meter, vae, settings)} if sizes.condition_channels else {}
+        z, before = torch.empty(1, settings.plan.block_frames, sizes.out_channels, *size), meter.now
+        decoder: Any = vae
+        if settings.decoder != "exact":
+            calls = {"latents_per_call": vae.latents_per_call}
+            decoder = random_decoder(settings.decoder, vae, torch.device("cpu"), dtype, **calls)
+        session = decoder.decoder_session()
+        for part in (z[:, :1], z):
+            session.decode(part)
+        there = {"VAE": weights, "decoder": meter.now - before}
+        return there, work | {"decoding": _most(meter, partial(session.decode, z))}
 
 
 def _encoding(meter: Meter, vae: VideoVAE, settings: GenerationConfig) -> int:
@@ -162,61 +174,43 @@ def _encoding(meter: Meter, vae: VideoVAE, settings: GenerationConfig) -> int:
     return _most(meter, lambda: session.encode(grey)) + (0 if vae.low_memory else state)
 
 
-def _encoders(sizes: DiTConfig, settings: GenerationConfig, *, low_memory: bool) -> dict[str, int]:
-    half = 2 if settings.is_half else 4
-    text = 2 if settings.text_precision == "bf16" else half
-    found = {"text encoder": text * (2 * _TEXT_MATRIX if low_memory else _TEXT)}
-    if sizes.image_dim:
-        found["image encoder"] = half * (2 * _IMAGE_MATRIX if low_memory else _IMAGE)
-    return found
-
-
 @dataclass(frozen=True)
 class StreamReport:
-    """What a stream takes as it is asked for, and the first other choices that fit; prints as text."""
+    """What a stream takes as it is asked for, and `others` that take less; prints as text."""
 
     free_bytes: int
     where: str
     asked: Choice
     others: list[Choice]
-    least: str
 
     @property
     def ok(self) -> bool:
         """Whether it fits as it is asked for."""
-        return fits(self.asked, self.free_bytes)
+        return fits(self.asked.total, self.free_bytes)
 
     def tree(self) -> dict[str, Any]:
-        """Plain values; sizes in bytes."""
-        others = [choice.tree() for choice in self.others]
+        """Plain values; sizes in bytes; of the others those that fit."""
+        others = [choice.tree() for choice in self.others if fits(choice.total, self.free_bytes)]
         return {"ok": self.ok, "free_bytes": self.free_bytes, "asked": self.asked.tree(), "others": others}
 
     def __str__(self) -> str:
-        room = f"{_gib(self.free_bytes)} ({self.where})"
-        verdict = "fits into" if self.ok else "PROBLEM: with a tenth for what is not counted does not fit into"
-        lines = [f"{self.asked.named()}: {_gib(self.asked.total)} {verdict} {room}"]
-        lines += [f"  {name:<16} {_gib(size):>11}" for name, size in self.asked.there.items()]
-        lines += [f"  besides, {name:<12} {_gib(size):>6}" for name, size in self.asked.work.items()]
-        if not self.ok:
-            lines += [f"fits: {choice.named()}: {_gib(choice.total)}" for choice in self.others]
-            lines += [] if self.others else [f"no choice fits: lower the size, the window or the sink ({self.least})"]
-        return "\n".join(lines)
+        asked, room = in_words(self.asked.total), f"{in_words(self.free_bytes)} ({self.where})"
+        if self.ok:
+            first = [f"it fits: {asked} of {room}"]
+        else:
+            first = [f"PROBLEM: {asked}, and a tenth for what is not counted, do not fit into {room}; what takes less:"]
+            for one in self.others:
+                verdict = "fits" if fits(one.total, self.free_bytes) else "does not fit"
+                first.append(f"  {one.named():<75} {in_words(one.total):>11}  {verdict}")
+            if not any(fits(one.total, self.free_bytes) for one in self.others):
+                first.append("no choice fits: lower the size, the window or the sink")
+        lines = [*first, "", self.asked.named()]
+        lines += [f"  {name:<20} {in_words(size):>11}" for name, size in self.asked.there.items()]
+        lines += [f"  besides, {name:<11} {in_words(size):>11}" for name, size in self.asked.work.items()]
+        return "\n".join([*lines, "  (of these the largest counts: they come one after the other)"])
 
 
-def fits(choice: Choice, free_bytes: int) -> bool:
-    """Whether a choice fits, with a tenth for what is not counted."""
-    return choice.total * 1.1 <= free_bytes
-
-
-def stream_report(
-    sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str, most: int = 6
-) -> StreamReport:
-    """Whether a stream fits. Args: `most` other choices that are named."""
+def stream_report(sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str) -> StreamReport:
+    """Whether a stream fits."""
     asked, *others = stream_choices(sizes, settings)
-    least = min([asked, *others], key=lambda choice: choice.total)
-    fitting = [one for one in others if fits(one, free_bytes)][:most]
-    return StreamReport(free_bytes, where, asked, fitting, f"least: {least.named()}, {_gib(least.total)}")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+    return StreamReport(free_bytes, where, asked, others)

@@ -95,7 +95,7 @@ _STD_OF_48 = (
 )
 _VAE_STATISTICS = {16: {}, 48: {"latents_mean": _MEAN_OF_48, "latents_std": _STD_OF_48}}
 # `AutoencoderKLWan`, whose defaults are Wan2.1's, by channels of the latents
-_PUBLISHED_VAE: dict[int, dict[str, Any]] = {
+PUBLISHED_VAE: dict[int, dict[str, Any]] = {
     16: {},
     48: {
         "base_dim": 160,
@@ -268,4 +268,4 @@ def published_vae(channels: int) -> Any:
     """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), with random weights."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**_PUBLISHED_VAE[channels])
+    return AutoencoderKLWan(**PUBLISHED_VAE[channels])

@@ -64,6 +64,7 @@ class TextEncoder:
         self.text_len = text_len
         self.width: int = self.model.config.d_model
         self._cut: set[str] = set()
+        self._unknown: set[str] = set()
         self._line: WeightLine | None = None
 
     @classmethod
@@ -123,9 +124,10 @@ class TextEncoder:
         if broken := [p for p in prompts if printable(p) != p]:
             raise DataError(f"the prompt {broken[0]!r} holds half a character (a lone surrogate); write it again")
         # Always padded to the full length, so that a prompt's rows do not depend on the others of its batch.
+        cleaned = [clean_prompt(p) for p in prompts]
         with ONE_THREAD, reading("the files of the tokenizer are damaged; download them again"):
             tokens = self.tokenizer(
-                [clean_prompt(p) for p in prompts],
+                cleaned,
                 padding="max_length",
                 max_length=self.text_len,
                 truncation=True,
@@ -133,6 +135,7 @@ class TextEncoder:
                 return_attention_mask=True,
                 return_tensors="pt",
             ).to(self.device)
+        self._say_unknown(cleaned, tokens.encodings or ())
         mask = tokens.attention_mask
         if bool(mask[:, -1].any()):
             full = mask[:, -1].nonzero()[:, 0].tolist()
@@ -145,6 +148,17 @@ class TextEncoder:
             hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         # Not a product with the mask: it would keep NaN and give -0.
         return hidden.float().masked_fill(~mask.bool()[..., None], 0.0)
+
+    def _say_unknown(self, prompts: Sequence[str], encodings: Sequence[Any]) -> None:
+        """Names the words that the tokenizer does not know, once each: all of them read alike."""
+        unknown, new = self.tokenizer.unk_token_id, dict[str, None]()
+        for prompt, encoding in zip(prompts, encodings):
+            spans = (span for token, span in zip(encoding.ids, encoding.offsets) if token == unknown)
+            new |= dict.fromkeys(prompt[start:end] for start, end in spans)
+        if words := [word for word in new if word and word not in self._unknown]:
+            self._unknown.update(words)
+            named = f"{', '.join(words[:_MOST_NAMED])}{', ...' if len(words) > _MOST_NAMED else ''}"
+            log.warning("These weights do not know what is meant by: %s; it says nothing to them", named)
 
     def _say_cut(self, places: list[str]) -> None:
         """Names each prompt once, however often it is encoded."""

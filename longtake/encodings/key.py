@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.config.groups import DataConfig, ModelConfig, VideoConfig
+from longtake.condition import VideoShape
+from longtake.config.groups import DataConfig, ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows, differences
 from longtake.encoders.fingerprint import digest, encoder_files, stamps
@@ -30,17 +31,15 @@ def contents_of(model: ModelConfig, *, with_tokens: bool, with_latents: bool) ->
     return given + (["latents"] if with_latents else [])
 
 
-def sizes_key(
-    model: ModelConfig, data: DataConfig, video: VideoConfig, num_clip_frames: int, contents: list[str]
-) -> dict[str, Any]:
+def sizes_key(model: ModelConfig, data: DataConfig, clip: VideoShape, contents: list[str]) -> dict[str, Any]:
     """The part of the key that the configuration alone decides."""
     options = {name: value for name, value in model.model_dump().items() if name in _OPTIONS}
     key: dict[str, Any] = {"options": options}
     if contents:
-        key["sizes"] = data.buckets or [[video.height, video.width]]
-        key["strides"] = {"temporal": video.temporal_stride, "spatial": video.spatial_stride}
+        key["sizes"] = data.buckets or [[clip.height, clip.width]]
+        key["strides"] = {"temporal": clip.temporal_stride, "spatial": clip.spatial_stride}
     if "latents" in contents:
-        key["clips"] = {"num_latent_frames": num_clip_frames, "fps": video.fps}
+        key["clips"] = {"num_latent_frames": clip.num_latent_frames, "fps": clip.fps}
     return key
 
 
@@ -61,7 +60,7 @@ def check_encoded(config: StageConfig, dataset: EncodedRows, mesh: Mesh, *, with
     objective = config.objective
     needed = contents_of(config.model, with_tokens=with_tokens, with_latents=objective.learns_from_videos)
     problems = [f"it lacks {name}" for name in needed if name not in dataset.key["contents"]]
-    wanted = sizes_key(config.model, config.data, config.video, config.clip_shape.num_latent_frames, needed)
+    wanted = sizes_key(config.model, config.data, config.clip_shape, needed)
     stored = dataset.key.get("clips", {}).get("num_latent_frames", 0)
     if "clips" in wanted and stored > wanted["clips"]["num_latent_frames"]:
         del wanted["clips"]["num_latent_frames"]  # of longer clips the first latents are taken: the VAE is causal

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from longtake.checkpoint.invariants import rows_invariant
 from longtake.config.groups import DataConfig
@@ -48,6 +47,7 @@ from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
 from longtake.outputs import check_output_folder, check_own
 from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.progress import Progress
 from longtake.train.lock import LOCK, only_run
 from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
 
@@ -110,7 +110,7 @@ def encode_set(
     if dtype not in DTYPES or rows_per_shard < 1:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
     mesh.on_main(lambda: check_output_folder(output))
-    dataset = open_data(config.data, config.video, config.clip_shape)
+    dataset = open_data(config.data, config.clip_shape)
     if isinstance(dataset, EncodedRows):
         raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
     mesh.on_main(lambda: _check_output(output))
@@ -134,7 +134,7 @@ def encode_set(
             "rows_per_shard": rows_per_shard,
             "batch_size": config.micro_batch_size,
         }
-        sizes = sizes_key(model, config.data, config.video, encoder.shape.num_latent_frames, contents)
+        sizes = sizes_key(model, config.data, encoder.shape, contents)
         index = partial(_index, folder, encoder, sizes, empty_prompt, request)
         missing = mesh.on_main(lambda: _begin(output, index(), encoder, overwrite))
         started = time.perf_counter()
@@ -169,11 +169,15 @@ def _index(
 def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
     """Writes the missing shards, in each round one on every rank, so that the error of one rank stops all of them."""
     rows = sum(len(writer.rows_of(shard)) for shard in missing)
-    with tqdm(total=rows, unit="row", disable=not mesh.is_main) as bar:
+    progress = Progress(str(output), rows, "rows")
+    try:
         for start in range(0, len(missing), mesh.world_size):
             together = missing[start : start + mesh.world_size]
             mesh.every(partial(writer.write, output, together[mesh.rank : mesh.rank + 1]))
-            bar.update(sum(len(writer.rows_of(shard)) for shard in together))
+            if mesh.is_main:
+                progress.update(progress.done + sum(len(writer.rows_of(shard)) for shard in together))
+    finally:
+        progress.finish()
 
 
 class _ShardWriter:

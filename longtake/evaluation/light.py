@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -25,7 +26,6 @@ _MISFIT = 3.0  # in median misfits along the flow; what fits worse has come to t
 _CUT = 250.0  # pixels above are as white as they get: they neither brighten, nor tell how much darker they became
 _MOST_FRAMES, _MIN_SHARED = 32, 0.65  # frames, and share of the picture, over which one is compared with
 _STEPS, _COARSE_STEPS = 4, 6  # Gauss-Newton
-_ROW = 256
 _WIDE = 10.0  # levels of 256; misfits above say nothing more of how good a motion is
 _STEADY = 0.8  # another motion than the steady one must fit this much better: a fade in a sky looks like a pan
 
@@ -43,6 +43,19 @@ class _Fit:
     match: float
 
 
+class _Picture:
+    """A frame at the size of a level."""
+
+    def __init__(self, luma: Floats) -> None:
+        self.luma = luma
+
+    @cached_property
+    def with_slopes(self) -> Floats:
+        """[h, w, 3]: luma, and how it changes across and down, in levels a pixel."""
+        across, down = (cv2.Sobel(self.luma, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1)))
+        return np.asarray(cv2.merge([self.luma, across, down]), np.float32)
+
+
 class _Level:
     """Pictures of one size: the places that are compared, and how each moves with the camera."""
 
@@ -50,40 +63,46 @@ class _Level:
         self.size = (width, height)
         stride = 1 if min(self.size) <= _SIDES[1] else 2
         columns, rows = (np.arange(1, side - 1, stride, dtype=np.float32) for side in self.size)
-        self.places = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)
-        half = np.float32(max(self.size) / 2)
-        x, y = self.places.T - np.array([[width - 1], [height - 1]], np.float32) / 2
-        whole, none = np.full_like(x, half), np.zeros_like(x)
-        self._across, self._down = np.stack([whole, none, x, -y]), np.stack([none, whole, y, x])
+        self._inner = (slice(1, height - 1, stride), slice(1, width - 1, stride))
+        self.places = np.stack(np.meshgrid(columns, rows), -1)
+        self._half = np.float32(max(self.size) / 2)
+        self._x, self._y = x, y = self.places.reshape(-1, 2).T - np.array([[width - 1], [height - 1]], np.float32) / 2
+        whole, none = np.full_like(x, self._half), np.zeros_like(x)
+        across, down = np.stack([whole, none, x, -y]), np.stack([none, whole, y, x])
+        self._moves = np.stack([across, down], -1).reshape(4, -1)
 
-    def shrunk(self, luma: Floats) -> Floats:
+    def shrunk(self, luma: Floats) -> _Picture:
         """The frame at this size, without the finest detail, which compression takes."""
-        return cv2.GaussianBlur(cv2.resize(luma, self.size, interpolation=cv2.INTER_AREA), (0, 0), 1.0)  # type: ignore[return-value]
+        small = cv2.resize(luma, self.size, interpolation=cv2.INTER_AREA)
+        return _Picture(np.asarray(cv2.GaussianBlur(small, (0, 0), 1.0), np.float32))
 
-    def fit(self, key: Floats, frame: Floats, way: Floats, gain: float, steps: int) -> _Fit | None:
+    def fit(self, key: _Picture, frame: _Picture, way: Floats, gain: float, steps: int) -> _Fit | None:
         """The motion and gain nearest to those given under which `frame` looks like `key`; None when nothing is shared.
 
         Gauss-Newton on frame(place + motion) - gain key(place); what moves on its own, and misfits, counts little.
         """
-        before = _at(key, self.places)
-        slope_x, slope_y = (_slopes(frame, *axis) for axis in ((1, 0), (0, 1)))
-        most = np.array(self.size, np.float32) - 1
+        before = key.luma[self._inner].ravel()
+        unsaturated = before < _CUT
         for step in range(steps + 1):
-            places = (self.places + np.stack([way @ self._across, way @ self._down], -1)).astype(np.float32)
-            now, inside = _at(frame, places), ((places >= 0) & (places <= most)).all(-1)
-            lit = inside & (np.maximum(now, before) < _CUT)
-            if lit.sum() < _MIN_POINTS:
+            places = self.places + (way @ self._moves).reshape(self.places.shape)
+            now, slope_x, slope_y = np.ascontiguousarray(_at(frame.with_slopes, places).T)
+            inside = _inside(places, *self.size)
+            lit = inside & unsaturated & (now < _CUT)
+            if np.count_nonzero(lit) < _MIN_POINTS:
                 return None
             misfit = now - np.float32(gain) * before
-            size = 0.4 + 1.5 * float(np.median(np.abs(misfit[lit])))
+            far = np.abs(misfit[lit])
+            size = 0.4 + 1.5 * _median(far)
             weight = lit / (1 + (misfit / size) ** 2) ** 2
             if step == steps:
                 break
-            along = _at(slope_x, places) * self._across + _at(slope_y, places) * self._down
-            way, gain = _improved(way, gain, np.concatenate([along, -before[None]]), weight, misfit)
+            x, y = self._x, self._y
+            turn = (slope_x * x + slope_y * y, slope_y * x - slope_x * y)
+            slopes = np.stack([slope_x * self._half, slope_y * self._half, *turn, -before])
+            way, gain = _improved(way, gain, slopes, weight, misfit)
         now, before, weight = now[lit], before[lit], weight[lit]
         mean = float((weight * now).sum() / max(1e-6, (weight * before).sum()))
-        cost = float(np.minimum(np.abs(misfit[lit]), _WIDE).mean())
+        cost = float(np.minimum(far, _WIDE).mean())
         return _Fit(way, mean, float(inside.mean()), cost, _match(before, now))
 
 
@@ -111,29 +130,28 @@ class _AlongFlow:
     """Adds up the changes from each frame to the next."""
 
     def __init__(self, points: Floats) -> None:
-        self._points = points.reshape(-1, 2)
+        self._points = points
         self._last: Floats | None = None
         self.log_light = [0.0]
 
     def add(self, picture: Floats, flow: Floats | None) -> None:
         """Arguments as those of `LightMeter.add`."""
         if self._last is not None and flow is not None:
-            self.log_light.append(self.log_light[-1] + self._gain(self._last, picture, flow.reshape(-1, 2)))
+            self.log_light.append(self.log_light[-1] + self._gain(self._last, picture, flow))
         self._last = picture
 
     def _gain(self, last: Floats, picture: Floats, flow: Floats) -> float:
         """Logarithm of how much brighter the parts that both frames show became; 0 across a cut."""
         height, width = last.shape
         places = self._points + flow
-        before, now = _at(last, self._points), _at(picture, places)
-        inside = ((places >= 0) & (places <= np.array([width - 1, height - 1], np.float32))).all(-1)
-        inside &= np.maximum(before, now) < _CUT
+        before, now = _at(last, self._points).ravel(), _at(picture, places).ravel()
+        inside = _inside(places, width, height) & (np.maximum(before, now) < _CUT)
         before, now = before[inside], now[inside]
         if len(now) < _MIN_POINTS or _match(before, now) < _MIN_MATCH:
             return 0.0
         misfit = now - before
-        misfit = np.abs(misfit - np.median(misfit))
-        same = misfit <= 1 + _MISFIT * np.median(misfit)
+        misfit = np.abs(misfit - _median(misfit))
+        same = misfit <= 1 + _MISFIT * _median(misfit)
         return math.log(max(1.0, float(now[same].mean())) / max(1.0, float(before[same].mean())))
 
 
@@ -143,7 +161,7 @@ class _AlongCamera:
     def __init__(self, height: int, width: int) -> None:
         scales = sorted({min(1.0, side / min(height, width)) for side in _SIDES})
         self._levels = [_Level(round(width * scale), round(height * scale)) for scale in scales]
-        self._key: list[Floats] = []
+        self._key: list[_Picture] = []
         self._pace = np.zeros(4, np.float32)  # a frame, of the camera
         self.log_light: list[float] = []
         # Since the frame that is compared with: its light, the camera's way, the gain, the number of frames
@@ -167,16 +185,19 @@ class _AlongCamera:
             self._begin(frame)
         return None
 
-    def _begin(self, frame: list[Floats]) -> None:
+    def _begin(self, frame: list[_Picture]) -> None:
         """From here on frames are compared with this one."""
         self._key, self._base = frame, self.log_light[-1]
         self._way, self._gain, self._number = np.zeros(4, np.float32), 1.0, 0
 
-    def _follow(self, frame: list[Floats]) -> _Fit | None:
+    def _follow(self, frame: list[_Picture]) -> _Fit | None:
         """The steady camera's motion, unless another one, found from coarse to fine, fits clearly better."""
         last, steady = self._levels[-1], self._way + self._pace
         fits = [last.fit(self._key[-1], frame[-1], steady, self._gain, _STEPS)]
-        for way in (self._way, steady) if self._number == 0 else ():
+        starts = [self._way, steady] if self._pace.any() else [self._way]
+        if self._number or (len(self._levels) == 1 and not self._pace.any()):
+            starts = []  # the first fit began there too
+        for way in starts:
             gain = self._gain
             for level, key, small in zip(self._levels[:-1], self._key, frame):
                 if (rough := level.fit(key, small, way, gain, _COARSE_STEPS)) is not None:
@@ -191,26 +212,35 @@ def _improved(way: Floats, gain: float, slopes: Floats, weight: NDArray, misfit:
     """A weighted least-squares step: `slopes` [5, n] of the misfit [n] by the motion's four numbers and by the gain."""
     weighted = slopes * weight
     square = (weighted @ slopes.T).astype(np.float64)
+    diagonal = square.reshape(-1)[:: len(square) + 1]
     # What no detail holds stays as it is.
-    square[range(4), range(4)] += 1e-3 * np.trace(square[:4, :4]) / 4
-    square += 1e-3 * np.eye(5)
+    diagonal[:4] += 1e-3 * diagonal[:4].sum() / 4
+    diagonal += 1e-3
     step = np.linalg.solve(square, -(weighted @ misfit))
     return (way + step[:4]).astype(np.float32), float(np.clip(gain + step[4], 0.5, 2))
 
 
 def _match(before: Floats, now: Floats) -> float:
     """Correlation; 0 where one is of one level."""
-    spread = float(now.std() * before.std())
-    return float(((now - now.mean()) * (before - before.mean())).mean()) / spread if spread > 1e-6 else 0.0
+    now, before = now - now.mean(), before - before.mean()
+    spread = math.sqrt(float((now**2).mean()) * float((before**2).mean()))
+    return float((now * before).mean()) / spread if spread > 1e-6 else 0.0
 
 
-def _slopes(picture: Floats, across: int, down: int) -> Floats:
-    """Levels a pixel."""
-    return np.asarray(cv2.Sobel(picture, cv2.CV_32F, across, down, scale=1 / 8), np.float32)
+def _median(values: Floats) -> float:
+    """As np.median, which spends longer on what it checks."""
+    middle = len(values) // 2
+    around = np.partition(values, (middle - 1, middle))[middle - 1 : middle + 1]
+    return float(around.mean() if len(values) % 2 == 0 else around[-1])
+
+
+def _inside(places: Floats, width: int, height: int) -> NDArray[np.bool_]:
+    """Which of the places [n, m, 2] lie in the picture, [n m]."""
+    held = (places >= 0) & (places <= np.array([width - 1, height - 1], np.float32))
+    return (held[..., 0] & held[..., 1]).ravel()
 
 
 def _at(picture: Floats, places: Floats) -> Floats:
-    """Its values at places [n, 2], between pixels too."""
-    rows = np.resize(places, (-(-len(places) // _ROW), _ROW, 2))  # OpenCV takes no more than 32767 rows
-    values = cv2.remap(picture, rows, None, cv2.INTER_LINEAR)  # type: ignore[call-overload]
-    return np.asarray(values, np.float32).ravel()[: len(places)]
+    """The values of a picture [h, w] or [h, w, c] at places [n, m, 2], between pixels too: [n m, c or 1]."""
+    values = cv2.remap(picture, places, None, cv2.INTER_LINEAR)  # type: ignore[call-overload]
+    return np.asarray(values, np.float32).reshape(places.shape[0] * places.shape[1], -1)

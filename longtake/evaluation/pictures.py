@@ -31,7 +31,8 @@ _CAPTION_LINES = 3
 # Colours that people tell apart, of all kinds of colour vision. Source: Okabe and Ito, Color Universal Design.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PANEL = 400, 300  # pixels of a plot
-_COUNTS = {"curves": "frame", "looks": "frame", "windows": "window of the training clips' length"}
+# By part of a summary, what its values are numbered by, and the number of the first
+_COUNTS = {"curves": ("frame", 0), "looks": ("frame", 0), "windows": ("window of the training clips' length", 1)}
 # By part of a summary, its scores that are drawn: what the axis says, and what the numbers are multiplied by
 _CURVES = {
     "curves": {
@@ -186,7 +187,7 @@ def curves(rows: Mapping[str, Mapping[str, Any]], part: str = "curves") -> NDArr
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = _CURVES[part]
+    drawn, (counted, first) = _CURVES[part], _COUNTS[part]
     columns = 2 if len(drawn) <= 4 else 3
     lines = -(-len(drawn) // columns)
     width = columns * _PANEL[0]
@@ -203,9 +204,10 @@ def curves(rows: Mapping[str, Mapping[str, Any]], part: str = "curves") -> NDArr
         for (row, summary), (colour, style) in zip(rows.items(), styles):
             values = [np.nan if value is None else factor * value for value in summary[part][score]]
             mark = "o" if len(values) == 1 else None  # a line of one point is not to be seen
-            plot.plot(values, label=row, linewidth=1.6, color=colour, linestyle=style, marker=mark)
+            numbers = range(first, first + len(values))
+            plot.plot(numbers, values, label=row, linewidth=1.6, color=colour, linestyle=style, marker=mark)
         plot.set_title(unit, fontsize=10, loc="left")
-        plot.set_xlabel(_COUNTS[part], fontsize=9)
+        plot.set_xlabel(counted, fontsize=9)
         plot.tick_params(labelsize=9)
         plot.xaxis.get_major_locator().set_params(integer=True)
         plot.grid(color="#dddddd", linewidth=0.6)

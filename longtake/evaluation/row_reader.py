@@ -99,12 +99,13 @@ class RowReader:
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         if isinstance(dataset, EncodedRows):
             vae = VideoVAE.load(encoder_paths(source.encoders, with_image=False).vae, device, vae_dtype)
-            shape = _shape(source, vae)
+            shape = source.settings.shape(vae.temporal_stride, vae.spatial_stride)
             _check_encoded(dataset, contents, shape, sizes, source)
             return StoredEncoder(dataset, shape, contents, device=device), vae, None
         with_image = "clip" in contents
         encoders = load_encoders(source.encoders, settings, device, dtype, vae_dtype, with_image=with_image)
-        shape, empty = _shape(source, encoders.vae), _empty_prompt(source)
+        shape = source.settings.shape(encoders.vae.temporal_stride, encoders.vae.spatial_stride)
+        empty = _empty_prompt(source)
         encoder = BatchEncoder(encoders, shape, contents, device=device, empty_prompt=empty)
         return encoder, encoders.vae, encoders.image
 
@@ -144,12 +145,6 @@ def _decoder(source: Source, vae: VideoVAE) -> Decoder:
         return vae
     given = settings.decoder, settings.decoder_weights, source.encoders, vae
     return load_decoder(*given, vae.device, vae.dtype)
-
-
-def _shape(source: Source, vae: VideoVAE) -> VideoShape:
-    settings = source.settings
-    sizes = settings.height, settings.width, settings.num_latent_frames
-    return VideoShape(*sizes, vae.temporal_stride, vae.spatial_stride)
 
 
 def _check_encoded(

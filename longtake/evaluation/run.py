@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -184,7 +184,7 @@ def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mes
             continue
         table[name] = rows.student_row(Denoiser(model), student.plan, seed=seed)
         if switched:
-            stale = replace(student.plan, recache="none")
+            stale = student.plan.but(recache="none")
             table[f"{name}{_NO_REBUILD}"] = rows.student_row(Denoiser(model), stale, seed=seed)
     if settings.ablations and result.plan is not None and not switched:
         present = {"y": target.with_y, "clip": target.sizes.image_dim is not None, "text": True}

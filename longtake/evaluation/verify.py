@@ -354,7 +354,7 @@ def _cached(
     model: VideoDiT, condition: Condition, clean: Tensor, noisy: tuple[Tensor, float], rope: str
 ) -> tuple[Tensor, Tensor]:
     """Velocities of blocks against a cache of the clean blocks before, and of all of them in one masked call."""
-    plan, device = replace(_PLAN, rope=rope), condition.text.device
+    plan, device = _PLAN.but(rope=rope), condition.text.device
     frames, size, (x, level) = clean.shape[1], (clean.shape[3], clean.shape[4]), noisy
     clean, x = clean.to(device), x.to(device)
     zero, sigma = (torch.full((1, frames), value, device=device) for value in (0.0, level))

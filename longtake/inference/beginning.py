@@ -5,7 +5,7 @@ Which of the two weights can do follows from their sizes and from the rule `pict
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from longtake.config.generation import GenerationConfig
 from longtake.errors import ConfigError
@@ -73,7 +73,7 @@ class Beginning:
             return self.plan
         frames = self.plan.first_frames if self.picture == "still" else 1
         first = max(0, self.plan.context_from - (self.picture != "trained"))
-        return replace(self.plan, first_frames=frames, given_frames=frames, context_from=first)
+        return self.plan.but(first_frames=frames, given_frames=frames, context_from=first)
 
     def zero_shot(self, *, given: bool) -> str | None:
         """What is to be said of a scene whose picture the weights were not trained with; None: they were, or it has

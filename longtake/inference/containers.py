@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from longtake.data.h264 import BT601, add_colours, add_h264, encode
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, DataError
 from longtake.outputs import check_new_folder, check_output_file, free_name, partial_name
 
 Record = Mapping[str, Any]
@@ -43,6 +43,8 @@ _MATRIX = BT601
 _VP9 = {"deadline": "realtime", "cpu-used": "7", "row-mt": "1", "lag-in-frames": "0"}
 # Fragments are of one frame; the head waits for the first, which says when pictures are shown.
 _FRAGMENTS = {"movflags": "+frag_every_frame+delay_moov+default_base_moof+skip_trailer"}
+_IMAGE_DESCRIPTION = 0x010E  # of EXIF
+_GIF_COMMENT = b"\x21\xfe"  # before its parts of at most 255 bytes
 _COMMENT = "comment"  # what players show of a file's record; Matroska's tags are written in capitals
 
 
@@ -148,6 +150,24 @@ class _WholeFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_metadata(target: Target) -> str | None:
+    """The text that `publish` put into a file; None when there is none. Raises: DataError when it is no such file."""
+    try:
+        if target.kind in ("mp4", "webm"):
+            import av
+
+            with av.open(str(target.path)) as container:
+                return {name.lower(): text for name, text in container.metadata.items()}.get(_COMMENT)
+        if target.kind == "gif":
+            return _gif_comment(target.path.read_bytes())
+        file = target.path / (target.pattern % 0) if target.kind == "png" else target.path
+        with Image.open(file) as picture:
+            text = picture.info.get(_COMMENT) if target.kind == "png" else picture.getexif().get(_IMAGE_DESCRIPTION)
+            return None if text is None else str(text)
+    except (OSError, ValueError) as error:  # PyAV's errors are both
+        raise DataError(f"{target.path} cannot be read as {target.kind} ({error})") from error
 
 
 class _Film:
@@ -257,7 +277,7 @@ class _Gif:
                 file.seek(-1, os.SEEK_END)  # before the byte that ends the file
                 text = json.dumps(record).encode()
                 parts = (text[k : k + 255] for k in range(0, len(text), 255))
-                file.write(b"\x21\xfe" + b"".join(bytes([len(part)]) + part for part in parts) + b"\x00\x3b")
+                file.write(_GIF_COMMENT + b"".join(bytes([len(part)]) + part for part in parts) + b"\x00\x3b")
         self._file.path.replace(path)
 
     def remove(self) -> None:
@@ -324,7 +344,15 @@ class _Webp:
         self._file.path.unlink(missing_ok=True)
 
 
-_IMAGE_DESCRIPTION = 0x010E
+def _gif_comment(data: bytes) -> str | None:
+    """The last comment of a gif file."""
+    begin, text = data.rfind(_GIF_COMMENT) + len(_GIF_COMMENT), b""
+    if begin < len(_GIF_COMMENT):
+        return None
+    while begin < len(data) and (length := data[begin]):
+        text += data[begin + 1 : begin + 1 + length]
+        begin += 1 + length
+    return text.decode("utf-8", errors="replace")
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
@@ -359,7 +387,7 @@ class _Pngs:
         first = self._folder / (self._pattern % 0)
         if record is not None:
             text = PngInfo()
-            text.add_itxt("Comment", json.dumps(record))
+            text.add_itxt(_COMMENT, json.dumps(record))
             with Image.open(first) as picture:
                 picture.load()
                 picture.save(first, "PNG", compress_level=3, pnginfo=text)

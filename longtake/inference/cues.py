@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cue:
-    """A change at a pixel frame: another prompt, a cut to another picture, a target; pictures are uint8 [h, w, 3]."""
+    """A change at a pixel frame: another prompt, a cut to another picture (`alone`: to none), a target; pictures are
+    uint8 [h, w, 3].
+    """
 
     frame: int
     prompt: str | None
     image: NDArray[np.uint8] | None
     target: NDArray[np.uint8] | None
+    alone: bool = False
 
     def undoes(self, before: Cue) -> bool:
         """Whether nothing of a part of `before` is left after this one."""
@@ -31,7 +34,7 @@ class Cue:
 
     def apply(self, session: Session) -> None:
         """Has `session` follow it from the next block on."""
-        if self.image is not None:
+        if self.image is not None or self.alone:
             session.image = self.image
         if self.target is not None:
             session.image_target = self.target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,19 @@ from longtake.config.generation import frames_of
 from longtake.config.stage import StageConfig
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
-from longtake.inference.containers import Target
 from longtake.inference.cues import play
 from longtake.inference.frames import to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt, check_request
+from longtake.inference.record import (
+    PLAIN,
+    Asked,
+    Writing,
+    check_output,
+    check_space_for,
+    describe,
+    device_name,
+    write_sidecar,
+)
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
@@ -30,6 +39,7 @@ from longtake.inference.source import Source
 from longtake.inference.video import Video
 from longtake.inference.video_io import VideoWriter
 from longtake.models.execution import compilations
+from longtake.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +100,8 @@ class Generator(Pipeline):
         """
         length = self.length(num_frames, seconds)
         if output is not None:
-            Target.of(output).check(overwrite=overwrite)
+            check_output(output, inputs=[image] if isinstance(image, str | Path) else [], overwrite=overwrite)
+            asked = Asked(prompt, seed, image, negative)
         chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
         kept: list[NDArray[np.uint8]] = []
 
@@ -100,7 +111,7 @@ class Generator(Pipeline):
                 yield chunk
 
         if output is not None:
-            write_chunks(self, keeping(), output, given=image is not None)
+            write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
         else:
             kept.extend(chunks)
         return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
@@ -192,6 +203,12 @@ class Generator(Pipeline):
         with damage(Path(path)):
             return Session.restored(self, values, tensors, kept)
 
+    def guided(self, guidance: float) -> Generator:
+        """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""
+        if guidance == self.settings.guidance:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"guidance": guidance}))
+
     def warm_up(self) -> int:
         """Makes what a video needs and does not depend on its picture: kernels are chosen, compiled and recorded for
         every pass until the window is full and one more. The next video that no other runs beside finds it all.
@@ -212,7 +229,7 @@ class Generator(Pipeline):
         for blocks in videos:
             length = pixel_frames(plan.first_frames + blocks * plan.block_frames, self.encoders.vae.temporal_stride)
             with self.caches.captured_at_once():
-                for _ in self.stream(picture, "a picture", num_frames=length):
+                for _ in self.stream(picture, "a", num_frames=length):
                     pass
         logger.info("warm after %.1f s; %s", perf_counter() - started, compilations().since(before))
         return sum(videos)
@@ -293,26 +310,46 @@ def generate_file(
     seed: int = 0,
     negative: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     **build: Any,
 ) -> GenerationReport:
-    """Writes an mp4 while it is generated, with the student in `run` or of a source.
+    """Writes a video while it is generated, with the student in `run` or of a source.
 
     Args: `image` as in `Generator.stream`; `num_frames` pixel frames or `seconds`; neither = the length of the training
-    clips. `overwrite` lets `output` replace another file. `build`: `device`, `split` and `decode_device` as in
-    `Generator.build`.
+    clips. `overwrite` lets `output` replace another file; `writing`, how it is written. `build`: `device`, `split`
+    and `decode_device` as in `Generator.build`.
     Raises: LongtakeError before any work for a bad run, picture, length or output.
     """
-    Target.of(output).check(inputs=[image], overwrite=overwrite)
+    check_output(output, inputs=[image], overwrite=overwrite)
     source = run if isinstance(run, Source) else Source.of_run(run)
     check_request(source.settings.guidance, seed, negative)
     check_prompt(prompt)
-    frames_of(num_frames, seconds, source.settings.fps)
+    check_space_for(output, source.settings, frames_of(num_frames, seconds, source.settings.fps), writing)
     if image is not None:
         prepare_image(image, source.settings.height, source.settings.width)
+    asked = Asked(prompt, seed, image, negative)
     generator = Generator.build(source, begins=[image is not None], **build)
     length = generator.length(num_frames, seconds)
     chunks = generator.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=generator.is_ahead)
-    return write_chunks(generator, chunks, output, given=image is not None)
+    how: dict[str, Any] = {"given": image is not None, "asked": asked, "writing": writing, "num_frames": length}
+    return write_chunks(generator, chunks, output, **how)
+
+
+def _told(
+    generator: Generator, chunks: Iterable[NDArray[np.uint8]], output: str | Path, num_frames: int, asked: Asked | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The same chunks; says what is made and how far it is."""
+    settings = generator.settings
+    seed = "" if asked is None else f", seed {asked.seed}"
+    size, length = f"{settings.height}x{settings.width}", num_frames / settings.fps
+    logger.info("%s: %d frames of %s, %.1f s%s, on %s", output, num_frames, size, length, seed, device_name(generator))
+    progress = Progress(Path(output).name, num_frames, "frames")
+    try:
+        for chunk in chunks:
+            progress.update(progress.done + len(chunk))
+            yield chunk
+    finally:
+        progress.finish()
 
 
 def write_chunks(
@@ -323,18 +360,26 @@ def write_chunks(
     given: bool = True,
     keep: bool = True,
     finish: bool = False,
+    asked: Asked | None = None,
+    writing: Writing = PLAIN,
+    num_frames: int | None = None,
 ) -> GenerationReport:
-    """Writes frames that arrive in pieces as one mp4, which appears when it is complete. Raises: LongtakeError.
+    """Writes frames that arrive in pieces as one video, which appears when it is complete. Raises: LongtakeError.
 
     `given`: they begin with a picture; `keep` as in `VideoWriter`; with `finish` it is also completed when making it
-    fails. Of the processes that compute a generator's calls together, one writes.
+    fails; `asked`, what its record says was asked for (None: it has no record); `num_frames` that will come: given, it
+    is said how far they are. Of the processes that compute a generator's calls together, one writes.
     """
     settings, split = generator.settings, generator.model.execution.split
     started = perf_counter()
     first, made, failure = 0.0, 0, None
     leads = split is None or split.leads
     size = settings.height, settings.width
-    with VideoWriter(output, settings.fps, *size, keep=keep) if leads else nullcontext() as writer:
+    if leads and num_frames is not None:
+        chunks = _told(generator, chunks, output, num_frames, asked)
+    how: dict[str, Any] = {"crf": writing.crf, "scale": writing.scale, "keep": keep}
+    record = None
+    with VideoWriter(output, settings.fps, *size, **how) if leads else nullcontext() as writer:
         try:
             for index, chunk in enumerate(chunks):
                 if writer is not None:
@@ -346,6 +391,11 @@ def write_chunks(
             if not finish or made == 0:
                 raise
             failure = error  # raised when the file is complete: an hour of it may be there already
+        if writer is not None and asked is not None and made:
+            record = describe(generator, asked, made, writing)
+            writer.record = None if record is None else record.model_dump(mode="json")
+    if record is not None and asked is not None:
+        write_sidecar(output, record, asked.beside)
     if failure is not None:
         raise failure
     note = generator.beginning.zero_shot(given=given)

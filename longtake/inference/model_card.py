@@ -107,7 +107,7 @@ def _rows(stage: Path, step: int) -> list[Mapping[str, Any]]:
 
 def _losses(rows: list[Mapping[str, Any]], step: int) -> dict[str, float]:
     """Each loss over the last iterations."""
-    last = [row for row in rows if (1 - _LAST) * step <= row["step"]]
+    last = [row for row in rows if step - max(1, _LAST * step) <= row["step"] < step]
     found: dict[str, list[float]] = {}
     for row in last:
         for name, value in row.items():

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape, pixel_frames
+from longtake.condition import Condition, pixel_frames
 from longtake.config.generation import GenerationConfig
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
@@ -34,7 +35,7 @@ from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.hub import local_encoders
+from longtake.weights.hub import as_size, local_encoders
 from longtake.weights.load import load_opened
 from longtake.weights.locate import encoder_paths
 
@@ -94,7 +95,7 @@ def picture_condition(
 class Pipeline:
     """Weights, encoders and the rules to stream by. Make it with `build`.
 
-    `decoder` makes pixels where the VAE of the encoders does not.
+    `decoder` makes pixels where the VAE of the encoders does not; `source`, where all of it came from.
     """
 
     denoiser: Denoiser
@@ -104,6 +105,7 @@ class Pipeline:
     config: StageConfig | None = None
     decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
+    source: Source | None = None
 
     @property
     def model(self) -> VideoDiT:
@@ -142,9 +144,10 @@ class Pipeline:
             )
         decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
         device = usable_device(device)
-        source, settings = source.fetched(), source.settings
+        named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         cast = dtype if dtype != torch.float32 else None
+        encoder_paths(source.encoders, with_image=source.needs_image)
         opened = source.open()
         sizes = opened.model.config  # from the heads of the files: before they are read
         beginning = Beginning.of(sizes, settings)
@@ -153,6 +156,9 @@ class Pipeline:
         encoder_paths(source.encoders, with_image=sizes.image_dim is not None)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
+        started = perf_counter()
+        weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
+        logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
         model = load_opened(opened, device, cast).eval().requires_grad_(False)
         if settings.precision == "fp8":
             model.quantise()
@@ -161,12 +167,14 @@ class Pipeline:
         with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
+        logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # from here on streams of other threads may read it
-        return cls(denoiser, encoders, settings, device, source.config, decoder)
+        logger.info("loaded in %.1f s", perf_counter() - started)
+        return cls(denoiser, encoders, settings, device, source.config, decoder, source=named)
 
     def new_decoder(self) -> DecoderSession:
         """A decoder at the beginning of a video, where decoding is done."""
@@ -293,7 +301,7 @@ def _decoder_beside(
 def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
     """Raises ConfigError when weights, encoders and size of the picture do not fit each other."""
     vae, config, settings = encoders.vae, model.config, source.settings
-    VideoShape(settings.height, settings.width, 1, vae.temporal_stride, vae.spatial_stride)
+    settings.shape(vae.temporal_stride, vae.spatial_stride)
     if config.out_channels != vae.latent_channels:
         raise ConfigError(
             f"the weights at {source.weights} have {config.out_channels} latent channels and the VAE in "

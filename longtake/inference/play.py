@@ -1,4 +1,4 @@
-"""A video in the making, in a terminal: prompts are typed while the mp4 is written. No network, no threads but one that
+"""A video in the making, in a terminal: prompts are typed while it is written. No network, no threads but one that
 reads the keyboard; frames are made in the thread that calls `play`.
 """
 
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.generator import GenerationReport, Generator, write_chunks
+from longtake.inference.record import PLAIN, Asked, Writing
 from longtake.outputs import check_output_file
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Lines(Protocol):
 @dataclass
 class Player:
     """A session, the lines that steer it, and what the view shows; `output`, the file that the frames go to;
-    `pictured`, whether a scene began with a picture.
+    `pictured`, whether a scene began with a picture; `asked` notes what is told.
     """
 
     session: Session
@@ -60,6 +61,7 @@ class Player:
     written: int = 0
     output: Path | None = None
     pictured: bool = False
+    asked: Asked | None = None
     _saved: set[Path] = field(default_factory=set)
     _times: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_CHUNKS))
 
@@ -91,10 +93,12 @@ class Player:
                 self.quit()
             elif command == "/image":
                 self.session.image = rest.strip() or None
+                self._note(**{"image": rest.strip()} if rest.strip() else {"alone": True})
                 self.pictured = self.pictured or bool(rest.strip())
                 self.message = f"cut to {rest.strip() or 'a scene of the prompt alone'}"
             elif command == "/target":
                 self.session.image_target = rest.strip()
+                self._note(target=rest.strip())
                 self.message = f"moving towards {rest.strip()}"
             elif command == "/save":
                 path = Path(rest.strip())
@@ -106,9 +110,14 @@ class Player:
                 raise ConfigError(f"{command} is no command; type {HELP}")
             elif line:
                 self.session.prompt = line
+                self._note(prompt=line)
                 self.message = HELP
         except LongtakeError as error:
             self.message = str(error)
+
+    def _note(self, **what: Any) -> None:
+        if self.asked is not None:
+            self.asked.change(self.session.num_frames, **what)
 
     @property
     def rate(self) -> float:
@@ -146,11 +155,12 @@ def play(
     num_frames: int | None = None,
     lines: Lines | None = None,
     console: Console | None = None,
+    writing: Writing = PLAIN,
 ) -> GenerationReport:
-    """Writes an mp4 while lines typed at the keyboard change what it shows; Ctrl-C and `/quit` end it, complete.
+    """Writes a video while lines typed at the keyboard change what it shows; Ctrl-C and `/quit` end it, complete.
 
     Args: `image` as in `Generator.stream`; `num_frames` pixel frames at most; None = until it is told to quit or the
-    input ends. `lines`, default: those of the standard input.
+    input ends. `lines`, default: those of the standard input; `writing`, how the video is written.
     Raises: LongtakeError before any frame for a bad picture, prompt or output.
     """
     from rich.console import Console
@@ -160,10 +170,12 @@ def play(
     session = generator.open(image, prompt, seed=seed, history_blocks=0, max_frames=most)
     typed = sys.stdin if sys.stdin is not None and not sys.stdin.closed else io.StringIO()
     with Keyboard.reading(typed) if lines is None else nullcontext(lines) as source:
-        player = Player(session, source, num_frames, output=Path(output), pictured=image is not None)
+        asked = Asked(prompt, seed, image)
+        player = Player(session, source, num_frames, output=Path(output), pictured=image is not None, asked=asked)
         view = Live(get_renderable=player.view, console=console or Console(stderr=True), refresh_per_second=8)
         with view, _on_interrupt(player.quit):
-            report = write_chunks(generator, player.frames(), output, given=image is not None, finish=True)
+            how: dict[str, Any] = {"given": image is not None, "finish": True, "asked": asked, "writing": writing}
+            report = write_chunks(generator, player.frames(), output, **how)
             return replace(report, note=generator.beginning.zero_shot(given=player.pictured))
 
 

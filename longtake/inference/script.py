@@ -13,10 +13,10 @@ from longtake.config.base import Settings, read_yaml
 from longtake.config.generation import MAX_FRAMES, GenerationConfig, frames_of
 from longtake.encoders.condition import prepare_image
 from longtake.errors import ConfigError
-from longtake.inference.containers import Target
 from longtake.inference.cues import Cue, play
 from longtake.inference.generator import GenerationReport, Generator, Source, write_chunks
 from longtake.inference.pipeline import check_prompt, check_request
+from longtake.inference.record import PLAIN, Asked, Writing, check_output, check_space_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ class Script(Settings):
 
 @dataclass(frozen=True)
 class Story:
-    """A script that was checked and whose pictures, `files`, were read."""
+    """A script that was checked and whose pictures, `files`, were read; `asked`, the same by names of files."""
 
     image: NDArray[np.uint8] | None
     prompt: str
@@ -89,6 +89,7 @@ class Story:
     negative: str | None
     cues: tuple[Cue, ...]
     files: tuple[Path, ...] = ()
+    asked: Asked | None = None
     guidance: float | None = None  # that of the rules
 
     def open(self, generator: Generator, *, history_blocks: int | None = None) -> Session:
@@ -169,14 +170,14 @@ def read_story(
     frames = frames_of(script.frames, script.seconds, settings.fps)
     if frames is None:
         raise ConfigError(f"{path} does not say how long the video is; add seconds or frames")
-    files = []
+    files, begin = [], None if script.image is None else path.parent / script.image
+    asked = Asked(script.prompt, script.seed, begin, script.negative)
 
     def picture(name: str | None) -> NDArray[np.uint8] | None:
         if name is None:
             return None
         files.append(path.parent / name)
-        pixels = prepare_image(files[-1], settings.height, settings.width)
-        return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+        return pixels_of(files[-1], settings)
 
     cues: list[Cue] = []
     for number, event in enumerate(script.events, 1):
@@ -187,9 +188,16 @@ def read_story(
         if frame >= frames:
             raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
         cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
-    first = picture(script.image)
-    values = frames, script.seed, script.negative, tuple(cues), tuple(files), script.guidance
-    return Story(first, script.prompt, *values)
+        named = {key: str(path.parent / name) for key in ("image", "target") if (name := getattr(event, key))}
+        asked.change(frame, **{"prompt": event.prompt} if event.prompt else {}, **named)
+    values = script.prompt, frames, script.seed, script.negative
+    return Story(picture(script.image), *values, tuple(cues), tuple(files), asked, script.guidance)
+
+
+def pixels_of(picture: str | Path, settings: GenerationConfig) -> NDArray[np.uint8]:
+    """A picture at the size of the video, uint8 [h, w, 3]. Raises: DataError."""
+    pixels = prepare_image(picture, settings.height, settings.width)
+    return pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def generate_story(
@@ -201,16 +209,21 @@ def generate_story(
     split: SequenceParallel | None = None,
     decode_device: str | None = None,
     overwrite: bool = False,
+    writing: Writing = PLAIN,
     **given: Any,
 ) -> GenerationReport:
-    """Writes the mp4 of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
-    `overwrite` as in `generate_file`, `given` as in `read_story`.
+    """Writes the video of a script with the student of `source`; `split` and `decode_device` as in `Generator.build`,
+    `overwrite` and `writing` as in `generate_file`, `given` as in `read_story`.
 
     Raises: LongtakeError before any frame for a bad script, picture, source or output.
     """
     story = read_story(script, source.settings, **given)
-    Target.of(output).check(inputs=[script, *story.files], overwrite=overwrite)
+    check_output(output, inputs=[script, *story.files], overwrite=overwrite)
+    check_space_for(output, source.settings, story.num_frames, writing)
     generator = Generator.build(source, device, split=split, decode_device=decode_device, begins=story.begins)
+    if story.guidance is not None:
+        generator = generator.guided(story.guidance)  # which its record then holds
     frames = story.play(story.open(generator, history_blocks=0), ahead=generator.is_ahead)
-    report = write_chunks(generator, frames, output, given=story.image is not None)
+    how: dict[str, Any] = {"asked": story.asked, "writing": writing, "num_frames": story.num_frames}
+    report = write_chunks(generator, frames, output, given=story.image is not None, **how)
     return replace(report, note=generator.beginning.zero_shot(given=any(story.begins)))

@@ -17,6 +17,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.plan import StreamPlan
 from longtake.run_folder import exported_weights, find_checkpoint, trained_config
 from longtake.weights.config_json import FILE, config_from_json, read_json
+from longtake.weights.file_kind import is_pickled
 from longtake.weights.hub import (
     Order,
     encoders_of,
@@ -150,6 +151,11 @@ class Source:
         last = None if stage is None else stage.encoders_folder
         return cls(found.path, _own_encoders(path, place, order, rules, last), settings)
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether it surely needs an image encoder, known without opening the weights."""
+        return self.student is None and needs_image(self.weights, unknown=False)
+
     def fetched(self) -> Source:
         """Itself, with weights and encoders on this machine: those on the hub are fetched, once all are known to exist.
 
@@ -233,8 +239,13 @@ def _flat(rules: GenerationConfig) -> dict[str, Any]:
 
 
 def _not_a_student(path: str | Path, place: Path) -> NotAStudentError:
-    """The error about weights without rules; `place`, where their `config.json` lies, if there is one."""
+    """The error about weights without rules; `place`, where their `config.json` lies, if there is one.
+
+    Raises: CheckpointError for a file that holds no weights.
+    """
     folder = locate(place)
+    if folder.is_file():
+        is_pickled(folder)  # says what it is, unless it holds weights
     file = (folder if folder.is_dir() else folder.parent) / FILE
     kind = config_from_json(read_json(file), file).model_type if file.is_file() else "i2v"
     # What Wan's own code samples them with. Source: Wan-Video/Wan2.1 and Wan2.2, generate.py, README.md

@@ -110,13 +110,18 @@ class VideoWriter:
             sink.publish(self.target.path, self.record)
 
 
+def check_scale(scale: float) -> None:
+    """Raises ConfigError for a factor that pictures cannot be enlarged by."""
+    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:
+        raise ConfigError(f"scale={scale} must be between 1/{_MAX_SCALE} and {_MAX_SCALE}")
+
+
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Height and width of a video whose frames are enlarged by `scale`, even.
 
     Raises: ConfigError for a scale that is none, ShapeError for sizes that no video has.
     """
-    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:
-        raise ConfigError(f"scale={scale} must be between 1/{_MAX_SCALE} and {_MAX_SCALE}")
+    check_scale(scale)
     size = (height, width) if scale == 1 else (2 * round(height * scale / 2), 2 * round(width * scale / 2))
     if not all(2 <= side <= _MAX_SIDE and side % 2 == 0 for side in size):
         raise ShapeError(

@@ -123,8 +123,8 @@ class KVCache:
     ) -> None:
         if window_frames is None and max_frames is None:
             raise ConfigError("window_frames=None keeps every frame and needs max_frames; give one of them")
-        if sink_frames < 0 or spare_frames < 0:
-            raise ConfigError(f"sink_frames={sink_frames} and spare_frames={spare_frames} must not be negative")
+        if spare_frames < 0:
+            raise ConfigError(f"spare_frames={spare_frames} must not be negative")
         if window_frames is not None and window_frames <= sink_frames:
             raise ConfigError(f"window_frames={window_frames} must be larger than sink_frames={sink_frames}")
         self.window_frames, self.sink_frames, self.rope = window_frames, sink_frames, rope

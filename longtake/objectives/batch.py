@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -32,3 +33,14 @@ class EncodedBatch:
     def unconditional(self) -> Condition:
         """The same picture under the empty prompt (guidance keeps y and CLIP tokens)."""
         return self.condition.with_text(self.empty_text)
+
+    def first(self) -> EncodedBatch:
+        """Its first row, without a video of it."""
+
+        def cut(x: Tensor | None) -> Any:
+            return None if x is None else x[:1]
+
+        parts: dict[str, Any] = {
+            name: cut(getattr(self, name)) for name in ("empty_text", "first_latent", "later_text")
+        }
+        return replace(self, indices=self.indices[:1], condition=self.condition.first(), latents=None, **parts)

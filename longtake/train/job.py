@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from longtake.checkpoint.invariants import flat
+from longtake.config.groups import EvaluationConfig
 from longtake.config.job import JobConfig
 from longtake.config.stage import StageConfig, dump
+from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
+from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run
 from longtake.train.stage import run_stage
+
+# What a finished stage cannot have learnt from after all
+_SOURCES = ("init_from", "objective.teacher", "objective.critic.init_from", "data.path")
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +39,37 @@ def run(config: StageConfig | JobConfig) -> None:
         done, allowed = restarts()
         if done and mesh.is_main:
             logger.warning("A rank failed: all were started anew, restart %d of %d", done, allowed)
-        if isinstance(config, StageConfig):
+        if isinstance(config, JobConfig):
+            return run_job(config, mesh)
+        values, folder = config.model_dump(), config.folder
+        mesh.on_main(lambda: _refuse_other_sources(folder, config.max_steps, values))
+        if not mesh.on_main(partial(_is_done, folder, config.max_steps, values)):
             run_stage(config, mesh)
-        else:
-            run_job(config, mesh)
+        elif mesh.is_main:
+            more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
+            steps = _next_steps(folder, with_picture=config.model.image_condition == "i2v")
+            _say(f"{folder} is complete: {config.max_steps} iterations.\n{steps}\n{more}")
 
 
 def run_job(config: JobConfig, mesh: Mesh) -> None:
-    """The whole way; what an earlier run of the same job completed is not done again."""
+    """The whole way; what an earlier run of the same job completed is not done again.
+
+    Raises: ConfigError before any work where a stage was completed from other weights or data than it is now asked for.
+    """
+    for stage in config.stages.values():
+        stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
+
+    def check() -> None:
+        for stage in config.stages.values():
+            _refuse_other_sources(stage.folder, stage.max_steps, stage.model_dump())
+
+    mesh.on_main(check)
     with only_run(Path(config.logdir), mesh, "set another logdir"):
         _run_job(config, mesh)
 
 
 def _run_job(config: JobConfig, mesh: Mesh) -> None:
-    logdir = Path(config.logdir)
+    logdir, is_new = Path(config.logdir), False
 
     def prepare() -> None:
         (logdir / "job.yaml").write_text(dump(config))
@@ -52,40 +78,103 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
 
     mesh.on_main(prepare)
     for name, stage in config.stages.items():
-        stage.accumulation(mesh.world_size)  # refused now rather than after an earlier stage
         values, folder = stage.model_dump(), stage.folder
         if mesh.on_main(partial(_is_done, folder, stage.max_steps, values)):
             logger.info("Stage %s is complete", name)
             continue
         logger.info("Stage %s", name)
         run_stage(stage, mesh)
-    if config.evaluation is None:
+        is_new = True
+    settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
+    if settings is not None and (is_new or not mesh.on_main(lambda: _is_measured(logdir, settings, folders))):
+        logger.info("Evaluation over %d held-out worlds", settings.num_worlds)
+        evaluate(logdir, mesh=mesh, settings=settings)
+        is_new = True
+    if not mesh.is_main:
         return
-    logger.info("Evaluation over %d held-out worlds", config.evaluation.num_worlds)
-    result = evaluate(logdir, mesh=mesh, settings=config.evaluation)
-    if mesh.is_main:
-        sys.stdout.write(
-            f"\n{result}\n\nWritten to {logdir}: contact_sheet.png, samples/, evaluation.{{md,json,png}}\n"
+    if settings is not None:
+        table = (logdir / "evaluation.md").read_text(encoding="utf-8").strip()
+        _say(f"\n{table}\n\nIn {logdir}: contact_sheet.png, samples/, evaluation.{{md,json,png}}")
+    again = "" if settings is None else f"\n  longtake evaluate --run {shlex.quote(str(logdir))}     # measures again"
+    state = "is complete" if is_new else "was complete, and nothing was done anew"
+    *_, last = config.stages.values()
+    _say(f"{logdir} {state}.\n{_next_steps(logdir, with_picture=last.model.image_condition == 'i2v')}{again}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _next_steps(run: Path, *, with_picture: bool) -> str:
+    """Commands that use what was trained."""
+    name, picture = shlex.quote(str(run)), "--image photo.jpg " * with_picture
+    return (
+        f'Next:\n  longtake generate --run {name} {picture}--prompt "..." -o out.mp4\n'
+        f"  longtake export {name} FOLDER     # to share it\n"
+        "  longtake train RECIPE logdir=OTHER     # trains anew, beside it"
+    )
+
+
+def _is_measured(logdir: Path, settings: EvaluationConfig, folders: Sequence[Path]) -> bool:
+    """Whether an evaluation with these settings was completed after the newest checkpoint of the stages."""
+    file, last = logdir / "evaluation.json", logdir / "contact_sheet.png"
+    if not file.is_file() or not last.is_file():
+        return False
+    newest = max(path.stat().st_mtime_ns for folder in folders for path in checkpoints_folder(folder).glob("*/*.json"))
+    try:
+        before = parse_json(file.read_bytes())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # it is made again
+    same = before == json.loads(json.dumps(settings.model_dump()))
+    return same and newest < file.stat().st_mtime_ns <= last.stat().st_mtime_ns
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Values of now that are others than before, by dotted key; a log folder that was moved changes none."""
+    old, new = (
+        {key: _below(value, config["logdir"]) for key, value in flat(config).items() if key != "logdir"}
+        for config in (before, now)
+    )
+    return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+
+
+def _below(value: Any, logdir: str) -> Any:
+    return f"{{logdir}}{value.removeprefix(logdir)}" if isinstance(value, str) and value.startswith(logdir) else value
+
+
+def _refuse_other_sources(folder: Path, max_steps: int, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError when the stage in `folder` was completed from other weights, teacher or data than `values`
+    say: it would not be trained again, and what is there would be taken for what was asked for. Reads a manifest.
+    """
+    try:
+        before = read_manifest(checkpoints_folder(folder) / checkpoint_name(max_steps))["config"]
+    except CheckpointError:
+        return  # not completed
+    changed = {key: both for key, both in _changed(before, values).items() if key in _SOURCES}
+    if changed:
+        said = "; ".join(f"{key}={old}, and {new} is asked for now" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"{folder} was completed with {said}. It is not trained again: name another folder, logdir=OTHER, or set "
+            "back what was changed"
         )
-        sys.stdout.flush()
 
 
-def _is_done(folder: Path, max_steps: int, values: dict[str, Any]) -> bool:
+def _is_done(folder: Path, max_steps: int, values: Mapping[str, Any]) -> bool:
     if not (checkpoints_folder(folder) / checkpoint_name(max_steps)).is_dir():
         return False
     newest = latest_checkpoint(checkpoints_folder(folder))
     if newest is None:
         return False
     manifest = read_manifest(newest)
-    before, now = (json.loads(json.dumps(config)) for config in (manifest["config"], values))
-    if changed := sorted(key for key in now if key != "logdir" and now[key] != before.get(key)):
+    if changed := sorted(_changed(manifest["config"], values)):
         logger.warning(
-            "Stage %s was completed with other values of %s and is not trained again; remove %s to do so",
+            "Stage %s was completed with other values of %s and is not trained again; to do so, name another folder: "
+            "logdir=OTHER",
             folder.name,
             ", ".join(changed),
-            folder,
         )
-    return manifest["step"] >= max_steps
+    return bool(manifest["step"] >= max_steps)
 
 
 def _log_on_main(mesh: Mesh) -> None:

@@ -2,64 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape
+from longtake.condition import Condition
+from longtake.config.stage import StageConfig
+from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.batch import EncodedBatch
+from longtake.train.window_codec import EncoderCodec
 
 
+@dataclass
 class MadeBatches:
-    """Micro-batches of a stage's shapes, `accumulation` an update, each with rows of its own."""
+    """Micro-batches of a stage's shapes, `accumulation` an update, each with `rows` of its own.
 
-    def __init__(
-        self,
-        shape: VideoShape,
-        num_clip_frames: int | None,
-        size: DiTConfig,
-        accumulation: int,
-        rows: int,
-        image_tokens: int,
-        *,
-        with_picture: bool,
-        second_prompts: bool,
-        new: Callable[..., Tensor] = torch.empty,
-    ) -> None:
-        """Args: `num_clip_frames` of the rows' videos, None where they have none; `new` makes a tensor of a shape."""
-        self.position, self._new = 0, new
-        self._shape, self._clip_frames, self._size = shape, num_clip_frames, size
-        self._accumulation, self._rows, self._tokens = accumulation, rows, image_tokens
-        self._with_picture, self._second_prompts = with_picture, second_prompts
+    Args: `size` of the generator; `new` makes a tensor of a shape.
+    """
+
+    config: StageConfig
+    size: DiTConfig
+    image_tokens: int
+    accumulation: int
+    rows: int
+    new: Callable[..., Tensor] = torch.empty
+    position: int = 0
 
     def seek(self, position: int) -> None:
         """Makes the next micro-batch the one after `position` rows."""
         self.position = position
 
     def __next__(self) -> list[EncodedBatch]:
-        return [self._micro_batch() for _ in range(self._accumulation)]
+        return [self._micro_batch() for _ in range(self.accumulation)]
 
     def _micro_batch(self) -> EncodedBatch:
-        size, rows, shape = self._size, self._rows, self._shape
+        size, rows, config, shape = self.size, self.rows, self.config, self.config.video
         space = shape.latent_height, shape.latent_width
         self.position += rows
 
         def latents(frames: int, channels: int = size.out_channels) -> Tensor:
-            return self._new(rows, frames, channels, *space)
+            return self.new(rows, frames, channels, *space)
 
         def text() -> Tensor:
-            return self._new(rows, size.text_len, size.text_dim)
+            return self.new(rows, size.text_len, size.text_dim)
 
-        image = None if size.image_dim is None else self._new(rows, self._tokens, size.image_dim)
+        image = None if size.image_dim is None else self.new(rows, self.image_tokens, size.image_dim)
         y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
         return EncodedBatch(
             range(self.position, self.position + rows),
             Condition(text(), image, y),
             text(),
             space,
-            None if self._clip_frames is None else latents(self._clip_frames),
-            latents(1) if self._with_picture else None,
-            text() if self._second_prompts else None,
+            latents(config.clip_shape.num_latent_frames) if config.objective.learns_from_videos else None,
+            latents(1) if config.model.image_condition == "i2v" else None,
+            text() if config.objective.second_prompts else None,
         )
+
+
+def made_codec(vae: Mapping[str, Any], size: DiTConfig, image_tokens: int, num_latent_frames: int) -> EncoderCodec:
+    """A VAE with random weights, of its configuration (Wan2.1's where it is empty), and CLIP tokens that are zeros."""
+    from diffusers import AutoencoderKLWan
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), image_tokens, size.image_dim or 0, device=images.device)
+
+    tokens: Any = SimpleNamespace(encode=encode) if size.image_dim else None
+    with_y = size.condition_channels > 0
+    return EncoderCodec(VideoVAE(AutoencoderKLWan(**vae)), tokens, with_y=with_y, num_latent_frames=num_latent_frames)

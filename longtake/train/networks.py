@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.checkpoint.invariants import invariants
+from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
@@ -286,7 +286,7 @@ class Builder:
         checkpoint = find_weights(self.weights("generator"), self.config.logdir).checkpoint
         if not self.config.objective.causal or checkpoint is None or not holds_student(checkpoint):
             return
-        manifest = read_manifest(checkpoint)
+        manifest = completed(read_manifest(checkpoint))
         for key, value in invariants(self.config).items():
             if (before := manifest.get(key)) != json.loads(json.dumps(value)):
                 raise ConfigError(f"{key}={value!r} is not that of init_from={source}, {before!r}; set it to that")

@@ -77,7 +77,7 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
         )
     builder = Builder(config, mesh)
     builder.check_heads()
-    dataset = open_data(config.data, config.video, config.clip_shape)
+    dataset = open_data(config.data, config.clip_shape)
     rows = config.validates and config.validation.num_rows > 0
     if rows and config.validation.data is None and learnt_rows(dataset, config.validation) is dataset:
         rows = False
@@ -123,7 +123,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
             if not isinstance(validation, Validation) and not config.objective.decodes and loaded.is_complete:
                 encoder.release()  # nobody needs them any more
 
-    image_tokens, shape = image_token_count(config.encoders_folder), config.video.shape
+    image_tokens, shape = image_token_count(config.encoders_folder), config.video
     clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
     loras = {name: wanted.lora for name, wanted in config.networks.items()}
     operations = operations_of(objective, sizes, loras, clips, mesh.world_size)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from longtake.condition import VideoShape
-from longtake.config.groups import DataConfig, VideoConfig
+from longtake.config.groups import DataConfig
 from longtake.config.stage import StageConfig
 from longtake.config.validation import ValidationConfig
 from longtake.data.encoded import EncodedRows
@@ -36,15 +36,15 @@ from longtake.weights.locate import encoder_paths
 logger = logging.getLogger(__name__)
 
 
-def sizes_of(data: DataConfig, video: VideoConfig) -> Sizes:
+def sizes_of(data: DataConfig, video: VideoShape) -> Sizes:
     """The sizes that pictures are brought to: the buckets, or the one size of the stage."""
     return tuple(FileSize(height, width) for height, width in data.buckets or [[video.height, video.width]])
 
 
-def open_data(data: DataConfig, video: VideoConfig, clip: VideoShape) -> Dataset:
+def open_data(data: DataConfig, clip: VideoShape) -> Dataset:
     """The data set of a stage, with clips of that shape. Raises: DataError, ConfigError as `open_dataset`."""
     return open_dataset(
-        data.path, kind=data.kind, num_frames=clip.num_pixel_frames, fps=video.fps, buckets=sizes_of(data, video)
+        data.path, kind=data.kind, num_frames=clip.num_pixel_frames, fps=clip.fps, buckets=sizes_of(data, clip)
     )
 
 
@@ -65,7 +65,7 @@ def find_buckets(data: DataConfig, sizes: Sizes, dataset: Dataset, mesh: Mesh) -
     return buckets
 
 
-def check_strides(vae: VideoVAE, video: VideoConfig, folder: Path) -> None:
+def check_strides(vae: VideoVAE, video: VideoShape, folder: Path) -> None:
     """Raises ConfigError when the VAE in `folder` has other strides than the configuration says."""
     for name in ("temporal_stride", "spatial_stride"):
         if (there := getattr(vae, name)) != (said := getattr(video, name)):
@@ -139,7 +139,7 @@ class DataBuilder:
         else:
             data = DataConfig(path=settings.data, num_workers=self.config.data.num_workers)  # of the stage's own size
             other = replace(self, config=self.config.model_copy(update={"data": data}))
-            dataset = open_data(other.config.data, self.config.video, self.config.clip_shape)
+            dataset = open_data(other.config.data, self.config.clip_shape)
             other = replace(other, dataset=dataset)
             numbers = range(min(settings.num_rows, len(dataset)))
             # Rows of a set need no encoders, and pictures those that training has or, beside a set, some for now.

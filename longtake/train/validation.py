@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.config.groups import ModelConfig, VideoConfig
+from longtake.condition import VideoShape
+from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import Encoders
 from longtake.evaluation.pictures import contact_sheet, curves, scenes, write_png
@@ -30,7 +31,7 @@ _LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
 _SHEET_VIDEOS = 3
 
 
-def can_measure(model: ModelConfig, video: VideoConfig) -> bool:
+def can_measure(model: ModelConfig, video: VideoShape) -> bool:
     """Whether a stage can be measured: image-to-video at the size of the embedded world."""
     return model.image_condition == "i2v" and (video.height, video.width) == (SIZE, SIZE)
 

@@ -310,8 +310,8 @@ def no_encoders(name: str, lacking: Sequence[str]) -> CheckpointError:
     )
 
 
-def needs_image(weights: Path) -> bool:
-    """Whether weights need an image encoder, as far as the `config.json` beside them tells; True where it does not."""
+def needs_image(weights: Path, *, unknown: bool = True) -> bool:
+    """Whether weights need an image encoder by the `config.json` beside them; `unknown` where there is none."""
     place = locate(weights)
     file = (place if place.is_dir() else place.parent) / FILE
-    return not file.is_file() or config_from_json(read_json(file), file).image_dim is not None
+    return config_from_json(read_json(file), file).image_dim is not None if file.is_file() else unknown

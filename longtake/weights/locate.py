@@ -288,15 +288,6 @@ def encoder_paths(folder: str | Path, *, with_image: bool = True) -> EncoderPath
     return EncoderPaths(found["vae"], found["text"], found.get("image"))
 
 
-def missing_encoders(folder: Path, *, with_image: bool) -> list[str]:
-    """What is not in an encoder folder, the tokenizer counted, and how to get it; empty when it is complete."""
-    missing = [part.wanted(folder) for part in _parts(with_image) if not part.places(folder)]
-    texts = ENCODER_PARTS[1].places(folder)
-    if texts and not any((place / "tokenizer_config.json").is_file() for place in tokenizer_places(texts[0])):
-        missing.append(f"the tokenizer: tokenizer_config.json in {' or '.join(map(str, tokenizer_places(texts[0])))}")
-    return missing
-
-
 def tokenizer_places(text_encoder: Path) -> tuple[Path, Path]:
     """Folders in which the tokenizer of a text encoder (a folder or an original file) may lie."""
     original = text_encoder.suffix in PICKLED

@@ -116,7 +116,7 @@ def load_networks(
     if isinstance(config.objective, TeacherForcingConfig):
         causal = TeacherForcing(parts, config.objective)
         if args.compile:
-            shape = config.video.shape
+            shape = config.video
             tokens = student.tokens_per_frame(shape.latent_height, shape.latent_width)
             layout = plan.teacher_forcing_layout(config.video.num_latent_frames)
             mask = PreparedMask.of(layout, tokens, device, flex=False)

@@ -136,7 +136,7 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
     small = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
     sizes = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "in_channels": 36, "text_dim": 32}
     dit = DiTConfig(**sizes, text_len=48, freq_dim=32, model_type="i2v", image_dim=1280)
-    monkeypatch.setitem(original._PUBLISHED_VAE, 16, small)
+    monkeypatch.setitem(original.PUBLISHED_VAE, 16, small)
     monkeypatch.setattr(
         random_models, "_IMAGE", random_models._IMAGE | {"num_hidden_layers": 2, "intermediate_size": 8}
     )

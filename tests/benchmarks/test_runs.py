@@ -35,7 +35,7 @@ def test_the_stage_at_full_size_is_the_recipe(runs, tmp_path):
         config = load_config(runs.stage(run, window, sink, 20, path="data", kind="encoded"))
         assert (config.plan.window_frames, config.plan.sink_frames) == (window, sink)
         assert (config.video.height, config.video.width, config.video.num_latent_frames) == (480, 832, 21)
-        assert list(config.plan.stream().blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
+        assert list(config.plan.blocks(0, 21)) == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21)]
         assert config.precision == "bf16" and config.activation_checkpointing and config.save_every == 0
     assert run.sizes.tokens == 1560 and {window for window, _ in runs.windows_of(run.sizes.windows)} == {12, 13}
 

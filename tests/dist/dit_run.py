@@ -41,10 +41,11 @@ from longtake.config.groups import OptimConfig
 from longtake.config.run import RunConfig
 from longtake.train.loop import train
 from longtake.train.state import TrainState
+from tiny_plan import tiny_plan
 
 FRAMES, BATCH, MICRO, ROWS = 7, 4, 2, 5
 # Window 5 of 7 frames: the last block evicts frames 1 and 2, and recomputation in backward still reads them.
-RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.9375, 0.8333333, 0.625))
+RULES = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.9375, 0.8333333, 0.625))
 SIGMAS = [0.9375, 0.8333333, 0.0173, 0.9999]  # none of 1000 sigma survives bfloat16
 Seen = list[dict[str, Any]]
 

@@ -19,6 +19,7 @@ from tiny_models import make_tiny_condition, make_tiny_model
 from longtake.config.groups import ParallelConfig
 from longtake.parallel.mesh import init_mesh
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from tiny_plan import tiny_plan
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         denoiser = Denoiser(model)
 
         def streamed() -> torch.Tensor:
-            caches.append(model.new_cache(StreamPlan(2, 1, 5, 1), 2, (6, 6)))
+            caches.append(model.new_cache(tiny_plan(2, 1, 5, 1), 2, (6, 6)))
             out = []
             with torch.no_grad(), torch.autocast(mesh.device.type, torch.bfloat16):
                 for block in range(16):

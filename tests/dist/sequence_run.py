@@ -29,6 +29,7 @@ from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.self_forcing import roll_out
+from tiny_plan import tiny_plan
 
 HEADS = 4
 SIZES = {"even": (4, 8), "uneven": (6, 6)}  # 8 and 9 tokens a frame
@@ -104,9 +105,9 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
     model = model.executed(Execution(ranks))
     condition = make_tiny_condition(model, num_frames=FRAMES, size=size)
     x, sigma = numbers(1, 2, FRAMES, 4, *size), torch.rand(2, FRAMES, generator=torch.Generator().manual_seed(2))
-    plan = StreamPlan(2, 1)
+    plan = tiny_plan(2, 1)
     layouts = {
-        rope: replace(plan, window_frames=3, sink_frames=1, rope=rope).teacher_forcing_layout(FRAMES)
+        rope: plan.but(window_frames=3, sink_frames=1, rope=rope).teacher_forcing_layout(FRAMES)
         for rope in ("relative", "absolute")
     }
     both, levels = torch.cat([x, x.flip(1)], 1), torch.cat([torch.zeros_like(sigma), sigma], 1)
@@ -116,7 +117,7 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
 
     def cached(m: VideoDiT, rope: str, checkpointing: bool) -> torch.Tensor:
         m = m.executed(replace(m.execution, recompute=checkpointing))
-        cache = m.new_cache(StreamPlan(2, 1, 3, 1, rope), 2, size, spare_frames=2)
+        cache = m.new_cache(tiny_plan(2, 1, 3, 1, rope), 2, size, spare_frames=2)
         out = []
         for start, end in plan.blocks(0, FRAMES):
             out.append(Denoiser(m)(x[:, start:end], sigma[:, start:end], condition, cache))
@@ -135,7 +136,7 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
         batched = m is model
         m = m.executed(replace(m.execution, recompute=rope == "relative"))
-        rules = replace(plan, window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5), **law)
+        rules = plan.but(window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5), **law)
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
@@ -162,7 +163,7 @@ def cache_rules(ranks: Ulysses) -> dict[str, object]:
     model = model.executed(Execution(ranks))
     size = SIZES["even"]
     condition, x = make_tiny_condition(model, num_frames=FRAMES, size=size), numbers(1, 2, 2, 4, *size)
-    caches = [m.new_cache(StreamPlan(2, 1, 3, 1, "absolute"), 2, size) for m in (model, plain)]
+    caches = [m.new_cache(tiny_plan(2, 1, 3, 1, "absolute"), 2, size) for m in (model, plain)]
     with torch.no_grad():
         for m, cache in zip((model, plain), caches):
             Denoiser(m)(x, torch.zeros(2), condition, cache, commit=True)
@@ -196,7 +197,7 @@ def recorded(ranks: Ulysses) -> dict[str, object]:
 
     def streamed(graphs: CUDAGraphRunner | None = None) -> torch.Tensor:
         denoiser = Denoiser(model, graphs=graphs)
-        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, size)
+        cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, size)
         out = []
         with torch.no_grad():
             for block in range(14):

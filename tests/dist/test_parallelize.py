@@ -12,6 +12,7 @@ from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
+from tiny_plan import tiny_plan
 
 
 def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplog):
@@ -49,7 +50,7 @@ def test_a_variant_of_a_block_too_many_is_an_error_and_not_run_uncompiled(
 @pytest.mark.skipif(not module._has_compiler("cpu"), reason="needs a C++ compiler")
 def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_latents):
     """Bidirectional, masked and cached calls with recomputation: outputs and gradients, to 1e-5."""
-    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
+    rules = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
@@ -57,7 +58,7 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
     def results(compiled):
         model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
         x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
-        layout = StreamPlan(2, 1, 5, 1).causal_layout(5)
+        layout = tiny_plan(2, 1, 5, 1).causal_layout(5)
         found = []
         for call in (
             lambda: model(x, sigma, condition),
@@ -81,7 +82,7 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
 def test_compiled_blocks_whose_exit_steps_are_joined(tiny_model, tiny_condition):
     """Backward runs the compiled blocks, of two blocks of a video at once."""
     torch._dynamo.reset()
-    rules = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
+    rules = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))

@@ -115,14 +115,28 @@ def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path, q
     assert result.exit_code == 1
     (stage,) = json.loads(result.output)["stages"]
     text = "\n".join(stage["missing"])
-    assert f"teacher={folder}: {folder} does not exist" in text
-    assert f"hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir {folder}" in text
+    assert f"teacher={folder} does not exist" in text
+    command = f"longtake download alibaba-pai/Wan2.1-Fun-1.3B-InP -o {folder}"
+    assert set(stage["downloads"]) == {command}
     assert "init_from=causal" in text and "train that stage first" in text
-    for name in ("the VAE (", "the text encoder (", "the image encoder (", "umt5-xxl/tokenizer.json", "data: "):
-        assert name in text
+    assert f"encoders: {folder} has no VAE, no text encoder, no image encoder" in text and "data: " in text
+    lines = invoke(write(tmp_path, tree)).output.split("\n\n")
+    assert lines[0].startswith("PROBLEM: stage distill: missing ") and lines[0].count("PROBLEM") == len(
+        stage["problems"]
+    )
+    # One list: weights and encoders are of one repository.
+    assert lines[1] == f"to download:\n  {command}"
     assert stage["need_bytes"]["encoders"] == 0 and all(
         f"missing {line}" in stage["problems"] for line in stage["missing"]
     )
+
+
+def test_encoders_of_no_known_folder_are_got_file_by_file(workshop, tmp_path):
+    """Of each repository in one command."""
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path / "none")))
+    first, second = found.downloads
+    assert first.startswith("hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth models_t5_umt5-xxl-enc-bf16.pth google/")
+    assert second.startswith("hf download Wan-AI/Wan2.1-I2V-14B-480P models_clip") and str(tmp_path / "none") in second
 
 
 def test_the_tokenizer_is_missed_on_its_own(workshop, tmp_path):
@@ -165,7 +179,8 @@ def test_weights_are_looked_for_where_training_does(workshop, tmp_path, monkeypa
     named = {"init_from": "someone/student", "teacher": "weights/Wan2.1-Fun-1.3B-InP"}
     found = look_at(stage_config(workshop, tmp_path, "distill", **named))
     assert "init_from=someone/student is no local path: it will be fetched" in found.notes[0]
-    assert "hf download alibaba-pai/Wan2.1-Fun-1.3B-InP --local-dir weights/" in found.missing[0]
+    wanted = ["longtake download alibaba-pai/Wan2.1-Fun-1.3B-InP -o weights/Wan2.1-Fun-1.3B-InP"]
+    assert found.downloads == wanted
 
 
 def test_a_trained_stage_is_found_and_an_empty_one_is_not(workshop, tmp_path):
@@ -202,9 +217,8 @@ def test_what_does_not_fit_is_said_first_and_with_a_remedy(workshop, tmp_path, m
         machine(ram_free_bytes=free, gpus=[])
         report = diagnose(file)
         assert not report.ok and remedy in report.stages[0].problems[0]
-        first, verdict = str(report).splitlines()[:2]
+        first = str(report).splitlines()[0]
         assert first.startswith("PROBLEM: stage distill: ") and "do not fit into" in first
-        assert verdict == "something is missing or does not fit"
     machine(ram_free_bytes=2 * int(1.2 * total), gpus=[])
     assert diagnose(file).ok and diagnose(file, gpus=2).ok  # two ranks share the memory
 
@@ -212,11 +226,14 @@ def test_what_does_not_fit_is_said_first_and_with_a_remedy(workshop, tmp_path, m
 def test_other_machines(workshop, tmp_path, machine, quick):
     machine(ram_free_bytes=1, gpus=[])
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
-    for device, size in (("h100", 80), ("24GB", 24), ("32 gb", 32)):
+    for device, size in (("h100", 80), ("24GB", 24), ("32 gb", 32), ("4090", 24), ("rtx 3090", 24), ("RTX 5090", 32)):
         (stage,) = json.loads(invoke(file, "--device", device, "--gpus", 2, "--json").output)["stages"]
         assert stage["free_bytes"] == size * 10**9 and stage["ranks"] == 2 and not stage["problems"]
     for arguments, reason in (
-        (("--device", "TPU"), "--device TPU is not known; give H200, H100, A100, or memory such as 24GB"),
+        (
+            ("--device", "TPU"),
+            "--device TPU is not known; give H200, H100, A100, RTX 5090, RTX 4090, RTX 3090, or memory such as 24GB",
+        ),
         (("--gpus", 64), "batch_size=4 must be a multiple of 64 ranks"),
         (("--gpus", 0), "greater than or equal to 1"),
     ):
@@ -244,3 +261,33 @@ def test_missing_packages_disk_and_wrong_numbers(workshop, tmp_path, machine, qu
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     assert "lower keep_checkpoints" in diagnose(file).stages[0].problems[0]
     assert invoke(file, "max_step=3").exit_code == 2
+
+
+def test_a_problem_of_several_stages_is_told_once(tmp_path, quick, machine):
+    machine(ram_free_bytes=1, gpus=[])
+    report = diagnose(JOB, [f"logdir={tmp_path}/new"])
+    problems = [line for line in str(report).splitlines() if line.startswith("PROBLEM")]
+    assert len(problems) == 1 and problems[0].startswith("PROBLEM: stage causal, distill: ")
+
+
+def test_hours_and_price_are_measured_seconds_times_iterations(workshop, tmp_path, quick):
+    tree = stage_tree(workshop, tmp_path, "distill", max_steps=3000)
+    file, measured = write(tmp_path, tree), tmp_path / "bench.json"
+    numbers = {"stage": "distill", "device": "NVIDIA H200", "ranks": 1, "cycle_s": 30.0, "cycle_iterations": 5}
+    measured.write_text(json.dumps(numbers))
+    told = invoke(file, "--seconds-from", measured, "--price", 3.5).output
+    assert "6 s (NVIDIA H200) x 3000 iterations / 3600 = 5.0 hours" in told
+    assert "x 1 GPU(s) x 3.5 an hour = 17.50" in told
+    (stage,) = json.loads(invoke(file, "--seconds-from", measured, "--json").output)["stages"]
+    assert stage["cost"]["seconds"] == 6 and stage["cost"]["price"] is None
+    for changes, reason in (
+        ({"ranks": 2}, "was measured on 2 rank(s), and 1 are planned"),
+        ({"cycle_s": None}, "with more --steps where cycle_s is null"),
+        ({"stage": "causal"}, "the JSON of a `longtake bench` of distill"),
+        ({"cycle_iterations": 0}, "tells no seconds of a stage"),
+    ):
+        measured.write_text(json.dumps(numbers | changes))
+        result = invoke(file, "--seconds-from", measured)
+        assert result.exit_code == 2 and reason in " ".join(result.output.split()), result.output
+    for wrong in ([file, "--price", 3], [file, "--seconds-from", tmp_path / "none"], ["--stream", "toy", "--gpus", 2]):
+        assert invoke(*wrong).exit_code == 2

@@ -70,16 +70,13 @@ def tiny(layers, **changes):
 
 def test_a_validation_of_rows_is_traced():
     """With the decoder that is loaded for it, in bfloat16: 127 million numbers of Wan2.1's VAE."""
-    found = {}
-    for rows in (0, 1):
-        config, sizes = tiny(2, validate_every=1, validation={"num_rows": rows, "num_worlds": 0})
-        moments = estimate.trace(config, sizes, 1, 5, {})
-        found[rows] = {moment.where: moment.size for moment in moments if not moment.inner}
+    config, sizes = tiny(2, validate_every=1, validation={"num_rows": 1, "num_worlds": 0})
+    found = {moment.where: moment.size for moment in estimate.trace(config, sizes, 1, 5, {}) if not moment.inner}
     names = {f"{part} of a validation" for part in ("the teacher's sample", "the student's video", "the decoder")}
-    assert found[1].keys() - found[0].keys() == names
-    rest = sum(found[1][part] for part in estimate.PARTS)
-    assert all(found[1][name] > rest for name in names)
-    assert found[1]["the decoder of a validation"] > rest + 2 * 126_000_000
+    assert {name for name in found if "validation" in name} == names
+    rest = sum(found[part] for part in estimate.PARTS)
+    assert all(found[name] > rest for name in names)
+    assert found["the decoder of a validation"] > rest + 2 * 126_000_000
 
 
 def agrees(monkeypatch, config, sizes, ranks=1):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from toy_assets import random_encoders, toy
 
 import longtake
+from longtake.config.stage import TOY_ASSETS
 from longtake.encoders.bundle import Encoders, ImageEncoder, TextEncoder, VideoVAE
 from longtake.encoders.text import clean_prompt
 from longtake.errors import CheckpointError, DataError, ShapeError
@@ -223,6 +224,19 @@ def test_long_prompts_are_cut_at_text_len(encoders, caplog):
     hidden = encoders.text.encode(["a red circle rises, " * 40])
     assert hidden.shape == (1, toy.TEXT_LEN, 64) and (hidden.abs().sum(-1) > 0).all()
     assert "may have been cut" in caplog.text
+
+
+def test_words_that_the_weights_do_not_know_are_named_once(caplog):
+    text = TextEncoder.load(TOY_ASSETS / "text_encoder")
+    text.encode(["a Red circle drifts to the right, and a Dog barks", ""])
+    (said,) = caplog.messages
+    assert said == "These weights do not know what is meant by: Dog, barks; it says nothing to them"
+    text.encode(["a Dog sleeps"])
+    text.encode(["a Dog barks", "a red circle rises"])
+    assert len(caplog.messages) == 2 and "by: sleeps;" in caplog.messages[1]
+    many = [f"w{chr(97 + k // 26)}{chr(97 + k % 26)}" for k in range(30)]
+    text.encode([" ".join(many)])
+    assert caplog.messages[2].count(",") == 20 and ", ...;" in caplog.messages[2]
 
 
 def test_half_a_character_is_refused(encoders):

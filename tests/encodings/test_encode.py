@@ -14,7 +14,7 @@ from longtake.encodings.encode import BatchEncoder, EncodedLoader
 from longtake.errors import DataError
 from longtake.toy.world import sample_world
 
-SHAPE = VideoShape(16, 32, 3)
+SHAPE = VideoShape(height=16, width=32, num_latent_frames=3)
 ROWS = 6
 
 

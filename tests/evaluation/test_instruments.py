@@ -82,8 +82,8 @@ def test_a_frozen_video_does_not_move(moved):
 
 
 def test_dynamic_degree_counts_pairs_at_eight_frames_a_second(truth, photo):
-    """480p: 11.25 pixels from one sampled frame to the next, here over two frames, in a quarter of the pairs."""
-    slow, fast = (truth.translated(photo, speed, 0, 33, (480, 832)) for speed in (5.0, 6.2))
+    """At 480p 11.25 pixels from one sampled frame to the next, here over two frames, in a quarter of the pairs."""
+    slow, fast = (truth.translated(photo, speed, 0, 33, (240, 416)) for speed in (2.5, 3.1))
     assert measure(slow, FPS).metrics["dynamic_degree"] == 0 and measure(fast, FPS).metrics["dynamic_degree"] == 1
     # Of 17 sampled frames round(17 / 4) = 4 pairs are needed.
     for pairs, dynamic in ((3, 0), (4, 1)):
@@ -91,13 +91,19 @@ def test_dynamic_degree_counts_pairs_at_eight_frames_a_second(truth, photo):
         assert len(video) == 33 and measure(video, FPS).metrics["dynamic_degree"] == dynamic
 
 
+def motion_of(video):
+    """As `measure` finds it, without what else it looks at."""
+    meter = MotionMeter(*video.shape[1:3], FPS)
+    for frame in video:
+        meter.add(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY))
+    return float(np.mean(meter.finish().px)) * FPS
+
+
 def test_motion_of_slowed_worlds_follows_the_exact_ratio():
     scales, seen = np.linspace(0, 1.5, 8), []
     for index, scale in enumerate(scales):
         world = sample_world(1, index)
-        whole, slowed = (
-            measure(world.render(33, time_scale=s), FPS).metrics["motion_px_s"] for s in (1.0, float(scale))
-        )
+        whole, slowed = (motion_of(world.render(33, time_scale=s)) for s in (1.0, float(scale)))
         seen.append(slowed / whole)
     assert seen[0] == pytest.approx(0, abs=0.01) and np.corrcoef(scales, seen)[0, 1] >= 0.95
 
@@ -267,15 +273,15 @@ def test_frames_are_taken_one_at_a_time(moved):
 
     def frames():
         nonlocal most
-        for number in range(200):
-            frame = moved[number % 49].copy().view(Frame)
+        for number in range(80):
+            frame = moved[number % 49, ::2, ::2].copy().view(Frame)
             alive.add(frame)
             most = max(most, len(alive))
             yield frame
-            if number % 50 == 0:
+            if number % 40 == 0:
                 gc.collect()
 
-    assert measure(frames(), FPS).frames == 200 and most <= 4
+    assert measure(frames(), FPS).frames == 80 and most <= 4
     assert measure(iter(moved), FPS).metrics == measure(moved, FPS).metrics
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, write_rules
-from longtake.config.groups import PlanConfig, WorldConfig
+from longtake.config.groups import WorldConfig
 from longtake.config.stage import TOY_ASSETS
 from longtake.data.clips import open_video
 from longtake.encoders.bundle import ImageEncoder, TextEncoder
@@ -36,6 +36,7 @@ from longtake.evaluation.on_data import evaluate_on_data
 from longtake.evaluation.row_reader import RowReader
 from longtake.evaluation.target import of_models
 from longtake.parallel.mesh import Mesh
+from longtake.plan import PlanConfig
 from longtake.toy.files import write_world
 from longtake.weights.load import save_dit
 

@@ -9,7 +9,7 @@ from longtake.errors import ConfigError
 from longtake.flow.path import add_noise, clean_from_velocity, guided, per_frame, velocity
 from longtake.flow.sampler import euler
 from longtake.flow.schedule import sampling_sigmas, training_sigma
-from longtake.plan import student_sigmas, warp
+from longtake.plan import FlowConfig, warp
 
 
 # Spec D, the table of warped lists on Wan's 0..1000 clock.
@@ -23,7 +23,7 @@ from longtake.plan import student_sigmas, warp
     ],
 )
 def test_warped_lists_are_those_of_the_published_table(shift, expected):
-    clock = [1000 * sigma for sigma in student_sigmas([1, 0.75, 0.5, 0.25], shift)]
+    clock = [1000 * sigma for sigma in FlowConfig(steps=[1, 0.75, 0.5, 0.25], shift=shift).sigmas]
     assert clock == pytest.approx(expected, abs=1e-4)
 
 
@@ -34,10 +34,22 @@ def test_the_warp_keeps_the_ends_exactly_and_rises(shift):
     assert (warp(u, shift).diff() > 0).all()
 
 
-@pytest.mark.parametrize("steps", [[], [0.75, 0.5], [1, 0.5, 0.5], [1, 0.5, 0.75], [1, 0.5, 0], [1, -0.5], [1000, 750]])
-def test_steps_that_make_no_schedule_are_refused(steps):
-    with pytest.raises(ConfigError, match="must start at 1, fall strictly and stay above 0"):
-        student_sigmas(steps, 5.0)
+@pytest.mark.parametrize(
+    ("steps", "rule"),
+    [
+        ([], "at least 1 item"),
+        ([0.75, 0.5], "must descend strictly from 1"),
+        ([1, 0.5, 0.5], "must descend strictly from 1"),
+        ([1, 0.5, 0.75], "must descend strictly from 1"),
+        ([1, 0.5, 0], "must be above 0"),
+        ([1, -0.5], "must be above 0"),
+        ([1000, 750], "divide them by 1000"),
+    ],
+)
+@pytest.mark.parametrize("name", ["steps", "later_steps"])
+def test_steps_that_make_no_schedule_are_refused(steps, rule, name):
+    with pytest.raises(ConfigError, match=f"{name}.*{rule}"):
+        FlowConfig(**{name: steps})
 
 
 def test_sampling_grid_starts_at_noise_and_ends_at_exactly_zero():

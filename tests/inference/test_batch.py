@@ -46,7 +46,7 @@ def test_pairs_of_a_folder_a_table_and_a_file(inputs):
     by_caption = read_pairs(inputs)
     assert [pair.name for pair in by_caption] == ["w0", "w1", "w2"]
     assert [pair.prompt for pair in by_caption] == [world.caption for world in WORLDS]
-    lines = [{"image": "w0.png", "prompt": "one", "id": 7}, {"image": str(inputs / "w0.png"), "prompt": "two"}]
+    lines = [{"image": "w0.png", "prompt": "one"}, {"image": str(inputs / "w0.png"), "prompt": "two"}]
     (inputs / "list.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     by_line = read_pairs(inputs / "list.jsonl")
     assert [pair.name for pair in by_line] == ["00000-w0", "00001-w0"]
@@ -141,6 +141,62 @@ def test_wrong_requests_are_refused_before_any_work(run, tmp_path, monkeypatch):
     for wrong, message in (({"samples": 0}, "samples=0"), ({"negative": "blurred"}, "guidance=1")):
         with pytest.raises(ConfigError, match=message):
             make(run, [Pair("a", "a", Path("a"), "p")], tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "prompts"])
+def test_rows_may_say_seed_seconds_negative_and_guidance(run, inputs, tmp_path, kind):
+    """Each video is the one that a command with these options makes."""
+    if kind == "csv":
+        text = "image,text,seed,seconds,negative,guidance\nw0.png,one,7,0.5,,\nw1.png,two,,,blurred,2.5\n"
+    else:
+        rows = [{"text": "one", "seed": 7, "seconds": 0.5}, {"text": "two", "negative": "blurred", "guidance": 2.5}]
+        rows = [row if kind == "prompts" else {**row, "image": f"w{k}.png"} for k, row in enumerate(rows)]
+        text = "\n".join(map(json.dumps, rows))
+    table = inputs / f"list.{'csv' if kind == 'csv' else 'jsonl'}"
+    table.write_text(text)
+    pairs = read_pairs(table)
+    first, second = (pair.values.model_dump(exclude_none=True) for pair in pairs)
+    assert (first, second) == ({"seed": 7, "seconds": 0.5}, {"negative": "blurred", "guidance": 2.5})
+    if kind != "jsonl":
+        return
+    made = make(run, pairs, tmp_path / "out", seed=3, samples=2)
+    names = ["00000-w0-seed7", "00000-w0-seed8", "00001-w1-seed3", "00001-w1-seed4"]
+    assert [report.output.stem for report in made] == names and [report.num_frames for report in made] == [8, 8, 5, 5]
+    alone = tmp_path / "alone.mp4"
+    generate_file(run, inputs / "w0.png", "one", alone, seconds=0.5, seed=8, device="cpu")
+    assert alone.read_bytes() == (tmp_path / "out" / "00000-w0-seed8.mp4").read_bytes()
+    guided, rest = Source.of_run(run, {"guidance": 2.5}), {"num_frames": 5, "overwrite": True}
+    generate_file(guided, inputs / "w1.png", "two", alone, seed=3, negative="blurred", device="cpu", **rest)
+    assert alone.read_bytes() == (tmp_path / "out" / "00001-w1-seed3.mp4").read_bytes()
+    said = json.loads((tmp_path / "out" / "00001-w1-seed3.json").read_text())
+    assert said["settings"]["guidance"] == 2.5 and said["negative"] == "blurred"
+    assert make(run, pairs, tmp_path / "out", seed=3, samples=2) == []  # finished
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sed": 3}, r"list.jsonl row 0 \(line 1\): unknown key sed; did you mean seed\? The keys are .*guidance"),
+        ({"frames": 3}, "unknown key frames; "),
+        ({"seed": -1}, r"row 0 \(line 1\): seed: got -1"),
+        ({"seed": "many"}, "seed: got 'many'"),
+        ({"seconds": 0}, "seconds: got 0"),
+        ({"guidance": "2.5x"}, "guidance: got '2.5x'"),
+        ({"negative": "blurred"}, r"row 0 \(line 1\): a negative prompt .* has no effect with guidance=1"),
+        ({"negative": "blurred", "guidance": 1.0}, "has no effect with guidance=1"),
+        ({"seconds": 1e9}, "seconds: got 1000000000.0"),
+    ],
+)
+def test_wrong_rows_are_refused_before_any_work(run, inputs, tmp_path, monkeypatch, row, message):
+    monkeypatch.setattr(Generator, "build", lambda *_, **__: pytest.fail("work was done"))
+    for given in ({"image": "w0.png"}, {}):
+        (inputs / "list.jsonl").write_text(json.dumps({**given, "text": "one", **row}))
+        with pytest.raises((ConfigError, DataError), match=message):
+            make(run, read_pairs(inputs / "list.jsonl"), tmp_path / "out")
+        command = ["generate", "--run", run, "--inputs", inputs / "list.jsonl", "-o", tmp_path / "out"]
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        assert result.exit_code in (1, 2) and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
 
 

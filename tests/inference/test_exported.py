@@ -67,6 +67,7 @@ def test_the_card_says_rules_data_losses(run, workshop, tmp_path):
         "- objective: dmd; begins with causal; teacher: ",
         f"in `{workshop}/data",
         "- 20 iterations of",
+        "- validation/motion_ratio: 0.97",
         "- generator_loss, mean of the last 10 % of iterations: 18.5",
         "- validation/motion_ratio: 0.97",
         "the licence",

@@ -2,7 +2,6 @@
 
 import gc
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +194,7 @@ def guided_oracle(generator, weight, num_blocks):
     latents = sides[0].frames[:, :1, -encoders.vae.latent_channels :].float()
     plan = rules
     for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
-        layout = replace(plan, window_frames=None, rope=rules.rope).causal_layout(end)
+        layout = plan.but(window_frames=None, rope=rules.rope).causal_layout(end)
         draws = KeyedRNG(0)
         shape = (end - start, model.config.out_channels, 8, 8)
         x = draws.noise(0, "stream", [0], shape, part=start)

@@ -1,7 +1,6 @@
 """Weights that are no streaming student are refused before they are read, with the command that samples them."""
 
 import shlex
-from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.config.stage import TOY_ASSETS
-from longtake.errors import ConfigError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.generator import Generator, Source
 from longtake.inference.source import NotAStudentError
 from longtake.inference.video_io import read_video
@@ -138,11 +137,28 @@ def test_a_student_that_is_sampled_whole_is_warned_of(workshop, tmp_path, caplog
 def test_missing_encoders_are_told_before_weights_are_read(bare, tmp_path, opened):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "vae").mkdir()
-    sizes = replace(TEACHER, image_dim=None)
     with pytest.raises(ConfigError, match="nothing says"):
         Source.of_model(bare, tmp_path / "empty")
-    from longtake.errors import CheckpointError
-
     with pytest.raises(CheckpointError, match="empty lacks the VAE .*; the text encoder .*; the image encoder"):
         Generator.from_model(bare, "cpu", encoders=tmp_path / "empty", changes={"sampler": "stream"})
-    assert sizes.image_dim is None and all("weights" in str(path) for path in opened)
+    assert opened == []
+
+
+def test_toy_weights_warn_once_of_words_and_of_sizes(tmp_path, caplog):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a dog runs", "image": "a.png"}\n' * 2)
+    words = ("generate", "--model", "toy", "--frames", "5", "--device", "cpu", "--width", "96", "-o", tmp_path / "out")
+    result = invoke(*words, "--inputs", tmp_path / "rows.jsonl")
+    assert result.exit_code == 0, result.output
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [
+        "Pictures of 64x96 from weights that were trained with 64x64: expect worse ones",
+        "These weights do not know what is meant by: dog, runs; it says nothing to them",
+    ]
+
+
+def test_a_file_that_is_no_weights_is_named_for_what_it_is(tmp_path):
+    for suffix in (".gguf", ".safetensors", ".pt"):
+        (tmp_path / f"a{suffix}").write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(CheckpointError, match="is GGUF, whose quantised weights are not read"):
+            Source.of_model(tmp_path / f"a{suffix}", "toy")

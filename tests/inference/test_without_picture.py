@@ -1,7 +1,6 @@
 """Videos from a prompt alone: text-to-video weights, those that take both, pictures zero-shot, and what is refused."""
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -99,7 +98,7 @@ def test_weights_that_take_both_begin_either_way():
         _y=False, plan={**PLAN, "window_frames": 6, "sink_frames": 0}
     )  # [3, 2, 2], and with a picture [1, 2, 2]
     assert [len(chunk) for chunk in wide.stream(prompt=A, num_frames=25)] == [9, 8, 8]
-    plan = replace(wide.plan, first_frames=1)
+    plan = wide.plan.but(first_frames=1)
     assert np.array_equal(take(wide.open(PICTURE, A), 3), expected(wide, A, 5, encoded(wide, PICTURE), plan))
     session = wide.open(prompt=A)
     take(session, 2)
@@ -139,7 +138,7 @@ def test_a_still_first_block():
 
 def test_a_clean_first_latent(tmp_path):
     generator = make_generator(**FRAME)
-    plan = replace(generator.plan, first_frames=1)
+    plan = generator.plan.but(first_frames=1)
     session = generator.open(PICTURE, A)
     made = take(session, 4)
     assert np.array_equal(made, expected(generator, A, 7, encoded(generator, PICTURE), plan))
@@ -263,7 +262,7 @@ def test_a_trained_text_to_video_student_is_generated_from_exported_and_played(r
     model = ("--model", tmp_path / "student", "--encoders", run / "encoders")
     result = command("generate", *model, *here, "-o", tmp_path / "model.mp4")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "model.mp4").read_bytes() == (tmp_path / "run.mp4").read_bytes()
+    assert np.array_equal(read_video(tmp_path / "model.mp4")[0], read_video(tmp_path / "run.mp4")[0])
     result = command("generate", *model, *here, "-o", tmp_path / "p.mp4", "--image", run / "picture.png")
     assert result.exit_code == 2 and "text-to-video weights, which take no picture" in result.output
     assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "p.mp4").exists()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from tiny_plan import tiny_plan
 from torch import Tensor
 
 from longtake.condition import MaskLayout
@@ -17,15 +17,14 @@ from longtake.errors import ConfigError
 from longtake.models import attention
 from longtake.models.attention import attend, backends, make_mask
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
-PLAN = StreamPlan(2, 1)
+PLAN = tiny_plan(2, 1)
 LAYOUTS = {
     "causal": PLAN.causal_layout(7),
-    "window": replace(PLAN, window_frames=5, sink_frames=1).causal_layout(7),
-    "copied sink": replace(PLAN, window_frames=3, sink_frames=1).causal_layout(7),
-    "teacher forcing": replace(PLAN, window_frames=3, sink_frames=1).teacher_forcing_layout(5),
+    "window": PLAN.but(window_frames=5, sink_frames=1).causal_layout(7),
+    "copied sink": PLAN.but(window_frames=3, sink_frames=1).causal_layout(7),
+    "teacher forcing": PLAN.but(window_frames=3, sink_frames=1).teacher_forcing_layout(5),
 }
 
 
@@ -141,7 +140,7 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
         model = model.executed(Execution(attend=counting))
         assert torch.equal(model(x, sigma, condition), before)
         model(x, sigma, condition, PLAN.causal_layout(3))
-        Denoiser(model)(x, sigma, condition, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
+        Denoiser(model)(x, sigma, condition, model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6)))
     assert calls == [(2, 18, 2, 16)] * 3 * 2 * model.config.num_layers  # of itself, and of the text
 
 
@@ -254,7 +253,7 @@ class TestCuda:
     def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):
         model = tiny_model(True).cuda()
         condition, x = tiny_condition(model).to("cuda"), tiny_latents(2).cuda()
-        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(StreamPlan(2, 1, 6, 2, rope), 2, (4, 6))
+        zero, cache = torch.zeros(2, device="cuda"), model.new_cache(tiny_plan(2, 1, 6, 2, rope), 2, (4, 6))
         for step in range(5):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
             try:
@@ -267,7 +266,7 @@ class TestCuda:
     def test_masked_forward_equals_the_cpu(self, tiny_model, tiny_condition, tiny_latents, rel) -> None:
         model = tiny_model(True)
         condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
-        layout = replace(PLAN, window_frames=3, sink_frames=1).causal_layout(5)
+        layout = PLAN.but(window_frames=3, sink_frames=1).causal_layout(5)
         with torch.no_grad():
             truth = model(x, zero, condition, layout)
             out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), layout).cpu()

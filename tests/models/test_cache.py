@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
+from tiny_plan import tiny_plan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,6 @@ from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.attention import attend
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import CrossAttention, VideoDiT
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
 ROPES = ("absolute", "relative")
@@ -64,7 +64,7 @@ class _Watch(TorchDispatchMode):
 def test_graded_commit_is_refused_and_graded_calls_never_write() -> None:
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(1)
-    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
+    cache = model.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6))
     _commit(model, cache, condition, x)
     before = [t.clone() for t in (cache.keys, cache.values)]
     with pytest.raises(CacheError, match="gradients enabled"):
@@ -84,7 +84,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, with_grad: bool, r
     # N.12: everything that was not committed is poisoned; any read of it would surface as nan.
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), spare_frames=2)
+    cache = model.new_cache(tiny_plan(2, 1, window, sink, rope), 2, (4, 6), spare_frames=2)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
     counts: list[int] = []
@@ -110,7 +110,7 @@ def test_empty_slots_are_never_attended(blocks, window, sink, with_grad: bool, r
 def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
+    cache = model.new_cache(tiny_plan(2, 1, 7, 1, rope), 2, (4, 6), spare_frames=1)
     readings: list[tuple[tuple[int, ...], list[int]]] = []
     attended: list[tuple] = []
     view_of = KVCache.view
@@ -141,7 +141,7 @@ def test_a_full_window_repeats_shapes_and_addresses(rope: str, monkeypatch: pyte
 def test_a_pass_neither_synchronises_nor_copies_the_cache(rope: str) -> None:
     model = make_tiny_model(True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, 17, 1, rope), 2, (4, 6), spare_frames=40)
+    cache = model.new_cache(tiny_plan(2, 1, 17, 1, rope), 2, (4, 6), spare_frames=40)
     blocks = _passes(model, cache, condition, [1] + [4] * 6)
     for _ in range(5):
         next(blocks)
@@ -178,7 +178,7 @@ def test_position_set_forward_for_a_recache(rope: str, rel) -> None:
     condition = make_tiny_condition(model, num_frames=9)
     assert condition.frames is not None
     shifted = Condition(condition.text, condition.image, condition.frames[:, 3:])
-    late, early = (model.new_cache(StreamPlan(2, 1, 7, 0, rope), 2, (4, 6)) for _ in range(2))
+    late, early = (model.new_cache(tiny_plan(2, 1, 7, 0, rope), 2, (4, 6)) for _ in range(2))
     _commit(model, late, condition, make_tiny_latents(3, seed=77))
     late.clear()
     late.position = 3
@@ -196,7 +196,7 @@ def test_recache_of_the_window_with_the_sink_kept(rope: str, rel) -> None:
     # Going back to the oldest frame of the window and committing the same frames restores the same cache.
     model = make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(13)
-    cache = model.new_cache(StreamPlan(2, 1, 9, 1, rope), 2, (4, 6), spare_frames=4)
+    cache = model.new_cache(tiny_plan(2, 1, 9, 1, rope), 2, (4, 6), spare_frames=4)
     for start, end in ((0, 1), (1, 5), (5, 9), (9, 13)):
         _commit(model, cache, condition, x[:, start:end])
     probe = make_tiny_latents(4, seed=50)
@@ -222,7 +222,7 @@ def test_condition_frames_stand_still_after_their_last(rel) -> None:
     assert short.frames is not None
     tail = short.frames[:, -1:].expand(-1, 6, -1, -1, -1)
     long = Condition(short.text, short.image, torch.cat([short.frames, tail], 1))
-    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)) for _ in range(2)]
+    caches = [model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)) for _ in range(2)]
     for frames in (1, 2, 2, 2, 2):
         x = make_tiny_latents(frames)
         a, b = (_commit(model, cache, c, x) for cache, c in zip(caches, (short, long)))
@@ -240,7 +240,7 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
         return project(self, text, image)
 
     monkeypatch.setattr(CrossAttention, "project", spy)
-    cache, sigma, layers = model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)), torch.ones(2), model.config.num_layers
+    cache, sigma, layers = model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6)), torch.ones(2), model.config.num_layers
 
     def count(condition: Condition) -> tuple[int, Tensor]:
         calls.clear()
@@ -279,16 +279,14 @@ def test_cross_attention_is_projected_once_for_a_condition(monkeypatch: pytest.M
 def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
     """What is kept for one condition is no room for that of another kind."""
     model, x, sigma = make_tiny_model(True), make_tiny_latents(1), torch.ones(2)
-    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
+    condition, cache = make_tiny_condition(model), model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))
     assert condition.image is not None
     fewer = Condition(condition.text, condition.image[:, :3], condition.frames)
     for one, half in ((condition, False), (fewer, False), (condition, False), (condition, True), (fewer, False)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             cache.clear_condition()
             found = Denoiser(model)(x, sigma, one, cache)
-            assert torch.equal(
-                found, Denoiser(model)(x, sigma, one, model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)))
-            )
+            assert torch.equal(found, Denoiser(model)(x, sigma, one, model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))))
             assert all(t.dtype == (torch.bfloat16 if half else torch.float32) for t in cache.cross(0))
 
 
@@ -296,7 +294,7 @@ def test_cross_attention_with_tokens_of_another_number_or_type() -> None:
 def test_the_smallest_cache_is_that_of_one_sample_and_one_frame(window: int, rel) -> None:
     model, x = make_tiny_model(), make_tiny_latents(1)
     both = make_tiny_condition(model)
-    one, two = Condition(both.text[:1]), [model.new_cache(StreamPlan(2, 1, window, 0), n, (4, 6)) for n in (1, 2)]
+    one, two = Condition(both.text[:1]), [model.new_cache(tiny_plan(2, 1, window, 0), n, (4, 6)) for n in (1, 2)]
     for _ in range(3):
         alone, beside = _commit(model, two[0], one, x[:1]), _commit(model, two[1], both, x)
         assert rel(alone, beside[:1]) < 1e-5
@@ -307,24 +305,23 @@ def test_sizes_that_cannot_work_are_refused() -> None:
     model, x = make_tiny_model(), make_tiny_latents(4)
     condition = make_tiny_condition(model)
     for message, plan, spare in (
-        ("needs max_frames", StreamPlan(2), 0),
-        ("must be larger than sink_frames", StreamPlan(2, 1, 3, 3), 0),
-        ("must not be negative", StreamPlan(2, 1, 3, -1), 0),
-        ("must not be negative", StreamPlan(2, 1, 3, 0), -1),
+        ("needs max_frames", tiny_plan(2), 0),
+        ("must be larger than sink_frames", tiny_plan(2, 1, 3, 3), 0),
+        ("must not be negative", tiny_plan(2, 1, 3, 0), -1),
     ):
         with pytest.raises(ConfigError, match=message):
             model.new_cache(plan, 2, (4, 6), spare_frames=spare)
     with pytest.raises(ShapeError, match="multiple of the patch"):
-        model.new_cache(StreamPlan(2, 1, 3, 0), 2, (5, 6))
+        model.new_cache(tiny_plan(2, 1, 3, 0), 2, (5, 6))
 
-    whole = model.new_cache(StreamPlan(2, 1, None, 0), 2, (4, 6), max_frames=6)
+    whole = model.new_cache(tiny_plan(2, 1, None, 0), 2, (4, 6), max_frames=6)
     _commit(model, whole, condition, x)
     with pytest.raises(ShapeError, match=r"frames \[4, 8\) do not fit max_frames=6"):
         _commit(model, whole, condition, x)
     _commit(model, whole, condition, x[:, :2])
     assert whole.position == 6 and whole.held_frames == [0, 1, 2, 3, 4, 5]
 
-    small = model.new_cache(StreamPlan(2, 1, 4, 1), 2, (4, 6))
+    small = model.new_cache(tiny_plan(2, 1, 4, 1), 2, (4, 6))
     with pytest.raises(ShapeError, match="set window_frames to 6 or more"):
         _commit(model, small, condition, make_tiny_latents(5))
     _commit(model, small, condition, x)  # nothing lies before it: four frames fit
@@ -335,7 +332,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
 
 def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
     model, x = make_tiny_model(), make_tiny_latents(2)
-    condition, cache = make_tiny_condition(model), model.new_cache(StreamPlan(2, 1, 4, 0), 2, (4, 6))
+    condition, cache = make_tiny_condition(model), model.new_cache(tiny_plan(2, 1, 4, 0), 2, (4, 6))
     _commit(model, cache, condition, x)
     _commit(model, cache, condition, x)
 
@@ -355,9 +352,9 @@ def test_a_commit_that_fails_half_way_leaves_no_readable_frame() -> None:
 def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(1)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    plain = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
+    plain = model.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6))
     with torch.inference_mode():
-        cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
+        cache = model.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6))
     for step in range(6):
         with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
             if step in (3, 4):
@@ -370,8 +367,8 @@ def test_ungraded_calls_under_inference_mode_and_no_grad_share_a_cache(rel) -> N
 def test_cache_keeps_the_type_of_the_matrix_products() -> None:
     model = make_tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6)).keys.dtype == torch.bfloat16
-    cache = model.cast(torch.bfloat16).new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6), spare_frames=2)
+        assert model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6)).keys.dtype == torch.bfloat16
+    cache = model.cast(torch.bfloat16).new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6), spare_frames=2)
     assert cache.keys.dtype == torch.bfloat16 and cache.device == torch.device("cpu")
     assert cache.keys.shape == (2, 2, 5, 6, 2, 16) and cache.size_bytes == 2 * 2 * cache.keys.numel()
     assert _commit(model, cache, make_tiny_condition(model), make_tiny_latents(2)).dtype == torch.float32

@@ -10,13 +10,13 @@ import pytest
 import torch
 from published_tensors import published_table
 from tiny_models import load_state, make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
+from tiny_plan import tiny_plan
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sizes import DiTConfig
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.config_json import config_from_json
 from longtake.weights.names import original_names, to_diffusers_key
@@ -128,9 +128,9 @@ def test_bidirectional_equals_oracle_and_one_block_without_window(i2v: bool, rel
     )
     with torch.no_grad():
         assert rel(model(x, sigma, condition), truth.velocity) < 1e-5
-        assert rel(model(x, sigma, condition, StreamPlan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
+        assert rel(model(x, sigma, condition, tiny_plan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
         for rope in ("absolute", "relative"):
-            cache = model.new_cache(StreamPlan(2, 1, None, 0, rope), 2, (4, 6), max_frames=5)
+            cache = model.new_cache(tiny_plan(2, 1, None, 0, rope), 2, (4, 6), max_frames=5)
             assert rel(Denoiser(model)(x, sigma, condition, cache, commit=True), truth.velocity) < 1e-5
         one_value = torch.tensor([0.25, 0.75])
         assert torch.equal(
@@ -143,7 +143,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3, batch=3)
     condition, sigma = make_tiny_condition(model, batch=3), torch.tensor([0.2, 0.5, 0.8])
     assert condition.image is not None and condition.frames is not None
-    plan = StreamPlan(2, 1)
+    plan = tiny_plan(2, 1)
     truth = oracle.run(
         model.state_dict(),
         x,
@@ -164,7 +164,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
             own = Condition(condition.text[row], condition.image[row], condition.frames[row])
             one = model(x[row], sigma[row], own, layout)
             assert one.shape == (1, *x.shape[1:]) and rel(one, truth.velocity[row]) < 1e-5
-            cache = model.new_cache(StreamPlan(2, 1, None, 0), 1, (4, 6), max_frames=3)
+            cache = model.new_cache(tiny_plan(2, 1, None, 0), 1, (4, 6), max_frames=3)
             streamed = [Denoiser(model)(x[row, s:e], sigma[row], own, cache, commit=True) for s, e in plan.blocks(0, 3)]
             assert rel(torch.cat(streamed, 1), truth.velocity[row]) < 1e-5
     with pytest.raises(ShapeError, match="batch first"):
@@ -239,7 +239,7 @@ def test_the_model_is_bare() -> None:
 def test_calls_that_do_not_fit_are_refused() -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    layout, cache = StreamPlan(2).causal_layout(3), model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
+    layout, cache = tiny_plan(2).causal_layout(3), model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))
     text, image, frames = condition.text, condition.image, condition.frames
     assert image is not None and frames is not None
     calls = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.models import execution
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,7 +16,7 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 def last_of_a_stream(model, rope, execution, device="cpu"):
     """The velocity of a noisy pass at a full window that has been evicted from."""
-    plan = StreamPlan(2, 1, 5, 1, rope)
+    plan = tiny_plan(2, 1, 5, 1, rope)
     condition, cache = make_tiny_condition(model).to(device), model.new_cache(plan, 2, (4, 6))
     with torch.no_grad():
         for number, frames in enumerate((1, 2, 2, 2)):

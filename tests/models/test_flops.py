@@ -1,11 +1,10 @@
 """Counted operations against what `FlopCounterMode` sees of the real model."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_lora import add_lora
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +12,6 @@ from longtake.config.groups import LoraConfig
 from longtake.models import flops
 from longtake.models.flops import Call, Work
 from longtake.models.lora import targets_of
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.weights.lora import Adapter, Base
@@ -21,7 +19,7 @@ from longtake.weights.presets import PRESETS
 
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 FRAMES, BATCH = 7, 2
-PLAN = StreamPlan(2)
+PLAN = tiny_plan(2)
 
 
 def counted(work):
@@ -52,7 +50,7 @@ def test_bidirectional_pass_and_its_backward(model):
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_masked_pass(model, rope):
     """The permitted pairs alone are computed, here counted one by one."""
-    layout = replace(PLAN, window_frames=4, sink_frames=0, rope=rope).teacher_forcing_layout(FRAMES)
+    layout = PLAN.but(window_frames=4, sink_frames=0, rope=rope).teacher_forcing_layout(FRAMES)
     call = call_of(model).masked(layout)
     assert call.entries == 2 * FRAMES and call.pairs < (call.entries * TOKENS) ** 2
     x, sigma = torch.cat([make_tiny_latents(FRAMES)] * 2, 1), torch.full((BATCH, 2 * FRAMES), 0.5)
@@ -60,7 +58,7 @@ def test_masked_pass(model, rope):
     assert ran == flops.forward(model.config, call).total
     pairs = 0
     for start, end in PLAN.blocks(0, FRAMES):
-        seen = end - start + len(replace(PLAN, window_frames=4, sink_frames=0).attended(start, end))
+        seen = end - start + len(PLAN.but(window_frames=4, sink_frames=0).attended(start, end))
         pairs += 2 * (end - start) * seen * TOKENS**2  # the clean half and the noisy half see equally much
     assert call.pairs == pairs
 
@@ -69,13 +67,13 @@ def test_masked_pass(model, rope):
 def test_a_cached_block_with_a_window(model, with_grad):
     """Past frames that fit the window, and the context's keys and values once without gradient."""
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1), BATCH, (HEIGHT, WIDTH))
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1), BATCH, (HEIGHT, WIDTH))
     first = call_of(model, 1)
     ran, _ = counted(lambda: commit_block(Denoiser(model), cache, condition, make_tiny_latents(1)))
     assert ran == flops.forward(model.config, first.cached(1, 0, with_context=True)).total
     commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
     commit_block(Denoiser(model), cache, condition, make_tiny_latents(2))
-    past = len(replace(PLAN, window_frames=5, sink_frames=1).attended(5, 7))
+    past = len(PLAN.but(window_frames=5, sink_frames=1).attended(5, 7))
     assert past == 3  # the sink, and two frames before
     call = first.cached(2, past, with_context=with_grad)
     noise = make_tiny_latents(2)
@@ -86,7 +84,7 @@ def test_a_cached_block_with_a_window(model, with_grad):
                 cache,
                 condition,
                 lambda step: noise,
-                replace(PLAN, sigmas=(1.0, 0.5)),
+                PLAN.but(sigmas=(1.0, 0.5)),
                 exit_step=1,
                 with_grad=with_grad,
             ).clean

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_plan import tiny_plan
 from tiny_sessions import make_generator, open_session, take
 from torch import nn
 
@@ -27,7 +28,6 @@ from longtake.models.fp8 import (
     plainly_multiplied,
     quantised,
 )
-from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.stream import LatentStream
@@ -150,7 +150,7 @@ def test_the_error_of_a_network(quantised_model):
 @pytest.mark.parametrize("rope", ["absolute", "relative"])
 def test_a_stream_equals_the_masked_pass(quantised_model, rope):
     """To what rounding can do: a number that falls on the other side of a step of e4m3 moves by an eighth of itself."""
-    plan, frames = StreamPlan(2, 1, 5, 1, rope), 9
+    plan, frames = tiny_plan(2, 1, 5, 1, rope), 9
     condition, clean = make_tiny_condition(quantised_model), make_tiny_latents(frames)
     cache, made = quantised_model.new_cache(plan, 2, (4, 6)), []
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_stream_equals_the_masked_pass(quantised_model, rope):
 
 
 def test_captured_passes_give_the_same_bits(quantised_model):
-    plan = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.5))
+    plan = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.5))
     condition = make_tiny_condition(quantised_model)
 
     def made(graphs):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_lora import ALPHA, RANK, adapted, adapter_of, add_lora, own, stir
+from tiny_plan import tiny_plan
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import factors, targets_of
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.convert import convert
@@ -110,17 +110,17 @@ def test_merged_equals_unmerged_in_every_use(tiny_model, tiny_condition, tiny_la
     save_dit(base.config, base.state_dict(), tmp_path / "base")
     model = stir(adapted(tiny_model(True)))
     merged = load_dit(tmp_path / "base", lora=written(model, tmp_path / "lora", Base("toy", "0")))
-    condition, layout = tiny_condition(base), StreamPlan(2, 1).causal_layout(3)
+    condition, layout = tiny_condition(base), tiny_plan(2, 1).causal_layout(3)
     assert rel(velocity(base, condition), velocity(merged, condition)) > 0.1
     assert rel(velocity(model, condition), velocity(merged, condition)) < 1e-6
     dense = [velocity(network, condition, layout) for network in (model, merged)]
     monkeypatch.setattr(attention, "make_mask", partial(attention.make_mask, flex=True))
-    layout = StreamPlan(2, 1).causal_layout(3)
+    layout = tiny_plan(2, 1).causal_layout(3)
     flex = [velocity(network, condition, layout) for network in (model, merged)]
     assert rel(*dense) < 1e-6 and rel(*flex) < 1e-6 and rel(dense[0], flex[0]) < 1e-5
     streams = []
     for network in (model, merged):
-        cache = network.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
+        cache = network.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6))
         x = tiny_latents(7)
         parts = [Denoiser(network)(x[:, :1], torch.zeros(2), condition, cache, commit=True)]
         for start in (1, 3, 5):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny_plan import tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 
@@ -39,7 +39,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
     found, counts = {}, {}
     for mode in MODES:
         model = parallelize(tiny_model(True), Mesh(), recompute=mode)
-        layout = StreamPlan(2, 1, 5, 1).causal_layout(5) if mask else None
+        layout = tiny_plan(2, 1, 5, 1).causal_layout(5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), layout).square().mean()
         counted = Counted()
@@ -59,7 +59,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
     """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
-    rules = StreamPlan(2, 1, 5, 1, rope, sigmas=(1.0, 0.5))
+    rules = tiny_plan(2, 1, 5, 1, rope, sigmas=(1.0, 0.5))
 
     def noise(start, end, step):
         generator = torch.Generator().manual_seed(100 * start + step)
@@ -79,7 +79,7 @@ def test_selective_still_pins_what_it_read(tiny_model, tiny_condition, tiny_late
     """Attention is kept, its inputs are not: an overwrite before backward is refused."""
     model = parallelize(tiny_model(True), Mesh(), recompute="selective")
     condition, sigma = tiny_condition(model), torch.zeros(2)
-    cache = model.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6))
+    cache = model.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6))
     for frames in (1, 2):
         with torch.no_grad():
             Denoiser(model)(tiny_latents(frames), sigma, condition, cache, commit=True)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from tiny_lora import adapter_of, add_lora, stir
+from tiny_plan import tiny_plan
 
 from longtake.models.lora import first_factors, inject_lora
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 
@@ -101,8 +101,8 @@ def test_kept_cross_attention_belongs_to_a_role(tiny_model, tiny_condition, tiny
     roles, own = make(tiny_model)
     condition, x = tiny_condition(own["teacher"]), tiny_latents(2)
     sigma = torch.tensor([0.9, 0.3])
-    cache = roles["generator"].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    cache = roles["generator"].new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
     with torch.no_grad():
         for name in ("generator", "critic", "teacher", "generator"):
-            wanted = Denoiser(own[name])(x, sigma, condition, own[name].new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)))
+            wanted = Denoiser(own[name])(x, sigma, condition, own[name].new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)))
             assert torch.equal(Denoiser(roles[name])(x, sigma, condition, cache), wanted)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import oracle
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
+from tiny_plan import tiny_plan
 from torch import Tensor
 
 from longtake.condition import Condition
@@ -59,7 +59,7 @@ def _stream(
 def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: bool, rel) -> None:
     # N.3 (keys and values layer by layer) and N.4 (teacher forcing), batch 2 with different captions.
     first, block, frames = sizes
-    plan, model = StreamPlan(block, first), make_tiny_model(i2v)
+    plan, model = tiny_plan(block, first), make_tiny_model(i2v)
     condition = make_tiny_condition(model)
     clean, noisy = make_tiny_latents(frames), make_tiny_latents(frames, seed=5)
     sigma, zero = _sigmas(2, frames), torch.zeros(2, frames)
@@ -67,7 +67,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
     truth = _oracle(model, clean, zero, condition, plan, **rule, noisy=noisy, noisy_sigma=sigma)
     assert truth.noisy is not None
 
-    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else frames)
+    cache = model.new_cache(tiny_plan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else frames)
     clean_out, noisy_out = _stream(model, cache, plan, condition, clean, noisy, sigma)
     assert rel(clean_out, truth.velocity) < 1e-5 and rel(noisy_out, truth.noisy) < 1e-5
     for layer in range(model.config.num_layers):
@@ -78,9 +78,9 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
     rules = {"rope": rope, "window_frames": window, "sink_frames": sink}
     with torch.no_grad():
-        full = model(clean, zero, condition, replace(plan, **rules).causal_layout(frames))
+        full = model(clean, zero, condition, plan.but(**rules).causal_layout(frames))
         both = torch.cat([clean, noisy], 1), torch.cat([zero, sigma], 1)
-        forced = model(*both, condition, replace(plan, **rules).teacher_forcing_layout(frames))
+        forced = model(*both, condition, plan.but(**rules).teacher_forcing_layout(frames))
     assert rel(full, truth.velocity) < 1e-5
     assert rel(forced, torch.cat([truth.velocity, truth.noisy], 1)) < 1e-5
     assert rel(clean_out, full) < 1e-5 and rel(noisy_out, forced[:, frames:]) < 1e-5
@@ -88,7 +88,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
 def test_the_comparison_above_can_fail(rel) -> None:
     # Window, sink, rope, caption, picture, y index and block plan each change the result far above the tolerance.
-    plan, model = StreamPlan(4, 1), make_tiny_model(True)
+    plan, model = tiny_plan(4, 1), make_tiny_model(True)
     condition, x, zero = make_tiny_condition(model), make_tiny_latents(17), torch.zeros(2, 17)
     assert condition.image is not None and condition.frames is not None
     rule = {"rope": "absolute", "window": 9, "sink": 1}
@@ -103,15 +103,15 @@ def test_the_comparison_above_can_fail(rel) -> None:
     ]
     for other in others:
         assert rel(_oracle(model, x, zero, other, plan, **rule).velocity, truth) > 1e-3
-    assert rel(_oracle(model, x, zero, condition, StreamPlan(2, 1), **rule).velocity, truth) > 1e-3
+    assert rel(_oracle(model, x, zero, condition, tiny_plan(2, 1), **rule).velocity, truth) > 1e-3
     assert rel(_oracle(model, x, zero + 0.05, condition, plan, **rule).velocity, truth) > 1e-3
 
 
 def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> None:
     # N.3 without the oracle: the keys that attention is handed in both paths.
-    plan, model = StreamPlan(4, 1), make_tiny_model()
+    plan, model = tiny_plan(4, 1), make_tiny_model()
     condition, x, zero = make_tiny_condition(model), make_tiny_latents(9), torch.zeros(2, 9)
-    cache = model.new_cache(StreamPlan(2, 1, None, 0, "absolute"), 2, (4, 6), max_frames=9)
+    cache = model.new_cache(tiny_plan(2, 1, None, 0, "absolute"), 2, (4, 6), max_frames=9)
     _stream(model, cache, plan, condition, x, torch.randn_like(x), zero)
     from longtake.models.attention import attend
 
@@ -131,9 +131,9 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
 @pytest.mark.parametrize("rope", ROPES)
 def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str, rel) -> None:
     # N.5, M-01, M-02: [1, 4, 4], sink 3; frames 1 and 2 lie in the sink and must end as clean keys.
-    plan, model = StreamPlan(4, 1), make_tiny_model(True)
+    plan, model = tiny_plan(4, 1), make_tiny_model(True)
     condition, x = make_tiny_condition(model), make_tiny_latents(9)
-    cache, counts = model.new_cache(StreamPlan(2, 1, 7, 3, rope), 2, (4, 6)), []
+    cache, counts = model.new_cache(tiny_plan(2, 1, 7, 3, rope), 2, (4, 6)), []
     from longtake.models.attention import attend
 
     def spy(q: Tensor, k: Tensor, v: Tensor, *, mask=None) -> Tensor:
@@ -155,10 +155,10 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
 
 def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
     # Repair (b): text and image keys and values are both kept, apart, at their own lengths, and used.
-    plan, model = StreamPlan(2, 1), make_tiny_model(True)
+    plan, model = tiny_plan(2, 1), make_tiny_model(True)
     condition, x, noisy = make_tiny_condition(model), make_tiny_latents(5), make_tiny_latents(5, seed=8)
     assert condition.image is not None
-    cache, sigma = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), _sigmas(2, 5)
+    cache, sigma = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)), _sigmas(2, 5)
     clean_out, noisy_out = _stream(model, cache, plan, condition, x, noisy, sigma)
     assert cache.has_cross(model, condition)
     for layer in range(model.config.num_layers):
@@ -206,10 +206,10 @@ def _noise(plan: StreamPlan, blocks: int) -> list[Tensor]:
 @pytest.mark.parametrize("rope", ROPES)
 def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpointing: bool) -> None:
     # N.6, M-03.
-    plan, model = StreamPlan(2, 1), make_tiny_model(True)
+    plan, model = tiny_plan(2, 1), make_tiny_model(True)
     model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, 4)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=6)
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=6)
     outputs = list(_roll_out(model, cache, plan, noise, condition))
     assert not cache.keys.requires_grad and not cache.values.requires_grad
     for j, output in enumerate(outputs):
@@ -226,10 +226,10 @@ def test_no_gradient_crosses_blocks_and_conditions_get_theirs(rope: str, checkpo
 
 
 def _gradients(rope: str, checkpointing: bool, spare: int, blocks: int = 5) -> dict[str, Tensor]:
-    plan, model = StreamPlan(2, 1), make_tiny_model(True)
+    plan, model = tiny_plan(2, 1), make_tiny_model(True)
     model = model.executed(Execution(recompute=checkpointing))
     condition, noise = make_tiny_condition(model), _noise(plan, blocks)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=spare)
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1, rope), 2, (4, 6), spare_frames=spare)
     loss = sum(((i + 1) * out.square().sum() for i, out in enumerate(_roll_out(model, cache, plan, noise, condition))))
     assert isinstance(loss, Tensor)
     loss.backward()
@@ -261,7 +261,7 @@ def test_fewest_spare_frames_that_work() -> None:
 def _pending(model: VideoDiT) -> tuple[KVCache, Condition, Tensor]:
     """A cache whose oldest frame is read by the pending backward of `output` and claimed by the next commit but one."""
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, 3, 0), 2, (4, 6))
+    cache = model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))
     zero, x = torch.zeros(2), make_tiny_latents(1)
     with torch.no_grad():
         for _ in range(3):

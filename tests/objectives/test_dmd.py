@@ -8,11 +8,12 @@ import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 from tiny_objectives import parts_of
+from tiny_plan import tiny_plan
 
 from longtake.errors import TrainingError
 from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig, dmd_gradient, dmd_loss
 from longtake.parallel.mesh import Mesh
-from longtake.plan import StreamPlan, warp
+from longtake.plan import warp
 from longtake.rng import KeyedRNG
 from longtake.train.loop import nonfinite
 
@@ -45,7 +46,7 @@ def watched(dmd, monkeypatch):
 @pytest.mark.parametrize("i2v", [True, False])
 def test_gradient_is_the_finite_formula(i2v, monkeypatch):
     """N.11, recomputed in float64 from what the networks were given and gave; frame 0 of I2V has no gradient."""
-    rules = RULES if i2v else StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
+    rules = RULES if i2v else tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
     dmd = make_dmd(i2v, rules)
     calls, made = watched(dmd, monkeypatch)
     batch = make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)

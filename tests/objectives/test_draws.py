@@ -7,15 +7,15 @@ from test_long_tuning import make_long
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_model
 from tiny_objectives import parts_of, teacher_forcing
+from tiny_plan import tiny_plan
 
 from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.teacher_forcing import ErrorRecycling
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 
 # Every block has a context of its own noise, and blocks of one frame leave no number between those of two blocks.
-NOISY = StreamPlan(1, 1, 5, 1, sigmas=(1.0, 0.9, 0.5), later_sigmas=(1.0, 0.6), context="last_step")
+NOISY = tiny_plan(1, 1, 5, 1, sigmas=(1.0, 0.9, 0.5), later_sigmas=(1.0, 0.6), context="last_step")
 PLANS = {"clean": RULES, "noisy": NOISY}
 
 

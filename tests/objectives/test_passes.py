@@ -7,6 +7,7 @@ from tiny_batches import make_batch
 from tiny_codec import TinyCodec
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
 from tiny_objectives import parts_of, teacher_forcing
+from tiny_plan import tiny_plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -19,7 +20,6 @@ from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.long_tuning import LongTuning, LongTuningConfig
 from longtake.objectives.teacher_forcing import ErrorRecycling
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.train.throughput import clip_call
 
@@ -36,14 +36,14 @@ LAWS = {
 
 def options_of(i2v=True, law="pass"):
     """The tiny sizes: latents of 4x6, 7 frames in blocks [1, 2, 2, 2] (or 6 in [2, 2, 2])."""
-    plan = StreamPlan(2, 1, 5, 1, sigmas=SIGMAS) if i2v else StreamPlan(2, 2, 4, 0, sigmas=SIGMAS)
-    return {"plan": replace(plan, **LAWS[law]), "num_frames": 7 if i2v else 6}
+    plan = tiny_plan(2, 1, 5, 1, sigmas=SIGMAS) if i2v else tiny_plan(2, 2, 4, 0, sigmas=SIGMAS)
+    return {"plan": plan.but(**LAWS[law]), "num_frames": 7 if i2v else 6}
 
 
 def clips_of(objective, batch=2):
     parts = objective.parts
     networks = {"generator": parts.student.model, **parts.trained, **parts.frozen}
-    shape = VideoShape(8 * HEIGHT, 8 * WIDTH, parts.num_frames)
+    shape = VideoShape(height=8 * HEIGHT, width=8 * WIDTH, num_latent_frames=parts.num_frames)
     return {name: clip_call(shape, network.config, batch, IMAGE_TOKENS) for name, network in networks.items()}
 
 
@@ -169,11 +169,16 @@ def test_the_teacher_is_called_once_where_there_is_no_guidance(guidance, times):
 @pytest.mark.parametrize("patch", [(1, 4, 2), (1, 2, 3), (1, 1, 1)])
 def test_the_tokens_of_a_clip_are_its_patches(patch):
     network = replace(make_tiny_model(i2v=True).config, patch_size=patch)
-    call = clip_call(VideoShape(8 * HEIGHT, 8 * WIDTH, 7), network, 2, IMAGE_TOKENS)
+    call = clip_call(VideoShape(height=8 * HEIGHT, width=8 * WIDTH, num_latent_frames=7), network, 2, IMAGE_TOKENS)
     assert call.tokens == (HEIGHT // patch[1]) * (WIDTH // patch[2]) and call.all_tokens == 2 * 7 * call.tokens
     assert call.pairs == (7 * call.tokens) ** 2 and call.image_tokens == IMAGE_TOKENS
     text_alone = make_tiny_model(i2v=False).config
-    assert clip_call(VideoShape(8 * HEIGHT, 8 * WIDTH, 7), text_alone, 2, IMAGE_TOKENS).image_tokens == 0
+    assert (
+        clip_call(
+            VideoShape(height=8 * HEIGHT, width=8 * WIDTH, num_latent_frames=7), text_alone, 2, IMAGE_TOKENS
+        ).image_tokens
+        == 0
+    )
 
 
 def test_long_tuning_goes_on_where_the_chunk_before_ended():

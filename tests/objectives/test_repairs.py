@@ -11,10 +11,10 @@ from test_dmd import make_dmd, watched
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from tiny_objectives import teacher_forcing
+from tiny_plan import tiny_plan
 from toy_assets import random_encoders
 
 from longtake.condition import Condition
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
 
@@ -150,7 +150,7 @@ def test_breaking_each_condition_changes_the_velocity(way):
         if way == "masked":
             layout = RULES.causal_layout(5)
             return model(torch.cat([picture, x], 1), sigma, condition, layout)[:, 1:]
-        cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+        cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
         with torch.no_grad():
             Denoiser(model)(picture, torch.zeros(2), condition, cache, commit=True)
         with torch.set_grad_enabled(way == "with_grad"):

@@ -1,17 +1,15 @@
 """Teacher forcing: the picture is clean and outside the loss, and each block sees what its cache would hold (N.4)."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
 from tiny_models import make_tiny_model
 from tiny_objectives import teacher_forcing
+from tiny_plan import tiny_plan
 
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
 from longtake.objectives.teacher_forcing import ErrorRecycling
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.rollout.self_forcing import recycle, roll_out
@@ -47,7 +45,7 @@ def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypa
 @pytest.mark.parametrize("recycled", [False, True])
 def test_the_context_has_the_level_that_the_student_stores(recycled, monkeypatch):
     """The picture and the first block clean, later ones at the last level of theirs; by noise of its own."""
-    model, rules = make_tiny_model(i2v=True), replace(RULES, context="last_step", later_sigmas=(1.0, 0.6))
+    model, rules = make_tiny_model(i2v=True), RULES.but(context="last_step", later_sigmas=(1.0, 0.6))
     batch, calls = make_batch(model, [4, 9], 7), record(model, monkeypatch)
     causal = objective(model, rules, recycling=OWN if recycled else None)
     causal.loss("generator", batch, 5)
@@ -68,7 +66,7 @@ def test_the_context_has_the_level_that_the_student_stores(recycled, monkeypatch
 
 def test_text_to_video_scores_every_frame(monkeypatch):
     model = make_tiny_model()
-    rules = StreamPlan(2, 2, 4, 2, sigmas=RULES.sigmas)
+    rules = tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     assert (call["sigma"][:, 6:] > 0).all()
@@ -91,11 +89,11 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     """N.4, for [1, n, n, ...] with 36-channel conditions and for [n, n, ...], with and without eviction."""
     model = make_tiny_model(i2v=i2v)
     first = 1 if i2v else 2
-    rules = StreamPlan(2, first, window, 0 if not i2v else sink, rope, sigmas=RULES.sigmas)
+    rules = tiny_plan(2, first, window, 0 if not i2v else sink, rope, sigmas=RULES.sigmas)
     frames = 9 if i2v else 8
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=frames)
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
-    cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
+    cache = model.new_cache(tiny_plan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
     errors = []
     for start, end in rules.blocks(0, frames):
         at = slice(frames + start, frames + end)
@@ -158,7 +156,7 @@ def test_error_recycling_is_the_context_and_the_real_video_the_target(monkeypatc
 def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(window):
     """By hand, without the code of roll-outs: one block from step 1 and one from step 2, each after the ones before."""
     model = make_tiny_model(i2v=True)
-    rules = StreamPlan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5), given_frames=1)
+    rules = tiny_plan(2, 1, window, 0 if window is None else 1, sigmas=(1.0, 0.8, 0.5), given_frames=1)
     batch = make_batch(model, [4, 9], 7)
     clean, condition = batch.latents, batch.condition
 
@@ -168,7 +166,7 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
 
     made = recycle(Denoiser(model), condition, clean, noise, rules, [0, 1, 2, 0])
     with torch.no_grad():
-        cache = model.new_cache(StreamPlan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
+        cache = model.new_cache(tiny_plan(2, 1, window, rules.sink_frames), 2, (4, 6), max_frames=7)
         commit_block(Denoiser(model), cache, condition, clean[:, :1])
         for (start, end), first in (((1, 3), 1), ((3, 5), 2)):
             x = clean[:, start:end]
@@ -183,7 +181,7 @@ def test_the_own_version_is_what_denoising_from_those_levels_after_it_gives(wind
 
 @pytest.mark.parametrize("law", [{}, {"context": "last_step", "later_sigmas": (1.0, 0.6)}, {"context_sigma": 0.3}])
 def test_from_noise_alone_the_own_version_is_a_roll_out(law):
-    rules = replace(RULES, given_frames=1, **law)
+    rules = RULES.but(given_frames=1, **law)
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4, 9], 7)
 
@@ -212,7 +210,7 @@ def test_shares_and_first_steps_are_the_same_for_all_samples_and_keep_their_numb
 @pytest.mark.parametrize("i2v", [True, False])
 def test_the_first_generated_block_of_error_recycling_never_begins_from_noise_alone(i2v, monkeypatch):
     model = make_tiny_model(i2v=i2v)
-    rules = RULES if i2v else StreamPlan(2, 2, 4, 0, sigmas=RULES.sigmas)
+    rules = RULES if i2v else tiny_plan(2, 2, 4, 0, sigmas=RULES.sigmas)
     causal, calls, begun = objective(model, rules, recycling=OWN), record(model, monkeypatch), []
     batch = make_batch(model, [4], 7 if i2v else 6)
     for step in range(12):

@@ -10,21 +10,20 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_plan import tiny_plan
 
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, _Passes, forget_all
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 from longtake.rollout.stream import LatentStream
 
-RULES = StreamPlan(2, 1, 5, 1, sigmas=(1.0, 0.8, 0.5))
+RULES = tiny_plan(2, 1, 5, 1, sigmas=(1.0, 0.8, 0.5))
 
 
 def noise(start, end, step, batch=2):
@@ -53,7 +52,7 @@ def test_a_replayed_stream_equals_the_one_that_python_runs(i2v, rope):
     model = make_tiny_model(i2v)
     denoiser = Denoiser(model)
     condition, other = make_tiny_condition(model), make_tiny_condition(model, seed=8)
-    rules = replace(RULES, window_frames=5, sink_frames=1, rope=rope, sigmas=RULES.sigmas)
+    rules = RULES.but(window_frames=5, sink_frames=1, rope=rope, sigmas=RULES.sigmas)
     expected = unrolled(denoiser, condition, rules=rules, change=other)
     tape = Tape()
     denoiser.graphs = CUDAGraphRunner(tape)
@@ -99,8 +98,8 @@ def test_every_pass_of_a_roll_out_is_replayed_in_the_end(i2v, together):
     model, tape = make_tiny_model(i2v=i2v), Tape()
     denoiser = Denoiser(model, graphs=CUDAGraphRunner(tape), batched_exit_backward=together)
     condition = make_tiny_condition(model)
-    plan = StreamPlan(2, 1 if i2v else 2)
-    rules = replace(plan, window_frames=6, sink_frames=2, sigmas=RULES.sigmas)
+    plan = tiny_plan(2, 1 if i2v else 2)
+    rules = plan.but(window_frames=6, sink_frames=2, sigmas=RULES.sigmas)
 
     def passes(condition):
         before = tape.replayed
@@ -244,6 +243,7 @@ def test_streams_of_several_threads_do_not_mix():
 OTHER_DEVICE = """
 import torch
 from longtake.rollout.cuda_graphs import CUDAGraphCapture
+from tiny_plan import tiny_plan
 
 wait = torch.cuda.synchronize
 x = torch.ones(4, device="cuda:0")
@@ -292,7 +292,7 @@ def test_cuda_graphs_give_the_same_latents(bf16, request):
 
     def run():
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+            cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
             running = LatentStream(denoiser, cache, condition, make_tiny_latents(1).cuda(), on_gpu, RULES)
             made = torch.cat([running.next() for _ in range(9)], 1)
         return made, cache
@@ -330,7 +330,7 @@ def test_three_threads_of_streams_equal_one_after_the_other(own_streams, uncompi
         stream = torch.cuda.Stream() if own_streams else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(stream):
-            cache, first = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), make_tiny_latents(1, seed=number).cuda()
+            cache, first = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)), make_tiny_latents(1, seed=number).cuda()
             running = LatentStream(denoiser, cache, conditions[number], first, lambda s, e, k: noises[s, k], RULES)
             made = []
             for block in range(60):

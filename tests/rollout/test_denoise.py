@@ -1,19 +1,17 @@
 """One block against a cache: which calls are made, at which levels, and where gradient flows."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.errors import CacheError
 from longtake.flow.path import add_noise
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block, denoise_block
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
-RULES = StreamPlan(2, 1, 5, 1, sigmas=SIGMAS)
+RULES = tiny_plan(2, 1, 5, 1, sigmas=SIGMAS)
 
 
 def noise_of(frames, batch=2):
@@ -24,7 +22,7 @@ def noise_of(frames, batch=2):
 def scene():
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
     commit_block(Denoiser(model), cache, condition, make_tiny_latents(1))
     return model, cache, condition
 
@@ -103,12 +101,12 @@ def test_the_context_pass_is_at_sigma_zero_without_gradient(scene, monkeypatch):
 def test_both_sides_of_guidance_are_denoised_and_committed_alike(scene, monkeypatch):
     """Each with its condition and its cache; the context of both is the guided block at sigma 0."""
     model, cache, condition = scene
-    other, twin = make_tiny_condition(model, seed=9), model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6))
+    other, twin = make_tiny_condition(model, seed=9), model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
     commit_block(Denoiser(model), twin, other, make_tiny_latents(1))
     calls = record(model, monkeypatch)
     guidance = Guidance(3.0, other, twin)
     clean = denoise_block(
-        Denoiser(model), cache, condition, noise_of(2), replace(RULES, sigmas=(1.0,)), guidance=guidance
+        Denoiser(model), cache, condition, noise_of(2), RULES.but(sigmas=(1.0,)), guidance=guidance
     ).clean
     with_text, without = (call["out"] for call in calls)
     torch.testing.assert_close(clean, noise_of(2)(0) - (without + 3.0 * (with_text - without)))

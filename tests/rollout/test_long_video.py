@@ -1,6 +1,5 @@
 """Videos that go on over many steps: the same stream as at inference, and the right window for teacher and critic."""
 
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 from tiny_batches import RULES
 from tiny_codec import STRIDE, TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, randomize, relative_error
+from tiny_plan import tiny_plan
 
 from longtake.errors import ConfigError
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_video import LongStream, Switch
@@ -20,7 +19,7 @@ from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents
 
 HORIZON = 7
-T2V = StreamPlan(2, 2, 6, 2, sigmas=RULES.sigmas)
+T2V = tiny_plan(2, 2, 6, 2, sigmas=RULES.sigmas)
 
 
 def noise(start, end, step):
@@ -57,7 +56,7 @@ def latents_of(windows, ends, horizon):
 @pytest.mark.parametrize("i2v", [True, False])
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_it_is_the_stream_of_inference(i2v, rope):
-    rules = replace(RULES if i2v else T2V, rope=rope)
+    rules = (RULES if i2v else T2V).but(rope=rope)
     stream, model, condition, first, _ = make(i2v, rules=rules)
     ends = [7, 13, 17, 23] if i2v else [6, 10, 12, 16]
     windows = [stream.advance(end, noise) for end in ends]

@@ -1,23 +1,21 @@
 """The cache after a change of condition: as if the kept frames had been streamed under the new one (N.12, M-04, M-05)."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.errors import CacheError, ConfigError
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 
-PLAN = StreamPlan(2, 1)
+PLAN = tiny_plan(2, 1)
 
 
 def streamed(model, condition, latents, window, sink, rope="relative"):
     """A cache that saw `latents` block by block."""
-    cache = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
+    cache = model.new_cache(tiny_plan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, latents.shape[1]):
         commit_block(Denoiser(model), cache, condition, latents[:, start:end])
     return cache
@@ -26,7 +24,7 @@ def streamed(model, condition, latents, window, sink, rope="relative"):
 def kept_of(latents, window, sink, together=1, **law):
     """Kept latents, given `together` blocks at a time."""
     kept, blocks = (
-        LatentHistory(replace(PLAN, window_frames=window, sink_frames=sink, **law)),
+        LatentHistory(PLAN.but(window_frames=window, sink_frames=sink, **law)),
         list(PLAN.blocks(0, latents.shape[1])),
     )
     for k in range(0, len(blocks), together):
@@ -40,7 +38,7 @@ def next_block(model, cache, condition):
         cache,
         condition,
         lambda step: make_tiny_latents(2, seed=50 + step),
-        replace(PLAN, sigmas=[1.0, 0.5]),
+        PLAN.but(sigmas=[1.0, 0.5]),
     ).clean
 
 
@@ -71,7 +69,7 @@ def test_rebuilt_equals_a_fresh_cache_fed_the_kept_frames(rope, total, window, s
     assert [f for start, block in kept.blocks() for f in range(start, start + block.shape[1])] == expected
     recache(Denoiser(model), cache, new, kept)
     # The oracle of the specification: a fresh cache, sink frames, then the last window - sink frames.
-    fresh = model.new_cache(StreamPlan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
+    fresh = model.new_cache(tiny_plan(2, 1, window, sink, rope), 2, (4, 6), max_frames=None if window else 64)
     for start, end in PLAN.blocks(0, total):
         if start in expected:
             fresh.position = start
@@ -133,7 +131,7 @@ def test_beside_a_kept_sink_nothing_that_the_old_prompt_made_is_seen(spare, comm
     model = make_tiny_model(i2v=True)
     old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
     latents = make_tiny_latents(13)
-    cache, fresh = (model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
+    cache, fresh = (model.new_cache(tiny_plan(2, 1, 7, 3), 2, (4, 6), spare_frames=spare) for _ in range(2))
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
     recache(Denoiser(model), cache, new, kept_of(latents, 7, 3, keep_sink=True))
@@ -151,7 +149,7 @@ def test_a_kept_sink_is_filled_where_the_stream_has_not_filled_it(committed):
     model = make_tiny_model(i2v=True)
     old, new = make_tiny_condition(model, seed=1), make_tiny_condition(model, seed=9)
     latents = make_tiny_latents(5)
-    cache = model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6))
+    cache = model.new_cache(tiny_plan(2, 1, 7, 3), 2, (4, 6))
     for start, end in PLAN.blocks(0, committed):
         commit_block(Denoiser(model), cache, old, latents[:, start:end])
     before = {f: pair[0].clone() for f, pair in frames(cache).items()}

@@ -1,15 +1,13 @@
 """The packed replay: the same exit steps as the roll-out's, and the gradient of brute force, context included."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from oracle import run
 from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.flow.path import clean_from_velocity
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.replay import packed_replay, recompute_on_backward
@@ -26,7 +24,7 @@ def problem(i2v, rope, frames):
     """A tiny model, its condition, and latents as a roll-out would leave them."""
     model = make_tiny_model(i2v=i2v)
     condition = make_tiny_condition(model, num_frames=frames)
-    rules = StreamPlan(2, 1 if i2v else 2, 5 if i2v else 6, 1 if i2v else 2, rope, sigmas=SIGMAS)
+    rules = tiny_plan(2, 1 if i2v else 2, 5 if i2v else 6, 1 if i2v else 2, rope, sigmas=SIGMAS)
     sigma = torch.full((2, frames), 0.75)
     sigma[:, : int(i2v)] = 0.0
     clean, noisy = make_tiny_latents(frames, seed=3), make_tiny_latents(frames, seed=4)
@@ -50,7 +48,7 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
     model.double()
     weight = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     weight[:, : int(i2v)] = 0
-    rules = replace(rules, context=context, given_frames=int(i2v))
+    rules = rules.but(context=context, given_frames=int(i2v))
     stored = torch.tensor(rules.context_levels(frames)).expand(2, -1)
     assert stored.any() == (context == "last_step")
     mine = packed_replay(model, condition, clean, stored, noisy, sigma, layout_of(rules, frames))
@@ -84,7 +82,7 @@ def test_gradients_are_those_of_brute_force_autograd_through_the_cache(i2v, rope
 def test_the_exit_steps_of_a_roll_out_are_made_again(law, monkeypatch):
     """Also where the context is what the last step saw."""
     model, condition, rules, *_ = problem(True, "relative", 9)
-    rules = replace(rules, **law)
+    rules = rules.but(**law)
     calls = record(model, monkeypatch)
 
     def noise(start, end, step):

@@ -1,6 +1,5 @@
 """The rules of a student (specification T): levels by block, context by the last step or at a level, laws of re-caching."""
 
-from dataclasses import replace
 from itertools import islice
 
 import oracle
@@ -10,11 +9,11 @@ from tape import Tape
 from tiny_batches import record
 from tiny_codec import TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_plan import tiny_plan
 
 from longtake.errors import ConfigError
 from longtake.flow.path import add_noise
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block
@@ -25,7 +24,7 @@ from longtake.rollout.stream import LatentStream, stream_latents, stream_switche
 
 SIZE, FOUR, TWO = (4, 6), (1.0, 0.9, 0.75, 0.5), (1.0, 0.6)
 # Blocks [1, 2, 2, ...] of image-to-video, [2, 2, ...] of text-to-video
-I2V, T2V = StreamPlan(2, 1, 5, 1, sigmas=FOUR), StreamPlan(2, 2, 6, 2, sigmas=FOUR)
+I2V, T2V = tiny_plan(2, 1, 5, 1, sigmas=FOUR), tiny_plan(2, 2, 6, 2, sigmas=FOUR)
 LAST = {"context": "last_step"}
 LAWS = {
     "last step": LAST,
@@ -48,7 +47,7 @@ def scene(i2v=True, **changes):
 
 
 def plan_of(i2v, law="last step", **changes):
-    return replace(I2V if i2v else T2V, **LAWS[law], **changes)
+    return (I2V if i2v else T2V).but(**LAWS[law], **changes)
 
 
 def unroll(model, condition, picture, frames, plan, monkeypatch, batched=False, **options):
@@ -77,7 +76,7 @@ def test_blocks_are_counted_from_the_first_generated_one(i2v):
     assert levels[-3:] == [FOUR, TWO, TWO] and itself[-3:] == [False, True, True]
     assert [plan.context_level(start) for start in starts][-3:] == [0.0, 0.6, 0.6]
     assert plan.context_levels(7 if i2v else 6) == [0.0] * (3 if i2v else 2) + [0.6] * 4
-    noisy = replace(plan, context="pass", context_sigma=0.2)
+    noisy = plan.but(context="pass", context_sigma=0.2)
     assert noisy.context_levels(7 if i2v else 6) == ([0.0] if i2v else []) + [0.2] * 6
     assert plan.with_given(plan.given_frames) is plan
 
@@ -85,12 +84,12 @@ def test_blocks_are_counted_from_the_first_generated_one(i2v):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": "append"}, "context='append' is not known; use 'pass' or 'last_step'"),
-        ({"recache": "recompute"}, "recache='recompute' is not known; use 'rebuild' or 'last_window' or 'none'"),
+        ({"context": "append"}, "context: got 'append'; must be 'pass' or 'last_step'"),
+        ({"recache": "recompute"}, "recache: got 'recompute'; must be 'rebuild', 'last_window' or 'none'"),
         ({"commit_role": "memory"}, "commit_role='memory' is not implemented"),
         ({"sink_law": "ema"}, "sink_law='ema' is not implemented"),
-        ({"context_sigma": 1.0}, "must be in \\[0, 1\\)"),
-        ({"context_from": -1}, "at least 0"),
+        ({"context_sigma": 1.0}, "context_sigma: got 1.0; must be less than 1"),
+        ({"context_from": -1}, "context_from: got -1; must be greater than or equal to 0"),
         ({"later_sigmas": (1.0, 0.9, 0.8, 0.7, 0.6)}, "no more than that"),
         ({"later_sigmas": ()}, "at least one"),
         ({**LAST, "sigmas": (1.0,)}, "one noise level that is noise alone"),
@@ -102,7 +101,7 @@ def test_blocks_are_counted_from_the_first_generated_one(i2v):
 )
 def test_what_is_not_implemented_or_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        replace(I2V, **changes)
+        I2V.but(**changes)
 
 
 # ---- what is called, and how often -------------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ def test_last_window_rebuilds_the_window_in_one_call_beside_the_old_sink():
     """LongLive: all frames of the call see each other, those of the sink stay as the old prompt made them."""
     model, condition, _ = scene()
     old = make_tiny_condition(model, seed=9)
-    plan = replace(I2V, window_frames=7, sink_frames=3, keep_sink=True, recache="last_window", given_frames=1)
+    plan = I2V.but(window_frames=7, sink_frames=3, keep_sink=True, recache="last_window", given_frames=1)
     latents = make_tiny_latents(11)
     cache = filled(model, plan, old, latents)
     sink = [t.clone() for t in cache.stored([0, 1, 2])]
@@ -410,7 +409,7 @@ def test_last_window_rebuilds_the_window_in_one_call_beside_the_old_sink():
     changed[:, 10] += 1
     for law, moves in (("last_window", True), ("rebuild", False)):
         twin = filled(model, plan, old, latents)
-        one = replace(plan, recache=law)
+        one = plan.but(recache=law)
         recache(Denoiser(model), twin, condition, history(one, latents))
         before = twin.stored([7])[0][1].clone()
         recache(Denoiser(model), twin, condition, history(one, changed))
@@ -421,7 +420,7 @@ def test_last_window_rebuilds_the_window_in_one_call_beside_the_old_sink():
 def test_last_window_takes_all_frames_while_the_window_is_not_full(total):
     """In one call, the sink too, against brute force in float64."""
     model, condition, _ = scene()
-    plan = replace(I2V, window_frames=7, sink_frames=3, keep_sink=True, recache="last_window", given_frames=1)
+    plan = I2V.but(window_frames=7, sink_frames=3, keep_sink=True, recache="last_window", given_frames=1)
     latents = make_tiny_latents(total)
     cache = filled(model, plan, make_tiny_condition(model, seed=9), latents)
     recache(Denoiser(model), cache, condition, history(plan, latents))
@@ -447,7 +446,7 @@ def test_last_window_takes_all_frames_while_the_window_is_not_full(total):
 @pytest.mark.parametrize("guided", [False, True])
 def test_without_a_recache_old_keys_and_values_stay_and_the_latest_block_is_stored_under_the_old_prompt(guided):
     model, condition, picture = scene()
-    plan = replace(I2V, recache="none")
+    plan = I2V.but(recache="none")
     new, empty, none = (make_tiny_condition(model, seed=seed) for seed in (9, 4, 8))
     caches = [model.new_cache(plan, 2, SIZE) for _ in range(2)]
     guidance = Guidance(2.0, empty, caches[1]) if guided else None

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_batches import record
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.condition import pixel_frames
 from longtake.errors import CacheError, ConfigError
 from longtake.models.execution import Execution
-from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, denoise_block
 from longtake.rollout.self_forcing import roll_out
@@ -21,7 +21,7 @@ SIZE = (4, 6)
 
 
 def rules(first=1, window=5, sink=1, rope="relative", sigmas=SIGMAS):
-    return StreamPlan(2, first, window, sink, rope, sigmas=sigmas)
+    return tiny_plan(2, first, window, sink, rope, sigmas=sigmas)
 
 
 def noise_at(start, end, step):
@@ -182,7 +182,7 @@ def test_what_blocks_read_together_is_kept_until_backward():
     """A cache that would lose it refuses; afterwards it may be lost, and is when the roll-out is dropped."""
     model, condition, picture = scene()
     denoiser = Denoiser(model, batched_exit_backward=True)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, SIZE)
     sigma, block = torch.full((2,), 0.5), make_tiny_latents(2)
 
     def commit():
@@ -256,7 +256,7 @@ def test_streaming_text_to_video_equals_its_roll_out():
 def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypatch):
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
-    cache = model.new_cache(StreamPlan(2, 1, 5, 1), 2, SIZE)
+    cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, SIZE)
     blocks = stream_latents(Denoiser(model), cache, condition, picture, noise_at, rules())
     assert torch.equal(next(blocks), picture) and calls == []
     next(blocks)

@@ -1,22 +1,21 @@
 """A stream of latents far from its beginning: nothing ends, and positions mean what they meant."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_plan import tiny_plan
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from longtake.errors import CacheError
 from longtake.models.cache import KVCache
-from longtake.plan import StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser, Guidance, commit_block
 from longtake.rollout.stream import LatentStream, stream_switched
 
-PLAN = StreamPlan(2, 1)
+PLAN = tiny_plan(2, 1)
 
 
 def stream_from(model, condition, frame, rules, sink):
@@ -44,7 +43,7 @@ def test_far_frames_equal_near_ones(rope, sink, far):
     """Past the end of `y` a block depends on what it sees alone; absolute positions but for their rounding."""
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model, num_frames=7)
-    rules = replace(PLAN, window_frames=4 + 2 + sink, sink_frames=sink, rope=rope, sigmas=[1.0, 0.5])
+    rules = PLAN.but(window_frames=4 + 2 + sink, sink_frames=sink, rope=rope, sigmas=[1.0, 0.5])
     near_by, far_away = (stream_from(model, condition, frame, rules, sink) for frame in (13, far))
     other = make_tiny_condition(model, num_frames=7, seed=9)
     for block in range(6):
@@ -60,7 +59,7 @@ def test_far_frames_equal_near_ones(rope, sink, far):
 def test_absolute_positions_with_a_sink_stay_finite_for_ever():
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    rules = replace(PLAN, window_frames=7, sink_frames=1, rope="absolute", sigmas=[1.0, 0.5])
+    rules = PLAN.but(window_frames=7, sink_frames=1, rope="absolute", sigmas=[1.0, 0.5])
     stream = stream_from(model, condition, 10**6 + 1, rules, sink=1)
     assert all(torch.isfinite(stream.next()).all() for _ in range(3))
     assert stream.cache.held_frames[0] == 0
@@ -108,13 +107,13 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
     denoiser = Denoiser(make_tiny_model(i2v=True))
     model = denoiser.model
     one, other, empty, none = (make_tiny_condition(model, seed=seed) for seed in range(1, 5))
-    rules = replace(PLAN, window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5], context=context)
+    rules = PLAN.but(window_frames=7, sink_frames=3, keep_sink=keep_sink, sigmas=[1.0, 0.5], context=context)
 
     def noise(start, end, step):
         return make_tiny_latents(end - start, seed=start + 50 * step)
 
     def begun():
-        caches = [model.new_cache(StreamPlan(2, 1, 7, 3), 2, (4, 6)) for _ in range(2)]
+        caches = [model.new_cache(tiny_plan(2, 1, 7, 3), 2, (4, 6)) for _ in range(2)]
         guidance = Guidance(2.0, empty, caches[1]) if guided else None
         stream = LatentStream(denoiser, caches[0], one, make_tiny_latents(1), noise, rules, guidance=guidance)
         for _ in range(2 if recorded else 4):
@@ -154,10 +153,10 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
 def test_a_switched_stream_goes_on_after_an_interruption(recache):
     model = make_tiny_model(i2v=True)
     conditions = [make_tiny_condition(model, seed=seed) for seed in (1, 2, 3)]
-    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5], recache=recache)
+    rules = PLAN.but(window_frames=5, sink_frames=1, sigmas=[1.0, 0.5], recache=recache)
 
     def made(number):
-        cache, latents = model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)), []
+        cache, latents = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)), []
         stream = stream_switched(
             Denoiser(model),
             cache,
@@ -184,7 +183,7 @@ def test_a_hole_in_the_cache_is_an_error(window):
     """Whoever moves a cache past frames that it does not hold, or back to where some were overwritten, is told."""
     model = make_tiny_model(i2v=True)
     condition, sink = make_tiny_condition(model), 1 if window else 0
-    cache = model.new_cache(StreamPlan(2, 1, window, sink), 2, (4, 6), max_frames=None if window else 32)
+    cache = model.new_cache(tiny_plan(2, 1, window, sink), 2, (4, 6), max_frames=None if window else 32)
     latents = make_tiny_latents(13)
     for start, end in PLAN.blocks(0, 13):
         commit_block(Denoiser(model), cache, condition, latents[:, start:end])
@@ -202,8 +201,8 @@ def test_a_hole_in_the_cache_is_an_error(window):
 
 
 def new_stream(model, condition, guided=False, spare_frames=6):
-    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
-    caches = [model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6), spare_frames=spare_frames) for _ in range(2)]
+    rules = PLAN.but(window_frames=5, sink_frames=1, sigmas=[1.0, 0.5])
+    caches = [model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6), spare_frames=spare_frames) for _ in range(2)]
     guidance = Guidance(2.0, make_tiny_condition(model, seed=4), caches[1]) if guided else None
 
     def noise(start, end, step):
@@ -255,7 +254,7 @@ def test_a_block_that_fails_can_be_asked_for_again():
     """The context pass of the block before is not run twice."""
     model = make_tiny_model(i2v=True)
     condition = make_tiny_condition(model)
-    rules = replace(PLAN, window_frames=5, sink_frames=1, sigmas=[1.0])
+    rules = PLAN.but(window_frames=5, sink_frames=1, sigmas=[1.0])
     fail = []
 
     def noise(start, end, step):
@@ -267,7 +266,7 @@ def test_a_block_that_fails_can_be_asked_for_again():
     streams = [
         LatentStream(
             Denoiser(model),
-            model.new_cache(StreamPlan(2, 1, 5, 1), 2, (4, 6)),
+            model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6)),
             condition,
             make_tiny_latents(1),
             noise,

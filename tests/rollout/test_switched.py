@@ -1,21 +1,20 @@
 """A stream whose condition changes: at the right block, with the cache that the new condition makes, or without."""
 
-from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
+from tiny_plan import tiny_plan
 
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
 from longtake.rollout.stream import stream_latents, stream_switched
 
-PLAN = StreamPlan(2, 1)
-RULES = replace(PLAN, window_frames=7, sink_frames=3, sigmas=[1.0, 0.5])
+PLAN = tiny_plan(2, 1)
+RULES = PLAN.but(window_frames=7, sink_frames=3, sigmas=[1.0, 0.5])
 BLOCKS = 7
 
 
@@ -38,7 +37,7 @@ def new_cache(model, rules=RULES):
 
 
 def switched(model, conditions, switch_frames, **law):
-    rules = replace(RULES, **law)
+    rules = RULES.but(**law)
     first = make_tiny_latents(1)
     stream = stream_switched(Denoiser(model), new_cache(model), conditions, switch_frames, first, noise, rules)
     return torch.cat(list(islice(stream, BLOCKS)), 1)
@@ -51,7 +50,7 @@ def plain(model, condition):
 
 def by_hand(model, conditions, switch, policy):
     """Block by block, with the cache rebuilt, kept or rebuilt but for the sink at frame `switch`."""
-    cache, kept, made = new_cache(model), LatentHistory(replace(RULES, keep_sink=policy == "keep sink")), []
+    cache, kept, made = new_cache(model), LatentHistory(RULES.but(keep_sink=policy == "keep sink")), []
     for start, end in list(PLAN.blocks(0, 2 * BLOCKS - 1)):
         condition = conditions[start >= switch]
         if start == switch and policy != "none":

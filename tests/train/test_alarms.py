@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from test_row_validation import config_of
+from test_row_validation import SHORT, config_of
 
 from longtake.checkpoint.best import Best
 from longtake.config.alarms import AlarmsConfig
@@ -74,8 +74,9 @@ def test_healthy_students_raise_none(teacher, students):
         for step in (100, 200, 300):
             assert watch.validation(step, numbers(videos(first=10 * seed + step // 100), teacher)) == []
     watch = Watch(AlarmsConfig())
+    paler = numbers(videos(share=0.9, fade=0.97), teacher)
     for step in (100, 200, 300):  # of the same worlds, a little slower and paler
-        assert watch.validation(step, numbers(videos(share=0.9, fade=0.97), teacher)) == []
+        assert watch.validation(step, paler) == []
 
 
 def test_seams_and_single_slips():
@@ -138,7 +139,7 @@ def test_a_loud_line_and_a_row_that_a_resumed_run_does_not_repeat(tmp_path, capl
 
 def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(workshop, whole, tmp_path):
     """Random weights: a limit that every video passes."""
-    changes = {"max_steps": 6, "save_every": 100, "keep_best": "distance_to_teacher"}
+    changes = {"max_steps": 6, "save_every": 100, "keep_best": "distance_to_teacher", "validation": SHORT}
     config = config_of(workshop, tmp_path / "run", whole, **changes, alarms={"motion": 1000.0, "stop": ["motion"]})
     with pytest.raises(TrainingError, match="stopped after 4 of 6 iterations by the alarm motion: .*goes on where"):
         run_stage(config, Mesh())
@@ -160,7 +161,8 @@ def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(worksh
 
 def test_an_alarm_stops_after_the_last_iteration_too(workshop, whole, tmp_path):
     """A job would go on with its next stage, which begins with the student of this one."""
-    config = config_of(workshop, tmp_path / "run", whole, alarms={"motion": 1000.0, "stop": ["motion"]})
+    changes = {"alarms": {"motion": 1000.0, "stop": ["motion"]}, "validation": SHORT}
+    config = config_of(workshop, tmp_path / "run", whole, **changes)
     with pytest.raises(TrainingError, match="stopped after 4 of 4 iterations by the alarm motion"):
         run_stage(config, Mesh())
     assert read_manifest(config.folder / "checkpoints/step_000004")["step"] == 4

@@ -89,7 +89,7 @@ def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, worksh
 
 def test_pictures_of_windows_are_encoded_as_far_as_a_window_reaches(workshop, tmp_path):
     config = long_config(workshop, tmp_path)
-    codec = DataBuilder(config, Mesh(), open_data(config.data, config.video, config.clip_shape), True).codec(None)
+    codec = DataBuilder(config, Mesh(), open_data(config.data, config.clip_shape), True).codec(None)
     picture = codec.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
     assert picture.frames.shape[1] == config.video.num_latent_frames <= codec.vae.steady_index
     assert torch.equal(picture.latent, picture.frames[:, :1, 4:]) and picture.tokens.shape[0] == 2

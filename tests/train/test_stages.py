@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tr
 
 from longtake import Generator
 from longtake.config.job import JobConfig
+from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import ImageEncoder
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
 from longtake.toy.world import sample_world
-from longtake.train.job import run_job
+from longtake.train.job import run, run_job
 from longtake.train.metrics import read_rows
 from longtake.train.networks import Builder
 from longtake.train.stage import run_stage
@@ -345,11 +347,78 @@ def test_a_job_runs_its_stages_evaluates_and_trains_nothing_twice(workshop, tmp_
     written = {"evaluation.md", "evaluation.json", "evaluation.png", "contact_sheet.png", "job.yaml"}
     assert written <= {path.name for path in tmp_path.iterdir()}
     before = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in job.stages}
-    monkeypatch.setattr("longtake.train.job.evaluate", lambda *_, **__: "the table")
+    assert f"{tmp_path} is complete.\nNext:\n  longtake generate --run {tmp_path} --image photo.jpg" in out
+    again: list[object] = []
+    monkeypatch.setattr("longtake.train.job.evaluate", lambda *_, **given: again.append(given["settings"]))
     with caplog.at_level(logging.INFO, logger="longtake"):
         run_job(job, Mesh())
     assert "Stage start is complete" in caplog.text and "Stage student is complete" in caplog.text
     assert before == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in job.stages}
+    out = capsys.readouterr().out
+    assert again == [] and "| student, zeroed y " in out  # the table that is there
+    assert f"{tmp_path} was complete, and nothing was done anew.\nNext:\n  longtake generate" in out
+    assert f"longtake export {tmp_path} FOLDER" in out and f"longtake evaluate --run {tmp_path}" in out
+    tree = job.model_dump()
+    other = JobConfig.from_tree({**tree, "evaluation": {**tree["evaluation"], "seed": 9}})
+    run_job(other, Mesh())
+    assert again == [other.evaluation]  # another one than that which is there
+    again.clear()
+    for missing in ("contact_sheet.png", "evaluation.json"):  # of one that was interrupted
+        (tmp_path / missing).unlink()
+        run_job(job, Mesh())
+        assert again == [job.evaluation]
+        again.clear()
+
+
+def finished(workshop, tmp_path):
+    """A stage that was trained to its end by the command, and the folder of its weights, teacher and data."""
+    for name in ("teacher", "data"):
+        shutil.copytree(workshop / name, tmp_path / f"my_{name}")
+    changes = {"max_steps": 1, "validate_every": 0, "init_from": str(tmp_path / "my_teacher")}
+    tree = stage_tree(workshop, tmp_path / "log", "distill", **changes)
+    tree["objective"]["teacher"] = str(tmp_path / "my_teacher")
+    return tree
+
+
+@pytest.mark.parametrize("key", ["init_from", "objective.teacher", "objective.critic.init_from", "data.path"])
+def test_a_finished_run_asked_for_from_other_sources_is_an_error(workshop, tmp_path, capsys, monkeypatch, key):
+    tree = finished(workshop, tmp_path)
+    config = StageConfig.from_tree(tree)
+    save_student(config, step=1)
+    monkeypatch.setattr("longtake.train.job.run_stage", lambda *_: pytest.fail("it was trained"))
+    run(config)  # complete, from what it was trained with
+    assert "is complete: 1 iterations.\nNext:\n  longtake generate --run" in capsys.readouterr().out
+    other = str(workshop / ("data" if key == "data.path" else "teacher"))
+    changed = deepcopy(tree)
+    *path, last = key.split(".")
+    place = changed
+    for part in path:
+        place = place.setdefault(part, {})
+    place[last] = other
+    opened: list[object] = []
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: opened.append(1))
+    with pytest.raises(ConfigError, match=rf"distill was completed with {key}=.*, and {other} is asked .*logdir=OTHER"):
+        run(StageConfig.from_tree(changed))
+    job = JobConfig.from_tree(
+        {"logdir": tree["logdir"], "data": None, "stages": {"distill": changed}, "evaluation": None}
+    )
+    with pytest.raises(ConfigError, match=f"was completed with {key}="):
+        run(job)
+    assert opened == [] and not (tmp_path / "log" / "job.yaml").exists()
+
+
+def test_a_log_folder_that_was_moved_is_still_complete(workshop, tmp_path, capsys, monkeypatch):
+    tree = stage_tree(workshop, tmp_path / "log", "causal", max_steps=1)
+    tree["data"]["path"] = "{logdir}/data"
+    save_student(StageConfig.from_tree(tree), step=1)
+    (tmp_path / "log").rename(tmp_path / "moved")
+    monkeypatch.setattr("longtake.train.job.run_stage", lambda *_: pytest.fail("it was trained"))
+    moved = StageConfig.from_tree({**tree, "logdir": str(tmp_path / "moved")})
+    run(moved)
+    assert "other values" not in capsys.readouterr().err
+    run(StageConfig.from_tree({**moved.model_dump(), "batch_size": 8 * moved.batch_size}))
+    said = capsys.readouterr().err
+    assert "completed with other values of batch_size and is not trained again; to do so, name another folder" in said
 
 
 def test_stages_are_found_in_training_order_whatever_their_names(workshop, tmp_path):

@@ -1,5 +1,6 @@
 """Rules of a student from a configuration to its weights and back: levels by block, context by the last step."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_stage import stage_config
+from tiny_stage import save_student, stage_config
 
 from longtake import Generator
 from longtake.checkpoint.invariants import compare_facts, invariants
@@ -17,8 +18,9 @@ from longtake.inference.export import export
 from longtake.inference.sampling import student_latents
 from longtake.inference.source import Source
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import latest_checkpoint
+from longtake.run_folder import MANIFEST, latest_checkpoint
 from longtake.toy.world import sample_world
+from longtake.train.networks import Builder
 from longtake.train.stage import run_stage
 
 # Blocks [1, 2, 2] of 5 latents: the first generated block has three levels, the second one two
@@ -127,3 +129,19 @@ def test_files_of_earlier_versions_mean_what_those_did(workshop, tmp_path):
         changed = config.model_copy(update={key: getattr(config, key).model_copy(update=other)})
         with pytest.raises(CheckpointError, match="plan" if key == "plan" else next(iter(other))):
             compare_facts(manifest, invariants(changed), tmp_path)
+
+
+def test_a_stage_goes_on_from_a_student_of_an_earlier_version(workshop, tmp_path):
+    """Whose manifest has fewer rules: what it does not name, that version did as the defaults do."""
+    save_student(stage_config(workshop, tmp_path, "causal"))
+    file = latest_checkpoint(tmp_path / "causal" / "checkpoints") / MANIFEST
+    manifest = json.loads(file.read_text())
+    for name in ("later_steps", "warp_steps"):
+        del manifest[name]
+    for name in ("context", "context_from", "context_sigma", "recache", "keep_sink"):
+        del manifest["plan"][name]
+    file.write_text(json.dumps(manifest))
+    Builder(stage_config(workshop, tmp_path, "distill", init_from="causal"), Mesh()).check_start()
+    plan = {"block_frames": 2, "window_frames": 5, "sink_frames": 1, "keep_sink": True}
+    with pytest.raises(ConfigError, match="plan=.* is not that of init_from=causal"):
+        Builder(stage_config(workshop, tmp_path, "distill", init_from="causal", plan=plan), Mesh()).check_start()

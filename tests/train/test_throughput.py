@@ -10,6 +10,7 @@ import tiny_run
 import torch
 from fake_ranks import on_ranks
 from tiny_objectives import parts_of
+from tiny_plan import tiny_plan
 from tiny_stage import TEACHER, make_model, stage_config
 
 from longtake.config.groups import ProfileConfig
@@ -20,7 +21,6 @@ from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.parallel.mesh import Mesh
-from longtake.plan import StreamPlan
 from longtake.train import metrics as metrics_log
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
@@ -193,7 +193,7 @@ def test_a_stage_logs_its_rates_and_no_utilisation_on_a_cpu(rows):
 
 
 def test_more_operations_in_iterations_that_update_the_student():
-    dmd = Dmd(parts_of(*(make_model(seed=k) for k in range(3)), plan=StreamPlan(2, 1, 5, 1)), DmdConfig(teacher="toy"))
+    dmd = Dmd(parts_of(*(make_model(seed=k) for k in range(3)), plan=tiny_plan(2, 1, 5, 1)), DmdConfig(teacher="toy"))
     names = ("generator", "critic", "teacher")
     call = Call.bidirectional(4, 7, 16, TEACHER.text_len, 17)
     operations = operations_of(dmd, dict.fromkeys(names, TEACHER), dict.fromkeys(names), dict.fromkeys(names, call), 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, write_rules
+from longtake.doctor.run import diagnose_stream
 from longtake.encoders.bundle import Encoders
 from longtake.errors import CheckpointError
 from longtake.inference.generator import Generator, Source
@@ -122,6 +124,11 @@ def test_encoders_of_one_repository_for_weights_of_another_or_from_here(hub, par
         Generator.build(Source.of_model(tmp_path / "local", "a/bare", changes=RULES), "cpu")
     result = invoke("download", "a/bare")
     assert result.exit_code == 0 and "has no VAE and no text encoder and no image encoder: name" in result.output
+
+
+def test_the_doctor_asks_for_the_sizes_alone(hub, parts):
+    publish(hub(NAME), parts, replace(T2V, in_channels=16, out_channels=16), rules=True)
+    assert diagnose_stream(NAME, device="80GB").ok and set(hub.fetched) == {"config.json", "generation.yaml"}
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents
+from tiny_plan import tiny_plan
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
-from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.weights import widen as widening
 from longtake.weights.load import Opened, load_opened
@@ -57,7 +57,7 @@ def test_the_output_is_exactly_that_of_the_text_to_video_model(changes, dtype, t
     for condition in conditions(wide):
         text = Condition(condition.text)
         assert torch.equal(wide(x, sigma, condition), model(x, sigma, text))
-        layout = StreamPlan(2, 1, rope="absolute").causal_layout(5)
+        layout = tiny_plan(2, 1, rope="absolute").causal_layout(5)
         assert torch.equal(wide(x, sigma, condition, layout), model(x, sigma, text, layout))
 
 
@@ -67,7 +67,7 @@ def test_streaming_is_the_same_too(tiny_model) -> None:
     wide = widen(model, wide_config(model), SEED)
     condition = make_tiny_condition(wide)
     text = Condition(condition.text)
-    caches = [net.new_cache(StreamPlan(2, 1, 3, 1), 2, (4, 6)) for net in (wide, model)]
+    caches = [net.new_cache(tiny_plan(2, 1, 3, 1), 2, (4, 6)) for net in (wide, model)]
     for block in make_tiny_latents(4).split(1, 1):
         for commit in (False, True):
             sigma = torch.full((2,), 0.0 if commit else 0.7)
