@@ -33,6 +33,7 @@ from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
 
+_TEXT_LOG = logging.getLogger("longtake.encoders.text")
 _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
@@ -148,6 +149,14 @@ class Engine:
 
     # ---- the thread that owns the device ----------------------------------------------------------------------------
     def _own(self) -> None:
+        quiet = _Private()
+        _TEXT_LOG.addFilter(quiet)
+        try:
+            self._serve()
+        finally:
+            _TEXT_LOG.removeFilter(quiet)
+
+    def _serve(self) -> None:
         try:
             self._generator = self._build()
         except Exception as error:
@@ -323,6 +332,17 @@ class Engine:
         if name not in self._lanes:
             raise ConfigError("the session has ended; open another one")
         return self._lanes[name]
+
+
+class _Private(logging.Filter):
+    """Leaves out what the text encoder says of prompts in the thread that made this: they are somebody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread
 
 
 def _free_memory(error: Exception) -> None:
