@@ -112,6 +112,8 @@ class Engine:
         self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int, history: int
     ) -> None:
         self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
+        # What a change drops is taken back at once: whoever waits for it has little left to see.
+        self._kept: dict[str, Any] = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
         self._lanes: dict[str, Lane] = {}
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
@@ -246,11 +248,11 @@ class Engine:
 
     def do_open(self, name: str, picture: NDArray[np.uint8] | None, prompt: str, **values: Any) -> None:
         """A new session; `values` as those of `Generator.open`."""
-        self._add(name, self._generator.open(picture, prompt, history_blocks=self._history, **values))
+        self._add(name, self._generator.open(picture, prompt, **self._kept, **values))
 
     def do_restore(self, name: str, path: Path, number: int, past: int) -> int:
         """The session of a file, which will follow change `number` and has followed `past`. Returns: its frame."""
-        session = self._generator.resume(path, history_blocks=self._history)
+        session = self._generator.resume(path, **self._kept)
         self._add(name, session, number, past)
         return session.num_frames
 
@@ -316,7 +318,7 @@ class Engine:
 
     def do_measure(self, most: int | None) -> Capacity:
         """How many sessions may play at once. Before the first one."""
-        return measure(self._generator, most, self._history)
+        return measure(self._generator, most, self._kept)
 
     def do_memory(self) -> int:
         """Bytes of the device that this process holds; of a CPU's memory, those of the process."""

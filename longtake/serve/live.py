@@ -330,6 +330,7 @@ class Live:
             "estimate_seconds": self.estimate,
             "frame": self.made,
             "shown": self.shown,
+            "first_prompt": begin.prompt,
             "prompt": self.timeline.prompt,
             "number": changes[-1].number if changes else 0,
             "seed": begin.seed,
