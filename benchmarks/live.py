@@ -90,10 +90,9 @@ class Watched:
         self.latencies.append(time.monotonic() - asked)
 
     def rate(self, since: float) -> float:
-        """Frames received a second from a time on."""
-        counted = [one for one in self.arrivals if one[0] >= since]
-        (start, before), (end, after) = counted[0], counted[-1]
-        return (after - before) / (end - start)
+        """Frames received a second from a time on until now."""
+        before = max((count for at, count in self.arrivals if at < since), default=0)
+        return (self.received - before) / (time.monotonic() - since)
 
 
 def memory_bytes(process: int) -> int:

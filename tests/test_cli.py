@@ -37,7 +37,6 @@ FLAGS = {
     "small_text",
     "warm_up",
     "version",
-    "quiet",
 }
 PICTURE = ["--image", "i.png", "--prompt", "p"]
 

@@ -79,6 +79,12 @@ class Devices:
         """Sessions that have a place."""
         return sum(len(device.names) for device in self._all)
 
+    @property
+    def measured(self) -> dict[str, float | None]:
+        """What was measured of a session on the first of them."""
+        capacity = self._all[0].capacity
+        return {"frames_per_second": capacity.frames_per_second, "session_bytes": capacity.session_bytes}
+
     def roomiest(self) -> Device | None:
         """The one with most places left; None: there is none."""
         best = max(self._all, key=lambda device: device.free)

@@ -26,7 +26,7 @@ def test_two_workers(generator, tmp_path):
         clients = [LiveClient(address) for _ in range(2)]
         for seed, client in enumerate(clients):
             assert client.open(seed=seed)["state"] == "starting"
-        assert clients[0].http.get("/api/info").json()["sessions"] == {"most": 2, "now": 2, "queued": 0}
+        assert clients[0].http.get("/api/info").json()["sessions"].items() >= {"most": 2, "now": 2, "queued": 0}.items()
         for seed, client in enumerate(clients):
             session = generator.open(PICTURE, A, seed=seed)
             wanted = np.concatenate([session.next() for _ in range(4)])
