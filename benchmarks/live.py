@@ -22,20 +22,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from longtake.client import Client, LiveSession
@@ -97,12 +97,8 @@ class Watched:
 
 def memory_bytes(process: int) -> int:
     """Resident bytes of a process and of its children."""
-    total = 0
-    for task in os.listdir(f"/proc/{process}/task"):
-        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
-            children = Path(f"/proc/{process}/task/{task}/children").read_text().split()
-            total += sum(memory_bytes(int(child)) for child in children)
-    return total + int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    one = psutil.Process(process)
+    return sum(each.memory_info().rss for each in (one, *one.children(recursive=True)))
 
 
 @contextmanager

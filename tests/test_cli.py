@@ -25,7 +25,19 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json", "unmerge", "best", "overwrite", "small_text", "warm_up", "version"}
+FLAGS = {
+    "quiet",
+    "debug",
+    "check",
+    "help",
+    "as_json",
+    "unmerge",
+    "best",
+    "overwrite",
+    "small_text",
+    "warm_up",
+    "version",
+}
 PICTURE = ["--image", "i.png", "--prompt", "p"]
 
 
