@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from longtake.errors import LongtakeError
 from longtake.serve.capacity import Capacity
 from longtake.serve.engine import Engine, Model, Output
 from longtake.serve.workers import WorkerEngine
@@ -63,10 +64,8 @@ class Devices:
         for device in self._all:
             try:
                 device.memory = await asyncio.wrap_future(device.engine.call("memory"))
-            except Exception:
-                device.memory, device.capacity = 0, Capacity(0)  # its worker has ended
-                if len(self._all) == 1:
-                    raise
+            except LongtakeError:  # its worker has ended
+                device.memory, device.capacity = 0, Capacity(0)
         return sum(device.memory for device in self._all)
 
     @property

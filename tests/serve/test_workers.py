@@ -1,23 +1,12 @@
 """Several devices, a worker process each: the same frames, and one that dies takes its own sessions alone with it."""
 
-import os
-import signal
+import multiprocessing
 import time
 from functools import partial
 
 import numpy as np
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, make_generator
-
-
-def children():
-    """Process ids of this process's workers."""
-    path = f"/proc/{os.getpid()}/task"
-    found = []
-    for task in os.listdir(path):
-        with open(f"{path}/{task}/children") as file:
-            found += map(int, file.read().split())
-    return found
 
 
 def test_two_workers(generator, tmp_path):
@@ -33,7 +22,7 @@ def test_two_workers(generator, tmp_path):
             assert np.array_equal(client.watch(25).pictures()[:25], wanted)
         assert clients[0].post("/rewind", json={"blocks": 1})["number"] == 0
         clients[0].post("/save")
-        os.kill(children()[-1], signal.SIGKILL)  # of the two, that of one session
+        multiprocessing.active_children()[0].kill()  # that of one session
         until = time.monotonic() + 20
         while len(alive := [one for one in clients if one.request("GET").status_code == 200]) == 2:
             assert time.monotonic() < until
