@@ -130,7 +130,7 @@ NOT_DEFAULT = {
         "num_rows": 3, "data": "rows", "times_longer": 7, "max_share": 0.5, "teacher_samples": "samples",
     },
     "alarms": {
-        "motion": 0.3, "saturation": 0.4, "seam": 1.5, "uniform": 0.2, "history": 9.0, "stop": ["seam", "history"],
+        "motion": 0.3, "saturation": 0.4, "drift": 0.3, "seam": 1.5, "uniform": 0.2, "history": 9.0, "stop": ["seam", "history"],
     },
     "keep_best": "stop_rate",
     "wandb": {"enabled": True, "project": "p"},
