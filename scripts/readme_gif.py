@@ -25,9 +25,9 @@ PROMPTS = (
     "a large green square gently climbs, and a red circle crawls down",
 )
 SECONDS, SWITCH_SECONDS = 30, 15
-ZOOM, EVERY = 4, 2  # pixels a pixel; one of so many frames is shown
+ZOOM, EVERY = 3, 2  # pixels a pixel; one of so many frames is shown
 WIDTH, LINE, MARGIN = 528, 20, 8
-COLOURS = 32  # of all frames: few, since a GIF is compressed by what repeats
+COLOURS = 20  # of all frames: few, since a GIF is compressed by what repeats
 BARS, GREYS = ("#0072B2", "#D55E00"), tuple(range(0, 256, 51))  # and of what stands under them
 
 
