@@ -8,6 +8,7 @@ network and no file format.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections import deque
@@ -170,6 +171,8 @@ class Engine:
         return next_lane(self._lanes.values())
 
     def _answer(self, future: Future[Any], method: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+            return
         try:
             result = method()
         except Exception as error:
@@ -299,14 +302,21 @@ class Engine:
         return measure(self._generator, most, self._history)
 
     def do_memory(self) -> int:
-        """Bytes of the device that are in use by this process; 0 for a CPU."""
+        """Bytes of the device that are in use by this process; for a CPU all of the process, 0 where that is not known."""
         device = self._generator.device
-        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else _resident_bytes()
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:
             raise ConfigError("the session has ended; open another one")
         return self._lanes[name]
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _free_memory(error: Exception) -> None:

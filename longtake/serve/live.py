@@ -208,8 +208,8 @@ class Live:
                     self._back(frame, number, "drop")
                     self.timeline.cut(frame, keep=True)
                 prompt = value if kind == "prompt" else self.timeline.prompt
-                self.timeline.add(Change(number, kind, frame, prompt, picture))
-                self.tell("change", number=number, kind=kind, from_frame=frame, prompt=prompt, dropped=dropped)
+                self.timeline.add(changed := Change(number, kind, frame, prompt, picture))
+                self.tell("change", **changed.public(), dropped=dropped)
 
             frame, _ = await self._turn(step, "change", kind, value, number, drop)
             return {"from_frame": frame, "number": number}
@@ -319,6 +319,7 @@ class Live:
             "estimate_seconds": self.estimate,
             "frame": self.made,
             "shown": self.shown,
+            "first_prompt": begin.prompt,
             "prompt": self.timeline.prompt,
             "number": changes[-1].number if changes else 0,
             "seed": begin.seed,
