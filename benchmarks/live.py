@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from longtake.client import Client, LiveSession
@@ -90,19 +90,15 @@ class Watched:
         self.latencies.append(time.monotonic() - asked)
 
     def rate(self, since: float) -> float:
-        """Frames received a second from a time on."""
-        counted = [one for one in self.arrivals if one[0] >= since]
-        (start, before), (end, after) = counted[0], counted[-1]
-        return (after - before) / (end - start)
+        """Frames received a second from a time on until now."""
+        before = max((count for at, count in self.arrivals if at < since), default=0)
+        return (self.received - before) / (time.monotonic() - since)
 
 
 def memory_bytes(process: int) -> int:
     """Resident bytes of a process and of its children."""
-    total = 0
-    for task in os.listdir(f"/proc/{process}/task"):
-        children = Path(f"/proc/{process}/task/{task}/children").read_text().split()
-        total += sum(memory_bytes(int(child)) for child in children)
-    return total + int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    one = psutil.Process(process)
+    return sum(each.memory_info().rss for each in (one, *one.children(recursive=True)))
 
 
 @contextmanager

@@ -30,4 +30,5 @@ if [[ $all == yes ]]; then
 fi
 # Many small tensors: one thread a process, and two processes where there are two cores.
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest -n 2 --dist loadfile -m "$chosen" ${arguments[@]+"${arguments[@]}"}
+# Files in their order: by the number of tests in them, the few tests that take longest would come last, on one process.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$chosen" ${arguments[@]+"${arguments[@]}"}

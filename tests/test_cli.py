@@ -25,7 +25,19 @@ RECIPE = ROOT / "configs" / "toy" / "i2v.yaml"
 runner = CliRunner()
 
 # Options that say what the command does, and no value of a configuration: false until given is their meaning.
-FLAGS = {"debug", "check", "help", "as_json", "unmerge", "best", "overwrite", "small_text", "warm_up", "version"}
+FLAGS = {
+    "quiet",
+    "debug",
+    "check",
+    "help",
+    "as_json",
+    "unmerge",
+    "best",
+    "overwrite",
+    "small_text",
+    "warm_up",
+    "version",
+}
 PICTURE = ["--image", "i.png", "--prompt", "p"]
 
 
@@ -118,7 +130,7 @@ NOT_DEFAULT = {
         "num_rows": 3, "data": "rows", "times_longer": 7, "max_share": 0.5, "teacher_samples": "samples",
     },
     "alarms": {
-        "motion": 0.3, "saturation": 0.4, "seam": 1.5, "uniform": 0.2, "history": 9.0, "stop": ["seam", "history"],
+        "motion": 0.3, "saturation": 0.4, "drift": 0.3, "seam": 1.5, "uniform": 0.2, "history": 9.0, "stop": ["seam", "history"],
     },
     "keep_best": "stop_rate",
     "wandb": {"enabled": True, "project": "p"},

@@ -16,7 +16,7 @@ from longtake.bench.run import bench_source
 from longtake.bench.training import bench_training
 from longtake.cli.app import app
 from longtake.cli.help import DEFAULTS, PANELS
-from longtake.config.groups import EvaluationConfig, ParallelConfig, WorldConfig
+from longtake.config.groups import EvaluationConfig, WorldConfig
 from longtake.encodings.write import encode
 from longtake.evaluation.contenders import Asked
 from longtake.evaluation.verify import verify
@@ -24,14 +24,17 @@ from longtake.inference.batch import generate_many
 from longtake.inference.export import export
 from longtake.inference.generator import generate_file
 from longtake.inference.play import play
+from longtake.inference.record import Writing
+from longtake.serve.settings import ServeSettings
 from longtake.weights.convert import convert
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
 # What a command's options reach, and so where their defaults stand; the later one where two have an option
 BEHIND = {
-    "generate": [generate_many, generate_file],
-    "play": [play],
+    "generate": [generate_many, generate_file, Writing],
+    "play": [play, Writing],
+    "serve": [ServeSettings],
     "encode": [encode],
     "export": [export],
     "convert": [convert],
@@ -77,7 +80,6 @@ def test_the_help_tells_the_defaults_of_the_functions(command):
         shown.pop("seed")  # another one for worlds and for rows
     told = dict(DEFAULTS[command])
     if command == "generate":
-        assert told.pop("sequence_parallel") == str(ParallelConfig().sequence)
         assert told.pop("seconds") and "length of the training" in " ".join(generate_file.__doc__.split())
     if command == "world":
         shown["stops"] = options("world")["stops"]
@@ -126,12 +128,32 @@ def test_version():
         (["train", "toy/distill", "--check", "keep_best=motion_ratoi"], "did you mean motion_ratio"),
         (["train", "toy/distill", "--check", "rope=relativ"], "did you mean relative?"),
         (["doctor", "toy/distill", "model.preset=toi"], "did you mean toy?"),
+        (["students", "--hlep"], "--help"),
         (["bench", "--random", "wan2.1-t2v-1.3"], "did you mean wan2.1-t2v-1.3b"),
     ],
 )
 def test_a_wrong_name_brings_the_nearest(words, near):
     refused = invoke(*words)
     assert refused.exit_code == 2 and near in refused.output, refused.output
+
+
+@pytest.mark.parametrize(
+    ("model", "near"),
+    [
+        ("Self-Forcng", "did you mean Self-Forcing"),
+        ("long-live", "did you mean LongLive"),
+        ("causal_rcm", "did you mean Causal-rCM"),
+        ("toi", "did you mean toy?"),
+    ],
+)
+def test_a_wrong_name_of_a_student_brings_the_nearest(model, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["generate", "--model", model, "--prompt", "x", "-o", "x.mp4"], ["verify", model]):
+        refused = invoke(*words)
+        assert refused.exit_code == 2 and near in refused.output, refused.output
+    assert (
+        "did you mean" not in invoke("generate", "--model", "mine.safetensors", "--prompt", "x", "-o", "x.mp4").output
+    )
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_generate_says_what_runs_and_refuses_before_it_loads(tmp_path):
     made = run("--frames", "17", "--seed", "3", "-o", str(tmp_path / "a.mp4"))
     assert made.returncode == 0 and re.fullmatch(r".*a\.mp4: 17 frames in .*\n", made.stdout)
     for said in (
-        "loading the transformer (8 MB) from",
+        "loading the transformer (7.9 MB) from",
         "to cpu",
         "loading the encoders",
         "loaded in",

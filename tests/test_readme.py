@@ -31,7 +31,7 @@ def fenced(language: str) -> list[str]:
 
 
 OF_OTHERS = ("source", "hf", "tail")  # programs that are not ours
-COMMANDS = [line for block in fenced("bash") for line in block.splitlines() if line.strip()]
+COMMANDS = [line for block in fenced("bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def inline(text: str) -> list[str]:

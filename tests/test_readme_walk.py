@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_wan
-from test_walk_through import LAUNCHER, VALUES
+from test_walk_through import LAUNCHER, VALUES, download
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.config.job import load_config
 from longtake.inference.video_io import VideoWriter, read_video
 from longtake.run_folder import latest_checkpoint, read_manifest
-from longtake.weights.locate import HUB_REPOSITORIES
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = ("README.md", "README.zh-CN.md")
@@ -38,7 +37,7 @@ MAIN_JOB = (
 
 def commands(readme: str) -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / readme).read_text(), re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 @pytest.fixture(params=LANGUAGES)
@@ -67,28 +66,22 @@ def smaller(command: str) -> list[str]:
     return words + ([f"{stage}.{value}" for stage in stages for value in values] if stages else values)
 
 
-def downloaded(command: str) -> None:
-    """What `longtake download` would leave, tiny."""
-    _, _, repository, _, folder = shlex.split(command)
-    assert repository in HUB_REPOSITORIES
-    tiny_wan.write_model(Path(folder), tiny_wan.I2V, tiny_wan.make_encoders())
-
-
 def test_the_commands_run(clone):
     done = []
     for command in commands(clone):
         if command.startswith((*STAND_INS, *SLOW)):
             continue
         if command.startswith("longtake download"):
-            downloaded(command)
+            download(command)
             continue
         words = smaller(command)
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}{result.exception or ''}"
         done.append(words[1])
-    assert done == ["generate", "encode", "encode"]
+    assert done == ["generate", "generate", "encode", "encode"]
     video, fps = read_video("stream.mp4")
-    assert video.shape[1:] == (64, 64, 3) and len(video) >= 16 and fps == 16 and video.std() > 10
+    assert video.shape[1:] == (256, 256, 3) and len(video) >= 16 and fps == 16 and video.std() > 10
+    assert np.array_equal(read_video("again.mp4")[0], video)
     for name in ("clips", "pictures"):
         assert Path("outputs/wan_i2v_1_3b/encoded", name).is_dir()
 
@@ -98,7 +91,8 @@ def test_the_commands_run(clone):
 def test_the_first_minute_and_the_main_job_run(clone):
     """The first video as the README says it, in less than a minute; the main job and that for Wan with few iterations."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Threads that wait for each other would count as work where others use the machine.
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def run(command: str) -> None:
         words = shlex.split(command)
@@ -106,7 +100,7 @@ def test_the_first_minute_and_the_main_job_run(clone):
         done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
-    (first,) = (line for line in commands(clone) if line.startswith("longtake generate"))
+    first, _ = (line for line in commands(clone) if line.startswith("longtake generate"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     run(first)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
@@ -120,7 +114,7 @@ def test_the_first_minute_and_the_main_job_run(clone):
         }
     assert "distill" in Path("outputs/longer/evaluation.md").read_text()
     for command in (line for line in commands(clone) if line.startswith(("longtake download", "longtake encode"))):
-        downloaded(command) if "download" in command else run(shlex.join(smaller(command)))
+        download(command) if "download" in command else run(shlex.join(smaller(command)))
     run(shlex.join(smaller(wan)))
     for stage in ("teacher_forcing", "distill"):
         newest = latest_checkpoint(Path("outputs/wan_i2v_1_3b") / stage / "checkpoints")

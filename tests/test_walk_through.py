@@ -36,7 +36,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
 ]
 # Not run here: what needs a network or makes an environment (tests/test_scripts.py runs setup.sh), each with a stand-in
-STAND_INS = {"bash scripts/setup.sh": "set-up", "source .venv/bin/activate": "set-up", "hf download": "network"}
+STAND_INS = {"bash scripts/setup.sh": "set-up", "source .venv/bin/activate": "set-up", "longtake download": "network"}
 # What is large or not here, and what stands for it
 SMALLER = {"step_003000": "step_000002", "node0:29500": "localhost:0", "--nnodes 2": "--nnodes 1"}
 LAUNCHER = re.compile(r"^torchrun (.*?)-m -- ")
@@ -81,7 +81,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def download(command: str) -> None:
-    """What `hf download` would leave, tiny."""
+    """What `longtake download` would leave, tiny."""
     _, _, repository, _, folder = shlex.split(command)
     assert repository in HUB_REPOSITORIES
     tiny_wan.write_model(Path(folder), tiny_wan.I2V, tiny_wan.make_encoders())
@@ -92,7 +92,7 @@ def walk(run: Callable[[str, list[str]], tuple[int, str]]) -> None:
     doctors = []
     for command in COMMANDS:
         if command.startswith(tuple(STAND_INS)):
-            if command.startswith("hf download"):
+            if command.startswith("longtake download"):
                 download(command)
             continue
         if command.startswith("tail "):
@@ -123,7 +123,7 @@ def walk(run: Callable[[str, list[str]], tuple[int, str]]) -> None:
 
 def test_the_walk_through_has_all_its_steps():
     kinds = [LAUNCHER.sub("", command).split()[:2] for command in COMMANDS]
-    assert ["hf", "download"] in kinds
+    assert ["longtake", "download"] in kinds
     for name in ("doctor", "generate", "encode", "train", "convert"):
         assert ["longtake", name] in kinds
     assert sum("--nproc-per-node 4" in command for command in COMMANDS) >= 6

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longtake.inference.batch import Pair
     from longtake.inference.generator import GenerationReport
     from longtake.inference.record import Writing
+    from longtake.inference.source import Source
     from longtake.parallel.mesh import Mesh
 
 WAIT_MINUTES = 7 * 24 * 60.0
@@ -65,9 +66,9 @@ Like = Annotated[
     typer.Option(help="In place of all that: a video that was made here, which is made again from its own record."),
 ]
 Crf = Annotated[
-    int | None, typer.Option(help="Quality of mp4, webm and webp, 0 to 51; lower is better and larger. Default: 15.")
+    int | None, typer.Option(help="Quality of mp4, webm and webp, 0 to 51; lower is better and larger; without it 15.")
 ]
-Scale = Annotated[float | None, typer.Option(help="Enlarge the pictures of the file by this. Default: 1.")]
+Scale = Annotated[float | None, typer.Option(help="Enlarge the pictures of the file by this factor.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise.")]
 Sampler = Annotated[
     str | None, typer.Option(help="stream, or whole: the whole clip at once, as bidirectional teachers need it.")
@@ -131,25 +132,31 @@ def generate(
         changes = changes_of(*(overrides or []), **given(context, *RULES))
         wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device", "overwrite")
         wanted["writing"] = _writing(context)
-        where = device, sequence_parallel
         if like is not None:
-            _make_one(_again(context, like, output, changes, wanted), *where)
+            _make_one(_again(context, like, output, changes, wanted), device, sequence_parallel)
             return
         source = source_of(run, model, encoders, config, changes)
-        if script is not None:
-            from longtake.inference.script import generate_story
+        _start(context, source, wanted, is_single)
 
-            _make_one(partial(generate_story, source, script, output, **wanted), *where)
-        elif is_single:
-            from longtake.inference.generator import generate_file
 
-            assert prompt is not None
-            _make_one(partial(generate_file, source, image, prompt, output, **wanted), *where)
-        else:
-            from longtake.inference.batch import generate_many
+def _start(context: typer.Context, source: Source, wanted: dict[str, Any], is_single: bool) -> None:
+    """Makes what is asked for: a script's video, one of a prompt, or many."""
+    given_here = (context.params[name] for name in ("image", "prompt", "inputs", "script", "output"))
+    image, prompt, inputs, script, output = given_here
+    where = context.params["device"], context.params["sequence_parallel"]
+    if script is not None:
+        from longtake.inference.script import generate_story
 
-            pairs = _pairs(image, prompt, inputs, output)
-            _make_many(partial(generate_many, source, pairs, output, **wanted), *where)
+        _make_one(partial(generate_story, source, script, output, **wanted), *where)
+    elif is_single:
+        from longtake.inference.generator import generate_file
+
+        _make_one(partial(generate_file, source, image, prompt, output, **wanted), *where)
+    else:
+        from longtake.inference.batch import generate_many
+
+        pairs = _pairs(image, prompt, inputs, output)
+        _make_many(partial(generate_many, source, pairs, output, **wanted), *where)
 
 
 def _writing(context: typer.Context) -> Writing:

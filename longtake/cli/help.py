@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperOption
 # stand in "Options", before them.
 PANELS = {
     "What it shows": (
-        *("image", "prompt", "inputs", "script", "samples", "negative", "seconds", "num_frames", "seed"),
+        *("image", "prompt", "inputs", "script", "like", "samples", "negative", "seconds", "num_frames", "seed"),
     ),
     "Rows of your own": ("data", "num_rows", "multiples", "teacher_steps", "teacher_guidance", "layout"),
     "Toy worlds": (
@@ -30,7 +30,8 @@ PANELS = {
         *("dtype", "decoder"),
     ),
     "Where it runs": ("device", "sequence_parallel", "decode_device", "warm_up"),
-    "What is written": ("output", "json_file", "html", "to", "shard_bytes", "overwrite"),
+    "The server": ("host", "port", "token_file", "allow_host", "folder", "max_sessions", "history_blocks"),
+    "What is written": ("output", "crf", "scale", "json_file", "html", "to", "shard_bytes", "overwrite"),
 }
 
 
@@ -40,9 +41,11 @@ DEFAULTS = {
         "seed": "0",
         "samples": "1",
         "seconds": "as the training clips",
-        "sequence_parallel": "1",
+        "crf": "15",
+        "scale": "1.0",
     },
-    "play": {"seed": "0"},
+    "play": {"seed": "0", "crf": "15", "scale": "1.0"},
+    "serve": {"host": "127.0.0.1", "port": "8765", "folder": "outputs/live", "history_blocks": "8"},
     "encode": {"dtype": "float32", "rows_per_shard": "64"},
     "export": {"dtype": "bfloat16"},
     "convert": {"shard_bytes": "5368709120"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Rules, Run, clean_errors, given
+from longtake.cli.common import Device, Overwrite, Quiet, Rules, Run, clean_errors, given
 from longtake.cli.generate import WAIT_MINUTES, Encoders
 from longtake.errors import ConfigError
 
@@ -81,6 +81,7 @@ def evaluate(
     switch_frames: LatentSwitches = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report that is in the folder.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a run, or models, beside their teacher: on rows of your own, or in held-out toy worlds."""
     with clean_errors(context):

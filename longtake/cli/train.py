@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import EXIT_ERROR, Overwrite, clean_errors, given
+from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, given
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def encode(
     ] = None,
     rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Encode the data of a stage once, so that training from it loads no encoder."""
     with clean_errors(context):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.cli.common import Overwrite, Rules, clean_errors, given
+from longtake.cli.common import Overwrite, Quiet, Rules, clean_errors, given
 
 Target = Annotated[Path, typer.Argument(help="Folder to write.")]
 
@@ -57,6 +57,7 @@ def convert(
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the updates out instead of merging them.")] = False,
     shard_bytes: Annotated[int | None, typer.Option(help="Most bytes of a weight file.")] = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Rewrite the weights of a transformer in another layout, bit for bit."""
     with clean_errors(context):
@@ -75,6 +76,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
     best: Annotated[bool, typer.Option("--best", help="What keep_best kept, in place of the last checkpoint.")] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the student of a run with its rules: a folder for `longtake generate --model`."""
     with clean_errors(context):

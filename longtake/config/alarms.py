@@ -35,9 +35,14 @@ class AlarmsConfig(Settings):
         description="least motion, as a share of the teacher's (in toy worlds without one: the truth's)",
     )
     saturation: float | None = Field(
+        default=0.15,
+        gt=0,
+        description="most distance of the saturation at the end of clips from the teacher's, as a share",
+    )
+    drift: float | None = Field(
         default=0.1,
         gt=0,
-        description="most distance of the saturation at the end of videos from the teacher's, as a share",
+        description="most distance of the saturation at the end of longer videos from that of the clips, as a share",
     )
     seam: float | None = Field(default=1.25, gt=1, description="highest seam score")
     uniform: float | None = Field(

@@ -222,6 +222,10 @@ class DecoderSession:
             other._held = _Held(())
         return other
 
+    def release(self) -> None:
+        """Gives back the past; it is made anew where it is needed again."""
+        self._held = _Held(())
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Where the session stands: tensors by number, and plain values; `restore` takes both."""
         sizes = None if self._sizes is None else list(self._sizes)

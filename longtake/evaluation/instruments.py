@@ -7,7 +7,7 @@ there; everything else is ours. Must know no file and no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -87,6 +87,31 @@ def measure(frames: Iterable[NDArray[np.uint8]], fps: float, blocks: Blocks | No
     Raises: DataError for fewer than two frames, ShapeError for frames of another shape or type.
     """
     looks: Looks | None = None
+    for looks in _looked_at(frames, fps):  # noqa: B007 (the last one has seen all)
+        pass
+    if looks is None or len(looks.rows) < 2:
+        raise DataError(f"the video has {0 if looks is None else 1} frames; it needs at least 2")
+    return looks.finish(fps, blocks)
+
+
+def measure_beginnings(
+    frames: Iterable[NDArray[np.uint8]], fps: float, blocks: Mapping[int, Blocks | None]
+) -> dict[int, Measured]:
+    """What `measure` finds in the first so many frames, by their number, each with the blocks that it has there; every
+    frame is looked at once. Raises: as `measure`, and DataError for a video that is shorter than the longest of them.
+    """
+    found: dict[int, Measured] = {}
+    for looks in _looked_at(frames, fps):
+        if (number := len(looks.rows)) in blocks and number > 1:
+            found[number] = looks.finish(fps, blocks[number])
+    if missing := blocks.keys() - found.keys():
+        raise DataError(f"the video has no {max(missing)} frames, or they are fewer than 2")
+    return found
+
+
+def _looked_at(frames: Iterable[NDArray[np.uint8]], fps: float) -> Iterator[Looks]:
+    """Yields what is kept of the frames so far, after each of them. Raises: ShapeError."""
+    looks: Looks | None = None
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or min(frame.shape[:2]) < MIN_SIDE:
             raise ShapeError(f"a frame is {frame.dtype} {frame.shape}; it must be uint8 [h, w, 3], sides >= {MIN_SIDE}")
@@ -95,9 +120,7 @@ def measure(frames: Iterable[NDArray[np.uint8]], fps: float, blocks: Blocks | No
         elif frame.shape != looks.shape:
             raise ShapeError(f"a frame has the shape {frame.shape} and those before {looks.shape}; cut the video there")
         looks.add(frame)
-    if looks is None or len(looks.rows) < 2:
-        raise DataError(f"the video has {0 if looks is None else 1} frames; it needs at least 2")
-    return looks.finish(fps, blocks)
+        yield looks
 
 
 class Looks:
@@ -129,7 +152,7 @@ class Looks:
         self._last = frame
 
     def finish(self, fps: float, blocks: Blocks | None) -> Measured:
-        """The numbers of the whole video."""
+        """The numbers of the video so far."""
         motion, histograms = self._motion.finish(), np.stack(self._histograms)
         curves, plain = self._curves(motion, histograms, fps)
         uniform, repeated = plain < _UNIFORM, _repeated(curves["change"])

@@ -130,12 +130,12 @@ def measure_folders(folders: Mapping[str, Path], blocks: Blocks | None = None) -
 
 
 @contextmanager
-def measuring_threads() -> Iterator[Executor]:
-    """As many threads as there are cores, to call `measure_video` in; after an error what waits is not begun."""
+def measuring_threads(processes: int = 1) -> Iterator[Executor]:
+    """As many threads as there are cores for each of `processes`, to measure in; after an error none begins."""
     # Decoding and measuring let other threads run; those of OpenCV itself would only stand in each other's way.
     cv2.setNumThreads(1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(max(1, cores // processes)) as pool:
         try:
             yield pool
         except BaseException:

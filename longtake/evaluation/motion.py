@@ -73,12 +73,11 @@ class MotionMeter:
         return flow
 
     def finish(self) -> Motion:
-        """What was measured."""
-        if self._last is not None:
-            self._close(self._last)
+        """What was measured so far; more frames may come."""
         samples = -(-self._number // self._step)
-        self._motion.dynamic = self._fast >= max(1, round(samples * _DYNAMIC_SHARE))
-        return self._motion
+        dynamic = self._fast >= max(1, round(samples * _DYNAMIC_SHARE))
+        last = [] if self._last is None else self._open_px(self._last)
+        return Motion(self._motion.px + last, list(self._motion.pair_px), dynamic)
 
     def _pair(self, last: NDArray[np.uint8], frame: NDArray[np.uint8]) -> Floats:
         flow = self._between(last, frame)
@@ -96,11 +95,16 @@ class MotionMeter:
         return flow
 
     def _close(self, end: NDArray[np.uint8]) -> None:
-        """Measures the open stretch of small motions up to the frame `end`; each of its pairs gets the mean."""
-        if self._start is not None:
-            mean, _ = self._magnitudes(self._between(self._start, end))
-            self._motion.px += [mean / self._pairs] * self._pairs
+        """Measures the open stretch of small motions up to the frame `end`, and begins another."""
+        self._motion.px += self._open_px(end)
         self._start, self._pairs, self._far = None, 0, 0.0
+
+    def _open_px(self, end: NDArray[np.uint8]) -> list[float]:
+        """Of each pair of the open stretch up to the frame `end`, the mean over them."""
+        if self._start is None:
+            return []
+        mean, _ = self._magnitudes(self._between(self._start, end))
+        return [mean / self._pairs] * self._pairs
 
     def _between(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
         flow = np.asarray(self._flow.calc(first, second, None), np.float32)  # type: ignore[call-overload]

@@ -26,7 +26,7 @@ FRAMES = 9  # of a video on a sheet
 _ZOOM = 2  # at most, of small frames
 _GAP, _PAD = 2, 8  # pixels between frames, and around texts
 _TEXT, _CAPTION = 15, 17  # heights of the letters
-_CAPTION_LINES = 3
+_CAPTION_LINES, _NAME_LETTERS = 3, 40  # at most
 
 # Colours that people tell apart, of all kinds of colour vision. Source: Okabe and Ito, Color Universal Design.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -100,7 +100,7 @@ def contact_sheet(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw
 
     names = [name for scene in scenes for name in (*scene.strips, "frame")]
-    label = 2 * _PAD + max(round(_font(_TEXT).getlength(name)) for name in names)
+    label = 2 * _PAD + max(round(_font(_TEXT).getlength(_cut(name))) for name in names)
     strips = [one for scene in scenes for one in scene.strips.values()]
     cell = _cell_width(strips, WIDEST - label - _PAD)
     width = label + max(len(one.frames) for one in strips) * (cell + _GAP) + _PAD
@@ -159,11 +159,15 @@ def _draw_scene(sheet: Any, draw: ImageDraw, scene: Scene, text: Sequence[str], 
             y += _line(_TEXT)
         before = one.numbers
         height = _cell_height(one, cell)
-        draw.text((_PAD, y + height // 2), name, fill="black", font=_font(_TEXT), anchor="lm")
+        draw.text((_PAD, y + height // 2), _cut(name), fill="black", font=_font(_TEXT), anchor="lm")
         way = Image.Resampling.NEAREST if cell >= one.frames.shape[2] else Image.Resampling.BOX
         for x, frame in zip(columns, one.frames):
             sheet.paste(Image.fromarray(frame).resize((cell, height), way), (x, y))
         y += height + _GAP
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 1]}…"
 
 
 def _line(letters: int) -> int:
@@ -214,9 +218,20 @@ def curves(rows: Mapping[str, Mapping[str, Any]], part: str = "curves") -> NDArr
         plot.spines[["top", "right"]].set_visible(False)
     handles = plots[0].get_legend_handles_labels()
     figure.legend(*handles, fontsize=10, loc="upper left", ncols=abreast, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - names / height))
+    figure.subplots_adjust(**_margins(width, height, columns, lines, above=names))
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _margins(width: int, height: int, columns: int, lines: int, *, above: int) -> dict[str, float]:
+    """Room for ticks and titles, `above` pixels for names; `tight_layout` would draw all once more to measure it."""
+    left, right, bottom, top, beside, between = 62, 14, 44, 26, 66, 70  # pixels; the last two between plots
+    across = (width - left - right - (columns - 1) * beside) / columns
+    up = (height - above - bottom - top - (lines - 1) * between) / lines
+    return {
+        **{"left": left / width, "right": 1 - right / width, "wspace": beside / across},
+        **{"bottom": bottom / height, "top": 1 - (above + top) / height, "hspace": between / up},
+    }
 
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from longtake.data.samples import Dataset
 from longtake.encoders.sessions import Decoder
 from longtake.encodings.encode import RowEncoder, make_batch
 from longtake.errors import DataError
-from longtake.evaluation.instruments import METRICS, Blocks, Measured, ends, measure
+from longtake.evaluation.instruments import METRICS, Blocks, Measured, ends, measure_beginnings
 from longtake.evaluation.pictures import Strip, frame_numbers
 from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
@@ -165,43 +165,50 @@ class SeenVideo:
     shown: Strip
 
 
-def look(
-    name: str,
-    frames: Iterable[NDArray[np.uint8]],
-    num_frames: int,
-    fps: float,
-    *,
-    blocks: Blocks | None = None,
-    file: Path | None = None,
-) -> SeenVideo:
-    """Measures a video as its frames come, uint8 [T, h, w, 3] a piece, `num_frames` in all, and writes it to `file`.
+@dataclass(frozen=True)
+class Cut:
+    """A beginning of a video that is looked at: so many frames, where its blocks begin, and the file it goes to."""
 
-    Raises: DataError, OutputError.
+    num_frames: int
+    blocks: Blocks | None = None
+    file: Path | None = None
+
+
+def look(name: str, frames: Iterable[NDArray[np.uint8]], fps: float, cuts: Sequence[Cut]) -> list[SeenVideo]:
+    """Measures beginnings of a video as its frames come, uint8 [T, h, w, 3] a piece, and writes them to their files.
+
+    Raises: DataError, also for a video that is shorter than the longest of them; OutputError.
     """
-    wanted = frame_numbers(num_frames)
-    shown: list[NDArray[np.uint8]] = []
+    wanted = [frame_numbers(cut.num_frames) for cut in cuts]
+    shown: list[list[NDArray[np.uint8]]] = [[] for _ in cuts]
     pieces = iter(frames)
     first = next(pieces, None)
     if first is None:
         raise DataError(f"the video of {name} has no frame")
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    writer = nullcontext() if file is None else VideoWriter(file, fps, *first.shape[1:3], keep=False)
 
-    def each(opened: VideoWriter | None) -> Iterator[NDArray[np.uint8]]:
+    def each(writers: Sequence[tuple[Cut, VideoWriter]]) -> Iterator[NDArray[np.uint8]]:
         number = 0
         for piece in chain([first], pieces):
-            if opened is not None:
-                opened.write(piece)
+            for cut, writer in writers:
+                if number < cut.num_frames:
+                    writer.write(piece[: cut.num_frames - number])
             for frame in piece:
-                if number in wanted:
-                    shown.append(_small(frame))
+                for kept, numbers in zip(shown, wanted):
+                    if number in numbers:
+                        kept.append(_small(frame))
                 number += 1
                 yield frame
 
-    with writer as opened:
-        measured = measure(each(opened), fps, blocks)
-    return SeenVideo(name, measured, Strip(np.stack(shown), wanted))
+    with ExitStack() as stack:
+        writers = []
+        for cut in cuts:
+            if cut.file is not None:
+                cut.file.parent.mkdir(parents=True, exist_ok=True)
+                writer = VideoWriter(cut.file, fps, *first.shape[1:3], keep=False)
+                writers.append((cut, stack.enter_context(writer)))
+        measured = measure_beginnings(each(writers), fps, {cut.num_frames: cut.blocks for cut in cuts})
+    strips = (Strip(np.stack(kept), numbers) for kept, numbers in zip(shown, wanted))
+    return [SeenVideo(name, measured[cut.num_frames], strip) for cut, strip in zip(cuts, strips)]
 
 
 def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:

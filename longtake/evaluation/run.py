@@ -21,6 +21,7 @@ from longtake.evaluation.target import EvalTarget, load_frozen, of_run
 from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.progress import track
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import summarise
 from longtake.toy.windows import WindowRule
@@ -105,7 +106,8 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
     shown: dict[str, rows.Videos] = {}
     total = len(table) * len(batches) * settings.batch_size * batches[0].num_frames
     with rows.scorer_processes(total, mesh) as scorers:
-        for name, row in table.items():
+        told = track(table.items(), "rows of the table", "rows", len(table)) if mesh.is_main else table.items()
+        for name, row in told:
             scores, shown[name] = rows.score_row(row, batches, mesh, rule=rule, scorers=scorers)
             summaries[name] = summarise(scores)
         if settings.open_worlds:

@@ -224,7 +224,7 @@ def remux(source: Path, path: Path, kind: str, record: Record | None = None) -> 
     """
     import av
 
-    whole = partial_name(path)
+    whole = partial_name(path.with_name(f"{path.name}.whole"))  # `source` may have the name without that
     # `bitexact`: no random numbers among what a file says of itself
     options = {"movflags": "+faststart"} if kind == "mp4" else {"cues_to_front": "1", "fflags": "+bitexact"}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from longtake.inference.source import Source
 from longtake.outputs import check_new_folder, new_folder
 from longtake.run_folder import best_checkpoint, find_checkpoint
 from longtake.weights.convert import WEIGHT_FILES
+from longtake.weights.hub import as_size
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.locate import is_hub_name
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -48,7 +52,10 @@ def export(
     source = Source.of_run(checkpoint, changes)
     check_new_folder(target, own=(*WEIGHT_FILES, CARD), inputs=[run, source.weights], overwrite=overwrite)
     settings = source.settings.model_copy(update={"encoders": _place(source.encoders)})
+    logger.info("reading %s", source.weights)
     model = load_dit(source.weights)
+    weighs = as_size(sum(tensor.numel() for tensor in model.parameters()) * DTYPES[dtype].itemsize)
+    logger.info("writing %s in %s to %s", weighs, dtype, target)
     with new_folder(target, overwrite=overwrite) as folder:
         save_dit(model.config, model.state_dict(), folder, DTYPES[dtype])
         write_rules(folder, settings)

@@ -6,11 +6,11 @@ Reads what a run left beside its checkpoints, and no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import longtake
 from longtake.config.generation import GenerationConfig
 from longtake.config.stage import is_path
 from longtake.errors import CheckpointError
@@ -35,7 +35,7 @@ tags: [streaming, causal]
 
 # {name}
 
-A streaming {kind} student, trained with Longtake {version("longtake")}: frames come block by block, without an end.
+A streaming {kind} student, trained with Longtake {longtake.__version__}: frames come block by block, without an end.
 
 ```bash
 longtake generate --model {name} {picture}--prompt "what happens" --seconds 10 -o out.mp4

@@ -127,10 +127,9 @@ class Pipeline:
 
         Args: `split`, the processes that compute each call of the transformer together (`Mesh.sequence`); all of them
         then make the same calls of it and get the same frames. `decode_device` has the decoder (of the VAE a second
-        copy) there, so that another GPU can do it beside the transformer. `graphs`
-        has passes fused, recorded and replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding.
-        `begins`, whether videos to be made begin with a picture: what the weights cannot do is refused before they are
-        read.
+        copy) there, so that another GPU can do it beside the transformer. `graphs` has passes fused, recorded and
+        replayed on a GPU (`rollout/cuda_graphs.py`), with the same frames to rounding. `begins`, whether videos to be
+        made begin with a picture: what the weights cannot do is refused before they are read.
         With `precision` bf16 the matrix weights, the cache, the text and the image encoder are bfloat16, and the VAE
         where `vae_precision` says nothing else; what Wan computes in float32 stays float32. With fp8 the large weights
         of blocks are 8-bit floats besides (`VideoDiT.quantise`).
@@ -153,7 +152,8 @@ class Pipeline:
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)
-        encoder_paths(source.encoders, with_image=sizes.image_dim is not None)
+        with_image = sizes.image_dim is not None
+        encoder_paths(source.encoders, with_image=with_image)
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         started = perf_counter()
@@ -164,7 +164,6 @@ class Pipeline:
             model.quantise()
         model = model.executed(Execution(split))
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
-        with_image = model.config.image_dim is not None
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
         logger.info("loading the encoders from %s", folder)

@@ -22,7 +22,7 @@ from longtake.inference.frames import Frames, to_frames
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
-from longtake.inference.session_state import SessionInputs, SessionState
+from longtake.inference.session_state import SessionInputs, SessionState, remembered
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import DenoisedBlock, Guidance
@@ -55,9 +55,11 @@ class Session:
         negative: str,
         history_blocks: int,
         max_latent_frames: int | None,
+        ready_blocks: int = 0,
     ) -> None:
         self.generator, self.seed, self.guidance, self.negative = generator, seed, guidance, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
+        self.ready_blocks = min(ready_blocks, history_blocks)
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         self._unused: list[KVCache] = []  # caches of a scene that could not be begun
@@ -192,7 +194,7 @@ class Session:
 
     def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
-        history = (*self._history, self.state)[-self.history_blocks :] if self.history_blocks else ()
+        history = remembered(self._history, self.state, self.history_blocks, self.ready_blocks)
         self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
 
     @torch.no_grad()
@@ -202,7 +204,7 @@ class Session:
         if self.cut:
             state = self._new_scene()
         else:
-            state = self.state.copy()
+            state = self.state.copy(own_decoder=self.ready_blocks > 0)
             if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
                 self._change(state)
         assert state.stream is not None and state.decoder is not None
@@ -391,9 +393,7 @@ class Session:
         return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
 
     @classmethod
-    def restored(
-        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], history_blocks: int
-    ) -> Session:
+    def restored(cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: int) -> Session:
         """A session from what `save` wrote down (`session_file.read_session`)."""
         pictures = [
             tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
@@ -411,7 +411,7 @@ class Session:
                 "guidance", generator.settings.guidance
             ),  # in files of earlier versions that of the rules
             negative=values["negative"],
-            history_blocks=history_blocks,
+            **past,
             max_latent_frames=values["max_latent_frames"],
         )
         if values["decoder"] is not None:

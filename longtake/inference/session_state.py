@@ -55,8 +55,11 @@ class SessionState:
         if self.y.reached == most:
             self.y = None  # and with it what the encoder remembers
 
-    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
-        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each."""
+    def copy(self, clones: dict[int, KVCache] | None = None, *, own_decoder: bool = False) -> SessionState:
+        """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each.
+
+        The decoder's features go with the one that decodes first, or with `clones` or `own_decoder` each has its own.
+        """
 
         def clone(cache: KVCache) -> KVCache:
             assert clones is not None
@@ -65,5 +68,26 @@ class SessionState:
             return clones[id(cache)]
 
         stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        decoder = None if self.decoder is None else self.decoder.copy() if clones is None else self.decoder.fork()
+        decoder = (
+            None
+            if self.decoder is None
+            else self.decoder.fork()
+            if own_decoder or clones is not None
+            else self.decoder.copy()
+        )
         return replace(self, stream=stream, decoder=decoder)
+
+
+def remembered(
+    history: tuple[SessionState, ...], state: SessionState, history_blocks: int, ready_blocks: int
+) -> tuple[SessionState, ...]:
+    """The history with one more state, `history_blocks` at most; the decoder's features of the `ready_blocks` latest
+    stay, and others are made anew if they are needed.
+    """
+    if history_blocks == 0:
+        return ()
+    history = (*history, state)[-history_blocks:]
+    for past in history[: len(history) - ready_blocks]:
+        if past.decoder is not None and ready_blocks:
+            past.decoder.release()
+    return history

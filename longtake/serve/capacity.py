@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ class Capacity:
     session_bytes: int | None = None
 
 
-def measure(generator: Generator, most: int | None, history: int) -> Capacity:
-    """The capacity for sessions of this generator; `most`, where somebody has said how many; `history`, blocks
-    that each can take back.
+def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Capacity:
+    """The capacity for sessions of this generator; `most`, where somebody has said how many; `kept`, what
+    each keeps of its past: `history_blocks` and `ready_blocks`.
     """
     on_gpu = generator.device.type == "cuda"
     if on_gpu:
@@ -38,7 +39,7 @@ def measure(generator: Generator, most: int | None, history: int) -> Capacity:
     elif most is not None:
         return Capacity(most)
     before = _allocated(generator)
-    rate, session_bytes = _play(generator, history)
+    rate, session_bytes = _play(generator, kept)
     sessions = max(1, int(_SHARE * rate / generator.fps)) if most is None else most
     if on_gpu and session_bytes:
         free, _ = torch.cuda.mem_get_info(generator.device)
@@ -48,13 +49,13 @@ def measure(generator: Generator, most: int | None, history: int) -> Capacity:
     return Capacity(sessions, rate, session_bytes)
 
 
-def _play(generator: Generator, history: int) -> tuple[float, int]:
+def _play(generator: Generator, kept: dict[str, Any]) -> tuple[float, int]:
     """Frames a second of a session whose history is full, and its bytes on the device."""
     rules = generator.settings
     picture = np.zeros((rules.height, rules.width, 3), np.uint8) if generator.beginning.needed else None
     before = _allocated(generator)
-    session = generator.open(picture, "a picture", seed=0, history_blocks=history)
-    for _ in range(2 + (history if generator.device.type == "cuda" else 0)):
+    session = generator.open(picture, "a picture", seed=0, **kept)
+    for _ in range(2 + (kept["history_blocks"] if generator.device.type == "cuda" else 0)):
         session.next()
     began = perf_counter()
     frames = sum(len(session.next()) for _ in range(_COUNTED_BLOCKS))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from longtake.errors import LongtakeError
 from longtake.serve.capacity import Capacity
 from longtake.serve.engine import Engine, Model, Output
 from longtake.serve.workers import WorkerEngine
@@ -63,10 +64,8 @@ class Devices:
         for device in self._all:
             try:
                 device.memory = await asyncio.wrap_future(device.engine.call("memory"))
-            except Exception:
-                device.memory, device.capacity = 0, Capacity(0)  # its worker has ended
-                if len(self._all) == 1:
-                    raise
+            except LongtakeError:  # its worker has ended
+                device.memory, device.capacity = 0, Capacity(0)
         return sum(device.memory for device in self._all)
 
     @property
@@ -78,6 +77,12 @@ class Devices:
     def playing(self) -> int:
         """Sessions that have a place."""
         return sum(len(device.names) for device in self._all)
+
+    @property
+    def measured(self) -> dict[str, float | None]:
+        """What was measured of a session on the first of them."""
+        capacity = self._all[0].capacity
+        return {"frames_per_second": capacity.frames_per_second, "session_bytes": capacity.session_bytes}
 
     def roomiest(self) -> Device | None:
         """The one with most places left; None: there is none."""

@@ -8,6 +8,7 @@ network and no file format.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import queue
 import threading
@@ -31,6 +32,9 @@ from longtake.serve.capacity import Capacity, measure
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
+
+_TEXT_LOG = logging.getLogger("longtake.encoders.text")
+_AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,14 @@ class Engine:
         self, build: Callable[[], Generator], emit: Callable[[Output], None], blocks_ahead: int, history: int
     ) -> None:
         self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
+        # What a change drops is taken back at once: whoever waits for it has little left to see.
+        self._kept: dict[str, Any] = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
         self._lanes: dict[str, Lane] = {}
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue(maxsize=1)
+        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue()
+        self._room = threading.Semaphore(_AT_ONCE)
         self._threads = [
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
         ]
@@ -144,6 +151,14 @@ class Engine:
 
     # ---- the thread that owns the device ----------------------------------------------------------------------------
     def _own(self) -> None:
+        quiet = _Private()
+        _TEXT_LOG.addFilter(quiet)
+        try:
+            self._serve()
+        finally:
+            _TEXT_LOG.removeFilter(quiet)
+
+    def _serve(self) -> None:
         try:
             self._generator = self._build()
         except Exception as error:
@@ -151,6 +166,9 @@ class Engine:
             self.ready.set_exception(error)
             self._on_their_way.put(None)
             return
+        if self._generator.device.type == "cpu":
+            # A core for encoding and sending: threads that share their cores with others wait for each other.
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
         self.model = Model.of(self._generator, self._history)
         self.ready.set_result(self.model)
         while True:
@@ -185,10 +203,12 @@ class Engine:
 
     def _make(self, lane: Lane) -> None:
         """Begins the next block of a session; one that cannot is closed, and the others go on."""
+        self._room.acquire()
         began, first = monotonic(), lane.session.num_frames
         try:
             frames = lane.session.begin()
         except Exception as error:
+            self._room.release()
             logger.exception("session %s cannot go on", lane.name)
             self._lose(lane, error)
             return
@@ -220,6 +240,7 @@ class Engine:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, error)
             finally:
+                self._room.release()
                 self._on_their_way.task_done()
 
     # ---- what can be asked for --------------------------------------------------------------------------------------
@@ -229,11 +250,11 @@ class Engine:
 
     def do_open(self, name: str, picture: NDArray[np.uint8] | None, prompt: str, **values: Any) -> None:
         """A new session; `values` as those of `Generator.open`."""
-        self._add(name, self._generator.open(picture, prompt, history_blocks=self._history, **values))
+        self._add(name, self._generator.open(picture, prompt, **self._kept, **values))
 
     def do_restore(self, name: str, path: Path, number: int, past: int) -> int:
         """The session of a file, which will follow change `number` and has followed `past`. Returns: its frame."""
-        session = self._generator.resume(path, history_blocks=self._history)
+        session = self._generator.resume(path, **self._kept)
         self._add(name, session, number, past)
         return session.num_frames
 
@@ -299,12 +320,17 @@ class Engine:
 
     def do_measure(self, most: int | None) -> Capacity:
         """How many sessions may play at once. Before the first one."""
-        return measure(self._generator, most, self._history)
+        return measure(self._generator, most, self._kept)
 
     def do_memory(self) -> int:
-        """Bytes of the device that are in use by this process; for a CPU all of the process, 0 where that is not known."""
+        """Bytes of the device that this process holds; of a CPU's memory, those of the process."""
         device = self._generator.device
-        return torch.cuda.memory_reserved(device) if device.type == "cuda" else _resident_bytes()
+        if device.type == "cuda":
+            return torch.cuda.memory_reserved(device)
+        try:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        except (OSError, ValueError, IndexError):  # not on this system
+            return 0
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:
@@ -312,11 +338,15 @@ class Engine:
         return self._lanes[name]
 
 
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+class _Private(logging.Filter):
+    """Leaves out what the text encoder says of prompts in the thread that made this: they are somebody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread
 
 
 def _free_memory(error: Exception) -> None:

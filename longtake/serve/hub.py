@@ -79,7 +79,7 @@ class Hub:
 
     @property
     def ready(self) -> bool:
-        return self.stage is not None and not self.ending
+        return self.stage is not None and not self.ending and self.devices.most > 0
 
     async def stop(self) -> None:
         """Saves and ends all sessions when the block in the making has come out; can be called again."""
@@ -190,7 +190,7 @@ class Hub:
         folder, limits = self.settings.folder / name, self.settings.limits
         folder.mkdir(mode=0o700, exist_ok=True)
         recording = Recording(folder, self.stage.head, limits.recording_bytes)
-        live = Live(name, secret, timeline, recording, self.stage, folder, limits.saves, self.counts)
+        live = Live(name, secret, timeline, recording, self.stage, folder, limits, self.counts)
         self.live[name] = live
         self._later(asyncio.to_thread(self._forget_oldest))
         return live
@@ -308,7 +308,12 @@ class Hub:
             "model": asdict(self.model),
             "stream": {key: stream[key] for key in ("height", "width", "codec")} | {"formats": list(formats)},
             "limits": asdict(self.settings.limits) | {"blocks_ahead": self.settings.blocks_ahead},
-            "sessions": {"most": self.devices.most, "now": self.devices.playing, "queued": len(self.waiting)},
+            "sessions": {
+                "most": self.devices.most,
+                "now": self.devices.playing,
+                "queued": len(self.waiting),
+                **self.devices.measured,
+            },
         }
 
 

@@ -29,6 +29,8 @@ from longtake.serve.lanes import Block
 from longtake.serve.mp4 import head
 from longtake.serve.pictures import thumbnail
 from longtake.serve.recording import Recording
+from longtake.serve.security import Allowance
+from longtake.serve.settings import Limits
 from longtake.serve.store import Saved, Stored
 from longtake.serve.timeline import Change, Timeline
 from longtake.serve.viewers import Chunk, Viewer
@@ -90,11 +92,12 @@ class Live:
         recording: Recording,
         stage: Stage,
         folder: Path,
-        most_saves: int,
+        limits: Limits,
         counts: Counts,
     ) -> None:
         self.name, self.secret, self.timeline, self.recording = name, secret, timeline, recording
-        self.stage, self.folder, self.most_saves = stage, folder, most_saves
+        self.stage, self.folder, self.limits = stage, folder, limits
+        self._allowance = Allowance(limits.changes_per_second, 1)
         self.state, self.made, self.shown, self._counts = "queued", 0, 0, counts
         self.place: int | None = None
         self.estimate: float | None = None
@@ -196,10 +199,18 @@ class Live:
         if self.state not in ("playing", "paused", "starting"):
             raise ApiError(409, "conflict", f"the session is {self.state}", "wait until it plays, or open another one")
 
+    def _check_many(self) -> None:
+        """Raises ApiError for changes that come too fast, or of which there have been too many: each is remembered."""
+        if not self._allowance.take():
+            raise ApiError(429, "too_many", "changes come too fast", "wait a second")
+        if self.timeline.number >= self.limits.changes:
+            raise ApiError(409, "conflict", f"the session has had {self.limits.changes} changes", "open another one")
+
     async def change(self, kind: str, value: Any, picture: bytes | None, drop: bool) -> dict[str, Any]:
         """Another prompt, image or target; `picture`, its PNG for the script."""
         async with self.asking:
             self.check_running()
+            self._check_many()
             self.timeline.number = number = self.timeline.number + 1
 
             async def step(answer: tuple[int, bool]) -> None:
@@ -233,7 +244,7 @@ class Live:
             save = self.saves[-1].save + 1 if self.saves else 1
 
             async def step(answer: tuple[int, int, int]) -> None:
-                saves = [*self.saves, Saved(save, *answer, self.timeline.copy())][-self.most_saves :]
+                saves = [*self.saves, Saved(save, *answer, self.timeline.copy())][-self.limits.saves :]
                 await asyncio.to_thread(store.write, Stored(self.folder, self.secret, tuple(saves)))
                 self.saves = saves
                 self.tell("saved", **saves[-1].public())

@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 
+from longtake.errors import ConfigError
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
 from longtake.serve.app import make_app
@@ -48,8 +49,16 @@ def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings
     app = make_app([partial(Generator.build, source, device) for device in devices], settings)
     if not settings.is_local:
         say("what is sent can be read on the way: put a proxy with TLS in front")
+    run_server(app, settings, say)
+
+
+def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
+    """Serves an application until a signal ends it. Raises: ConfigError when it cannot begin."""
+    server = LiveServer(app, settings, say)
     with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
-        LiveServer(app, settings, say).run()
+        server.run()
+    if not server.started:
+        raise ConfigError(f"nothing is served at {settings.host}:{settings.port}; the log says why")
     say("ended; sessions are saved and can be opened again")
 
 

@@ -21,7 +21,8 @@ class Limits:
     message_bytes: int = 4096  # of a viewer
     messages_per_second: int = 50
     creates_per_minute: int = 30  # of all clients
-    requests_per_second: int = 50  # of a session
+    changes_per_second: int = 10  # of a session
+    changes: int = 1000  # of a session, those that were taken back too
     viewers: int = 4  # of a session
     connections: int = 256
     queued: int = 16
@@ -63,9 +64,9 @@ class ServeSettings:
             raise ConfigError("the token is shorter than 16 characters; make a longer one: openssl rand -hex 32")
         if self.max_sessions is not None and self.max_sessions < 1:
             raise ConfigError(f"max_sessions={self.max_sessions} must be at least 1")
-        for name in ("blocks_ahead", "history_blocks"):
-            if not 1 <= getattr(self, name) <= 64:
-                raise ConfigError(f"{name}={getattr(self, name)} must be between 1 and 64")
+        for name, least in (("blocks_ahead", 1), ("history_blocks", 0)):
+            if not least <= getattr(self, name) <= 64:
+                raise ConfigError(f"{name}={getattr(self, name)} must be between {least} and 64")
 
     @property
     def is_local(self) -> bool:

@@ -23,6 +23,7 @@ from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run
+from longtake.train.pace import JobPace, in_words
 from longtake.train.stage import run_stage
 
 # What a finished stage cannot have learnt from after all
@@ -77,13 +78,18 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
             write_world(config.data_folder, config.data)
 
     mesh.on_main(prepare)
+    stages = config.stages.items()
+    pace = JobPace({name: (s.max_steps, in_words(s.validation, s.validate_every)) for name, s in stages})
     for name, stage in config.stages.items():
         values, folder = stage.model_dump(), stage.folder
         if mesh.on_main(partial(_is_done, folder, stage.max_steps, values)):
             logger.info("Stage %s is complete", name)
             continue
-        logger.info("Stage %s", name)
+        pace.begin(name)
+        newest = latest_checkpoint(checkpoints_folder(folder))
+        trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
         run_stage(stage, mesh)
+        pace.end(name, stage.max_steps - trained)
         is_new = True
     settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
     if settings is not None and (is_new or not mesh.on_main(lambda: _is_measured(logdir, settings, folders))):

@@ -1,6 +1,7 @@
 """Videos of rows that a stage never learns from, made and measured while it trains, beside the teacher's of the same.
 
-Nothing here ends a training: an error is agreed by all ranks, logged and counted, and the next validation tries again.
+An error ends no training: it is agreed by all ranks, logged and counted, and the next validation tries again. But where
+one rank fails in a call that the others wait in, the run ends at once, and says why, rather than when it has timed out.
 Nor does it take much of it: how long one takes is measured, and one that is due waits until there is time for it.
 """
 
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,10 @@ from longtake.condition import pixel_frames
 from longtake.config.stage import StageConfig
 from longtake.encoders.vae import VideoVAE
 from longtake.errors import OutputError
+from longtake.evaluation.measure import measuring_threads
 from longtake.evaluation.pictures import Scene, contact_sheet, curves, write_png
 from longtake.evaluation.row_videos import (
+    Cut,
     KeptLatents,
     Maker,
     SeenVideo,
@@ -42,6 +45,7 @@ from longtake.evaluation.row_videos import (
 )
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
+from longtake.parallel.together import GRACE_SECONDS, RanksApart, Together
 from longtake.rollout.denoise import Denoiser
 from longtake.train.ema import EMA
 
@@ -117,12 +121,14 @@ class RowValidation:
     decoder: Callable[[], AbstractContextManager[VideoVAE]]
     errors: int = 0
     budget: Budget = field(init=False)
+    _together: Together = field(init=False)
     _rows: list[VideoRow] | None = None
     _teacher_seen: Seen | None = None
     _fresh: dict[str, Seen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.budget = Budget(self.config.validation.max_share, self.mesh)
+        self._together = Together(self.mesh, GRACE_SECONDS if self._is_shared else math.inf)
 
     def prepare(self) -> None:
         """Reads the rows, while the encoders are there."""
@@ -162,6 +168,8 @@ class RowValidation:
         """What `work` returned, which ends on all ranks alike; None after an error, which is logged and counted."""
         try:
             return work()
+        except RanksApart:
+            raise
         except Exception as error:  # noqa: BLE001 (a validation must not end a training; said loudly, counted)
             self.errors += 1
             logger.error("VALIDATION FAILED (%s, error %d of this run): %s: %s", what, self.errors,
@@ -184,10 +192,15 @@ class RowValidation:
         if self.teacher is not None:
             seen["teacher"] = self._of_teacher(self.teacher)
         makers = list(self._makers())
-        with self.average.applied() if self.average is not None else nullcontext(), self.student.gathered():
-            made = {name: self._made(make) for name, make, _ in makers}
-        for name, _, frames in makers:
-            seen[name] = self._videos(name, made.pop(name), frames, f"step_{step:06d}")
+        made: list[list[Tensor]] = []  # which do not travel
+
+        def stream() -> None:
+            with self.average.applied() if self.average is not None else nullcontext(), self.student.gathered():
+                made.extend(self._made(make) for make, _ in makers)
+
+        self._together.every(stream)
+        for _, lengths in makers:
+            seen |= self._videos(made.pop(0), lengths, f"step_{step:06d}")
         self._fresh = seen
         return self._numbers({name: [video.measured for video in part.values()] for name, part in seen.items()})
 
@@ -203,23 +216,33 @@ class RowValidation:
                 numbers |= {f"{start}{key}": value for key, value in compared.items()}
         return numbers | ({"distance_to_teacher": float(np.mean(distances))} if distances else {})
 
-    def _makers(self) -> Iterator[tuple[str, Maker, int]]:
-        """Name, maker and latent frames of the videos of the student."""
+    def _makers(self) -> Iterator[tuple[Maker, dict[str, int]]]:
+        """What makes videos of the student, and the beginnings of them that are looked at: latent frames by name."""
         config, frames = self.config, self.config.video.num_latent_frames
         settings, plan = config.validation, config.stream_plan
         if not config.objective.causal:
-            yield "student", self._sampler(self.student.model), frames
+            yield self._sampler(self.student.model), {"student": frames}
             return
-        yield "student", student_maker(self.student, plan, frames, seed=settings.seed), frames
+        switch, longer = None, config.longer_frames
         if settings.times_longer > 1:
-            longer = config.longer_frames
             # On all rows or none: a rebuilt cache is a call more, and the calls of sharded networks are shared.
             have = all(self.mesh.every(lambda: all(row.later is not None for row in self._rows or [])))
             switch = plan.block_of(longer // 2)[0] if have else None
-            yield LONG, student_maker(self.student, plan, longer, seed=settings.seed, switch_frame=switch), longer
+        lengths = {"student": frames} | ({LONG: longer} if settings.times_longer > 1 else {})
+        # A stream does not know how long it will be: the shorter video is the beginning of the longer one.
+        apart = switch is not None and switch < frames
+        for part in [{name: length} for name, length in lengths.items()] if apart else [lengths]:
+            turn = switch if LONG in part else None
+            most = max(part.values())
+            yield student_maker(self.student, plan, most, seed=settings.seed, switch_frame=turn), part
 
     def _sampler(self, model: VideoDiT) -> Maker:
         return teacher_maker(model, self.config.video.num_latent_frames, **self._sampling)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether ranks compute the calls of networks together."""
+        return self.mesh.fsdp_mesh is not None or self.mesh.sequence is not None
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -244,49 +267,49 @@ class RowValidation:
             if not all(self.mesh.every(lambda: len(made) == len(found))):
                 if self.mesh.is_main:
                     logger.info("The teacher samples the rows of the validation, once; kept in %s", kept.folder)
-                with teacher.model() as model:
-                    made = self._made(self._sampler(model))
+
+                def sample() -> None:
+                    with teacher.model() as model:
+                        made[:] = self._made(self._sampler(model))
+
+                self._together.every(sample)
                 self.mesh.every(lambda: self._keep(kept, made) if self.mesh.leads_sequence else None)
-            self._teacher_seen = self._videos("teacher", made, frames, "teacher")
+            self._teacher_seen = self._videos(made, {"teacher": frames}, "teacher")["teacher"]
         return self._teacher_seen
 
     def _made(self, make: Maker) -> list[Tensor]:
         """The latents of this rank's rows. Sharded networks are called by all ranks alike: nothing is done in between
         that might fail on one of them.
         """
-        made: list[Tensor] = []
+        with self._precision():
+            return [make(row) for row in self._rows or []]
 
-        def run() -> None:
-            with self._precision():
-                made.extend(make(row) for row in self._rows or [])
+    def _videos(self, latents: Sequence[Tensor], lengths: Mapping[str, int], prefix: str) -> dict[str, Seen]:
+        """The beginnings of these latent frames of the videos of all rows, measured and written, by name and row; every
+        rank knows them.
+        """
 
-        self.mesh.every(run)
-        return made
-
-    def _videos(self, name: str, latents: Sequence[Tensor], num_latent_frames: int, prefix: str) -> Seen:
-        """The videos of all rows, measured and written, known to every rank."""
-        config = self.config
-        fps, stride = config.video.fps, config.video.temporal_stride
-        blocks = None
-        if config.objective.causal and name != "teacher":
-            blocks = blocks_of(config.stream_plan, num_latent_frames, stride)
-        end = f"_{name}" if name == LONG else ""
-        count = pixel_frames(num_latent_frames, stride)
-        workers = max(1, (os.cpu_count() or 1) // self.mesh.world_size)
-
-        def work() -> Seen:
-            jobs: dict[int, Future[SeenVideo]] = {}
+        def work() -> dict[int, list[SeenVideo]]:
+            jobs: dict[int, Future[list[SeenVideo]]] = {}
             # Measured in threads, which let others run, while the next video is decoded.
-            with self.decoder() as vae, ThreadPoolExecutor(min(workers, len(self._rows or [0]))) as pool:
+            with self.decoder() as vae, measuring_threads(self.mesh.world_size) as pool:
                 for row, made in zip(self._rows or [], latents, strict=True):
+                    cuts = [self._cut(name, length, f"{prefix}_row{row.number}") for name, length in lengths.items()]
                     frames = list(decoded(vae, made))
-                    file = config.folder / "samples" / f"{prefix}_row{row.number}{end}.mp4"
-                    jobs[row.number] = pool.submit(look, row.title, frames, count, fps, blocks=blocks, file=file)
+                    jobs[row.number] = pool.submit(look, row.title, frames, self.config.video.fps, cuts)
             return {number: job.result() for number, job in jobs.items()}
 
         parts = self.mesh.every(lambda: work() if self.mesh.leads_sequence else {})
-        found = {number: video for part in parts for number, video in part.items()}
-        return {number: found[number] for number in sorted(found)}
+        found = {number: videos for part in parts for number, videos in part.items()}
+        return {name: {number: found[number][k] for number in sorted(found)} for k, name in enumerate(lengths)}
+
+    def _cut(self, name: str, num_latent_frames: int, stem: str) -> Cut:
+        """How a video of these latent frames is looked at, and where it goes."""
+        config, blocks = self.config, None
+        if config.objective.causal and name != "teacher":
+            blocks = blocks_of(config.stream_plan, num_latent_frames, config.video.temporal_stride)
+        file = config.folder / "samples" / f"{stem}{f'_{name}' if name == LONG else ''}.mp4"
+        return Cut(pixel_frames(num_latent_frames, config.video.temporal_stride), blocks, file)
 
     def _keep(self, kept: KeptLatents, latents: Sequence[Tensor]) -> None:
         """Keeps the teacher's samples; where the disk does not take them, they serve this run alone, which is said."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from longtake.config.generation import RULES_FILE, write_rules
 from longtake.errors import ConfigError
 from longtake.outputs import check_new_folder, new_folder
+from longtake.progress import track
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
 from longtake.weights.load import open_dit
 from longtake.weights.names import to_diffusers_key
@@ -83,7 +84,7 @@ def _write(published: CheckpointReader, names: Mapping[str, str], folder: Path, 
         files = [f"{_STEM}.safetensors"]
     for file, shard in zip(files, shards):
         tensors: dict[str, Tensor] = {}
-        for name, tensor in published.read(shard):
+        for name, tensor in track(published.read(shard), f"writing {file}", "tensors", len(shard)):
             rounded = tensor.to(published.tensors[name].dtype)
             if published.updates:
                 check_finite(rounded, f"{name} with its update, as {rounded.dtype},")

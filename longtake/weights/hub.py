@@ -10,11 +10,12 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
+from longtake.config.base import read_yaml
 from longtake.config.generation import RULES_FILE
-from longtake.errors import CheckpointError
+from longtake.config.stage import TOY_ASSETS
+from longtake.errors import CheckpointError, nearest
 from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.file_kind import GGUF
 from longtake.weights.locate import (
@@ -32,6 +33,7 @@ from longtake.weights.locate import (
 
 logger = logging.getLogger(__name__)
 
+TABLE = TOY_ASSETS.parent / "students.yaml"  # of published students
 _TIMEOUT = 5  # seconds for a list of files
 _SMALL = (FILE, RULES_FILE)  # beside weights: their sizes and their rules
 _WEIGHTS = (*SAFETENSORS, f".safetensors{INDEX}")
@@ -123,11 +125,12 @@ def look_up(name: str) -> Repository:
 
 
 def _no_repository(name: str) -> CheckpointError:
-    close = get_close_matches(name, HUB_REPOSITORIES, n=1)
-    near = f"did you mean {close[0]}? " if close else ""
+    table = read_yaml(TABLE)
+    rows = (row for kind in ("students", "refused") for row in table[kind])
+    near = nearest(name, [*HUB_REPOSITORIES, *(row["repository"] for row in rows if "repository" in row)])
     return CheckpointError(
-        f"{name} is neither a local path nor a repository of the Hugging Face hub; {near}A private or gated one needs "
-        "`hf auth login`; `longtake students` lists published students"
+        f"{name} is neither a local path nor a repository of the Hugging Face hub{near or ';'} A private or gated one "
+        "needs `hf auth login`; `longtake students` lists published students"
     )
 
 

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from longtake.config.base import read_yaml
 from longtake.config.generation import RULES_FILE, GenerationConfig, read_rules
-from longtake.config.stage import TOY_ASSETS
-from longtake.errors import CheckpointError, ConfigError
+from longtake.config.stage import TOY
+from longtake.errors import CheckpointError, ConfigError, nearest
 from longtake.models.dit import VideoDiT
 from longtake.weights.config_json import FILE
-from longtake.weights.hub import Order, fetch, look_up
+from longtake.weights.hub import TABLE, Order, fetch, look_up
 from longtake.weights.load import Opened, open_dit, open_weights
 from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, is_hub_name, locate
 from longtake.weights.read import CheckpointReader
 
-TABLE = TOY_ASSETS.parent / "students.yaml"
 _PATCH = "patch_embedding.weight"
 
 
@@ -205,7 +204,7 @@ def find_student(source: str | Path) -> FoundStudent | None:
     """The published student that a source means: its name, as `longtake students` lists it; OWNER/NAME on the hub, with
     its file where there are several; a local folder of such files; or one of them. None for other weights.
 
-    Raises: ConfigError for a student that cannot be played, and where several are meant.
+    Raises: ConfigError for a student that cannot be played, where several are meant, and for a name that is nearly one.
     """
     path = Path(source).expanduser()
     found: Sequence[tuple[_Row, Path, Path | None]] = ()
@@ -215,6 +214,8 @@ def find_student(source: str | Path) -> FoundStudent | None:
         found = _on_the_hub(source)
     else:
         found = _named(os.fspath(source))
+        if not found and source != TOY and (near := nearest(os.fspath(source), _names())):
+            raise ConfigError(f"{source} is neither a path nor a student's name{near} `longtake students` lists them")
     if not found:
         return None
     if len(found) > 1:
@@ -254,6 +255,11 @@ def open_source(source: str | Path, *, check: bool = False) -> Opened:
     """
     student = find_student(source)
     return open_weights(source, check=check) if student is None else student.open()
+
+
+def _names() -> list[str]:
+    """All names that may be meant, those of families too."""
+    return [TOY, *dict.fromkeys(name for row in _rows() for name in (row.name.partition(" (")[0], row.name))]
 
 
 def _rows() -> list[_Row]:

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import apart_run
 import pytest
 import validation_run
 import yaml
 from encoded_files import from_cache
+from forked_ranks import torchrun
 from test_meshes import rows_of
 
 from longtake.parallel.mesh import Mesh
@@ -49,3 +51,16 @@ def test_two_ranks_validate_as_one(workshop, whole, tmp_path):
     assert {f"step_000004_row{k}{end}.mp4" for k in range(3) for end in ("", "_long")} <= samples
     kept = [json.loads(line) for line in (two.folder / "saves.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [4] and len(list((tmp_path / "two/teacher_samples").iterdir())) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_fails_where_the_other_waits_ends_the_run_at_once(workshop, whole, tmp_path):
+    """Without the watchdog, and long before a collective times out."""
+    config = config_of(workshop, tmp_path / "run", whole)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump() | {"watchdog": {"seconds": 0}}))
+    done = torchrun(2, apart_run.__file__, "train", file, timeout=380)
+    assert done.returncode != 0, done.stderr[-6000:]
+    assert "rank 1 failed with OutOfMemoryError: CUDA out of memory (a test); rank 0 waited" in done.stderr
+    assert [row["step"] for row in rows_of(config.folder) if "validation/errors" in row] == [0]

@@ -13,7 +13,16 @@ from PIL import Image
 from spoilt_videos import blur, fade, freeze, loop, uniform
 
 from longtake.errors import DataError, ShapeError
-from longtake.evaluation.instruments import FADE, METRICS, Blocks, flicker, measure, seam_score, sharpness
+from longtake.evaluation.instruments import (
+    FADE,
+    METRICS,
+    Blocks,
+    flicker,
+    measure,
+    measure_beginnings,
+    seam_score,
+    sharpness,
+)
 from longtake.evaluation.light import LightMeter
 from longtake.evaluation.motion import MotionMeter
 from longtake.toy.world import sample_world
@@ -283,6 +292,16 @@ def test_frames_are_taken_one_at_a_time(moved):
 
     assert measure(frames(), FPS).frames == 80 and most <= 4
     assert measure(iter(moved), FPS).metrics == measure(moved, FPS).metrics
+
+
+def test_beginnings_are_measured_as_videos_of_their_own(truth, photo):
+    """Of a slow camera too, whose motion is measured over many frames."""
+    video = truth.translated(photo, 0.1, 0.2, 45, (64, 96))
+    cuts = {20: None, 33: Blocks(12, 9), 45: Blocks(12, 9)}
+    found = measure_beginnings(iter(video), FPS, cuts)
+    assert found == {number: measure(video[:number], FPS, blocks) for number, blocks in cuts.items()}
+    with pytest.raises(DataError, match="the video has no 46 frames"):
+        measure_beginnings(video, FPS, {20: None, 46: None})
 
 
 @pytest.mark.parametrize(

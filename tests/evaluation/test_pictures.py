@@ -65,8 +65,9 @@ def test_a_sheet_is_never_wider_than_a_screen(size):
     assert high == pytest.approx(cell * size[0] / size[1], abs=1)
 
 
-def test_captions_are_wrapped_and_cut(texts):
-    contact_sheet([Scene("word " * 500, {"x": strip(video(9))})])
+def test_captions_are_wrapped_and_names_are_cut(texts):
+    sheet = contact_sheet([Scene("word " * 500, {"n" * 500: strip(video(9))})])
+    assert sheet.shape[1] <= 1600 and ("n" * 39 + "…") in [text for text, _ in texts]
     lines = [text for text, _ in texts if "word" in text]
     assert len(lines) == 3 and lines[-1].endswith("…")
 

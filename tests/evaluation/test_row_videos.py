@@ -57,14 +57,19 @@ def test_rows_of_an_encoded_set_make_the_videos_of_its_pictures(rows, tmp_path):
     whole = ((vae.decode(latents)[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     assert (frames == whole).mean() > 0.999 and len(frames) == pixel_frames(9, vae.temporal_stride)
     blocks = rv.blocks_of(plan, 9, vae.temporal_stride)
-    seen = rv.look("a", [frames[:7], frames[7:]], len(frames), 16, blocks=blocks, file=tmp_path / "new/a.mp4")
+    cuts = [rv.Cut(17, file=tmp_path / "new/b.mp4"), rv.Cut(len(frames), blocks, tmp_path / "new/a.mp4")]
+    short, seen = rv.look("a", [frames[:7], frames[7:]], 16, cuts)
     assert seen.measured == measure(frames, 16, blocks) and seen.measured.metrics["seam_score"] is not None
+    assert short.measured == measure(frames[:17], 16) and len(read_video(tmp_path / "new/b.mp4")[0]) == 17
+    assert short.shown.numbers == (0, 2, 4, 6, 8, 10, 12, 14, 16)
     assert seen.shown.numbers == (0, 4, 8, 12, 16, 20, 24, 28, 32)
     assert (
         np.array_equal(seen.shown.frames, frames[::4]) and read_video(tmp_path / "new/a.mp4")[0].shape == frames.shape
     )
     with pytest.raises(DataError, match="the video of b has no frame"):
-        rv.look("b", [], 1, 16)
+        rv.look("b", [], 16, cuts)
+    with pytest.raises(DataError, match="the video has no 33 frames"):
+        rv.look("b", [frames[:17]], 16, cuts)
 
 
 def test_the_blocks_of_a_stream_begin_where_its_latents_do(rows):

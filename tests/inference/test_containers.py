@@ -146,6 +146,16 @@ def test_kill_9_leaves_what_was_made(tmp_path, name):
     assert left.exists() and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+def test_long_files_are_whole(tmp_path, name, keep):
+    """Longer than what libavformat reads at once, 32 KiB: the packets are not written over while they are read."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
+    file = write(tmp_path / name, noise, keep=keep)
+    assert file.stat().st_size > 2**16 and len(packets(str(file))) == len(read(file)) == 40
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_what_nobody_asked_to_keep_is_hidden(tmp_path):
     with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.webm", 16, 48, 64, keep=False) as writer:
         writer.write(moving_square(12))

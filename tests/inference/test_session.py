@@ -477,3 +477,31 @@ def test_memory_is_constant_through_changes_and_cuts(kind, history_blocks):
         take(session, 4)
         used.append(live_bytes() if round_ in (1, 3) else None)
     assert used[1] == used[3]
+
+
+def test_blocks_that_are_ready_are_taken_back_without_decoding_again(monkeypatch):
+    """The same frames; the decoder runs as often as there are blocks, and for older ones as often as it must."""
+    from longtake.encoders.sessions import DecoderSession
+
+    generator = make_generator()
+    wanted = generator.open(PICTURE, A, history_blocks=6)
+    ready = generator.open(PICTURE, A, history_blocks=6, ready_blocks=2)
+    frames = [wanted.next() for _ in range(6)]
+    assert all(np.array_equal(ready.next(), one) for one in frames)
+    made_anew = []
+    own = DecoderSession._own
+
+    def watched(self):
+        made_anew.append(self._held.after != self.num_latent_frames)
+        return own(self)
+
+    monkeypatch.setattr(DecoderSession, "_own", watched)
+    for back, anew in ((2, False), (1, False), (4, True)):
+        made_anew.clear()
+        ready.rewind(back)
+        again = [ready.next() for _ in range(back)]
+        assert all(np.array_equal(one, other) for one, other in zip(again, frames[-back:], strict=True))
+        assert any(made_anew) == anew
+    branch = ready.fork()
+    branch.rewind(1)
+    assert np.array_equal(branch.next(), frames[-1]) and np.array_equal(ready.next(), wanted.next())

@@ -43,6 +43,17 @@ def test_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_large_files_are_whole_whatever_they_are_called_while_made(tmp_path, suffix, keep):
+    """More than the buffers of who reads the file in the making to write the finished one."""
+    noise = np.random.default_rng(0).integers(0, 256, (81, 32, 32, 3), np.uint8)
+    with VideoWriter(tmp_path / f"a.{suffix}", 16, 32, 32, keep=keep) as writer:
+        writer.write(noise)
+    assert read_video(tmp_path / f"a.{suffix}")[0].shape == noise.shape
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
 def test_smaller_crf_is_better(tmp_path):
     video = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), dtype=np.uint8)
     fine, coarse = write(tmp_path / "a.mp4", video, crf=5), write(tmp_path / "b.mp4", video, crf=40)
@@ -130,3 +141,13 @@ def test_reader_names_bad_files(tmp_path):
     for name in ("bad.mp4", "cut.mp4", "absent.mp4"):
         with pytest.raises(DataError, match=name):
             read_video(tmp_path / name)
+
+
+def test_a_hidden_file_in_the_making_is_not_the_one_that_it_becomes(tmp_path):
+    """Longer than what a reader takes at once: written over itself it would be lost from there on."""
+    frames = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
+    for keep in (True, False):
+        with VideoWriter(tmp_path / f"{keep}.mp4", 16, 64, 64, keep=keep) as writer:
+            writer.write(frames)
+    assert (tmp_path / "True.mp4").read_bytes() == (tmp_path / "False.mp4").read_bytes()
+    assert len(read_video(tmp_path / "False.mp4")[0]) == 64 and len(list(tmp_path.iterdir())) == 2

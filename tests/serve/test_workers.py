@@ -1,7 +1,6 @@
 """Several devices, a worker process each: the same frames, and one that dies takes its own sessions alone with it."""
 
-import os
-import signal
+import multiprocessing
 import time
 from functools import partial
 
@@ -10,30 +9,20 @@ from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, make_generator
 
 
-def children():
-    """Process ids of this process's workers."""
-    path = f"/proc/{os.getpid()}/task"
-    found = []
-    for task in os.listdir(path):
-        with open(f"{path}/{task}/children") as file:
-            found += map(int, file.read().split())
-    return found
-
-
 def test_two_workers(generator, tmp_path):
     build = partial(make_generator, history_blocks=6)
     with serving([build, build], tmp_path, max_sessions=1) as address:
         clients = [LiveClient(address) for _ in range(2)]
         for seed, client in enumerate(clients):
             assert client.open(seed=seed)["state"] == "starting"
-        assert clients[0].http.get("/api/info").json()["sessions"] == {"most": 2, "now": 2, "queued": 0}
+        assert clients[0].http.get("/api/info").json()["sessions"].items() >= {"most": 2, "now": 2, "queued": 0}.items()
         for seed, client in enumerate(clients):
             session = generator.open(PICTURE, A, seed=seed)
             wanted = np.concatenate([session.next() for _ in range(4)])
             assert np.array_equal(client.watch(25).pictures()[:25], wanted)
         assert clients[0].post("/rewind", json={"blocks": 1})["number"] == 0
         clients[0].post("/save")
-        os.kill(children()[-1], signal.SIGKILL)  # of the two, that of one session
+        multiprocessing.active_children()[0].kill()  # that of one session
         until = time.monotonic() + 20
         while len(alive := [one for one in clients if one.request("GET").status_code == 200]) == 2:
             assert time.monotonic() < until

@@ -57,7 +57,7 @@ def collapsed():
 
 @pytest.mark.parametrize(
     ("alarm", "student"),
-    [("motion", lambda: videos(share=0.3)), ("saturation", lambda: videos(fade=0.8)), ("uniform", collapsed)],
+    [("motion", lambda: videos(share=0.3)), ("saturation", lambda: videos(fade=0.7)), ("uniform", collapsed)],
 )
 def test_a_student_that_goes_wrong_raises_its_alarm_within_two_validations(teacher, alarm, student):
     watch, wrong = Watch(AlarmsConfig()), numbers(student(), teacher)
@@ -89,6 +89,18 @@ def test_seams_and_single_slips():
     assert watch.validation(5, failed) == [] and watch.validation(6, seam)  # one that failed interrupts nothing
     off = Watch(AlarmsConfig(seam=None))
     assert off.validation(1, seam) == off.validation(2, seam) == []
+
+
+def test_colours_of_longer_videos_are_compared_with_those_of_the_clips():
+    """A student that is a little brighter than its teacher is sound while it stays so, and fades when it does not."""
+    watch = Watch(AlarmsConfig())
+    clip, long = "validation/saturation_vs_teacher", "validation/long_saturation_vs_teacher"
+    sound, fades = {clip: 1.1, long: 1.16}, {clip: 1.1, long: 0.95}
+    assert watch.validation(1, sound) == watch.validation(2, sound) == watch.validation(3, fades) == []
+    (raised,) = watch.validation(4, fades)
+    assert raised[:3] == ("saturation", long, 0.95) and raised.limit == pytest.approx(0.99)
+    burnt = {clip: 1.2, long: 1.25}
+    assert watch.validation(5, burnt) == [] and watch.validation(6, burnt) == [("saturation", clip, 1.2, 1.15)]
 
 
 def test_toy_worlds_are_judged_by_the_truth():

@@ -161,8 +161,11 @@ def test_a_set_of_one_row_trains_without_validation(workshop, tmp_path, caplog):
     assert "NO VALIDATION" in caplog.text and not rows_of(config)[1]
 
 
-def test_pictures_with_second_prompts_switch_in_mid_stream(workshop, tmp_path, monkeypatch):
-    """From the encoders themselves, which may go once the rows are encoded."""
+@pytest.mark.parametrize(("times_longer", "expected"), [(2, [None, 3]), (3, [5])])
+def test_pictures_with_second_prompts_switch_in_mid_stream(workshop, tmp_path, monkeypatch, times_longer, expected):
+    """From the encoders themselves, which may go once the rows are encoded. The clip of 5 latent frames is the beginning
+    of the longer video, unless that switches earlier.
+    """
     folder = tmp_path / "photos"
     folder.mkdir()
     for k in range(5):
@@ -178,10 +181,16 @@ def test_pictures_with_second_prompts_switch_in_mid_stream(workshop, tmp_path, m
     monkeypatch.setattr(row_validation, "student_maker", noted)
     data = {"path": str(folder), "num_workers": 0}
     config = stage_config(
-        workshop, tmp_path / "run", "distill", data=data, max_steps=4, validate_every=4, validation=ROWS
+        workshop,
+        tmp_path / "run",
+        "distill",
+        data=data,
+        max_steps=4,
+        validate_every=4,
+        validation=ROWS | {"times_longer": times_longer},
     )
     run_stage(config, Mesh())
-    assert switches == [None, 3, None, 3] and len(rows_of(config)[1]) == 2
+    assert switches == 2 * expected and len(rows_of(config)[1]) == 2
 
 
 def test_there_is_time_for_a_share_of_the_training_alone():

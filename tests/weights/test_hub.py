@@ -171,8 +171,10 @@ def test_what_is_not_there_is_one_message_and_reads_nothing(hub, unread, command
 
 
 def test_close_names_and_files_that_are_there_are_told(hub):
-    with pytest.raises(CheckpointError, match=r"did you mean Wan-AI/Wan2.1-T2V-1.3B\?"):
+    with pytest.raises(CheckpointError, match=r"did you mean Wan-AI/Wan2.1-T2V-1.3B or "):
         load_dit("Wan-AI/Wan2.1-T2V-1.3")
+    with pytest.raises(CheckpointError, match=r"did you mean Efficient-Large-Model/LongLive-1.3B or .*\? A private"):
+        load_dit("efficient-large-model/LongLive-1.3")
     hub("a/files").mkdir(parents=True)
     for file in ("one.pt", "two.ckpt", "notes.txt"):
         (hub("a/files") / file).write_bytes(b"x")

@@ -194,7 +194,11 @@ def test_students_are_fetched_by_name_and_played_without_a_network(state, encode
     assert found.fetched() is found and len(hub.asked) == 2
     result = CliRunner().invoke(app, ["download", "MemFlow"])
     assert result.exit_code == 2 and "MemFlow (" in result.output and "cannot be played" in result.output
-    for name, said in (("LongLiv", "neither OWNER/NAME on the"), (str(tmp_path), "is a local path; give OWNER/NAME")):
+    for name, said in (
+        ("LongLiv", "did you mean LongLive or"),
+        ("mine", "neither OWNER/NAME on the"),
+        (str(tmp_path), "is a local path; give OWNER/NAME"),
+    ):
         result = CliRunner().invoke(app, ["download", name])
         assert result.exit_code == 2 and said in result.output
 
