@@ -154,10 +154,15 @@ def steer(view, prompt):
     press(view, "Send")
 
 
-def pause(page, view):
-    """Stops it with all that was made on the page."""
+def pause(page, view, client):
+    """Stops it; the block in the making still comes. Returns: the state."""
     press(view, "Pause")
     expect(view.locator(".cover")).to_have_text("Paused")
+    states = []
+    while not (len(states) > 1 and states[-1] == states[-2] and states[-1]["state"] == "paused"):
+        page.wait_for_timeout(1000)
+        states.append(client.request("GET").json())
+    return states[-1]
 
 
 # ---- in the fast set -----------------------------------------------------------------------------------------------
@@ -245,9 +250,8 @@ def test_all_that_a_person_does_with_a_video(visit, toy, tmp_path):
             until(page, lambda: view.locator(".changes img").count() and view.locator(".coming").count() == 0)
         expect(view.locator(".changes li")).to_have_count(4)
         expect(view.get_by_role("button", name="No target")).to_be_visible()
-        pause(page, view)
         client = client_of(page, view, address)
-        state = client.request("GET").json()
+        state = pause(page, view, client)
         length = int(number_of(view, "frame")) + 1
         wanted = wanted_of(toy, example(), state, {2: other, 3: aim}, length)
         frames = range(0, length, 3)
@@ -285,8 +289,7 @@ def the_rest(page, view, client, toy, folder):
     )
     press(branch, "Close")
     expect(page.locator("article")).to_have_count(1)
-    pause(page, view)
-    made = client.request("GET").json()["frame"]
+    made = pause(page, view, client)["frame"]
     with page.expect_download() as video:
         press(view, "Video")
     with av.open(video.value.path()) as file:
@@ -371,9 +374,8 @@ def test_pages_without_webcodecs_play_mp4(visit, toy, tmp_path):
         expect(view.locator(".changes li")).to_have_count(2)
         until(page, lambda: view.locator(".coming").count() == 0)
         at_frame(page, view, number_of(view, "frame") + 8)
-        pause(page, view)
         client = client_of(page, view, address)
-        state, length = client.request("GET").json(), int(number_of(view, "frame"))
+        state, length = pause(page, view, client), int(number_of(view, "frame"))
         shown = sorted(int(frame) for frame in page.evaluate("id => Object.keys(seen[id])", client.name))
         frames = [frame for frame in shown if frame < length]
         assert len(frames) > length / 3  # a busy machine leaves some out

@@ -173,6 +173,7 @@ export class View {
     (isCanvas ? canvas : video).setAttribute("aria-label", "The video");
     (isCanvas ? canvas : video).setAttribute("role", "img");
     const player = new Player(isCanvas ? canvas : video, stream, (frame, number) => this.shown(frame, number));
+    video.onerror = () => this.say(`The browser cannot play it: ${video.error?.message}; add ?format=png to the address`);
     player.pause(this.isHeld);
     return player;
   }
