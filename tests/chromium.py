@@ -39,28 +39,47 @@ _PICTURE = """async ([url, is_film]) => {
 }"""
 
 
+def program() -> str:
+    """The path of a Chromium: of this machine, else of Playwright. Skips, and in CI fails, where there is none."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            found = playwright.chromium.executable_path
+        if not Path(found).exists():
+            missing = f"no Chromium: none of {', '.join(NAMES)} is in PATH; bash scripts/browser.sh installs one"
+            pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    return found
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A headless Chromium. One at a time in a thread."""
+    path = program()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield started
+        finally:
+            started.close()
+
+
 @contextmanager
 def page(folder: Path) -> Iterator[Any]:
-    """A page of `SITE`, whose files are those in `folder`. Skips, and in CI fails, where no Chromium is found."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        missing = f"no Chromium: none of {', '.join(NAMES)} is in PATH"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    from playwright.sync_api import sync_playwright
+    """A page of `SITE`, whose files are those in `folder`."""
 
     def answer(route: Any) -> None:
         name = route.request.url.removeprefix(SITE).partition("?")[0]
         route.fulfill(path=folder / name) if name else route.fulfill(body="<html></html>", content_type="text/html")
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        try:
-            opened = browser.new_page()
-            opened.route(f"{SITE}**", answer)
-            opened.goto(SITE)
-            yield opened
-        finally:
-            browser.close()
+    with browser() as started:
+        opened = started.new_page()
+        opened.route(f"{SITE}**", answer)
+        opened.goto(SITE)
+        yield opened
 
 
 def picture(opened: Any, name: str, *, is_film: bool) -> np.ndarray:

@@ -68,7 +68,7 @@ def test_script_parses_and_stops_at_the_first_error(path):
     assert "|| true" not in text and "eval " not in text  # nothing hides a failure
 
 
-@pytest.mark.parametrize("name", ["train_i2v_local.sh", "test.sh", "setup.sh"])
+@pytest.mark.parametrize("name", ["train_i2v_local.sh", "test.sh", "setup.sh", "browser.sh"])
 def test_help_names_every_option_and_sets_nothing_up(name, tmp_path):
     shutil.copytree(SCRIPTS, tmp_path / "a folder" / "scripts", ignore=shutil.ignore_patterns("assets"))
     script = tmp_path / "a folder" / "scripts" / name

@@ -189,6 +189,8 @@ class Engine:
         return next_lane(self._lanes.values())
 
     def _answer(self, future: Future[Any], method: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+            return
         try:
             result = method()
         except Exception as error:

@@ -219,8 +219,8 @@ class Live:
                     self._back(frame, number, "drop")
                     self.timeline.cut(frame, keep=True)
                 prompt = value if kind == "prompt" else self.timeline.prompt
-                self.timeline.add(Change(number, kind, frame, prompt, picture))
-                self.tell("change", number=number, kind=kind, from_frame=frame, prompt=prompt, dropped=dropped)
+                self.timeline.add(changed := Change(number, kind, frame, prompt, picture))
+                self.tell("change", **changed.public(), dropped=dropped)
 
             frame, _ = await self._turn(step, "change", kind, value, number, drop)
             return {"from_frame": frame, "number": number}

@@ -109,8 +109,7 @@ async def _serve(socket: WebSocket, hub: Hub, live: Live, hello: Hello) -> None:
 async def _send(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
     """Sends what waits, one message at a time; a viewer that takes none of it for long is dropped."""
     assert hub.stage is not None
-    if viewer.form == "mp4":
-        await socket.send_bytes(init_message(hub.stage.head))
+    head = init_message(hub.stage.head) if viewer.form == "mp4" else None
     try:
         while (item := await viewer.next()) is not None:
             async with asyncio.timeout(hub.settings.limits.slow_seconds):
@@ -118,6 +117,9 @@ async def _send(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
                     await socket.send_text(item)
                 else:
                     await socket.send_bytes(await asyncio.to_thread(item.message, viewer.form))
+                if head is not None:  # behind `hello`, which says what it is for
+                    await socket.send_bytes(head)
+                    head = None
         code, reason = viewer.closed or (1000, "")
         await socket.close(code, reason)
     except TimeoutError:

@@ -34,7 +34,8 @@ class Change:
     picture: bytes | None = None
 
     def public(self) -> dict[str, Any]:
-        return {"number": self.number, "kind": self.kind, "from_frame": self.frame, "prompt": self.prompt}
+        known = {"number": self.number, "kind": self.kind, "from_frame": self.frame, "prompt": self.prompt}
+        return {**known, "has_picture": self.picture is not None}
 
 
 @dataclass

@@ -91,12 +91,14 @@ class WorkerEngine:
             self._ended = True
             asked, self._asked = list(self._asked.values()), {}
         for future in [*asked, *([] if self.ready.done() else [self.ready])]:
-            future.set_exception(LongtakeError(_GONE))
+            _settle(future, None, LongtakeError(_GONE))
         for name in self._sessions:
             self._emit(Lost(name, LongtakeError(_GONE)))
 
 
 def _settle(future: Future[Any], value: Any, error: Exception | None) -> None:
+    if future.cancelled():  # nobody waits for it any more
+        return
     if error is None:
         future.set_result(value)
     else:

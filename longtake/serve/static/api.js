@@ -43,6 +43,7 @@ const of = (session) => `/sessions/${encodeURIComponent(session.id)}`;
 export const info = () => json(request("GET", "/info"));
 export const create = (fields) => json(request("POST", "/sessions", { form: formOf(fields) }));
 export const open = (session, save) => json(request("POST", "/sessions/open", { form: formOf({ ...session, save }) }));
+export const state = (session) => json(request("GET", of(session), { session }));
 export const remove = (session) => request("DELETE", of(session), { session });
 export const prompt = (session, text, drop) =>
   json(request("POST", `${of(session)}/prompt`, { session, json: { prompt: text, drop } }));

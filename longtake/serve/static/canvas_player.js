@@ -54,16 +54,16 @@ export class CanvasPlayer {
       };
       const lost = () => {
         this.flying.delete(unit);
-        if (!unit.isVoid) this.position = Math.max(this.position, unit.frame + 1);
         this.feed();
       };
       this.decoder.decode(unit, Math.round((1e6 * unit.frame) / this.fps)).then(given, lost);
     }
   }
 
-  // Frames that the server left out, since they came too slowly here, are not waited for.
+  // Frames that the server left out, since they came too slowly here, and lost ones are not waited for.
   skip() {
-    const [first] = this.decoded.keys();
+    if (!this.decoded.size || this.decoded.has(this.position)) return;
+    const first = Math.min(...this.decoded.keys()); // pictures come in any order
     if (first > this.position && ![...this.flying].some(({ frame }) => frame < first)) this.position = first;
   }
 
@@ -98,6 +98,11 @@ export class CanvasPlayer {
     }
     if (this.position !== null) this.position = Math.min(this.position, frame);
     this.feed();
+  }
+
+  // Shows a picture of the page, e.g. where a paused video was taken back to.
+  still(image) {
+    if (image?.complete && image.naturalWidth) this.paint.drawImage(image, 0, 0, this.canvas.width, this.canvas.height);
   }
 
   // After a break: what comes next begins with the block that holds the next frame.

@@ -10,7 +10,9 @@ const EXAMPLES = [
   ["blue_cross", "a blue cross ascends slowly while a green triangle travels quickly to the left, a small purple triangle goes steadily diagonally up and right"],
 ];
 const $ = (id) => document.getElementById(id);
+const ASKED_EVERY = 5000; // milliseconds
 let about = null; // what the server said of itself
+let format = null; // in which videos come
 let used = null; // the view that keys steer
 let chosen = null; // the picture of the next video
 
@@ -18,18 +20,38 @@ let chosen = null; // the picture of the next video
 async function begin() {
   try {
     about = await api.info();
+    format = await formatOf(about.stream);
   } catch (error) {
     if (error.status === 401) return askToken(error);
     $("server").textContent = error.message;
     return setTimeout(begin, 2000);
   }
-  const { model, sessions } = about;
-  const rate = `${model.width}x${model.height}, ${model.fps} frames/s`;
-  $("server").textContent = `${model.name}: ${rate}; ${sessions.now} of ${sessions.most} playing`;
+  const { model } = about;
+  showServer();
+  $("drop").style.setProperty("--ratio", model.width / model.height);
   $("picture-part").hidden = model.picture === "none";
   $("guidance").placeholder = String(model.guidance);
   if (Math.min(model.height, model.width) <= 128 && model.picture !== "none") showExamples();
+  if (model.picture === "optional") $("drop-text").textContent = "Choose or drop a picture, or go without";
   showSaved();
+  for (const session of saves.playing()) goOn(session);
+  setInterval(() => document.hidden || ask(), ASKED_EVERY);
+}
+
+async function ask() {
+  try {
+    about = await api.info();
+    showServer();
+  } catch (error) {
+    $("server").textContent = error.message;
+  }
+}
+
+function showServer() {
+  const { model, sessions } = about;
+  const queued = sessions.queued ? `, ${sessions.queued} waiting` : "";
+  const text = `${model.width}x${model.height}, ${model.fps} frames/s; ${sessions.now} of ${sessions.most} playing${queued}`;
+  if ($("server").textContent !== text) $("server").textContent = text;
 }
 
 function askToken() {
@@ -40,14 +62,16 @@ function askToken() {
     $("token").value = "";
     begin();
   };
+  $("token-message").textContent = api.token() ? "It was not taken." : "";
   dialog.showModal();
 }
 
-// canvas for WebCodecs, which pages have that are secure; ?format=png shows pictures without loss
-function format() {
+// WebCodecs, which pages have that are secure, else MediaSource, else pictures; ?format=png shows them without loss
+async function formatOf({ formats, codec }) {
   const wanted = new URLSearchParams(location.search).get("format");
-  if (about.stream.formats.includes(wanted)) return wanted;
-  return "VideoDecoder" in window ? "h264" : "mp4";
+  if (formats.includes(wanted)) return wanted;
+  if (window.VideoDecoder && (await VideoDecoder.isConfigSupported({ codec })).supported) return "h264";
+  return window.MediaSource?.isTypeSupported(`video/mp4; codecs="${codec}"`) ? "mp4" : "png";
 }
 
 // ---- a new video ---------------------------------------------------------------------------------------------------
@@ -59,7 +83,7 @@ function choose(file, name) {
   preview.hidden = false;
   preview.alt = `The picture: ${name}`;
   preview.onload = () => preview.classList.toggle("small", preview.naturalWidth <= 128);
-  $("drop-text").textContent = "Another picture";
+  $("drop-text").textContent = "";
   for (const button of $("examples").children) button.setAttribute("aria-pressed", String(button.dataset.name === name));
 }
 
@@ -104,7 +128,8 @@ $("start").onsubmit = async (event) => {
   const fields = { prompt, image: chosen, seed: $("seed").value, guidance: $("guidance").value, negative: $("negative").value };
   try {
     const { id, secret } = await api.create(fields);
-    show({ id, secret }, prompt, asked);
+    $("new").open = false;
+    show({ id, secret }, prompt, asked).root.focus();
   } catch (error) {
     message.textContent = error.message;
   }
@@ -116,27 +141,52 @@ $("prompt").onkeydown = (event) => {
 // ---- those that play -----------------------------------------------------------------------------------------------
 function show(session, prompt, asked) {
   const { model } = about;
-  const on = { used: use, forked: show, saved: keepSave, closed: () => (used = $("views").firstElementChild?.view ?? null) };
-  const view = new View(session, { format: format(), fps: model.fps, model, prompt, asked, on });
+  const on = { used: use, forked: show, saved: keepSave, closed: left };
+  const view = new View(session, { format, fps: model.fps, model, prompt, asked, on });
   $("views").append(view.root);
+  saves.plays(session);
   use(view);
   view.root.scrollIntoView({ block: "nearest" });
+  ask();
+  return view;
+}
+
+// A session that played in this tab before the page was loaded anew.
+async function goOn(session) {
+  try {
+    const { prompt } = await api.state(session);
+    $("new").open = false;
+    show(session, prompt);
+  } catch (error) {
+    if (error.status) saves.playsNoMore(session);
+  }
+}
+
+// `view` is gone from the page.
+function left(view) {
+  saves.playsNoMore(view.session);
+  used = null;
+  const next = $("views").firstElementChild?.view;
+  if (next) use(next);
+  else $("new").open = true;
+  (next?.root ?? $("prompt")).focus();
+  ask();
 }
 
 function use(view) {
-  used?.root.classList.remove("used");
   used = view;
-  view.root.classList.toggle("used", $("views").children.length > 1);
+  const { children } = $("views");
+  for (const { view: one, classList } of children) classList.toggle("used", one === view && children.length > 1);
 }
 
 function keepSave(view, save, frame) {
   const prompt = view.part(".prompt-label textarea").value;
-  saves.keep({ ...view.session, save, frame, prompt, model: about.model.name, when: Date.now() });
+  saves.keep({ ...view.session, save, frame, prompt });
   showSaved();
 }
 
 function showSaved() {
-  const list = saves.all().filter(({ model }) => model === about.model.name);
+  const list = saves.all();
   $("saved").hidden = list.length === 0;
   $("saved-list").replaceChildren(...list.map(savedItem));
 }
@@ -147,6 +197,7 @@ function savedItem(one) {
   const forget = document.createElement("button");
   open.type = forget.type = "button";
   open.textContent = `${one.prompt.slice(0, 60)}, frame ${one.frame}`;
+  open.title = "Go on from this save";
   open.onclick = () => reopen(one);
   forget.textContent = "\u00d7";
   forget.setAttribute("aria-label", `Forget the save at frame ${one.frame}`);
@@ -168,7 +219,8 @@ async function reopen(one) {
   }
   try {
     const { id, secret } = await api.open({ id: one.id, secret: one.secret }, one.save);
-    show({ id, secret }, one.prompt, asked);
+    $("new").open = false;
+    show({ id, secret }, one.prompt, asked).root.focus();
   } catch (error) {
     $("start-message").textContent = error.message;
   }
@@ -180,6 +232,11 @@ addEventListener("keydown", (event) => {
   const isTyping = event.target.closest("input, textarea, dialog");
   if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "?") return $("help").showModal();
+  if (event.key === "n") {
+    $("new").open = true;
+    $("prompt").focus();
+    return event.preventDefault();
+  }
   if (!used || (event.key === " " && event.target.closest("button, summary"))) return;
   if (event.key === "p") used.part(".prompt-label textarea").focus();
   else if (keys[event.key]) used.button(keys[event.key]).click();

@@ -65,6 +65,8 @@ export class VideoPlayer {
     if (this.position !== null) this.position = Math.min(this.position, frame);
   }
 
+  still() {} // the film itself stands there
+
   again() {
     if (this.position !== null) this.forget(this.position);
   }

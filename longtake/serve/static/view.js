@@ -2,16 +2,23 @@
 import * as api from "./api.js";
 import { CanvasPlayer } from "./canvas_player.js";
 import { Connection } from "./connection.js";
+import * as saves from "./saves.js";
 import { VideoPlayer } from "./video_player.js";
 
 const SMALL = 128; // pixels: pictures below are shown with their pixels
-const SHOWN_EVERY = 250; // milliseconds
+const SHOWN_EVERY = 125; // milliseconds
+const NOTED_FOR = 2500; // milliseconds
 const ENDS = {
   deleted: "Closed.", idle: "Ended: nobody watched.", time: "Ended: it had run as long as it may.",
   ending: "The server stops.", failed: "It failed on the server.", out_of_memory: "The server ran out of memory for it.",
   replaced: "It was opened elsewhere.",
 };
-const KINDS = { prompt: "Prompt", image: "Cut", target: "Target" };
+
+function nameOf({ kind, prompt, has_picture: hasPicture }) {
+  if (kind === "prompt") return prompt;
+  if (kind === "image") return hasPicture ? "Cut to a picture" : "Cut to a scene without a picture";
+  return hasPicture ? "Towards a picture" : "No target any more";
+}
 
 export class View {
   // on: {used(view), forked(session, prompt), saved(view, save), closed(view)}
@@ -19,6 +26,7 @@ export class View {
     Object.assign(this, { session, format, fps, model, on });
     this.root = document.getElementById("view").content.firstElementChild.cloneNode(true);
     this.root.setAttribute("aria-label", `Video ${session.id.slice(0, 6)}`);
+    this.root.style.setProperty("--ratio", model.width / model.height);
     this.root.view = this;
     this.part = (selector) => this.root.querySelector(selector);
     this.button = (name) => this.part(`[data-do="${name}"]`);
@@ -26,6 +34,7 @@ export class View {
     this.state = null;
     this.isHeld = false;
     this.changes = [];
+    this.pictures = new Map(); // number of a change -> address of the picture that was given for it here
     this.firstShown = new Map(); // number of a change -> when its first frame was on the screen
     this.asked = new Map([[0, asked]]); // number of a change -> when it was asked for
     this.part(".prompt-label textarea").value = prompt;
@@ -90,16 +99,20 @@ export class View {
   }
 
   async picture(kind, file) {
-    await this.change(() => api.picture(this.session, kind, file, this.drop));
+    const number = await this.change(() => api.picture(this.session, kind, file, this.drop));
+    if (file) this.pictures.set(number, URL.createObjectURL(file));
+    this.drawChanges();
   }
 
   async change(work) {
     const now = performance.now();
+    this.report(); // what was not shown by now is made anew
     const { from_frame: frame, number } = await work();
     this.asked.set(number, now);
     if (this.firstShown.has(number)) this.tellLatency(number);
     else this.cover(`Holds from frame ${frame}`);
     if (this.isHeld) await this.hold(false);
+    return number;
   }
 
   async hold(isHeld) {
@@ -118,7 +131,7 @@ export class View {
 
   async save() {
     const { save, frame } = await api.tell(this.session, "save");
-    this.cover(`Saved at frame ${frame}`);
+    this.note(`Saved at frame ${frame}`);
     this.on.saved(this, save, frame);
   }
 
@@ -145,6 +158,8 @@ export class View {
     this.part(".strip").replaceChildren();
     for (const block of message.blocks) this.addBlock(block);
     this.changes = message.changes;
+    const text = this.part(".prompt-label textarea");
+    text.value ||= message.prompt;
     this.cover("");
     this.on_state(message);
   }
@@ -158,6 +173,7 @@ export class View {
     (isCanvas ? canvas : video).setAttribute("aria-label", "The video");
     (isCanvas ? canvas : video).setAttribute("role", "img");
     const player = new Player(isCanvas ? canvas : video, stream, (frame, number) => this.shown(frame, number));
+    video.onerror = () => this.say(`The browser cannot play it: ${video.error?.message}; add ?format=png to the address`);
     player.pause(this.isHeld);
     return player;
   }
@@ -165,7 +181,6 @@ export class View {
   on_state(state) {
     this.state = state;
     this.held(state.state === "paused");
-    this.button("no-target").hidden = !state.has_target;
     if (state.state === "queued") {
       const wait = state.estimate_seconds === null ? "" : `, about ${Math.ceil(state.estimate_seconds)} s`;
       this.cover(`Waiting for the machine: place ${state.place}${wait}`);
@@ -189,7 +204,8 @@ export class View {
     this.player?.forget(frame);
     this.changes = this.changes.filter((change) => change.number <= number && change.from_frame <= frame);
     for (const item of [...this.part(".strip").children]) if (Number(item.dataset.frame) >= frame) item.remove();
-    if (reason === "rewind") this.cover(`Back at frame ${frame}`);
+    if (reason === "rewind") this.note(`Back at frame ${frame}`);
+    if (reason === "rewind" && this.isHeld) this.player?.still(this.part(".strip").lastChild?.querySelector("img"));
     this.drawChanges();
   }
 
@@ -197,7 +213,7 @@ export class View {
     this.tell("fps", stats.frames_per_second?.toFixed(1));
     this.tell("rtf", stats.real_time_factor?.toFixed(2));
     this.tell("ahead", stats.blocks_ahead);
-    this.tell("memory", stats.memory_bytes && `${(stats.memory_bytes / 2 ** 30).toFixed(1)} GiB`);
+    this.tell("memory", stats.memory_bytes ? `${(stats.memory_bytes / 2 ** 30).toFixed(1)} GiB` : null);
   }
 
   on_error({ error }) {
@@ -208,6 +224,8 @@ export class View {
     clearInterval(this.timer);
     this.cover((ENDS[bye.reason] ?? "Ended.") + (bye.reopens ? " Its last save can be opened again." : ""));
     for (const name of ["pause", "back", "fork", "save"]) this.button(name).disabled = true;
+    for (const one of this.root.querySelectorAll(".steer button, .strip button")) one.disabled = true;
+    saves.playsNoMore(this.session);
   }
 
   // ---- what is shown ---------------------------------------------------------------------------------------------
@@ -238,6 +256,7 @@ export class View {
     this.player?.pause(isHeld);
     this.button("pause").textContent = isHeld ? "Play" : "Pause";
     if (isHeld) this.cover("Paused");
+    else if (this.part(".cover").textContent === "Paused") this.cover("");
   }
 
   addBlock(block, thumbnail) {
@@ -272,19 +291,34 @@ export class View {
   }
 
   drawChanges() {
+    if (!this.state) return;
     const position = this.player?.position ?? 0;
+    const { first_prompt: prompt, seed, guidance } = this.state;
+    const first = this.row(0, prompt, `seed ${seed}${guidance === null ? "" : `, guidance ${guidance}`}`);
     const rows = this.changes.map((change) => {
-      const row = document.createElement("li");
-      const when = document.createElement("time");
-      const what = document.createElement("p");
-      when.textContent = `${this.time(change.from_frame)}, frame ${change.from_frame}`;
-      const kind = KINDS[change.kind] ?? change.kind;
-      what.textContent = change.kind === "prompt" ? change.prompt : `${kind}: ${change.prompt ?? ""}`;
+      const row = this.row(change.from_frame, nameOf(change), "", this.pictures.get(change.number));
       row.classList.toggle("coming", change.from_frame > position);
-      row.append(when, what);
       return row;
     });
-    this.part(".changes").replaceChildren(...rows);
+    this.part(".changes").replaceChildren(first, ...rows);
+    const scene = this.changes.findLast(({ kind }) => kind !== "prompt");
+    this.button("no-target").hidden = !(scene?.kind === "target" && scene.has_picture);
+  }
+
+  row(frame, text, detail, picture) {
+    const [row, when, what, more] = ["li", "time", "p", "small"].map((name) => document.createElement(name));
+    when.textContent = `${this.time(frame)}, frame ${frame}`;
+    what.textContent = text;
+    more.textContent = detail && ` (${detail})`;
+    what.append(more);
+    if (picture) {
+      const image = document.createElement("img");
+      image.src = picture;
+      image.alt = "";
+      what.prepend(image);
+    }
+    row.append(when, what);
+    return row;
   }
 
   time(frame) {
@@ -294,6 +328,14 @@ export class View {
 
   tell(name, value) {
     this.part(`[data-of="${name}"]`).textContent = value ?? "\u2013";
+  }
+
+  // As `cover`, for a while.
+  note(text) {
+    this.cover(text);
+    setTimeout(() => {
+      if (this.part(".cover").textContent === text) this.cover(this.isHeld ? "Paused" : "");
+    }, NOTED_FOR);
   }
 
   cover(text) {
@@ -309,5 +351,6 @@ export class View {
     clearInterval(this.timer);
     this.connection.close();
     this.player?.end();
+    for (const address of this.pictures.values()) URL.revokeObjectURL(address);
   }
 }
