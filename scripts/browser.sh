@@ -2,8 +2,8 @@
 # Installs Chromium for the tests that look at a browser, where this machine has none; needs .venv of scripts/setup.sh.
 #
 # Usage: bash scripts/browser.sh
-# Uses chromium, chromium-browser or google-chrome of PATH where there is one, else what Playwright has or fetches; its
-# libraries come from the system's packages (root or sudo). It prints to stderr only.
+# Uses chromium, chromium-browser or google-chrome of PATH where there is one. Else Debian's package `chromium` where
+# apt-get has it (root), else what Playwright fetches, with the system's packages that it needs. It prints to stderr only.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,9 +21,16 @@ for name in chromium chromium-browser google-chrome; do
         exit 0
     fi
 done
+if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    say "No Chromium is in PATH: apt-get installs Debian's (about 300 MB)"
+    if { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >&2; then
+        exit 0
+    fi
+    say "apt-get could not; its message is above"
+fi
 if [[ ! -x $python ]]; then
     say "browser.sh: $python is missing; run bash scripts/setup.sh dev first"
     exit 1
 fi
-say "No Chromium is in PATH: Playwright installs one (about 300 MB) and the libraries that it needs"
+say "Playwright installs a Chromium (about 300 MB) and the libraries that it needs"
 "$python" -m playwright install --with-deps chromium >&2
