@@ -162,15 +162,15 @@ async function goOn(session) {
   }
 }
 
-// `view` is gone from the page.
-function left(view) {
+// `view` is gone from the page, and when `gone` is done from the server.
+function left(view, gone) {
   saves.playsNoMore(view.session);
   used = null;
   const next = $("views").firstElementChild?.view;
   if (next) use(next);
   else $("new").open = true;
   (next?.root ?? $("prompt")).focus();
-  ask();
+  gone.then(ask);
 }
 
 function use(view) {
@@ -196,7 +196,7 @@ function savedItem(one) {
   const open = document.createElement("button");
   const forget = document.createElement("button");
   open.type = forget.type = "button";
-  open.textContent = `${one.prompt.slice(0, 60)}, frame ${one.frame}`;
+  open.textContent = `${one.prompt.length > 60 ? `${one.prompt.slice(0, 58)}\u2026` : one.prompt}, frame ${one.frame}`;
   open.title = "Go on from this save";
   open.onclick = () => reopen(one);
   forget.textContent = "\u00d7";

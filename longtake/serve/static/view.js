@@ -21,7 +21,7 @@ function nameOf({ kind, prompt, has_picture: hasPicture }) {
 }
 
 export class View {
-  // on: {used(view), forked(session, prompt), saved(view, save), closed(view)}
+  // on: {used(view), forked(session, prompt), saved(view, save), closed(view, gone)}
   constructor(session, { format, fps, model, prompt = "", asked = performance.now(), on }) {
     Object.assign(this, { session, format, fps, model, on });
     this.root = document.getElementById("view").content.firstElementChild.cloneNode(true);
@@ -146,8 +146,9 @@ export class View {
   async close() {
     this.end();
     this.root.remove();
-    this.on.closed(this);
-    await api.remove(this.session).catch(() => {}); // it may be gone already
+    const gone = api.remove(this.session).catch(() => {}); // it may be gone already
+    this.on.closed(this, gone);
+    await gone;
   }
 
   // ---- what the server says --------------------------------------------------------------------------------------
@@ -210,8 +211,8 @@ export class View {
   }
 
   on_stats(stats) {
-    this.tell("fps", stats.frames_per_second?.toFixed(1));
-    this.tell("rtf", stats.real_time_factor?.toFixed(2));
+    this.tell("fps", stats.frames_per_second ? stats.frames_per_second.toFixed(1) : null); // 0: none measured yet
+    this.tell("rtf", stats.real_time_factor ? stats.real_time_factor.toFixed(2) : null);
     this.tell("ahead", stats.blocks_ahead);
     this.tell("memory", stats.memory_bytes ? `${(stats.memory_bytes / 2 ** 30).toFixed(1)} GiB` : null);
   }
