@@ -163,6 +163,8 @@ def read_metadata(target: Target) -> str | None:
         if target.kind == "gif":
             return _gif_comment(target.path.read_bytes())
         file = target.path / (target.pattern % 0) if target.kind == "png" else target.path
+        if target.kind == "png" and target.path.is_dir() and not file.exists():
+            return None  # other names were asked for; the file beside the folder knows
         with Image.open(file) as picture:
             text = picture.info.get(_COMMENT) if target.kind == "png" else picture.getexif().get(_IMAGE_DESCRIPTION)
             return None if text is None else str(text)

@@ -16,7 +16,7 @@ from pydantic import Field
 from longtake.config.base import Settings
 from longtake.config.generation import GenerationConfig
 from longtake.errors import ConfigError, DataError
-from longtake.inference.containers import Target, read_metadata
+from longtake.inference.containers import SUFFIXES, Target, read_metadata
 from longtake.inference.pipeline import Pipeline
 from longtake.inference.session_file import made_with
 from longtake.inference.source import Source
@@ -208,7 +208,10 @@ def check_space_for(video: str | Path, settings: GenerationConfig, num_frames: i
 
 def read_record(video: str | Path) -> VideoRecord:
     """The record of a video, from itself or from the file beside it. Raises: DataError when there is none."""
-    path = Target.of(video).path
+    try:
+        path = Target.of(video).path
+    except ConfigError as error:  # it speaks of names to be given
+        raise DataError(f"{video} is no video: {', '.join(SUFFIXES)}, or a folder of PNG files") from error
     if not path.exists():
         raise DataError(f"{path} does not exist")
     try:

@@ -335,7 +335,7 @@ class Session:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
 
         The history is not written: after resuming, `rewind` reaches back to this point and no further.
-        Raises: DataError when the file cannot be written; ConfigError when several processes make the video together.
+        Raises: OutputError when the file cannot be written; ConfigError when several processes make the video together.
         """
         if self.generator.model.execution.split is not None:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")

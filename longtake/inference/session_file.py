@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.encoded import checksum
-from longtake.errors import CheckpointError, DataError
+from longtake.errors import CheckpointError, OutputError
 from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
 from longtake.weights.tensor_files import save_tensors
@@ -63,7 +63,7 @@ def made_with(pipeline: Pipeline) -> dict[str, Any]:
 def write_session(path: Path, values: dict[str, Any], tensors: dict[str, Tensor], pipeline: Pipeline) -> None:
     """Writes what a session of `pipeline` consists of to `path`, whole or not at all.
 
-    Raises: DataError when the file cannot be written.
+    Raises: OutputError when the file cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -77,7 +77,7 @@ def write_session(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise DataError(
+        raise OutputError(
             f"the session cannot be written to {path} ({error}); name a file in a folder there is"
         ) from None
     finally:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longtake.errors import ConfigError, LongtakeError
+from longtake.errors import ConfigError, LongtakeError, OutputError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
@@ -196,7 +196,8 @@ class Engine:
         except Exception as error:
             _free_memory(error)
             future.set_exception(error)
-            if not isinstance(error, LongtakeError | MemoryError | torch.OutOfMemoryError):
+            expected = isinstance(error, LongtakeError | MemoryError | torch.OutOfMemoryError)
+            if not expected or isinstance(error, OutputError):
                 logger.exception("a request failed")
         else:
             future.set_result(result)

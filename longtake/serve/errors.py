@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from longtake.errors import ConfigError, DataError, LongtakeError
+from longtake.errors import ConfigError, DataError, LongtakeError, OutputError
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def told(error: BaseException) -> ApiError:
     if isinstance(error, ConfigError):
         message, _, fix = str(error).rpartition("; ")
         return ApiError(409, "conflict", message or fix, fix if message else "change the request")
+    if isinstance(error, OutputError):
+        return ApiError(507, "failed", "the server cannot write to its disk", "try again later; its log says more")
     if isinstance(error, DataError):
         return ApiError(422, "unusable", "the picture cannot be taken", "give a whole PNG, JPEG or WebP file")
     if isinstance(error, LongtakeError):

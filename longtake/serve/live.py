@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.outputs import writing
 from longtake.serve import store
 from longtake.serve.counts import Counts
 from longtake.serve.engine import Engine, Made, Turned
@@ -143,10 +144,25 @@ class Live:
         await done.wait()
 
     async def _turn(self, step: Callable[[Any], Awaitable[None]], operation: str, *args: Any) -> Any:
-        """Asks the engine for an operation, and calls `step` with its answer between the blocks where it was done."""
-        self._step = step
+        """Asks the engine for an operation, and calls `step` with its answer between the blocks where it was done.
+
+        Raises: what either raises; a step that failed (a full disk) must not look as if it were done.
+        """
+        failed: list[Exception] = []
+
+        async def noted(answer: Any) -> None:
+            try:
+                with writing(self.folder):
+                    await step(answer)
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        self._step = noted
         answer = await asyncio.wrap_future(self.engine.call(operation, self.name, *args))
         await self.settled()
+        if failed:
+            raise failed[0]
         return answer
 
     async def _take(self, made: Made) -> None:

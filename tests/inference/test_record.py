@@ -102,6 +102,17 @@ def test_the_file_beside_a_video_stands_in_for_what_was_lost(tmp_path, toy, phot
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(DataError, match="cannot be read as mp4"):
         read_record(tmp_path / "text.mp4")
+    (tmp_path / "photo.jpg").write_text("no video")
+    with pytest.raises(DataError, match=r"photo\.jpg is no video: \.mp4"):
+        read_record(tmp_path / "photo.jpg")
+
+
+def test_a_folder_is_made_again_whatever_its_files_are_called(tmp_path, toy, photo):
+    generate_file(toy, photo, PROMPT, tmp_path / "a" / "%03d.png", num_frames=5, device="cpu")
+    assert read_record(tmp_path / "a") == read_record(tmp_path / "a" / "%03d.png")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="b carries no record"):
+        read_record(tmp_path / "b")
 
 
 def test_a_script_is_made_again(tmp_path, toy, photo):

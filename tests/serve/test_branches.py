@@ -1,5 +1,6 @@
 """Fork, rewind, save, open, the script and the recording, over the API, against a session in Python: bit for bit."""
 
+import errno
 import io
 import zipfile
 from contextlib import suppress
@@ -182,6 +183,23 @@ def test_the_oldest_part_of_a_long_recording_goes(tmp_path):
     assert (again.first, again.end) == (recording.first, 80)
     again.cut(72)
     assert len(frames_of(b"".join(again.read()))) == 72 - again.first
+
+
+@pytest.mark.parametrize("where", ["longtake.inference.session_file.save_tensors", "longtake.serve.store.json.dump"])
+def test_a_save_that_the_disk_refuses_is_no_save(client, monkeypatch, where):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    client.open()
+    client.watch(9)
+    assert client.post("/save")["save"] == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(where, refuse)
+        answer = client.request("POST", "/save")
+    assert answer.status_code == 507 and answer.json()["error"]["code"] == "failed", answer.text
+    assert "disk" in answer.text and "picture" not in answer.text
+    assert [one["save"] for one in client.request("GET").json()["saves"]] == [1]
+    assert client.post("/save")["save"] == 2
 
 
 def test_damaged_saves_are_refused_and_cost_nobody_anything(generator, tmp_path):
