@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,15 @@ def pytest_runtest_call() -> None:
         gc.collect()
         gc.freeze()
         _FROZEN["modules"] = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a command of an earlier test told logging, whose stream is closed by now, is gone."""
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("longtake").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -221,7 +221,8 @@ def test_e_only_given_options_reach_the_function(called, command, name):
     assert {key: value for key, value in kwargs.items() if value not in (None, {}, False)} == ranks
 
 
-def test_given_options_reach_the_function(called):
+def test_given_options_reach_the_function(called, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/longtake", "generate", "--prompt", "two words"])
     invoke("evaluate", "--run", "r", "--no-ablations", "--num-worlds", "4", "--device", "cpu", "-o", "out")
     args, kwargs = called["evaluate"]
     assert args == (Path("r"),) and kwargs["overrides"] == {"ablations": False, "num_worlds": 4}
@@ -238,7 +239,7 @@ def test_given_options_reach_the_function(called):
     assert called["generate_file"][1] == {"decode_device": "cuda:1", **fixed}
     assert invoke(*command, "--crf", "20", "--scale", "2").exit_code == 0
     writing = called["generate_file"][1]["writing"]
-    assert (writing.crf, writing.scale) == (20, 2.0) and writing.command.startswith("longtake ")
+    assert (writing.crf, writing.scale) == (20, 2.0) and writing.command == "longtake generate --prompt 'two words'"
     many = invoke(*command, "--samples", "2", "--decode-device", "cuda:1")
     assert many.exit_code == 2 and "--decode-device is for one video" in many.output
     for wrong in (["--seconds", "2", "--frames", "3"], ["--frames", "0"], ["--seconds", "-1"]):
