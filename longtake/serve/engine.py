@@ -34,6 +34,7 @@ from longtake.serve.lanes import Block, Lane, next_lane
 logger = logging.getLogger(__name__)
 
 _TEXT_LOG = logging.getLogger("longtake.encoders.text")
+_HISTORY_CACHES = 2  # of changes that can be taken back: who changes with every block would fill the memory
 _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
@@ -113,7 +114,8 @@ class Engine:
     ) -> None:
         self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
         # What a change drops is taken back at once: whoever waits for it has little left to see.
-        self._kept: dict[str, Any] = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
+        ready = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
+        self._kept: dict[str, Any] = {**ready, "history_caches": _HISTORY_CACHES}
         self._lanes: dict[str, Lane] = {}
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
