@@ -8,7 +8,6 @@ network and no file format.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import queue
 import threading
@@ -28,7 +27,7 @@ from longtake.errors import ConfigError, LongtakeError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
-from longtake.serve.capacity import Capacity, measure
+from longtake.serve.capacity import Capacity, Memory, measure, trim
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
@@ -322,15 +321,11 @@ class Engine:
         """How many sessions may play at once. Before the first one."""
         return measure(self._generator, most, self._kept)
 
-    def do_memory(self) -> int:
-        """Bytes of the device that this process holds; of a CPU's memory, those of the process."""
-        device = self._generator.device
-        if device.type == "cuda":
-            return torch.cuda.memory_reserved(device)
-        try:
-            return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-        except (OSError, ValueError, IndexError):  # not on this system
-            return 0
+    def do_memory(self) -> Memory:
+        """Of the device; what nobody uses of a CPU's is given back first."""
+        if self._generator.device.type == "cpu":
+            trim()
+        return Memory.of(self._generator.device)
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:
