@@ -24,6 +24,7 @@ from longtake.models.attention import ONE_THREAD
 from longtake.weights.locate import tokenizer_places
 
 WAN_TEXT_LEN = 512  # every published Wan model; spec A.1
+_MOST_REMEMBERED = 1000  # words that were said to be unknown
 _MOST_NAMED = 20  # prompts that were cut; a data set may have thousands
 _LONGEST_STATED_LEN = 100_000  # transformers writes 1e30 into tokenizer_config.json where no length is known
 
@@ -156,7 +157,9 @@ class TextEncoder:
             spans = (span for token, span in zip(encoding.ids, encoding.offsets) if token == unknown)
             new |= dict.fromkeys(prompt[start:end] for start, end in spans)
         if words := [word for word in new if word and word not in self._unknown]:
-            self._unknown.update(words)
+            if len(self._unknown) + len(words) > _MOST_REMEMBERED:
+                self._unknown.clear()  # a server meets new ones for as long as it runs
+            self._unknown.update(words[:_MOST_REMEMBERED])
             named = f"{', '.join(words[:_MOST_NAMED])}{', ...' if len(words) > _MOST_NAMED else ''}"
             log.warning("These weights do not know what is meant by: %s; it says nothing to them", named)
 
@@ -168,4 +171,4 @@ class TextEncoder:
                 log.warning("%s fills all %d tokens of the text encoder and may have been cut", place, self.text_len)
             elif number == _MOST_NAMED:
                 log.warning("Further prompts fill the text encoder too; they are not named")
-        self._cut.update(new)
+        self._cut.update(new[: _MOST_NAMED + 1 - len(self._cut)])  # after those nothing is said

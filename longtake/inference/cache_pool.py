@@ -30,6 +30,10 @@ class CachePool:
         finally:
             self._at_once = False
 
+    def clear(self) -> None:
+        """Gives back the caches that nobody has borrowed, and with them the passes that were captured against them."""
+        self._kept.clear()
+
     def borrow(
         self, owner: object, sizes: Hashable, new: Callable[[], list[KVCache]], graphs: CUDAGraphRunner
     ) -> list[KVCache]:

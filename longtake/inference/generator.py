@@ -157,13 +157,16 @@ class Generator(Pipeline):
         guidance: float | None = None,
         history_blocks: int | None = None,
         ready_blocks: int = 0,
+        history_caches: int | None = None,
         max_frames: int | None = None,
     ) -> Session:
         """A video whose prompt and picture can change while it is made; no work is done before its first frame.
 
         Args: as those of `stream`; `guidance`, and `history_blocks` by which it can be rewound (default: those of the
         settings); of these `ready_blocks` are taken back at once: the decoder's features of each are kept, which are
-        else made anew; `max_frames` pixel frames of a scene, which a student that keeps every frame must know.
+        else made anew; `history_caches`, how many caches the history may hold beside the one in use: each change leaves
+        one behind, and with the oldest of too many go its blocks (default: all stay); `max_frames` pixel frames of a
+        scene, which a student that keeps every frame must know.
         Raises: as `stream`, and ConfigError for a missing `max_frames`.
         """
         if self.settings.sampler == "whole":
@@ -190,10 +193,18 @@ class Generator(Pipeline):
             negative=negative or "",
             history_blocks=self.settings.history_blocks if history_blocks is None else history_blocks,
             ready_blocks=ready_blocks,
+            history_caches=history_caches,
             max_latent_frames=most,
         )
 
-    def resume(self, path: str | Path, *, history_blocks: int | None = None, ready_blocks: int = 0) -> Session:
+    def resume(
+        self,
+        path: str | Path,
+        *,
+        history_blocks: int | None = None,
+        ready_blocks: int = 0,
+        history_caches: int | None = None,
+    ) -> Session:
         """The session in a file of `Session.save`, going on with the same frames (bit for bit on the same machine).
 
         Args: as those of `open`.
@@ -206,7 +217,8 @@ class Generator(Pipeline):
         kept = self.settings.history_blocks if history_blocks is None else history_blocks
         values, tensors = read_session(Path(path), self)
         with damage(Path(path)):
-            return Session.restored(self, values, tensors, history_blocks=kept, ready_blocks=ready_blocks)
+            past = {"history_blocks": kept, "ready_blocks": ready_blocks, "history_caches": history_caches}
+            return Session.restored(self, values, tensors, **past)
 
     def guided(self, guidance: float) -> Generator:
         """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""

@@ -56,10 +56,11 @@ class Session:
         history_blocks: int,
         max_latent_frames: int | None,
         ready_blocks: int = 0,
+        history_caches: int | None = None,
     ) -> None:
         self.generator, self.seed, self.guidance, self.negative = generator, seed, guidance, negative
         self.history_blocks, self.max_latent_frames = history_blocks, max_latent_frames
-        self.ready_blocks = min(ready_blocks, history_blocks)
+        self.ready_blocks, self.history_caches = min(ready_blocks, history_blocks), history_caches
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         self._unused: list[KVCache] = []  # caches of a scene that could not be begun
@@ -194,7 +195,8 @@ class Session:
 
     def _advance(self, state: SessionState) -> None:
         """From here on the session stands there."""
-        history = remembered(self._history, self.state, self.history_blocks, self.ready_blocks)
+        rules = self.history_blocks, self.ready_blocks, self.history_caches
+        history = remembered(self._history, self.state, state, *rules)
         self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
 
     @torch.no_grad()
@@ -393,7 +395,9 @@ class Session:
         return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
 
     @classmethod
-    def restored(cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: int) -> Session:
+    def restored(
+        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: int | None
+    ) -> Session:
         """A session from what `save` wrote down (`session_file.read_session`)."""
         pictures = [
             tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
@@ -407,9 +411,7 @@ class Session:
             generator,
             inputs("inputs"),
             seed=values["seed"],
-            guidance=values.get(
-                "guidance", generator.settings.guidance
-            ),  # in files of earlier versions that of the rules
+            guidance=values.get("guidance", generator.settings.guidance),  # files of earlier versions have none
             negative=values["negative"],
             **past,
             max_latent_frames=values["max_latent_frames"],

@@ -79,15 +79,34 @@ class SessionState:
 
 
 def remembered(
-    history: tuple[SessionState, ...], state: SessionState, history_blocks: int, ready_blocks: int
+    history: tuple[SessionState, ...],
+    state: SessionState,
+    now: SessionState,
+    history_blocks: int,
+    ready_blocks: int,
+    history_caches: int | None,
 ) -> tuple[SessionState, ...]:
-    """The history with one more state, `history_blocks` at most; the decoder's features of the `ready_blocks` latest
-    stay, and others are made anew if they are needed.
+    """The history with one more state behind which `now` comes, `history_blocks` at most; the decoder's features of the
+    `ready_blocks` latest stay, and others are made anew if they are needed. Each change begins another cache: states
+    that would need more than `history_caches` beside that of `now` are forgotten, the oldest first.
     """
     if history_blocks == 0:
         return ()
     history = (*history, state)[-history_blocks:]
+    if history_caches is not None:
+        history = _of_few_caches(history, now, history_caches)
     for past in history[: len(history) - ready_blocks]:
         if past.decoder is not None and ready_blocks:
             past.decoder.release()
+    return history
+
+
+def _of_few_caches(history: tuple[SessionState, ...], now: SessionState, most: int) -> tuple[SessionState, ...]:
+    """The latest states that share `most` caches beside that of `now`."""
+    caches = {id(now.stream.cache)} if now.stream is not None else set()
+    for index in range(len(history) - 1, -1, -1):
+        if (stream := history[index].stream) is not None:
+            caches.add(id(stream.cache))
+        if len(caches) > most + 1:
+            return history[index + 1 :]
     return history

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longtake.errors import LongtakeError
-from longtake.serve.capacity import Capacity
+from longtake.serve.capacity import Capacity, Memory
 from longtake.serve.engine import Engine, Model, Output
 from longtake.serve.workers import WorkerEngine
 
@@ -20,7 +20,7 @@ class Device:
     engine: Engine | WorkerEngine
     capacity: Capacity = Capacity(0)
     names: set[str] = field(default_factory=set)
-    memory: int = 0
+    memory: Memory = Memory()
 
     @property
     def free(self) -> int:
@@ -59,14 +59,14 @@ class Devices:
         for device in self._all:
             await asyncio.to_thread(device.engine.stop)
 
-    async def measure_memory(self) -> int:
-        """Bytes in use on all devices."""
+    async def measure_memory(self) -> Memory:
+        """That of all devices together."""
         for device in self._all:
             try:
                 device.memory = await asyncio.wrap_future(device.engine.call("memory"))
             except LongtakeError:  # its worker has ended
-                device.memory, device.capacity = 0, Capacity(0)
-        return sum(device.memory for device in self._all)
+                device.memory, device.capacity = Memory(), Capacity(0)
+        return sum((device.memory for device in self._all), Memory())
 
     @property
     def most(self) -> int:

@@ -8,7 +8,6 @@ network and no file format.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import queue
 import threading
@@ -28,12 +27,13 @@ from longtake.errors import ConfigError, LongtakeError, OutputError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
-from longtake.serve.capacity import Capacity, measure
+from longtake.serve.capacity import Capacity, Memory, measure, trim
 from longtake.serve.lanes import Block, Lane, next_lane
 
 logger = logging.getLogger(__name__)
 
 _TEXT_LOG = logging.getLogger("longtake.encoders.text")
+_HISTORY_CACHES = 2  # of changes that can be taken back: who changes with every block would fill the memory
 _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
@@ -113,7 +113,8 @@ class Engine:
     ) -> None:
         self._build, self._emit, self._blocks_ahead, self._history = build, emit, blocks_ahead, history
         # What a change drops is taken back at once: whoever waits for it has little left to see.
-        self._kept: dict[str, Any] = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
+        ready = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
+        self._kept: dict[str, Any] = {**ready, "history_caches": _HISTORY_CACHES}
         self._lanes: dict[str, Lane] = {}
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
@@ -323,15 +324,11 @@ class Engine:
         """How many sessions may play at once. Before the first one."""
         return measure(self._generator, most, self._kept)
 
-    def do_memory(self) -> int:
-        """Bytes of the device that this process holds; of a CPU's memory, those of the process."""
-        device = self._generator.device
-        if device.type == "cuda":
-            return torch.cuda.memory_reserved(device)
-        try:
-            return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-        except (OSError, ValueError, IndexError):  # not on this system
-            return 0
+    def do_memory(self) -> Memory:
+        """Of the device; what nobody uses of a CPU's is given back first."""
+        if self._generator.device.type == "cpu":
+            trim()
+        return Memory.of(self._generator.device)
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.serve import store
+from longtake.serve.capacity import Memory
 from longtake.serve.counts import Counts
 from longtake.serve.devices import Devices
 from longtake.serve.engine import Lost, Output
@@ -55,7 +56,7 @@ class Hub:
         self.stored: dict[str, Stored] = {}
         self.waiting: deque[_Waiting] = deque()
         self.ending = False
-        self.memory = 0
+        self.memory = Memory()
         self.counts = Counts()
         self.stage: Stage | None = None
         self._refused: dict[str, ApiError] = {}
@@ -288,7 +289,7 @@ class Hub:
             now = monotonic()
             for live in list(self.live.values()):
                 if live.state == "playing":
-                    live.tell("stats", **live.stats(self.memory))
+                    live.tell("stats", **live.stats(self.memory.used))
                 if not live.viewers and now - live.touched > limits.idle_seconds:
                     await self._put_away(live, "idle")
                 elif now - live.created > limits.total_seconds:
@@ -308,6 +309,7 @@ class Hub:
             "model": asdict(self.model),
             "stream": {key: stream[key] for key in ("height", "width", "codec")} | {"formats": list(formats)},
             "limits": asdict(self.settings.limits) | {"blocks_ahead": self.settings.blocks_ahead},
+            "memory": {"used_bytes": self.memory.used, "held_bytes": self.memory.held},
             "sessions": {
                 "most": self.devices.most,
                 "now": self.devices.playing,

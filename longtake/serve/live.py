@@ -215,18 +215,23 @@ class Live:
         if self.state not in ("playing", "paused", "starting"):
             raise ApiError(409, "conflict", f"the session is {self.state}", "wait until it plays, or open another one")
 
-    def _check_many(self) -> None:
-        """Raises ApiError for changes that come too fast, or of which there have been too many: each is remembered."""
+    def _check_many(self, picture: bytes | None) -> None:
+        """Raises ApiError for changes that come too fast, or of which there have been too many, or whose pictures take
+        too much: each is remembered.
+        """
         if not self._allowance.take():
             raise ApiError(429, "too_many", "changes come too fast", "wait a second")
         if self.timeline.number >= self.limits.changes:
             raise ApiError(409, "conflict", f"the session has had {self.limits.changes} changes", "open another one")
+        if picture is not None and self.timeline.pictures_bytes + len(picture) > self.limits.kept_pictures_bytes:
+            told = f"the session's pictures take more than {self.limits.kept_pictures_bytes >> 20} MiB"
+            raise ApiError(409, "conflict", told, "open another one")
 
     async def change(self, kind: str, value: Any, picture: bytes | None, drop: bool) -> dict[str, Any]:
         """Another prompt, image or target; `picture`, its PNG for the script."""
         async with self.asking:
             self.check_running()
-            self._check_many()
+            self._check_many(picture)
             self.timeline.number = number = self.timeline.number + 1
 
             async def step(answer: tuple[int, bool]) -> None:

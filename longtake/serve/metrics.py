@@ -27,7 +27,8 @@ class _Collector:
             "sessions_most": ("Places", hub.devices.most),
             "sessions_queued": ("Sessions that wait for a place", len(hub.waiting)),
             "viewers": ("Connections that watch", sum(len(live.viewers) for live in hub.live.values())),
-            "memory_bytes": ("Memory of the device, else of the process", hub.memory),
+            "memory_bytes": ("Memory of the device, else of the process", hub.memory.used),
+            "memory_held_bytes": ("The same with what the process keeps for later", hub.memory.held),
             "frames_per_second": ("Frames a second while making them", hub.rate()),
         }
         for name, (about, value) in gauges.items():

@@ -23,6 +23,7 @@ class Limits:
     creates_per_minute: int = 30  # of all clients
     changes_per_second: int = 10  # of a session
     changes: int = 1000  # of a session, those that were taken back too
+    kept_pictures_bytes: int = 64 << 20  # of a session: those of its changes that hold, which its script needs
     viewers: int = 4  # of a session
     connections: int = 256
     queued: int = 16

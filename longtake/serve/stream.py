@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
@@ -75,8 +76,9 @@ async def stream(socket: WebSocket, name: str) -> None:
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
-    await socket.send_text(json.dumps({"type": "error", **error.body()}))
-    await socket.close(_REFUSED, error.code)
+    with suppress(WebSocketDisconnect, RuntimeError):  # gone before it was told
+        await socket.send_text(json.dumps({"type": "error", **error.body()}))
+        await socket.close(_REFUSED, error.code)
 
 
 async def _text(socket: WebSocket, hub: Hub) -> str:

@@ -60,6 +60,11 @@ class Timeline:
         return replace(self, changes=list(self.changes))
 
     @property
+    def pictures_bytes(self) -> int:
+        """What its pictures take in memory."""
+        return sum(len(one.picture) for one in self.changes if one.picture is not None)
+
+    @property
     def prompt(self) -> str:
         """The prompt of the next block."""
         return self.changes[-1].prompt if self.changes else self.beginning.prompt

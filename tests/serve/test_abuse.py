@@ -21,7 +21,7 @@ from websockets.exceptions import WebSocketException
 
 from longtake.serve.settings import Limits
 
-LIMITS = Limits(connections=64, creates_per_minute=20, queued=4, hello_seconds=1.0, slow_seconds=2.0, idle_seconds=1.0)
+LIMITS = Limits(connections=64, creates_per_minute=20, queued=4, hello_seconds=1.0, slow_seconds=2.0, idle_seconds=30.0)
 KILLED = """
 import json, sys
 from websockets.sync.client import connect

@@ -155,10 +155,10 @@ def test_a_recording_holds_what_holds_and_begins_at_zero(client):
     assert shown[0][1].shape == (256, 256, 3)
 
 
-def test_what_a_killed_server_leaves_plays(client, tmp_path):
+def test_what_a_killed_server_leaves_plays(client, live_folder):
     client.open()
     client.watch(33)
-    (file,) = (tmp_path / "live" / client.name).glob("recording-*.mp4")
+    (file,) = (live_folder / client.name).glob("recording-*.mp4")
     data = file.read_bytes()
     for cut in (len(data), len(data) - 100):
         shown = frames_of(data[:cut])
@@ -171,18 +171,18 @@ def test_the_oldest_part_of_a_long_recording_goes(tmp_path):
     from longtake.serve.recording import Recording
 
     size = Size.of(32, 32)
-    recording = Recording(tmp_path, head(Headers.of(size, 16), size, 16), 200_000)
+    recording = Recording(tmp_path, head(Headers.of(size, 16), size, 16), 100_000)
     encoder, noise = LiveEncoder(size, 16), np.random.default_rng(0)
-    for first in range(0, 80, 8):
+    for first in range(0, 48, 8):
         recording.append(encoder.encode(noise.integers(0, 256, (8, 32, 32, 3), np.uint8)), first)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 300_000
-    assert recording.first > 0 and recording.end == 80
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 200_000
+    assert recording.first > 0 and recording.end == 48
     shown = frames_of(b"".join(recording.read()))
-    assert [pts for pts, _ in shown] == [512 * k for k in range(80 - recording.first)]
-    again = Recording(tmp_path, recording._head, 200_000)
-    assert (again.first, again.end) == (recording.first, 80)
-    again.cut(72)
-    assert len(frames_of(b"".join(again.read()))) == 72 - again.first
+    assert [pts for pts, _ in shown] == [512 * k for k in range(48 - recording.first)]
+    again = Recording(tmp_path, recording._head, 100_000)
+    assert (again.first, again.end) == (recording.first, 48)
+    again.cut(40)
+    assert len(frames_of(b"".join(again.read()))) == 40 - again.first
 
 
 @pytest.mark.parametrize("where", ["longtake.inference.session_file.save_tensors", "longtake.serve.store.json.dump"])

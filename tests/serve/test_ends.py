@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 from live_server import LiveClient
 from tiny_sessions import PICTURE, A, make_generator
 
@@ -28,6 +29,7 @@ def process(folder):
                 running.kill()
 
 
+@pytest.mark.slow  # in one process: the tests of restarts and of what a killed server leaves
 def test_a_killed_and_an_ended_server(tmp_path):
     with process(tmp_path) as (running, address):
         client = LiveClient(address)

@@ -31,8 +31,16 @@ def guarded(generator, tmp_path_factory):
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(guarded):
+    """A session of which nothing is changed and that nobody watches."""
+    client = LiveClient(guarded, TOKEN)
+    client.open(seed=1)
+    return client
+
+
+@pytest.fixture
+def watched(guarded):
     client = LiveClient(guarded, TOKEN)
     client.open(seed=1)
     yield client
@@ -180,30 +188,30 @@ def test_prompts_that_are_not_taken(client):
         assert error_of(answer) == (422, "bad_request"), fields
 
 
-def test_a_viewer_that_says_nothing_or_too_much_is_closed(client):
-    with client.connect() as stream:
+def test_a_viewer_that_says_nothing_or_too_much_is_closed(watched):
+    with watched.connect() as stream:
         assert json.loads(stream.recv(timeout=5))["error"]["code"] == "bad_request"  # no hello within a second
-    hello = json.dumps({"secret": client.secret, "token": TOKEN})
+    hello = json.dumps({"secret": watched.secret, "token": TOKEN})
     for said in ('{"type": "shown"}', '{"type": "shown", "frame": -1}', "{", "[]", b"\0", "x" * 5000, '"shown"'):
-        with client.connect() as stream:
+        with watched.connect() as stream:
             stream.send(hello)
             with pytest.raises(ConnectionClosed):
                 stream.send(said)
                 while True:
                     stream.recv(timeout=5)
-    with client.connect() as stream:
+    with watched.connect() as stream:
         stream.send(hello)
         with pytest.raises(ConnectionClosed):
             for k in range(200):
                 stream.send(json.dumps({"type": "ping", "id": k}))
             while True:
                 stream.recv(timeout=5)
-    assert len(client.watch(17).frames) >= 17
+    assert len(watched.watch(17).frames) >= 17
 
 
-def test_more_viewers_than_may_watch_are_refused(client):
-    hello = json.dumps({"secret": client.secret, "token": TOKEN})
-    streams = [client.connect() for _ in range(5)]
+def test_more_viewers_than_may_watch_are_refused(watched):
+    hello = json.dumps({"secret": watched.secret, "token": TOKEN})
+    streams = [watched.connect() for _ in range(5)]
     for stream in streams:
         stream.send(hello)
     said = sorted(json.loads(one.recv(timeout=5))["type"] for one in streams)
@@ -212,15 +220,17 @@ def test_more_viewers_than_may_watch_are_refused(client):
         stream.close()
 
 
-def test_a_slow_reader_is_dropped_and_costs_the_other_viewer_nothing(client):
+def test_a_slow_reader_is_dropped_and_costs_the_other_viewer_nothing(watched):
     """One viewer takes nothing and has no room for it in the kernel either."""
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    slow.connect(("127.0.0.1", int(client.address.rpartition(":")[2])))
-    with connect(f"ws://127.0.0.1/api/sessions/{client.name}/stream", sock=slow, max_queue=1) as stream:
-        stream.send(json.dumps({"secret": client.secret, "token": TOKEN, "format": "png"}))
-        seen = client.watch(200)
-    assert len(seen.frames) >= 200 and "error" not in seen.kinds()
+    slow.connect(("127.0.0.1", int(watched.address.rpartition(":")[2])))
+    with connect(
+        f"ws://127.0.0.1/api/sessions/{watched.name}/stream", sock=slow, max_queue=1, close_timeout=0.1
+    ) as stream:
+        stream.send(json.dumps({"secret": watched.secret, "token": TOKEN, "format": "png"}))
+        seen = watched.watch(96)
+    assert len(seen.frames) >= 96 and "error" not in seen.kinds()
 
 
 def test_what_is_said_is_not_in_the_log(generator, tmp_path, caplog):
