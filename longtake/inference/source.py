@@ -98,6 +98,19 @@ class Source:
         return open_weights(self.weights, check=True) if self.student is None else self.student.open()
 
     @property
+    def name(self) -> str:
+        """What people call it; says no folder of this machine."""
+        if self.student is not None:
+            return self.student.student.name
+        if self.config is not None:
+            return Path(self.config.logdir).name
+        if is_hub_name(self.weights):
+            return self.weights.as_posix()
+        if self.weights == TOY_STUDENT:
+            return TOY
+        return self.weights.stem if self.weights.is_file() else self.weights.name
+
+    @property
     def plan(self) -> StreamPlan | None:
         """How it streams; None for a bidirectional teacher, which samples whole clips."""
         is_teacher = self.config is not None and not self.config.objective.causal

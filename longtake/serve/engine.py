@@ -72,10 +72,11 @@ Output = Made | Lost | Turned
 
 @dataclass(frozen=True)
 class Model:
-    """What a generator makes: size and rate of its pictures, pixel frames of a block, what it takes (`picture`: needed,
-    optional or none; `target`), and the rules that a client may want to know.
+    """What a generator, called `name`, makes: size and rate of its pictures, pixel frames of a block, what it takes
+    (`picture`: needed, optional or none; `target`), and the rules that a client may want to know.
     """
 
+    name: str
     height: int
     width: int
     fps: int
@@ -89,6 +90,7 @@ class Model:
     def of(cls, generator: Generator, history_blocks: int) -> Model:
         rules, begin = generator.settings, generator.beginning
         return cls(
+            "student" if generator.source is None else generator.source.name,
             rules.height,
             rules.width,
             rules.fps,

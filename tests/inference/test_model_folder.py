@@ -54,6 +54,12 @@ def models(workshop, tmp_path_factory):
     return root
 
 
+def test_a_source_has_a_name_without_folders(models):
+    assert Source.of_model("toy").name == "toy"
+    assert Source.of_run(models / "run" / "causal").name == "run"
+    assert Source(models / "original", models, GenerationConfig()).name == "original"
+
+
 @pytest.mark.parametrize("layout", ["original", "diffusers", "longtake"])
 def test_every_layout_gives_the_frames_of_the_run(models, layout):
     expected = frames_of(Generator.from_run(models / "run", "cpu"))

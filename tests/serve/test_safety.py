@@ -70,7 +70,8 @@ def test_the_token_is_asked_for(client, guarded):
         for path in ("/api/info", "/openapi.json", f"/api/sessions/{client.name}"):
             assert error_of(httpx.get(guarded + path, headers=headers)) == (401, "unauthorized")
     assert httpx.get(f"{guarded}/api/info?token={TOKEN}").status_code == 401
-    assert client.http.get("/api/info").status_code == 200
+    info = client.http.get("/api/info")
+    assert info.status_code == 200 and info.json()["model"]["name"] == "student"  # the page shows it
     with connect(f"{guarded.replace('http', 'ws')}/api/sessions/{client.name}/stream") as stream:
         stream.send(json.dumps({"secret": client.secret, "token": "wrong"}))
         assert json.loads(stream.recv(timeout=5))["error"]["code"] == "unauthorized"
