@@ -396,7 +396,7 @@ class Session:
 
     @classmethod
     def restored(
-        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: int | None
+        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: Any
     ) -> Session:
         """A session from what `save` wrote down (`session_file.read_session`)."""
         pictures = [
