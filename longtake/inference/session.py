@@ -395,9 +395,7 @@ class Session:
         return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
 
     @classmethod
-    def restored(
-        cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: Any
-    ) -> Session:
+    def restored(cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: Any) -> Session:
         """A session from what `save` wrote down (`session_file.read_session`)."""
         pictures = [
             tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
