@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from longtake.inference.record import (
     check_space_for,
     describe,
     device_name,
-    write_sidecar,
+    write_record,
 )
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
@@ -101,9 +102,9 @@ class Generator(Pipeline):
         length = self.length(num_frames, seconds)
         if output is not None:
             check_output(output, inputs=[image] if isinstance(image, str | Path) else [], overwrite=overwrite)
-            asked = Asked(prompt, seed, image, negative)
         chunks = self.stream(image, prompt, num_frames=length, seed=seed, negative=negative, ahead=self.is_ahead)
         kept: list[NDArray[np.uint8]] = []
+        asked = Asked(prompt, seed, image, negative)
 
         def keeping() -> Iterator[NDArray[np.uint8]]:
             for chunk in chunks:
@@ -114,7 +115,8 @@ class Generator(Pipeline):
             write_chunks(self, keeping(), output, given=image is not None, asked=asked, num_frames=length)
         else:
             kept.extend(chunks)
-        return Video(np.concatenate(kept), self.fps, None if output is None else Path(output))
+        record = partial(describe, self, asked, length, PLAIN)
+        return Video(np.concatenate(kept), self.fps, None if output is None else Path(output), record)
 
     def stream(
         self,
@@ -412,7 +414,7 @@ def write_chunks(
             record = describe(generator, asked, made, writing)
             writer.record = None if record is None else record.model_dump(mode="json")
     if record is not None and asked is not None:
-        write_sidecar(output, record, asked.beside)
+        write_record(output, record, asked.beside)
     if failure is not None:
         raise failure
     note = generator.beginning.zero_shot(given=given)

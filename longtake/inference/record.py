@@ -189,12 +189,24 @@ def write_sidecar(video: str | Path, record: VideoRecord, beside: Mapping[str, A
 
 def check_output(video: str | Path, *, inputs: Sequence[str | Path | None] = (), overwrite: bool = False) -> None:
     """Raises ConfigError or OutputError when a video, or the file beside it, cannot be written or would replace what
-    nobody asked to replace; a record of an earlier video of the name is replaced with it.
+    nobody asked to replace: a record of an earlier video of the name is replaced with it, another file never.
     """
-    target = Target.of(video)
-    target.check(inputs=inputs, overwrite=overwrite)
+    Target.of(video).check(inputs=inputs, overwrite=overwrite)
     file = sidecar(video)
-    check_output_file(file, inputs=inputs, overwrite=overwrite or _beside(file) is not None)
+    if file.exists() and _beside(file) is None:
+        raise ConfigError(f"{file}, where the record of {video} goes, is another file; move it, or name the video else")
+    check_output_file(file, inputs=inputs, overwrite=True)
+
+
+def write_record(video: str | Path, record: VideoRecord | None, beside: Mapping[str, Any] | None = None) -> None:
+    """Writes the file beside a video, with what else it says; without a record that of an earlier video goes.
+
+    Raises: OutputError.
+    """
+    if record is not None:
+        write_sidecar(video, record, beside or {})
+    elif _beside(sidecar(video)) is not None:
+        sidecar(video).unlink()
 
 
 def check_space_for(video: str | Path, settings: GenerationConfig, num_frames: int | None, how: Writing) -> None:

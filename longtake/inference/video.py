@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from longtake.inference.containers import Target
+from longtake.inference.record import VideoRecord, check_output, write_record
 from longtake.inference.video_io import VideoWriter
 
 # A preview lies in the notebook's own file: short, small, and never above so many bytes.
@@ -23,11 +24,14 @@ _SHOWN_SIDE = 256  # a smaller picture is shown larger, by whole pixels
 
 @dataclass(eq=False)
 class Video:
-    """Frames uint8 [T, h, w, 3], frames a second, and the file that holds them, where there is one."""
+    """Frames uint8 [T, h, w, 3], frames a second, and the file that holds them, where there is one; `describe` makes
+    its record.
+    """
 
     frames: NDArray[np.uint8]
     fps: float
     path: Path | None = None
+    describe: Callable[[], VideoRecord | None] = lambda: None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -47,9 +51,12 @@ class Video:
         Raises: ConfigError for a name that says no container, and for a file that is there already, unless `overwrite`
         is given; OutputError when it cannot be written.
         """
-        Target.of(path).check(overwrite=overwrite)
-        with VideoWriter(path, self.fps, *self.frames.shape[1:3]) as writer:
+        check_output(path, overwrite=overwrite)
+        record = self.describe()
+        tree = None if record is None else record.model_dump(mode="json")
+        with VideoWriter(path, self.fps, *self.frames.shape[1:3], record=tree) as writer:
             writer.write(self.frames)
+        write_record(path, record)
         self.path = Path(path)
         return self.path
 

@@ -19,6 +19,7 @@ from longtake.inference.play import play
 from longtake.inference.record import Writing, check_output, read_record, sidecar
 from longtake.inference.script import generate_story
 from longtake.inference.source import Source
+from longtake.inference.video import Video
 from longtake.inference.video_io import VideoWriter, read_video
 from longtake.parallel.mesh import Mesh
 
@@ -206,11 +207,24 @@ def test_what_cannot_be_the_same_is_refused(tmp_path, toy, photo):
 
 def test_the_file_beside_is_no_one_elses(tmp_path):
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"a\.json exists already"):
-        check_output(tmp_path / "a.mp4")
-    check_output(tmp_path / "a.mp4", overwrite=True)
+    for overwrite in (False, True):  # nobody asked for that file to go
+        with pytest.raises(ConfigError, match=r"a\.json, where the record .* is another file"):
+            check_output(tmp_path / "a.mp4", overwrite=overwrite)
     (tmp_path / "a.json").write_text('{"record": {}}')
     check_output(tmp_path / "a.mp4")
+
+
+def test_a_video_that_is_saved_says_how_it_was_made(tmp_path, toy, photo):
+    """And a video without a record leaves none of an earlier one beside itself."""
+    made = Generator.build(toy, "cpu").video(photo, PROMPT, num_frames=5, seed=3)
+    made.save(tmp_path / "a.mp4")
+    record = read_record(tmp_path / "a.mp4")
+    assert (record.prompt, record.seed, record.num_frames, record.image) == (PROMPT, 3, 5, str(photo))
+    assert json.loads((tmp_path / "a.json").read_text())["record"]["seed"] == 3
+    Video(made.frames, made.fps).save(tmp_path / "a.mp4", overwrite=True)
+    assert not (tmp_path / "a.json").exists()
+    with pytest.raises(DataError, match="carries no record"):
+        read_record(tmp_path / "a.mp4")
 
 
 def test_the_command(tmp_path, toy, photo, monkeypatch):
