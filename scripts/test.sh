@@ -2,7 +2,7 @@
 # Set-up and the tests.
 #
 # Usage: bash scripts/test.sh [--all] [pytest arguments]
-#   (nothing)  the fast tests, under 5 minutes on two cores
+#   (nothing)  the fast tests, some 8 minutes on two cores
 #   --all      the slow ones too, and those that need a GPU where there is one
 # Arguments go to pytest, e.g.: bash scripts/test.sh tests/test_config.py -k window
 set -euo pipefail
