@@ -172,6 +172,19 @@ def read_metadata(target: Target) -> str | None:
         raise DataError(f"{target.path} cannot be read as {target.kind} ({error})") from error
 
 
+def _ended(container: Any, stream: Any, file: _WholeFile, *, drop: bool) -> bool:
+    """Ends a container, with what its encoder still holds unless that is dropped; whether anything was written."""
+    try:
+        if not drop:
+            container.mux(stream.encode())
+        container.close()
+        if not drop:
+            file.flush()
+    finally:
+        file.close()
+    return file.size > 0
+
+
 class _Film:
     """H.264 in mp4, or VP9 in webm."""
 
@@ -203,15 +216,7 @@ class _Film:
         self._file.flush()
 
     def close(self, *, drop: bool) -> bool:
-        try:
-            if not drop:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if not drop:
-                self._file.flush()
-        finally:
-            self._file.close()
-        return self._file.size > 0
+        return _ended(self._container, self._stream, self._file, drop=drop)
 
     def publish(self, path: Path, record: Record | None) -> None:
         remux(self._file.path, path, self._kind, record)
@@ -263,15 +268,7 @@ class _Gif:
         self._file.flush()
 
     def close(self, *, drop: bool) -> bool:
-        try:
-            if not drop:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if not drop:
-                self._file.flush()
-        finally:
-            self._file.close()
-        return self._file.size > 0
+        return _ended(self._container, self._stream, self._file, drop=drop)
 
     def publish(self, path: Path, record: Record | None) -> None:
         if record is not None:

@@ -145,7 +145,6 @@ class Pipeline:
         device = usable_device(device)
         named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
-        cast = dtype if dtype != torch.float32 else None
         encoder_paths(source.encoders, with_image=source.needs_image)
         opened = source.open()
         sizes = opened.model.config  # from the heads of the files: before they are read
@@ -159,7 +158,7 @@ class Pipeline:
         started = perf_counter()
         weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
         logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
-        model = load_opened(opened, device, cast).eval().requires_grad_(False)
+        model = load_opened(opened, device, dtype if settings.is_half else None).eval().requires_grad_(False)
         if settings.precision == "fp8":
             model.quantise()
         model = model.executed(Execution(split))

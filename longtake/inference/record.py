@@ -178,15 +178,6 @@ def sidecar(video: str | Path) -> Path:
     return Target.of(video).path.with_suffix(".json")
 
 
-def write_sidecar(video: str | Path, record: VideoRecord, beside: Mapping[str, Any]) -> None:
-    """Writes the file beside a video. Raises: OutputError."""
-    file = sidecar(video)
-    partial = partial_name(file)
-    with writing(file):
-        partial.write_text(json.dumps({**beside, _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
-        partial.replace(file)
-
-
 def check_output(video: str | Path, *, inputs: Sequence[str | Path | None] = (), overwrite: bool = False) -> None:
     """Raises ConfigError or OutputError when a video, or the file beside it, cannot be written or would replace what
     nobody asked to replace: a record of an earlier video of the name is replaced with it, another file never.
@@ -203,10 +194,14 @@ def write_record(video: str | Path, record: VideoRecord | None, beside: Mapping[
 
     Raises: OutputError.
     """
+    file = sidecar(video)
     if record is not None:
-        write_sidecar(video, record, beside or {})
-    elif _beside(sidecar(video)) is not None:
-        sidecar(video).unlink()
+        partial = partial_name(file)
+        with writing(file):
+            partial.write_text(json.dumps({**(beside or {}), _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
+            partial.replace(file)
+    elif _beside(file) is not None:
+        file.unlink()
 
 
 def check_space_for(video: str | Path, settings: GenerationConfig, num_frames: int | None, how: Writing) -> None:

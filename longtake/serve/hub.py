@@ -275,7 +275,7 @@ class Hub:
         if live.state in ("playing", "paused") and live.made:
             try:
                 await live.save()
-            except Exception:
+            except Exception:  # whatever it was, it ends; the others that are put away after it must not be lost for it
                 logger.exception("session %s cannot be saved", live.name)
         live.code = code
         await self.end(live, reason)
