@@ -87,13 +87,12 @@ def _told(what: str) -> Iterator[None]:
     """What transformers says inside of the tensors that it has loaded is said as we do."""
     from transformers.utils import logging as transformers_logging
 
-    def ours(factory: Any, words: Any, named: Any) -> Any:
-        return (
-            track(words[0], what, "tensors") if words and isinstance(words[0], Collection) else factory(*words, **named)
-        )
+    def instead(factory: Any, words: Any, named: Any) -> Any:
+        known = bool(words) and isinstance(words[0], Collection)
+        return track(words[0], what, "tensors") if known else factory(*words, **named)
 
     set_hook = getattr(transformers_logging, "set_tqdm_hook", lambda _: None)  # the first versions of 5 have none
-    before = set_hook(ours)
+    before = set_hook(instead)
     try:
         yield
     finally:
