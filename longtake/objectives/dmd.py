@@ -108,6 +108,10 @@ class DmdConfig(ObjectiveConfig):
         return self.data_loss.weight > 0
 
     @property
+    def takes_switches(self) -> bool:
+        return self.learns_from_videos
+
+    @property
     def num_clip_frames(self) -> int | None:
         return self.data_loss.num_latent_frames
 
