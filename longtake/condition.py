@@ -102,8 +102,8 @@ class MaskLayout:
         return self.key_entry.numel() == self.frame_index.numel()
 
     def to(self, device: torch.device | str) -> MaskLayout:
-        moved = (t.to(device) for t in (self.frame_index, self.key_entry, self.key_position, self.allowed))
-        return MaskLayout(*moved, later_from=self.later_from)
+        tensors = ("frame_index", "key_entry", "key_position", "allowed")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True, eq=False)

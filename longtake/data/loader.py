@@ -55,10 +55,10 @@ def collate(samples: Sequence[Sample], picks: Sequence[Pick], rows: Sequence[int
     """The batch of some samples. Raises: DataError naming the samples when their shapes differ."""
     extras = {}
     for name in dict.fromkeys(name for sample in samples for name in sample.extras):
-        arrays = [
-            sample.extras.get(name, sample.extras.get("text") if name == "text_1" else None) for sample in samples
-        ]
-        if all(array is not None for array in arrays):
+        other = "text" if name == "text_1" else name
+        found = [sample.extras.get(name, sample.extras.get(other)) for sample in samples]
+        arrays = [array for array in found if array is not None]
+        if len(arrays) == len(samples):
             extras[name] = torch.from_numpy(_stack(arrays, samples, name))
     images = [sample.image for sample in samples if sample.image is not None]
     videos = [sample.video for sample in samples if sample.video is not None]
