@@ -33,11 +33,12 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
+from longtake.progress import as_size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.hub import as_size, local_encoders
+from longtake.weights.hub import local_encoders
 from longtake.weights.load import load_opened
-from longtake.weights.locate import encoder_paths
+from longtake.weights.locate import encoder_paths, encoder_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,8 +66,12 @@ def load_encoders(
     encoder, is not; `low_memory` as that of `Encoders.load`.
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
+    place = local_encoders(folder, with_image=with_image)
+    sizes = encoder_sizes(place, with_image=with_image).items()
+    parts = ", ".join(f"{name} {as_size(size)}" for name, size in sizes)
+    logger.info("loading the encoders (%s) from %s to %s", parts, place, device)
     return Encoders.load(
-        local_encoders(folder, with_image=with_image),
+        place,
         device,
         dtype,
         with_image=with_image,
@@ -156,8 +161,6 @@ class Pipeline:
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         started = perf_counter()
-        weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
-        logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
         model = load_opened(opened, device, dtype if settings.is_half else None).eval().requires_grad_(False)
         if settings.precision == "fp8":
             model.quantise()
@@ -165,7 +168,6 @@ class Pipeline:
         denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
-        logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)

@@ -24,7 +24,7 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.lora import DEFAULT
+from longtake.models.lora import DEFAULT, base_name
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.objectives.base import Objective, Parts, Phase
@@ -74,7 +74,8 @@ def weights_folder(source: Path, logdir: str | Path) -> Path:
 
 def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:
     """Puts the weights in place; all ranks call it. Raises: CheckpointError on every rank when one reads nan or inf."""
-    found = materialize(opened.model, device, values)
+    sizes = {base_name(name): p.numel() * p.element_size() for name, p in opened.model.named_parameters()}
+    found = materialize(opened.model, device, opened.told(values, sizes, device))
     if wrong := sorted({name for names in mesh.every(lambda: found) for name in names}):
         raise not_finite(opened.place(wrong[0]))
 

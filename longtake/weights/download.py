@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from longtake.errors import ConfigError
@@ -19,6 +20,8 @@ from longtake.weights.hub import (
 )
 from longtake.weights.locate import is_hub_name
 from longtake.weights.students import find_student
+
+logger = logging.getLogger(__name__)
 
 
 def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[str]]:
@@ -45,6 +48,8 @@ def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[st
         with_image = needs_image(fetch_small(order))
         beside = order_encoders(order.repository, with_image=with_image)
         lacking = lacks_encoders(beside, with_image=with_image)
+        if lacking:  # said before hours of fetching
+            logger.warning("%s has no %s: the model will need --encoders", name, " and no ".join(lacking))
     root = _put([order, beside], None if folder is None else Path(folder))
     return (Path(name) if folder is None else root if student else root / order.part), lacking
 

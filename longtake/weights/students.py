@@ -147,7 +147,8 @@ class FoundStudent:
     def open(self) -> Opened:
         """Its weights before they are in a model. Raises: as `read`."""
         published, model = self.read()
-        return Opened(model, published.read, lambda name: str(published.tensors.get(name, name)))
+        held = published.tensors
+        return Opened(model, published.read, lambda name: str(held.get(name, name)), str(self.weights))
 
     def order(self) -> Order | None:
         """What is to be fetched of it from the hub, None for a local one. Raises: CheckpointError for missing files."""
