@@ -87,6 +87,9 @@ def evaluate(
         raise ConfigError("exported students have no folder of their own; give `output`, the folder of the report")
     measured = target if isinstance(target, EvalTarget) else of_run(Path(target))
     measured.check_worlds()
+    for name, config in ((name, source.config) for name, source in measured.students.items()):
+        if config is not None and config.keep_best and config.validation.seed == settings.seed:
+            logger.warning("seed %d chose the best checkpoint of %s; report another one", settings.seed, name)
     return _measure(measured, settings, Path(folder), mesh or init_mesh(device))
 
 
