@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 Rope = Literal["relative", "absolute"]
 Clock = Literal["exact", "whole", "bf16"]
+# Denoising steps after which the blocks of a roll-out stop: one for all, or one of the first generated block and one of
+# those after it. A block that has fewer stops at its last.
+Exits = int | tuple[int, int]
 Levels = Annotated[tuple[float, ...], BeforeValidator(tuple)]
 
 # A published student begins at 1600/1601. Far below 1, noise times the level is nothing that training has seen.
@@ -293,6 +296,16 @@ class StreamPlan(PlanConfig):
     def levels(self, start: int) -> tuple[float, ...]:
         """Noise levels at which the block that begins at frame `start` is denoised."""
         return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
+
+    def exit_step(self, start: int, exits: Exits | None) -> int:
+        """The denoising step after which the block at `start` is finished: its last one, or that of `exits` if earlier.
+
+        Source: specification T; a pair is Causal-Forcing++'s way, one step for all Causal-rCM's.
+        """
+        last = len(self.levels(start)) - 1
+        if isinstance(exits, tuple):
+            exits = exits[self._generated_number(start) > 0]
+        return last if exits is None else min(exits, last)
 
     def stores_itself(self, start: int) -> bool:
         """Whether the last denoising step of the block at `start` stores its keys and values."""

@@ -22,7 +22,7 @@ from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.data_forcing import DataForcing, teacher_input
 from longtake.objectives.flow_matching import clip_sigma, require_latents
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,8 +222,18 @@ class Dmd(Objective):
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
     def exit_step(self, step: int) -> int:
-        """Denoising step at which every block of this iteration stops, or at its last one where it has fewer."""
+        """Denoising step at which every block of this iteration stops; or, where later blocks have levels of their own,
+        the first generated one.
+        """
         return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
+
+    def exits(self, step: int) -> Exits:
+        """Where the blocks of this iteration stop. Each list of levels has a draw of its own: clamped to a shorter
+        list, one draw would leave its first steps too little of the training.
+        """
+        if (later := self.plan.later_sigmas) is None:
+            return self.exit_step(step)
+        return self.exit_step(step), self.draws.integer(step, "later_exit_step", 0, len(later))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -311,7 +321,7 @@ class Dmd(Objective):
                 self.plan,
                 self.parts.num_frames,
                 batch.latent_size,
-                exit_step=self.exit_step(step),
+                exit_step=self.exits(step),
                 with_grad=with_grad,
             )
 
@@ -382,7 +392,7 @@ class Dmd(Objective):
             return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
 
         def stops(block: tuple[int, int]) -> int:
-            return min(self.exit_step(step), len(plan.levels(block[0])) - 1)
+            return plan.exit_step(block[0], self.exits(step))
 
         def is_stored(block: tuple[int, int]) -> bool:
             """Whether its last step, without gradient, stores it."""

@@ -20,7 +20,7 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
 from longtake.rollout.replay import ExitStep, exits_with_grad, hold_until_backward
 
@@ -224,7 +224,7 @@ def denoise_block(
     plan: StreamPlan,
     *,
     begin: tuple[int, Tensor] | None = None,
-    exit_step: int | None = None,
+    exit_step: Exits | None = None,
     with_grad: bool = False,
     exits: list[ExitStep] | None = None,
     guidance: Guidance | None = None,
@@ -236,12 +236,12 @@ def denoise_block(
     taken, and it `stores` (False: nobody will read it): then the cache has moved on. With gradient such a step is made
     once more without, since a call with gradient stores nothing.
     Args: `begin`, a step and the noisy latents to begin from (default: the first, noise alone); `exit_step` stops after
-    that step, or after the last one of the block; `with_grad` lets gradient through the exit step, and through that
+    that step (`StreamPlan.exit_step`); `with_grad` lets gradient through the exit step, and through that
     step alone; or `exits` gets that step, for `Denoiser.exits_with_grad`; `guidance` None = off.
     """
     start = cache.position
     sigmas, itself = plan.levels(start), plan.stores_itself(start)
-    last = len(sigmas) - 1 if exit_step is None else min(exit_step, len(sigmas) - 1)
+    last = plan.exit_step(start, exit_step)
     first, x = begin or (0, _first_input(noise(0).float(), sigmas[0]))
     with torch.no_grad():
         for step in range(first, last):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.denoise import DenoisedBlock, Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.replay import ExitStep
@@ -108,7 +108,7 @@ class LongStream:
         return self.kept.position + (0 if self._pending is None else self._pending.clean.shape[1])
 
     def advance(
-        self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, with_grad: bool = False
+        self, end: int, noise: RollOutNoise, *, exit_step: Exits | None = None, with_grad: bool = False
     ) -> Window:
         """Generates up to latent frame `end` (a block boundary) and returns the window that ends there.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.flow.path import add_noise
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.replay import ExitStep
 
@@ -39,7 +39,7 @@ def roll_out(
     num_frames: int,
     latent_size: tuple[int, int],
     *,
-    exit_step: int | None = None,
+    exit_step: Exits | None = None,
     with_grad: bool = False,
 ) -> RollOut:
     """Unrolls `num_frames` latent frames block by block from an empty cache.
@@ -47,7 +47,7 @@ def roll_out(
     What enters the cache follows the plan (`denoise_block`): where it stores a block by its last denoising step and the
     block stops earlier, it is the block's clean latents, noised to the level of that step.
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` one step for every block, or the last step of a block that has fewer;
+    frames and denoising step; `exit_step` as in `StreamPlan.exit_step`;
     `with_grad` keeps the graph of the exit steps.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """

@@ -290,6 +290,9 @@ class Builder:
             return
         manifest = completed(read_manifest(checkpoint))
         for key, value in invariants(self.config).items():
+            # With a pass of its own a block's context says nothing of the steps that it took.
+            if key == "later_steps" and self.config.plan.context == "pass":
+                continue
             if (before := manifest.get(key)) != json.loads(json.dumps(value)):
                 raise ConfigError(f"{key}={value!r} is not that of init_from={source}, {before!r}; set it to that")
 
