@@ -7,7 +7,7 @@ model, no tensor (but for the masks that it lays out) and no file format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -316,7 +316,8 @@ class StreamPlan(PlanConfig):
 
     def causal_layout(self, num_frames: int) -> MaskLayout:
         """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
-        return self._layout(num_frames, teacher_forcing=False)
+        self.check(num_frames)
+        return self._layout(list(self.blocks(0, num_frames)))
 
     def teacher_forcing_layout(self, num_frames: int) -> MaskLayout:
         """Layout of `[clean F | noisy F]`: a noisy block sees itself and the clean frames it would find in the cache.
@@ -324,42 +325,61 @@ class StreamPlan(PlanConfig):
         Clean blocks see clean frames as in `causal_layout`. Source: spec of Self-Forcing's teacher forcing, extended
         to a first block of another size.
         """
-        return self._layout(num_frames, teacher_forcing=True)
+        self.check(num_frames)
+        blocks = list(self.blocks(0, num_frames))
+        return self._layout(blocks, blocks)
 
-    def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
+    def replay_layout(self, first: int, exits_from: int, end: int) -> MaskLayout:
+        """Layout of `[clean first .. | noisy exits_from .. end)`, as in teacher forcing, of what a roll-out made.
+
+        The last block has no clean half, which nobody would see. Frames before `first` lie in a cache: those that are
+        seen, `self.past(first)`, are key slots numbered after the entries. All three are block boundaries.
+        """
+        blocks = list(self.blocks(first, end))
+        return self._layout(blocks[:-1], [block for block in blocks if block[0] >= exits_from], self.past(first))
+
+    def past(self, start: int) -> list[int]:
+        """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
+        return self.attended(*self.block_of(start))
+
+    def _layout(
+        self, clean: Sequence[tuple[int, int]], noisy: Sequence[tuple[int, int]] = (), past: Sequence[int] = ()
+    ) -> MaskLayout:
         import torch
 
         from longtake.condition import MaskLayout
 
-        self.check(num_frames)
-        window_frames, sink_frames = self.window_frames, self.sink_frames
-        halves = 2 if teacher_forcing else 1
-        frame_index = torch.arange(num_frames).repeat(halves)
-        key_entry = list(range(halves * num_frames))
-        key_position = frame_index.tolist()
-        pairs: list[tuple[int, int, list[int]]] = []  # (first query entry, last query entry, key slots)
-        for start, end in self.blocks(0, num_frames):
-            if window_frames is not None and end - start > window_frames - min(sink_frames, start):
-                # A cache refuses this block, so the mask that stands for it must not invent an answer.
-                raise ConfigError(
-                    f"the block of frames [{start}, {end}) does not fit window_frames={window_frames} beside "
-                    f"sink_frames={sink_frames}; set window_frames to {end - start + min(sink_frames, start)} or more"
-                )
-            past = self.attended(start, end)
-            slots = list(past)
+        frame_index = [frame for start, end in (*clean, *noisy) for frame in range(start, end)]
+        entries, num_clean = len(frame_index), sum(end - start for start, end in clean)
+        key_entry, key_position = list(range(entries + len(past))), [*frame_index, *past]
+        slot_of = {frame: slot for slot, frame in enumerate(frame_index[:num_clean])}
+        slot_of |= {frame: entries + k for k, frame in enumerate(past)}
+        copies: dict[tuple[int, int], int] = {}  # slots of the sink by (frame, frames evicted)
+        rows: list[list[int]] = []  # key slots that an entry sees
+        for start, end in (*clean, *noisy):
+            self._check_room(start, end)
+            seen = self.attended(start, end)
             # Relative RoPE: inside the attended list the sink sits right before the window. Attention only sees
             # differences of positions, so the sink moves up by the number of evicted frames instead.
-            evicted = start - len(past)
-            if self.rope == "relative" and evicted > 0:
-                slots = [p for p in past if p >= sink_frames]
-                for p in range(min(sink_frames, start)):
-                    slots.append(len(key_entry))
-                    key_entry.append(p)
+            evicted = start - len(seen) if self.rope == "relative" else 0
+            slots = [slot_of[p] for p in seen if not evicted or p >= self.sink_frames]
+            for p in range(min(self.sink_frames, start) if evicted else 0):
+                if (p, evicted) not in copies:
+                    copies[p, evicted] = len(key_entry)
+                    key_entry.append(slot_of[p])
                     key_position.append(p + evicted)
-            for half in range(halves):
-                offset = half * num_frames
-                pairs.append((offset + start, offset + end, slots + list(range(offset + start, offset + end))))
-        allowed = torch.zeros(halves * num_frames, len(key_entry), dtype=torch.bool)
-        for first, last, slots in pairs:
-            allowed[first:last, torch.tensor(slots)] = True
-        return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed)
+                slots.append(copies[p, evicted])
+            rows += [slots + list(range(len(rows), len(rows) + end - start))] * (end - start)
+        allowed = torch.zeros(entries, len(key_entry), dtype=torch.bool)
+        for row, slots in enumerate(rows):
+            allowed[row, torch.tensor(slots)] = True
+        return MaskLayout(torch.tensor(frame_index), torch.tensor(key_entry), torch.tensor(key_position), allowed)
+
+    def _check_room(self, start: int, end: int) -> None:
+        window_frames, sink_frames = self.window_frames, self.sink_frames
+        if window_frames is not None and end - start > window_frames - min(sink_frames, start):
+            # A cache refuses this block, so the mask that stands for it must not invent an answer.
+            raise ConfigError(
+                f"the block of frames [{start}, {end}) does not fit window_frames={window_frames} beside "
+                f"sink_frames={sink_frames}; set window_frames to {end - start + min(sink_frames, start)} or more"
+            )
