@@ -80,6 +80,7 @@ NOT_DEFAULT = {
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
         "anchor": {"weight": 0.25},
+        "context_gradient": "replay",
         "shared_base": True,
     },
     "name": "mine",

@@ -436,8 +436,8 @@ class Session:
             stream.kept.append(latents)
         if values["pending"]:
             start, clean = blocks[-1]
-            context = tensors.get("pending.context", clean)
-            stream.pending = DenoisedBlock(clean, context, stream.plan.context_level(start))
+            context, level = tensors.get("pending.context", clean), stream.plan.context_level(start)
+            stream.pending = DenoisedBlock(clean, context, level, context, level)
         decoder = self.generator.new_decoder()
         decoder.restore(_part(tensors, "decoder."), values["decoder"])
         return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])

@@ -213,6 +213,12 @@ class KVCache:
         other._held, other._indices, other._pins = list(self._held), {}, []
         return other
 
+    def slots_of(self, frames: Sequence[int]) -> Tensor:
+        """Where the keys and values of held frames are, [F]. Raises: CacheError for frames that are not held."""
+        if lost := [frame for frame in frames if frame not in self._held]:
+            raise CacheError(f"frames {lost} are not held any more: later ones took their place; raise spare_frames")
+        return torch.tensor([self._slot(frame) for frame in frames], dtype=torch.long, device=self.device)
+
     def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values [layers, B, F, L, N, K] of held frames."""
         slots = torch.tensor([self._slot(frame) for frame in frames], dtype=torch.long, device=self.device)
@@ -304,7 +310,11 @@ class KVCache:
 
     def pin(self, block_frames: int) -> PinnedSlots:
         """Keeps what the block of `block_frames` frames at `position` attends to, for a later backward."""
-        pins = PinnedSlots(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
+        return self.pin_frames(self.attended_frames(block_frames))
+
+    def pin_frames(self, frames: Sequence[int]) -> PinnedSlots:
+        """Keeps frames that are held, for a later backward."""
+        pins = PinnedSlots(frozenset(self._slot(frame) for frame in frames))
         self._pins = [ref for ref in self._pins if ref() is not None]
         if pins.slots:  # which a backward gives back
             self._pins.append(weakref.ref(pins))

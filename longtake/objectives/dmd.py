@@ -83,6 +83,12 @@ class DmdConfig(ObjectiveConfig):
     data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
     anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
     data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
+    context_gradient: Literal["none", "replay"] = Field(
+        default="none",
+        description="what of a roll-out carries gradient: `none` = each block's exit step, its context detached "
+        "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
+        "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
+    )
     shared_base: bool = Field(
         default=False,
         description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
@@ -128,6 +134,10 @@ class DmdConfig(ObjectiveConfig):
     @property
     def num_clip_frames(self) -> int | None:
         return self.data_loss.num_latent_frames
+
+    @property
+    def replays(self) -> bool:
+        return self.context_gradient == "replay"
 
     @property
     def empty_prompt(self) -> str:
@@ -385,8 +395,8 @@ class Dmd(Objective):
     def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
         """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
         plan, (start, end) = self.plan, self._generated(step)
-        together = with_grad and self.generator.batched_exit_backward
-        apart = with_grad and not together
+        together, replays = with_grad and self.generator.batched_exit_backward, with_grad and self.generator.replays
+        apart = with_grad and not together and not replays
 
         def one(block: tuple[int, int], *, with_context: bool) -> Call:
             return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
@@ -411,4 +421,7 @@ class Dmd(Objective):
         if together:
             joined = Call.joined([one(block, with_context=True) for block in denoised])
             found.append(Pass("generator", "rollout", joined, with_grad=True, ahead=False))
+        if replays:
+            layout = plan.replay_layout(plan.block_of(start - 1)[0] if start else 0, start, end)
+            found.append(Pass("generator", "rollout", clip.masked(layout), with_grad=True))
         return found

@@ -223,11 +223,13 @@ class Builder:
         config, mesh = self.config, self.mesh
         sharded = generator.base.model if isinstance(generator, AdapterView) else generator
         once = mesh.fsdp_mesh is not None and config.gathers_once
-        sequence = 1 if mesh.sequence is None else mesh.sequence.size
+        sequence, replays = 1 if mesh.sequence is None else mesh.sequence.size, config.objective.replays
+        batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
-            batched_exit_backward=config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence),
+            batched_exit_backward=batches and not replays,
+            replays=replays,
             gathering=partial(gathered, sharded) if once else nullcontext,
         )
 

@@ -119,6 +119,24 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(law, 
     assert back == total(found, size, "backward") + again
 
 
+@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_replay_is_one_call_more_and_the_only_one_with_gradient(i2v, law):
+    dmd = dmd_of(i2v, law=law)
+    dmd.generator = Denoiser(dmd.generator.model, replays=True)
+    size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)
+    found = dmd.passes(2, clips_of(dmd))
+    (replayed,) = (each for each in found if each.with_grad and each.network == "generator")
+    # Context of all blocks but the last, and exit steps of all but the picture
+    assert replayed.call.entries == (5 + 6 if i2v else 4 + 6)
+    ran, result = counted(lambda: dmd.loss("generator", batch, 2))
+    back = counted(result.loss.backward)[0]
+    critic, result = counted(lambda: dmd.loss("critic", batch, 2))
+    back += counted(result.loss.backward)[0]
+    assert ran + critic == total(found, size, "rollout", "scores")
+    assert back == total(found, size, "backward")
+
+
 def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_student():
     dmd = dmd_of(data_loss=DataLoss(weight=1, num_latent_frames=9))
     size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], 9)
