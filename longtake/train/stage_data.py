@@ -168,7 +168,8 @@ class DataBuilder:
         )
         # Rows of an encoded set are read faster than they are remembered for nothing.
         stored = isinstance(self.dataset, EncodedRows)
-        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if stored else {}))
+        pairs = config.objective.needs_pairs
+        return EncodedLoader(loader, encoder, pairs=pairs, **({"memory_bytes": 0} if stored else {}))
 
 
 def learnt_rows(dataset: Dataset, settings: ValidationConfig) -> Dataset:
