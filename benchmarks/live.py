@@ -12,7 +12,7 @@ video's rate, from the first generated frame on, and changes its prompt every `-
 - prompt to pixel: from the request until the first frame that follows it is shown;
 - frames/s: frames shown a second, and, `--unpaced`, received: the server then makes them as fast as it can;
 - stalls: seconds without a frame to show, after the first five;
-- memory: of the server's process; the last third's median beside the first third's.
+- memory: of the server's process; the last third's median beside the first third's, and that of each minute.
 
 Decoding and painting, some milliseconds, are not in it: a test in a browser has them.
 """
@@ -157,6 +157,7 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
             "stalled_s": [round(viewer.session.dry_seconds - before, 3) for viewer, before in zip(viewers, dry)],
             "memory_first_third_mb": round(median(memory[:third]) / 1e6, 1),
             "memory_last_third_mb": round(median(memory[-third:]) / 1e6, 1),
+            "memory_of_minutes_mb": [round(median(memory[k : k + 60]) / 1e6, 1) for k in range(0, len(memory), 60)],
             "server": next(event for event in viewers[0].session.events[::-1] if event["type"] == "stats"),
         }
         for viewer in viewers:
