@@ -81,7 +81,11 @@ class Devices:
     def measured(self) -> dict[str, float | None]:
         """What was measured of a session on the first of them."""
         capacity = self._all[0].capacity
-        return {"frames_per_second": capacity.frames_per_second, "session_bytes": capacity.session_bytes}
+        return {
+            "frames_per_second": capacity.frames_per_second,
+            "session_bytes": capacity.session_bytes,
+            "session_host_bytes": capacity.host_bytes,
+        }
 
     def roomiest(self) -> Device | None:
         """The one with most places left; None: there is none."""
