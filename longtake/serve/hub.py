@@ -35,6 +35,7 @@ from longtake.serve.timeline import Beginning, Timeline
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_OPEN_SECONDS = 60.0  # for which who is let in next waits for a device that does not answer
 _SAVE_SECONDS = 20.0  # in which a session that is put away is saved
 _MEAN_OF = 16  # sessions over whose lengths a wait is estimated
 
@@ -204,7 +205,7 @@ class Hub:
         assert self.stage is not None
         folder, limits = self.settings.folder / name, self.settings.limits
         with writing(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         recording = Recording(folder, self.stage.head, limits.recording_bytes)
         live = Live(name, secret, timeline, recording, self.stage, folder, limits, self.counts)
         self.live[name] = self._lanes[live.lane] = live
@@ -239,7 +240,8 @@ class Hub:
                 live.engine, live.created = device.engine, monotonic()
                 device.names.add(live.lane)
                 try:
-                    await asyncio.wrap_future(device.engine.call(*waiting.call, **waiting.values))
+                    async with asyncio.timeout(_OPEN_SECONDS):
+                        await asyncio.wrap_future(device.engine.call(*waiting.call, **waiting.values))
                 except Exception as error:
                     if told(error).status_code == 500:
                         logger.exception("session %s cannot be opened", live.name)
@@ -373,4 +375,7 @@ def _oldest_first(parent: Path) -> list[Path]:
         except OSError:
             return 0.0
 
-    return sorted((path for path in parent.iterdir() if path.is_dir()), key=changed)
+    try:
+        return sorted((path for path in parent.iterdir() if path.is_dir()), key=changed)
+    except OSError:  # somebody has removed it
+        return []

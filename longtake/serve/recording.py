@@ -122,9 +122,12 @@ class Recording:
         found = [(part.path, one) for part in self._parts for one in part.fragments]
         yield self._head
         for path, one in found:
-            with path.open("rb") as file:
-                file.seek(one.offset)
-                data = file.read(one.size)
+            try:
+                with path.open("rb") as file:
+                    file.seek(one.offset)
+                    data = file.read(one.size)
+            except OSError:  # somebody has removed it
+                return
             if len(data) < one.size:  # it was rewound meanwhile
                 return
             yield moved(data, one.first - found[0][1].first)

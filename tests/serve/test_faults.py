@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import gc
+import shutil
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import psutil
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B, make_generator
+from websockets.sync.client import connect
 
 from longtake.inference.session import Session
 from longtake.serve import capacity
@@ -185,3 +189,41 @@ def test_what_else_runs_does_not_count(monkeypatch):
     assert measured.frames_per_second is not None
     alone = capacity._play(generator, {"history_blocks": 2})[0]
     assert 0.2 < measured.frames_per_second / alone < 5 and measured.sessions > 1
+
+
+def test_a_folder_that_somebody_removes_costs_recordings_alone(generator, tmp_path):
+    folder = tmp_path / "live"
+    with serving(generator, folder, max_sessions=2) as address:
+        client = LiveClient(address)
+        client.open(seed=3)
+        seen = client.watch(17)
+        shutil.rmtree(folder)
+        client.watch(41, from_frame=17, seen=seen)
+        assert np.array_equal(seen.pictures()[:41], wanted(generator, 3, 0, 41))
+        assert "recording_ended" in seen.kinds()
+        assert client.request("GET", "/recording").status_code == 200
+        assert client.request("POST", "/save").status_code == 507
+        other = LiveClient(address)
+        other.open()
+        assert other.watch(9).frames
+
+
+def test_who_takes_nothing_has_no_connection_in_the_end(generator, tmp_path):
+    """Also where its end of the connection stays open, and asks for nothing more."""
+    with serving(generator, tmp_path, max_sessions=1, limits=Limits(slow_seconds=0.5)) as address:
+        client = LiveClient(address)
+        client.open()
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        deaf.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+        mine = deaf.getsockname()
+        with connect(
+            f"ws://127.0.0.1/api/sessions/{client.name}/stream", sock=deaf, max_queue=1, close_timeout=0.1
+        ) as one:
+            one.send(f'{{"secret": "{client.secret}", "format": "png"}}')
+            before, until = None, time.monotonic() + 40
+            while before != 0:
+                client.watch(client.request("GET").json()["frame"] + 64)  # which it would be sent, too
+                found = psutil.Process().net_connections("tcp")
+                before = sum(it.status == "ESTABLISHED" and it.raddr == mine for it in found)
+                assert time.monotonic() < until, "it is still connected"
