@@ -211,12 +211,8 @@ class Pipeline:
     ) -> list[KVCache]:
         """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
         plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
-        # What is overwritten by the last block of the history is attended to by no block before it; where its last step
-        # stores a block, one more is there than the session has given out, if that fails before it has.
-        ahead = 0 if plan.context == "last_step" else 1
-        spare = max(0, history_blocks - ahead) * plan.block_frames
         most = max_latent_frames if plan.window_frames is None else None
-        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if guidance == 1 else 2
+        sizes, count = (plan, 1, self.latent_size, most), 1 if guidance == 1 else 2
 
         def new() -> list[KVCache]:
             return [self.model.new_cache(*sizes) for _ in range(count)]

@@ -470,7 +470,7 @@ def test_without_a_recache_old_keys_and_values_stay_and_the_latest_block_is_stor
     guidance = Guidance(2.0, empty, caches[1]) if guided else None
     stream = LatentStream(Denoiser(model), caches[0], condition, picture, noise, plan, guidance=guidance)
     latents = torch.cat([stream.next() for _ in range(3)], 1)
-    stream.change(new, none if guided else None, in_place=False)
+    stream.change(new, none if guided else None)
     assert stream.caches == caches[: 1 + guided] and stream.cache.position == 5
     for cache, old in zip(stream.caches, (condition, empty)):
         truth = filled(model, plan, old, latents)
