@@ -61,6 +61,14 @@ def check(result, line):
     assert "Traceback" not in result.output
 
 
+def test_while_the_command_line_is_loaded():
+    program = "import runpy, sys\nclass Pressed:\n    def find_spec(self, name, *_):\n"
+    program += "        if name == 'longtake.cli.app': raise KeyboardInterrupt\n"
+    program += "sys.meta_path.insert(0, Pressed())\nrunpy.run_module('longtake', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_export(workshop, tmp_path, interrupt, monkeypatch, there):
     save_student(stage_config(workshop, tmp_path / "run", "causal"), step=2)

@@ -25,13 +25,16 @@ def find_recipe(given: str | Path) -> Path:
     if path.as_posix() in names:
         return RECIPES / f"{path.as_posix()}.yaml"
     near = nearest(path.as_posix().removeprefix("configs/").removesuffix(".yaml"), names)
-    raise ConfigError(f"config {path} is not a file, and no recipe is called so{near}; `longtake recipes` lists them")
+    raise ConfigError(
+        f"config {path} is not a file, and no recipe is called so{near or ';'} `longtake recipes` lists them"
+    )
 
 
 def recipe_file(name: str) -> Path:
     """The file of a recipe that comes with the package. Raises: ConfigError that brings the nearest name."""
     if name not in (names := recipe_names()):
-        raise ConfigError(f"no recipe is called {name}{nearest(name, names)}; `longtake recipes` lists them")
+        near = nearest(name, names) or ";"
+        raise ConfigError(f"no recipe is called {name}{near} `longtake recipes` lists them")
     return RECIPES.resolve() / f"{name}.yaml"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from longtake.config.stage import TOY
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_folder
 from longtake.weights.hub import (
@@ -35,6 +36,8 @@ def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[st
     """
     if Path(name).expanduser().exists():
         raise ConfigError(f"{name} is a local path; give OWNER/NAME on the Hugging Face hub, or rename the path")
+    if name == TOY:
+        raise ConfigError("toy comes with the package, and nothing of it is fetched: longtake generate --model toy ...")
     if folder is not None:
         check_output_folder(Path(folder))
     student = find_student(name)

@@ -262,6 +262,11 @@ def test_what_was_fetched_is_there_without_a_network(hub, parts, tmp_path):
 
 
 # ---- encoders: the same words everywhere -----------------------------------------------------------------------------
+def test_the_toy_is_not_downloaded():
+    result = invoke("download", "toy")
+    assert result.exit_code == 2 and "toy comes with the package, and nothing of it is fetched" in result.output
+
+
 def test_toy_means_the_packaged_encoders_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PICTURE).save("a.png")
