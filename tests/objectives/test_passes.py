@@ -78,9 +78,10 @@ def total(found, size, *phases):
     return sum(ahead) + (sum(back) if "backward" in phases else 0)
 
 
-@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize(
+    ("i2v", "law", "step"),
+    [*((True, law, step) for law in LAWS for step in range(4)), *((False, law, step) for step, law in enumerate(LAWS))],
+)
 def test_distillation(i2v, law, step):
     """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
     dmd = dmd_of(i2v, law=law)
