@@ -211,13 +211,13 @@ def break_levels(monkeypatch):
     "spoil",
     [
         break_text_layer,
-        break_pixels,
+        pytest.param(break_pixels, marks=pytest.mark.slow),
         break_mask,
-        break_statistics,
+        pytest.param(break_statistics, marks=pytest.mark.slow),
         break_rotation_of_the_past,
-        break_rotation,
+        pytest.param(break_rotation, marks=pytest.mark.slow),
         break_a_name,
-        break_levels,
+        pytest.param(break_levels, marks=pytest.mark.slow),  # the command's test breaks them, too
     ],
 )
 def test_what_is_broken_fails_its_own_line(i2v, monkeypatch, spoil):

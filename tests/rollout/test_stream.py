@@ -92,10 +92,10 @@ def raising_at(number):
 @pytest.mark.parametrize(
     ("guided", "in_place", "keep_sink", "recorded", "context"),
     [
-        (False, True, False, False, "pass"),
+        pytest.param(False, True, False, False, "pass", marks=pytest.mark.slow),
         (True, True, True, False, "pass"),
-        (True, False, True, False, "pass"),
-        (False, True, True, True, "pass"),
+        pytest.param(True, False, True, False, "pass", marks=pytest.mark.slow),
+        pytest.param(False, True, True, True, "pass", marks=pytest.mark.slow),
         (True, False, False, False, "last_step"),
         (False, True, False, True, "last_step"),
     ],
