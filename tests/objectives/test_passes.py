@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from axes import pairwise
 from tiny_batches import make_batch
 from tiny_codec import TinyCodec
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
@@ -78,9 +79,7 @@ def total(found, size, *phases):
     return sum(ahead) + (sum(back) if "backward" in phases else 0)
 
 
-@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize(("i2v", "law", "step"), pairwise((True, False), LAWS, range(4)))
 def test_distillation(i2v, law, step):
     """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
     dmd = dmd_of(i2v, law=law)
@@ -161,9 +160,9 @@ def test_teacher_and_causal():
         assert found.with_grad and ran == forward(model.config, found.call).total
 
 
-@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize(("step", "from_step"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("i2v", "law", "step", "from_step"), pairwise((True, False), LAWS, [(0, 0), (1, 0), (2, 1), (3, 2)])
+)
 def test_error_recycling_costs_the_roll_out_of_this_iteration(i2v, law, step, from_step):
     model, frames = make_tiny_model(i2v=i2v), options_of(i2v)["num_frames"]
     batch = make_batch(model, [4, 9], frames)

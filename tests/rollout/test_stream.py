@@ -92,9 +92,9 @@ def raising_at(number):
 @pytest.mark.parametrize(
     ("guided", "keep_sink", "recorded", "context"),
     [
-        (False, False, False, "pass"),
+        pytest.param(False, False, False, "pass", marks=pytest.mark.slow),
         (True, True, False, "pass"),
-        (False, True, True, "pass"),
+        pytest.param(False, True, True, "pass", marks=pytest.mark.slow),
         (True, False, False, "last_step"),
         (False, False, True, "last_step"),
     ],
