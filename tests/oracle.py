@@ -82,7 +82,7 @@ class _Sample:
         window: int | None,
         sink: int,
         rope: str,
-        detached: int,
+        detached: int = 0,
     ) -> None:
         self.detached = detached
         self.w, self.context, self.image, self.y = weights, context, image, y
