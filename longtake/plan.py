@@ -206,6 +206,10 @@ class PlanConfig(Settings):
                 f"block_frames={n} (at least {fewest * n}); set window_frames to {below} or {below + n}"
             )
 
+    def boundary_after(self, frame: int) -> int:
+        """The first frame of the first block that begins at or after `frame`: a change there takes effect with it."""
+        return frame if self.is_boundary(frame) else self.block_of(frame)[1]
+
     def attended(self, start: int, end: int) -> list[int]:
         """Absolute past frames that block `[start, end)` attends to, ascending (itself not included).
 
@@ -316,8 +320,7 @@ class StreamPlan(PlanConfig):
 
     def causal_layout(self, num_frames: int) -> MaskLayout:
         """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
-        self.check(num_frames)
-        return self._layout(list(self.blocks(0, num_frames)))
+        return self._layout(num_frames, teacher_forcing=False)
 
     def teacher_forcing_layout(self, num_frames: int) -> MaskLayout:
         """Layout of `[clean F | noisy F]`: a noisy block sees itself and the clean frames it would find in the cache.
@@ -325,9 +328,7 @@ class StreamPlan(PlanConfig):
         Clean blocks see clean frames as in `causal_layout`. Source: spec of Self-Forcing's teacher forcing, extended
         to a first block of another size.
         """
-        self.check(num_frames)
-        blocks = list(self.blocks(0, num_frames))
-        return self._layout(blocks, blocks)
+        return self._layout(num_frames, teacher_forcing=True)
 
     def replay_layout(self, first: int, exits_from: int, end: int) -> MaskLayout:
         """Layout of `[clean first .. | noisy exits_from .. end)`, as in teacher forcing, of what a roll-out made.
@@ -335,51 +336,80 @@ class StreamPlan(PlanConfig):
         The last block has no clean half, which nobody would see. Frames before `first` lie in a cache: those that are
         seen, `self.past(first)`, are key slots numbered after the entries. All three are block boundaries.
         """
-        blocks = list(self.blocks(first, end))
-        return self._layout(blocks[:-1], [block for block in blocks if block[0] >= exits_from], self.past(first))
+        blocks, past = list(self.blocks(first, end)), self.past(first)
+        last = blocks[-1][0]
+        entries = last - first + end - exits_from
+        entry_of = {frame: entries + k for k, frame in enumerate(past)} | {p: p - first for p in range(first, last)}
+        calls: list[Call] = []
+        for start, stop in blocks:
+            self.check_fits(start, stop)
+            seen = [entry_of[p] for p in self.attended(start, stop)]
+            if start < last:
+                calls.append((range(start - first, stop - first), seen))
+            if start >= exits_from:
+                begin = last - first + start - exits_from
+                calls.append((range(begin, begin + stop - start), seen))
+        return packed_layout([*range(first, last), *range(exits_from, end), *past], calls, self.rope, cached=len(past))
 
     def past(self, start: int) -> list[int]:
         """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
         return self.attended(*self.block_of(start))
 
-    def _layout(
-        self, clean: Sequence[tuple[int, int]], noisy: Sequence[tuple[int, int]] = (), past: Sequence[int] = ()
-    ) -> MaskLayout:
-        import torch
+    def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
+        self.check(num_frames)
+        halves = range(2 if teacher_forcing else 1)
+        calls: list[Call] = []
+        for start, end in self.blocks(0, num_frames):
+            self.check_fits(start, end)
+            past = self.attended(start, end)
+            calls += [(range(half * num_frames + start, half * num_frames + end), past) for half in halves]
+        return packed_layout([*range(num_frames)] * len(halves), calls, self.rope)
 
-        from longtake.condition import MaskLayout
-
-        frame_index = [frame for start, end in (*clean, *noisy) for frame in range(start, end)]
-        entries, num_clean = len(frame_index), sum(end - start for start, end in clean)
-        key_entry, key_position = list(range(entries + len(past))), [*frame_index, *past]
-        slot_of = {frame: slot for slot, frame in enumerate(frame_index[:num_clean])}
-        slot_of |= {frame: entries + k for k, frame in enumerate(past)}
-        copies: dict[tuple[int, int], int] = {}  # slots of the sink by (frame, frames evicted)
-        rows: list[list[int]] = []  # key slots that an entry sees
-        for start, end in (*clean, *noisy):
-            self._check_room(start, end)
-            seen = self.attended(start, end)
-            # Relative RoPE: inside the attended list the sink sits right before the window. Attention only sees
-            # differences of positions, so the sink moves up by the number of evicted frames instead.
-            evicted = start - len(seen) if self.rope == "relative" else 0
-            slots = [slot_of[p] for p in seen if not evicted or p >= self.sink_frames]
-            for p in range(min(self.sink_frames, start) if evicted else 0):
-                if (p, evicted) not in copies:
-                    copies[p, evicted] = len(key_entry)
-                    key_entry.append(slot_of[p])
-                    key_position.append(p + evicted)
-                slots.append(copies[p, evicted])
-            rows += [slots + list(range(len(rows), len(rows) + end - start))] * (end - start)
-        allowed = torch.zeros(entries, len(key_entry), dtype=torch.bool)
-        for row, slots in enumerate(rows):
-            allowed[row, torch.tensor(slots)] = True
-        return MaskLayout(torch.tensor(frame_index), torch.tensor(key_entry), torch.tensor(key_position), allowed)
-
-    def _check_room(self, start: int, end: int) -> None:
-        window_frames, sink_frames = self.window_frames, self.sink_frames
-        if window_frames is not None and end - start > window_frames - min(sink_frames, start):
-            # A cache refuses this block, so the mask that stands for it must not invent an answer.
+    def check_fits(self, start: int, end: int) -> None:
+        """Raises ConfigError where a cache would refuse the block [start, end): a mask must not invent an answer."""
+        window, sink = self.window_frames, min(self.sink_frames, start)
+        if window is not None and end - start > window - sink:
             raise ConfigError(
-                f"the block of frames [{start}, {end}) does not fit window_frames={window_frames} beside "
-                f"sink_frames={sink_frames}; set window_frames to {end - start + min(sink_frames, start)} or more"
+                f"the block of frames [{start}, {end}) does not fit window_frames={window} beside "
+                f"sink_frames={self.sink_frames}; set window_frames to {end - start + sink} or more"
             )
+
+
+# The entries of what a cache would make in one call, which see each other, and those of the past that they see.
+Call = tuple[Sequence[int], Sequence[int]]
+
+
+def packed_layout(
+    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None, cached: int = 0
+) -> MaskLayout:
+    """Layout of one masked forward over entries of these absolute `frames`, which stands for calls against a cache.
+
+    Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` as in
+    `MaskLayout`; `cached`, how many of the last `frames` lie in a cache and are no entries of the forward.
+    """
+    import torch
+
+    from longtake.condition import MaskLayout
+
+    key_entry, key_position = list(range(len(frames))), list(frames)
+    moved: dict[tuple[int, int], int] = {}  # slots of entries that are seen at another position than their own
+    seen: list[tuple[Sequence[int], list[int]]] = []
+    for own, past in calls:
+        slots = list(own)
+        # Relative RoPE: a cache counts positions in the attended list, where the sink sits right before the window.
+        # Attention sees only differences of positions, so the sink moves up by the number of evicted frames instead.
+        first = frames[own[0]] - len(past)
+        for index, entry in enumerate(past):
+            place = entry, frames[entry] if rope == "absolute" else first + index
+            if place[1] != frames[entry] and place not in moved:
+                moved[place] = len(key_entry)
+                key_entry.append(entry)
+                key_position.append(place[1])
+            slots.append(moved.get(place, entry))
+        seen.append((own, slots))
+    entries = len(frames) - cached
+    allowed = torch.zeros(entries, len(key_entry), dtype=torch.bool)
+    for own, slots in seen:
+        allowed[torch.tensor(own)[:, None], torch.tensor(slots)] = True
+    frame_index = torch.tensor(frames[:entries])
+    return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)

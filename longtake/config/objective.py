@@ -72,6 +72,11 @@ class ObjectiveConfig(Settings):
         return None
 
     @property
+    def needs_pairs(self) -> bool:
+        """Whether each row's clip must begin with its picture, also where both are stored apart."""
+        return False
+
+    @property
     def second_prompts(self) -> bool:
         """Whether rows must have a second prompt."""
         return False
@@ -79,6 +84,11 @@ class ObjectiveConfig(Settings):
     @property
     def replays(self) -> bool:
         """Whether the student's roll-outs have gradient into the context that they write (`rollout/replay.py`)."""
+        return False
+
+    @property
+    def takes_switches(self) -> bool:
+        """Whether videos may be learnt from whose caption changes on the way; where not, such a row is a bad one."""
         return False
 
     @property
