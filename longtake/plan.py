@@ -333,8 +333,7 @@ class StreamPlan(PlanConfig):
 
     def causal_layout(self, num_frames: int) -> MaskLayout:
         """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
-        self.check(num_frames)
-        return self._layout(list(self.blocks(0, num_frames)))
+        return self._layout(num_frames, teacher_forcing=False)
 
     def teacher_forcing_layout(self, num_frames: int) -> MaskLayout:
         """Layout of `[clean F | noisy F]`: a noisy block sees itself and the clean frames it would find in the cache.
@@ -342,9 +341,7 @@ class StreamPlan(PlanConfig):
         Clean blocks see clean frames as in `causal_layout`. Source: spec of Self-Forcing's teacher forcing, extended
         to a first block of another size.
         """
-        self.check(num_frames)
-        blocks = list(self.blocks(0, num_frames))
-        return self._layout(blocks, blocks)
+        return self._layout(num_frames, teacher_forcing=True)
 
     def replay_layout(self, first: int, exits_from: int, end: int) -> MaskLayout:
         """Layout of `[clean first .. | noisy exits_from .. end)`, as in teacher forcing, of what a roll-out made.
@@ -352,27 +349,34 @@ class StreamPlan(PlanConfig):
         The last block has no clean half, which nobody would see. Frames before `first` lie in a cache: those that are
         seen, `self.past(first)`, are key slots numbered after the entries. All three are block boundaries.
         """
-        blocks = list(self.blocks(first, end))
-        return self._layout(blocks[:-1], [block for block in blocks if block[0] >= exits_from], self.past(first))
+        blocks, past = list(self.blocks(first, end)), self.past(first)
+        last = blocks[-1][0]
+        entries = last - first + end - exits_from
+        entry_of = {frame: entries + k for k, frame in enumerate(past)} | {p: p - first for p in range(first, last)}
+        calls: list[Call] = []
+        for start, stop in blocks:
+            self.check_fits(start, stop)
+            seen = [entry_of[p] for p in self.attended(start, stop)]
+            if start < last:
+                calls.append((range(start - first, stop - first), seen))
+            if start >= exits_from:
+                begin = last - first + start - exits_from
+                calls.append((range(begin, begin + stop - start), seen))
+        return packed_layout([*range(first, last), *range(exits_from, end), *past], calls, self.rope, cached=len(past))
 
     def past(self, start: int) -> list[int]:
         """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
         return self.attended(*self.block_of(start))
 
-    def _layout(
-        self, clean: Sequence[tuple[int, int]], noisy: Sequence[tuple[int, int]] = (), past: Sequence[int] = ()
-    ) -> MaskLayout:
-        frames = [frame for start, end in (*clean, *noisy) for frame in range(start, end)]
-        num_clean = sum(end - start for start, end in clean)
-        entry_of = {frame: entry for entry, frame in enumerate(frames[:num_clean])}
-        entry_of |= {frame: len(frames) + number for number, frame in enumerate(past)}
+    def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
+        self.check(num_frames)
+        halves = range(2 if teacher_forcing else 1)
         calls: list[Call] = []
-        begin = 0
-        for start, end in (*clean, *noisy):
+        for start, end in self.blocks(0, num_frames):
             self.check_fits(start, end)
-            own = range(begin, begin := begin + end - start)
-            calls.append((own, [entry_of[frame] for frame in self.attended(start, end)]))
-        return packed_layout(frames, calls, self.rope, cached=past)
+            past = self.attended(start, end)
+            calls += [(range(half * num_frames + start, half * num_frames + end), past) for half in halves]
+        return packed_layout([*range(num_frames)] * len(halves), calls, self.rope)
 
     def check_fits(self, start: int, end: int) -> None:
         """Raises ConfigError where a cache would refuse the block [start, end): a mask must not invent an answer."""
@@ -389,40 +393,36 @@ Call = tuple[Sequence[int], Sequence[int]]
 
 
 def packed_layout(
-    frames: Sequence[int],
-    calls: Sequence[Call],
-    rope: Rope,
-    *,
-    cached: Sequence[int] = (),
-    later_from: int | None = None,
+    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None, cached: int = 0
 ) -> MaskLayout:
     """Layout of one masked forward over entries of these absolute `frames`, which stands for calls against a cache.
 
-    Args: `calls`, whose own entries are frames one after the other; those of the past are in the order of their frames.
-    `cached`, frames that a cache holds, numbered after the entries. `later_from` as in `MaskLayout`.
+    Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` as in
+    `MaskLayout`; `cached`, how many of the last `frames` lie in a cache and are no entries of the forward.
     """
     import torch
 
     from longtake.condition import MaskLayout
 
-    key_position = [*frames, *cached]
-    key_entry, frame_of = list(range(len(key_position))), list(key_position)
+    key_entry, key_position = list(range(len(frames))), list(frames)
     moved: dict[tuple[int, int], int] = {}  # slots of entries that are seen at another position than their own
-    allowed_slots: list[tuple[Sequence[int], list[int]]] = []
+    seen: list[tuple[Sequence[int], list[int]]] = []
     for own, past in calls:
         slots = list(own)
         # Relative RoPE: a cache counts positions in the attended list, where the sink sits right before the window.
         # Attention sees only differences of positions, so the sink moves up by the number of evicted frames instead.
         first = frames[own[0]] - len(past)
         for index, entry in enumerate(past):
-            place = entry, frame_of[entry] if rope == "absolute" else first + index
-            if place[1] != frame_of[entry] and place not in moved:
+            place = entry, frames[entry] if rope == "absolute" else first + index
+            if place[1] != frames[entry] and place not in moved:
                 moved[place] = len(key_entry)
                 key_entry.append(entry)
                 key_position.append(place[1])
             slots.append(moved.get(place, entry))
-        allowed_slots.append((own, slots))
-    allowed = torch.zeros(len(frames), len(key_entry), dtype=torch.bool)
-    for own, slots in allowed_slots:
+        seen.append((own, slots))
+    entries = len(frames) - cached
+    allowed = torch.zeros(entries, len(key_entry), dtype=torch.bool)
+    for own, slots in seen:
         allowed[torch.tensor(own)[:, None], torch.tensor(slots)] = True
-    return MaskLayout(torch.tensor(frames), torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)
+    frame_index = torch.tensor(frames[:entries])
+    return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)

@@ -36,9 +36,9 @@ class Denoiser:
 
     Args: `graphs` captures passes without gradient and replays them (None: Python makes every call);
     `batched_exit_backward` has the exit steps of a roll-out recomputed and differentiated together in the end;
-    `replays` makes them again with gradient into their context instead (`replay.py`);
-    `gathering`, entered around several calls between which no weight changes: sharded weights are gathered once for
-    them.
+    `replays` makes them again with gradient into their context instead (`replay.py`); `writer`, another network of the
+    same sizes that makes all of the context, while `model` only denoises (SGF+); `gathering`, entered around several
+    calls between which no weight changes: sharded weights are gathered once for them.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Denoiser:
         graphs: CUDAGraphRunner | None = None,
         batched_exit_backward: bool = False,
         replays: bool = False,
+        writer: VideoDiT | None = None,
         gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         assert not (batched_exit_backward and replays), "two ways to give a roll-out its gradient"
-        self.model, self.graphs, self.gathered = model, graphs, gathering
+        self.model, self.writer, self.graphs, self.gathered = model, writer, graphs, gathering
         self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
 
@@ -93,7 +94,8 @@ class Denoiser:
         `torch.no_grad()`. `layers` gets what each layer made. What raises leaves the cache as it was, or shows.
         Raises: ShapeError when arguments do not fit; CacheError.
         """
-        model = self.model
+        # Keys and values of the text are of one network: where two take turns, each makes its own anew.
+        model = self.writer if commit and self.writer is not None else self.model
         model.check(x, sigma, condition, cache)
         frames = x.shape[1]
         if torch.is_grad_enabled():
@@ -261,6 +263,7 @@ def denoise_block(
         layers = exits[-1].layers
     itself = itself and last == len(sigmas) - 1
     store, apart = itself and stores, with_grad and exits is None
+    assert not (store and denoiser.writer), "a last step that stores is one network's"
     with torch.set_grad_enabled(apart):
         clean = _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers, commit=store and not apart)
     if itself:
