@@ -79,6 +79,7 @@ NOT_DEFAULT = {
         },
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
+        "anchor": {"weight": 0.75},
         "shared_base": True,
     },
     "name": "mine",
@@ -159,8 +160,12 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
 
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
-    # Of no effect with t2v; of other kinds of objective: see below.
-    others = {"model.widen", *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames"))}
+    # Of no effect with t2v, or refused there; of other kinds of objective: see below.
+    others = {
+        "model.widen",
+        "objective.data_forcing.share",
+        *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
+    }
     others |= {f"objective.{key}" for key in ("caption_dropout", "error_recycling.share", "error_recycling.from_step")}
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - others
