@@ -79,7 +79,7 @@ NOT_DEFAULT = {
         },
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
-        "anchor": {"weight": 0.75},
+        "anchor": {"weight": 0.25},
         "shared_base": True,
     },
     "name": "mine",
@@ -160,7 +160,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
 
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
-    # Of no effect with t2v, or refused there; of other kinds of objective: see below.
+    # Of no effect with t2v; of other kinds of objective: see below.
     others = {
         "model.widen",
         "objective.data_forcing.share",
