@@ -44,8 +44,9 @@ def _end_at_limit(item: pytest.Item) -> None:
     on, however long the fixtures then take to end.
     """
     marker = item.get_closest_marker("timeout")
-    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
-    faulthandler.dump_traceback_later(seconds + min(seconds, 30), file=item.config.stash[_STDERR], exit=True)
+    of_all = item.config.getoption("timeout") or item.config.getini("timeout")
+    if (seconds := float(marker.args[0] if marker else of_all)) > 0:
+        faulthandler.dump_traceback_later(seconds + min(seconds, 30), file=item.config.stash[_STDERR], exit=True)
 
 
 @pytest.hookimpl(wrapper=True)

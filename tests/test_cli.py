@@ -200,6 +200,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
     values |= {"data.formats": ["clips", "images"], "logdir": "/tmp/z"}
     values |= {"evaluation.switch_frames": [5, 9], "data.switch_frames": [73], "data.stops": True}
+    values |= {"data.one_switch": True}
     defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
     assert set(values) == set(defaults)
     tree = yaml.safe_load(RECIPE.read_text())

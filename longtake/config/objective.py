@@ -82,6 +82,11 @@ class ObjectiveConfig(Settings):
         return False
 
     @property
+    def takes_switches(self) -> bool:
+        """Whether videos may be learnt from whose caption changes on the way; where not, such a row is a bad one."""
+        return False
+
+    @property
     def empty_prompt(self) -> str:
         """The text of the unconditional side."""
         return ""

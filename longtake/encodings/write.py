@@ -121,7 +121,8 @@ def encode_set(
         check_strides(encoders.vae, config.video, folder)
         contents = contents_of(model, with_tokens=with_tokens, with_latents=config.objective.learns_from_videos)
         empty_prompt = config.objective.empty_prompt
-        encoder = BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, empty_prompt=empty_prompt)
+        rules: dict[str, Any] = {"empty_prompt": empty_prompt, "switches": config.objective.takes_switches}
+        encoder = BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, **rules)
         buckets = find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh)
         writer = _ShardWriter(
             config.data, config.micro_batch_size, dataset, buckets, encoder, DTYPES[dtype], rows_per_shard
@@ -249,7 +250,8 @@ class _ShardWriter:
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
             arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.encoder.contents}
             bucket = int(self.buckets.bucket_of_row[row])
-            result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
+            switches = sample.switch_frames
+            result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket, switches))
         return result
 
 

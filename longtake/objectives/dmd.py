@@ -122,6 +122,11 @@ class DmdConfig(ObjectiveConfig):
         return self.anchor.weight > 0 or self.needs_pairs
 
     @property
+    def takes_switches(self) -> bool:
+        # The teacher of data forcing sees a whole clip under one caption.
+        return self.data_loss.weight > 0 and not self.needs_pairs
+
+    @property
     def num_clip_frames(self) -> int | None:
         return self.data_loss.num_latent_frames
 

@@ -1,12 +1,13 @@
 """Teacher forcing: every block learns to denoise itself given the blocks before it, clean or as the student makes them.
 
 Source: Self-Forcing's diffusion trainer and Causal-Forcing (arXiv 2602.02214), extended to `[1, n, n, ...]`, a given
-picture and 36-channel models: `y` goes to both halves, the picture is clean in both and outside the loss.
+picture and 36-channel models: `y` goes to both halves, the picture is clean in both and outside the loss. A video whose
+caption changes on the way is learnt as a stream meets the change, its context rebuilt (`rollout/recache.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from longtake.config.base import Settings
 from longtake.config.objective import ObjectiveConfig
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
@@ -22,9 +23,10 @@ from longtake.plan import StreamPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from longtake.condition import Condition, MaskLayout
+    from longtake.condition import Condition
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
+    from longtake.rollout.recache import Forced
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
@@ -56,6 +58,10 @@ class TeacherForcingConfig(ObjectiveConfig):
 
     reference: ClassVar[str | None] = "generator"  # which begins with a teacher's weights
 
+    @property
+    def takes_switches(self) -> bool:
+        return True
+
     def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
         """Raises ConfigError unless there is a denoising step to begin from."""
         if self.error_recycling.share and self.error_recycling.from_step >= len(plan.sigmas):
@@ -80,7 +86,7 @@ class TeacherForcing(Objective):
     def __init__(self, parts: Parts, settings: TeacherForcingConfig) -> None:
         super().__init__(parts)
         self.denoiser, self.model, self.settings = parts.student, parts.student.model, settings
-        self._layouts: dict[int, MaskLayout] = {}
+        self._forced: dict[tuple[int, int | None], Forced] = {}
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
@@ -93,10 +99,13 @@ class TeacherForcing(Objective):
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
+        switches = self._switches(batch, step, frames)
+        if any(switches):
+            batch = replace(batch, condition=replace(batch.condition, later_text=batch.later_text))
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
         context, context_sigma = self._context(self._history(clean, condition, batch, step), batch, step)
         both, levels = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
-        predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
+        predicted = self._predicted(both, levels, condition, switches)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -123,7 +132,7 @@ class TeacherForcing(Objective):
 
     def forced_pass(self, clip: Call, num_frames: int) -> Pass:
         """The call of the loss, on videos of `num_frames` latents."""
-        return Pass("generator", "forward", clip.masked(self._layout(num_frames)), with_grad=True)
+        return Pass("generator", "forward", clip.masked(self._packed(num_frames).layout), with_grad=True)
 
     def _recycle_passes(self, step: int, clip: Call) -> Iterator[Pass]:
         """As `recycle` makes them; only the first call makes keys and values of the text."""
@@ -181,7 +190,50 @@ class TeacherForcing(Objective):
         sigma[:, : self.plan.given_frames] = 0.0
         return sigma
 
-    def _layout(self, frames: int) -> MaskLayout:
-        if frames not in self._layouts:
-            self._layouts[frames] = self.plan.teacher_forcing_layout(frames)
-        return self._layouts[frames]
+    def _switches(self, batch: EncodedBatch, step: int, frames: int) -> list[int | None]:
+        """For each row the block boundary at which its caption changes, None where it does not within its blocks."""
+        asked = batch.switch_frames or [None] * len(batch.indices)
+        found = [None if frame is None else self.plan.boundary_after(frame) for frame in asked]
+        switches = [None if frame is None or frame >= frames else frame for frame in found]
+        if any(switches) and self.remakes(step):
+            raise TrainingError(
+                "objective.error_recycling cannot make a video again whose caption changes on the way; set its share "
+                "to 0, or give rows without switch_frames"
+            )
+        return switches
+
+    def _predicted(self, both: Tensor, levels: Tensor, condition: Condition, switches: Sequence[int | None]) -> Tensor:
+        """Velocities of the noisy half of [clean F | noisy F]; rows that change at the same frame share a call."""
+        import torch
+
+        groups: dict[int | None, list[int]] = {}
+        for row, switch in enumerate(switches):
+            groups.setdefault(switch, []).append(row)
+        if len(groups) == 1:
+            return self._call(both, levels, condition, switches[0])
+        if self.parts.sharded:
+            raise TrainingError(
+                f"the captions of a micro-batch change at latent frames {list(groups)}, which takes a call each, and "
+                "ranks that share a network must make as many calls; set micro_batch_size=1, or "
+                "parallel.data_parallel=ddp"
+            )
+        rows = [row for group in groups.values() for row in group]
+        made = [
+            self._call(both[group], levels[group], condition.rows(group), switch) for switch, group in groups.items()
+        ]
+        return torch.cat(made)[torch.tensor(rows).argsort()]
+
+    def _call(self, both: Tensor, levels: Tensor, condition: Condition, switch: int | None) -> Tensor:
+        packed, device = self._packed(both.shape[1] // 2, switch), both.device
+        if switch is None:
+            condition = replace(condition, later_text=None)
+        source, noisy = packed.source.to(device), packed.noisy.to(device)
+        made = self.model(both.index_select(1, source), levels.index_select(1, source), condition, packed.layout)
+        return made.index_select(1, noisy)
+
+    def _packed(self, frames: int, switch: int | None = None) -> Forced:
+        from longtake.rollout.recache import forced
+
+        if (frames, switch) not in self._forced:
+            self._forced[frames, switch] = forced(self.plan, frames, switch)
+        return self._forced[frames, switch]

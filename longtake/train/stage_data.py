@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,11 +96,13 @@ class DataBuilder:
         contents += ["text_1"] * objective.second_prompts
         if isinstance(self.dataset, EncodedRows):
             check_encoded(config, self.dataset, self.mesh, with_tokens=self.with_tokens)
-            return StoredEncoder(self.dataset, config.clip_shape, contents, device=device)
-        folder, empty = config.encoders_folder, objective.empty_prompt
+            switches = objective.takes_switches
+            return StoredEncoder(self.dataset, config.clip_shape, contents, device=device, switches=switches)
+        folder = config.encoders_folder
+        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
         encoders = load_encoders(folder, config.model, device, with_image=self.with_tokens)
         check_strides(encoders.vae, config.video, folder)
-        return BatchEncoder(encoders, config.clip_shape, contents, device=device, empty_prompt=empty)
+        return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
 
     def codec(self, encoders: Encoders | None) -> EncoderCodec:
         """For objectives that decode and encode: of these encoders, or (None) of VAE and image encoder alone. Raises:
