@@ -69,7 +69,9 @@ class LongStream:
     """The running videos of one micro-batch.
 
     Args: `horizon` latent frames of a window (the teacher's length); `spare_frames` that the cache keeps beyond its
-    window, for recomputation in backward: the most new frames of a chunk.
+    window, for recomputation in backward: the most new frames of a chunk; `history_frames`, for scores in context: a
+    later window is then the sink, so many frames before the new ones, and these, with no picture of its own (0: as
+    above).
     """
 
     def __init__(
@@ -85,12 +87,13 @@ class LongStream:
         max_frames: int,
         spare_frames: int = 0,
         switch: Switch | None = None,
+        history_frames: int = 0,
     ) -> None:
         if switch is not None and not plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
         self.denoiser, self.condition, self.codec = denoiser, condition, codec
         self.plan = plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
-        self.horizon, self.switch = horizon, switch
+        self.horizon, self.switch, self.history_frames = horizon, switch, history_frames
         self.kept = LatentHistory(plan)
         self._cache = denoiser.model.new_cache(
             plan, condition.batch_size, latent_size, max_frames=max_frames, spare_frames=spare_frames
@@ -129,6 +132,7 @@ class LongStream:
         self._cache.clear_condition()
         switch = self.switch
         learns_from = switch.frame if switch is not None and start < switch.frame < end else start
+        history = self._history() if self.history_frames and not first else None
         new: list[Tensor] = []
         exits: list[ExitStep] = []
         replay = Replay(self.plan, self._cache) if with_grad and self.denoiser.replays else None
@@ -156,7 +160,18 @@ class LongStream:
                 new[-len(exits) :] = [self.denoiser.exits_with_grad(self.condition, exits)]
             if replay is not None:
                 new[-replay.num_exits :] = [self.denoiser.replayed(self.condition, replay)]
-        return self._window(torch.cat(new, 1), learns_from, first=first)
+        if history is None:
+            return self._window(torch.cat(new, 1), learns_from, first=first)
+        generated = torch.arange(start - history.shape[1], end, device=history.device) >= learns_from
+        return Window(torch.cat([history, *new], 1), generated, self.condition)
+
+    def _history(self) -> Tensor:
+        """The sink and the latest `history_frames` of what there is, as one clip; nothing will be decoded."""
+        self._undecoded.clear()
+        blocks, since = list(self.kept.blocks()), self.position - self.history_frames
+        if self._pending is not None:
+            blocks.append((self.kept.position, self._pending.clean))
+        return torch.cat([latents for start, latents in blocks if start < self.plan.sink_frames or start >= since], 1)
 
     def _settle(self, frame: int, noise: RollOutNoise, replay: Replay | None) -> None:
         """The context of the block that begins at `frame`: commits what is pending, or rebuilds under a new prompt."""
