@@ -290,6 +290,11 @@ class StreamPlan(PlanConfig):
         """Noise levels at which the block that begins at frame `start` is denoised."""
         return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
 
+    @property
+    def all_levels(self) -> list[float]:
+        """The noise levels of all blocks, falling."""
+        return sorted({*self.sigmas, *(self.later_sigmas or ())}, reverse=True)
+
     def stores_itself(self, start: int) -> bool:
         """Whether the last denoising step of the block at `start` stores its keys and values."""
         return self.context == "last_step" and self._generated_number(start) >= self.context_from

@@ -22,7 +22,7 @@ from longtake.plan import StreamPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from longtake.condition import Condition, MaskLayout
+    from longtake.condition import Condition
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
 
@@ -79,13 +79,13 @@ class TeacherForcing(Objective):
 
     def __init__(self, parts: Parts, settings: TeacherForcingConfig) -> None:
         super().__init__(parts)
+        from longtake.rollout.packed import PackedClip
+
         self.denoiser, self.model, self.settings = parts.student, parts.student.model, settings
-        self._layouts: dict[int, MaskLayout] = {}
+        self.packed = PackedClip(self.plan)
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
-        import torch
-
         from longtake.flow.path import add_noise, velocity
 
         clean = require_latents(batch, "teacher forcing").float()
@@ -94,9 +94,9 @@ class TeacherForcing(Objective):
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
-        context, context_sigma = self._context(self._history(clean, condition, batch, step), batch, step)
-        both, levels = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
-        predicted = self.model(both, levels, condition, self._layout(frames))[:, frames:]
+        history = self._history(clean, condition, batch, step)
+        context = self.packed.context(history, self.draws, step, batch.indices)
+        predicted = self.packed.velocity(self.model, condition, context, noisy, sigma)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -123,7 +123,7 @@ class TeacherForcing(Objective):
 
     def forced_pass(self, clip: Call, num_frames: int) -> Pass:
         """The call of the loss, on videos of `num_frames` latents."""
-        return Pass("generator", "forward", clip.masked(self._layout(num_frames)), with_grad=True)
+        return Pass("generator", "forward", clip.masked(self.packed.layout(num_frames)), with_grad=True)
 
     def _recycle_passes(self, step: int, clip: Call) -> Iterator[Pass]:
         """As `recycle` makes them; only the first call makes keys and values of the text."""
@@ -154,34 +154,16 @@ class TeacherForcing(Objective):
             starts = self.starts(step, clean.shape[1])
             return recycle(self.denoiser, condition, clean, noise, self.plan, starts)
 
-    def _context(self, history: Tensor, batch: EncodedBatch, step: int) -> tuple[Tensor, Tensor]:
-        """What the student's cache would hold of the history: at the levels of the plan; and these, [B, F]."""
-        import torch
-
-        from longtake.flow.path import add_noise
-
-        levels = self.plan.context_levels(history.shape[1])
-        sigma = torch.tensor(levels, device=history.device).expand(history.shape[0], -1)
-        if not any(levels):
-            return history, sigma
-        noise = self.draws.noise(step, "context_noise", batch.indices, history.shape[1:], history.device)
-        return add_noise(history, noise, sigma), sigma
-
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
         import torch
 
         from longtake.flow.schedule import training_sigma
 
-        columns = []
-        for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
-            u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
-            columns.append(training_sigma(u, self.parts.shift)[:, None].expand(-1, end - start))
-        sigma = torch.cat(columns, 1).clone()
+        def level(block: int, start: int) -> Tensor:
+            u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=block)
+            return training_sigma(u, self.parts.shift)
+
+        sigma = self.packed.by_block(frames, level)
         sigma[:, : self.plan.given_frames] = 0.0
         return sigma
-
-    def _layout(self, frames: int) -> MaskLayout:
-        if frames not in self._layouts:
-            self._layouts[frames] = self.plan.teacher_forcing_layout(frames)
-        return self._layouts[frames]
