@@ -10,7 +10,8 @@ This file must know no model, no file format and no training stage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
@@ -81,13 +82,15 @@ class MaskLayout:
     Fields: `frame_index` [E] absolute frame of every entry of `x` (queries rotate there, `condition.frames` is read
     there); `key_entry` [S] the entry that key slot s is computed from; `key_position` [S] the frame position at which
     key slot s is rotated; `allowed` [E, S] boolean. S = E with `key_entry = 0..E-1`, except for the relative RoPE with
-    eviction, where the sink appears once more for every distance at which it is seen.
+    eviction, where the sink appears once more for every distance at which it is seen. `later_from`: entries from this
+    one on read the condition's `later_text` in place of its text; None = no entry does.
     """
 
     frame_index: Tensor
     key_entry: Tensor
     key_position: Tensor
     allowed: Tensor
+    later_from: int | None = None
 
     @property
     def num_entries(self) -> int:
@@ -99,7 +102,8 @@ class MaskLayout:
         return self.key_entry.numel() == self.frame_index.numel()
 
     def to(self, device: torch.device | str) -> MaskLayout:
-        return MaskLayout(*(t.to(device) for t in (self.frame_index, self.key_entry, self.key_position, self.allowed)))
+        tensors = ("frame_index", "key_entry", "key_position", "allowed")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +112,19 @@ class Condition:
 
     Fields: `text` [B, M, text_dim], rows past each prompt exactly zero; `image` [B, L_image, image_dim] CLIP tokens or
     None; `frames` [B, F_total, C_y, H, W] (mask channels first, then condition latents) by absolute frame, the last
-    frame standing for all later ones, or None.
+    frame standing for all later ones, or None; `later_text`, as `text`, what the later entries of a mask read
+    (`MaskLayout.later_from`), or None.
     Raises: ShapeError when ranks or batch sizes disagree.
     """
 
     text: Tensor
     image: Tensor | None = None
     frames: Tensor | None = None
+    later_text: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor, rank in (("text", self.text, 3), ("image", self.image, 3), ("frames", self.frames, 5)):
+        for name, rank in (("text", 3), ("image", 3), ("frames", 5), ("later_text", 3)):
+            tensor = getattr(self, name)
             if tensor is None:
                 continue
             if tensor.ndim != rank:
@@ -145,13 +152,15 @@ class Condition:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
-        image = None if self.image is None else move(self.image)
-        return Condition(move(self.text), image, None if self.frames is None else move(self.frames))
+        return self._mapped(move)
 
-    def first(self) -> Condition:
-        """That of the first row alone."""
-        image = None if self.image is None else self.image[:1]
-        return Condition(self.text[:1], image, None if self.frames is None else self.frames[:1])
+    def rows(self, which: slice | list[int]) -> Condition:
+        """That of some rows alone."""
+        return self._mapped(lambda tensor: tensor[which])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Condition(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def with_text(self, text: Tensor) -> Condition:
         """The same picture under other text (classifier-free guidance: same `frames`, same `image`)."""

@@ -7,7 +7,7 @@ model, no tensor (but for the masks that it lays out) and no file format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -206,6 +206,10 @@ class PlanConfig(Settings):
                 f"block_frames={n} (at least {fewest * n}); set window_frames to {below} or {below + n}"
             )
 
+    def boundary_after(self, frame: int) -> int:
+        """The first frame of the first block that begins at or after `frame`: a change there takes effect with it."""
+        return frame if self.is_boundary(frame) else self.block_of(frame)[1]
+
     def attended(self, start: int, end: int) -> list[int]:
         """Absolute past frames that block `[start, end)` attends to, ascending (itself not included).
 
@@ -332,39 +336,58 @@ class StreamPlan(PlanConfig):
         return self._layout(num_frames, teacher_forcing=True)
 
     def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
-        import torch
-
-        from longtake.condition import MaskLayout
-
         self.check(num_frames)
-        window_frames, sink_frames = self.window_frames, self.sink_frames
-        halves = 2 if teacher_forcing else 1
-        frame_index = torch.arange(num_frames).repeat(halves)
-        key_entry = list(range(halves * num_frames))
-        key_position = frame_index.tolist()
-        pairs: list[tuple[int, int, list[int]]] = []  # (first query entry, last query entry, key slots)
+        halves = range(2 if teacher_forcing else 1)
+        calls: list[Call] = []
         for start, end in self.blocks(0, num_frames):
-            if window_frames is not None and end - start > window_frames - min(sink_frames, start):
-                # A cache refuses this block, so the mask that stands for it must not invent an answer.
-                raise ConfigError(
-                    f"the block of frames [{start}, {end}) does not fit window_frames={window_frames} beside "
-                    f"sink_frames={sink_frames}; set window_frames to {end - start + min(sink_frames, start)} or more"
-                )
+            self.check_fits(start, end)
             past = self.attended(start, end)
-            slots = list(past)
-            # Relative RoPE: inside the attended list the sink sits right before the window. Attention only sees
-            # differences of positions, so the sink moves up by the number of evicted frames instead.
-            evicted = start - len(past)
-            if self.rope == "relative" and evicted > 0:
-                slots = [p for p in past if p >= sink_frames]
-                for p in range(min(sink_frames, start)):
-                    slots.append(len(key_entry))
-                    key_entry.append(p)
-                    key_position.append(p + evicted)
-            for half in range(halves):
-                offset = half * num_frames
-                pairs.append((offset + start, offset + end, slots + list(range(offset + start, offset + end))))
-        allowed = torch.zeros(halves * num_frames, len(key_entry), dtype=torch.bool)
-        for first, last, slots in pairs:
-            allowed[first:last, torch.tensor(slots)] = True
-        return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed)
+            calls += [(range(half * num_frames + start, half * num_frames + end), past) for half in halves]
+        return packed_layout([*range(num_frames)] * len(halves), calls, self.rope)
+
+    def check_fits(self, start: int, end: int) -> None:
+        """Raises ConfigError where a cache would refuse the block [start, end): a mask must not invent an answer."""
+        window, sink = self.window_frames, min(self.sink_frames, start)
+        if window is not None and end - start > window - sink:
+            raise ConfigError(
+                f"the block of frames [{start}, {end}) does not fit window_frames={window} beside "
+                f"sink_frames={self.sink_frames}; set window_frames to {end - start + sink} or more"
+            )
+
+
+# The entries of what a cache would make in one call, which see each other, and those of the past that they see.
+Call = tuple[Sequence[int], Sequence[int]]
+
+
+def packed_layout(
+    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None
+) -> MaskLayout:
+    """Layout of one masked forward over entries of these absolute `frames`, which stands for calls against a cache.
+
+    Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` as in
+    `MaskLayout`.
+    """
+    import torch
+
+    from longtake.condition import MaskLayout
+
+    key_entry, key_position = list(range(len(frames))), list(frames)
+    moved: dict[tuple[int, int], int] = {}  # slots of entries that are seen at another position than their own
+    seen: list[tuple[Sequence[int], list[int]]] = []
+    for own, past in calls:
+        slots = list(own)
+        # Relative RoPE: a cache counts positions in the attended list, where the sink sits right before the window.
+        # Attention sees only differences of positions, so the sink moves up by the number of evicted frames instead.
+        first = frames[own[0]] - len(past)
+        for index, entry in enumerate(past):
+            place = entry, frames[entry] if rope == "absolute" else first + index
+            if place[1] != frames[entry] and place not in moved:
+                moved[place] = len(key_entry)
+                key_entry.append(entry)
+                key_position.append(place[1])
+            slots.append(moved.get(place, entry))
+        seen.append((own, slots))
+    allowed = torch.zeros(len(frames), len(key_entry), dtype=torch.bool)
+    for own, slots in seen:
+        allowed[torch.tensor(own)[:, None], torch.tensor(slots)] = True
+    return MaskLayout(torch.tensor(frames), torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)

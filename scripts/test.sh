@@ -31,4 +31,5 @@ fi
 # Many small tensors: one thread a process, and two processes where there are two cores.
 export OMP_NUM_THREADS=1
 # Files in their order: by the number of tests in them, the few tests that take longest would come last, on one process.
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$chosen" ${arguments[@]+"${arguments[@]}"}
+# A process that ended at a test's limit is started again twice, no more: xdist begins with the same test in it.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 2 -m "$chosen" ${arguments[@]+"${arguments[@]}"}

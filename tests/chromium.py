@@ -38,6 +38,15 @@ _PICTURE = """async ([url, is_film]) => {
   return [canvas.height, canvas.width, btoa(text)];
 }"""
 
+# Of every video of a page, once it has played for a moment: seconds, width, height
+PLAYED = """() => Promise.all([...document.querySelectorAll('video')].map(async one => {
+  one.muted = true;
+  await one.play();
+  await new Promise(good => one.requestVideoFrameCallback((_, frame) => frame.mediaTime > 0 ? good() :
+    one.requestVideoFrameCallback(good)));
+  return [one.currentTime, one.videoWidth, one.videoHeight];
+}))"""
+
 
 def program() -> str:
     """The path of a Chromium: of this machine, else of Playwright. Skips, and in CI fails, where there is none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,46 @@ from longtake.condition import Condition
 from longtake.models.dit import VideoDiT
 from longtake.toy.world import sample_world
 
+SLOW_SECONDS = 900  # the limit of a slow test that names none; that of fast ones is `timeout` of pyproject.toml
 _FROZEN = {"modules": 0}
+_STDERR = pytest.StashKey[int]()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STDERR] = os.dup(2)  # before pytest captures it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
+def _end_at_limit(item: pytest.Item) -> None:
+    """Prints the stacks of all threads and ends the process half a minute after pytest-timeout lets a test fail.
+
+    Its signal does nothing while the test waits inside C, is forgotten where a test swallows it, and is off from a failure
+    on, however long the fixtures then take to end.
+    """
+    marker = item.get_closest_marker("timeout")
+    of_all = item.config.getoption("timeout") or item.config.getini("timeout")
+    if (seconds := float(marker.args[0] if marker else of_all)) > 0:
+        faulthandler.dump_traceback_later(seconds + min(seconds, 30), file=item.config.stash[_STDERR], exit=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    _end_at_limit(item)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    if isinstance(node, pytest.Item):
+        _end_at_limit(node)  # again: pytest itself has just put it off
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -25,11 +25,23 @@ from longtake.serve.app import make_app
 from longtake.serve.run import LiveServer
 from longtake.serve.settings import ServeSettings
 
+SECONDS = 50  # that anything may take on a busy machine: events come each second, so a silent wait never ends
+
 
 def png_of(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
+
+
+def until_closed(socket: ClientConnection) -> str | bytes | None:
+    """Takes all that comes until the server closes; the last of it. Events come each second, so it has its own end."""
+    last, until = None, time.monotonic() + SECONDS
+    with suppress(ConnectionClosed):
+        while True:
+            last = socket.recv(timeout=10)
+            assert time.monotonic() < until, "the server has not closed the connection"
+    return last
 
 
 @contextmanager
@@ -39,16 +51,27 @@ def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, 
     chosen = ServeSettings(folder, port=0, **settings)
     addresses: list[str] = []
     server = LiveServer(make_app(builds, chosen), chosen, addresses.append)
-    thread = threading.Thread(target=server.run)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run()
+        except BaseException as error:  # noqa: BLE001 (the test tells it)
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # one that hangs must not keep the tests
     thread.start()
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + SECONDS
         while not addresses and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.02)
+        assert addresses, f"the server has not begun: {failed}"
         yield addresses[0]
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=SECONDS)
+    assert not thread.is_alive(), "the server has not ended"
+    assert not failed, failed
 
 
 @dataclass
@@ -131,12 +154,13 @@ class LiveClient:
         **hello: Any,
     ) -> Seen:
         """Takes frames as fast as they come until there are `until`; `at`: when so many have come, something is done."""
-        seen, due = seen or Seen(), sorted((at or {}).items())
+        seen, due, latest = seen or Seen(), sorted((at or {}).items()), time.monotonic() + SECONDS
         with self.connect() as socket:
             said = {"secret": self.secret, "format": form, **hello}
             socket.send(json.dumps(said if self.token is None else {"token": self.token, **said}))
             while True:
                 end = seen.take(socket.recv(timeout=30), form)
+                assert time.monotonic() < latest, f"frame {until} has not come: {seen.events[-3:]}"
                 if end is None:
                     continue
                 if due and end >= due[0][0]:
@@ -147,12 +171,13 @@ class LiveClient:
 
     def until_the_end(self) -> Seen:
         """Takes all that comes until the server closes the connection."""
-        seen = Seen()
+        seen, latest = Seen(), time.monotonic() + SECONDS
         with self.connect() as socket, suppress(ConnectionClosed):
             said = {"secret": self.secret, "format": "h264"}
             socket.send(json.dumps(said if self.token is None else {"token": self.token, **said}))
             while True:
                 end = seen.take(socket.recv(timeout=30), "h264")
+                assert time.monotonic() < latest, f"the session has not ended: {seen.events[-3:]}"
                 if end is not None:
                     with suppress(ConnectionClosed):  # what was sent before is still to be read
                         socket.send(json.dumps({"type": "shown", "frame": end}))

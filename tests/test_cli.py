@@ -79,6 +79,7 @@ NOT_DEFAULT = {
         },
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
+        "anchor": {"weight": 0.25},
         "shared_base": True,
     },
     "name": "mine",
@@ -160,7 +161,11 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
     # Of no effect with t2v; of other kinds of objective: see below.
-    others = {"model.widen", *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames"))}
+    others = {
+        "model.widen",
+        "objective.data_forcing.share",
+        *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
+    }
     others |= {f"objective.{key}" for key in ("caption_dropout", "error_recycling.share", "error_recycling.from_step")}
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - others
@@ -193,6 +198,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     values |= {"evaluation.teacher_steps": 31, "evaluation.teacher_guidance": 1.5}
     values |= {"data.formats": ["clips", "images"], "logdir": "/tmp/z"}
     values |= {"evaluation.switch_frames": [5, 9], "data.switch_frames": [73], "data.stops": True}
+    values |= {"data.one_switch": True}
     defaults = {k: d for k, _, d, _ in describe(JobConfig) if not k.startswith("stages.")}
     assert set(values) == set(defaults)
     tree = yaml.safe_load(RECIPE.read_text())

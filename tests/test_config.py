@@ -173,7 +173,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["name=toy"], r"name=toy is taken"),
         (
             ["objective.teacher=toy"],
-            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and dmd and long_",
+            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and consist",
         ),
         (["objective.critic.lr=1e-5"], r"unknown key objective.critic; it belongs to objective.kind=dmd and long_"),
         (["objective.kind=dnd"], r"objective: kind=dnd is not known; give flow_matching, .*, or MODULE:CLASS"),
@@ -277,6 +277,31 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
     """Selective recomputation after a gathered roll-out: torch met operators of FSDP that the forward had not."""
     assert stage(tmp_path, base=DISTILL).gathers_once
     assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
+
+
+@pytest.mark.parametrize("option", ["objective.anchor.weight=0.5", "objective.data_forcing.share=0.5"])
+def test_what_compares_with_clips_needs_such_of_the_videos_length(tmp_path, option):
+    config = stage(tmp_path, option, "data.kind=clips", base=DISTILL)
+    assert config.objective.learns_from_videos and config.clip_shape == config.video
+    assert config.objective.needs_pairs == ("forcing" in option)
+    longer = ["data.kind=clips", "objective.data_loss.weight=1", "objective.data_loss.num_latent_frames=13"]
+    assert stage(tmp_path, option, *longer, base=DISTILL).clip_shape.num_latent_frames == 13
+    with pytest.raises(ConfigError, match="data_loss.num_latent_frames=5 must be at least video.num_latent_frames=9"):
+        stage(tmp_path, option, *longer[:2], "objective.data_loss.num_latent_frames=5", base=DISTILL)
+    with pytest.raises(ConfigError, match="data.kind=images has no motion to learn from"):
+        stage(tmp_path, option, "data.kind=images", base=DISTILL)
+
+
+def test_data_forcing_is_for_pairs_and_at_most_half_of_the_rows(tmp_path):
+    with pytest.raises(ConfigError, match="objective.data_forcing.share: got 0.6; .*less than or equal to 0.5"):
+        stage(tmp_path, "objective.data_forcing.share=0.6", "data.kind=clips", base=DISTILL)
+    text = ["model.image_condition=t2v", "plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8"]
+    text += ["video.num_latent_frames=8", "data.kind=clips"]
+    assert stage(tmp_path, *text, "objective.anchor.weight=1", base=DISTILL).objective.learns_from_videos
+    with pytest.raises(
+        ConfigError, match="data_forcing.share=0.25 needs clips that begin with the picture.*set it to 0"
+    ):
+        stage(tmp_path, *text, "objective.data_forcing.share=0.25", base=DISTILL)
 
 
 @pytest.mark.parametrize(

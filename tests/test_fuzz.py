@@ -32,6 +32,7 @@ def fuzz(*words):
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_few_cases_find_nothing():
     fuzz("--seed", 17, "--cases", 8)
 

@@ -19,7 +19,7 @@ PANELS = {
     "Rows of your own": ("data", "num_rows", "multiples", "teacher_steps", "teacher_guidance", "layout"),
     "Toy worlds": (
         *("num_worlds", "num_latent_frames", "batch_size", "open_worlds", "ablations", "switch_frames", "formats"),
-        "stops",
+        *("one_switch", "stops"),
     ),
     "Whose weights": (
         *("run", "model", "encoders", "config", "teacher", "random", "small_text", "network", "lora", "lora_scale"),

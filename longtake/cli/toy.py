@@ -26,6 +26,9 @@ def world(
     seed: Annotated[int | None, typer.Option(help="Seed of the worlds.")] = None,
     formats: Formats = None,
     switch_frames: PixelSwitches = None,
+    one_switch: Annotated[
+        bool | None, typer.Option(help="Each caption changes once, at one of the frames by turns.")
+    ] = None,
     stops: Annotated[
         bool | None, typer.Option(help="Sprites may stop; the shipped weights were not trained on it.")
     ] = None,
@@ -36,7 +39,7 @@ def world(
         from longtake.config.groups import WorldConfig
         from longtake.toy.files import write_world
 
-        names = ("num_worlds", "num_frames", "seed", "formats", "switch_frames", "stops")
+        names = ("num_worlds", "num_frames", "seed", "formats", "switch_frames", "one_switch", "stops")
         settings = WorldConfig.from_tree(given(context, *names))
         written = write_world(folder, settings, overwrite=overwrite)
         typer.echo(f"{settings.num_worlds} worlds are in {written}: {', '.join(settings.formats)}")

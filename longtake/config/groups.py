@@ -253,6 +253,10 @@ class WorldConfig(Settings):
         default=[],
         description="pixel frames at which the caption of each world changes; each row has a prompt for each",
     )
+    one_switch: bool = Field(
+        default=False,
+        description="each world changes its caption once, at one of switch_frames by turns, and not at each of them",
+    )
     stops: bool = Field(
         default=False,
         description="sprites may stop at a switch; the shipped weights were not trained on it",

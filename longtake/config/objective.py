@@ -27,6 +27,7 @@ KINDS = {
     "flow_matching": "longtake.objectives.flow_matching:FlowMatchingConfig",
     "teacher_forcing": "longtake.objectives.teacher_forcing:TeacherForcingConfig",
     "ode_regression": "longtake.objectives.ode_regression:OdeRegressionConfig",
+    "consistency": "longtake.objectives.consistency:ConsistencyConfig",
     "dmd": "longtake.objectives.dmd:DmdConfig",
     "long_tuning": "longtake.objectives.long_tuning:LongTuningConfig",
 }
@@ -90,6 +91,11 @@ class ObjectiveConfig(Settings):
         return None
 
     @property
+    def needs_pairs(self) -> bool:
+        """Whether each row's clip must begin with its picture, also where both are stored apart."""
+        return False
+
+    @property
     def second_prompts(self) -> bool:
         """Whether rows must have a second prompt."""
         return False
@@ -98,6 +104,11 @@ class ObjectiveConfig(Settings):
     def paths(self) -> TeacherSampling | None:
         """How the teacher's paths are made that rows must hold."""
         return None
+
+    @property
+    def takes_switches(self) -> bool:
+        """Whether videos may be learnt from whose caption changes on the way; where not, such a row is a bad one."""
+        return False
 
     @property
     def empty_prompt(self) -> str:

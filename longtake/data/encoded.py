@@ -40,7 +40,7 @@ class EncodedSample:
     Fields: `row` of the data set it was made from; `texts`, one [m, D] for each of `prompts`, without rows past the
     prompt; `arrays`, any of `clip` [L, D], `y` [F, C, H, W] (condition latents up to the steady index, without mask),
     `first` [1, C, H, W] (the latent of the picture, for models without y) and `latents` [F, C, H, W]; `bucket`, the
-    index of its size among the key's buckets.
+    index of its size among the key's buckets; `switch_frames` as in `Sample`.
     """
 
     row: int
@@ -49,6 +49,7 @@ class EncodedSample:
     texts: Sequence[Tensor]
     arrays: Mapping[str, Tensor]
     bucket: int = 0
+    switch_frames: tuple[int, ...] = ()
 
 
 def checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -101,6 +102,8 @@ def write_shard(file: Path, samples: Sequence[EncodedSample], bad: Sequence[Mapp
         own |= {name: array.cpu() for name, array in sample.arrays.items()}
         tensors |= {f"{place:06d}.{name}": tensor for name, tensor in own.items()}
         about = {"row": sample.row, "name": sample.name, "prompts": list(sample.prompts), "bucket": sample.bucket}
+        if sample.switch_frames:
+            about["switch_frames"] = list(sample.switch_frames)
         rows.append(about | {_CHECKSUM: checksum(about, own)})
     _publish(file, _bytes(tensors, {_ROWS: json.dumps({"rows": rows, "bad": list(bad)}, ensure_ascii=False)}))
 
@@ -170,8 +173,9 @@ class EncodedRows(Format):
             name: self._padded(tensor) if name.startswith("text") else tensor.float().numpy()
             for name, tensor in tensors.items()
         }
-        prompts = tuple(about["prompts"])
-        return Sample(about["name"], prompts[0], extras=extras, prompts=prompts, where=f"{file} row {local}")
+        prompts, where = tuple(about["prompts"]), f"{file} row {local}"
+        switches = tuple(about.get("switch_frames", ()))
+        return Sample(about["name"], prompts[0], None, None, extras, prompts, where, switches)
 
     def pixel_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the pictures that the row was encoded from; None in sets of text alone."""
@@ -183,7 +187,7 @@ class EncodedRows(Format):
         """Name and prompts of each row. Raises: DataError when a shard cannot be read."""
         for shard in self._shards:
             for row in read_shard_rows(self.path / shard["file"])["rows"]:
-                yield json.dumps([row["name"], row["prompts"]])
+                yield json.dumps([row["name"], row["prompts"], *([s] if (s := row.get("switch_frames")) else [])])
 
     def _padded(self, text: Tensor) -> NDArray[np.float32]:
         padded = torch.zeros(self.key["text_len"], text.shape[1])

@@ -53,8 +53,8 @@ _NOT_THE_FILE = {
 class FileRow:
     """A file and its prompts, or the `problem` why the row cannot be used; `where` names it in errors.
 
-    `caption` is a file that is read only when the row is; it stands in for `prompts`. `values` are those of the keys
-    that a reader of a table asked for besides.
+    `caption` is a file that is read only when the row is; it stands in for `prompts`. `switch_frames` as in `Sample`.
+    `values` are those of the keys that a reader of a table asked for besides.
     """
 
     where: str
@@ -62,6 +62,7 @@ class FileRow:
     prompts: tuple[str, ...] = ()
     caption: Path | None = None
     problem: str | None = None
+    switch_frames: tuple[int, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def find_file(self) -> Path:
@@ -257,10 +258,23 @@ def read_table(path: Path, also: Collection[str] | None = None) -> Iterator[File
             yield FileRow(where, problem=_key_problem(keys, [key for key in FILE_KEYS if key in entry], file))
         else:
             prompts, fault = prompts_of(entry)
+            switches, no_switch = _switches_of(entry, len(prompts))
             named = file.parent / name
             if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
                 named = Path(name)  # musubi-tuner takes them from where it is started
-            yield FileRow(where, named, prompts, problem=fault, values=_values(entry, also))
+            yield FileRow(where, named, prompts, None, fault or no_switch, switches, _values(entry, also))
+
+
+def _switches_of(entry: Mapping[str, Any], num_prompts: int) -> tuple[tuple[int, ...], str | None]:
+    """Where the further prompts of a row begin, and what is wrong with that."""
+    frames = entry.get("switch_frames", [])
+    whole = isinstance(frames, list) and all(isinstance(frame, int) and frame > 0 for frame in frames)
+    if not whole or sorted(set(frames)) != frames or (frames and len(frames) != num_prompts - 1):
+        return (), (
+            f"switch_frames={frames!r} must be ascending pixel frames above 0, one less than prompts ({num_prompts}): "
+            "the first frame of each further prompt"
+        )
+    return tuple(frames), None
 
 
 def _values(entry: Mapping[str, Any], keys: Collection[str] | None) -> dict[str, Any]:

@@ -88,6 +88,15 @@ class ClipFolder(ImageFolder):
         spec.frames_of(str(path))  # refused now, not at the first row
         super().__init__(path, spec)
 
+    def identities(self) -> Iterable[str]:
+        """The same, and where the prompt of a video changes."""
+        for identity, row in zip(super().identities(), self._rows):
+            yield f"{identity} {list(row.switch_frames)}" if row.switch_frames else identity
+
+    def switch_frames(self, row: int) -> tuple[int, ...]:
+        """Of the table."""
+        return self._rows[row].switch_frames
+
 
 class TextRows(_FileRows):
     """Prompts without pictures, for text-to-video: a text file, a JSONL file, or a folder of text files."""

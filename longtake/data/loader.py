@@ -28,7 +28,8 @@ class Batch:
 
     Fields: `images` [B, 3, h, w] and `videos` [B, T, 3, h, w] float32 in [-1, 1], or None; `indices` the global sample
     indices; `rows` the rows that were read; `later_prompts` the second prompt of each row, "" where there is none;
-    `extras` the stored encodings [B, ...] that every sample has.
+    `switch_frames` as those of its sample; `extras` the stored encodings [B, ...] that every sample has, and where some
+    have a second prompt alone, the first in its place.
     """
 
     names: list[str]
@@ -38,6 +39,7 @@ class Batch:
     images: Tensor | None = None
     videos: Tensor | None = None
     later_prompts: list[str] = field(default_factory=list)
+    switch_frames: list[tuple[int, ...]] = field(default_factory=list)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -52,9 +54,11 @@ def to_signed(pixels: NDArray[np.uint8]) -> Tensor:
 def collate(samples: Sequence[Sample], picks: Sequence[Pick], rows: Sequence[int]) -> Batch:
     """The batch of some samples. Raises: DataError naming the samples when their shapes differ."""
     extras = {}
-    for name in samples[0].extras:
-        if all(name in sample.extras for sample in samples):
-            arrays = [sample.extras[name] for sample in samples]
+    for name in dict.fromkeys(name for sample in samples for name in sample.extras):
+        other = "text" if name == "text_1" else name
+        found = [sample.extras.get(name, sample.extras.get(other)) for sample in samples]
+        arrays = [array for array in found if array is not None]
+        if len(arrays) == len(samples):
             extras[name] = torch.from_numpy(_stack(arrays, samples, name))
     images = [sample.image for sample in samples if sample.image is not None]
     videos = [sample.video for sample in samples if sample.video is not None]
@@ -66,6 +70,7 @@ def collate(samples: Sequence[Sample], picks: Sequence[Pick], rows: Sequence[int
         images=to_signed(_stack(images, samples, "image")) if images else None,
         videos=to_signed(_stack(videos, samples, "video")) if videos else None,
         later_prompts=[(*sample.prompts, "")[1] for sample in samples],
+        switch_frames=[sample.switch_frames for sample in samples],
         extras=extras,
     )
 

@@ -116,6 +116,10 @@ class Rows(Format):
         """Stored encodings of the row by name."""
         return {}
 
+    def switch_frames(self, row: int) -> tuple[int, ...]:
+        """The pixel frame of the row's video from which each further prompt holds; () = the first holds throughout."""
+        return ()
+
     def __getitem__(self, row: int) -> Sample:
         name, where = self.place(row)
         prompts, picture = self.prompts(row), self.picture(row)
@@ -124,7 +128,8 @@ class Rows(Format):
             image = picture.read(self.spec)
             if picture.is_clip:
                 image, video = image[0], image
-        return Sample(name, prompts[0], image, video, self.extras(row), prompts, where)
+        switches = self.switch_frames(row) if video is not None else ()
+        return Sample(name, prompts[0], image, video, self.extras(row), prompts, where, switches)
 
     def pixel_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the stored picture, upright; None without one."""

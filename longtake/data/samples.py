@@ -27,7 +27,8 @@ class Sample:
 
     With a video, `image` is its first frame. `extras` holds what was encoded before (`latents`, `y`, `clip`, `text`).
     `prompts` are all prompts of the row in the order of their shots; the first is `prompt`, and mostly the only one.
-    `where` names file and row for errors that later steps find.
+    `switch_frames`, in ascending order: the pixel frame of the video from which each further prompt holds; empty = the
+    first holds throughout. `where` names file and row for errors that later steps find.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Sample:
     extras: dict[str, NDArray] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     where: str = ""
+    switch_frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:

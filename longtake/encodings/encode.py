@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from longtake.condition import Condition, VideoShape
+from longtake.condition import Condition, VideoShape, latent_frames
 from longtake.data.encoded import EncodedRows
 from longtake.data.loader import Batch, Loader, collate
 from longtake.data.order import Pick
@@ -28,17 +28,21 @@ from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
+MOST_OFF = 0.5  # of what varies in a picture's latent, that the first one of its clip may differ by
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
 # mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt, `path`
 # [K + 1, F, C, H, W] of a teacher. Which of them a stage reads beside the text are its `contents` (`key.contents_of`).
+# `switch` [], where a stage learns from videos whose caption changes on the way: the latent frame from which the second
+# prompt holds, 0 = it never does.
 EncodedRow = dict[str, Tensor]
 
 
 class BatchEncoder:
     """Turns pictures, prompts and videos into encodings on the device.
 
-    Args: `contents`, what is encoded beside the text; `empty_prompt`, the text of the unconditional side.
+    Args: `contents`, what is encoded beside the text; `empty_prompt`, the text of the unconditional side; `switches`,
+    whether videos may be learnt from whose caption changes on the way.
     """
 
     def __init__(
@@ -49,8 +53,10 @@ class BatchEncoder:
         *,
         device: torch.device,
         empty_prompt: str = "",
+        switches: bool = False,
     ) -> None:
         self.encoders, self.shape, self.contents, self.device = encoders, shape, list(contents), device
+        self.switches = switches
         self.with_image = not {"y", "first"}.isdisjoint(contents)
         self.empty_text = encoders.text.encode([empty_prompt]).to(device)
 
@@ -59,7 +65,7 @@ class BatchEncoder:
         prompt.
         """
         where = sample.where or sample.name
-        _check_prompts(sample, where, self.contents)
+        _check_prompts(sample, where, self)
         if self.with_image and sample.image is None:
             raise DataError(f"{where}: has no image; image-to-video needs one a row")
         if "latents" not in self.contents or sample.video is not None:
@@ -90,7 +96,9 @@ class BatchEncoder:
             "latents": lambda: self._latents(batch),
             "text_1": lambda: self._texts(batch, batch.later_prompts, "its second prompt"),
         }
-        return _by_row({name: makers[name]() for name in ("text", *self.contents)})
+        switch = _switches(batch, self)
+        contents = dict.fromkeys(["text", *self.contents, *["text_1"] * any(switch)])
+        return _by_row({name: makers[name]() for name in contents}, switch)
 
     def later_texts(self, row: int, sample: Sample) -> list[Tensor]:
         """[M, D] of each prompt of a row but the first."""
@@ -118,20 +126,27 @@ class BatchEncoder:
 class StoredEncoder:
     """Gives the encodings that an encoded set holds; no encoder is needed.
 
-    Args: `dataset`, the set, which was compared with the stage's configuration; `contents`, what the stage reads of it.
+    Args: `dataset`, the set, which was compared with the stage's configuration; `contents`, what the stage reads of it;
+    `switches` as in `BatchEncoder`.
     """
 
     encoders = None
 
     def __init__(
-        self, dataset: EncodedRows, shape: VideoShape, contents: Sequence[str], *, device: torch.device
+        self,
+        dataset: EncodedRows,
+        shape: VideoShape,
+        contents: Sequence[str],
+        *,
+        device: torch.device,
+        switches: bool = False,
     ) -> None:
-        self.shape, self.contents, self.device = shape, list(contents), device
+        self.shape, self.contents, self.device, self.switches = shape, list(contents), device, switches
         self.empty_text = torch.from_numpy(dataset.empty_text)[None].to(device)
 
     def check(self, sample: Sample) -> None:
         """Raises DataError without a second prompt; every row of an encoded set has all else that it was made with."""
-        _check_prompts(sample, sample.where or sample.name, self.contents)
+        _check_prompts(sample, sample.where or sample.name, self)
 
     def reading(self, contents: Sequence[str]) -> Self:
         """The same that gives other contents beside the text, as far as the set has them."""
@@ -139,12 +154,14 @@ class StoredEncoder:
 
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample, on the device."""
-        parts = {name: batch.extras[name].to(self.device) for name in ("text", *self.contents)}
+        switch = _switches(batch, self)
+        contents = dict.fromkeys(["text", *self.contents, *["text_1"] * any(switch)])
+        parts = {name: batch.extras[name].to(self.device) for name in contents}
         if "latents" in parts:  # a set's clips may be longer than the stage's
             parts["latents"] = parts["latents"][:, : self.shape.num_latent_frames]
         if "path" in parts:
             parts["path"] = parts["path"][:, :, : self.shape.num_latent_frames]
-        return _by_row(parts)
+        return _by_row(parts, switch)
 
     def later_texts(self, row: int, sample: Sample) -> list[Tensor]:
         """[M, D] of each prompt of a row but the first."""
@@ -180,9 +197,24 @@ def _with_contents(encoder: E, contents: Sequence[str]) -> E:
     return other
 
 
-def _by_row(parts: EncodedRow) -> list[EncodedRow]:
+def _by_row(parts: EncodedRow, switch: Sequence[int] = ()) -> list[EncodedRow]:
     """The rows of encodings [B, ...], each with memory of its own: one that is remembered does not keep the others."""
-    return [{name: part[k].clone() for name, part in parts.items()} for k in range(len(parts["text"]))]
+    rows = [{name: part[k].clone() for name, part in parts.items()} for k in range(len(parts["text"]))]
+    return [row | {"switch": torch.tensor(frame)} for row, frame in zip(rows, switch, strict=True)] if switch else rows
+
+
+def _inside(sample_switches: Sequence[int], encoder: RowEncoder) -> list[int]:
+    """The pixel frames of a row's clip at which its caption changes."""
+    clip = encoder.shape.num_pixel_frames if "latents" in encoder.contents else 0
+    return [frame for frame in sample_switches if frame < clip]
+
+
+def _switches(batch: Batch, encoder: RowEncoder) -> list[int]:
+    """`switch` of each row; none of all where the stage does not ask."""
+    if not encoder.switches:
+        return []
+    found = [_inside(frames, encoder) for frames in batch.switch_frames]
+    return [latent_frames(frames[0], encoder.shape.temporal_stride) if frames else 0 for frames in found]
 
 
 def encode_rows(encoder: SetEncoder, read: Sequence[tuple[Pick, int, Sample]], batch_size: int) -> list[EncodedRow]:
@@ -196,9 +228,30 @@ def encode_rows(encoder: SetEncoder, read: Sequence[tuple[Pick, int, Sample]], b
     return encoder.rows(batch)[: len(read)]
 
 
-def _check_prompts(sample: Sample, where: str, contents: Sequence[str]) -> None:
-    if "text_1" in contents and len(sample.prompts) < 2:
-        raise DataError(f"{where}: has one prompt; long.switch_frames needs two a row, or leave it empty")
+def check_pair(row: EncodedRow, where: str) -> None:
+    """Raises DataError for a row whose clip does not begin with its picture, which can be where they are stored apart.
+
+    They are compared by what varies over the picture's latent: the ground may be the same in all pictures, and a
+    smaller file or another encoder changes a part of it.
+    """
+    first, begin = (row["y"] if "y" in row else row["first"])[0].float(), row["latents"][0].float()
+    varies = first - first.mean((1, 2), keepdim=True)
+    if (off := float((begin - first).norm() / varies.norm())) > MOST_OFF:
+        raise DataError(
+            f"{where}: its clip does not begin with its picture (their latents differ by {off:.0%} of what varies in "
+            "them); objective.data_forcing.share needs pairs: use clips, or set it to 0"
+        )
+
+
+def _check_prompts(sample: Sample, where: str, encoder: RowEncoder) -> None:
+    if "text_1" in encoder.contents and len(sample.prompts) < 2:
+        raise DataError(f"{where}: has one prompt; objective.switch_frames needs two a row, or leave it empty")
+    if len(inside := _inside(sample.switch_frames, encoder)) > encoder.switches:
+        most = "only once" if encoder.switches else "not with this objective"
+        raise DataError(
+            f"{where}: its caption changes at frames {inside}, inside the clip of {encoder.shape.num_pixel_frames} "
+            f"frames, and this can be learnt {most}; cut the video"
+        )
 
 
 def make_batch(
@@ -215,13 +268,18 @@ def make_batch(
     text, y, shape = torch.stack([row["text"] for row in rows]), stacked("y"), encoder.shape
     frames = None if y is None else with_mask(y, shape.temporal_stride)
     height, width = (shape.height, shape.width) if size is None else (size.height, size.width)
+    has_later = any("text_1" in row for row in rows)
+    later = torch.stack([row.get("text_1", row["text"]) for row in rows]) if has_later else None
+    frames_told = [int(row["switch"]) or None for row in rows if "switch" in row]
+    switches = frames_told if any(frames_told) else ()
     return EncodedBatch(
         indices=indices,
         condition=Condition(text, stacked("clip"), frames),
         empty_text=encoder.empty_text.expand(len(rows), -1, -1),
         latent_size=(height // shape.spatial_stride, width // shape.spatial_stride),
         latents=stacked("latents"),
-        later_text=stacked("text_1"),
+        later_text=later,
+        switch_frames=switches,
         path=stacked("path"),
         # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
         first_latent=stacked("first") if frames is None else frames[:, :1, shape.temporal_stride :],
@@ -231,11 +289,13 @@ def make_batch(
 class EncodedLoader:
     """Micro-batches after the encoders; a row is read and encoded once and remembered, up to `memory_bytes`.
 
-    Position and seeking are those of the loader.
+    Position and seeking are those of the loader. `pairs`: a row whose clip does not begin with its picture is refused.
     """
 
-    def __init__(self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30) -> None:
-        self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
+    def __init__(
+        self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30, pairs: bool = False
+    ) -> None:
+        self.loader, self.encoder, self.memory_bytes, self.pairs = loader, encoder, memory_bytes, pairs
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
         self._said_unused = False
@@ -296,7 +356,9 @@ class EncodedLoader:
             found = pool.map(lambda pick: (pick, *self.loader.read(pick.row, self.encoder.check)), picks)
             read = list(found)
         self._say_unused([sample for _, _, sample in read])
-        for pick, row in zip(picks, encode_rows(self.encoder, read, batch_size)):
+        for (pick, _, sample), row in zip(read, encode_rows(self.encoder, read, batch_size)):
+            if self.pairs:
+                check_pair(row, sample.where or sample.name)
             self._remember(pick.row, row)
 
     def _remember(self, number: int, row: EncodedRow) -> None:
@@ -307,7 +369,7 @@ class EncodedLoader:
     def _say_unused(self, samples: Sequence[Sample]) -> None:
         """Warns once where rows have more prompts than the stage trains on, such as captions of several paragraphs."""
         used = 1 + ("text_1" in self.encoder.contents)
-        longer = next((sample for sample in samples if len(sample.prompts) > used), None)
+        longer = next((s for s in samples if len(s.prompts) > max(used, 1 + len(s.switch_frames))), None)
         if longer is not None and not self._said_unused:
             self._said_unused = True
             logger.warning(

@@ -213,7 +213,14 @@ class TeacherEncoder:
     def __init__(self, inner: RowEncoder, maker: PathMaker) -> None:
         self.inner, self.maker = inner, maker
         self.contents, self.empty_text = [*inner.contents, *maker.shapes((1, 1))], inner.empty_text
-        self.check, self.later_texts = inner.check, inner.later_texts
+        self.later_texts = inner.later_texts
+
+    def check(self, sample: Sample) -> None:
+        """Raises DataError for a sample that the teacher cannot use."""
+        self.inner.check(sample)
+        if sample.switch_frames and not self.maker.sampling.causal:
+            where = sample.where or sample.name
+            raise DataError(f"{where}: its caption changes on the way, and a bidirectional teacher reads one a clip")
 
     def rows(self, batch: Batch) -> list[EncodedRow]:
         """Encodings of each sample of a batch."""

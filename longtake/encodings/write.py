@@ -156,8 +156,9 @@ class SetWriter:
         encoders = load_encoders(folder, model, device, with_image=with_tokens)
         check_strides(encoders.vae, config.video, folder)
         contents = contents_of(model, with_tokens=with_tokens, with_latents=with_latents)
-        empty = config.objective.empty_prompt
-        return BatchEncoder(encoders, config.clip_shape, contents, device=device, empty_prompt=empty)
+        objective = config.objective
+        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
+        return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
 
     def head(self, encoder: BatchEncoder) -> dict[str, Any]:
         """`key` and `files` of a set by that encoder. Reads all weights of the encoders once, for their digests."""
@@ -298,7 +299,8 @@ class _ShardWriter:
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
             arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.encoder.contents}
             bucket = int(self.buckets.bucket_of_row[row])
-            result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket))
+            switches = sample.switch_frames
+            result.append(EncodedSample(row, sample.name, sample.prompts, stored, arrays, bucket, switches))
         return result
 
 

@@ -210,7 +210,7 @@ def curves(rows: Mapping[str, Mapping[str, Any]], part: str = "curves") -> NDArr
             mark = "o" if len(values) == 1 else None  # a line of one point is not to be seen
             numbers = range(first, first + len(values))
             plot.plot(numbers, values, label=row, linewidth=1.6, color=colour, linestyle=style, marker=mark)
-        plot.set_title(unit, fontsize=10, loc="left")
+        plot.set_title(unit, fontsize=10, loc="left", y=1)  # where it is anyway: looking for it measures every tick
         plot.set_xlabel(counted, fontsize=9)
         plot.tick_params(labelsize=9)
         plot.xaxis.get_major_locator().set_params(integer=True)

@@ -45,6 +45,8 @@ def check_call(
             f"x has batch {batch} and {tokens} tokens a frame, the cache was made for batch {cache.batch_size} and "
             f"{cache.tokens_per_frame}; make a cache for this size with new_cache"
         )
+    if (getattr(context, "later_from", None) is None) != (condition.later_text is None):
+        raise ShapeError("condition.later_text is for masks whose later entries read it, and these need it")
     check_condition(config, condition, batch, x.shape[3:])
 
 
@@ -52,11 +54,13 @@ def check_condition(config: DiTConfig, condition: Condition, batch: int, size: t
     """Raises ShapeError unless a condition fits the config, a batch and latents of `size` (H, W)."""
     if condition.batch_size != batch:
         raise ShapeError(f"the condition has batch {condition.batch_size} and x has {batch}; they must be equal")
-    if condition.text.shape[1] > config.text_len or condition.text.shape[2] != config.text_dim:
-        raise ShapeError(
-            f"condition.text has shape {tuple(condition.text.shape)}; "
-            f"it must be [B, M <= {config.text_len}, {config.text_dim}]"
-        )
+    for name in ("text", "later_text"):
+        text = getattr(condition, name)
+        if text is not None and (text.shape[1] > config.text_len or text.shape[2] != config.text_dim):
+            raise ShapeError(
+                f"condition.{name} has shape {tuple(text.shape)}; "
+                f"it must be [B, M <= {config.text_len}, {config.text_dim}]"
+            )
     for name, wanted in (("image", config.image_dim is not None), ("frames", config.condition_channels > 0)):
         given = getattr(condition, name) is not None
         if given != wanted:

@@ -33,6 +33,7 @@ class PreparedMask:
     key_position: Tensor
     key_entry: Tensor | None
     mask: FrameMask
+    later_from: int | None = None
 
     @classmethod
     def of(cls, layout: MaskLayout, tokens: int, device: torch.device, *, flex: bool | None = None) -> PreparedMask:
@@ -40,7 +41,7 @@ class PreparedMask:
         moved = layout.to(device)
         entry = None if layout.plain_keys else moved.key_entry
         mask = make_mask(moved.allowed, tokens, device, flex=flex)
-        return cls(moved.frame_index, moved.key_position, entry, mask)
+        return cls(moved.frame_index, moved.key_position, entry, mask, layout.later_from)
 
     @property
     def num_entries(self) -> int:
@@ -106,11 +107,26 @@ class CachedContext(SelfContext):
 class CrossContext:
     """Where cross-attention gets keys and values: projected in each block, or kept in the cache for one condition.
 
-    The projection always runs inside the block's own forward, because sharded weights exist only there.
+    The projection always runs inside the block's own forward, because sharded weights exist only there. `later`: the
+    first entry that reads another text, and that text.
     """
 
-    def __init__(self, text: Tensor | None, image: Tensor | None, cache: KVCache | None) -> None:
-        self.text, self.image, self.cache = text, image, cache
+    def __init__(
+        self,
+        text: Tensor | None,
+        image: Tensor | None,
+        cache: KVCache | None,
+        later: tuple[int, Tensor] | None = None,
+    ) -> None:
+        self.text, self.image, self.cache, self.later = text, image, cache, later
+
+    def parts(self, module: Projection, layer: int, entries: int) -> list[tuple[int, tuple[Tensor, ...]]]:
+        """How many entries, one run after the other, read which keys and values."""
+        if self.later is None:
+            return [(entries, self.keys_values(module, layer))]
+        first, text = self.later
+        texts = [(first, self.text), (entries - first, text)]
+        return [(count, module.project(own, self.image)) for count, own in texts if own is not None]
 
     def keys_values(self, module: Projection, layer: int) -> tuple[Tensor, ...]:
         if self.text is None:

@@ -8,6 +8,7 @@ specification A and E. This file must not know block plans, roll-outs, objective
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import cast
@@ -112,12 +113,20 @@ class CrossAttention(nn.Module):
             out += [self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)]
         return tuple(out)
 
-    def forward(self, x: Tensor | Rows, keys_values: tuple[Tensor, ...], execution: Execution) -> Tensor:
+    def forward(
+        self, x: Tensor | Rows, parts: Sequence[tuple[int, tuple[Tensor, ...]]], tokens: int, execution: Execution
+    ) -> Tensor:
+        """x [B, E * tokens, D] -> the same. Args: `parts` as those of a `CrossContext`."""
         q = execution.fused(rms_norm)(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        queries = [q] if len(parts) == 1 else q.split([entries * tokens for entries, _ in parts], 1)
+        made = [self._attended(part, kept, execution) for part, (_, kept) in zip(queries, parts, strict=True)]
+        return into(self.o, (made[0] if len(made) == 1 else torch.cat(made, 1)).flatten(2), execution)
+
+    def _attended(self, q: Tensor, keys_values: tuple[Tensor, ...], execution: Execution) -> Tensor:
         out = execution.attend(q, keys_values[0].to(q.dtype), keys_values[1].to(q.dtype))
         if self.image:
             out = out + execution.attend(q, keys_values[2].to(q.dtype), keys_values[3].to(q.dtype))
-        return into(self.o, out.flatten(2), execution)
+        return out
 
 
 class Block(nn.Module):
@@ -154,8 +163,8 @@ class Block(nn.Module):
         h = fused(modulated)(x, s1, c1, self.eps, own)
         h = self.self_attn(h, self_context, layer)
         x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
-        cross = cross_context.keys_values(self.cross_attn, layer)
-        h = self.cross_attn(h.flatten(1, 2), cross, execution).unflatten(1, (entries, tokens))
+        cross = cross_context.parts(self.cross_attn, layer, entries)
+        h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
         x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, within)
         return fused(gated)(x, mlp(self.ffn, h, execution), g2)
 
@@ -375,10 +384,17 @@ class VideoDiT(nn.Module):
         if view is not None and view.cross_kept:
             return CrossContext(None, None, view.cache)
         dtype = cast(nn.Linear, self.text_embedding[0]).weight.dtype
-        text = F.pad(condition.text, (0, 0, 0, self.config.text_len - condition.text.shape[1]))
+
+        def tokens(text: Tensor) -> Tensor:
+            return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(dtype))
+
         image = None if condition.image is None else self.img_emb(condition.image).to(dtype)
         keeps = None if view is None or view.with_grad else view.cache
-        return CrossContext(self.text_embedding(text.to(dtype)), image, keeps)
+        later = None
+        if isinstance(context, (MaskLayout, PreparedMask)) and context.later_from is not None:
+            assert condition.later_text is not None
+            later = context.later_from, tokens(condition.later_text)
+        return CrossContext(tokens(condition.text), image, keeps, later)
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
     def _embed_time(self, clock: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,8 @@ class Parts:
     Fields: `student`, the generator as it streams by `plan`; `trained` and `frozen` networks by name; `draws`, the
     source of every random number; `shift` of noise levels; `num_frames` latents of a clip, of which the first `given`
     (1 or 0) are; `first_frame_clean`, whether bidirectional models see frame 0 without noise; `codec`, None unless the
-    objective `decodes`; `phase` is entered around parts of an iteration, for timing.
+    objective `decodes`; `sharded`, whether all ranks must make the same calls of networks; `phase` is entered around
+    parts of an iteration, for timing.
     """
 
     student: Denoiser
@@ -55,6 +56,7 @@ class Parts:
     given: int = 1
     first_frame_clean: bool = False
     codec: PictureCodec | None = None
+    sharded: bool = False
     phase: Phase = nullcontext
 
 

@@ -18,8 +18,9 @@ class EncodedBatch:
     Fields: `indices` global sample indices (they key every random number); `condition`; `empty_text` [B, M, text_dim]
     embeddings of the empty or negative prompt; `latent_size` (H, W); `latents` [B, F, C, H, W] of the real video or
     None; `first_latent` [B, 1, C, H, W] the given picture, or None for text-to-video; `later_text` [B, M, text_dim] the
-    prompt that a video switches to, or None; `path` [B, K + 1, F, C, H, W] a teacher's states on the way to a clip, at
-    the K levels of the plan, falling, and its end; or None.
+    prompt that a video switches to, or None; `switch_frames`, for each row the latent frame from which that prompt
+    holds in `latents`, None where it never does; empty where it does in no row; `path` [B, K + 1, F, C, H, W] a
+    teacher's states on the way to a clip, at the K levels of the plan, falling, and its end; or None.
     """
 
     indices: Sequence[int]
@@ -29,6 +30,7 @@ class EncodedBatch:
     latents: Tensor | None = None
     first_latent: Tensor | None = None
     later_text: Tensor | None = None
+    switch_frames: Sequence[int | None] = ()
     path: Tensor | None = None
 
     @property
@@ -46,5 +48,11 @@ class EncodedBatch:
             name: cut(getattr(self, name)) for name in ("empty_text", "first_latent", "later_text")
         }
         return replace(
-            self, indices=self.indices[:1], condition=self.condition.first(), latents=None, path=None, **parts
+            self,
+            indices=self.indices[:1],
+            condition=self.condition.rows(slice(1)),
+            latents=None,
+            path=None,
+            switch_frames=(),
+            **parts,
         )

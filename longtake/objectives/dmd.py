@@ -1,7 +1,7 @@
 """Distribution matching distillation of a causal student on its own roll-outs.
 
 Source: DMD2 (arXiv 2405.14867), Self-Forcing (arXiv 2506.08009) and specification G. Scores are compared in float32
-with sigma exact; the velocity of the critic is used as it comes, never through clean latents and back.
+with sigma exact, as clean latents (x0); the critic's velocity is learnt as it comes, never through those and back.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from longtake.config.groups import LoraConfig, OptimConfig
 from longtake.config.objective import NetworkConfig, ObjectiveConfig
 from longtake.errors import ConfigError
 from longtake.models.flops import Call
+from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
-from longtake.objectives.flow_matching import clip_sigma
+from longtake.objectives.data_forcing import DataForcing, teacher_input
+from longtake.objectives.flow_matching import clip_sigma, require_latents
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longtake.plan import StreamPlan
 
@@ -79,6 +81,8 @@ class DmdConfig(ObjectiveConfig):
     sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
     sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
     data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
+    anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
+    data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
     shared_base: bool = Field(
         default=False,
         description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
@@ -105,7 +109,21 @@ class DmdConfig(ObjectiveConfig):
 
     @property
     def learns_from_videos(self) -> bool:
-        return self.data_loss.weight > 0
+        return self.data_loss.weight > 0 or self.compares_with_clips
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.data_forcing.share > 0
+
+    @property
+    def compares_with_clips(self) -> bool:
+        """Whether the student's videos are compared with the beginning of the rows' own clips."""
+        return self.anchor.weight > 0 or self.needs_pairs
+
+    @property
+    def takes_switches(self) -> bool:
+        # The teacher of data forcing sees a whole clip under one caption.
+        return self.data_loss.weight > 0 and not self.needs_pairs
 
     @property
     def num_clip_frames(self) -> int | None:
@@ -132,6 +150,18 @@ class DmdConfig(ObjectiveConfig):
                     f"set it to {1 + plan.block_frames}"
                 )
             plan.check(frames, "objective.data_loss.num_latent_frames")
+            if self.compares_with_clips and frames < num_latent_frames:
+                raise ConfigError(
+                    f"objective.data_loss.num_latent_frames={frames} must be at least video.num_latent_frames="
+                    f"{num_latent_frames}, which objective.anchor and objective.data_forcing compare; set it to "
+                    f"{num_latent_frames} or to null"
+                )
+        if self.needs_pairs and not with_picture:
+            raise ConfigError(
+                f"objective.data_forcing.share={self.data_forcing.share} needs clips that begin with the picture that "
+                "the student is given, and model.image_condition=t2v gives it none: clips that share a caption alone "
+                "take away its variety; set it to 0"
+            )
         if self.shared_base and not lora and self.critic.lora is None:
             raise ConfigError(
                 "objective.shared_base=true needs low-rank updates of the student (lora), of the critic "
@@ -205,10 +235,12 @@ class Dmd(Objective):
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
         student, (condition, unconditional) = made.latents, self._conditions(batch, made)
+        clip = self._own_clip(batch, step)
         with torch.no_grad(), self.phase("scores"):
-            noisy, sigma, _ = self._noised(student, batch, step, "generator")
+            noisy, sigma, noise = self._noised(student, batch, step, "generator")
             fake = clean_from_velocity(noisy, self.critic(noisy, sigma, condition), sigma)
-            real = clean_from_velocity(noisy, self._real_velocity(noisy, sigma, condition, unconditional), sigma)
+            asked = self._teacher_input(noisy, clip, noise, sigma, batch, step)
+            real = clean_from_velocity(asked, self._real_velocity(asked, sigma, condition, unconditional), sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
         metrics: dict[str, float | Tensor] = {
@@ -220,6 +252,12 @@ class Dmd(Objective):
             forced = self.data_loss.loss("generator", batch, step).loss
             loss = loss + self.settings.data_loss.weight * forced
             metrics["data_loss"] = forced.detach()
+        if clip is not None:
+            mine, own = Statistics.of(student), Statistics.of(clip)
+            metrics["deviation_ratio"] = deviation_ratio(mine, own)
+            if weight := self.settings.anchor.weight:
+                anchor = anchor_loss(mine, own)
+                loss, metrics["anchor_loss"] = loss + weight * anchor, anchor.detach()
         return LossResult(loss, metrics)
 
     def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -238,6 +276,27 @@ class Dmd(Objective):
         error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
+
+    def _own_clip(self, batch: EncodedBatch, step: int) -> Tensor | None:
+        """The beginning of the rows' own clips, as long as a window; None where nobody compares, or the window has come
+        to show something else.
+        """
+        if not self.settings.compares_with_clips or not self._shows_its_row(step):
+            return None
+        return require_latents(batch, "the anchor or data forcing")[:, : self.parts.num_frames].float()
+
+    def _shows_its_row(self, step: int) -> bool:
+        """Whether the window of an iteration shows what its row's clip does, from beginning to end."""
+        return True
+
+    def _teacher_input(
+        self, noisy: Tensor, clip: Tensor | None, noise: Tensor, sigma: Tensor, batch: EncodedBatch, step: int
+    ) -> Tensor:
+        """What the teacher scores: `noisy`, or the clip noised alike. A later window has another picture: no pair."""
+        share = self.settings.data_forcing.share
+        if clip is None or not share or self.chunk(step):
+            return noisy
+        return teacher_input(noisy, clip, noise, sigma, share, draws=self.draws, step=step, indices=batch.indices)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:

@@ -6,6 +6,7 @@ Source: Wan2.1 technical report; Lipman et al. 2022 (arXiv 2210.02747). The whol
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -91,10 +92,15 @@ class FlowMatching(Objective):
 
 
 def drop_captions(batch: EncodedBatch, draws: KeyedRNG, step: int, share: float) -> Condition:
-    """The batch's condition with the empty prompt in a random `share` of the samples."""
+    """The batch's condition with the empty prompt, before and after a switch, in a random `share` of the samples."""
     if share <= 0:
         return batch.condition
     import torch
 
-    dropped = draws.uniform(step, "caption_dropout", batch.indices).to(batch.empty_text.device) < share
-    return batch.condition.with_text(torch.where(dropped[:, None, None], batch.empty_text, batch.condition.text))
+    dropped = draws.uniform(step, "caption_dropout", batch.indices).to(batch.empty_text.device)[:, None, None] < share
+    text, later = (
+        None if told is None else torch.where(dropped, batch.empty_text, told)
+        for told in (batch.condition.text, batch.condition.later_text)
+    )
+    assert text is not None
+    return replace(batch.condition, text=text, later_text=later)

@@ -186,6 +186,10 @@ class LongTuning(Dmd):
             stream = self._stream(batch, place)
             return self._advance(stream, batch, place.begin, place.chunk, with_grad=with_grad)
 
+    def _shows_its_row(self, step: int) -> bool:
+        place = self.schedule.at(step)
+        return place.switch is None or self.schedule.end_frame(place.chunk) <= place.switch
+
     def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
         from longtake.rollout.long_video import Window
 

@@ -1,12 +1,13 @@
 """Teacher forcing: every block learns to denoise itself given the blocks before it, clean or as the student makes them.
 
 Source: Self-Forcing's diffusion trainer and Causal-Forcing (arXiv 2602.02214), extended to `[1, n, n, ...]`, a given
-picture and 36-channel models: `y` goes to both halves, the picture is clean in both and outside the loss.
+picture and 36-channel models: `y` goes to both halves, the picture is clean in both and outside the loss. A video whose
+caption changes on the way is learnt as a stream meets the change, its context rebuilt (`rollout/recache.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from longtake.config.base import Settings
 from longtake.config.objective import ObjectiveConfig
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, TrainingError
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.flow_matching import drop_captions, require_latents
 from longtake.plan import StreamPlan
@@ -56,6 +57,10 @@ class TeacherForcingConfig(ObjectiveConfig):
 
     reference: ClassVar[str | None] = "generator"  # which begins with a teacher's weights
 
+    @property
+    def takes_switches(self) -> bool:
+        return True
+
     def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
         """Raises ConfigError unless there is a denoising step to begin from."""
         if self.error_recycling.share and self.error_recycling.from_step >= len(plan.sigmas):
@@ -93,10 +98,13 @@ class TeacherForcing(Objective):
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
         sigma = self._sigma(batch, step, frames).to(clean.device)
         noisy = add_noise(clean, noise, sigma)
+        switches = self._switches(batch, step, frames)
+        if any(switches):
+            batch = replace(batch, condition=replace(batch.condition, later_text=batch.later_text))
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
         history = self._history(clean, condition, batch, step)
         context = self.packed.context(history, self.draws, step, batch.indices)
-        predicted = self.packed.velocity(self.model, condition, context, noisy, sigma)
+        predicted = self._predicted(condition, context, noisy, sigma, switches)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -167,3 +175,51 @@ class TeacherForcing(Objective):
         sigma = self.packed.by_block(frames, level)
         sigma[:, : self.plan.given_frames] = 0.0
         return sigma
+
+    def _switches(self, batch: EncodedBatch, step: int, frames: int) -> list[int | None]:
+        """For each row the block boundary at which its caption changes, None where it does not within its blocks."""
+        asked = batch.switch_frames or [None] * len(batch.indices)
+        found = [None if frame is None else self.plan.boundary_after(frame) for frame in asked]
+        switches = [None if frame is None or frame >= frames else frame for frame in found]
+        if any(switches) and self.remakes(step):
+            raise TrainingError(
+                "objective.error_recycling cannot make a video again whose caption changes on the way; set its share "
+                "to 0, or give rows without switch_frames"
+            )
+        return switches
+
+    def _predicted(
+        self,
+        condition: Condition,
+        context: tuple[Tensor, Tensor],
+        noisy: Tensor,
+        sigma: Tensor,
+        switches: Sequence[int | None],
+    ) -> Tensor:
+        """Velocities of the noisy frames after their context; rows that change at the same frame share a call."""
+        import torch
+
+        groups: dict[int | None, list[int]] = {}
+        for row, switch in enumerate(switches):
+            groups.setdefault(switch, []).append(row)
+        if len(groups) == 1:
+            return self.packed.velocity(self.model, condition, context, noisy, sigma, switches[0])
+        if self.parts.sharded:
+            raise TrainingError(
+                f"the captions of a micro-batch change at latent frames {list(groups)}, which takes a call each, and "
+                "ranks that share a network must make as many calls; set micro_batch_size=1, or "
+                "parallel.data_parallel=ddp"
+            )
+        rows = [row for group in groups.values() for row in group]
+        made = [
+            self.packed.velocity(
+                self.model,
+                condition.rows(group),
+                (context[0][group], context[1][group]),
+                noisy[group],
+                sigma[group],
+                switch,
+            )
+            for switch, group in groups.items()
+        ]
+        return torch.cat(made)[torch.tensor(rows).argsort()]

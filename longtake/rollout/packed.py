@@ -7,7 +7,7 @@ Causal-Forcing (arXiv 2602.02214), extended to `[1, n, n, ...]` and a given pict
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from longtake.flow.path import add_noise, guided
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
+from longtake.rollout.recache import Forced, forced
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,11 @@ class PackedClip:
     """The clips of a plan, which knows how many of their frames are given (`StreamPlan.with_given`)."""
 
     plan: StreamPlan
-    _layouts: dict[int, MaskLayout] = field(default_factory=dict)
+    _forced: dict[tuple[int, int | None], Forced] = field(default_factory=dict)
 
     def layout(self, num_frames: int) -> MaskLayout:
         """Who sees whom, of clips of `num_frames` latents."""
-        if num_frames not in self._layouts:
-            self._layouts[num_frames] = self.plan.teacher_forcing_layout(num_frames)
-        return self._layouts[num_frames]
+        return self._of(num_frames, None).layout
 
     def by_block(self, num_frames: int, draw: Callable[[int, int], Tensor]) -> Tensor:
         """[B, F] of one value a block: `draw(number, start)` [B] of the block with that number and first frame."""
@@ -52,12 +51,25 @@ class PackedClip:
         return add_noise(history, noise, sigma), sigma
 
     def velocity(
-        self, model: VideoDiT, condition: Condition, context: tuple[Tensor, Tensor], noisy: Tensor, sigma: Tensor
+        self,
+        model: VideoDiT,
+        condition: Condition,
+        context: tuple[Tensor, Tensor],
+        noisy: Tensor,
+        sigma: Tensor,
+        switch: int | None = None,
     ) -> Tensor:
-        """What the network predicts of `noisy` [B, F, C, H, W] at `sigma` [B, F], each block after its `context`."""
-        frames = noisy.shape[1]
+        """What the network predicts of `noisy` [B, F, C, H, W] at `sigma` [B, F], each block after its `context`.
+
+        Args: `switch`, the block boundary from which the condition's later text holds; None: it does nowhere.
+        """
         both, levels = torch.cat([context[0], noisy], 1), torch.cat([context[1], sigma], 1)
-        return model(both, levels, condition, self.layout(frames))[:, frames:]
+        packed, device = self._of(noisy.shape[1], switch), both.device
+        if switch is None:
+            condition = replace(condition, later_text=None)
+        source, entries = packed.source.to(device), packed.noisy.to(device)
+        made = model(both.index_select(1, source), levels.index_select(1, source), condition, packed.layout)
+        return made.index_select(1, entries)
 
     def guided(
         self,
@@ -74,3 +86,8 @@ class PackedClip:
         if guidance == 1:
             return predicted
         return guided(predicted, self.velocity(model, unconditional, context, noisy, sigma), guidance)
+
+    def _of(self, num_frames: int, switch: int | None) -> Forced:
+        if (num_frames, switch) not in self._forced:
+            self._forced[num_frames, switch] = forced(self.plan, num_frames, switch)
+        return self._forced[num_frames, switch]

@@ -195,7 +195,7 @@ def stream_switched(
     Args: `cache`, an empty one; `conditions`, one more than `switch_frames` (latent frames, ascending). At a switch the
     cache is made anew as the plan says. Raises: ConfigError when conditions and switch frames do not fit.
     """
-    ends = [_boundary(plan, frame) for frame in switch_frames]
+    ends = [plan.boundary_after(frame) for frame in switch_frames]
     if len(conditions) != len(ends) + 1 or any(end <= start for start, end in zip([0, *ends], ends)):
         raise ConfigError(
             f"{len(conditions)} conditions and switch frames {list(switch_frames)} do not fit: there must be one "
@@ -216,8 +216,3 @@ class _Switched(Iterator[Tensor]):
             self.stream.change(self.changes[0][1])
             self.changes = self.changes[1:]
         return self.stream.next()
-
-
-def _boundary(plan: StreamPlan, frame: int) -> int:
-    """The first frame of the first block that begins at or after `frame`."""
-    return frame if plan.is_boundary(frame) else plan.block_of(frame)[1]

@@ -27,8 +27,8 @@ def make_app(builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> Gu
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.hub = hub = Hub(builds, settings)
-        await hub.start()
         try:
+            await hub.start()
             yield
         finally:
             await hub.stop()

@@ -56,8 +56,7 @@ class Devices:
         return models[0]
 
     async def stop(self) -> None:
-        for device in self._all:
-            await asyncio.to_thread(device.engine.stop)
+        await asyncio.gather(*(asyncio.to_thread(device.engine.stop) for device in self._all))
 
     async def measure_memory(self) -> Memory:
         """That of all devices together."""

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _TEXT_LOG = logging.getLogger("longtake.encoders.text")
 _HISTORY_CACHES = 2  # of changes that can be taken back: who changes with every block would fill the memory
+_ENDED = "the server is ending, or its device has failed; come back when it has started again"
+_STOP_SECONDS = 60  # in which a thread ends its block; one that hangs must not keep the process
 _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next one while this one is fetched
 
 
@@ -127,6 +129,7 @@ class Engine:
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
         ]
         self.ready: Future[Model] = Future()
+        self.ready.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
 
     def start(self) -> None:
         for thread in self._threads:
@@ -138,7 +141,10 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join(_STOP_SECONDS)
+            if thread.is_alive():
+                logger.error("%s has not ended in %d s and is left behind", thread.name, _STOP_SECONDS)
 
     def call(self, operation: str, *args: Any, **kwargs: Any) -> Future[Any]:
         """Asks for a method of `Engine` whose name begins with `do_`, between two blocks."""
@@ -146,7 +152,7 @@ class Engine:
         future: Future[Any] = Future()
         with self._wake:
             if self._stopping:
-                future.set_exception(ConfigError("the server is ending; come back when it has started again"))
+                future.set_exception(ConfigError(_ENDED))
                 return future
             self._asked.append((future, lambda: method(*args, **kwargs)))
             self._wake.notify()
@@ -158,17 +164,29 @@ class Engine:
         _TEXT_LOG.addFilter(quiet)
         try:
             self._serve()
+        except BaseException as error:  # of whatever kind: whoever waits would wait for ever
+            logger.exception("the device cannot go on")
+            if not self.ready.done():
+                self.ready.set_exception(_plain(error))
         finally:
+            self._end()
             _TEXT_LOG.removeFilter(quiet)
 
+    def _end(self) -> None:
+        """Nothing is done any more: all that was asked for is refused, and sessions that are left are lost."""
+        with self._wake:
+            self._stopping = True
+            asked, self._asked = self._asked, deque()
+        self._on_their_way.put(None)
+        for future, _ in asked:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ConfigError(_ENDED))
+        for name in list(self._lanes):
+            del self._lanes[name]
+            self._emit(Lost(name, ConfigError(_ENDED)))
+
     def _serve(self) -> None:
-        try:
-            self._generator = self._build()
-        except Exception as error:
-            logger.exception("the weights cannot be served")
-            self.ready.set_exception(error)
-            self._on_their_way.put(None)
-            return
+        self._generator = self._build()
         if self._generator.device.type == "cpu":
             # A core for encoding and sending: threads that share their cores with others wait for each other.
             torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
@@ -185,7 +203,6 @@ class Engine:
                 break
             if not self._asked and (lane := self._next()):
                 self._make(lane)
-        self._on_their_way.put(None)
         self._lanes.clear()
 
     def _next(self) -> Lane | None:
@@ -196,9 +213,9 @@ class Engine:
             return
         try:
             result = method()
-        except Exception as error:
+        except BaseException as error:
             _free_memory(error)
-            future.set_exception(error)
+            future.set_exception(_plain(error))
             expected = isinstance(error, LongtakeError | MemoryError | torch.OutOfMemoryError)
             if not expected or isinstance(error, OutputError):
                 logger.exception("a request failed")
@@ -207,17 +224,18 @@ class Engine:
 
     def _make(self, lane: Lane) -> None:
         """Begins the next block of a session; one that cannot is closed, and the others go on."""
-        self._room.acquire()
+        while not self._room.acquire(timeout=1.0):
+            self._check_fetching()
         began, first = monotonic(), lane.session.num_frames
         try:
             frames = lane.session.begin()
-        except Exception as error:
+            block = Block(first, len(frames), lane.number)
+            lane.began(block, monotonic())
+        except BaseException as error:
             self._room.release()
             logger.exception("session %s cannot go on", lane.name)
-            self._lose(lane, error)
+            self._lose(lane, _plain(error))
             return
-        block = Block(first, len(frames), lane.number)
-        lane.began(block, monotonic())
         self._on_their_way.put((lane, block, frames, began))
 
     def _lose(self, lane: Lane, error: Exception) -> None:
@@ -227,7 +245,15 @@ class Engine:
 
     def _settle(self) -> None:
         """Returns when all blocks that were begun have come out."""
-        self._on_their_way.join()
+        with self._on_their_way.all_tasks_done:
+            while self._on_their_way.unfinished_tasks:
+                self._on_their_way.all_tasks_done.wait(1.0)
+                self._check_fetching()
+
+    def _check_fetching(self) -> None:
+        """Raises RuntimeError when nobody fetches blocks any more: to wait for them would be for ever."""
+        if not self._threads[1].is_alive():
+            raise RuntimeError("the thread that fetches frames has ended")
 
     # ---- the thread that waits for frames ---------------------------------------------------------------------------
     def _fetch(self) -> None:
@@ -240,9 +266,9 @@ class Engine:
                     self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - began))
                     first += len(array)
                 lane.block_seconds = monotonic() - began
-            except Exception as error:
+            except BaseException as error:
                 logger.exception("session %s cannot go on", lane.name)
-                self.call("lose", lane.name, error)
+                self.call("lose", lane.name, _plain(error))
             finally:
                 self._room.release()
                 self._on_their_way.task_done()
@@ -349,7 +375,12 @@ class _Private(logging.Filter):
         return record.thread != self._thread
 
 
-def _free_memory(error: Exception) -> None:
+def _plain(error: BaseException) -> Exception:
+    """An error that ends a request or a session and nothing else: libraries in Rust panic with other kinds."""
+    return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+
+
+def _free_memory(error: BaseException) -> None:
     """After a full memory what nobody needs is given back, so that the next session finds it."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -32,6 +33,7 @@ from longtake.serve.timeline import Beginning, Timeline
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_SAVE_SECONDS = 20.0  # in which a session that is put away is saved
 _MEAN_OF = 16  # sessions over whose lengths a wait is estimated
 
 
@@ -100,7 +102,8 @@ class Hub:
 
     def _on_output(self, output: Output) -> None:
         """From the engine's threads."""
-        self._loop.call_soon_threadsafe(self._take, output)
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._take, output)
 
     def _take(self, output: Output) -> None:
         live = self.live.get(output.session)
@@ -274,7 +277,8 @@ class Hub:
         """Ends a session that can be opened again where it was."""
         if live.state in ("playing", "paused") and live.made:
             try:
-                await live.save()
+                async with asyncio.timeout(_SAVE_SECONDS):
+                    await live.save()
             except Exception:  # whatever it was, it ends; the others that are put away after it must not be lost for it
                 logger.exception("session %s cannot be saved", live.name)
         live.code = code
@@ -282,18 +286,25 @@ class Hub:
 
     async def _tick(self) -> None:
         """Each second."""
-        limits = self.settings.limits
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            self.memory = await self.devices.measure_memory()
-            now = monotonic()
-            for live in list(self.live.values()):
-                if live.state == "playing":
-                    live.tell("stats", **live.stats(self.memory.used))
-                if not live.viewers and now - live.touched > limits.idle_seconds:
-                    await self._put_away(live, "idle")
-                elif now - live.created > limits.total_seconds:
-                    await self._put_away(live, "time")
+            try:
+                await self._look_after()
+            except Exception:  # of one session or device; the next second must come
+                logger.exception("sessions cannot be looked after")
+
+    async def _look_after(self) -> None:
+        """Tells how sessions do, and puts those away that have been idle or have lasted too long."""
+        limits = self.settings.limits
+        self.memory = await self.devices.measure_memory()
+        now = monotonic()
+        for live in list(self.live.values()):
+            if live.state == "playing":
+                live.tell("stats", **live.stats(self.memory.used))
+            if not live.viewers and now - live.touched > limits.idle_seconds:
+                await self._put_away(live, "idle")
+            elif now - live.created > limits.total_seconds:
+                await self._put_away(live, "time")
 
     def rate(self) -> float:
         """Frames a second while making them, over all sessions."""

@@ -113,20 +113,28 @@ class Live:
         self.created = self.touched = monotonic()
         self.asking = asyncio.Lock()  # requests that change it, one after the other
         self._encoder = LiveEncoder(stage.size, stage.fps)
-        self._inbox: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Callable[[], Awaitable[None]] | asyncio.Event] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())
 
     # ---- the queue --------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
-        while True:
-            step = await self._inbox.get()
-            try:
-                await step()
-            except Exception as error:
-                logger.exception("session %s: a block could not be sent", self.name)
-                self.tell(
-                    "error", error={"code": "failed", "message": type(error).__name__, "fix": "rewind, or reopen"}
-                )
+        try:
+            while True:
+                step = await self._inbox.get()
+                if isinstance(step, asyncio.Event):
+                    step.set()
+                    continue
+                try:
+                    await step()
+                except Exception as error:
+                    logger.exception("session %s: a block could not be sent", self.name)
+                    self.tell(
+                        "error", error={"code": "failed", "message": type(error).__name__, "fix": "rewind, or reopen"}
+                    )
+        finally:  # it has ended: nobody may wait for what is never done
+            while not self._inbox.empty():
+                if isinstance(step := self._inbox.get_nowait(), asyncio.Event):
+                    step.set()
 
     def take(self, output: Made | Turned) -> None:
         """What the engine has made or done."""
@@ -134,35 +142,35 @@ class Live:
         self._inbox.put_nowait(step)
 
     async def settled(self) -> None:
-        """Returns when all that came out so far is sent and recorded."""
-        done = asyncio.Event()
-
-        async def tell() -> None:
-            done.set()
-
-        self._inbox.put_nowait(tell)
-        await done.wait()
+        """Returns when all that came out so far is sent and recorded, or the session has ended."""
+        if not self._worker.done():
+            self._inbox.put_nowait(done := asyncio.Event())
+            await done.wait()
 
     async def _turn(self, step: Callable[[Any], Awaitable[None]], operation: str, *args: Any) -> Any:
         """Asks the engine for an operation, and calls `step` with its answer between the blocks where it was done.
 
-        Raises: what either raises; a step that failed (a full disk) must not look as if it were done.
+        Raises: what either raises; a step that failed (a full disk), or never came since the session ended, must not
+        look as if it were done.
         """
-        failed: list[Exception] = []
+        came: list[Exception | None] = []
 
         async def noted(answer: Any) -> None:
             try:
                 with writing(self.folder):
                     await step(answer)
             except Exception as error:
-                failed.append(error)
+                came.append(error)
                 raise
+            came.append(None)
 
         self._step = noted
         answer = await asyncio.wrap_future(self.engine.call(operation, self.name, *args))
         await self.settled()
-        if failed:
-            raise failed[0]
+        if not came:
+            raise ApiError(409, "conflict", "the session has ended meanwhile", "open another one")
+        if came[0] is not None:
+            raise came[0]
         return answer
 
     async def _take(self, made: Made) -> None:

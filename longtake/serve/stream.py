@@ -125,7 +125,9 @@ async def _send(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
         code, reason = viewer.closed or (1000, "")
         await socket.close(code, reason)
     except TimeoutError:
-        await socket.close(_SLOW, "slow")
+        with suppress(TimeoutError):  # who takes nothing does not take this either
+            async with asyncio.timeout(hub.settings.limits.slow_seconds):
+                await socket.close(_SLOW, "slow")
     except (WebSocketDisconnect, RuntimeError):  # gone while something was sent
         pass
 

@@ -88,6 +88,8 @@ class Viewer:
         self._news.set()
 
     def _put(self, item: str | Chunk) -> None:
+        if self.closed:  # else who reads slowly would never come to the end
+            return
         self.waiting.append(item)
         self._news.set()
 

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,6 +25,7 @@ from longtake.serve.engine import Engine, Lost, Model, Output
 logger = logging.getLogger(__name__)
 
 _GONE = "the worker of this session's device has ended; open a saved session, or another one"
+_STOP_SECONDS = 60  # in which a worker ends what it does
 _KNOWN = (LongtakeError, MemoryError)
 
 
@@ -44,6 +46,7 @@ class WorkerEngine:
         self._ended = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self.ready: Future[Model] = Future()
+        self.ready.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
 
     def start(self) -> None:
         self._process.start()
@@ -51,14 +54,21 @@ class WorkerEngine:
         self._reader.start()
 
     def stop(self) -> None:
-        with self._sending:
+        if not self._reader.is_alive():  # never started, or its process has ended
+            return
+        with self._sending, suppress(OSError):
             if not self._ended:
                 self._pipe.send(None)
-        self._process.join(timeout=60)
+        self._process.join(timeout=_STOP_SECONDS)
+        if self._process.is_alive():
+            logger.error("a worker has not ended in %d s and is killed", _STOP_SECONDS)
+            self._process.kill()
+            self._process.join(timeout=5)
         self._reader.join(timeout=5)
 
     def call(self, operation: str, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # so that nobody cancels it while its answer is on the way
         with self._sending:
             if self._ended:
                 future.set_exception(ConfigError(_GONE))
@@ -71,7 +81,11 @@ class WorkerEngine:
                 self._sessions.add(args[1])
             elif operation == "close":
                 self._sessions.discard(args[0])
-            self._pipe.send((number, operation, args, kwargs))
+            try:
+                self._pipe.send((number, operation, args, kwargs))
+            except OSError:  # it has just died, which the reader tells everybody else
+                del self._asked[number]
+                future.set_exception(ConfigError(_GONE))
         return future
 
     def _read(self) -> None:
@@ -83,6 +97,10 @@ class WorkerEngine:
                 else:
                     _settle(self.ready if number < 0 else self._asked.pop(number), value, error)
         except (EOFError, OSError):
+            logger.warning("a worker has ended")
+        except Exception:
+            logger.exception("a worker cannot be understood")
+        finally:  # whatever ended it: nobody else reads what others wait for
             self._end()
 
     def _end(self) -> None:
@@ -97,8 +115,6 @@ class WorkerEngine:
 
 
 def _settle(future: Future[Any], value: Any, error: Exception | None) -> None:
-    if future.cancelled():  # nobody waits for it any more
-        return
     if error is None:
         future.set_result(value)
     else:
@@ -127,7 +143,7 @@ def _work(build: Callable[[], Generator], pipe: Connection, blocks_ahead: int, h
             number, operation, args, kwargs = asked
             future = engine.call(operation, *args, **kwargs)
             future.add_done_callback(partial(answer, number))
-    except EOFError:  # who started it is gone
+    except (EOFError, OSError):  # who started it is gone
         pass
     engine.stop()
     pipe.close()

@@ -56,8 +56,7 @@ def write_world(folder: str | Path, asked: WorldConfig, *, overwrite: bool = Fal
     if _already_written(folder, request, overwrite):
         return folder
     check_output_folder(folder)
-    stories = range(asked.num_worlds)
-    worlds = [sample_story(asked.seed, k, asked.switch_frames, stops=asked.stops) for k in stories]
+    worlds = [sample_story(asked.seed, k, _frames_of(asked, k), stops=asked.stops) for k in range(asked.num_worlds)]
     with new_folder(folder, overwrite=overwrite) as partial:
         for name in request["formats"]:
             (partial / name).mkdir()
@@ -85,16 +84,20 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 def _request(asked: WorldConfig) -> dict[str, Any]:
     if asked.stops and not asked.switch_frames:
         raise ConfigError("stops=True lets sprites stop at a switch; give switch_frames, or leave it out")
-    if asked.switch_frames and "clips" in asked.formats and asked.num_frames > asked.switch_frames[0]:
-        raise ConfigError(
-            f"clips of num_frames={asked.num_frames} would show motion after the switch at frame "
-            f"{asked.switch_frames[0]}, and training reads clips under their first caption; set num_frames to "
-            f"{asked.switch_frames[0]} or fewer, or leave clips out of formats"
-        )
+    if asked.one_switch and not asked.switch_frames:
+        raise ConfigError("one_switch=True changes each caption at one of switch_frames; give them, or leave it out")
     values = asked.model_dump() | {"formats": [name for name in get_args(WorldFormat) if name in asked.formats]}
     if not asked.switch_frames:
         del values["switch_frames"], values["stops"]
+    if not asked.one_switch:
+        del values["one_switch"]
     return {"version": _STAMP_VERSION, "fps": FPS, "size": SIZE, **values}
+
+
+def _frames_of(asked: WorldConfig, number: int) -> list[int]:
+    """At which pixel frames the caption of a world changes."""
+    frames = asked.switch_frames
+    return [frames[number % len(frames)]] if asked.one_switch else frames
 
 
 def _script(world: World) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class Builder:
             given=int(model.image_condition == "i2v"),
             first_frame_clean=model.image_condition == "i2v" and model.first_frame_sigma == "zero",
             codec=codec,
+            sharded=self.mesh.fsdp_mesh is not None,
             phase=phase,
         )
         return self.config.objective.build(parts)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,16 +96,18 @@ class DataBuilder:
         contents = needed + ["text_1"] * objective.second_prompts
         if isinstance(self.dataset, EncodedRows):
             check_encoded(config, self.dataset, self.mesh, needed)
-            return StoredEncoder(self.dataset, config.clip_shape, contents, device=device)
+            switches = objective.takes_switches
+            return StoredEncoder(self.dataset, config.clip_shape, contents, device=device, switches=switches)
         if objective.paths is not None:
             raise ConfigError(
                 f"data.path={config.data.path} holds no paths of a teacher, which {objective.kind} learns from; give "
                 "the folder that `longtake teacher-data` writes with this configuration"
             )
-        folder, empty = config.encoders_folder, objective.empty_prompt
+        folder = config.encoders_folder
+        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
         encoders = load_encoders(folder, config.model, device, with_image=self.with_tokens)
         check_strides(encoders.vae, config.video, folder)
-        return BatchEncoder(encoders, config.clip_shape, contents, device=device, empty_prompt=empty)
+        return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
 
     def codec(self, encoders: Encoders | None) -> EncoderCodec:
         """For objectives that decode and encode: of these encoders, or (None) of VAE and image encoder alone. Raises:
@@ -173,7 +176,8 @@ class DataBuilder:
         )
         # Rows of an encoded set are read faster than they are remembered for nothing.
         stored = isinstance(self.dataset, EncodedRows)
-        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if stored else {}))
+        pairs = config.objective.needs_pairs
+        return EncodedLoader(loader, encoder, pairs=pairs, **({"memory_bytes": 0} if stored else {}))
 
 
 def learnt_rows(dataset: Dataset, settings: ValidationConfig) -> Dataset:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
+import chromium
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -99,6 +100,23 @@ def test_the_worst_come_first(folders, tmp_path):
     page = tmp_path / "page.html"
     assert run(f"mixed={mixed}", "--html", page).exit_code == 0
     assert re.findall("<h3>(v.)</h3>", page.read_text())[0] == "v1"
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_without_network_and_plays_its_videos(folders, tmp_path):
+    """Opened as a file, with the network cut: nothing else is asked for, every video plays."""
+    page, asked = tmp_path / "page.html", []
+    assert run(f"good={folders / 'good'}", f"frozen={folders / 'frozen'}", "--html", page).exit_code == 0
+    with chromium.browser() as browser:
+        context = browser.new_context(offline=True)
+        opened = context.new_page()
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.goto(page.as_uri())
+        played = opened.evaluate(chromium.PLAYED)
+        drawn = opened.evaluate("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().width)")
+    assert [size for _, *size in played] == [[64, 64]] * 6 and all(seconds > 0 for seconds, *_ in played), played
+    assert len(drawn) == 9 * (1 + 3) and min(drawn) > 100
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"} and sum(".mp4" in url for url in asked) >= 6
 
 
 def test_names_are_no_markup(folders, tmp_path):

@@ -1,5 +1,7 @@
 """Teacher forcing: the picture is clean and outside the loss, and each block sees what its cache would hold (N.4)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_batches import RULES, make_batch, record
@@ -241,3 +243,42 @@ def test_error_recycling_does_not_depend_on_how_the_batch_is_split():
     whole = causal.loss("generator", make_batch(model, [3, 4, 5, 6]), 2).loss
     parts = [causal.loss("generator", make_batch(model, part), 2).loss for part in ([3, 4], [5, 6])]
     torch.testing.assert_close(whole, sum(parts) / 2)
+
+
+# ---- captions that change on the way -----------------------------------------------------------------------------------
+def switched(model, switches, indices=(4, 9), frames=7):
+    batch = make_batch(model, list(indices), frames)
+    return replace(batch, later_text=batch.condition.text.flip(-1), switch_frames=list(switches))
+
+
+def test_rows_that_change_at_other_frames_are_learnt_as_each_alone(monkeypatch):
+    """One call for those that change together; a change within a block takes effect with the next one."""
+    model = make_tiny_model(i2v=True)
+    causal, batch = objective(model), switched(model, [3, None, 2, 7], indices=(3, 4, 5, 6))
+    calls = record(model, monkeypatch)
+    whole = causal.loss("generator", batch, 2).loss
+    assert [len(call["x"]) for call in calls] == [2, 2]
+    assert [call["mask"].later_from for call in calls] == [4, None]
+    assert calls[0]["condition"].later_text.shape[0] == 2 and calls[1]["condition"].later_text is None
+    alone = [causal.loss("generator", switched(model, [at], [k]), 2).loss for at, k in ((3, 3), (None, 4), (3, 5))]
+    alone.append(causal.loss("generator", make_batch(model, [6]), 2).loss)
+    torch.testing.assert_close(whole, sum(alone) / 4)
+    assert (alone[0] - causal.loss("generator", make_batch(model, [3]), 2).loss).abs() > 1e-3
+
+
+def test_a_dropped_caption_is_dropped_before_and_after_the_change(monkeypatch):
+    model = make_tiny_model(i2v=True)
+    batch, calls = switched(model, [3, 3]), record(model, monkeypatch)
+    objective(model, caption_dropout=1.0).loss("generator", batch, 5)
+    (call,) = calls
+    assert torch.equal(call["condition"].text, batch.empty_text)
+    assert torch.equal(call["condition"].later_text, batch.empty_text)
+
+
+def test_what_cannot_be_learnt_of_a_change_is_refused():
+    model = make_tiny_model(i2v=True)
+    with pytest.raises(TrainingError, match="micro_batch_size=1"):
+        objective(model, sharded=True).loss("generator", switched(model, [3, 5]), 5)
+    objective(model, sharded=True).loss("generator", switched(model, [3, 3]), 5)
+    with pytest.raises(TrainingError, match="error_recycling"):
+        objective(model, recycling=OWN).loss("generator", switched(model, [3, None]), 5)

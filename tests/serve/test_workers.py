@@ -32,6 +32,9 @@ class _Process:
     def join(self, timeout):
         self._thread.join(timeout)
 
+    def is_alive(self):
+        return self._thread.is_alive()
+
     def kill(self):
         with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)

@@ -37,7 +37,7 @@ def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_pa
     for name, changes in (("exact", clips), ("cached", {}), ("rounded", clips)):
         if name == "rounded":
             rounding(monkeypatch)
-        config = from_cache(workshop, tmp_path / name, whole, stage, **{"max_steps": 3} | more | changes)
+        config = from_cache(workshop, tmp_path / name, whole, stage, **{"max_steps": 2} | more | changes)
         run_stage(config, Mesh())
         rows = [row for row in read_rows(config.folder / "metrics.jsonl") if "generator_loss" in row]
         losses[name] = [row["generator_loss"] for row in rows]

@@ -91,6 +91,7 @@ def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path)
     """Nor do rows of another set, which leave all rows to the training, as before there was validation."""
     other = {"validation": SHORT | {"data": str(workshop / "data/images")}}
     for name, changes in (("kept", {"validation": SHORT}), ("other", other)):
+        changes |= {"max_steps": 2}
         with_it = config_of(workshop, tmp_path / name / "with", whole, **changes)
         off = {"validate_every": 0} if name == "kept" else {"validation": {"num_rows": 0}, "validate_every": 0}
         without = config_of(workshop, tmp_path / name / "without", whole, **changes | off)
@@ -102,9 +103,10 @@ def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path)
 
 
 def test_resumed_equals_uninterrupted(workshop, whole, tmp_path):
-    uninterrupted = config_of(workshop, tmp_path / "a", whole)
+    changes = {"max_steps": 3, "validate_every": 2, "save_every": 1}
+    uninterrupted = config_of(workshop, tmp_path / "a", whole, **changes)
     run_stage(uninterrupted, Mesh())
-    resumed = config_of(workshop, tmp_path / "b", whole)
+    resumed = config_of(workshop, tmp_path / "b", whole, **changes)
     run_stage(resumed.model_copy(update={"max_steps": 2}), Mesh())
     run_stage(resumed, Mesh())
     assert rows_of(uninterrupted) == rows_of(resumed)

@@ -1,0 +1,143 @@
+"""The anchor of latent statistics: closed forms, what it adds to distribution matching, and when it is off."""
+
+import pytest
+import torch
+from test_dmd import FRAMES, make_dmd
+from test_long_tuning import HORIZON, settings_of
+from tiny_batches import make_batch
+from tiny_codec import TinyCodec
+from tiny_models import make_tiny_model
+from tiny_objectives import parts_of
+
+from longtake.errors import TrainingError
+from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
+from longtake.objectives.dmd import CriticConfig
+from longtake.objectives.long_tuning import LongTuning
+
+
+@pytest.fixture
+def real():
+    return torch.randn(3, 5, 4, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+
+
+def anchor(made, real):
+    return anchor_loss(Statistics.of(made), Statistics.of(real))
+
+
+def about_the_mean(x, scale):
+    mean = x.mean((1, 3, 4), keepdim=True)
+    return mean + scale * (x - mean)
+
+
+@pytest.mark.parametrize("delta", [0.5, -0.25])
+def test_a_shift_costs_half_of_it(real, delta):
+    assert anchor(real + delta, real).item() == pytest.approx(abs(delta) / 2, rel=1e-5)
+    one = real.clone()
+    one[:, :, 1] += delta  # of four channels
+    assert anchor(one, real).item() == pytest.approx(abs(delta) / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.5, 0.0])
+def test_a_scale_about_the_mean_costs_half_of_what_it_adds_to_the_deviation(real, scale):
+    biased = (real - real.mean((1, 3, 4), keepdim=True)).square().mean((1, 3, 4)).sqrt()
+    made = about_the_mean(real, scale)
+    assert anchor(made, real).item() == pytest.approx(abs(scale - 1) * biased.mean().item() / 2, rel=1e-5)
+    ratio = deviation_ratio(Statistics.of(made), Statistics.of(real))
+    assert ratio.item() == pytest.approx(scale, rel=1e-5, abs=1e-6)
+
+
+def test_it_is_zero_for_equal_statistics_in_any_order_of_frames_and_pixels(real):
+    assert anchor(real, real).item() == 0
+    other = about_the_mean(real, 1.3)[:, [3, 0, 4, 1, 2]].flip(-1)
+    torch.testing.assert_close(anchor(other, real), anchor(about_the_mean(real, 1.3), real))
+    assert anchor(real[:, [3, 0, 4, 1, 2]].flip(-2), real).item() < 1e-6
+
+
+def test_it_is_of_each_sample_and_channel(real):
+    """Not of the batch: two samples off by as much in opposite ways do not make up for each other."""
+    offsets = torch.tensor([0.5, -0.5, 0.0]).view(3, 1, 1, 1, 1)
+    assert anchor(real + offsets, real).item() == pytest.approx(0.5 * 1 / 3, rel=1e-5)
+    parts = [anchor((real + offsets)[k : k + 1], real[k : k + 1]) for k in range(3)]
+    torch.testing.assert_close(sum(parts) / 3, anchor(real + offsets, real))
+
+
+def test_its_gradient_pulls_and_goes_into_what_was_made_alone(real):
+    made = (about_the_mean(real, 1.2) + 0.5).requires_grad_()
+    real.requires_grad_()
+    anchor(made, real.detach()).backward()
+    # of the mean: 1/2 sign / (B C) spread over the F H W numbers of a channel; of the deviation nothing on average
+    count = 5 * 6 * 2
+    torch.testing.assert_close(made.grad.mean((1, 3, 4)), torch.full((3, 4), 0.5 / 12 / count))
+    assert real.grad is None
+    with torch.no_grad():
+        assert anchor(made - 0.1 * made.grad, real) < anchor(made, real)
+
+
+def test_a_constant_channel_has_no_gradient_that_is_not_finite(real):
+    made = torch.zeros_like(real).requires_grad_()
+    anchor(made, real).backward()
+    assert made.grad.isfinite().all()
+
+
+# ---- beside distribution matching --------------------------------------------------------------------------------
+def gradients(loss, model):
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [None if grad is None else grad for grad in found]
+
+
+def test_it_adds_its_loss_to_the_students_and_nothing_to_the_critics():
+    """Compared is the whole window, given picture included, with as much of the row's own clip, which may be longer."""
+    plain, dmd = make_dmd(), make_dmd(anchor=Anchor(weight=3.0))
+    batch = make_batch(dmd.generator.model, [4, 9], FRAMES + 4)
+    found, alone = dmd.loss("generator", batch, 3), plain.loss("generator", batch, 3)
+    made = dmd._roll_out(batch, 3, with_grad=True).latents
+    expected = anchor(made, batch.latents[:, :FRAMES])
+    torch.testing.assert_close(found.metrics["anchor_loss"], expected.detach())
+    torch.testing.assert_close(found.loss, alone.loss + 3.0 * expected)
+    assert found.metrics["generator_loss"] == alone.metrics["generator_loss"]
+    assert found.metrics["deviation_ratio"] > 0 and "deviation_ratio" not in alone.metrics
+    pulls = gradients(expected, dmd.generator.model)
+    model = dmd.generator.model
+    for mine, matched, pulled in zip(gradients(found.loss, model), gradients(alone.loss, plain.generator.model), pulls):
+        torch.testing.assert_close(mine, matched + 3.0 * pulled, rtol=1e-4, atol=1e-6)
+    assert max(pull.abs().max() for pull in pulls) > 1e-5
+    assert torch.equal(dmd.loss("critic", batch, 3).loss, plain.loss("critic", batch, 3).loss)
+
+
+def test_rows_without_clips_are_refused():
+    dmd = make_dmd(anchor=Anchor(weight=1.0))
+    with pytest.raises(TrainingError, match="the anchor or data forcing learns from videos and its data have none"):
+        dmd.loss("generator", make_batch(dmd.generator.model, [4], FRAMES, videos=False), 0)
+
+
+def make_long(switches=(), **settings):
+    networks = [make_tiny_model(i2v=True, seed=k) for k in range(3)]
+    critic = CriticConfig(updates_per_generator=1)
+    settings = settings_of([3], switches, critic=critic, **settings)
+    return LongTuning(parts_of(*networks, num_frames=HORIZON, codec=TinyCodec(networks[0].config)), settings)
+
+
+def test_every_window_is_held_to_the_beginning_of_the_rows_own_clip(monkeypatch):
+    long, plain = make_long(anchor=Anchor(weight=2.0)), make_long()
+    batch = make_batch(long.generator.model, [4, 9], HORIZON)
+    windows, roll_out = [], long._roll_out
+    monkeypatch.setattr(long, "_roll_out", lambda *a, **k: windows.append(roll_out(*a, **k)) or windows[-1])
+    for step in range(3):
+        found, alone = (each.loss("generator", batch, step) for each in (long, plain))
+        expected = anchor(windows[-1].latents, batch.latents)
+        torch.testing.assert_close(found.loss, alone.loss + 2.0 * expected)
+        assert windows[-1].latents.shape[1] == HORIZON and expected > 0.01
+        found.loss.backward()
+
+
+@pytest.mark.parametrize(("switch", "held"), [(5, 0), (9, 1), (11, 2)])
+def test_it_is_off_from_the_window_on_in_which_the_prompt_switches(switch, held):
+    """Windows of latents up to 7, 11 and 15: a video that shows something else has other colours, and rightly so."""
+    long, plain = make_long([switch], anchor=Anchor(weight=2.0)), make_long([switch])
+    batch = make_batch(long.generator.model, [4], HORIZON)
+    batch = type(batch)(**{**vars(batch), "later_text": batch.condition.text.flip(-1)})
+    with torch.no_grad():
+        pairs = [[each.loss("generator", batch, step) for each in (long, plain)] for step in range(3)]
+    assert [found.loss.item() > alone.loss.item() for found, alone in pairs] == [step < held for step in range(3)]
+    assert [torch.equal(found.loss, alone.loss) for found, alone in pairs] == [step >= held for step in range(3)]
+    assert ["anchor_loss" in found.metrics for found, _ in pairs] == [step < held for step in range(3)]

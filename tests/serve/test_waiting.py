@@ -1,0 +1,157 @@
+"""Nobody waits for a thread, a process or a session that has ended: whoever asks gets an answer."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from live_server import LiveClient, serving
+from tiny_sessions import PICTURE, A, B
+
+from longtake.errors import ConfigError, LongtakeError
+from longtake.serve import engine as engine_module
+from longtake.serve.engine import Engine, Lost
+from longtake.serve.viewers import Viewer
+from longtake.serve.workers import WorkerEngine
+
+SECONDS = 20
+
+
+class Panic(BaseException):
+    """As what a library in Rust raises when it fails."""
+
+
+@contextmanager
+def running(build, out):
+    engine = Engine(build, out.append, 2, 2)
+    engine.start()
+    yield engine
+    engine.stop()
+    assert not any(thread.is_alive() for thread in engine._threads)
+
+
+def test_an_engine_whose_weights_cannot_be_read_refuses_what_is_asked():
+    def build():
+        raise Panic("no weights")
+
+    with running(build, []) as engine:
+        with pytest.raises(RuntimeError, match="Panic"):
+            engine.ready.result(SECONDS)
+        with pytest.raises(ConfigError, match="failed"):
+            engine.call("memory").result(SECONDS)
+
+
+def test_a_thread_that_dies_refuses_what_was_asked_and_loses_its_sessions(generator, monkeypatch):
+    out, dead = [], threading.Event()
+
+    def die(lanes):
+        if dead.is_set():
+            raise Panic("the scheduler")
+        return None
+
+    monkeypatch.setattr(engine_module, "next_lane", die)
+    with running(lambda: generator, out) as engine:
+        engine.ready.result(SECONDS)
+        engine.call("open", "one", PICTURE, A, seed=1).result(SECONDS)
+        dead.set()
+        asked = [engine.call("memory") for _ in range(20)]  # some before it dies, some behind it
+        for future in asked:
+            assert isinstance(future.exception(SECONDS), ConfigError | None)
+        with pytest.raises(ConfigError):
+            engine.call("memory").result(SECONDS)
+    assert [type(one) for one in out] == [Lost] and out[0].session == "one"
+
+
+def test_a_panic_ends_what_was_asked_and_nothing_else(generator, monkeypatch):
+    def panic(self, *args):
+        raise Panic("a tokenizer")
+
+    monkeypatch.setattr(Engine, "do_save", panic)
+    out = []
+    with running(lambda: generator, out) as engine:
+        engine.call("open", "one", PICTURE, A, seed=1).result(SECONDS)
+        with pytest.raises(RuntimeError, match="Panic"):
+            engine.call("save", "one", None).result(SECONDS)
+        monkeypatch.setattr(type(engine._lanes["one"].session), "begin", panic)
+        engine.call("open", "two", PICTURE, A, seed=1).result(SECONDS)
+        assert engine.call("memory").result(SECONDS).used > 0
+    assert {one.session for one in out if isinstance(one, Lost)} >= {"two"}
+
+
+def test_blocks_are_not_waited_for_when_nobody_fetches_them(generator):
+    engine = Engine(lambda: generator, lambda output: None, 2, 2)
+    engine._threads[0].start()  # and the other one never runs
+    engine.call("open", "one", PICTURE, A, seed=1).result(SECONDS)
+    with pytest.raises((RuntimeError, ConfigError), match="fetches|failed"):
+        engine.call("hold", "one", True).result(SECONDS)
+    engine.stop()
+    assert not engine._threads[0].is_alive()
+
+
+def worker():
+    """An engine whose process is this test: it, and the other end of its pipe."""
+    engine = WorkerEngine(lambda: None, lambda output: None, 2, 2)
+    engine._process.start = lambda: None
+    engine._process.join = lambda timeout: None
+    engine._process.is_alive = lambda: False
+    there = engine._there
+    engine._there = type("Nothing", (), {"close": lambda self: None})()
+    engine.start()
+    return engine, there
+
+
+def test_a_worker_that_has_just_died_is_an_answer_and_no_broken_pipe(monkeypatch):
+    engine, there = worker()
+    reading = threading.Event()
+    monkeypatch.setattr(engine, "_end", lambda: reading.wait(SECONDS))  # who reads the pipe is late
+    there.close()
+    future = engine.call("memory")
+    with pytest.raises(LongtakeError, match="worker"):
+        future.result(SECONDS)
+    reading.set()
+    engine.stop()
+
+
+def test_an_answer_that_cannot_be_read_ends_the_worker_for_all_who_wait():
+    engine, there = worker()
+    asked = engine.call("memory")
+    there.send_bytes(b"no pickle")
+    for future in (asked, engine.ready):
+        with pytest.raises(LongtakeError, match="worker"):
+            future.result(SECONDS)
+    with pytest.raises(LongtakeError, match="worker"):
+        engine.call("memory").result(SECONDS)
+    engine.stop()
+    there.close()
+
+
+def test_what_is_asked_of_a_session_that_ends_meanwhile_is_answered(generator, tmp_path, monkeypatch):
+    """The engine does it, and by then the session has ended."""
+    begun, go, change = threading.Event(), threading.Event(), Engine.do_change
+
+    def late(self, *args):
+        begun.set()
+        go.wait(SECONDS)
+        return change(self, *args)
+
+    monkeypatch.setattr(Engine, "do_change", late)
+    with serving(generator, tmp_path, max_sessions=1) as address, ThreadPoolExecutor(1) as pool:
+        client = LiveClient(address)
+        client.open()
+        client.watch(9)
+        asked = pool.submit(client.request, "POST", "/prompt", json={"prompt": B}, timeout=SECONDS)
+        assert begun.wait(SECONDS)
+        other = LiveClient(address)
+        other.name, other.secret = client.name, client.secret
+        assert other.request("DELETE").status_code == 204
+        go.set()
+        answer = asked.result(2 * SECONDS)
+        assert answer.status_code == 409 and "ended" in answer.text
+
+
+def test_a_viewer_who_is_closed_is_sent_no_more():
+    viewer = Viewer("png", 0, 4)
+    viewer.tell({"type": "pong"})
+    viewer.close(1008, "too_many")
+    viewer.tell({"type": "stats"})
+    assert len(viewer.waiting) == 1
