@@ -65,7 +65,7 @@ class MadeBatches:
             latents(config.clip_shape.num_latent_frames) if config.objective.learns_from_videos else None,
             latents(1) if config.model.image_condition == "i2v" else None,
             text() if config.objective.second_prompts else None,
-            path() if config.objective.paths is not None else None,
+            path=path() if config.objective.paths is not None else None,
         )
 
 
