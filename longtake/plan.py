@@ -307,6 +307,11 @@ class StreamPlan(PlanConfig):
             exits = exits[self._generated_number(start) > 0]
         return last if exits is None else min(exits, last)
 
+    @property
+    def all_levels(self) -> list[float]:
+        """The noise levels of all blocks, falling."""
+        return sorted({*self.sigmas, *(self.later_sigmas or ())}, reverse=True)
+
     def stores_itself(self, start: int) -> bool:
         """Whether the last denoising step of the block at `start` stores its keys and values."""
         return self.context == "last_step" and self._generated_number(start) >= self.context_from

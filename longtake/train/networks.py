@@ -132,7 +132,7 @@ class Builder:
         config = self.config
         optimizers = {name: wanted.optim for name, wanted in config.networks.items() if wanted.optim is not None}
         averages = {"generator": config.ema} if config.ema.enabled else {}
-        return TrainState.build(
+        state = TrainState.build(
             objective.networks,
             optimizers,
             averages,
@@ -140,6 +140,8 @@ class Builder:
             seed=config.seed,
             adapters=self.adapters,
         )
+        objective.take_averages({name: average.applied for name, average in state.ema.items()})
+        return state
 
     def reference(self, networks: Networks) -> VideoDiT | None:
         """The bidirectional weights beside which the student is measured, None where the objective has none, or where
@@ -190,7 +192,11 @@ class Builder:
 
     def frozen(self, name: str) -> VideoDiT:
         """A network that is not trained."""
-        opened = self.open(self.weights(name))
+        return self.frozen_at(self.weights(name))
+
+    def frozen_at(self, weights: Path) -> VideoDiT:
+        """Any weights as a network that is not trained. Raises: as `open`."""
+        opened = self.open(weights)
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 

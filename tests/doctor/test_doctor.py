@@ -21,7 +21,7 @@ from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
 from longtake.encoders.bundle import Encoders, TextEncoder
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.parallel.mesh import Mesh
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS
@@ -153,7 +153,7 @@ def test_encoders_count_in_their_precision_and_only_where_they_are_loaded(worksh
     text = TextEncoder.load(workshop / "encoders" / "text_encoder")
     saved = counted() - counted(model={"text_precision": "bf16"})
     assert saved == 2 * sum(p.numel() for p in text.model.parameters())
-    encode_set(stage_config(workshop, tmp_path, "distill"), tmp_path / "encoded", Mesh())
+    encode(stage_config(workshop, tmp_path, "distill"), tmp_path / "encoded", Mesh())
     gone = {"data": {"path": str(tmp_path / "encoded")}, "encoders": str(tmp_path / "gone")}
     found = look_at(stage_config(workshop, tmp_path, "distill", **gone))
     assert found.encoder_bytes == 0 and not found.missing
