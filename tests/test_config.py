@@ -304,6 +304,26 @@ def test_data_forcing_is_for_pairs_and_at_most_half_of_the_rows(tmp_path):
         stage(tmp_path, *text, "objective.data_forcing.share=0.25", base=DISTILL)
 
 
+def test_scores_in_context_need_frames_that_the_window_keeps(tmp_path):
+    base = DISTILL | {"objective": {"kind": "long_tuning", "teacher": "toy"}, "name": "long"}
+    key = "objective.context_scores.history_frames"
+    config = stage(tmp_path, f"{key}=8", "objective.anchor.weight=1", "data.kind=clips", base=base)
+    assert config.reference is None and stage(tmp_path, base=base).reference == "toy"
+    for changes, message in (
+        ([f"{key}=6"], f"{key}=6 must be a multiple of plan.block_frames=4; set 4"),
+        ([f"{key}=12"], f"{key}=12 must be at most the 8 that the window keeps beside the sink; set it to 8"),
+        (
+            [f"{key}=4", "plan.sink_frames=0", "plan.window_frames=8"],
+            f"{key}=4 shows the first frames .* set that to 1",
+        ),
+        (["objective.context_scores.sigma=0.25"], f"sigma=0.25 has no effect while {key}=0"),
+        ([f"{key}=8", "objective.data_forcing.share=0.5", "data.kind=clips"], "set one of them to 0"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            stage(tmp_path, *changes, base=base)
+        assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "alone", "shared"),
     [

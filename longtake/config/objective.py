@@ -111,6 +111,11 @@ class ObjectiveConfig(Settings):
         return False
 
     @property
+    def replays(self) -> bool:
+        """Whether the student's roll-outs have gradient into the context that they write (`rollout/replay.py`)."""
+        return False
+
+    @property
     def empty_prompt(self) -> str:
         """The text of the unconditional side."""
         return ""

@@ -67,10 +67,10 @@ def test_the_machine_is_the_one_we_are_on(monkeypatch):
 
 
 def test_a_complete_stage_is_well(workshop, tmp_path):
-    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "causal"))
     result = invoke(file)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("all is well\n\nstage distill (dmd), each of 1 rank(s): needs ")
+    assert result.output.startswith("all is well\n\nstage causal (teacher_forcing), each of 1 rank(s): needs ")
     found = look_at(stage_config(workshop, tmp_path, "distill"))
     assert found.sizes == dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
     assert found.missing == [] == found.notes and found.image_tokens == 17

@@ -14,6 +14,16 @@ from longtake.train.metrics import read_rows
 from longtake.train.stage import run_stage
 
 BOTH = {"anchor": {"weight": 0.5}, "data_forcing": {"share": 0.5}}
+MORE = {
+    "distill": {"shared_base": True, "lora": {"rank": 2}},
+    "long": {"num_chunks": [2], "new_frames": 2},
+    "long in context": {
+        "num_chunks": [2],
+        "new_frames": 2,
+        "data_forcing": {"share": 0},
+        "context_scores": {"history_frames": 2, "sigma": 0.25},
+    },
+}
 
 
 def rows_of(config):
@@ -24,18 +34,18 @@ def rows_of(config):
 def trained(workshop, logdir, stage, data, steps, stops=()):
     """A stage of so many iterations, stopped after some of them and started again."""
     for step in (*stops, steps):
-        more = {"num_chunks": [2], "new_frames": 2} if stage == "long" else {"shared_base": True, "lora": {"rank": 2}}
+        more = MORE[stage]
         critic = {"lr": 1e-3, "updates_per_generator": 1}
         data = {"path": str(data["path"]), "num_workers": 0}
         config = stage_config(
-            workshop, logdir, stage, **BOTH | more, critic=critic, data=data, max_steps=step, save_every=2
+            workshop, logdir, stage.split()[0], **BOTH | more, critic=critic, data=data, max_steps=step, save_every=2
         )
         run_stage(config, Mesh())
     return config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["distill", "long"])
+@pytest.mark.parametrize("stage", MORE)
 def test_a_stopped_run_equals_an_uninterrupted_one_bit_for_bit_also_from_an_encoded_set(workshop, tmp_path, stage):
     clips = {"path": workshop / "data/clips"}
     whole = trained(workshop, tmp_path / "whole", stage, clips, 4)
