@@ -59,14 +59,15 @@ def test_at_level_0_the_student_is_the_identity_and_the_target_the_teachers_step
     torch.testing.assert_close(loss, (made - target)[:, 1:].square().mean())
 
 
-@pytest.mark.parametrize("i2v", [True, False])
-def test_the_loss_is_that_of_cached_calls_after_clean_frames(i2v, monkeypatch):
+@pytest.mark.parametrize("kind", ["i2v", "t2v", "ti2v"])
+def test_the_loss_is_that_of_cached_calls_after_clean_frames(kind, monkeypatch):
     """Teacher with guidance, target by the average, student: block by block against caches."""
-    student, teacher, average = (make_tiny_model(i2v=i2v, seed=k) for k in (0, 1, 2))
-    plan = RULES if i2v else tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
-    frames, given = (7, 1) if i2v else (6, 0)
+    student, teacher, average = (make_tiny_model(i2v=kind == "i2v", seed=k) for k in (0, 1, 2))
+    given = int(kind != "t2v")
+    plan = RULES if given else tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
+    frames = 7 if given else 6
     batch = make_batch(student, [4, 9], frames)
-    trained = objective(student, teacher, guidance=3.0, plan=plan, num_frames=frames)
+    trained = objective(student, teacher, guidance=3.0, plan=plan, num_frames=frames, given=given)
     trained.take_averages({"generator": swapped(student, average)})
     with monkeypatch.context() as patch:
         calls = record(student, patch)
@@ -153,9 +154,11 @@ def test_without_an_average_the_target_is_the_student_itself(monkeypatch):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path):
     """With the average in the target: it is saved and goes on."""
-    whole, resumed = (config_of(workshop, tmp_path / name, "consistency", max_steps=4) for name in ("one", "two"))
+    whole, resumed = (
+        config_of(workshop, tmp_path / name, "consistency", max_steps=2, batch_size=2) for name in ("one", "two")
+    )
     run_stage(whole, Mesh())
-    run_stage(resumed.model_copy(update={"max_steps": 2}), Mesh())
+    run_stage(resumed.model_copy(update={"max_steps": 1}), Mesh())
     run_stage(resumed, Mesh())
     one, two = weights_of(whole), weights_of(resumed)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,5 +1,7 @@
 """ODE regression: closed forms, what is compared with what, and the paths themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gaussian_videos import ExactNetwork, GaussianVideos
@@ -61,15 +63,34 @@ def test_the_paths_of_a_causal_teacher_come_to_the_exact_ends_as_steps_are_added
     assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.01 * videos.sd**2  # Euler: a quarter each
 
 
-@pytest.mark.parametrize("i2v", [True, False])
-def test_each_block_begins_at_a_state_of_the_path_after_clean_frames_as_a_cached_call_would(i2v, monkeypatch):
-    model = make_tiny_model(i2v=i2v)
-    plan = RULES if i2v else tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
-    frames, given = (7, 1) if i2v else (6, 0)
+def test_a_bidirectional_teacher_without_y_sees_the_picture_as_a_clean_first_frame():
+    model = make_tiny_model()  # as TI2V: a picture, and no channels for it
+    batch = replace(make_batch(model, [4, 9], FRAMES), first_latent=torch.full((2, 1, 4, 4, 6), 0.7))
+    seen, forward = [], model.forward
+
+    def spy(x, sigma, condition, context=None):
+        assert context is None
+        seen.append((x[:, 0], sigma))
+        return forward(x, sigma, condition, context)
+
+    model.forward = spy
+    sampling = TeacherSampling("", "", False, 4, 2.0, keeps_path=True)
+    made = PathMaker(model, sampling, RULES.with_given(1), 1.0, 0, FRAMES, first_frame_clean=True)(batch)
+    assert len(seen) == 2 * 5 and made["path"].shape[1] == len(LEVELS) + 1  # 4 steps, and level 0.9 put between them
+    for frame, sigma in seen:
+        assert (frame == 0.7).all() and (sigma[:, 0] == 0).all() and (sigma[:, 1:] > 0).all()
+    assert torch.equal(made["path"][:, -1], made["latents"]) and (made["path"][:, :, 0] == 0.7).all()
+
+
+@pytest.mark.parametrize("kind", ["i2v", "t2v", "ti2v"])
+def test_each_block_begins_at_a_state_of_the_path_after_clean_frames_as_a_cached_call_would(kind, monkeypatch):
+    model, given = make_tiny_model(i2v=kind == "i2v"), int(kind != "t2v")
+    plan = RULES if given else tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
+    frames = 7 if given else 6
     batch = tiny_batch(model, frames)
     with monkeypatch.context() as patch:
         calls = record(model, patch)
-        result = objective(model, plan=plan, num_frames=frames).loss("generator", batch, 5)
+        result = objective(model, plan=plan, num_frames=frames, given=given).loss("generator", batch, 5)
     (call,) = calls
     assert torch.equal(call["x"][:, :frames], batch.latents) and (call["sigma"][:, :frames] == 0).all()
     cache = model.new_cache(plan.with_given(given), 2, (4, 6), max_frames=frames)
