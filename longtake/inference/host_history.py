@@ -65,8 +65,9 @@ class _Frames:
     index: int
 
     @property
-    def frame(self) -> Tensor:
-        return self.stored[:, :, :, self.index]
+    def frame(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of it."""
+        return self.stored[0, :, :, self.index], self.stored[1, :, :, self.index]
 
 
 class HostHistory:

@@ -227,15 +227,8 @@ class KVCache:
     def restore(self, position: int, frames: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Holds exactly `frames`, with what `stored` gave for them, and stands at `position`."""
         self.clear()
-        slots = [self.slot_of(frame) for frame in frames]
-        index = torch.tensor(slots, dtype=torch.long, device=self.device)
-        with lasting_tensors():
-            self.keys.index_copy_(2, index, keys.to(self.keys))
-            self.values.index_copy_(2, index, values.to(self.values))
-        for slot, frame in zip(slots, frames, strict=True):
-            self._held[slot] = frame
-        window = [frame for frame in frames if frame >= self.sink_frames]
-        self._position, self._first = position, min(window, default=position)
+        parts = {frame: (keys[:, :, index], values[:, :, index]) for index, frame in enumerate(frames)}
+        self.hold(parts, position, min((frame for frame in frames if frame >= self.sink_frames), default=position))
 
     @property
     def first(self) -> int:
@@ -247,10 +240,8 @@ class KVCache:
         held = {self._held[self.slot_of(frame)] for frame in range(start, end)}
         return sorted(frame for frame in held if frame is not None and not start <= frame < end)
 
-    def hold(self, frames: Mapping[int, Tensor], position: int, first: int) -> None:
-        """Holds these frames, too, keys and values of each [2, layers, B, tokens, N, K] as they lie in `keys` and
-        `values`, from memory of the host as well, and stands at `position`.
-        """
+    def hold(self, frames: Mapping[int, tuple[Tensor, Tensor]], position: int, first: int) -> None:
+        """Holds these frames, too (keys and values [layers, B, tokens, N, K] of each), and stands at `position`."""
         with lasting_tensors():
             for frame, kept in frames.items():
                 slot = self.slot_of(frame)
