@@ -15,9 +15,9 @@ from longtake.errors import ConfigError
 from longtake.inference.model_card import CARD, write_card
 from longtake.inference.source import Source
 from longtake.outputs import check_new_folder, new_folder
+from longtake.progress import as_size
 from longtake.run_folder import best_checkpoint, chosen_by, find_checkpoint
 from longtake.weights.convert import WEIGHT_FILES
-from longtake.weights.hub import as_size
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.locate import is_hub_name
 

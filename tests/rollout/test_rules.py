@@ -6,6 +6,7 @@ from itertools import islice
 import oracle
 import pytest
 import torch
+from axes import pairwise
 from tape import Tape
 from tiny_batches import record
 from tiny_codec import TinyCodec
@@ -167,9 +168,7 @@ def test_both_sides_of_guidance_store_the_same_latents(monkeypatch):
 
 
 # ---- what the cache holds ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("i2v", [True, False])
-@pytest.mark.parametrize("rope", ["relative", "absolute"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("i2v", "rope", "law"), pairwise((True, False), ("relative", "absolute"), LAWS))
 def test_streamed_keys_and_values_are_those_of_brute_force_in_float64(law, rope, i2v, monkeypatch):
     """Layer by layer, and the velocities of the last steps: the oracle gets what was stored, at its levels."""
     model, condition, picture = scene(i2v)
@@ -239,9 +238,9 @@ def test_the_first_generated_block_and_the_later_ones_stop_at_steps_of_their_own
     assert [one.exit_step(start, (3, 0)) for start in starts] == [3] + [0] * (len(starts) - 1)
 
 
-@pytest.mark.parametrize("i2v", [True, False])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("way", ["no gradient", "one by one", "recomputed", "together"])
+@pytest.mark.parametrize(
+    ("way", "i2v", "law"), pairwise(("no gradient", "one by one", "recomputed", "together"), (True, False), LAWS)
+)
 def test_the_stream_holds_what_the_roll_out_held(law, i2v, way, monkeypatch):
     """With the last exit step: latents, and every frame's keys and values in every layer."""
     model, condition, picture = scene(i2v)
@@ -470,7 +469,7 @@ def test_without_a_recache_old_keys_and_values_stay_and_the_latest_block_is_stor
     guidance = Guidance(2.0, empty, caches[1]) if guided else None
     stream = LatentStream(Denoiser(model), caches[0], condition, picture, noise, plan, guidance=guidance)
     latents = torch.cat([stream.next() for _ in range(3)], 1)
-    stream.change(new, none if guided else None, in_place=False)
+    stream.change(new, none if guided else None)
     assert stream.caches == caches[: 1 + guided] and stream.cache.position == 5
     for cache, old in zip(stream.caches, (condition, empty)):
         truth = filled(model, plan, old, latents)
