@@ -74,6 +74,14 @@ class TeacherForcingConfig(ObjectiveConfig):
         return TeacherForcing(parts, self)
 
 
+def filled(rows: list[int], most: int) -> list[int]:
+    """Some of `most` rows, the last one repeated up to a quarter, half or all of these: on a GPU masked attention is
+    compiled for each number of rows, and each iteration would have another one.
+    """
+    sizes = (-(-most // 4), -(-most // 2), most)
+    return [*rows, *rows[-1:] * (next(size for size in sizes if size >= len(rows)) - len(rows))]
+
+
 class TeacherForcing(Objective):
     """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
 
@@ -211,15 +219,10 @@ class TeacherForcing(Objective):
                 "parallel.data_parallel=ddp"
             )
         rows = [row for group in groups.values() for row in group]
-        made = [
-            self.packed.velocity(
-                self.model,
-                condition.rows(group),
-                (context[0][group], context[1][group]),
-                noisy[group],
-                sigma[group],
-                switch,
-            )
-            for switch, group in groups.items()
-        ]
+        made = []
+        for switch, group in groups.items():
+            some = filled(group, len(noisy)) if noisy.is_cuda else group
+            past, told = (context[0][some], context[1][some]), condition.rows(some)
+            predicted = self.packed.velocity(self.model, told, past, noisy[some], sigma[some], switch)
+            made.append(predicted[: len(group)])
         return torch.cat(made)[torch.tensor(rows).argsort()]
