@@ -37,18 +37,22 @@ class Study:
     common: Sequence[str]
 
     def run(self, *words: object, log: str, seconds: float | None = None, since: Path | None = None) -> float:
-        """One `longtake` command; SIGTERM once `seconds` are over since there is a file `since`. Its seconds.
+        """One `longtake` command; SIGTERM once `seconds` are over since it wrote the file `since`. Its seconds.
 
         Raises: RuntimeError when it fails.
         """
-        command = [sys.executable, "-m", "longtake", *map(str, words)]
+        command, started = [sys.executable, "-m", "longtake", *map(str, words)], time.time()
         with (self.folder / f"{log}.log").open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
             begun, used, told = None, 0.0, False
             while process.poll() is None:
                 time.sleep(0.2)
                 now = self._now(process.pid)
-                if begun is None and (since is None or since.is_file()) and now is not None:
+                if (
+                    begun is None
+                    and (since is None or (since.is_file() and since.stat().st_mtime > started))
+                    and now is not None
+                ):
                     begun = now
                 used = used if begun is None or now is None else now - begun
                 if seconds is not None and used >= seconds and not told:
@@ -91,7 +95,7 @@ def main() -> None:
     parser.add_argument("--data-worlds", type=int, default=2048)
     parser.add_argument("--path-rows", type=int, default=0, help="clips that get paths; 0 = all")
     parser.add_argument("--path-steps", type=int, default=24, help="Euler steps of a path")
-    parser.add_argument("--worlds", type=int, default=256)
+    parser.add_argument("--worlds", type=int, default=256, help="0 and 0: nothing is scored yet")
     parser.add_argument("--long-worlds", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -158,12 +162,14 @@ def ode(study: Study, name: str, values: Sequence[str], seconds: float) -> Path:
 
 
 def score(study: Study, stage: Path, name: str, worlds: int, long_worlds: int) -> None:
-    """Adds the scores of a stage's averaged weights to `scores.jsonl`."""
+    """Keeps a stage's averaged weights in `students/`, and adds their scores, of any worlds, to `scores.jsonl`."""
     named = study.folder / "students" / name
     if named.exists():
         return
     (weights,) = (stage / "checkpoints").glob("step_*/generator_ema")
     shutil.copytree(weights, named)
+    if not worlds and not long_worlds:
+        return
     words = [sys.executable, str(ROOT / "scripts/experiments/score_students.py"), str(named)]
     words += ["-o", str(study.folder / "scores.jsonl"), "--worlds", str(worlds), "--long-worlds", str(long_worlds)]
     subprocess.run(words, check=True, cwd=ROOT)
