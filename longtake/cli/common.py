@@ -36,7 +36,7 @@ EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 # What becomes of the work of a command that Ctrl-C ends
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
-    "encode": "started again, it goes on where it was",
+    **dict.fromkeys(("encode", "teacher-data"), "started again, it goes on where it was"),
     "generate": "all finished videos are kept, and nothing was written of another; started again, it makes the others",
     "play": "nothing was written yet",
     "export": "nothing was written; what was there before is as it was",

@@ -37,7 +37,7 @@ from longtake.progress import as_size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.hub import local_encoders
-from longtake.weights.load import load_opened
+from longtake.weights.load import Opened, load_opened
 from longtake.weights.locate import encoder_paths, encoder_sizes
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Pipeline:
         named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         encoder_paths(source.encoders, with_image=source.needs_image)
-        opened = source.open()
+        opened, apart = source.open(), source.open_writer()
         sizes = opened.model.config  # from the heads of the files: before they are read
         beginning = Beginning.of(sizes, settings)
         for given in begins:
@@ -161,11 +161,10 @@ class Pipeline:
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         started = perf_counter()
-        model = load_opened(opened, device, dtype if settings.is_half else None).eval().requires_grad_(False)
-        if settings.precision == "fp8":
-            model.quantise()
-        model = model.executed(Execution(split))
-        denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
+        model = _streaming(opened, device, settings, split)
+        writer = None if apart is None else _streaming(apart, device, settings, split)
+        runner = CUDAGraphRunner() if graphs and device.type == "cuda" else None
+        denoiser = Denoiser(model, graphs=runner, writer=writer)
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
@@ -211,12 +210,8 @@ class Pipeline:
     ) -> list[KVCache]:
         """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
         plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
-        # What is overwritten by the last block of the history is attended to by no block before it; where its last step
-        # stores a block, one more is there than the session has given out, if that fails before it has.
-        ahead = 0 if plan.context == "last_step" else 1
-        spare = max(0, history_blocks - ahead) * plan.block_frames
         most = max_latent_frames if plan.window_frames is None else None
-        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if guidance == 1 else 2
+        sizes, count = (plan, 1, self.latent_size, most), 1 if guidance == 1 else 2
 
         def new() -> list[KVCache]:
             return [self.model.new_cache(*sizes) for _ in range(count)]
@@ -278,6 +273,17 @@ class Pipeline:
                 f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
                 f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
             )
+
+
+def _streaming(
+    opened: Opened, device: torch.device, settings: GenerationConfig, split: SequenceParallel | None
+) -> VideoDiT:
+    """A transformer with its weights, for inference alone."""
+    dtype = torch.bfloat16 if settings.is_half else None
+    model = load_opened(opened, device, dtype).eval().requires_grad_(False)
+    if settings.precision == "fp8":
+        model.quantise()
+    return model.executed(Execution(split))
 
 
 def _decoder_beside(

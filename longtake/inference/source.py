@@ -99,6 +99,11 @@ class Source:
         """The weights, before they are in a model. Raises: CheckpointError."""
         return open_weights(self.weights, check=True) if self.student is None else self.student.open()
 
+    def open_writer(self) -> Opened | None:
+        """Those of the network that makes the context, where that is another. Raises: CheckpointError."""
+        apart = self.student is not None and self.student.student.writes_apart
+        return self.student.open(writer=True) if apart and self.student is not None else None
+
     @property
     def name(self) -> str:
         """What people call it; says no folder of this machine."""
