@@ -80,6 +80,7 @@ NOT_DEFAULT = {
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
         "anchor": {"weight": 0.25},
+        "context_gradient": "replay",
         "shared_base": True,
     },
     "name": "mine",
@@ -167,7 +168,16 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
         *(f"objective.context_scores.{key}" for key in ("history_frames", "sigma")),
     }
-    others |= {f"objective.{key}" for key in ("caption_dropout", "error_recycling.share", "error_recycling.from_step")}
+    others |= {
+        f"objective.{key}"
+        for key in (
+            "teacher_kind",
+            "teacher_steps",
+            "caption_dropout",
+            "error_recycling.share",
+            "error_recycling.from_step",
+        )
+    }
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - others
     assert all(written[key] != default for key, default in defaults.items() if key in written)

@@ -171,7 +171,10 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["init_from=null"], r"init_from=null: teacher_forcing needs trained weights"),
         (["init_from=causal"], r"init_from=causal is the stage itself"),
         (["name=toy"], r"name=toy is taken"),
-        (["objective.teacher=toy"], r"unknown key objective.teacher; it belongs to objective.kind=dmd and long_tuning"),
+        (
+            ["objective.teacher=toy"],
+            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and consist",
+        ),
         (["objective.critic.lr=1e-5"], r"unknown key objective.critic; it belongs to objective.kind=dmd and long_"),
         (["objective.kind=dnd"], r"objective: kind=dnd is not known; give flow_matching, .*, or MODULE:CLASS"),
         (["objective.kind=no.such:Thing"], r"objective: kind=no.such:Thing cannot be imported .*PYTHONPATH"),

@@ -22,7 +22,7 @@ from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.data_forcing import DataForcing, teacher_input
 from longtake.objectives.flow_matching import clip_sigma, require_latents
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +84,12 @@ class DmdConfig(ObjectiveConfig):
     data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
     anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
     data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
+    context_gradient: Literal["none", "replay"] = Field(
+        default="none",
+        description="what of a roll-out carries gradient: `none` = each block's exit step, its context detached "
+        "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
+        "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
+    )
     shared_base: bool = Field(
         default=False,
         description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
@@ -129,6 +135,10 @@ class DmdConfig(ObjectiveConfig):
     @property
     def num_clip_frames(self) -> int | None:
         return self.data_loss.num_latent_frames
+
+    @property
+    def replays(self) -> bool:
+        return self.context_gradient == "replay"
 
     @property
     def empty_prompt(self) -> str:
@@ -223,8 +233,18 @@ class Dmd(Objective):
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
     def exit_step(self, step: int) -> int:
-        """Denoising step at which every block of this iteration stops, or at its last one where it has fewer."""
+        """Denoising step at which every block of this iteration stops; or, where later blocks have levels of their own,
+        the first generated one.
+        """
         return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
+
+    def exits(self, step: int) -> Exits:
+        """Where the blocks of this iteration stop. Each list of levels has a draw of its own: clamped to a shorter
+        list, one draw would leave its first steps too little of the training.
+        """
+        if (later := self.plan.later_sigmas) is None:
+            return self.exit_step(step)
+        return self.exit_step(step), self.draws.integer(step, "later_exit_step", 0, len(later))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -315,7 +335,7 @@ class Dmd(Objective):
                 self.plan,
                 self.parts.num_frames,
                 batch.latent_size,
-                exit_step=self.exit_step(step),
+                exit_step=self.exits(step),
                 with_grad=with_grad,
             )
 
@@ -393,14 +413,14 @@ class Dmd(Objective):
     def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
         """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
         plan, (start, end) = self.plan, self._generated(step)
-        together = with_grad and self.generator.batched_exit_backward
-        apart = with_grad and not together
+        together, replays = with_grad and self.generator.batched_exit_backward, with_grad and self.generator.replays
+        apart = with_grad and not together and not replays
 
         def one(block: tuple[int, int], *, with_context: bool) -> Call:
             return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
 
         def stops(block: tuple[int, int]) -> int:
-            return min(self.exit_step(step), len(plan.levels(block[0])) - 1)
+            return plan.exit_step(block[0], self.exits(step))
 
         def is_stored(block: tuple[int, int]) -> bool:
             """Whether its last step, without gradient, stores it."""
@@ -419,4 +439,7 @@ class Dmd(Objective):
         if together:
             joined = Call.joined([one(block, with_context=True) for block in denoised])
             found.append(Pass("generator", "rollout", joined, with_grad=True, ahead=False))
+        if replays:
+            layout = plan.replay_layout(plan.block_of(start - 1)[0] if start else 0, start, end)
+            found.append(Pass("generator", "rollout", clip.masked(layout), with_grad=True))
         return found

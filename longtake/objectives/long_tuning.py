@@ -259,7 +259,7 @@ class LongTuning(Dmd):
         return stream.advance(
             self.schedule.end_frame(chunk),
             self._roll_out_noise(batch, step),
-            exit_step=self.exit_step(step),
+            exit_step=self.exits(step),
             with_grad=with_grad,
         )
 

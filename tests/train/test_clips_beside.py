@@ -7,7 +7,7 @@ import torch
 from encoded_files import weights_of
 from tiny_stage import stage_config
 
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import DataError
 from longtake.parallel.mesh import Mesh
 from longtake.train.metrics import read_rows
@@ -55,7 +55,7 @@ def test_a_stopped_run_equals_an_uninterrupted_one_bit_for_bit_also_from_an_enco
     assert all(math.isfinite(row["anchor_loss"]) and row["deviation_ratio"] > 0 for row in rows)
     one, two = weights_of(whole), weights_of(again)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    encode_set(whole, tmp_path / "set", Mesh())
+    encode(whole, tmp_path / "set", Mesh())
     stored = trained(workshop, tmp_path / "stored", stage, {"path": tmp_path / "set"}, 4)
     for mine, truth in zip(rows_of(stored), rows, strict=True):
         assert mine["anchor_loss"] == pytest.approx(truth["anchor_loss"], rel=2e-2)
@@ -63,7 +63,7 @@ def test_a_stopped_run_equals_an_uninterrupted_one_bit_for_bit_also_from_an_enco
 
 def test_a_set_without_latents_is_refused_before_anything_is_built(workshop, tmp_path):
     plain = stage_config(workshop, tmp_path, "distill", data={"path": str(workshop / "data/images"), "num_workers": 0})
-    encode_set(plain, tmp_path / "pictures", Mesh())
+    encode(plain, tmp_path / "pictures", Mesh())
     data = {"path": str(tmp_path / "pictures"), "num_workers": 0}
     with pytest.raises(DataError, match="latents") as error:
         run_stage(stage_config(workshop, tmp_path / "run", "distill", anchor={"weight": 1.0}, data=data), Mesh())
