@@ -275,6 +275,8 @@ class Dmd(Objective):
             metrics["data_loss"] = forced.detach()
         if clip is not None:
             mine, own = Statistics.of(self._section(student, step)), Statistics.of(clip)
+            if any(changes := [frame is not None and frame < clip.shape[1] for frame in batch.switch_frames]):
+                own = own.except_in(changes, mine)
             metrics["deviation_ratio"] = deviation_ratio(mine, own)
             if weight := self.settings.anchor.weight:
                 anchor = anchor_loss(mine, own)
