@@ -71,7 +71,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
     assert rel(clean_out, truth.velocity) < 1e-5 and rel(noisy_out, truth.noisy) < 1e-5
     for layer in range(model.config.num_layers):
         for frame in cache.held_frames:
-            slot = cache._slot(frame)
+            slot = cache.slot_of(frame)
             assert rel(cache.keys[layer][:, slot], truth.keys[layer][frame]) < 1e-5
             assert rel(cache.values[layer][:, slot], truth.values[layer][frame]) < 1e-5
 
@@ -149,7 +149,7 @@ def test_sink_across_the_first_block_is_rewritten_by_the_context_pass(rope: str,
     truth = _oracle(model, x[:, :5], torch.zeros(2, 5), condition, plan, rope=rope, window=7, sink=3)
     for layer in range(model.config.num_layers):
         for frame in range(5):
-            assert rel(cache.keys[layer][:, cache._slot(frame)], truth.keys[layer][frame]) < 1e-5
+            assert rel(cache.keys[layer][:, cache.slot_of(frame)], truth.keys[layer][frame]) < 1e-5
 
 
 def test_b_i2v_cross_attention_with_text_and_image_cache(rel) -> None:
@@ -285,7 +285,7 @@ def test_pending_backward_holds_its_slots_until_it_ran_or_was_dropped() -> None:
         commit_two(cache, condition)
     # The frame in the free slot was committed, the refused one left no trace.
     assert cache.position == 4 and cache.held_frames == [1, 2, 3]
-    kept = [cache._slot(1), cache._slot(2)]
+    kept = [cache.slot_of(1), cache.slot_of(2)]
     assert all(torch.equal(a[:, :, kept], b[:, :, kept]) for a, b in zip(before, [cache.keys, cache.values]))
 
     loss = output.square().sum()

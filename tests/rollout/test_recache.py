@@ -44,7 +44,7 @@ def next_block(model, cache, condition):
 
 def frames(cache):
     """Keys and values by absolute frame."""
-    return {f: (cache.keys[:, :, cache._slot(f)], cache.values[:, :, cache._slot(f)]) for f in cache.held_frames}
+    return {f: (cache.keys[:, :, cache.slot_of(f)], cache.values[:, :, cache.slot_of(f)]) for f in cache.held_frames}
 
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
