@@ -20,9 +20,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -282,7 +283,9 @@ def measure_cases(
     missing = iter([case for case in cases if _name(case) not in outcomes.get(case[0], {})])
     running: dict[Future[Any], tuple[str, float, int]] = {}
     number = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(number) as pool:
+    # Spawned, not forked: this process may have threads, whose locks a forked one would wait for without end.
+    several = number > 1
+    with ProcessPoolExecutor(number, get_context("spawn")) if several else ThreadPoolExecutor(1) as pool:
         while True:
             if monotonic() - start < seconds:
                 more = islice(missing, number + 1 - len(running))

@@ -11,8 +11,8 @@ video's rate, from the first generated frame on, and changes its prompt every `-
 - first frame: from the request that creates the session until the first generated frame is there;
 - prompt to pixel: from the request until the first frame that follows it is shown;
 - frames/s: frames shown a second, and, `--unpaced`, received: the server then makes them as fast as it can;
-- stalls: seconds without a frame to show, after the first five;
-- memory: of the server's process; the last third's median beside the first third's.
+- stalls: seconds without a frame to show, after the first five, and in each minute of all viewers together;
+- memory: of the server's process; the last third's median beside the first third's, and that of each minute.
 
 Decoding and painting, some milliseconds, are not in it: a test in a browser has them.
 """
@@ -134,15 +134,16 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
             time.sleep(0.01)
         time.sleep(SETTLING_SECONDS)
         began, memory, turn, due = time.monotonic(), [], 0, args.every
-        dry = [viewer.session.dry_seconds for viewer in viewers]
+        dry, stalls = [viewer.session.dry_seconds for viewer in viewers], [0.0]
         while (now := time.monotonic() - began) < args.seconds:
             memory.append(memory_bytes(process))
+            stalls.append(sum(viewer.session.dry_seconds for viewer in viewers) - sum(dry))
             if args.every and now >= due:
                 viewers[turn % len(viewers)].change(PROMPTS[turn // len(viewers) % len(PROMPTS)])
                 turn, due = turn + 1, due + args.every
             time.sleep(max(0.0, 1.0 - (time.monotonic() - began - now)))
         latencies = sorted(value for viewer in viewers for value in viewer.latencies)
-        third = max(1, len(memory) // 3)
+        third, minutes = max(1, len(memory) // 3), range(0, len(memory), 60)
         found = {
             "model": model,
             "viewers": args.viewers,
@@ -155,8 +156,10 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
             "prompt_to_pixel_p95_s": quantile(latencies, 0.95),
             "frames_per_second": [round(viewer.rate(began), 2) for viewer in viewers],
             "stalled_s": [round(viewer.session.dry_seconds - before, 3) for viewer, before in zip(viewers, dry)],
+            "stalled_of_minutes_s": [round(stalls[min(k + 60, len(stalls) - 1)] - stalls[k], 3) for k in minutes],
             "memory_first_third_mb": round(median(memory[:third]) / 1e6, 1),
             "memory_last_third_mb": round(median(memory[-third:]) / 1e6, 1),
+            "memory_of_minutes_mb": [round(median(memory[k : k + 60]) / 1e6, 1) for k in minutes],
             "server": next(event for event in viewers[0].session.events[::-1] if event["type"] == "stats"),
         }
         for viewer in viewers:

@@ -7,7 +7,7 @@ networks (student, critic, teacher), the loss and its backward; no optimizer. Wa
 
 - blockwise: each block's exit step carries its own graph, recomputed in backward;
 - joined: exit steps run without gradient and leave what each layer made; one graph over all of them in the end;
-- packed: one forward over [clean | noisy], whose context carries gradient too (Self-Gradient Forcing).
+- packed: one forward over [context | noisy], whose context carries gradient too (Self-Gradient Forcing).
 
 A fourth way, exit steps once more in one call against the cache, was slower and larger (docs/log.md, 2026-11-29) and is
 gone. All ways of an exit step begin from the same clips; gradients of the first two are compared.
@@ -19,7 +19,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -32,43 +31,11 @@ from longtake.objectives.batch import EncodedBatch
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
-from longtake.rollout import denoise
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.rollout.replay import packed_replay
-from longtake.rollout.self_forcing import RollOut
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 WAYS = ("blockwise", "joined", "packed")
-
-
-class Packed(Dmd):
-    """`Dmd` whose student's clips are replayed with gradient."""
-
-    def _roll_out(self, batch, step, *, with_grad):
-        exits, predict = [], denoise._predict
-
-        def spy(denoiser, cache, condition, x, sigma, *rest, **more):
-            exits.append((x, sigma))
-            return predict(denoiser, cache, condition, x, sigma, *rest, **more)
-
-        with mock.patch.object(denoise, "_predict", spy), torch.no_grad():
-            made = super()._roll_out(batch, step, with_grad=False)
-        if not with_grad:
-            return made
-        level = SIGMAS[self.exit_step(step)]
-        noisy = torch.cat([made.latents[:, :1], *(x for x, sigma in exits if sigma == level)], 1)
-        sigma = torch.full(noisy.shape[:2], level, device=noisy.device)
-        sigma[:, 0] = 0
-        plan, frames = self.plan, self.parts.num_frames
-        layout = self.__dict__.setdefault(
-            "layout",
-            plan.teacher_forcing_layout(frames),
-        )
-        replayed = packed_replay(
-            self.generator.model, batch.condition, made.latents, torch.zeros_like(sigma), noisy, sigma, layout
-        )
-        return RollOut(torch.cat([made.latents[:, :1], replayed[:, 1:]], 1), made.generated)
 
 
 def update(objective: Dmd, batch: EncodedBatch, step: int, device: torch.device) -> tuple[float, float]:
@@ -127,11 +94,12 @@ def main() -> None:
     gradients = {}
     for name in given.ways.split(";"):
         for exit_step, seed in seeds.items():
-            kind = Packed if name.startswith("packed") else Dmd
-            denoiser = Denoiser(student, graphs=graphs, batched_exit_backward=name == "joined")
+            denoiser = Denoiser(
+                student, graphs=graphs, batched_exit_backward=name == "joined", replays=name == "packed"
+            )
             networks = {"generator": student, "critic": critic}, {"teacher": teacher}
             parts = Parts(denoiser, *networks, KeyedRNG(seed), plan, shift=5.0, num_frames=frames)
-            objective = kind(parts, DmdConfig(teacher="toy", guidance=3.0))
+            objective = Dmd(parts, DmdConfig(teacher="toy", guidance=3.0))
             times = []
             for repeat in range(given.repeats + 2):
                 if is_cuda and repeat == 2:

@@ -82,8 +82,9 @@ class MaskLayout:
     Fields: `frame_index` [E] absolute frame of every entry of `x` (queries rotate there, `condition.frames` is read
     there); `key_entry` [S] the entry that key slot s is computed from; `key_position` [S] the frame position at which
     key slot s is rotated; `allowed` [E, S] boolean. S = E with `key_entry = 0..E-1`, except for the relative RoPE with
-    eviction, where the sink appears once more for every distance at which it is seen. `later_from`: entries from this
-    one on read the condition's `later_text` in place of its text; None = no entry does.
+    eviction, where the sink appears once more for every distance at which it is seen, and where frames of a cache are
+    seen too, whose numbers in `key_entry` come after those of the entries. `later_from`: entries from this one on read
+    the condition's `later_text` in place of its text; None = no entry does.
     """
 
     frame_index: Tensor

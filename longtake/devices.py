@@ -40,7 +40,11 @@ DEVICES = (
     Device("H200", "H200", 989e12, 67e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
     Device("H100", "H100.*HBM3", 989e12, 67e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
     Device("A100", "A100.*SXM.*80GB", 312e12, 19.5e12, 80 * 10**9, "NVIDIA A100 data sheet"),
-    # Of GeForce cards, bfloat16 with sums in float32; cards for laptops and the like have longer names.
+    # Of GeForce cards "Peak BF16 (FP16) Tensor TFLOPS with FP32 Accumulate", dense, and "Peak FP32 TFLOPS (non-Tensor)"
+    # of the appendix of NVIDIA's architecture papers, which were not read themselves: all three pairs were compared
+    # with what others quote of nvidia-rtx-blackwell-gpu-architecture.pdf (5090), of "NVIDIA Ada GPU Architecture",
+    # appendix A (4090), and of NVIDIA-ampere-GA102-GPU-Architecture-Whitepaper-V1.pdf (3090), on 2026-11-30.
+    # Cards for laptops and the like have longer names.
     Device("RTX 5090", "RTX 5090$", 209.5e12, 104.8e12, 32 * 10**9, "NVIDIA RTX Blackwell GPU architecture"),
     Device("RTX 4090", "RTX 4090$", 165.2e12, 82.6e12, 24 * 10**9, "NVIDIA Ada GPU architecture"),
     Device("RTX 3090", "RTX 3090$", 71e12, 35.6e12, 24 * 10**9, "NVIDIA Ampere GA102 GPU architecture"),

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 Rope = Literal["relative", "absolute"]
 Clock = Literal["exact", "whole", "bf16"]
+# Denoising steps after which the blocks of a roll-out stop: one for all, or one of the first generated block and one of
+# those after it. A block that has fewer stops at its last.
+Exits = int | tuple[int, int]
 Levels = Annotated[tuple[float, ...], BeforeValidator(tuple)]
 
 # A published student begins at 1600/1601. Far below 1, noise times the level is nothing that training has seen.
@@ -294,6 +297,21 @@ class StreamPlan(PlanConfig):
         """Noise levels at which the block that begins at frame `start` is denoised."""
         return self.sigmas if self.later_sigmas is None or self._generated_number(start) < 1 else self.later_sigmas
 
+    def exit_step(self, start: int, exits: Exits | None) -> int:
+        """The denoising step after which the block at `start` is finished: its last one, or that of `exits` if earlier.
+
+        Source: specification T; a pair is Causal-Forcing++'s way, one step for all Causal-rCM's.
+        """
+        last = len(self.levels(start)) - 1
+        if isinstance(exits, tuple):
+            exits = exits[self._generated_number(start) > 0]
+        return last if exits is None else min(exits, last)
+
+    @property
+    def all_levels(self) -> list[float]:
+        """The noise levels of all blocks, falling."""
+        return sorted({*self.sigmas, *(self.later_sigmas or ())}, reverse=True)
+
     def stores_itself(self, start: int) -> bool:
         """Whether the last denoising step of the block at `start` stores its keys and values."""
         return self.context == "last_step" and self._generated_number(start) >= self.context_from
@@ -330,6 +348,31 @@ class StreamPlan(PlanConfig):
         """
         return self._layout(num_frames, teacher_forcing=True)
 
+    def replay_layout(self, first: int, exits_from: int, end: int) -> MaskLayout:
+        """Layout of `[clean first .. | noisy exits_from .. end)`, as in teacher forcing, of what a roll-out made.
+
+        The last block has no clean half, which nobody would see. Frames before `first` lie in a cache: those that are
+        seen, `self.past(first)`, are key slots numbered after the entries. All three are block boundaries.
+        """
+        blocks, past = list(self.blocks(first, end)), self.past(first)
+        last = blocks[-1][0]
+        entries = last - first + end - exits_from
+        entry_of = {frame: entries + k for k, frame in enumerate(past)} | {p: p - first for p in range(first, last)}
+        calls: list[Call] = []
+        for start, stop in blocks:
+            self.check_fits(start, stop)
+            seen = [entry_of[p] for p in self.attended(start, stop)]
+            if start < last:
+                calls.append((range(start - first, stop - first), seen))
+            if start >= exits_from:
+                begin = last - first + start - exits_from
+                calls.append((range(begin, begin + stop - start), seen))
+        return packed_layout([*range(first, last), *range(exits_from, end), *past], calls, self.rope, cached=len(past))
+
+    def past(self, start: int) -> list[int]:
+        """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
+        return self.attended(*self.block_of(start))
+
     def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
         self.check(num_frames)
         halves = range(2 if teacher_forcing else 1)
@@ -355,12 +398,12 @@ Call = tuple[Sequence[int], Sequence[int]]
 
 
 def packed_layout(
-    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None
+    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None, cached: int = 0
 ) -> MaskLayout:
     """Layout of one masked forward over entries of these absolute `frames`, which stands for calls against a cache.
 
     Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` as in
-    `MaskLayout`.
+    `MaskLayout`; `cached`, how many of the last `frames` lie in a cache and are no entries of the forward.
     """
     import torch
 
@@ -382,7 +425,9 @@ def packed_layout(
                 key_position.append(place[1])
             slots.append(moved.get(place, entry))
         seen.append((own, slots))
-    allowed = torch.zeros(len(frames), len(key_entry), dtype=torch.bool)
+    entries = len(frames) - cached
+    allowed = torch.zeros(entries, len(key_entry), dtype=torch.bool)
     for own, slots in seen:
         allowed[torch.tensor(own)[:, None], torch.tensor(slots)] = True
-    return MaskLayout(torch.tensor(frames), torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)
+    frame_index = torch.tensor(frames[:entries])
+    return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """How far something is: tell it with `update`; `total` None: nobody knows how much there will be.
+    """How far something is: tell it with `update`; `total` None: nobody knows how much there will be; `unit` "bytes" is
+    told as sizes.
 
     A line comes after ten seconds at the earliest, and then every ten: what is done sooner says nothing.
     """
@@ -66,23 +67,42 @@ class Progress:
     @property
     def state(self) -> str:
         """How much is done, how fast, and what is left."""
-        of = "" if self.total is None else f"/{self.total}"
-        slow = f", {1 / self.rate:.1f} s each" if self.rate > 0 else ""
-        pace = f", {self.rate:.1f} {self.unit}/s" if self.rate >= 1 else slow
+        done, unit = (as_size(self.done), "") if self.unit == "bytes" else (str(self.done), f" {self.unit}")
+        of, share = "", ""
+        if self.total:
+            of = f" of {as_size(self.total)}" if self.unit == "bytes" else f"/{self.total}"
+            share = f" ({self.done / self.total:.0%})"
         left = "" if self.remaining is None or self.done == self.total else f", {duration(self.remaining)} left"
-        return f"{self.done}{of} {self.unit}{pace}{left}"
+        return f"{done}{of}{unit}{share}{self._pace}{left}"
+
+    @property
+    def _pace(self) -> str:
+        if self.rate <= 0:
+            return ""
+        if self.unit == "bytes":
+            return f", {as_size(round(self.rate))}/s"
+        return f", {self.rate:.1f} {self.unit}/s" if self.rate >= 1 else f", {1 / self.rate:.1f} s each"
 
     def __str__(self) -> str:
         return f"{self.what}: {self.state}"
 
 
-def track(items: Iterable[_T], what: str, unit: str, total: int | None = None) -> Iterator[_T]:
-    """Yields the items and says how far they are; `total`, default: their number where they have one."""
+def track(
+    items: Iterable[_T],
+    what: str,
+    unit: str,
+    total: int | None = None,
+    *,
+    size: Callable[[_T], int] = lambda _: 1,
+) -> Iterator[_T]:
+    """Yields the items and says how far they are; `total`, default: their number where they have one; `size`, of `unit`
+    in an item.
+    """
     progress = Progress(what, len(items) if total is None and isinstance(items, Sized) else total, unit)
     try:
-        for number, item in enumerate(items, 1):
+        for item in items:
             yield item
-            progress.update(number)
+            progress.update(progress.done + size(item))
     finally:
         progress.finish()
 
@@ -93,6 +113,11 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def as_size(size_bytes: int) -> str:
+    """In GB or MB of 1000."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
 
 
 class Terminal(logging.Handler):
@@ -153,7 +178,8 @@ class Terminal(logging.Handler):
             return
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(progress.what, total=progress.total, state="")
-        self._bars.update(self._tasks[key], completed=progress.done, state=progress.state)
+        told = {"description": progress.what, "completed": progress.done, "state": progress.state}
+        self._bars.update(self._tasks[key], **told)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from longtake.json_text import parse_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+BEST = "best.json"  # beside what was kept as the best: by which number
 LORA = "_lora"  # end of the name of a folder with low-rank updates
 _NEEDED = {"step": int, "data_position": int, "config": dict, "files": dict}  # what every manifest holds
 _THREADS = 8
@@ -239,6 +240,19 @@ def best_checkpoint(path: Path) -> Path:
         f"{path} holds no best checkpoint; train with keep_best set to a number of the validations (`longtake config "
         "stage` lists them), or take the last one"
     )
+
+
+def chosen_by(checkpoint: Path) -> str | None:
+    """By what a checkpoint was kept as the best of its stage, in words; None for any other. Raises: CheckpointError."""
+    file = checkpoint.parent / BEST
+    if checkpoint.parent != best_folder(checkpoint.parents[1]) or not file.is_file():
+        return None
+    try:
+        kept = parse_json(file.read_bytes())
+        seed = f", seed {kept['seed']}" if "seed" in kept else ""  # not in files of earlier versions
+        return f"iteration {kept['step']}, by {kept['score']}={kept['value']:.4g} of the validations{seed}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); take the last checkpoint, without the best") from error
 
 
 def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:

@@ -31,6 +31,12 @@ COLUMNS = [
 COLUMNS += ["trained", "precision", "mesh", *STATED]
 
 
+def _steps(stage: StageConfig) -> str:
+    """Levels of a block, and those of later blocks where these have others."""
+    lists = [stage.flow.steps, stage.flow.later_steps] if stage.objective.causal else []
+    return ", then ".join(" ".join(f"{level:g}" for level in levels) for levels in lists if levels) or "-"
+
+
 def values(stage: StageConfig) -> list[str]:
     """The cells of a stage, up to what only the head of its file states."""
     video, plan, mesh, networks = stage.video, stage.plan, stage.parallel, stage.networks
@@ -46,7 +52,7 @@ def values(stage: StageConfig) -> list[str]:
         teacher,
         f"{video.num_latent_frames} of {video.height}x{video.width}",
         f"{plan.block_frames}, {plan.window_frames}, {plan.sink_frames}",
-        " ".join(f"{level:g}" for level in stage.flow.steps) if stage.objective.causal else "-",
+        _steps(stage),
         f"{stage.max_steps} of {stage.batch_size}",
         f"{stage.optim.lr:g}" + (f" ({critic.lr:g})" if critic else ""),
         (f"rank {stage.lora.rank}" if stage.lora else "all weights")

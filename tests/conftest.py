@@ -133,11 +133,11 @@ def whole(workshop, tmp_path_factory):
     """The clips of the workshop, encoded for a causal stage in three shards of two rows; only to be read."""
     from encoded_files import config_of
 
-    from longtake.encodings.write import encode_set
+    from longtake.encodings.write import encode
     from longtake.parallel.mesh import Mesh
 
     folder = tmp_path_factory.mktemp("encoded") / "whole"
-    encode_set(config_of(workshop, folder), folder, Mesh(), rows_per_shard=2)
+    encode(config_of(workshop, folder), folder, Mesh(), rows_per_shard=2)
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 from pytest import MonkeyPatch
+from safetensors import safe_open
 
 
 class FakeHub:
@@ -24,6 +25,7 @@ class FakeHub:
         self.offline: Exception | None = None
         monkeypatch.setattr(huggingface_hub, "model_info", self._model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self._snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", self._head)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self._in_cache)
 
     def __call__(self, name: str) -> Path:
@@ -53,6 +55,7 @@ class FakeHub:
         allow_patterns: list[str] | None = None,
         local_dir: Path | None = None,
         local_files_only: bool = False,
+        tqdm_class: type | None = None,
     ) -> str:
         cache = self.cache(name) if local_dir is None else Path(local_dir)
         if local_files_only and not cache.is_dir():
@@ -69,6 +72,10 @@ class FakeHub:
                 shutil.copy(self(name) / file, cache / file)
         cache.mkdir(parents=True, exist_ok=True)
         return str(cache)
+
+    def _head(self, name: str, file: str) -> Any:
+        with safe_open(self(name) / file, "pt") as opened:
+            return SimpleNamespace(tensors=dict.fromkeys(opened.keys()))
 
     def _in_cache(self, name: str, file: str) -> str | None:
         place = self.cache(name) / file

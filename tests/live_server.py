@@ -45,8 +45,12 @@ def until_closed(socket: ClientConnection) -> str | bytes | None:
 
 
 @contextmanager
-def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, **settings: Any) -> Iterator[str]:
-    """The address of a server that stops by itself; of a generator, or of what makes one for each device."""
+def serving(
+    generator: Generator | list[Callable[[], Generator]], folder: Path, begins_in: float = SECONDS, **settings: Any
+) -> Iterator[str]:
+    """The address of a server that stops by itself; of a generator, or of what makes one for each device. It must begin
+    within so many seconds.
+    """
     builds = generator if isinstance(generator, list) else [lambda: generator]
     chosen = ServeSettings(folder, port=0, **settings)
     addresses: list[str] = []
@@ -62,7 +66,7 @@ def serving(generator: Generator | list[Callable[[], Generator]], folder: Path, 
     thread = threading.Thread(target=run, daemon=True)  # one that hangs must not keep the tests
     thread.start()
     try:
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + begins_in
         while not addresses and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.02)
         assert addresses, f"the server has not begun: {failed}"

@@ -41,17 +41,19 @@ def run(
     noisy: Tensor | None = None,
     noisy_sigma: Tensor | None = None,
     graph: bool = False,
+    detached: int = 0,
 ) -> Trace:
     """Streams every sample on its own. `x`, `noisy` [B, F, C, H, W]; `sigma`, `noisy_sigma` [B, F]; `blocks` of the
-    whole video. Each block first gets a pass over `noisy` that nothing remembers, then one over `x` that is kept.
-    `graph`: autograd goes into `state`, through the memory too."""
+    whole video, or those that are still remembered. Each block first gets a pass over `noisy` that nothing remembers,
+    then one over `x` that is kept. `graph`: autograd goes into `state`, through the memory too, but for that of frames
+    before `detached`."""
     weights = {name: (tensor if graph else tensor.detach()).double().cpu() for name, tensor in state.items()}
     samples = []
     for b in range(x.shape[0]):
         context = _text(weights, text[b].double(), text_len)
         tokens = None if image is None else _image(weights, image[b].double())
         y = None if frames is None else frames[b].double()
-        samples.append(_Sample(weights, context, tokens, y, num_heads, window, sink, rope))
+        samples.append(_Sample(weights, context, tokens, y, num_heads, window, sink, rope, detached))
     clean, dirty = [], []
     for b, sample in enumerate(samples):
         own_clean, own_dirty = [], []
@@ -61,9 +63,9 @@ def run(
             own_clean += sample.block(start, x[b, start:end].double(), sigma[b, start:end], keep=True)
         clean.append(torch.stack(own_clean))
         dirty.append(torch.stack(own_dirty) if own_dirty else None)
-    layers, total = len(samples[0].memory), blocks[-1][1]
+    layers, total = len(samples[0].memory), sorted(samples[0].memory[0])
     stored = [
-        [[torch.stack([s.stored(layer, f)[part] for s in samples]) for f in range(total)] for layer in range(layers)]
+        [[torch.stack([s.stored(layer, f)[part] for s in samples]) for f in total] for layer in range(layers)]
         for part in (0, 1)
     ]
     return Trace(torch.stack(clean), torch.stack(dirty) if dirty[0] is not None else None, *stored)
@@ -80,7 +82,9 @@ class _Sample:
         window: int | None,
         sink: int,
         rope: str,
+        detached: int = 0,
     ) -> None:
+        self.detached = detached
         self.w, self.context, self.image, self.y = weights, context, image, y
         self.heads, self.window, self.sink, self.rope = heads, window, sink, rope
         layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -126,7 +130,8 @@ class _Sample:
             k[frame] = self._split(_rms(self._linear(p + "self_attn.k", h), self.w[p + "self_attn.norm_k.weight"]))
             v[frame] = self._split(self._linear(p + "self_attn.v", h))
             if keep:
-                self.memory[layer][frame] = k[frame], v[frame]
+                kept = k[frame], v[frame]
+                self.memory[layer][frame] = (kept[0].detach(), kept[1].detach()) if frame < self.detached else kept
         for frame in seen:
             k[frame], v[frame] = self.memory[layer][frame]
         attended = seen + own

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _SF = "gdhe17/Self-Forcing/checkpoints/self_forcing_"
 _CF = "zhuhz22/Causal-Forcing/"
+_PLUS = "ZihanSu/Self_Gradient_Forcing_Plus/"
 _RCM = "worstcoder/rcm-Wan/Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-dCM-init_SF-DMD_"
 # Name -> (repository and file, its state dicts: the one that is played first)
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -36,6 +37,8 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
         "JunhaoZhuang/Self_Gradient_Forcing/framewise/ar/model.pt",
         ("generator_ema",),
     ),
+    "Self-Gradient-Forcing+ (chunkwise)": (f"{_PLUS}chunkwise/model.pt", ("generator_ema",)),
+    "Self-Gradient-Forcing+ (framewise)": (f"{_PLUS}framewise/model.pt", ("generator_ema",)),
     "Causal-rCM (framewise, 4 steps)": (f"{_RCM}c1-1_step4.pt", ()),
     "Causal-rCM (framewise, 2 steps)": (f"{_RCM}c1-1_step2.pt", ()),
     "Causal-rCM (framewise, 2 steps, noisy context)": (f"{_RCM}c1-1_step2_noisy_ctx.pt", ()),
@@ -52,10 +55,22 @@ def write_student(name: str, state: Mapping[str, Tensor], folder: Path) -> Path:
     model, networks = FILES[name]
     file = folder.joinpath(*model.split("/")[2:])
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(_content(state, networks), file)
+    torch.save(_content({**state, **memory_of(state)} if model.startswith(_PLUS) else state, networks), file)
     if name == "LongLive":
         torch.save({"generator_lora": lora_of(state), "step": 3000}, file.with_name("lora.pt"))
     return file
+
+
+def memory_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The second network of SGF+, other numbers, under the names that its code gives it: memory_ before a parameter of a
+    linear layer, of the norms that it has of its own and of modulation, and before a whole module outside of blocks.
+    """
+    found = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        name = f"{module}.memory_{leaf}" if key.startswith("blocks.") else f"memory_{key}"
+        found[name] = _scaled(value, 1.5)
+    return found
 
 
 def _content(state: Mapping[str, Tensor], networks: tuple[str, ...]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ PUBLISHED = {
     "Causal-Forcing++ (1 step)": Rule(block=1, later=(1.0,)),
     "Self-Gradient-Forcing (chunkwise)": Rule(window=12, sink=3, rope="relative", switch="nothing"),
     "Self-Gradient-Forcing (framewise)": Rule(block=1, window=21, sink=4, rope="relative", switch="nothing"),
+    "Self-Gradient-Forcing+ (chunkwise)": Rule(window=12, sink=3, rope="relative", switch="nothing"),
+    "Self-Gradient-Forcing+ (framewise)": Rule(block=1, window=21, sink=4, rope="relative", switch="nothing"),
     "Causal-rCM (framewise, 4 steps)": Rule(block=1, clock=in_bfloat16, first=RCM),
     "Causal-rCM (framewise, 2 steps)": Rule(block=1, clock=in_bfloat16, first=RCM, later=(RCM[0], 5 / 6)),
     "Causal-rCM (framewise, 2 steps, noisy context)": Rule(
@@ -78,19 +80,23 @@ def stream(
     text_len: int,
     switch_frame: int | None = None,
     given: Tensor | None = None,
+    writer: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Latents [B, F, C, H, W] of a video under `texts[0]` [B, M, D], from the first block at or after `switch_frame`
-    under `texts[1]`; `given` [B, f, C, H, W], a first block that is not generated.
+    under `texts[1]`; `given` [B, f, C, H, W], a first block that is not generated; `writer`, other weights, which the
+    passes after a block have, with what they make of the text.
     """
     weights = {name: tensor.double() for name, tensor in state.items()}
+    others = weights if writer is None else {name: tensor.double() for name, tensor in writer.items()}
     videos = []
     for b in range(len(texts[0])):
         prompts = [oracle._text(weights, text[b].double(), text_len) for text in texts]
         sample = oracle._Sample(weights, prompts[0], None, None, num_heads, rule.window, rule.sink, rule.rope)
+        theirs = [oracle._text(others, text[b].double(), text_len) for text in texts]
+        number, switched = 0, switch_frame is None
         made = list(given[b].double()) if given is not None else []
         if made:
-            sample.block(0, torch.stack(made), torch.zeros(len(made)), keep=True)
-        number, switched = 0, switch_frame is None
+            _store(sample, 0, torch.stack(made), others, theirs[0])
         while len(made) < num_frames:
             start = len(made)
             if not switched and start >= switch_frame:
@@ -108,11 +114,19 @@ def stream(
                 if step + 1 < len(levels):
                     x = (1 - levels[step + 1]) * clean + levels[step + 1] * drawn[step + 1]
             if not noisy_context:
-                sample.block(start, clean, torch.zeros(rule.block), keep=True)
+                _store(sample, start, clean, others, theirs[sample.context is not prompts[0]])
             made += list(clean)
             number += 1
         videos.append(torch.stack(made[:num_frames]))
     return torch.stack(videos)
+
+
+def _store(sample: oracle._Sample, start: int, latents: Tensor, weights: dict[str, Tensor], text: Tensor) -> None:
+    """The pass after a block, by these weights, with what they make of the text."""
+    before = sample.w, sample.context
+    sample.w, sample.context = weights, text
+    sample.block(start, latents, torch.zeros(len(latents)), keep=True)
+    sample.w, sample.context = before
 
 
 def _recache(rule: Rule, sample: oracle._Sample, made: list[Tensor]) -> None:

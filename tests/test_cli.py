@@ -80,6 +80,7 @@ NOT_DEFAULT = {
         "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
         "anchor": {"weight": 0.25},
+        "context_gradient": "replay",
         "shared_base": True,
     },
     "name": "mine",
@@ -165,8 +166,18 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         "model.widen",
         "objective.data_forcing.share",
         *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
+        *(f"objective.context_scores.{key}" for key in ("history_frames", "sigma")),
     }
-    others |= {f"objective.{key}" for key in ("caption_dropout", "error_recycling.share", "error_recycling.from_step")}
+    others |= {
+        f"objective.{key}"
+        for key in (
+            "teacher_kind",
+            "teacher_steps",
+            "caption_dropout",
+            "error_recycling.share",
+            "error_recycling.from_step",
+        )
+    }
     defaults = {key: default for key, _, default, _ in describe(StageConfig)}
     assert set(written) == set(defaults) - others
     assert all(written[key] != default for key, default in defaults.items() if key in written)
@@ -176,6 +187,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     assert {key: value for key, value in leaves(called["run"][0][0].model_dump()) if key in written} == written
     changed = {"plan": {}, "flow": {}, "video": {}, "validation": {}, "data": {"path": "/data"}, "lora": None}
     chunks = {"num_chunks": [2, 5], "new_frames": 4, "switch_frames": [5]}
+    chunks |= {"context_scores": {"history_frames": 4, "sigma": 0.25}}
     for objective, model in (
         ({"kind": "flow_matching", "caption_dropout": 0.3}, {"widen": True}),
         ({"kind": "teacher_forcing", "error_recycling": {"share": 0.25, "from_step": 0}, "caption_dropout": 0.2}, {}),

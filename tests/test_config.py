@@ -171,7 +171,10 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["init_from=null"], r"init_from=null: teacher_forcing needs trained weights"),
         (["init_from=causal"], r"init_from=causal is the stage itself"),
         (["name=toy"], r"name=toy is taken"),
-        (["objective.teacher=toy"], r"unknown key objective.teacher; it belongs to objective.kind=dmd and long_tuning"),
+        (
+            ["objective.teacher=toy"],
+            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and consist",
+        ),
         (["objective.critic.lr=1e-5"], r"unknown key objective.critic; it belongs to objective.kind=dmd and long_"),
         (["objective.kind=dnd"], r"objective: kind=dnd is not known; give flow_matching, .*, or MODULE:CLASS"),
         (["objective.kind=no.such:Thing"], r"objective: kind=no.such:Thing cannot be imported .*PYTHONPATH"),
@@ -299,6 +302,26 @@ def test_data_forcing_is_for_pairs_and_at_most_half_of_the_rows(tmp_path):
         ConfigError, match="data_forcing.share=0.25 needs clips that begin with the picture.*set it to 0"
     ):
         stage(tmp_path, *text, "objective.data_forcing.share=0.25", base=DISTILL)
+
+
+def test_scores_in_context_need_frames_that_the_window_keeps(tmp_path):
+    base = DISTILL | {"objective": {"kind": "long_tuning", "teacher": "toy"}, "name": "long"}
+    key = "objective.context_scores.history_frames"
+    config = stage(tmp_path, f"{key}=8", "objective.anchor.weight=1", "data.kind=clips", base=base)
+    assert config.reference is None and stage(tmp_path, base=base).reference == "toy"
+    for changes, message in (
+        ([f"{key}=6"], f"{key}=6 must be a multiple of plan.block_frames=4; set 4"),
+        ([f"{key}=12"], f"{key}=12 must be at most the 8 that the window keeps beside the sink; set it to 8"),
+        (
+            [f"{key}=4", "plan.sink_frames=0", "plan.window_frames=8"],
+            f"{key}=4 shows the first frames .* set that to 1",
+        ),
+        (["objective.context_scores.sigma=0.25"], f"sigma=0.25 has no effect while {key}=0"),
+        ([f"{key}=8", "objective.data_forcing.share=0.5", "data.kind=clips"], "set one of them to 0"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            stage(tmp_path, *changes, base=base)
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

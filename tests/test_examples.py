@@ -24,6 +24,7 @@ def test_the_script_is_valid_and_the_picture_small():
     assert sum(path.stat().st_size for path in EXAMPLES.iterdir()) < 30_000  # a notebook is kept without its outputs
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_notebook_runs_and_shows_its_videos(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))  # of the kernel, a process of its own

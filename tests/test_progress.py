@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from longtake import progress as module
+from longtake.config.stage import TOY_ASSETS
+from longtake.encoders.text import TextEncoder
 from longtake.errors import OutputError
 from longtake.outputs import check_space
 from longtake.progress import BAR, Progress, duration, shown, track
+from longtake.weights.load import load_dit
 
 
 @pytest.fixture
@@ -31,24 +34,49 @@ def clock(monkeypatch):
 def test_pace_and_what_is_left(clock, caplog):
     caplog.set_level(logging.INFO, "longtake")
     progress = Progress("a.mp4", 100, "frames")
-    assert progress.state == "0/100 frames" and progress.remaining is None
+    assert progress.state == "0/100 frames (0%)" and progress.remaining is None
     clock(4)
     progress.update(8)
-    assert progress.state == "8/100 frames, 2.0 frames/s, 46 s left" and not caplog.records
+    assert progress.state == "8/100 frames (8%), 2.0 frames/s, 46 s left" and not caplog.records
     clock(6)
     progress.update(20)
-    assert [r.getMessage() for r in caplog.records] == ["a.mp4: 20/100 frames, 2.0 frames/s, 40 s left"]
+    assert [r.getMessage() for r in caplog.records] == ["a.mp4: 20/100 frames (20%), 2.0 frames/s, 40 s left"]
     clock(9)
     progress.update(22)
     assert len(caplog.records) == 1
     clock(81)
     progress.update(100)
-    assert progress.state == "100/100 frames, 1.0 frames/s" and len(caplog.records) == 2
+    assert progress.state == "100/100 frames (100%), 1.0 frames/s" and len(caplog.records) == 2
     slow = Progress("x", None, "rows")
     clock(8)
     slow.update(2)
     assert slow.state == "2 rows, 4.0 s each"
     assert [duration(s) for s in (0.4, 59.7, 200, 7500)] == ["0 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_bytes_are_told_as_sizes(clock, caplog):
+    caplog.set_level(logging.INFO, "longtake")
+    for _ in track(["a", "bb"], "loading", "bytes", 3_000_000_000, size=lambda item: len(item) * 10**9):
+        clock(10)
+    assert [r.message for r in caplog.records] == [  # as it was said: progress goes on
+        "loading: 1.0 GB of 3.0 GB (33%), 0.1 GB/s, 20 s left",
+        "loading: 3.0 GB of 3.0 GB (100%), 0.1 GB/s",
+    ]
+
+
+def test_loading_tells_how_much_is_there(caplog):
+    caplog.set_level(BAR, "longtake")
+    model = load_dit(TOY_ASSETS / "student")
+    TextEncoder.load(TOY_ASSETS / "text_encoder")
+    whole = sum(p.nbytes for p in model.parameters())
+    told = [r.progress for r in caplog.records if hasattr(r, "progress")]
+    assert {(p.what, p.done, p.total, p.unit) for p in told} == {
+        ("loading the transformer", whole, whole, "bytes"),
+        ("loading UMT5EncoderModel", told[-1].total, told[-1].total, "tensors"),
+    }
+    assert (
+        told[-1].total > 5 and f"loading the transformer (7.9 MB) from {TOY_ASSETS}/student to cpu" in caplog.messages
+    )
 
 
 def test_track_ends_its_bar_whatever_happens(caplog):
@@ -112,7 +140,7 @@ def on_a_terminal(*words: str) -> tuple[str, str]:
 def test_a_terminal_shows_a_bar_below_the_lines():
     out, err = on_a_terminal("-c", SCRIPT)
     assert out == "the result\n"
-    assert re.search(r"a\.mp4.*[━╸╺].*\d/8 frames, \d\.\d frames/s, \d s left", err), err
+    assert re.search(r"a\.mp4.*[━╸╺].*\d/8 frames \(\d+%\), \d\.\d frames/s, \d s left", err), err
     assert "warning: careful [1]" in err
     out, err = on_a_terminal("-c", SCRIPT, "quiet")
     assert out == "the result\n" and err.strip().endswith("careful [1]") and "frames" not in err
@@ -139,7 +167,7 @@ def test_generate_says_what_runs_and_refuses_before_it_loads(tmp_path):
     for said in (
         "loading the transformer (7.9 MB) from",
         "to cpu",
-        "loading the encoders",
+        "loading the encoders (VAE 5.1 MB, text encoder 0.3 MB, image encoder 0.3 MB) from",
         "loaded in",
         "17 frames of 64x64, 1.1 s, seed 3, on cpu",
     ):

@@ -88,3 +88,12 @@ def test_copying_replaces_nothing_unasked(tmp_path, monkeypatch):
     assert refused.exit_code == 2 and "did you mean toy/i2v?" in refused.output
     with pytest.raises(ConfigError, match="no recipe is called"):
         copy_recipe("../recipes/toy/i2v", tmp_path)
+
+
+def test_a_name_behind_recipes_tells_of_that_one_or_brings_the_nearest():
+    told = invoke("recipes", "toy/i2v")
+    assert told.exit_code == 0 and "longtake train toy/i2v" in told.output and "recipes/toy/i2v.yaml" in told.output
+    refused = invoke("recipes", "toy/i2w")
+    assert refused.exit_code == 2 and "no recipe is called toy/i2w; did you mean toy/i2v" in refused.output
+    assert "Did you mean 'copy'?" in invoke("recipes", "cpoy", "toy/i2v").output
+    assert "one" not in invoke("recipes", "--help").output.split("Commands")[1]

@@ -45,6 +45,7 @@ def test_the_recipes_that_are_promised():
             [
                 *("i2v_1_3b/teacher_forcing.yaml", "i2v_1_3b/distill.yaml", "i2v_1_3b/distill_window12.yaml"),
                 *("i2v_1_3b/i2v.yaml", "i2v_14b/distill_1_3b.yaml", "i2v_14b/teacher_forcing.yaml"),
+                *("i2v_1_3b/ode_regression.yaml", "i2v_1_3b/consistency.yaml"),
                 *(
                     "i2v_14b/distill.yaml",
                     "i2v_14b/distill_one_gpu.yaml",
@@ -198,6 +199,7 @@ def test_ti2v_5b_runs_without_y(place, monkeypatch):
     assert "9 frames" in done
 
 
+@pytest.mark.slow  # what these two do beyond the one before and the one between is in other sizes and values alone
 def test_i2v_14b_runs_with_either_student(place, monkeypatch):
     monkeypatch.chdir(place)
     encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")
@@ -228,6 +230,7 @@ def test_i2v_14b_runs_as_one_frozen_network(place, monkeypatch):
         train("i2v_14b/distill_one_gpu", "lora.rank=2", "name=other")
 
 
+@pytest.mark.slow
 def test_window_12_and_its_own_causal_initialisation_run(place, monkeypatch):
     monkeypatch.chdir(place)
     encode("i2v_1_3b/teacher_forcing", "world/clips", "outputs/wan_i2v_1_3b/encoded/clips")

@@ -102,12 +102,13 @@ def test_it_works_without_the_repository(elsewhere):
     assert read_video(elsewhere / "out.mp4")[0].shape == (9, 64, 64, 3)
 
 
-@pytest.mark.slow  # mypy reads torch: a minute
+@pytest.mark.slow  # mypy reads torch: a minute, beside other work many
+@pytest.mark.timeout(1200)
 def test_a_type_checker_knows_the_public_names(elsewhere):
     (elsewhere / "user.py").write_text(USER_FILE)
     options = ["--python-executable", elsewhere / "venv/bin/python", "--cache-dir", elsewhere / "cache"]
     command = [sys.executable, "-m", "mypy", *options, "user.py"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=clean(), timeout=280).stdout
+    said = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=clean(), timeout=1100).stdout
     wrong = [number for number, line in enumerate(USER_FILE.splitlines(), 1) if line.endswith("# wrong")]
     assert [int(line.split(":")[1]) for line in said.splitlines() if ": error:" in line] == wrong, said
     for revealed in ("longtake.inference.video.Video", "tuple[Any, ...]", "str"):

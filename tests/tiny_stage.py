@@ -75,8 +75,11 @@ def make_workshop(folder: Path) -> Path:
 
 OF_OBJECTIVE = {"teacher", "critic", "data_loss", "error_recycling", "caption_dropout", "shared_base", "guidance"}
 OF_OBJECTIVE |= {"kind", "negative_prompt", "num_chunks", "new_frames", "switch_frames", "anchor", "data_forcing"}
+OF_OBJECTIVE |= {"context_gradient", "context_scores"}
+OF_OBJECTIVE |= {"teacher_kind", "teacher_steps"}
 # What the stages of these names are trained by
 KINDS = {"teacher": "flow_matching", "causal": "teacher_forcing", "distill": "dmd", "long": "long_tuning"}
+KINDS |= {"ode": "ode_regression", "consistency": "consistency"}
 
 
 def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
     if stage in ("distill", "long"):
         critic = {"lr": 1e-3, "updates_per_generator": 2}
         objective |= {"teacher": str(workshop / "teacher"), "critic": critic, "guidance": 3.0}
+    if stage in ("ode", "consistency"):
+        objective |= {"teacher": str(workshop / "teacher"), "teacher_steps": 4, "guidance": 2.0}
     tree: dict[str, Any] = {
         "objective": objective | {key: changes.pop(key) for key in OF_OBJECTIVE & changes.keys()},
         "name": stage,

@@ -17,8 +17,6 @@ from longtake import run_folder
 from longtake.outputs import new_folder, partial_name, writing
 from longtake.parallel.mesh import Mesh
 
-_FILE = "best.json"
-
 
 class Best:
     """Knows the best score so far. Args: `score`, a `Score` or None (nothing is kept); `folder` of the stage."""
@@ -51,9 +49,10 @@ class Best:
                 _link(checkpoint / name, partial / name)
             (partial / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         about = {"step": manifest["step"], "score": self.score, "value": self._value}
-        temporary = partial_name(self.folder / _FILE)
+        about["seed"] = manifest["config"]["validation"]["seed"]
+        temporary = partial_name(self.folder / run_folder.BEST)
         temporary.write_text(json.dumps(about) + "\n")
-        temporary.replace(self.folder / _FILE)
+        temporary.replace(self.folder / run_folder.BEST)
         for old in run_folder.list_checkpoints(self.folder):
             if old.name != final.name:
                 shutil.rmtree(old)
@@ -62,12 +61,12 @@ class Best:
         """From the best value that the score can have; NaN where there is none."""
         if self.score is None or not math.isfinite(value):
             return math.nan
-        is_ratio = self.score.endswith(("_vs_teacher", "motion_ratio"))
+        is_ratio = self.score.endswith(("_vs_teacher", "motion_ratio", "_kept"))
         return abs(math.log(max(value, 1e-6))) if is_ratio else value
 
     def _read(self) -> float:
         """That of the kept one; infinite where there is none by this score."""
-        file = self.folder / _FILE
+        file = self.folder / run_folder.BEST
         if self.score is None or not file.is_file():
             return math.inf
         kept = json.loads(file.read_text())

@@ -24,14 +24,14 @@ from longtake.cli.measure import evaluate, measure
 from longtake.cli.recipes import recipes
 from longtake.cli.serve import serve
 from longtake.cli.toy import world
-from longtake.cli.train import doctor, encode, show_config, train
+from longtake.cli.train import doctor, encode, show_config, teacher_data, train
 from longtake.cli.verify import verify
 from longtake.cli.weights import convert, download, export, students
 
 # The panels of `longtake --help` with their commands
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make videos": (generate, play, serve),
-    "Train": (train, encode, show_config),
+    "Train": (train, encode, teacher_data, show_config),
     "Judge": (evaluate, measure, verify, bench),
     "Weights": (download, convert, export, students),
     "This machine, toy data": (doctor, world),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from longtake.progress import shown
 
 if TYPE_CHECKING:
     from longtake.inference.source import Source
+    from longtake.parallel.mesh import Mesh
 
 Run = Annotated[Path | None, typer.Option(help="Log folder or stage folder of a training run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
@@ -34,12 +36,14 @@ EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 # What becomes of the work of a command that Ctrl-C ends
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
-    "encode": "started again, it goes on where it was",
+    **dict.fromkeys(("encode", "teacher-data"), "started again, it goes on where it was"),
     "generate": "all finished videos are kept, and nothing was written of another; started again, it makes the others",
     "play": "nothing was written yet",
     "export": "nothing was written; what was there before is as it was",
     "convert": "nothing was written; what was there before is as it was",
-    "evaluate": "what is written is kept; started again, it makes its videos anew",
+    "evaluate": "what was reported before is as it was; started again, it makes its videos anew",
+    "download": "files that came whole are kept; started again, it fetches the others",
+    "world": "nothing was written; what was there before is as it was",
 }
 
 
@@ -64,6 +68,19 @@ def clean_errors(context: typer.Context) -> Iterator[None]:
         interrupted = isinstance(error, KeyboardInterrupt)
         code = EXIT_INTERRUPTED if interrupted else EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR
         raise typer.Exit(code) from None
+
+
+@contextmanager
+def told_once(mesh: Mesh) -> Iterator[None]:
+    """Of all ranks the first one says what runs; the others have warnings alone."""
+    own = logging.getLogger("longtake")
+    before = own.level
+    if not mesh.is_main:
+        own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
 
 
 def _told(error: BaseException) -> str | None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Overwrite, Quiet, Rules, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import (
+    Decoder,
+    Device,
+    Overwrite,
+    Quiet,
+    Rules,
+    Run,
+    WarmUp,
+    clean_errors,
+    given,
+    source_of,
+    told_once,
+)
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +57,8 @@ Videos = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help=".mp4, .webm, .gif, .webp or FOLDER/%05d.png; with --inputs or --samples a folder of mp4 files.",
+        help=".mp4, .webm, .gif, .webp or FOLDER/%05d.png, with its record beside it (NAME.json, NAME.gif.json, ...); "
+        "with --inputs or --samples a folder of mp4 files.",
     ),
 ]
 FIRST_FRAME = (
@@ -230,7 +241,7 @@ def _make_one(make: Callable[..., GenerationReport], device: str | None, sequenc
             f"one video and {world_size} ranks: give --sequence-parallel {world_size}, with which they make it "
             "together, or --inputs or --samples, or leave torchrun"
         )
-    with init_mesh(device) as mesh, _told_once(mesh):
+    with init_mesh(device) as mesh, told_once(mesh):
         made = make(device=mesh.device, split=_arranged(mesh, sequence_parallel).sequence)
         if mesh.is_main:
             typer.echo(str(made))
@@ -241,21 +252,8 @@ def _make_many(make: Callable[..., object], device: str | None, sequence_paralle
     from longtake.parallel.mesh import init_mesh
 
     # The ranks meet at the end alone: the one with the shortest share waits for the longest.
-    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh, _told_once(mesh):
+    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh, told_once(mesh):
         make(mesh=_arranged(mesh, sequence_parallel), report=typer.echo)
-
-
-@contextmanager
-def _told_once(mesh: Mesh) -> Iterator[None]:
-    """Of all ranks the first one says what runs; the others have warnings alone."""
-    own = logging.getLogger("longtake")
-    before = own.level
-    if not mesh.is_main:
-        own.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        own.setLevel(before)
 
 
 def _arranged(mesh: Mesh, sequence_parallel: int | None) -> Mesh:

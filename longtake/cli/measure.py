@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Quiet, Rules, Run, clean_errors, given
+from longtake.cli.common import Device, Overwrite, Quiet, Rules, Run, clean_errors, given, told_once
 from longtake.cli.generate import WAIT_MINUTES, Encoders
 from longtake.errors import ConfigError
 
@@ -139,7 +139,7 @@ def _on_data(
     wanted, changes = Asked(**asked), changes_of(*overrides)
     target = of_run(run, changes) if run is not None else of_models(models, teacher, encoders, changes)
     # The ranks meet at the end alone: the one with the shortest share waits for the longest.
-    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh:
+    with init_mesh(device, timeout_minutes=WAIT_MINUTES) as mesh, told_once(mesh):
         videos = evaluate_on_data(target, wanted, folder, mesh, overwrite=overwrite)
         if mesh.is_main:
             typer.echo(tables(videos))

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from longtake.cli.common import Overwrite, clean_errors
+from longtake.errors import nearest
+
+
+class Names(TyperGroup):
+    """The commands of `longtake recipes`; another word is the name of a recipe, of which `one` tells."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the words mean."""
+        if args[0] not in self.commands and not nearest(args[0], self.commands):
+            args = ["one", *args]
+        return super().resolve_command(ctx, args)
+
 
 recipes = typer.Typer(
     name="recipes",
+    cls=Names,
     help="List the recipes that `longtake train NAME` knows; `copy` gives one to change.",
     no_args_is_help=False,
 )
@@ -43,3 +57,15 @@ def copy(
 
         for file in copy_recipe(name, folder, overwrite=overwrite):
             typer.echo(str(file))
+
+
+@recipes.command(hidden=True)
+def one(
+    context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, e.g. toy/i2v.")]
+) -> None:
+    """Say what a recipe is, where its file lies, and how it is trained."""
+    with clean_errors(context):
+        from longtake.config.recipes import recipe_file, summary
+
+        file = recipe_file(name)
+        typer.echo(f"{name}  {summary(name)}\n  {file}\n  longtake train {name}\n  longtake recipes copy {name}")

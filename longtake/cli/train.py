@@ -13,8 +13,10 @@ from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, give
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
+    from longtake.config.stage import StageConfig
     from longtake.doctor.run import Report
     from longtake.doctor.streaming import StreamReport
+    from longtake.encodings.write import EncodeReport
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -88,17 +90,57 @@ def encode(
 ) -> None:
     """Encode the data of a stage once, so that training from it loads no encoder."""
     with clean_errors(context):
-        from longtake.config.job import load_config
-        from longtake.config.stage import StageConfig
-
-        resolved = load_config(config, overrides or [])
-        if not isinstance(resolved, StageConfig):
-            raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is encoded")
         from longtake.encodings.write import encode as run
 
-        report = run(resolved, output, overwrite=overwrite, **given(context, "dtype", "rows_per_shard"))
-        if report is not None:
-            typer.echo(str(report))
+        chosen = given(context, "dtype", "rows_per_shard")
+        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
+
+
+def teacher_data(
+    context: typer.Context,
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file or recipe of one stage, e.g. toy/ode for paths, toy/causal for clips.",
+            autocompletion=_recipes,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
+    ],
+    overrides: Overrides = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
+    ] = None,
+    rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a stage's teacher make its data: ODE paths, or clips of pictures and prompts where there are no videos."""
+    with clean_errors(context):
+        from longtake.encodings.teacher_data import teacher_data as run
+
+        chosen = given(context, "dtype", "rows_per_shard")
+        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
+
+
+def _tell(report: EncodeReport) -> None:
+    """Prints the report of all ranks once."""
+    from longtake.parallel.mesh import launched
+
+    if launched()[0] == 0:
+        typer.echo(str(report))
+
+
+def _stage(config: Path, overrides: list[str] | None) -> StageConfig:
+    """The stage that a file describes. Raises: ConfigError when it is a job."""
+    from longtake.config.job import load_config
+    from longtake.config.stage import StageConfig
+
+    resolved = load_config(config, overrides or [])
+    if not isinstance(resolved, StageConfig):
+        raise ConfigError(f"{config} is a job; give the file of one of its stages, whose data is made")
+    return resolved
 
 
 def doctor(

@@ -28,6 +28,7 @@ def download(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the files; by default the hub's cache.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Fetch all that a model needs: transformer, VAE, text and image encoder, tokenizer."""
     with clean_errors(context):

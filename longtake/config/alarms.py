@@ -19,6 +19,9 @@ Score = Literal[
     "position_error_px",
     "motion_ratio",
     "stop_rate",
+    "shape_kept",
+    "colour_kept",
+    "count_kept",
 ]
 
 

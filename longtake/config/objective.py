@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 KINDS = {
     "flow_matching": "longtake.objectives.flow_matching:FlowMatchingConfig",
     "teacher_forcing": "longtake.objectives.teacher_forcing:TeacherForcingConfig",
+    "ode_regression": "longtake.objectives.ode_regression:OdeRegressionConfig",
+    "consistency": "longtake.objectives.consistency:ConsistencyConfig",
     "dmd": "longtake.objectives.dmd:DmdConfig",
     "long_tuning": "longtake.objectives.long_tuning:LongTuningConfig",
 }
@@ -44,6 +46,23 @@ class NetworkConfig:
     optim: OptimConfig | None = None
     lora: LoraConfig | None = None
     shared: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherSampling:
+    """How a teacher makes data (`longtake teacher-data`).
+
+    Fields: `source` of its weights, which the key `key` names; `causal`, whether it makes each block after real frames
+    before it, else it is bidirectional and makes whole clips; `num_steps` Euler steps from noise; `guidance`, w in
+    uncond + w (cond - uncond); `keeps_path`, whether states on the way are kept, at the levels of the student.
+    """
+
+    key: str
+    source: str
+    causal: bool
+    num_steps: int
+    guidance: float
+    keeps_path: bool
 
 
 class ObjectiveConfig(Settings):
@@ -82,8 +101,18 @@ class ObjectiveConfig(Settings):
         return False
 
     @property
+    def paths(self) -> TeacherSampling | None:
+        """How the teacher's paths are made that rows must hold."""
+        return None
+
+    @property
     def takes_switches(self) -> bool:
         """Whether videos may be learnt from whose caption changes on the way; where not, such a row is a bad one."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        """Whether the student's roll-outs have gradient into the context that they write (`rollout/replay.py`)."""
         return False
 
     @property

@@ -25,7 +25,17 @@ def find_recipe(given: str | Path) -> Path:
     if path.as_posix() in names:
         return RECIPES / f"{path.as_posix()}.yaml"
     near = nearest(path.as_posix().removeprefix("configs/").removesuffix(".yaml"), names)
-    raise ConfigError(f"config {path} is not a file, and no recipe is called so{near}; `longtake recipes` lists them")
+    raise ConfigError(
+        f"config {path} is not a file, and no recipe is called so{near or ';'} `longtake recipes` lists them"
+    )
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe that comes with the package. Raises: ConfigError that brings the nearest name."""
+    if name not in (names := recipe_names()):
+        near = nearest(name, names) or ";"
+        raise ConfigError(f"no recipe is called {name}{near} `longtake recipes` lists them")
+    return RECIPES.resolve() / f"{name}.yaml"
 
 
 def summary(name: str) -> str:
@@ -49,9 +59,7 @@ def copy_recipe(name: str, folder: Path, *, overwrite: bool = False) -> list[Pat
     Raises: ConfigError for a name that there is not; OutputError when one of the files is there already, before any is
     written, unless `overwrite` is given.
     """
-    if name not in (names := recipe_names()):
-        raise ConfigError(f"no recipe is called {name}{nearest(name, names)}; `longtake recipes` lists them")
-    recipe = RECIPES.resolve() / f"{name}.yaml"
+    recipe = recipe_file(name)
     copies = {folder / file.relative_to(RECIPES.resolve()): file for file in files_of(recipe)}
     for copy in copies:
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -191,20 +191,30 @@ def open_video(source: Path | bytes, where: str, *, threads: bool = False) -> It
 
 
 def read_clip(
-    source: Path | bytes, num_frames: int, *, sizes: Sizes = (), fps: float | None = None, where: str | None = None
+    source: Path | bytes,
+    num_frames: int,
+    *,
+    sizes: Sizes = (),
+    fps: float | None = None,
+    where: str | None = None,
+    scene: tuple[int, int | None] = (0, None),
 ) -> NDArray[np.uint8]:
     """The first `num_frames` frames of a video file, or of its bytes, as uint8 [num_frames, h, w, 3].
 
+    Args: `scene`, frames [start, end) at the rate asked for, of which the first are taken and no other.
     The frames are brought to the nearest of `sizes`.
     Raises: DataError naming `where`, and the time in the file, when it is missing, damaged, interlaced, HDR, too short,
     has too few pictures a second for `fps`, or changes its size.
     """
-    where = where or str(source)
+    where, (start, end) = where or str(source), scene
+    last = start + num_frames if end is None else min(start + num_frames, end)
     with open_video(source, where) as video:
-        shown = video.at_rate(fps, num_frames) if fps else map(video.pixels, islice(video.frames(), num_frames))
-        frames = [fit_pixels(pixels, sizes) for pixels in shown]
+        shown = video.at_rate(fps, last) if fps else map(video.pixels, islice(video.frames(), last))
+        frames = [fit_pixels(pixels, sizes) for pixels in islice(shown, start, None)]
     if len(frames) < num_frames:
         rate = f" at {fps:g} frames a second" if fps else ""
+        rate += f" from frame {start} on" if start else ""
+        rate += f", before the cut at {end}," if end is not None else ""
         raise DataError(
             f"{where} has {len(frames)} frames{rate} and {num_frames} are needed; remove it or cut it longer"
         )

@@ -54,7 +54,8 @@ class FileRow:
     """A file and its prompts, or the `problem` why the row cannot be used; `where` names it in errors.
 
     `caption` is a file that is read only when the row is; it stands in for `prompts`. `switch_frames` as in `Sample`.
-    `values` are those of the keys that a reader of a table asked for besides.
+    `cut_frames`, the frames of a video at which a further scene begins; `scene`, the frames [start, end) that the row
+    is of. `values` are those of the keys that a reader of a table asked for besides.
     """
 
     where: str
@@ -63,6 +64,8 @@ class FileRow:
     caption: Path | None = None
     problem: str | None = None
     switch_frames: tuple[int, ...] = ()
+    cut_frames: tuple[int, ...] = ()
+    scene: tuple[int, int | None] = (0, None)
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def find_file(self) -> Path:
@@ -248,7 +251,7 @@ def read_table(path: Path, also: Collection[str] | None = None) -> Iterator[File
     file = table_of(path)
     assert file is not None
     known = FILE_KEYS if file == path else FILE_KEYS[:1]
-    keys_read = (*known, "switch_frames", *(also or ()))
+    keys_read = (*known, "switch_frames", "cut_frames", *(also or ()))
     for where, entry, problem in read_objects(file, keys_read, strict=also is not None):
         keys = [key for key in known if key in entry]
         name = entry[keys[0]] if keys else None
@@ -258,22 +261,26 @@ def read_table(path: Path, also: Collection[str] | None = None) -> Iterator[File
             yield FileRow(where, problem=_key_problem(keys, [key for key in FILE_KEYS if key in entry], file))
         else:
             prompts, fault = prompts_of(entry)
-            switches, no_switch = _switches_of(entry, len(prompts))
+            switches, no_switch = _frames_of(entry, "switch_frames", len(prompts))
+            cuts, no_cut = _frames_of(entry, "cut_frames", len(prompts))
             named = file.parent / name
             if keys[0].endswith("_path") and not os.path.exists(named) and os.path.exists(name):
                 named = Path(name)  # musubi-tuner takes them from where it is started
-            yield FileRow(where, named, prompts, None, fault or no_switch, switches, _values(entry, also))
+            values = _values(entry, also)
+            yield FileRow(where, named, prompts, None, fault or no_switch or no_cut, switches, cuts, values=values)
 
 
-def _switches_of(entry: Mapping[str, Any], num_prompts: int) -> tuple[tuple[int, ...], str | None]:
-    """Where the further prompts of a row begin, and what is wrong with that."""
-    frames = entry.get("switch_frames", [])
+def _frames_of(entry: Mapping[str, Any], key: str, num_prompts: int) -> tuple[tuple[int, ...], str | None]:
+    """The frames at which the prompt, or the scene, of a row's video changes, and what is wrong with them."""
+    frames, one_for_all = entry.get(key, []), key == "cut_frames" and num_prompts == 1
     whole = isinstance(frames, list) and all(isinstance(frame, int) and frame > 0 for frame in frames)
-    if not whole or sorted(set(frames)) != frames or (frames and len(frames) != num_prompts - 1):
+    if not whole or sorted(set(frames)) != frames or (frames and len(frames) + 1 != num_prompts and not one_for_all):
         return (), (
-            f"switch_frames={frames!r} must be ascending pixel frames above 0, one less than prompts ({num_prompts}): "
-            "the first frame of each further prompt"
+            f"{key}={frames!r} must be ascending pixel frames above 0, one less than prompts ({num_prompts}): the "
+            "first frame of each further prompt"
         )
+    if frames and "switch_frames" in entry and "cut_frames" in entry:
+        return (), "has switch_frames and cut_frames; give each scene a file and a row of its own"
     return tuple(frames), None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from longtake.data.file_rows import (
@@ -39,7 +40,8 @@ class _FileRows(Rows):
         """The name of the file as it lies on disk, and file and row in words. Raises: DataError."""
         found = self._rows[row]
         file = found.find_file() if found.file else found.caption
-        return file.stem if file else f"{row:06d}", found.where
+        from_frame = f"_{found.scene[0]}" if found.scene[0] else ""
+        return f"{file.stem}{from_frame}" if file else f"{row:06d}", found.where
 
     def prompts(self, row: int) -> tuple[str, ...]:
         """Of the table, or of the caption file. Raises: DataError."""
@@ -75,7 +77,8 @@ class ImageFolder(_FileRows):
     def picture(self, row: int) -> Picture:
         """The row's file. Raises: DataError."""
         file = self._rows[row].find_file()
-        return Picture(file, f"{self._rows[row].where}: {self.word} {file}", is_clip=self.kind == "clips")
+        label = f"{self._rows[row].where}: {self.word} {file}"
+        return Picture(file, label, is_clip=self.kind == "clips", scene=self._rows[row].scene)
 
 
 class ClipFolder(ImageFolder):
@@ -88,14 +91,28 @@ class ClipFolder(ImageFolder):
         spec.frames_of(str(path))  # refused now, not at the first row
         super().__init__(path, spec)
 
+    def _listed(self) -> list[FileRow]:
+        return [scene for row in super()._listed() for scene in _scenes(row)]
+
     def identities(self) -> Iterable[str]:
-        """The same, and where the prompt of a video changes."""
+        """The same, and where the prompt of a video changes, or its scene begins and ends."""
         for identity, row in zip(super().identities(), self._rows):
-            yield f"{identity} {list(row.switch_frames)}" if row.switch_frames else identity
+            scene = f" from {row.scene[0]} to {row.scene[1]}" if row.scene != (0, None) else ""
+            yield f"{identity} {list(row.switch_frames)}" if row.switch_frames else identity + scene
 
     def switch_frames(self, row: int) -> tuple[int, ...]:
         """Of the table."""
         return self._rows[row].switch_frames
+
+
+def _scenes(row: FileRow) -> list[FileRow]:
+    """A row for each scene of a video: after a cut there is another picture and no past, so it is another video."""
+    if not row.cut_frames or row.problem is not None:
+        return [row]
+    ends = [*row.cut_frames, None]
+    scenes = list(zip([0, *row.cut_frames], ends))
+    prompts = row.prompts if len(row.prompts) > 1 else row.prompts * len(scenes)
+    return [replace(row, scene=scene, prompts=(prompt,)) for scene, prompt in zip(scenes, prompts, strict=True)]
 
 
 class TextRows(_FileRows):

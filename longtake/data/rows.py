@@ -45,17 +45,20 @@ AS_STORED = PictureSpec()
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture or video as it is stored: its file or bytes; `label` names it in errors."""
+    """A picture or video as it is stored: its file or bytes; `label` names it in errors; `scene`, the frames
+    [start, end) of a video that are one scene.
+    """
 
     data: Path | bytes
     label: str
     is_clip: bool = False
+    scene: tuple[int, int | None] = (0, None)
 
     def read(self, spec: PictureSpec) -> NDArray:
         """Pixels uint8 [h, w, 3], or of a clip [T, h, w, 3]. Raises: DataError naming the label."""
         if self.is_clip:
             frames = spec.frames_of(self.label)
-            return read_clip(self.data, frames, sizes=spec.sizes, fps=spec.fps, where=self.label)
+            return read_clip(self.data, frames, sizes=spec.sizes, fps=spec.fps, where=self.label, scene=self.scene)
         return decode_image(self._bytes(), self.label, spec.sizes)
 
     def size(self) -> tuple[int, int]:

@@ -239,7 +239,7 @@ class _Chosen(KeyedRNG):
     """
 
     def integer(self, step: int, purpose: str, low: int, high: int, part: int = 0) -> int:
-        chosen = {"exit_step": low + 1, "own_history": low}.get(purpose, high - 1)
+        chosen = {"exit_step": low + 1, "later_exit_step": low + 1, "own_history": low}.get(purpose, high - 1)
         return min(chosen, high - 1)
 
 

@@ -140,7 +140,8 @@ def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | 
     rules = student.rules if student is not None else read_rules(Path(model)) if Path(model).is_dir() else None
     if (room := _room(device, look())) is None:
         raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
-    return stream_report(sizes, generation_settings(None, changes, rules), *room)
+    networks = 2 if student is not None and student.student.writes_apart else 1
+    return stream_report(sizes, generation_settings(None, changes, rules), *room, networks=networks)
 
 
 def _room(device: str | None, machine: Machine) -> tuple[int, str] | None:

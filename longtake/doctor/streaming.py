@@ -59,11 +59,11 @@ class Choice:
         return {**asdict(self), "total": self.total}
 
 
-def stream_choices(sizes: DiTConfig, settings: GenerationConfig) -> Iterator[Choice]:
+def stream_choices(sizes: DiTConfig, settings: GenerationConfig, networks: int = 1) -> Iterator[Choice]:
     """The stream of `settings` first, then what takes less memory, each beside those before, in the order of what they
     cost.
 
-    Args: `sizes` of the transformer. Raises: ConfigError for sizes that do not fit each other.
+    Args: `sizes` of the transformer, and how many there are. Raises: ConfigError for sizes that do not fit each other.
     """
     stride = 16 if sizes.out_channels == 48 else 8
     size = settings.height // stride, settings.width // stride
@@ -75,6 +75,7 @@ def stream_choices(sizes: DiTConfig, settings: GenerationConfig) -> Iterator[Cho
         vae = settings.vae_precision or ("fp32" if precision == "fp32" else "bf16")
         parts, a_pass = transformer(precision=precision)
         there, work = pixels(decoder=decoder, low_memory=low_memory, vae_precision=vae)
+        parts = {**parts, "transformer": networks * parts["transformer"]}
         there = parts | _encoders(sizes, settings, half=precision != "fp32", low_memory=low_memory) | there
         return Choice(precision, decoder, low_memory, settings.plan.window_frames, there, {"a pass": a_pass, **work})
 
@@ -210,7 +211,9 @@ class StreamReport:
         return "\n".join([*lines, "  (of these the largest counts: they come one after the other)"])
 
 
-def stream_report(sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str) -> StreamReport:
-    """Whether a stream fits."""
-    asked, *others = stream_choices(sizes, settings)
+def stream_report(
+    sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str, *, networks: int = 1
+) -> StreamReport:
+    """Whether a stream fits. Args: `networks` of these sizes that it has, two where one makes the context."""
+    asked, *others = stream_choices(sizes, settings, networks)
     return StreamReport(free_bytes, where, asked, others)

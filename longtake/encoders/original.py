@@ -18,6 +18,7 @@ import torch
 
 from longtake.encoders.strict import refuse
 from longtake.errors import CheckpointError
+from longtake.progress import track
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.read import read_tensors
 from longtake.weights.tensor_files import check_finite, misfits, shapes_in
@@ -155,7 +156,9 @@ class _Original:
             ones = (1,) * _LEADING.get(source, 0)
             expected[source] = (*ones, 3 * first if _PACKED.search(key) else first, *rest)
         refuse(misfits(expected, shapes_in(self.state)), self.path, type(model).__name__)
-        placed = {key: self.state[key].to(device=device, dtype=dtype) for key in expected}
+        total = sum(self.state[key].nbytes for key in expected)
+        told = track(expected, f"loading {self.path.name}", "bytes", total, size=lambda key: self.state[key].nbytes)
+        placed = {key: self.state[key].to(device=device, dtype=dtype) for key in told}
         for key, tensor in placed.items():
             check_finite(tensor, f"{key} of {self.path}")
         tensors = {}

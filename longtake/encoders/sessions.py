@@ -8,7 +8,7 @@ on, it is made anew from them, bit for bit. Must know no statistics of latents.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -138,11 +138,12 @@ class EncoderSession:
 
 class _Held:
     """A decoder's past and after how many latent frames of the video it is, None while it is written. Copies of a
-    session share one: whose latent frames are others makes its own.
+    session share one: whose latent frames are others makes its own. `apart`: never written,
+    and maybe elsewhere.
     """
 
-    def __init__(self, past: Past, after: int | None = None) -> None:
-        self.past, self.after = past, after
+    def __init__(self, past: Past, after: int | None = None, *, apart: bool = False) -> None:
+        self.past, self.after, self.apart = past, after, apart
 
 
 class DecoderSession:
@@ -204,6 +205,10 @@ class DecoderSession:
                 _, past = run(network, [self._decoder.prepared(chunk)], past, begun=begun)
                 begun = True
             self._held.past, self._held.after = past, self.num_latent_frames
+        elif self._held.apart:
+            device = self._decoder.device
+            past = [None if kept is None else kept.to(device, copy=True) for kept in self._held.past]
+            self._held = _Held(past, self.num_latent_frames)
         return self._held
 
     def copy(self) -> DecoderSession:
@@ -216,11 +221,26 @@ class DecoderSession:
     def fork(self) -> DecoderSession:
         """As `copy`, with a past of its own, so that neither has anything to make anew."""
         other, held = self.copy(), self._held
-        if held.after == self.num_latent_frames:
+        if held.after == self.num_latent_frames and not held.apart:
             other._held = _Held([None if kept is None else kept.clone() for kept in held.past], held.after)
-        else:
+        elif held.after != self.num_latent_frames:
             other._held = _Held(())
         return other
+
+    def put_by(self, copy_of: Callable[[Tensor], Tensor]) -> None:
+        """Leaves the past to the copy of this session that goes on, and keeps one of its own that `copy_of` makes, e.g.
+        in another memory. Nothing is to be made anew then.
+        """
+        held = self._held
+        if held.after == self.num_latent_frames and not held.apart:
+            past = [None if kept is None else copy_of(kept) for kept in held.past]
+            self._held = _Held(past, held.after, apart=True)
+
+    @property
+    def put_by_bytes(self) -> int:
+        """What `put_by` keeps."""
+        past = self._held.past if self._held.apart else []
+        return sum(kept.numel() * kept.element_size() for kept in past if kept is not None)
 
     def release(self) -> None:
         """Gives back the past; it is made anew where it is needed again."""

@@ -6,12 +6,13 @@ The libraries' own loaders fill missing weights with random numbers and only war
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import CheckpointError
+from longtake.progress import track
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.locate import files_in
 from longtake.weights.tensor_files import check_finite
@@ -68,7 +69,8 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
         is_pickled(file)  # says what it is, where it is no file of weights
     transformers_logging.disable_progress_bar()  # one bar a small model and rank would bury the training's own
     # What matters, the keys, is said below.
-    with quiet("diffusers", "transformers"), reading(f"{folder} cannot be loaded as {model_class.__name__}"):
+    loading = _told(f"loading {model_class.__name__}")
+    with quiet("diffusers", "transformers"), loading, reading(f"{folder} cannot be loaded as {model_class.__name__}"):
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
         )
@@ -78,6 +80,23 @@ def load_strictly(model_class: Any, folder: Path, *, ignore: tuple[str, ...] = (
     for name, tensor in model.state_dict().items():
         check_finite(tensor, f"{name} of {folder}")
     return model.eval()
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What transformers says inside of the tensors that it has loaded is said as we do."""
+    from transformers.utils import logging as transformers_logging
+
+    def instead(factory: Any, words: Any, named: Any) -> Any:
+        known = bool(words) and isinstance(words[0], Collection)
+        return track(words[0], what, "tensors") if known else factory(*words, **named)
+
+    set_hook = getattr(transformers_logging, "set_tqdm_hook", lambda _: None)  # the first versions of 5 have none
+    before = set_hook(instead)
+    try:
+        yield
+    finally:
+        set_hook(before)
 
 
 def refuse(problems: Mapping[str, list[str]], source: Path, model: str) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 MOST_OFF = 0.5  # of what varies in a picture's latent, that the first one of its clip may differ by
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
-# mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt. Which of
-# them a stage reads beside the text are its `contents` (`key.contents_of`). `switch` [], where a stage learns from
-# videos whose caption changes on the way: the latent frame from which the second prompt holds, 0 = it never does.
+# mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt, `path`
+# [K + 1, F, C, H, W] of a teacher. Which of them a stage reads beside the text are its `contents` (`key.contents_of`).
+# `switch` [], where a stage learns from videos whose caption changes on the way: the latent frame from which the second
+# prompt holds, 0 = it never does.
 EncodedRow = dict[str, Tensor]
 
 
@@ -99,6 +100,12 @@ class BatchEncoder:
         contents = dict.fromkeys(["text", *self.contents, *["text_1"] * any(switch)])
         return _by_row({name: makers[name]() for name in contents}, switch)
 
+    def later_texts(self, row: int, sample: Sample) -> list[Tensor]:
+        """[M, D] of each prompt of a row but the first."""
+        place = f"row {row} ({sample.name}): its prompt"
+        texts = enumerate(sample.prompts[1:], start=2)
+        return [self.encoders.text.encode([text], places=[f"{place} {k}"])[0] for k, text in texts]
+
     def release(self) -> None:
         """Lets the encoders go, with their memory; nothing can be encoded any more."""
         del self.encoders
@@ -152,7 +159,32 @@ class StoredEncoder:
         parts = {name: batch.extras[name].to(self.device) for name in contents}
         if "latents" in parts:  # a set's clips may be longer than the stage's
             parts["latents"] = parts["latents"][:, : self.shape.num_latent_frames]
+        if "path" in parts:
+            parts["path"] = parts["path"][:, :, : self.shape.num_latent_frames]
         return _by_row(parts, switch)
+
+    def later_texts(self, row: int, sample: Sample) -> list[Tensor]:
+        """[M, D] of each prompt of a row but the first."""
+        return [torch.from_numpy(sample.extras[f"text_{k}"]) for k in range(1, len(sample.prompts))]
+
+
+class SetEncoder(Protocol):
+    """What makes the rows of an encoded set, as the two above do."""
+
+    contents: list[str]
+    empty_text: Tensor
+
+    def check(self, sample: Sample) -> None:
+        """Raises DataError for a sample that cannot be used."""
+        ...
+
+    def rows(self, batch: Batch) -> list[EncodedRow]:
+        """Encodings of each sample of a batch."""
+        ...
+
+    def later_texts(self, row: int, sample: Sample) -> list[Tensor]:
+        """[M, D] of each prompt of a row but the first."""
+        ...
 
 
 RowEncoder = BatchEncoder | StoredEncoder
@@ -185,7 +217,7 @@ def _switches(batch: Batch, encoder: RowEncoder) -> list[int]:
     return [latent_frames(frames[0], encoder.shape.temporal_stride) if frames else 0 for frames in found]
 
 
-def encode_rows(encoder: RowEncoder, read: Sequence[tuple[Pick, int, Sample]], batch_size: int) -> list[EncodedRow]:
+def encode_rows(encoder: SetEncoder, read: Sequence[tuple[Pick, int, Sample]], batch_size: int) -> list[EncodedRow]:
     """Encodings of at most `batch_size` samples, each with its pick and the row that it was read from.
 
     Always as many at once, filled up with repeats: kernels, and with them the last bits of an encoding, depend on the
@@ -248,6 +280,7 @@ def make_batch(
         latents=stacked("latents"),
         later_text=later,
         switch_frames=switches,
+        path=stacked("path"),
         # The latent of a picture does not depend on what follows it, so y already holds the given picture's.
         first_latent=stacked("first") if frames is None else frames[:, :1, shape.temporal_stride :],
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,11 +42,11 @@ from longtake.data.loader import BadRows
 from longtake.data.order import Buckets, Pick
 from longtake.data.samples import Dataset, Sample
 from longtake.encoders.fingerprint import encoder_files
-from longtake.encodings.encode import BatchEncoder, encode_rows
+from longtake.encodings.encode import BatchEncoder, SetEncoder, encode_rows
 from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
-from longtake.outputs import check_output_folder, check_own
+from longtake.outputs import check_output_folder, check_own, check_space
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.progress import Progress
 from longtake.train.lock import LOCK, only_run
@@ -54,6 +55,24 @@ from longtake.train.stage_data import check_strides, find_buckets, open_data, si
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a set is written: `dtype` of what is no text, `rows_per_shard` rows a file, `overwrite` another set.
+
+    Raises: ConfigError.
+    """
+
+    dtype: str = "float32"
+    rows_per_shard: int = 64
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES or self.rows_per_shard < 1:
+            raise ConfigError(
+                f"dtype={self.dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={self.rows_per_shard} >= 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,91 +99,125 @@ class EncodeReport:
 def encode(
     config: StageConfig,
     output: str | Path,
+    mesh: Mesh | None = None,
     *,
     dtype: str = "float32",
     rows_per_shard: int = 64,
     overwrite: bool = False,
-) -> EncodeReport | None:
-    """Encodes the data set of a stage on all ranks that torchrun started; the report on rank 0, None on the others.
+) -> EncodeReport:
+    """Encodes the data set of a stage on the ranks of a mesh (None: all that torchrun started); the same on each.
 
     Args: `dtype` in which CLIP tokens and latents are stored (text is bfloat16 always); `rows_per_shard` rows of the
     data set a file; `overwrite` lets another encoded set in `output` make way.
     Raises: DataError for a bad row (`data.on_bad_row`), or when `output` holds something else; OutputError when it
     cannot be written; ConfigError.
     """
-    with init_mesh() as mesh:
-        report = encode_set(config, Path(output), mesh, dtype=dtype, rows_per_shard=rows_per_shard, overwrite=overwrite)
-        return report if mesh.is_main else None
+    layout = Layout(dtype, rows_per_shard, overwrite)
+    with init_mesh() if mesh is None else nullcontext(mesh) as ranks:
+        writer = SetWriter(config, Path(output), ranks, layout)
+        if isinstance(writer.dataset, EncodedRows):
+            raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
+        with writer:
+            encoder = writer.encoder(with_latents=config.objective.learns_from_videos)
+            return writer.write(encoder, partial(writer.head, encoder))
 
 
-def encode_set(
-    config: StageConfig,
-    output: Path,
-    mesh: Mesh,
-    *,
-    dtype: str = "float32",
-    rows_per_shard: int = 64,
-    overwrite: bool = False,
-) -> EncodeReport:
-    """As `encode`, on the ranks of a mesh."""
-    if dtype not in DTYPES or rows_per_shard < 1:
-        raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, and rows_per_shard={rows_per_shard} >= 1")
-    mesh.on_main(lambda: check_output_folder(output))
-    dataset = open_data(config.data, config.clip_shape)
-    if isinstance(dataset, EncodedRows):
-        raise ConfigError(f"data.path={config.data.path} is an encoded set already; give the data it was made from")
-    mesh.on_main(lambda: _check_output(output))
-    with only_run(output, mesh, "name another folder"):
+@dataclass
+class SetWriter:
+    """Writes encoded sets of the data of a stage; a context, inside which no other command writes there.
+
+    Raises: DataError when `output` holds something else, OutputError when it cannot be written.
+    """
+
+    config: StageConfig
+    output: Path
+    mesh: Mesh
+    layout: Layout
+    dataset: Dataset = field(init=False)
+    _alone: ExitStack = field(init=False, default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.mesh.on_main(lambda: check_output_folder(self.output))
+        self.dataset = open_data(self.config.data, self.config.clip_shape)
+
+    def __enter__(self) -> Self:
+        self.mesh.on_main(lambda: _check_output(self.output))
+        self._alone.enter_context(only_run(self.output, self.mesh, "name another folder"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._alone.__exit__(*error)
+
+    def encoder(self, *, with_latents: bool) -> BatchEncoder:
+        """What encodes the rows. Raises: CheckpointError, ConfigError."""
+        config, device = self.config, self.mesh.device
         folder, model = config.encoders_folder, config.model
         with_tokens = model.with_y and "image" in encoder_files(folder)
-        encoders = load_encoders(folder, model, mesh.device, with_image=with_tokens)
+        encoders = load_encoders(folder, model, device, with_image=with_tokens)
         check_strides(encoders.vae, config.video, folder)
-        contents = contents_of(model, with_tokens=with_tokens, with_latents=config.objective.learns_from_videos)
-        empty_prompt = config.objective.empty_prompt
-        rules: dict[str, Any] = {"empty_prompt": empty_prompt, "switches": config.objective.takes_switches}
-        encoder = BatchEncoder(encoders, config.clip_shape, contents, device=mesh.device, **rules)
+        contents = contents_of(model, with_tokens=with_tokens, with_latents=with_latents)
+        objective = config.objective
+        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
+        return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
+
+    def head(self, encoder: BatchEncoder) -> dict[str, Any]:
+        """`key` and `files` of a set by that encoder. Reads all weights of the encoders once, for their digests."""
+        config, contents = self.config, encoder.contents
+        digests, files = encoders_key(config.encoders_folder, contents)
+        key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
+        key |= sizes_key(config.model, config.data, encoder.shape, contents)
+        if empty_prompt := config.objective.empty_prompt:
+            key["negative_prompt"] = empty_prompt
+        return {"key": key, "files": files}
+
+    def write(self, encoder: SetEncoder, head: Callable[[], dict[str, Any]], row_bytes: int = 0) -> EncodeReport:
+        """Writes what an encoder makes of the data; all ranks call it.
+
+        Args: `head`, what the index says of the encoder, and to which the rest is added here; `row_bytes` of a row, by
+        which the disk is asked first (0: it is not).
+        """
+        config, output, mesh, dataset, layout = self.config, self.output, self.mesh, self.dataset, self.layout
         buckets = find_buckets(config.data, sizes_of(config.data, config.video), dataset, mesh)
-        writer = _ShardWriter(
-            config.data, config.micro_batch_size, dataset, buckets, encoder, DTYPES[dtype], rows_per_shard
-        )
+        shards = _ShardWriter(config.data, config.micro_batch_size, dataset, buckets, encoder, layout)
         request = {
             **config.data.model_dump(include={"path", "on_bad_row"}),
             "num_rows": len(dataset),
             "rows": mesh.on_main(lambda: rows_invariant(dataset)),
-            "dtype": dtype,
-            "rows_per_shard": rows_per_shard,
+            "dtype": layout.dtype,
+            "rows_per_shard": layout.rows_per_shard,
             "batch_size": config.micro_batch_size,
         }
-        sizes = sizes_key(model, config.data, encoder.shape, contents)
-        index = partial(_index, folder, encoder, sizes, empty_prompt, request)
-        missing = mesh.on_main(lambda: _begin(output, index(), encoder, overwrite))
+        missing = mesh.on_main(lambda: _begin(output, _index(head(), request), encoder, layout.overwrite))
+        rows_now = sum(len(shards.rows_of(shard)) for shard in missing)
+        if row_bytes:
+            mesh.on_main(lambda: _check_room(output, rows_now, row_bytes))
         started = time.perf_counter()
-        _share(mesh, writer, output, missing)
+        _share(mesh, shards, output, missing)
         seconds = time.perf_counter() - started
-        done = mesh.on_main(lambda: _finish(output, config.data.max_bad_share, -(-len(dataset) // rows_per_shard)))
-    return EncodeReport(
-        output,
-        num_rows=sum(shard["num_rows"] for shard in done["shards"]),
-        num_bad=len(done["bad_rows"]),
-        size_bytes=sum(shard["size_bytes"] for shard in done["shards"]),
-        rows_now=sum(len(writer.rows_of(shard)) for shard in missing),
-        seconds=seconds,
-        num_ranks=mesh.world_size,
-    )
+        num_shards = -(-len(dataset) // layout.rows_per_shard)
+        done = mesh.on_main(lambda: _finish(output, config.data.max_bad_share, num_shards))
+        return EncodeReport(
+            output,
+            num_rows=sum(shard["num_rows"] for shard in done["shards"]),
+            num_bad=len(done["bad_rows"]),
+            size_bytes=sum(shard["size_bytes"] for shard in done["shards"]),
+            rows_now=rows_now,
+            seconds=seconds,
+            num_ranks=mesh.world_size,
+        )
 
 
-def _index(
-    folder: Path, encoder: BatchEncoder, sizes: dict[str, Any], empty_prompt: str, request: dict[str, Any]
-) -> dict[str, Any]:
-    """The index of a set that holds no shard yet. Reads all weights of the encoders once, for their digests."""
-    contents = encoder.contents
-    digests, files = encoders_key(folder, contents)
-    key = {"encoders": digests, "contents": contents, "text_len": encoder.encoders.text.text_len}
-    key |= sizes
-    if empty_prompt:
-        key["negative_prompt"] = empty_prompt
-    head = {"format": FORMAT, "version": VERSION, "complete": False}
-    return {**head, "key": key, "request": request, "files": files, "shards": [], "bad_rows": []}
+def _index(head: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """The index of a set that holds no shard yet."""
+    begin = {"format": FORMAT, "version": VERSION, "complete": False}
+    return {**begin, **head, "request": request, "shards": [], "bad_rows": []}
+
+
+def _check_room(output: Path, rows: int, row_bytes: int) -> None:
+    """Says how much disk so many rows will take. Raises: OutputError when there is not that much."""
+    size = rows * row_bytes
+    logger.info("%s: %d rows of about %.3g MB will be written, %.3g GB", output, rows, row_bytes / 1e6, size / 1e9)
+    check_space(output / INDEX, size)
 
 
 def _share(mesh: Mesh, writer: _ShardWriter, output: Path, missing: list[int]) -> None:
@@ -190,12 +243,11 @@ class _ShardWriter:
         batch_size: int,
         dataset: Dataset,
         buckets: Buckets,
-        encoder: BatchEncoder,
-        dtype: torch.dtype,
-        rows_per_shard: int,
+        encoder: SetEncoder,
+        layout: Layout,
     ) -> None:
         self.dataset, self.buckets, self.encoder = dataset, buckets, encoder
-        self.dtype, self.rows_per_shard = dtype, rows_per_shard
+        self.dtype, self.rows_per_shard = DTYPES[layout.dtype], layout.rows_per_shard
         self.batch_size, self.threads = batch_size, max(1, data.num_workers)
         self.bad = BadRows(len(dataset), data.on_bad_row, data.max_bad_share)
 
@@ -243,10 +295,7 @@ class _ShardWriter:
         picked = [(Pick(index=row, row=row), row, sample) for row, sample in read]
         result = []
         for (row, sample), encoded in zip(read, encode_rows(self.encoder, picked, self.batch_size)):
-            texts = [encoded["text"]]
-            for k, text in enumerate(sample.prompts[1:], start=2):
-                place = f"row {row} ({sample.name}): its prompt {k}"
-                texts.append(self.encoder.encoders.text.encode([text], places=[place])[0])
+            texts = [encoded["text"], *self.encoder.later_texts(row, sample)]
             stored = [real_rows(text).to("cpu", torch.bfloat16) for text in texts]
             arrays = {name: encoded[name].to("cpu", self.dtype) for name in self.encoder.contents}
             bucket = int(self.buckets.bucket_of_row[row])
@@ -270,7 +319,7 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output} exists and is no encoded set (no {INDEX}); name an empty or a new folder")
 
 
-def _begin(output: Path, index: dict[str, Any], encoder: BatchEncoder, overwrite: bool) -> list[int]:
+def _begin(output: Path, index: dict[str, Any], encoder: SetEncoder, overwrite: bool) -> list[int]:
     """Numbers of the shards that are missing, of a set that is new or that this request began; with `overwrite`
     another set that is there makes way.
 

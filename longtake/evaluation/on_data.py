@@ -7,11 +7,9 @@ A student makes its longest video alone; the shorter ones are its beginnings.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
@@ -43,13 +41,12 @@ from longtake.inference.video_io import VideoWriter
 from longtake.outputs import check_output_folder, writing
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
+from longtake.progress import Progress, track
 
 VIDEOS, LAYOUT = "videos", "vbench"  # folders beside table, JSON and page
 _PART = "videos.part"  # where videos lie until all of them are made and measured: no refusal costs an earlier one
 _WINDOW_SHARE = 4  # the first window of latents is a quarter of the training clips
 _UNUSUAL, _NAME_SIGNS = re.compile(r"[^\w.-]+"), 60  # of a row's name in that of a file
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +79,26 @@ class Made:
     files: Mapping[int, LaidVideo]
     measuring: Mapping[int, Future[MeasuredVideo]]
     seen: Seen
+
+
+class Pace:
+    """How far the videos of this rank are, in frames: those of a video count when all of it is there, since its latents
+    are made before any of them.
+    """
+
+    def __init__(self, num_videos: int, num_frames: int) -> None:
+        self.number, self.num_videos = 0, num_videos
+        self.progress = Progress("videos", num_frames, "frames")
+
+    def begin(self, maker: str) -> None:
+        """The next video is made, by `maker`."""
+        self.number += 1
+        self.progress.what = f"video {self.number} of {self.num_videos}, by {maker}"
+        self.progress.update(self.progress.done)
+
+    def end(self, num_frames: int) -> None:
+        """It is there."""
+        self.progress.update(self.progress.done + num_frames)
 
 
 def evaluate_on_data(
@@ -167,17 +184,27 @@ def _make_share(
     every: Sequence[Contender], reader: RowReader, asked: Asked, part: Path
 ) -> list[tuple[LaidVideo, MeasuredVideo]]:
     """Files of this rank's rows by all contenders, one of whom is in memory at a time, and what was measured."""
+    counts = [len(reader.read(one.source).rows) * asked.samples for one in every]
+    frames = [_longest(one, reader.read(one.source)) for one in every]
+    pace = Pace(sum(counts), sum(count * each for count, each in zip(counts, frames)))
     with measuring_threads() as pool:
-        made = [(one, _videos_of(one, reader, asked, part, pool)) for one in every]
+        try:
+            made = [(one, video) for one in every for video in _videos_of(one, reader, asked, part, pool, pace)]
+        finally:
+            pace.progress.finish()
+        files = [(one, video, *file) for one, video in made for file in video.files.items()]
         return [
             (laid, video.seen.added_to(video.measuring[multiple].result(), one.num_latent_frames(multiple)))
-            for one, videos in made
-            for video in videos
-            for multiple, laid in video.files.items()
+            for one, video, multiple, laid in track(files, "measuring", "videos")
         ]
 
 
-def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool: Executor) -> list[Made]:
+def _longest(one: Contender, reading: Reading) -> int:
+    """Pixel frames of a contender's videos, the shorter ones of which are its beginnings."""
+    return pixel_frames(one.num_latent_frames(one.multiples[-1]), reading.decoder.temporal_stride)
+
+
+def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool: Executor, pace: Pace) -> list[Made]:
     """Makes the videos of all rows of this rank, while the files of those before are measured."""
     reading = reader.read(one.source)
     model = one.load(reader.mesh.device)
@@ -188,7 +215,7 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool
         raise ConfigError(f"{one.name} has no blocks for a picture to stand still in; set picture=frame")
     made = []
     for (row, sample), index in product(zip(reading.rows, reading.samples), range(asked.samples)):
-        begun = time.perf_counter()
+        pace.begin(one.name)
         name = f"{row.number:05d}-{_UNUSUAL.sub('_', row.name)[:_NAME_SIGNS]}"
         stem = f"{name}-{index}" if asked.samples > 1 else name
         files = {multiple: part / one.row_name(multiple) / f"{stem}.mp4" for multiple in one.multiples}
@@ -200,7 +227,7 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool
         }
         laid = {n: LaidVideo(path, name, sample.prompt, picture, index) for n, path in files.items()}
         made.append(Made(laid, measuring, seen))
-        logger.info("%s made %s in %.1f s", one.name, stem, time.perf_counter() - begun)
+        pace.end(_longest(one, reading))
     return made
 
 

@@ -31,6 +31,7 @@ OPEN_COLUMNS = (
     ("open bits", "open_entropy_bits", "{:.2f}"),
     ("from", "low", "{:.2f}"),
     ("to", "high", "{:.2f}"),
+    ("of teacher", "share", "{:.0%}"),
     ("open stopped", "open_stop_rate", "{:.1%}"),
     ("stopped", "stop_rate", "{:.1%}"),
     ("position px", "position_error_px", "{:.2f}"),
@@ -72,12 +73,15 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 def open_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Scores over the worlds whose captions leave a motion open, as a Markdown table: how varied the choices are.
 
-    `from` and `to` are the 95 % interval of the bits; `open stopped` the share of sprites, left open, that stood still.
+    `from` and `to` are the 95 % interval of the bits; `of teacher`, the bits as a share of those of the bidirectional
+    teacher; `open stopped` the share of sprites, left open, that stood still.
     """
+    teacher = summaries.get("teacher", {}).get("open_worlds", {}).get("open_entropy_bits")
 
     def values(part: Mapping[str, Any]) -> dict[str, Any]:
         low, high = part["open_entropy_ci95_bits"] or (None, None)
-        return {**part, "low": low, "high": high}
+        bits = part["open_entropy_bits"]
+        return {**part, "low": low, "high": high, "share": bits / teacher if bits is not None and teacher else None}
 
     parts = {name: summary["open_worlds"] for name, summary in summaries.items() if "open_worlds" in summary}
     return _formatted(OPEN_COLUMNS, {name: values(part) for name, part in parts.items()})

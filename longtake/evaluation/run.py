@@ -16,7 +16,7 @@ from longtake.condition import pixel_frames
 from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
-from longtake.evaluation import pictures, report, rows
+from longtake.evaluation import paired, pictures, report, rows
 from longtake.evaluation.target import EvalTarget, load_frozen, of_run
 from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
@@ -32,7 +32,8 @@ _DRAWN_ROWS = ("truth", "teacher", "teacher, causal")
 _SHEET_VIDEOS = 3
 # What a row is called whose condition lacks a part
 _BROKEN = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
-_NO_REBUILD = ", no rebuild"
+# What a row is called whose cache is made anew by another law than the student's own
+_LAWS = {"rebuild": "rebuild", "last_window": "last window", "none": "no rebuild"}
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,10 @@ class EvaluationReport:
         if any("open_worlds" in summary for summary in self.summaries.values()):
             tables.append(report.open_table(self.summaries))
         if self.has_windows:
-            tables.append(report.window_table(self.summaries))
-        return "\n\n".join(tables)
+            tables += [report.window_table(self.summaries), paired.last_table(self.summaries)]
+        if all("follow" in summary["intervals"] for summary in self.summaries.values()):
+            tables.append(paired.switch_table(self.summaries))
+        return "\n\n".join(filter(None, [*tables, paired.pairs_table(self.summaries)]))
 
     @property
     def has_windows(self) -> bool:
@@ -73,9 +76,11 @@ def evaluate(
     default; `overrides` win over them.
     Rows: truth, VAE round trip, frozen first frame, teacher, the teacher's weights streamed causally in the student's
     steps, each trained stage, and the last stage with one condition taken away. Videos longer than the training clips,
-    and those with switches, are also scored window by window; with switches each stage has a row without the rebuild
-    of the cache, and none of a bidirectional teacher. With `open_worlds` all rows but the broken ones also make that
-    many further worlds of which the captions leave a motion open. All ranks call it.
+    and those with switches, are also scored window by window; with switches each stage has a row for each other law by
+    which its cache can be made anew, and there is none of a bidirectional teacher. Rows are compared in the same
+    worlds: later stages with the first, other laws with the stage's own, all windows with those of the VAE round trip.
+    With `open_worlds` all rows but the broken ones also make that many further worlds of which the captions leave a
+    motion open. All ranks call it.
     Raises: CheckpointError when nothing there was trained; ConfigError for text-to-video models, and for switches that
     are no block boundary of every stage.
     """
@@ -87,6 +92,9 @@ def evaluate(
         raise ConfigError("exported students have no folder of their own; give `output`, the folder of the report")
     measured = target if isinstance(target, EvalTarget) else of_run(Path(target))
     measured.check_worlds()
+    for name, config in ((name, source.config) for name, source in measured.students.items()):
+        if config is not None and config.keep_best and config.validation.seed == settings.seed:
+            logger.warning("seed %d chose the best checkpoint of %s; report another one", settings.seed, name)
     return _measure(measured, settings, Path(folder), mesh or init_mesh(device))
 
 
@@ -103,18 +111,23 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
     batches = worlds(num_worlds=settings.num_worlds, switch_frames=settings.switch_frames)
     rule = _window_rule(target, encoders) if frames > trained or settings.switch_frames else None
     summaries: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, paired.Share]] = {}
     shown: dict[str, rows.Videos] = {}
     total = len(table) * len(batches) * settings.batch_size * batches[0].num_frames
     with rows.scorer_processes(total, mesh) as scorers:
         told = track(table.items(), "rows of the table", "rows", len(table)) if mesh.is_main else table.items()
         for name, row in told:
             scores, shown[name] = rows.score_row(row, batches, mesh, rule=rule, scorers=scorers)
-            summaries[name] = summarise(scores)
+            summaries[name], numbers[name] = summarise(scores), paired.shares(scores)
         if settings.open_worlds:
             further = worlds(num_worlds=settings.open_worlds, only=_open_worlds(settings))
             for name in (name for name in table if not _is_broken(name)):
                 found = summarise(rows.score_row(table[name], further, mesh, scorers=scorers)[0])
                 summaries[name]["open_worlds"] = {key: value for key, value in found.items() if key != "curves"}
+    for name, summary in summaries.items():
+        others = _compared_with(name, list(target.students), with_windows=rule is not None)
+        summary["intervals"] = paired.intervals(numbers[name])
+        summary["compared"] = {other: paired.compared(numbers[name], numbers[other]) for other in others}
     result = EvaluationReport(summaries, folder)
     drawn = {name: shown[name] for name in (*_DRAWN_ROWS, *target.students) if name in shown}
     captions = [rows.caption(world) for world in batches[0].worlds]
@@ -130,7 +143,15 @@ def _open_worlds(settings: EvaluationConfig) -> list[int]:
 
 
 def _is_broken(row: str) -> bool:
-    return row.endswith(tuple(_BROKEN.values())) or row.endswith(_NO_REBUILD)
+    return row.endswith((*_BROKEN.values(), *(f", {law}" for law in _LAWS.values())))
+
+
+def _compared_with(row: str, students: list[str], *, with_windows: bool) -> list[str]:
+    """The rows beside which a row is seen in the same worlds."""
+    others = [paired.ROUND_TRIP] if with_windows and row != paired.ROUND_TRIP else []
+    if row in students[1:]:
+        return [*others, students[0]]
+    return [*others, *(name for name in students for law in _LAWS.values() if row == f"{name}, {law}")]
 
 
 def _window_rule(target: EvalTarget, encoders: Encoders) -> WindowRule:
@@ -185,9 +206,11 @@ def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mes
             table[name] = bidirectional(model)
             continue
         table[name] = rows.student_row(Denoiser(model), student.plan, seed=seed)
-        if switched:
-            stale = student.plan.but(recache="none")
-            table[f"{name}{_NO_REBUILD}"] = rows.student_row(Denoiser(model), stale, seed=seed)
+        for law in (law for law in _LAWS if switched and law != student.plan.recache):
+            # LongLive's law leaves the sink as it was.
+            sink = student.plan.keep_sink or (law == "last_window" and student.plan.sink_frames > 0)
+            other = student.plan.but(recache=law, keep_sink=sink)
+            table[f"{name}, {_LAWS[law]}"] = rows.student_row(Denoiser(model), other, seed=seed)
     if settings.ablations and result.plan is not None and not switched:
         present = {"y": target.with_y, "clip": target.sizes.image_dim is not None, "text": True}
         for broken in (part for part in _BROKEN if present[part]):

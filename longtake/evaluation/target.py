@@ -76,6 +76,8 @@ def load_frozen(weights: Path | Source, device: torch.device, dtype: torch.dtype
     """A model for inference alone, of weights or of a source, which knows more of them than their path; `dtype` of its
     matrix weights, None: as they are.
     """
+    if isinstance(weights, Source) and weights.student is not None:
+        weights.student.check_is_one()
     opened = weights.open() if isinstance(weights, Source) else open_weights(weights, check=True)
     return load_opened(opened, device, dtype).eval().requires_grad_(False)
 

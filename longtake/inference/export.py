@@ -15,9 +15,9 @@ from longtake.errors import ConfigError
 from longtake.inference.model_card import CARD, write_card
 from longtake.inference.source import Source
 from longtake.outputs import check_new_folder, new_folder
-from longtake.run_folder import best_checkpoint, find_checkpoint
+from longtake.progress import as_size
+from longtake.run_folder import best_checkpoint, chosen_by, find_checkpoint
 from longtake.weights.convert import WEIGHT_FILES
-from longtake.weights.hub import as_size
 from longtake.weights.load import load_dit, save_dit
 from longtake.weights.locate import is_hub_name
 
@@ -49,6 +49,8 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
     checkpoint = best_checkpoint(Path(run)) if best else find_checkpoint(Path(run))
+    if (why := chosen_by(checkpoint)) is not None:
+        logger.info("the best checkpoint of %s: %s", checkpoint.parents[1], why)
     source = Source.of_run(checkpoint, changes)
     check_new_folder(target, own=(*WEIGHT_FILES, CARD), inputs=[run, source.weights], overwrite=overwrite)
     settings = source.settings.model_copy(update={"encoders": _place(source.encoders)})

@@ -35,6 +35,7 @@ from longtake.inference.record import (
 from longtake.inference.sampling import teacher_latents
 from longtake.inference.session import Session
 from longtake.inference.session_file import damage, read_session
+from longtake.inference.session_restored import restored
 from longtake.inference.session_state import SessionInputs
 from longtake.inference.source import Source
 from longtake.inference.video import Video
@@ -220,7 +221,7 @@ class Generator(Pipeline):
         values, tensors = read_session(Path(path), self)
         with damage(Path(path)):
             past = {"history_blocks": kept, "ready_blocks": ready_blocks, "history_caches": history_caches}
-            return Session.restored(self, values, tensors, **past)
+            return restored(self, values, tensors, **past)
 
     def guided(self, guidance: float) -> Generator:
         """Itself with another classifier-free guidance; weights, encoders and caches are the same ones."""

@@ -16,6 +16,7 @@ from longtake.errors import ConfigError
 from longtake.inference.cues import Cue
 from longtake.inference.generator import GenerationReport, Generator, write_chunks
 from longtake.inference.record import (
+    FROM_MEMORY,
     Asked,
     VideoRecord,
     Writing,
@@ -83,13 +84,18 @@ def _with_pictures(record: VideoRecord, image: str | Path | None) -> VideoRecord
         places[record.image] = os.path.abspath(image)
     for name, place in places.items():
         if not os.path.isfile(place):
+            if name == FROM_MEMORY:
+                what = "the video began with a picture in memory, not a file"
+                raise ConfigError(f"{what}; save it as PNG and give that with --image")
             fix = " (say with --image where it is)" if name == record.image else "; put it back"
             raise ConfigError(f"{place}, a picture of the video, is not there{fix}")
     now = Asked(record.prompt)
-    others = [place for name, place in places.items() if now.files[now.picture(place)] != record.files[name]]
+    files = {place: now.files[now.picture(place)] for place in places.values()}
+    others = [place for name, place in places.items() if record.files[name] not in ("", files[place])]
     if others:
         raise ConfigError(f"{', '.join(others)} is not the picture that the video was made from; put the former back")
-    files = {places[name]: digest for name, digest in record.files.items()}
+    if FROM_MEMORY in places:
+        logger.warning("%s stands for %s: nobody knows if it is the same one", places[FROM_MEMORY], FROM_MEMORY)
     first = None if record.image is None else places[record.image]
     return record.model_copy(update={"image": first, "files": files})
 

@@ -15,7 +15,7 @@ from longtake.config.generation import GenerationConfig
 from longtake.config.stage import is_path
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
-from longtake.run_folder import checkpoints_folder, list_checkpoints, read_manifest, trained_config
+from longtake.run_folder import checkpoints_folder, chosen_by, list_checkpoints, read_manifest, trained_config
 from longtake.weights.students import in_words
 
 CARD = "README.md"
@@ -86,6 +86,8 @@ def _stage(checkpoint: Path) -> str:
         f"{config.video.height}x{config.video.width}",
         f"- {manifest['step']} iterations of {config.batch_size} samples",
     ]
+    if (why := chosen_by(checkpoint)) is not None:
+        lines.append(f"- chosen as the best checkpoint: {why}. Numbers of other seeds say how good it is")
     rows = _rows(checkpoint.parents[1], manifest["step"])
     lines += [f"- {name}: {value:.4g}" for name, value in _losses(rows, manifest["step"]).items()]
     lines += [f"- {name}: {value:.4g}" for name, value in _validation(rows).items()]

@@ -33,11 +33,12 @@ from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel, check_heads
 from longtake.plan import StreamPlan
+from longtake.progress import as_size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
-from longtake.weights.hub import as_size, local_encoders
-from longtake.weights.load import load_opened
-from longtake.weights.locate import encoder_paths
+from longtake.weights.hub import local_encoders
+from longtake.weights.load import Opened, load_opened
+from longtake.weights.locate import encoder_paths, encoder_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,8 +66,12 @@ def load_encoders(
     encoder, is not; `low_memory` as that of `Encoders.load`.
     """
     text_dtype = torch.bfloat16 if rules.text_precision == "bf16" else dtype
+    place = local_encoders(folder, with_image=with_image)
+    sizes = encoder_sizes(place, with_image=with_image).items()
+    parts = ", ".join(f"{name} {as_size(size)}" for name, size in sizes)
+    logger.info("loading the encoders (%s) from %s to %s", parts, place, device)
     return Encoders.load(
-        local_encoders(folder, with_image=with_image),
+        place,
         device,
         dtype,
         with_image=with_image,
@@ -146,7 +151,7 @@ class Pipeline:
         named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         encoder_paths(source.encoders, with_image=source.needs_image)
-        opened = source.open()
+        opened, apart = source.open(), source.open_writer()
         sizes = opened.model.config  # from the heads of the files: before they are read
         beginning = Beginning.of(sizes, settings)
         for given in begins:
@@ -156,16 +161,12 @@ class Pipeline:
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         started = perf_counter()
-        weighs = as_size(sum(p.numel() for p in opened.model.parameters()) * (2 if settings.is_half else 4))
-        logger.info("loading the transformer (%s) from %s to %s", weighs, source.weights, device)
-        model = load_opened(opened, device, dtype if settings.is_half else None).eval().requires_grad_(False)
-        if settings.precision == "fp8":
-            model.quantise()
-        model = model.executed(Execution(split))
-        denoiser = Denoiser(model, graphs=CUDAGraphRunner() if graphs and device.type == "cuda" else None)
+        model = _streaming(opened, device, settings, split)
+        writer = None if apart is None else _streaming(apart, device, settings, split)
+        runner = CUDAGraphRunner() if graphs and device.type == "cuda" else None
+        denoiser = Denoiser(model, graphs=runner, writer=writer)
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
         folder, low, types = source.encoders, settings.low_memory, (dtype, vae_dtype)
-        logger.info("loading the encoders from %s", folder)
         encoders = load_encoders(folder, settings, device, *types, with_image=with_image, low_memory=low)
         _check_fit(model, encoders, source)
         decoder = _decoder_beside(encoders.vae, settings, folder, device, decoding, vae_dtype)
@@ -209,12 +210,8 @@ class Pipeline:
     ) -> list[KVCache]:
         """Empty caches for a session of these values, `owner`'s until it is gone: one, and one more with guidance."""
         plan, split, graphs = self.plan, self.model.execution.split, self.denoiser.graphs
-        # What is overwritten by the last block of the history is attended to by no block before it; where its last step
-        # stores a block, one more is there than the session has given out, if that fails before it has.
-        ahead = 0 if plan.context == "last_step" else 1
-        spare = max(0, history_blocks - ahead) * plan.block_frames
         most = max_latent_frames if plan.window_frames is None else None
-        sizes, count = (plan, 1, self.latent_size, most, spare), 1 if guidance == 1 else 2
+        sizes, count = (plan, 1, self.latent_size, most), 1 if guidance == 1 else 2
 
         def new() -> list[KVCache]:
             return [self.model.new_cache(*sizes) for _ in range(count)]
@@ -276,6 +273,17 @@ class Pipeline:
                 f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
                 f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
             )
+
+
+def _streaming(
+    opened: Opened, device: torch.device, settings: GenerationConfig, split: SequenceParallel | None
+) -> VideoDiT:
+    """A transformer with its weights, for inference alone."""
+    dtype = torch.bfloat16 if settings.is_half else None
+    model = load_opened(opened, device, dtype).eval().requires_grad_(False)
+    if settings.precision == "fp8":
+        model.quantise()
+    return model.executed(Execution(split))
 
 
 def _decoder_beside(

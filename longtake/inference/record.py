@@ -1,4 +1,8 @@
-"""What a video says about itself, in its own metadata and beside it as `NAME.json`: enough to make it again."""
+"""What a video says about itself, in its own metadata and beside it: enough to make it again.
+
+Beside `a.mp4` lies `a.json`, beside a video of any other kind its kind is in the name, too: `a.gif.json`, and
+`a.png.json` beside a folder `a` of pictures.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from longtake.weights.students import find_student
 if TYPE_CHECKING:
     from longtake.inference.pipeline import Picture
 
-_FROM_MEMORY = "a picture that was no file"
+FROM_MEMORY = "a picture that was no file"
 # Of pictures with grain at the default quality, twice where packets are written again at the end
 _BYTES_A_PIXEL = {"mp4": 0.15, "webm": 0.15, "gif": 0.8, "webp": 0.3, "png": 2.0}
 _KEY = "record"  # in the file beside a video, which may say more
@@ -105,8 +109,8 @@ class Asked:
     def picture(self, path: Picture) -> str:
         """The name of a picture in the record, which notes what it is now. Raises: DataError."""
         if not isinstance(path, str | Path):
-            self.files[_FROM_MEMORY] = ""
-            return _FROM_MEMORY
+            self.files[FROM_MEMORY] = ""
+            return FROM_MEMORY
         name = os.path.abspath(path)
         self.files[name] = _sha256(Path(name))
         return name
@@ -175,7 +179,8 @@ def describe(pipeline: Pipeline, asked: Asked, num_frames: int, how: Writing) ->
 
 def sidecar(video: str | Path) -> Path:
     """The file beside a video that says how it was made."""
-    return Target.of(video).path.with_suffix(".json")
+    target = Target.of(video)
+    return target.path.with_suffix(".json" if target.kind == "mp4" else f".{target.kind}.json")
 
 
 def check_output(video: str | Path, *, inputs: Sequence[str | Path | None] = (), overwrite: bool = False) -> None:
@@ -227,6 +232,8 @@ def read_record(video: str | Path) -> VideoRecord:
     except ValueError:
         found = None  # another program's comment
     tree = found if isinstance(found, dict) and "digests" in found else _beside(sidecar(video))
+    if tree is None and not path.with_suffix(".mp4").exists():  # whose it would be
+        tree = _beside(path.with_suffix(".json"))  # where earlier versions put those of all kinds
     if tree is None:
         raise DataError(
             f"{path} carries no record, and {sidecar(video)} holds none: it was made by something else, or a program "

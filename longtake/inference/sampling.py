@@ -5,7 +5,7 @@ Every video's noise depends on its own seed alone, never on the batch it is gene
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -91,10 +91,19 @@ def teacher_latents(
     device = condition.text.device
     draws = KeyedRNG(seed)
     noise = draws.noise(0, "teacher", videos, (num_frames, model.config.out_channels, *size), device)
+    velocity = teacher_velocity(model, condition, empty_text, guidance, first_latent)
+    clip = euler(velocity, noise, sampling_sigmas(num_steps, shift))
+    return clip if first_latent is None else torch.cat([first_latent.float(), clip[:, 1:]], 1)
+
+
+def teacher_velocity(
+    model: VideoDiT, condition: Condition, empty_text: Tensor, guidance: float, first_latent: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """velocity(x, sigma [B]) of a whole clip by bidirectional weights, for `flow/sampler.py`; arguments as above."""
     unconditional = condition.with_text(empty_text)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        levels = sigma[:, None].repeat(1, num_frames)
+        levels = sigma[:, None].repeat(1, x.shape[1])
         if first_latent is not None:
             x = torch.cat([first_latent, x[:, 1:]], 1)
             levels[:, 0] = 0
@@ -103,5 +112,4 @@ def teacher_latents(
             predicted = guided(predicted, model(x, levels, unconditional), guidance)
         return predicted
 
-    clip = euler(velocity, noise, sampling_sigmas(num_steps, shift))
-    return clip if first_latent is None else torch.cat([first_latent.float(), clip[:, 1:]], 1)
+    return velocity

@@ -19,14 +19,14 @@ from torch import Tensor
 from longtake.condition import Condition
 from longtake.errors import ConfigError, nearest
 from longtake.inference.frames import Frames, to_frames
+from longtake.inference.host_history import HostHistory
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
 from longtake.inference.session_file import write_session
 from longtake.inference.session_state import SessionInputs, SessionState, remembered
 from longtake.models.cache import KVCache
 from longtake.plan import StreamPlan
-from longtake.rollout.denoise import DenoisedBlock, Guidance
-from longtake.rollout.recache import LatentHistory
+from longtake.rollout.denoise import Guidance
 from longtake.rollout.stream import LatentStream
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Session:
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         self._unused: list[KVCache] = []  # caches of a scene that could not be begun
+        self._past = HostHistory(generator.device)  # what the history needs and the caches no longer hold
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
         self._is_made = True
@@ -109,6 +110,12 @@ class Session:
     def rewindable(self) -> int:
         """The most blocks that `rewind` can take back now."""
         return len(self._history)
+
+    @property
+    def host_bytes(self) -> int:
+        """What its history takes of the host's memory now, on a GPU pinned."""
+        decoders = [state.decoder for state in self._history if state.decoder is not None]
+        return self._past.size_bytes + sum(decoder.put_by_bytes for decoder in decoders)
 
     # ---- what it follows --------------------------------------------------------------------------------------------
     @property
@@ -198,23 +205,24 @@ class Session:
         rules = self.history_blocks, self.ready_blocks, self.history_caches
         history = remembered(self._history, self.state, state, *rules)
         self.state, self._history, self.cut, self._unused = state, history, False, []  # at once, whatever interrupts
+        self._past.keep_only(self._streams())
+
+    def _streams(self) -> list[LatentStream]:
+        """Those that the session may stand at."""
+        return [state.stream for state in (*self._history, self.state) if state.stream is not None]
 
     @torch.no_grad()
     def _made(self) -> tuple[Frames, SessionState]:
         """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
-        if self.cut:
-            state = self._new_scene()
-        else:
-            state = self.state.copy(own_decoder=self.ready_blocks > 0)
-            if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
-                self._change(state)
+        state = self._new_scene() if self.cut else self._next_state()
         assert state.stream is not None and state.decoder is not None
         plan = state.stream.plan
         shown = state.stream.position
         if shown:  # the picture's own latent was encoded with the condition
             state.encode(plan.block_of(shown)[1])
         latents = state.stream.next()
+        self._past.copies.wait()  # of the decoder's features, which are written over now
         # A viewer waits for the first frames that are generated: one latent is decoded and sent before the others.
         head = 1 if shown <= 1 else latents.shape[1]
         frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
@@ -224,6 +232,22 @@ class Session:
             state.encode(plan.block_of(state.stream.position)[1])
         state.num_frames += len(frames)
         return frames, state
+
+    def _next_state(self) -> SessionState:
+        """Where the scene goes on: the caches are at its place, and what they will lose is kept for the way back."""
+        state = self.state.copy()
+        stream = state.stream
+        assert stream is not None and self.state.decoder is not None
+        if self.ready_blocks:
+            self.state.decoder.put_by(self._past.copies.of)
+        if self.history_blocks:
+            self._past.bring_back(stream)
+            self._past.save_overwritten(stream, self._streams())
+        if self.wanted.prompt != state.inputs.prompt or not self.wanted.same_pictures(state.inputs):
+            self._change(state)
+            if self.history_blocks:
+                self._past.save_overwritten(stream, self._streams())
+        return state
 
     def _check_length(self) -> None:
         if self.is_complete:
@@ -235,12 +259,14 @@ class Session:
 
     def _new_scene(self) -> SessionState:
         generator, state = self.generator, self.state
-        kept = [] if state.stream is None or self.history_blocks else state.stream.caches
+        kept = [] if state.stream is None else state.stream.caches
         if not kept and not self._unused:
-            self._unused = self._new_caches()  # before the encoders are at work, for which a borrowed one would wait
+            self._unused = self.new_caches()  # before the encoders are at work, for which a borrowed one would wait
         condition, first_latent, y = generator.begin_condition(self.wanted.picture, self.wanted.prompt)
         scene, unconditional = state.scene + 1, self._unconditional(condition)
         caches = kept or self._unused
+        if self.history_blocks:
+            self._past.save_all(caches, self._streams())
         for cache in caches:
             cache.clear()
         plan = generator.beginning.plan_of(given=first_latent is not None)
@@ -251,7 +277,8 @@ class Session:
             self._change(new)
         return new
 
-    def _new_caches(self) -> list[KVCache]:
+    def new_caches(self) -> list[KVCache]:
+        """Empty ones for a scene."""
         return self.generator.new_caches(self, self.history_blocks, self.max_latent_frames, self.guidance)
 
     def new_stream(
@@ -283,7 +310,7 @@ class Session:
             if wanted.target is not None:
                 condition = self._towards(condition, wanted.target)
             state.y = None
-        stream.change(condition, self._unconditional(condition), in_place=not self.history_blocks)
+        stream.change(condition, self._unconditional(condition))
         state.inputs = wanted
 
     def _towards(self, condition: Condition, target: Tensor) -> Condition:
@@ -311,7 +338,7 @@ class Session:
         other = copy.copy(self)
         clones: dict[int, KVCache] = {}
         other.state, other._unused = self.state.copy(clones), []
-        other._history = tuple(past.copy(clones) for past in self._history)
+        other._history, other._past = tuple(past.copy(clones) for past in self._history), self._past.copy()
         return other
 
     def rewind(self, num_blocks: int, *, keep_wanted: bool = False) -> None:
@@ -332,6 +359,9 @@ class Session:
         if keep_wanted:
             wanted, cut = self.wanted, cut or self.cut or past.scene != self.scene
         self.state, self._history, self.wanted, self.cut = past, history, wanted, cut
+        if past.stream is not None:
+            self._past.forget(past.stream)
+        self._past.keep_only(self._streams())
 
     def save(self, path: str | Path) -> None:
         """Writes the session into one file, for `Generator.resume`; the file appears whole or not at all.
@@ -343,6 +373,7 @@ class Session:
             raise ConfigError("a session file holds the cache of one process; save without sequence parallelism")
         self.state.encode()
         if self.state.stream is not None:
+            self._past.bring_back(self.state.stream)
             self.state.stream.return_to_cache()
         values, tensors = self._written()
         write_session(Path(path), values, tensors, self.generator)
@@ -393,55 +424,3 @@ class Session:
             values["caches"].append({"position": cache.position, "frames": frames})
         features, values["decoder"] = state.decoder.state()
         return values, tensors | {f"decoder.{slot}": kept for slot, kept in features.items()}
-
-    @classmethod
-    def restored(cls, generator: Pipeline, values: dict[str, Any], tensors: dict[str, Tensor], **past: Any) -> Session:
-        """A session from what `save` wrote down (`session_file.read_session`)."""
-        pictures = [
-            tensors[f"picture.{index}"] for index in range(sum(name.startswith("picture.") for name in tensors))
-        ]
-
-        def inputs(name: str) -> SessionInputs:
-            shown = (values[name][which] for which in ("picture", "target"))
-            return SessionInputs(values[name]["prompt"], *(None if k is None else pictures[k] for k in shown))
-
-        session = cls(
-            generator,
-            inputs("inputs"),
-            seed=values["seed"],
-            guidance=values.get("guidance", generator.settings.guidance),  # files of earlier versions have none
-            negative=values["negative"],
-            **past,
-            max_latent_frames=values["max_latent_frames"],
-        )
-        if values["decoder"] is not None:
-            session.state = session._state_of(values, tensors)
-        session.wanted, session.cut = inputs("wanted"), values["cut"]
-        return session
-
-    def _state_of(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> SessionState:
-        text = tensors["condition.text"]
-        condition = Condition(text, tensors.get("condition.image"), tensors.get("condition.frames"))
-        unconditional = condition.with_text(tensors["unconditional.text"]) if "unconditional.text" in tensors else None
-        blocks = sorted((int(start), latents) for start, latents in _part(tensors, "kept.").items())
-        caches = self._new_caches()
-        for index, (cache, saved) in enumerate(zip(caches, values["caches"], strict=True)):
-            keys, kept = tensors[f"cache.{index}.keys"], tensors[f"cache.{index}.values"]
-            cache.restore(saved["position"], saved["frames"], keys, kept)
-        plan = self.generator.beginning.plan_of(given=self.state.inputs.picture is not None)
-        stream = self.new_stream(values["scene"], caches, condition, unconditional, None, plan)
-        stream.kept = LatentHistory(stream.plan)
-        for start, latents in blocks:
-            stream.kept.position = start
-            stream.kept.append(latents)
-        if values["pending"]:
-            start, clean = blocks[-1]
-            context = tensors.get("pending.context", clean)
-            stream.pending = DenoisedBlock(clean, context, stream.plan.context_level(start))
-        decoder = self.generator.new_decoder()
-        decoder.restore(_part(tensors, "decoder."), values["decoder"])
-        return SessionState(self.wanted, stream, decoder, None, values["scene"], values["num_frames"])
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

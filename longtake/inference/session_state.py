@@ -55,10 +55,10 @@ class SessionState:
         if self.y.reached == most:
             self.y = None  # and with it what the encoder remembers
 
-    def copy(self, clones: dict[int, KVCache] | None = None, *, own_decoder: bool = False) -> SessionState:
+    def copy(self, clones: dict[int, KVCache] | None = None) -> SessionState:
         """Another one at the same place; its caches are shared, or with `clones` (by identity) copied once each.
 
-        The decoder's features go with the one that decodes first, or with `clones` or `own_decoder` each has its own.
+        The decoder's features go with the one that decodes first, or with `clones` each has its own.
         """
 
         def clone(cache: KVCache) -> KVCache:
@@ -68,13 +68,9 @@ class SessionState:
             return clones[id(cache)]
 
         stream = None if self.stream is None else self.stream.copy(None if clones is None else clone)
-        decoder = (
-            None
-            if self.decoder is None
-            else self.decoder.fork()
-            if own_decoder or clones is not None
-            else self.decoder.copy()
-        )
+        decoder = self.decoder
+        if decoder is not None:
+            decoder = decoder.copy() if clones is None else decoder.fork()
         return replace(self, stream=stream, decoder=decoder)
 
 
@@ -87,8 +83,8 @@ def remembered(
     history_caches: int | None,
 ) -> tuple[SessionState, ...]:
     """The history with one more state behind which `now` comes, `history_blocks` at most; the decoder's features of the
-    `ready_blocks` latest stay, and others are made anew if they are needed. Each change begins another cache: states
-    that would need more than `history_caches` beside that of `now` are forgotten, the oldest first.
+    `ready_blocks` latest stay, and others are made anew if they are needed. Each change fills the caches anew: states
+    of more than `history_caches` fillings beside that of `now` are forgotten, the oldest first.
     """
     if history_blocks == 0:
         return ()
@@ -102,11 +98,11 @@ def remembered(
 
 
 def _of_few_caches(history: tuple[SessionState, ...], now: SessionState, most: int) -> tuple[SessionState, ...]:
-    """The latest states that share `most` caches beside that of `now`."""
-    caches = {id(now.stream.cache)} if now.stream is not None else set()
+    """The latest states that share `most` contents of caches beside that of `now`."""
+    contents = {now.stream.content} if now.stream is not None else set()
     for index in range(len(history) - 1, -1, -1):
         if (stream := history[index].stream) is not None:
-            caches.add(id(stream.cache))
-        if len(caches) > most + 1:
+            contents.add(stream.content)
+        if len(contents) > most + 1:
             return history[index + 1 :]
     return history

@@ -20,6 +20,7 @@ from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.hub import (
     Order,
+    check_image_encoder,
     encoders_of,
     fetch,
     fetch_small,
@@ -29,6 +30,7 @@ from longtake.weights.hub import (
     no_encoders,
     order_encoders,
     order_weights,
+    surely_needs_image,
 )
 from longtake.weights.load import Opened, open_weights
 from longtake.weights.locate import find_encoders, find_weights, is_hub_name, locate
@@ -96,6 +98,11 @@ class Source:
     def open(self) -> Opened:
         """The weights, before they are in a model. Raises: CheckpointError."""
         return open_weights(self.weights, check=True) if self.student is None else self.student.open()
+
+    def open_writer(self) -> Opened | None:
+        """Those of the network that makes the context, where that is another. Raises: CheckpointError."""
+        apart = self.student is not None and self.student.student.writes_apart
+        return self.student.open(writer=True) if apart and self.student is not None else None
 
     @property
     def name(self) -> str:
@@ -166,8 +173,8 @@ class Source:
 
     @property
     def needs_image(self) -> bool:
-        """Whether it surely needs an image encoder, known without opening the weights."""
-        return self.student is None and needs_image(self.weights, unknown=False)
+        """Whether it surely needs an image encoder, known without reading the weights."""
+        return self.student is None and surely_needs_image(self.weights)
 
     def fetched(self) -> Source:
         """Itself, with weights and encoders on this machine: those on the hub are fetched, once all are known to exist.
@@ -175,14 +182,17 @@ class Source:
         Raises: CheckpointError.
         """
         order: Order | None = None
+        place = self.weights
         if self.student is not None:
             order, with_image = self.student.order(), False
-        elif is_hub_name(self.weights):
-            order = order_weights(self.weights)
-            with_image = needs_image(fetch_small(order))
         else:
-            with_image = needs_image(self.weights)
+            if is_hub_name(self.weights):
+                order = order_weights(self.weights)
+                place = fetch_small(order)
+            with_image = needs_image(place)
         beside = encoders_of(self.encoders, with_image=with_image) if _is_remote(self.encoders) else None
+        if with_image and beside is not None and surely_needs_image(place, order):
+            check_image_encoder(beside)
         if order is None and beside is None:
             return self
         roots = fetch(joined([one for one in (order, beside) if one is not None]))

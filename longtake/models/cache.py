@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -213,25 +213,46 @@ class KVCache:
         other._held, other._indices, other._pins = list(self._held), {}, []
         return other
 
+    def slots_of(self, frames: Sequence[int]) -> Tensor:
+        """Where the keys and values of held frames are, [F]. Raises: CacheError for frames that are not held."""
+        if lost := [frame for frame in frames if frame not in self._held]:
+            raise CacheError(f"frames {lost} are not held any more: later ones took their place; raise spare_frames")
+        return torch.tensor([self.slot_of(frame) for frame in frames], dtype=torch.long, device=self.device)
+
     def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values [layers, B, F, L, N, K] of held frames."""
-        slots = torch.tensor([self._slot(frame) for frame in frames], dtype=torch.long, device=self.device)
+        slots = torch.tensor([self.slot_of(frame) for frame in frames], dtype=torch.long, device=self.device)
         return self.keys.index_select(2, slots), self.values.index_select(2, slots)
 
     def restore(self, position: int, frames: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Holds exactly `frames`, with what `stored` gave for them, and stands at `position`."""
         self.clear()
-        slots = [self._slot(frame) for frame in frames]
-        index = torch.tensor(slots, dtype=torch.long, device=self.device)
-        with lasting_tensors():
-            self.keys.index_copy_(2, index, keys.to(self.keys))
-            self.values.index_copy_(2, index, values.to(self.values))
-        for slot, frame in zip(slots, frames, strict=True):
-            self._held[slot] = frame
-        window = [frame for frame in frames if frame >= self.sink_frames]
-        self._position, self._first = position, min(window, default=position)
+        parts = {frame: (keys[:, :, index], values[:, :, index]) for index, frame in enumerate(frames)}
+        self.hold(parts, position, min((frame for frame in frames if frame >= self.sink_frames), default=position))
 
-    def _slot(self, frame: int) -> int:
+    @property
+    def first(self) -> int:
+        """From here to `position` every frame was committed."""
+        return self._first
+
+    def overwritten(self, start: int, end: int) -> list[int]:
+        """Held frames in whose place frames [start, end) come."""
+        held = {self._held[self.slot_of(frame)] for frame in range(start, end)}
+        return sorted(frame for frame in held if frame is not None and not start <= frame < end)
+
+    def hold(self, frames: Mapping[int, tuple[Tensor, Tensor]], position: int, first: int) -> None:
+        """Holds these frames, too (keys and values [layers, B, tokens, N, K] of each), and stands at `position`."""
+        with lasting_tensors():
+            for frame, kept in frames.items():
+                slot = self.slot_of(frame)
+                for target, layers in zip((self.keys, self.values), kept):
+                    for layer, source in enumerate(layers):  # each in one piece, which is copied without waiting for it
+                        target[layer, :, slot].copy_(source, non_blocking=True)
+                self._held[slot] = frame
+        self._position, self._first = position, first
+
+    def slot_of(self, frame: int) -> int:
+        """Where a frame lies."""
         if frame < self.sink_frames:
             return frame
         return self.sink_frames + (frame - self.sink_frames) % (self.num_slots - self.sink_frames)
@@ -277,11 +298,11 @@ class KVCache:
         count = len(past)
         first = count if self.rope == "relative" else start
         columns = {
-            "slots": [self._slot(frame) for frame in past],
+            "slots": [self.slot_of(frame) for frame in past],
             "frame_index": list(range(start, end)),
             "query_position": list(range(first, first + block_frames)),
             "key_position": list(range(count + block_frames)),
-            "write_slots": [self._slot(frame) for frame in range(start, end)],
+            "write_slots": [self.slot_of(frame) for frame in range(start, end)],
         }
         pinned = self.device.type == "cuda"  # copied beside what the device still does, without waiting for it
         with lasting_tensors():
@@ -304,7 +325,11 @@ class KVCache:
 
     def pin(self, block_frames: int) -> PinnedSlots:
         """Keeps what the block of `block_frames` frames at `position` attends to, for a later backward."""
-        pins = PinnedSlots(frozenset(self._slot(frame) for frame in self.attended_frames(block_frames)))
+        return self.pin_frames(self.attended_frames(block_frames))
+
+    def pin_frames(self, frames: Sequence[int]) -> PinnedSlots:
+        """Keeps frames that are held, for a later backward."""
+        pins = PinnedSlots(frozenset(self.slot_of(frame) for frame in frames))
         self._pins = [ref for ref in self._pins if ref() is not None]
         if pins.slots:  # which a backward gives back
             self._pins.append(weakref.ref(pins))
@@ -319,7 +344,7 @@ class KVCache:
             raise CacheError(
                 "commit=True was asked for with gradients enabled; commit in a pass of its own under no_grad"
             )
-        slots = {self._slot(frame) for frame in range(self._position, self._position + block_frames)}
+        slots = {self.slot_of(frame) for frame in range(self._position, self._position + block_frames)}
         for pins in self._live_pins():
             if pins.slots & slots:
                 raise CacheError(
@@ -339,7 +364,7 @@ class KVCache:
     def end_commit(self, block_frames: int) -> None:
         """Makes the block readable and moves `position` past it."""
         for frame in range(self._position, self._position + block_frames):
-            self._held[self._slot(frame)] = frame
+            self._held[self.slot_of(frame)] = frame
         self._position += block_frames
 
     # ---- pending backwards ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
 from longtake.models.cache import CacheView, KVCache
-from longtake.models.context import PreparedMask
+from longtake.models.context import MaskOverCache, PreparedMask
 
 if TYPE_CHECKING:
     from longtake.models.sizes import DiTConfig
@@ -23,7 +23,7 @@ def check_call(
     x: Tensor,
     sigma: Tensor,
     condition: Condition,
-    context: MaskLayout | PreparedMask | CacheView | KVCache | None,
+    context: MaskLayout | PreparedMask | MaskOverCache | CacheView | KVCache | None,
 ) -> None:
     """Raises ShapeError unless arguments of `VideoDiT.forward` fit each other and the config."""
     if x.ndim != 5 or x.shape[2] != config.out_channels:
@@ -34,12 +34,12 @@ def check_call(
     if sigma.dtype not in (torch.float32, torch.float64):
         # Mixed-precision wrappers that cast inputs do this silently: 937.5 of Wan's clock would become 936.
         raise ShapeError(f"sigma has type {sigma.dtype}; it must be float32: do not cast the inputs of the model")
-    if isinstance(context, (MaskLayout, PreparedMask, CacheView)):
+    if isinstance(context, (MaskLayout, PreparedMask, MaskOverCache, CacheView)):
         what, count = ("view", context.num_frames) if isinstance(context, CacheView) else ("mask", context.num_entries)
         if count != entries:
             raise ShapeError(f"x has {entries} entries and the {what} {count}; they must be equal")
     tokens = tokens_per_frame(x.shape[3], x.shape[4])
-    cache = context.cache if isinstance(context, CacheView) else context
+    cache = context.cache if isinstance(context, (CacheView, MaskOverCache)) else context
     if isinstance(cache, KVCache) and (cache.batch_size, cache.tokens_per_frame) != (batch, tokens):
         raise ShapeError(
             f"x has batch {batch} and {tokens} tokens a frame, the cache was made for batch {cache.batch_size} and "

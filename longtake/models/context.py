@@ -48,6 +48,24 @@ class PreparedMask:
         return self.frame_index.numel()
 
 
+@dataclass(frozen=True, eq=False)
+class MaskOverCache:
+    """A mask over entries and over frames of a cache, in `slots` [P], which its layout numbers after the entries.
+
+    They carry no gradient. Positions follow the cache's law, and its clock. `offset`, how many frames later everything
+    is than its layout says, so that one layout serves all late parts of a long video.
+    """
+
+    layout: MaskLayout
+    cache: KVCache
+    slots: Tensor
+    offset: int = 0
+
+    @property
+    def num_entries(self) -> int:
+        return self.layout.num_entries
+
+
 class SelfContext:
     """How one call's self-attention sees keys: everything (bidirectional), a mask, or a cache.
 
@@ -69,18 +87,29 @@ class SelfContext:
 
 
 class MaskedContext(SelfContext):
-    """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them."""
+    """Keys and values of the entries themselves, rearranged into key slots where the layout has more of them; of the
+    frames of a cache, too, where `past` names some.
+    """
 
-    def __init__(self, prepared: PreparedMask, *common: Any) -> None:
+    def __init__(self, prepared: PreparedMask, past: MaskOverCache | None, *common: Any) -> None:
         super().__init__(*common)
         self.mask, self.key_entry = prepared.mask, prepared.key_entry
+        self.past = past if past is not None and past.slots.numel() else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
+        if self.past is not None:
+            k, v = self._with_past(self.past, layer, k, v)
         if self.key_entry is not None:
             k, v = (
                 t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
             )
         return self.rotated(k), v, self.mask
+
+    def _with_past(self, past: MaskOverCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Own keys and values, then those of the cache."""
+        older = (t[layer].index_select(1, past.slots).flatten(1, 2) for t in (past.cache.keys, past.cache.values))
+        keys, values = (torch.cat([own, old.to(own.dtype)], 1) for own, old in zip((k, v), older))
+        return keys, values
 
 
 class CachedContext(SelfContext):

@@ -23,7 +23,14 @@ from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
-from longtake.models.context import CachedContext, CrossContext, MaskedContext, PreparedMask, SelfContext
+from longtake.models.context import (
+    CachedContext,
+    CrossContext,
+    MaskedContext,
+    MaskOverCache,
+    PreparedMask,
+    SelfContext,
+)
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.fp8 import FP8Linear, Rows
 from longtake.models.layers import (
@@ -42,12 +49,13 @@ from longtake.models.layers import (
     rope_turn,
     rotated,
     sinusoid,
+    unturned,
 )
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
 
-Context = MaskLayout | PreparedMask | CacheView | None
+Context = MaskLayout | PreparedMask | MaskOverCache | CacheView | None
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
@@ -293,14 +301,16 @@ class VideoDiT(nn.Module):
 
         Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
         noise level in [0, 1]. `context` says who sees whom: None, every frame sees every frame; a mask of a
-        `StreamPlan`, prepared or not; or a view of a cache (`KVCache.view`): the frames are the block where the cache
-        stands and see its past and themselves. `rollout/denoise.py` makes such calls, and moves the cache on.
+        `StreamPlan`, prepared or not, which may reach into a cache; or a view of a cache (`KVCache.view`): the frames
+        are the block where the cache stands and see its past and themselves. `rollout/denoise.py` makes such calls, and
+        moves the cache on.
         Raises: ShapeError when `x`, `sigma`, `condition`, `context` and the config do not fit.
         """
         self.check(x, sigma, condition, context)
         frame_index, seen = self._self_context(x, context)
         cross = self._cross_context(condition, context)
-        layers, rounding = (context.layers, context.cache.clock) if isinstance(context, CacheView) else (None, "exact")
+        layers = context.layers if isinstance(context, CacheView) else None
+        rounding = context.cache.clock if isinstance(context, CacheView | MaskOverCache) else "exact"
         return self._velocity(x, read_clock(sigma, rounding), condition.frames, frame_index, seen, cross, layers)
 
     def _velocity(
@@ -369,10 +379,15 @@ class VideoDiT(nn.Module):
             # Relative positions rotate every attended key now; absolute ones rotate only the block's own, for good.
             keys = context.key_position if context.cache.rope == "relative" else queries
             return context.frame_index, CachedContext(context, *common(queries, keys))
-        if isinstance(context, MaskLayout):
-            context = self._prepared(context, rows * columns, x.device)
+        past, offset = (context, context.offset) if isinstance(context, MaskOverCache) else (None, 0)
+        if isinstance(context, MaskLayout | MaskOverCache):
+            layout = context.layout if isinstance(context, MaskOverCache) else context
+            context = self._prepared(layout, rows * columns, x.device)
         if isinstance(context, PreparedMask):
-            return context.frame_index, MaskedContext(context, *common(context.frame_index, context.key_position))
+            mine, keys, shard, execution = common(context.frame_index, context.key_position)
+            if past is not None and past.cache.rope == "absolute":  # which holds keys that are rotated already
+                keys = unturned(keys, context.num_entries * rows * columns, past.slots.numel() * rows * columns)
+            return context.frame_index + offset, MaskedContext(context, past, mine, keys, shard, execution)
         frame_index = torch.arange(x.shape[1], device=x.device)
         return frame_index, SelfContext(*common(frame_index, frame_index))
 

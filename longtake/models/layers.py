@@ -114,6 +114,12 @@ def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tenso
     return torch.stack([angles.cos().float(), angles.sin().float()], -1)
 
 
+def unturned(turn: Tensor, start: int, count: int) -> Tensor:
+    """`turn` [L, 1, K/2, 2] with `count` tokens from `start` on that stay as they are."""
+    stays = torch.tensor([1.0, 0.0], device=turn.device).expand(count, *turn.shape[1:])
+    return torch.cat([turn[:start], stays, turn[start + count :]])
+
+
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
     """Adjacent channel pairs of `x` [B, ..., N, K] rotated; float32 inside, the type of `x` outside.
 

@@ -7,6 +7,7 @@ each. The anchor compares every window with the clip that the row begins with. S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,14 @@ class Statistics:
         """Those of latents [B, F, C, H, W], in float32. A constant channel has deviation 0 with gradient 0."""
         x = latents.float()
         return cls(x.mean((1, 3, 4)), x.std((1, 3, 4), correction=0))
+
+    def except_in(self, rows: Sequence[bool], made: Statistics) -> Statistics:
+        """These, but in some rows those of `made`, which then count for nothing."""
+        import torch
+
+        left = torch.tensor(rows, device=self.mean.device)[:, None]
+        parts = ((made.mean, self.mean), (made.deviation, self.deviation))
+        return Statistics(*(torch.where(left, theirs.detach(), own) for theirs, own in parts))
 
 
 def anchor_loss(made: Statistics, real: Statistics) -> Tensor:

@@ -19,7 +19,8 @@ class EncodedBatch:
     embeddings of the empty or negative prompt; `latent_size` (H, W); `latents` [B, F, C, H, W] of the real video or
     None; `first_latent` [B, 1, C, H, W] the given picture, or None for text-to-video; `later_text` [B, M, text_dim] the
     prompt that a video switches to, or None; `switch_frames`, for each row the latent frame from which that prompt
-    holds in `latents`, None where it never does; empty where it does in no row.
+    holds in `latents`, None where it never does; empty where it does in no row; `path` [B, K + 1, F, C, H, W] a
+    teacher's states on the way to a clip, at the K levels of the plan, falling, and its end; or None.
     """
 
     indices: Sequence[int]
@@ -30,6 +31,7 @@ class EncodedBatch:
     first_latent: Tensor | None = None
     later_text: Tensor | None = None
     switch_frames: Sequence[int | None] = ()
+    path: Tensor | None = None
 
     @property
     def unconditional(self) -> Condition:
@@ -50,6 +52,7 @@ class EncodedBatch:
             indices=self.indices[:1],
             condition=self.condition.rows(slice(1)),
             latents=None,
+            path=None,
             switch_frames=(),
             **parts,
         )

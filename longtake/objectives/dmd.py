@@ -22,13 +22,14 @@ from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.data_forcing import DataForcing, teacher_input
 from longtake.objectives.flow_matching import clip_sigma, require_latents
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longtake.condition import Condition
     from longtake.objectives.batch import EncodedBatch
+    from longtake.objectives.in_context import Score
     from longtake.rollout.self_forcing import RollOut, RollOutNoise
 
 
@@ -83,6 +84,12 @@ class DmdConfig(ObjectiveConfig):
     data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
     anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
     data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
+    context_gradient: Literal["none", "replay"] = Field(
+        default="none",
+        description="what of a roll-out carries gradient: `none` = each block's exit step, its context detached "
+        "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
+        "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
+    )
     shared_base: bool = Field(
         default=False,
         description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
@@ -128,6 +135,10 @@ class DmdConfig(ObjectiveConfig):
     @property
     def num_clip_frames(self) -> int | None:
         return self.data_loss.num_latent_frames
+
+    @property
+    def replays(self) -> bool:
+        return self.context_gradient == "replay"
 
     @property
     def empty_prompt(self) -> str:
@@ -222,8 +233,18 @@ class Dmd(Objective):
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
 
     def exit_step(self, step: int) -> int:
-        """Denoising step at which every block of this iteration stops, or at its last one where it has fewer."""
+        """Denoising step at which every block of this iteration stops; or, where later blocks have levels of their own,
+        the first generated one.
+        """
         return self.draws.integer(step, "exit_step", 0, len(self.plan.sigmas))
+
+    def exits(self, step: int) -> Exits:
+        """Where the blocks of this iteration stop. Each list of levels has a draw of its own: clamped to a shorter
+        list, one draw would leave its first steps too little of the training.
+        """
+        if (later := self.plan.later_sigmas) is None:
+            return self.exit_step(step)
+        return self.exit_step(step), self.draws.integer(step, "later_exit_step", 0, len(later))
 
     # ---- the two losses -------------------------------------------------------------------------------------------
     def _generator_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -235,12 +256,12 @@ class Dmd(Objective):
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
         student, (condition, unconditional) = made.latents, self._conditions(batch, made)
-        clip = self._own_clip(batch, step)
+        clip, score = self._own_clip(batch, step), self._score(batch, made, step, "generator")
         with torch.no_grad(), self.phase("scores"):
             noisy, sigma, noise = self._noised(student, batch, step, "generator")
-            fake = clean_from_velocity(noisy, self.critic(noisy, sigma, condition), sigma)
+            fake = clean_from_velocity(noisy, score(self.critic, noisy, sigma, condition), sigma)
             asked = self._teacher_input(noisy, clip, noise, sigma, batch, step)
-            real = clean_from_velocity(asked, self._real_velocity(asked, sigma, condition, unconditional), sigma)
+            real = clean_from_velocity(asked, self._real_velocity(score, asked, sigma, condition, unconditional), sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
         metrics: dict[str, float | Tensor] = {
@@ -253,7 +274,9 @@ class Dmd(Objective):
             loss = loss + self.settings.data_loss.weight * forced
             metrics["data_loss"] = forced.detach()
         if clip is not None:
-            mine, own = Statistics.of(student), Statistics.of(clip)
+            mine, own = Statistics.of(self._section(student, step)), Statistics.of(clip)
+            if any(changes := [frame is not None and frame < clip.shape[1] for frame in batch.switch_frames]):
+                own = own.except_in(changes, mine)
             metrics["deviation_ratio"] = deviation_ratio(mine, own)
             if weight := self.settings.anchor.weight:
                 anchor = anchor_loss(mine, own)
@@ -272,7 +295,8 @@ class Dmd(Objective):
         self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
         noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
         with self.phase("scores"):
-            predicted = self.critic(noisy, sigma, self._conditions(batch, made)[0])
+            score = self._score(batch, made, step, "critic")
+            predicted = score(self.critic, noisy, sigma, self._conditions(batch, made)[0])
         error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
@@ -311,7 +335,7 @@ class Dmd(Objective):
                 self.plan,
                 self.parts.num_frames,
                 batch.latent_size,
-                exit_step=self.exit_step(step),
+                exit_step=self.exits(step),
                 with_grad=with_grad,
             )
 
@@ -344,13 +368,27 @@ class Dmd(Objective):
         """What the scores are told of a clip, with its prompt and with the empty one."""
         return batch.condition, batch.unconditional
 
-    def _real_velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition, unconditional: Condition) -> Tensor:
-        conditional = self.real(noisy, sigma, condition)
+    def _score(self, batch: EncodedBatch, made: RollOut, step: int, turn: str) -> Score:
+        """How a network is asked about a clip."""
+        return lambda network, *asked: network(*asked)
+
+    def _score_call(self, step: int, clip: Call) -> Call:
+        """The call of a network that this makes."""
+        return clip
+
+    def _section(self, student: Tensor, step: int) -> Tensor:
+        """The frames of a clip whose statistics are those of its window."""
+        return student
+
+    def _real_velocity(
+        self, score: Score, noisy: Tensor, sigma: Tensor, condition: Condition, unconditional: Condition
+    ) -> Tensor:
+        conditional = score(self.real, noisy, sigma, condition)
         if self.settings.guidance == 1:
             return conditional
         from longtake.flow.path import guided
 
-        return guided(conditional, self.real(noisy, sigma, unconditional), self.settings.guidance)
+        return guided(conditional, score(self.real, noisy, sigma, unconditional), self.settings.guidance)
 
     # ---- what an iteration costs ----------------------------------------------------------------------------------
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
@@ -360,13 +398,13 @@ class Dmd(Objective):
         if update:
             calls = 1 if self.settings.guidance == 1 else 2
             found += [
-                Pass("critic", "scores", clips["critic"]),
-                Pass("teacher", "scores", clips["teacher"], times=calls),
+                Pass("critic", "scores", self._score_call(step, clips["critic"])),
+                Pass("teacher", "scores", self._score_call(step, clips["teacher"]), times=calls),
             ]
             if self.data_loss is not None:
                 frames = self.settings.data_loss.num_latent_frames or self.parts.num_frames
                 found.append(self.data_loss.forced_pass(clips["generator"], frames))
-        return [*found, Pass("critic", "scores", clips["critic"], with_grad=True)]
+        return [*found, Pass("critic", "scores", self._score_call(step, clips["critic"]), with_grad=True)]
 
     def _generated(self, step: int) -> tuple[int, int]:
         """First and last (exclusive) frame that the roll-out of an iteration generates."""
@@ -375,14 +413,14 @@ class Dmd(Objective):
     def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
         """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
         plan, (start, end) = self.plan, self._generated(step)
-        together = with_grad and self.generator.batched_exit_backward
-        apart = with_grad and not together
+        together, replays = with_grad and self.generator.batched_exit_backward, with_grad and self.generator.replays
+        apart = with_grad and not together and not replays
 
         def one(block: tuple[int, int], *, with_context: bool) -> Call:
             return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
 
         def stops(block: tuple[int, int]) -> int:
-            return min(self.exit_step(step), len(plan.levels(block[0])) - 1)
+            return plan.exit_step(block[0], self.exits(step))
 
         def is_stored(block: tuple[int, int]) -> bool:
             """Whether its last step, without gradient, stores it."""
@@ -401,4 +439,7 @@ class Dmd(Objective):
         if together:
             joined = Call.joined([one(block, with_context=True) for block in denoised])
             found.append(Pass("generator", "rollout", joined, with_grad=True, ahead=False))
+        if replays:
+            layout = plan.replay_layout(plan.block_of(start - 1)[0] if start else 0, start, end)
+            found.append(Pass("generator", "rollout", clip.masked(layout), with_grad=True))
         return found

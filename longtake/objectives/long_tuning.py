@@ -15,12 +15,17 @@ from pydantic import Field, model_validator
 from longtake.errors import ConfigError, DataError
 from longtake.objectives.base import Objective, Parts
 from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.in_context import ContextScores
 from longtake.objectives.long_batches import LongBatches
 from longtake.plan import StreamPlan
 
 if TYPE_CHECKING:
-    from longtake.condition import Condition
+    from torch import Tensor
+
+    from longtake.condition import Condition, MaskLayout
+    from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
+    from longtake.objectives.in_context import Score
     from longtake.rng import KeyedRNG
     from longtake.rollout.long_video import LongStream, Window
     from longtake.rollout.self_forcing import RollOut
@@ -45,6 +50,8 @@ class LongTuningConfig(DmdConfig):
         "one that it reaches; none = never",
     )
 
+    context_scores: ContextScores = Field(default=ContextScores(), description=ContextScores.__doc__)
+
     decodes: ClassVar[bool] = True
     # An iteration is a place in a sequence of chunks of the same rows.
     resume_keys: ClassVar[tuple[str, ...]] = (
@@ -54,6 +61,11 @@ class LongTuningConfig(DmdConfig):
         "objective.new_frames",
         "objective.switch_frames",
     )
+
+    @property
+    def reference(self) -> str | None:  # type: ignore[override]
+        """None where the teacher is causal and makes no whole clips."""
+        return None if self.context_scores.history_frames else "teacher"
 
     @model_validator(mode="after")
     def _check_chunks(self) -> Self:
@@ -68,6 +80,12 @@ class LongTuningConfig(DmdConfig):
     def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
         """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
         super().check(plan, num_latent_frames, with_picture=with_picture, lora=lora)
+        self.context_scores.check(plan)
+        if self.context_scores.history_frames and self.needs_pairs:
+            raise ConfigError(
+                f"objective.data_forcing.share={self.data_forcing.share} asks the teacher about real clips, and "
+                "objective.context_scores about the student's after their own past; set one of them to 0"
+            )
         new = self.new_frames or num_latent_frames - 1
         if not plan.is_boundary(num_latent_frames + new) or new >= num_latent_frames:
             fix = (num_latent_frames - 1) // plan.block_frames * plan.block_frames
@@ -156,6 +174,8 @@ class LongTuning(Dmd):
         assert parts.codec is not None, "whoever builds an objective that decodes gives it a codec"
         self.schedule, self.codec = LongSchedule(parts.draws, parts.num_frames, settings), parts.codec
         self._streams: dict[tuple[int, tuple[int, ...]], LongStream] = {}
+        self.context_scores = settings.context_scores
+        self._layouts: dict[tuple[int, int], MaskLayout] = {}
 
     def turns(self, step: int) -> list[str]:
         """The critic every iteration, the generator before it in every `updates_per_generator`-th of a sequence,
@@ -190,6 +210,44 @@ class LongTuning(Dmd):
         place = self.schedule.at(step)
         return place.switch is None or self.schedule.end_frame(place.chunk) <= place.switch
 
+    def _score(self, batch: EncodedBatch, made: RollOut, step: int, turn: str) -> Score:
+        settings, context = self.context_scores, made.latents.detach()
+        if not settings.history_frames:
+            return super()._score(batch, made, step, turn)
+        import torch
+
+        from longtake.flow.path import add_noise
+        from longtake.objectives.in_context import score_in
+
+        frames, given = context.shape[1], self.parts.given
+        levels = self.plan.context_levels(frames)
+        if settings.sigma is not None:
+            levels = [0.0] * given + [settings.sigma] * (frames - given)
+        sigma = torch.tensor(levels, device=context.device).expand(len(context), -1)
+        if any(levels):
+            noise = self.draws.noise(step, f"{turn}_context", batch.indices, context.shape[1:], context.device)
+            context = add_noise(context, noise, sigma)
+        return score_in(context, sigma, self._layout(step))
+
+    def _layout(self, step: int) -> MaskLayout:
+        """Who sees whom where the window of an iteration is scored in context."""
+        from longtake.objectives.in_context import packed_layout
+
+        (start, end), sink = self._generated(step), self.plan.sink_frames
+        since = start - self.context_scores.history_frames
+        before = sum(stop - begin for begin, stop in self.plan.blocks(0, start) if begin < sink or begin >= since)
+        if (key := (before, end - start)) not in self._layouts:
+            self._layouts[key] = packed_layout(self.plan, sum(key), end - start)
+        return self._layouts[key]
+
+    def _score_call(self, step: int, clip: Call) -> Call:
+        return clip.masked(self._layout(step)) if self.context_scores.history_frames else clip
+
+    def _section(self, student: Tensor, step: int) -> Tensor:
+        start, end = self._generated(step)
+        later = self.context_scores.history_frames and self.chunk(step)
+        return student[:, start - end :] if later else student
+
     def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
         from longtake.rollout.long_video import Window
 
@@ -201,7 +259,7 @@ class LongTuning(Dmd):
         return stream.advance(
             self.schedule.end_frame(chunk),
             self._roll_out_noise(batch, step),
-            exit_step=self.exit_step(step),
+            exit_step=self.exits(step),
             with_grad=with_grad,
         )
 
@@ -234,4 +292,5 @@ class LongTuning(Dmd):
             max_frames=place.length,
             spare_frames=self.schedule.horizon if self.generator.rereads else 0,
             switch=switch,
+            history_frames=self.context_scores.history_frames,
         )

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from longtake.condition import Condition
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
-    from longtake.rollout.recache import Forced
 
 SHARE_PARTS = 1 << 20  # a share of iterations is drawn in this many parts
 
@@ -75,6 +74,14 @@ class TeacherForcingConfig(ObjectiveConfig):
         return TeacherForcing(parts, self)
 
 
+def filled(rows: list[int], most: int) -> list[int]:
+    """Some of `most` rows, the last one repeated up to a quarter, half or all of these: on a GPU masked attention is
+    compiled for each number of rows, and each iteration would have another one.
+    """
+    sizes = (-(-most // 4), -(-most // 2), most)
+    return [*rows, *rows[-1:] * (next(size for size in sizes if size >= len(rows)) - len(rows))]
+
+
 class TeacherForcing(Objective):
     """Causal training of a bidirectional model on real videos: one noise level a block, clean context before it.
 
@@ -85,13 +92,13 @@ class TeacherForcing(Objective):
 
     def __init__(self, parts: Parts, settings: TeacherForcingConfig) -> None:
         super().__init__(parts)
+        from longtake.rollout.packed import PackedClip
+
         self.denoiser, self.model, self.settings = parts.student, parts.student.model, settings
-        self._forced: dict[tuple[int, int | None], Forced] = {}
+        self.packed = PackedClip(self.plan)
 
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
-        import torch
-
         from longtake.flow.path import add_noise, velocity
 
         clean = require_latents(batch, "teacher forcing").float()
@@ -103,9 +110,9 @@ class TeacherForcing(Objective):
         if any(switches):
             batch = replace(batch, condition=replace(batch.condition, later_text=batch.later_text))
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
-        context, context_sigma = self._context(self._history(clean, condition, batch, step), batch, step)
-        both, levels = torch.cat([context, noisy], 1), torch.cat([context_sigma, sigma], 1)
-        predicted = self._predicted(both, levels, condition, switches)
+        history = self._history(clean, condition, batch, step)
+        context = self.packed.context(history, self.draws, step, batch.indices)
+        predicted = self._predicted(condition, context, noisy, sigma, switches)
         error = (predicted - velocity(clean, noise)).square().mean((2, 3, 4))
         counted = (sigma > 0).float()
         loss = (error * counted).sum() / counted.sum()
@@ -132,7 +139,7 @@ class TeacherForcing(Objective):
 
     def forced_pass(self, clip: Call, num_frames: int) -> Pass:
         """The call of the loss, on videos of `num_frames` latents."""
-        return Pass("generator", "forward", clip.masked(self._packed(num_frames).layout), with_grad=True)
+        return Pass("generator", "forward", clip.masked(self.packed.layout(num_frames)), with_grad=True)
 
     def _recycle_passes(self, step: int, clip: Call) -> Iterator[Pass]:
         """As `recycle` makes them; only the first call makes keys and values of the text."""
@@ -163,30 +170,17 @@ class TeacherForcing(Objective):
             starts = self.starts(step, clean.shape[1])
             return recycle(self.denoiser, condition, clean, noise, self.plan, starts)
 
-    def _context(self, history: Tensor, batch: EncodedBatch, step: int) -> tuple[Tensor, Tensor]:
-        """What the student's cache would hold of the history: at the levels of the plan; and these, [B, F]."""
-        import torch
-
-        from longtake.flow.path import add_noise
-
-        levels = self.plan.context_levels(history.shape[1])
-        sigma = torch.tensor(levels, device=history.device).expand(history.shape[0], -1)
-        if not any(levels):
-            return history, sigma
-        noise = self.draws.noise(step, "context_noise", batch.indices, history.shape[1:], history.device)
-        return add_noise(history, noise, sigma), sigma
-
     def _sigma(self, batch: EncodedBatch, step: int, frames: int) -> Tensor:
         """[B, F]: one level a block, uniform before the warp; 0 on the given picture."""
         import torch
 
         from longtake.flow.schedule import training_sigma
 
-        columns = []
-        for part, (start, end) in enumerate(self.plan.blocks(0, frames)):
-            u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=part)
-            columns.append(training_sigma(u, self.parts.shift)[:, None].expand(-1, end - start))
-        sigma = torch.cat(columns, 1).clone()
+        def level(block: int, start: int) -> Tensor:
+            u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, part=block)
+            return training_sigma(u, self.parts.shift)
+
+        sigma = self.packed.by_block(frames, level)
         sigma[:, : self.plan.given_frames] = 0.0
         return sigma
 
@@ -202,15 +196,22 @@ class TeacherForcing(Objective):
             )
         return switches
 
-    def _predicted(self, both: Tensor, levels: Tensor, condition: Condition, switches: Sequence[int | None]) -> Tensor:
-        """Velocities of the noisy half of [clean F | noisy F]; rows that change at the same frame share a call."""
+    def _predicted(
+        self,
+        condition: Condition,
+        context: tuple[Tensor, Tensor],
+        noisy: Tensor,
+        sigma: Tensor,
+        switches: Sequence[int | None],
+    ) -> Tensor:
+        """Velocities of the noisy frames after their context; rows that change at the same frame share a call."""
         import torch
 
         groups: dict[int | None, list[int]] = {}
         for row, switch in enumerate(switches):
             groups.setdefault(switch, []).append(row)
         if len(groups) == 1:
-            return self._call(both, levels, condition, switches[0])
+            return self.packed.velocity(self.model, condition, context, noisy, sigma, switches[0])
         if self.parts.sharded:
             raise TrainingError(
                 f"the captions of a micro-batch change at latent frames {list(groups)}, which takes a call each, and "
@@ -218,22 +219,10 @@ class TeacherForcing(Objective):
                 "parallel.data_parallel=ddp"
             )
         rows = [row for group in groups.values() for row in group]
-        made = [
-            self._call(both[group], levels[group], condition.rows(group), switch) for switch, group in groups.items()
-        ]
+        made = []
+        for switch, group in groups.items():
+            some = filled(group, len(noisy)) if noisy.is_cuda else group
+            past, told = (context[0][some], context[1][some]), condition.rows(some)
+            predicted = self.packed.velocity(self.model, told, past, noisy[some], sigma[some], switch)
+            made.append(predicted[: len(group)])
         return torch.cat(made)[torch.tensor(rows).argsort()]
-
-    def _call(self, both: Tensor, levels: Tensor, condition: Condition, switch: int | None) -> Tensor:
-        packed, device = self._packed(both.shape[1] // 2, switch), both.device
-        if switch is None:
-            condition = replace(condition, later_text=None)
-        source, noisy = packed.source.to(device), packed.noisy.to(device)
-        made = self.model(both.index_select(1, source), levels.index_select(1, source), condition, packed.layout)
-        return made.index_select(1, noisy)
-
-    def _packed(self, frames: int, switch: int | None = None) -> Forced:
-        from longtake.rollout.recache import forced
-
-        if (frames, switch) not in self._forced:
-            self._forced[frames, switch] = forced(self.plan, frames, switch)
-        return self._forced[frames, switch]

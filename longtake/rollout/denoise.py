@@ -20,9 +20,9 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
-from longtake.rollout.replay import ExitStep, exits_with_grad, hold_until_backward
+from longtake.rollout.replay import ExitStep, Replay, exits_with_grad, hold_until_backward
 
 # noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
 BlockNoise = Callable[[int], Tensor]
@@ -36,8 +36,9 @@ class Denoiser:
 
     Args: `graphs` captures passes without gradient and replays them (None: Python makes every call);
     `batched_exit_backward` has the exit steps of a roll-out recomputed and differentiated together in the end;
-    `gathering`, entered around several calls between which no weight changes: sharded weights are gathered once for
-    them.
+    `replays` makes them again with gradient into their context instead (`replay.py`); `writer`, another network of the
+    same sizes that makes all of the context, while `model` only denoises (SGF+); `gathering`, entered around several
+    calls between which no weight changes: sharded weights are gathered once for them.
     """
 
     def __init__(
@@ -46,20 +47,19 @@ class Denoiser:
         *,
         graphs: CUDAGraphRunner | None = None,
         batched_exit_backward: bool = False,
+        replays: bool = False,
+        writer: VideoDiT | None = None,
         gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.model, self.graphs, self.batched_exit_backward, self.gathered = (
-            model,
-            graphs,
-            batched_exit_backward,
-            gathering,
-        )
+        assert not (batched_exit_backward and replays), "two ways to give a roll-out its gradient"
+        self.model, self.writer, self.graphs, self.gathered = model, writer, graphs, gathering
+        self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
 
     @property
     def rereads(self) -> bool:
-        """Whether the backward of a roll-out reads the cache again: what it attended to must stay there until then."""
-        return bool(self.model.execution.recompute) or self.batched_exit_backward
+        """Whether the cache is read again after a roll-out: what that attended to must stay there until then."""
+        return bool(self.model.execution.recompute) or self.batched_exit_backward or self.replays
 
     def pooled_cache(
         self, plan: StreamPlan, batch_size: int, size: tuple[int, int], max_frames: int, spare_frames: int = 0
@@ -94,7 +94,8 @@ class Denoiser:
         `torch.no_grad()`. `layers` gets what each layer made. What raises leaves the cache as it was, or shows.
         Raises: ShapeError when arguments do not fit; CacheError.
         """
-        model = self.model
+        # Keys and values of the text are of one network: where two take turns, each makes its own anew.
+        model = self.writer if commit and self.writer is not None else self.model
         model.check(x, sigma, condition, cache)
         frames = x.shape[1]
         if torch.is_grad_enabled():
@@ -134,6 +135,10 @@ class Denoiser:
     def exits_with_grad(self, condition: Condition, exits: Sequence[ExitStep]) -> Tensor:
         """Clean latents of the exit steps of several blocks, with gradient (`rollout/replay.py`)."""
         return exits_with_grad(self.model, condition, exits)
+
+    def replayed(self, condition: Condition, replay: Replay) -> Tensor:
+        """Those of the blocks that a `Replay` is of, with gradient into their context too."""
+        return replay.with_grad(self.model, condition)
 
 
 @dataclass(frozen=True)
@@ -202,18 +207,21 @@ class DenoisedBlock:
     """A finished block: its `clean` latents [B, f, C, H, W], float32, and what it is in the past of later ones.
 
     `context`, the latents at noise level `sigma` of which its keys and values are made (`StreamPlan.context_level`);
-    `stored`: the cache had them when it was finished, from the last denoising step.
+    `noisy`, at level `noisy_sigma`, what its exit step began from (of what nobody has denoised here: the context);
+    `stored`: the cache had it when it was finished, from the last denoising step.
     """
 
     clean: Tensor
     context: Tensor
-    sigma: float = 0.0
+    sigma: float
+    noisy: Tensor
+    noisy_sigma: float
     stored: bool = False
 
     @classmethod
     def given(cls, latents: Tensor) -> DenoisedBlock:
         """The given picture, which nobody has denoised; it is stored without noise."""
-        return cls(latents, latents)
+        return cls(latents, latents, 0.0, latents, 0.0)
 
 
 def denoise_block(
@@ -224,7 +232,7 @@ def denoise_block(
     plan: StreamPlan,
     *,
     begin: tuple[int, Tensor] | None = None,
-    exit_step: int | None = None,
+    exit_step: Exits | None = None,
     with_grad: bool = False,
     exits: list[ExitStep] | None = None,
     guidance: Guidance | None = None,
@@ -236,12 +244,12 @@ def denoise_block(
     taken, and it `stores` (False: nobody will read it): then the cache has moved on. With gradient such a step is made
     once more without, since a call with gradient stores nothing.
     Args: `begin`, a step and the noisy latents to begin from (default: the first, noise alone); `exit_step` stops after
-    that step, or after the last one of the block; `with_grad` lets gradient through the exit step, and through that
+    that step (`StreamPlan.exit_step`); `with_grad` lets gradient through the exit step, and through that
     step alone; or `exits` gets that step, for `Denoiser.exits_with_grad`; `guidance` None = off.
     """
     start = cache.position
     sigmas, itself = plan.levels(start), plan.stores_itself(start)
-    last = len(sigmas) - 1 if exit_step is None else min(exit_step, len(sigmas) - 1)
+    last = plan.exit_step(start, exit_step)
     first, x = begin or (0, _first_input(noise(0).float(), sigmas[0]))
     with torch.no_grad():
         for step in range(first, last):
@@ -255,16 +263,17 @@ def denoise_block(
         layers = exits[-1].layers
     itself = itself and last == len(sigmas) - 1
     store, apart = itself and stores, with_grad and exits is None
+    assert not (store and denoiser.writer), "a last step that stores is one network's"
     with torch.set_grad_enabled(apart):
         clean = _predict(denoiser, cache, condition, x, sigmas[last], guidance, layers, commit=store and not apart)
     if itself:
         if store and apart:
             commit_block(denoiser, cache, condition, x, sigmas[last], guidance=guidance)
-        return DenoisedBlock(clean, x, sigmas[last], store)
+        return DenoisedBlock(clean, x, sigmas[last], x, sigmas[last], store)
     level, context = plan.context_level(start), clean.detach()
     if level > 0:
         context = add_noise(context, noise(plan.context_step), _level(context, level))
-    return DenoisedBlock(clean, context, level)
+    return DenoisedBlock(clean, context, level, x, sigmas[last])
 
 
 @torch.no_grad()

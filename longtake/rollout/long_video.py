@@ -16,10 +16,10 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.denoise import DenoisedBlock, Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
-from longtake.rollout.replay import ExitStep
+from longtake.rollout.replay import ExitStep, Replay
 from longtake.rollout.self_forcing import RollOut, RollOutNoise, block_noise_at
 
 
@@ -69,7 +69,9 @@ class LongStream:
     """The running videos of one micro-batch.
 
     Args: `horizon` latent frames of a window (the teacher's length); `spare_frames` that the cache keeps beyond its
-    window, for recomputation in backward: the most new frames of a chunk.
+    window, for recomputation in backward: the most new frames of a chunk; `history_frames`, for scores in context: a
+    later window is then the sink, so many frames before the new ones, and these, with no picture of its own (0: as
+    above).
     """
 
     def __init__(
@@ -85,12 +87,13 @@ class LongStream:
         max_frames: int,
         spare_frames: int = 0,
         switch: Switch | None = None,
+        history_frames: int = 0,
     ) -> None:
         if switch is not None and not plan.is_boundary(switch.frame):
             raise ConfigError(f"a switch at latent frame {switch.frame} is no block boundary")
         self.denoiser, self.condition, self.codec = denoiser, condition, codec
         self.plan = plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
-        self.horizon, self.switch = horizon, switch
+        self.horizon, self.switch, self.history_frames = horizon, switch, history_frames
         self.kept = LatentHistory(plan)
         self._cache = denoiser.model.new_cache(
             plan, condition.batch_size, latent_size, max_frames=max_frames, spare_frames=spare_frames
@@ -108,13 +111,14 @@ class LongStream:
         return self.kept.position + (0 if self._pending is None else self._pending.clean.shape[1])
 
     def advance(
-        self, end: int, noise: RollOutNoise, *, exit_step: int | None = None, with_grad: bool = False
+        self, end: int, noise: RollOutNoise, *, exit_step: Exits | None = None, with_grad: bool = False
     ) -> Window:
         """Generates up to latent frame `end` (a block boundary) and returns the window that ends there.
 
-        Args: `noise`, by absolute frames and denoising step; `with_grad` keeps the graph of the new blocks' exit steps.
-        Where the prompt switches within the new frames, only those from the switch on are marked as generated and carry
-        gradient. The weights may have changed since the last call.
+        Args: `noise`, by absolute frames and denoising step; `with_grad` gives new latents with the graph of their exit
+        steps, and where the denoiser `replays`, of the context that this call stores (`Replay`). Where the prompt
+        switches within the new frames, only those from the switch on are marked as generated and carry gradient. The
+        weights may have changed since the last call.
         Raises: ConfigError unless the first call ends at `horizon` and each later one makes fewer frames than that.
         """
         start = self.position
@@ -128,11 +132,13 @@ class LongStream:
         self._cache.clear_condition()
         switch = self.switch
         learns_from = switch.frame if switch is not None and start < switch.frame < end else start
+        history = self._history() if self.history_frames and not first else None
         new: list[Tensor] = []
         exits: list[ExitStep] = []
+        replay = Replay(self.plan, self._cache) if with_grad and self.denoiser.replays else None
         with self.denoiser.gathered():
             for begin, stop in self.plan.blocks(start, end):
-                self._settle(begin, noise)
+                self._settle(begin, noise, replay)
                 wanted = with_grad and begin >= learns_from
                 block = denoise_block(
                     self.denoiser,
@@ -141,22 +147,39 @@ class LongStream:
                     block_noise_at(noise, begin, stop),
                     self.plan,
                     exit_step=exit_step,
-                    with_grad=wanted,
+                    with_grad=wanted and replay is None,
                     exits=exits if wanted and self.denoiser.batched_exit_backward else None,
                     stores=stop < end,  # the last one is, by the weights of the next call
                 )
                 new.append(block.clean)
                 self._pending = replace(block, clean=block.clean.detach())
                 self._undecoded.append(self._pending.clean)
+                if wanted and replay is not None:
+                    replay.left(begin, block.noisy, block.noisy_sigma)
             if exits:
                 new[-len(exits) :] = [self.denoiser.exits_with_grad(self.condition, exits)]
-        return self._window(torch.cat(new, 1), learns_from, first=first)
+            if replay is not None:
+                new[-replay.num_exits :] = [self.denoiser.replayed(self.condition, replay)]
+        if history is None:
+            return self._window(torch.cat(new, 1), learns_from, first=first)
+        generated = torch.arange(start - history.shape[1], end, device=history.device) >= learns_from
+        return Window(torch.cat([history, *new], 1), generated, self.condition)
 
-    def _settle(self, frame: int, noise: RollOutNoise) -> None:
+    def _history(self) -> Tensor:
+        """The sink and the latest `history_frames` of what there is, as one clip; nothing will be decoded."""
+        self._undecoded.clear()
+        blocks, since = list(self.kept.blocks()), self.position - self.history_frames
+        if self._pending is not None:
+            blocks.append((self.kept.position, self._pending.clean))
+        return torch.cat([latents for start, latents in blocks if start < self.plan.sink_frames or start >= since], 1)
+
+    def _settle(self, frame: int, noise: RollOutNoise, replay: Replay | None) -> None:
         """The context of the block that begins at `frame`: commits what is pending, or rebuilds under a new prompt."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self.kept.append(pending.clean)
+            if replay is not None:
+                replay.stored(pending.context, pending.sigma)
         switches = self.switch is not None and frame >= self.switch.frame
         if pending is not None and not pending.stored and not (switches and self.plan.recache != "none"):
             commit_block(self.denoiser, self._cache, self.condition, pending.context, pending.sigma)
@@ -164,6 +187,8 @@ class LongStream:
             self.condition, self.switch = self.condition.with_text(self.switch.text), None
             if self.plan.recache != "none":
                 recache(self.denoiser, self._cache, self.condition, self.kept, noise)
+            if replay is not None:
+                replay.begin()
 
     def _window(self, new: Tensor, learns_from: int, *, first: bool) -> Window:
         """The last `horizon` latents as the scores see them; `new` carries the graph."""

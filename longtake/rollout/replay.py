@@ -6,9 +6,10 @@ once, against the cache as it was (`PinnedSlots`). The context is detached.
 `packed_replay` runs one forward more, over [context | noisy]: what each block was stored as (mostly its clean latents)
 and what its exit step began from. Under the teacher-forcing mask each noisy block sees itself and the clean
 blocks that its cache would have held; and here the keys and values of that context carry gradient too: the student
-learns to write a better context. Source: Self-Gradient Forcing (arXiv 2607.20368), specification R.
+learns to write a better context. Source: Self-Gradient Forcing (arXiv 2607.20368), specification R. What a roll-out
+must leave for it is a `Replay`.
 
-This file must know no objective, no block plan and no graph.
+This file must know no objective and no graph.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from longtake.condition import Condition, MaskLayout
 from longtake.flow.path import clean_from_velocity
-from longtake.models.cache import CacheView, PinnedSlots
+from longtake.models.cache import CacheView, KVCache, PinnedSlots
+from longtake.models.context import MaskOverCache
 from longtake.models.dit import VideoDiT
+from longtake.plan import StreamPlan
 
 
 def packed_replay(
@@ -35,20 +39,92 @@ def packed_replay(
     context_sigma: Tensor,
     noisy: Tensor,
     sigma: Tensor,
-    layout: MaskLayout,
+    seen: MaskLayout | MaskOverCache,
 ) -> Tensor:
     """Clean latents [B, F, C, H, W] of the exit steps, with gradient through them and through their context.
 
-    Args: `context` [B, F, C, H, W], what the roll-out stored of each block (a given picture first), at noise levels
-    `context_sigma` [B, F] (`StreamPlan.context_levels`: 0, or those of the last denoising step, whose input it then
-    is); `noisy` the same, what each block's exit step began from, at `sigma` [B, F]; `layout`, that of
-    `teacher_forcing_layout` for the roll-out's window, sink and positions. No gradient goes into the latents.
+    Args: `context` [B, F_c, C, H, W], what the roll-out stored of each block (a given picture first), at noise levels
+    `context_sigma` [B, F_c] (`StreamPlan.context_levels`: 0, or those of the last denoising step, whose input it then
+    is); `noisy` [B, F, C, H, W], what each block's exit step began from, at `sigma` [B, F]; `seen`, a layout of these
+    entries for the roll-out's window, sink and positions (`StreamPlan.replay_layout`, `teacher_forcing_layout`). No
+    gradient goes into the latents.
     """
     frames = context.shape[1]
     both = torch.cat([context, noisy], 1).detach()
     levels = torch.cat([context_sigma, sigma], 1)
-    velocity = model(both, levels, condition, layout)[:, frames:]
+    velocity = model(both, levels, condition, seen)[:, frames:]
     return clean_from_velocity(noisy.detach(), velocity, sigma)
+
+
+class Replay:
+    """What a roll-out without gradient leaves, to be made again with gradient into its context (`packed_replay`).
+
+    The law: one forward holds what was stored since this began, as it was stored, and the exit steps that are learnt
+    from. A block sees in it what it saw of the cache: of what was stored since, made again, so with gradient; of what
+    lay in the cache before, which other weights or another prompt made, the stored keys and values, without gradient.
+    A roll-out begins with an empty cache, and so all of its context has gradient. Part of a long video
+    (`long_video.py`) begins before the latest block of the part before is stored, and anew where the prompt changes.
+    Each block of the context is made by the rules of the roll-out: at its own level, its own position and distance, and
+    never sees an exit step; no exit step sees its own block as it was stored.
+    """
+
+    def __init__(self, plan: StreamPlan, cache: KVCache) -> None:
+        self.plan, self.cache = plan, cache
+        self.begin()
+
+    def begin(self) -> None:
+        """Whatever the cache holds now is past, without gradient."""
+        self.first = self.cache.position
+        self._context: list[tuple[Tensor, float]] = []
+        self._exits: list[tuple[Tensor, float]] = []
+        self._exits_from = self.end = self.first
+
+    @property
+    def num_exits(self) -> int:
+        """Blocks that are made again with gradient."""
+        return len(self._exits)
+
+    def stored(self, latents: Tensor, sigma: float) -> None:
+        """The next block was stored as `latents` [B, f, C, H, W] at level `sigma`."""
+        self._context.append((latents, sigma))
+
+    def left(self, start: int, noisy: Tensor, sigma: float) -> None:
+        """The exit step of the block at frame `start` began from `noisy` [B, f, C, H, W] at level `sigma`."""
+        if not self._exits:
+            self._exits_from = start
+        self._exits.append((noisy, sigma))
+        self.end = start + noisy.shape[1]
+
+    def with_grad(self, model: VideoDiT, condition: Condition) -> Tensor:
+        """Clean latents [B, sum of f, C, H, W] of the exit steps. Raises: CacheError when the cache has lost a past
+        frame.
+        """
+        past, offset = self.plan.past(self.first), _offset(self.plan, self.first)
+        layout = _layout(self.plan, *(frame - offset for frame in (self.first, self._exits_from, self.end)))
+        seen = MaskOverCache(layout, self.cache, self.cache.slots_of(past), offset)
+        none = self._exits[0][0][:, :0], 0.0  # of a context of no frames
+        made = packed_replay(model, condition, *_joined([none, *self._context]), *_joined(self._exits), seen)
+        return hold_until_backward(made, [self.cache.pin_frames(past)]) if model.execution.recompute else made
+
+
+def _joined(blocks: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """Latents [B, F, C, H, W] of blocks, and their levels [B, F]."""
+    levels = [torch.full(latents.shape[:2], sigma, device=latents.device) for latents, sigma in blocks]
+    return torch.cat([latents for latents, _ in blocks], 1), torch.cat(levels, 1)
+
+
+def _offset(plan: StreamPlan, first: int) -> int:
+    """How much later `first` is than the first boundary from which all looks alike by relative positions."""
+    if plan.window_frames is None or plan.rope == "absolute":
+        return 0
+    late = max(plan.window_frames, plan.first_frames)  # the window is full, and its frames are none of the sink's
+    late += -(late - plan.first_frames) % plan.block_frames
+    return max(0, first - late)
+
+
+@lru_cache(maxsize=32)  # a transformer keeps what it makes of a layout as long as there is this one object
+def _layout(plan: StreamPlan, first: int, exits_from: int, end: int) -> MaskLayout:
+    return plan.replay_layout(first, exits_from, end)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.flow.path import add_noise
-from longtake.plan import StreamPlan
+from longtake.plan import Exits, StreamPlan
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
-from longtake.rollout.replay import ExitStep
+from longtake.rollout.replay import ExitStep, Replay
 
 # noise(start frame, end frame, step) -> [B, end - start, C, H, W]
 RollOutNoise = Callable[[int, int, int], Tensor]
@@ -39,7 +39,7 @@ def roll_out(
     num_frames: int,
     latent_size: tuple[int, int],
     *,
-    exit_step: int | None = None,
+    exit_step: Exits | None = None,
     with_grad: bool = False,
 ) -> RollOut:
     """Unrolls `num_frames` latent frames block by block from an empty cache.
@@ -47,22 +47,25 @@ def roll_out(
     What enters the cache follows the plan (`denoise_block`): where it stores a block by its last denoising step and the
     block stops earlier, it is the block's clean latents, noised to the level of that step.
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` one step for every block, or the last step of a block that has fewer;
-    `with_grad` keeps the graph of the exit steps.
+    frames and denoising step; `exit_step` as in `StreamPlan.exit_step`;
+    `with_grad` gives latents with the graph of the exit steps; of their context too, where the denoiser `replays`.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
     plan.check(num_frames)
     plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
-    # Recomputation in backward reads the context again, so nothing may be evicted before it.
+    # Recomputation in backward reads the context again, so nothing may be evicted before it; a replay makes it anew.
     evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
-    reread = denoiser.rereads and (with_grad or denoiser.graphs is not None)  # one cache for both
+    reread = denoiser.rereads and not denoiser.replays and (with_grad or denoiser.graphs is not None)  # one for both
     cache = denoiser.pooled_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
     blocks: list[Tensor] = []
     exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exit_backward else None
+    replay = Replay(plan, cache) if with_grad and denoiser.replays else None
     with denoiser.gathered():
         if first_latent is not None:
             commit_block(denoiser, cache, condition, first_latent)
             blocks.append(first_latent.float())
+            if replay is not None:
+                replay.stored(first_latent, 0.0)
         for start, end in plan.blocks(cache.position, num_frames):
             made = denoise_block(
                 denoiser,
@@ -71,15 +74,21 @@ def roll_out(
                 block_noise_at(noise, start, end),
                 plan,
                 exit_step=exit_step,
-                with_grad=with_grad,
+                with_grad=with_grad and replay is None,
                 exits=exits,
                 stores=end < num_frames,
             )
             blocks.append(made.clean)
             if end < num_frames and not made.stored:
                 commit_block(denoiser, cache, condition, made.context, made.sigma)
+            if replay is not None:
+                replay.left(start, made.noisy, made.noisy_sigma)
+                if end < num_frames:
+                    replay.stored(made.context, made.sigma)
         if exits:
             blocks[-len(exits) :] = [denoiser.exits_with_grad(condition, exits)]
+        if replay is not None:
+            blocks[-replay.num_exits :] = [denoiser.replayed(condition, replay)]
     generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
     generated[: 0 if first_latent is None else 1] = False
     return RollOut(torch.cat(blocks, 1), generated)

@@ -70,7 +70,12 @@ class LatentStream(Iterator[Tensor]):
         return [(self.condition, self.cache), *guided]
 
     @property
-    def _committed(self) -> int:
+    def content(self) -> object:
+        """Marks caches that hold this stream's past under its present condition (`KVCache.content`)."""
+        return self._content
+
+    @property
+    def committed(self) -> int:
         """The end of what has had its context pass."""
         return self.position - (0 if self.pending is None else self.pending.clean.shape[1])
 
@@ -99,8 +104,8 @@ class LatentStream(Iterator[Tensor]):
         """
         for condition, cache in self._sides:
             self._make_own(condition, cache)
-            if self.pending is not None and not cache.holds(self._committed, self.position):
-                cache.position = self._committed
+            if self.pending is not None and not cache.holds(self.committed, self.position):
+                cache.position = self.committed
                 commit_block(self.denoiser, cache, condition, self.pending.context, self.pending.sigma)
             cache.position = self.position
         self.pending = None
@@ -109,7 +114,7 @@ class LatentStream(Iterator[Tensor]):
         """Makes the cache anew where it does not hold the past of this stream, or holds it under another condition."""
         if cache.content is not self._content:
             cache.content = None
-            cache.position = self._committed
+            cache.position = self.committed
             recache(self.denoiser, cache, condition, self.kept, self.noise)
             cache.content = self._content
 
@@ -117,33 +122,28 @@ class LatentStream(Iterator[Tensor]):
         self,
         condition: Condition,
         unconditional: Condition | None = None,
-        *,
-        in_place: bool = True,
     ) -> None:
         """Goes on under another condition: with the next block, or `commit`, the cache is made anew from the kept
         latents, the pending block included. With the plan's `recache` "none" it stays, and the pending block is stored
         under the old condition, now.
 
-        Args: `unconditional`, that of guidance, where the stream has it; `in_place` False leaves the cache that there
-        was untouched and goes on with another one.
+        Args: `unconditional`, that of guidance, where the stream has it.
         """
-        stays = self.plan.recache == "none"
+        stays, guidance = self.plan.recache == "none", self.guidance
         if stays:
             self.commit()
-        cache, guidance, content = self.cache, self.guidance, self._content if stays else object()
         if guidance is not None:
             assert unconditional is not None
             guidance = replace(guidance, condition=unconditional)
-        if not in_place and not stays:
-            cache, guidance = _with_caches(KVCache.copy, cache, guidance)
-        self.condition, self.cache, self.guidance, self._content = condition, cache, guidance, content
+        content = self._content if stays else object()
+        self.condition, self.guidance, self._content = condition, guidance, content  # at once, whatever interrupts
 
     def copy(self, cache_of: Callable[[KVCache], KVCache] | None = None) -> LatentStream:
         """Another stream at the same place.
 
         Args: `cache_of` gives the cache that takes the place of each; None: both share them, and of all that do so only
         one goes on at a time, by the same noise. What the one writes must not have taken the place of what another
-        still reads: the cache's spare frames.
+        still reads: spare frames of the cache, or its owner puts them back.
         """
         other = copy.copy(self)
         other.kept = self.kept.copy()
@@ -157,7 +157,7 @@ class LatentStream(Iterator[Tensor]):
         """
         for condition, cache in self._sides:
             self._make_own(condition, cache)
-            cache.position = self._committed
+            cache.position = self.committed
 
 
 def _with_caches(

@@ -8,7 +8,7 @@ import logging
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Sessions that may play at once; frames a second that were made alone, and bytes of the device a session took
-    (None: not measured).
+    """Sessions that may play at once; frames a second that were made alone, and bytes of the device and of the host's
+    memory that a session took (None: not measured).
     """
 
     sessions: int
     frames_per_second: float | None = None
     session_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Capacity:
@@ -64,14 +65,26 @@ def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Cap
         warm_up(generator, kept["history_blocks"])
     elif most is not None:
         return Capacity(most)
-    rate, session_bytes = _play(generator, kept)
+    rate, session_bytes, host_bytes = _play(generator, kept)
     sessions = max(1, int(_SHARE * rate / generator.fps)) if most is None else most
     if on_gpu and session_bytes:
         _give_back()  # what the session that was measured held
         free, _ = torch.cuda.mem_get_info(generator.device)
         sessions = max(1, min(sessions, int(_SHARE * free / session_bytes)))
-    logger.info("%d sessions at once: %.1f frames/s, %.2f GB each", sessions, rate, session_bytes / 1e9)
-    return Capacity(sessions, rate, session_bytes)
+        if host_bytes and (free := _free_of_host()):
+            sessions = max(1, min(sessions, int(_SHARE * free / host_bytes)))
+    each = session_bytes / 1e9, host_bytes / 1e9
+    logger.info("%d sessions at once: %.1f frames/s, %.2f GB and %.2f GB of the host each", sessions, rate, *each)
+    return Capacity(sessions, rate, session_bytes, host_bytes)
+
+
+def _free_of_host() -> int:
+    """Bytes of the host's memory that can be had; 0: not known here."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0
 
 
 def warm_up(generator: Generator, history_blocks: int) -> None:
@@ -101,29 +114,31 @@ def trim() -> None:
         give_back(0)
 
 
-def _play(generator: Generator, kept: dict[str, Any]) -> tuple[float, int]:
-    """Frames a second of a session whose history is full, and its bytes on the device."""
+def _play(generator: Generator, kept: dict[str, Any]) -> tuple[float, int, int]:
+    """Frames a second of a session whose history is full, and its bytes on the device and in the host's memory."""
     rules = generator.settings
     picture = np.zeros((rules.height, rules.width, 3), np.uint8) if generator.beginning.needed else None
     before = _allocated(generator)
     session = generator.open(picture, "a picture", seed=0, **kept)
     for _ in range(2 + (kept["history_blocks"] if generator.device.type == "cuda" else 0)):
         session.next()
-    began = perf_counter()
+    # Of a CPU what this thread was given of it: a browser that opens meanwhile must not count for as long as it stays.
+    clock = thread_time if generator.device.type == "cpu" else perf_counter
+    began = clock()
     frames = sum(len(session.next()) for _ in range(_COUNTED_BLOCKS))
-    rate = frames / (perf_counter() - began)
+    rate = frames / (clock() - began)
     if generator.device.type != "cuda":
-        return rate, 0
-    return rate, _allocated(generator) - before + changes_bytes(session)
+        return rate, 0, 0
+    return rate, _allocated(generator) - before, session.host_bytes + changes_bytes(session)
 
 
 def changes_bytes(session: Session) -> int:
-    """What a session takes beside that when it has been changed as often as its history can hold, and is changed again:
-    a cache for each.
+    """What a session takes of the host's memory beside that when it has been changed as often as its history can hold:
+    what its caches held, for each.
     """
     if session.state.stream is None or session.history_caches is None:
         return 0
-    changes = min(session.history_caches + 1, session.history_blocks)
+    changes = min(session.history_caches, session.history_blocks)
     return changes * sum(cache.size_bytes for cache in session.state.stream.caches)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,10 @@ from longtake.errors import LongtakeError
 from longtake.serve.capacity import Capacity, Memory
 from longtake.serve.engine import Engine, Model, Output
 from longtake.serve.workers import WorkerEngine
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_SECONDS = 10.0  # for which an answer is waited for
 
 
 @dataclass
@@ -62,9 +67,12 @@ class Devices:
         """That of all devices together."""
         for device in self._all:
             try:
-                device.memory = await asyncio.wrap_future(device.engine.call("memory"))
+                async with asyncio.timeout(_MEMORY_SECONDS):
+                    device.memory = await asyncio.wrap_future(device.engine.call("memory"))
             except LongtakeError:  # its worker has ended
                 device.memory, device.capacity = Memory(), Capacity(0)
+            except TimeoutError:  # it is busy, or hangs, and the others must not wait for it
+                logger.warning("a device does not answer")
         return sum((device.memory for device in self._all), Memory())
 
     @property
@@ -81,7 +89,11 @@ class Devices:
     def measured(self) -> dict[str, float | None]:
         """What was measured of a session on the first of them."""
         capacity = self._all[0].capacity
-        return {"frames_per_second": capacity.frames_per_second, "session_bytes": capacity.session_bytes}
+        return {
+            "frames_per_second": capacity.frames_per_second,
+            "session_bytes": capacity.session_bytes,
+            "session_host_bytes": capacity.host_bytes,
+        }
 
     def roomiest(self) -> Device | None:
         """The one with most places left; None: there is none."""

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.outputs import writing
 from longtake.serve import store
 from longtake.serve.capacity import Memory
 from longtake.serve.counts import Counts
@@ -33,6 +35,7 @@ from longtake.serve.timeline import Beginning, Timeline
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_OPEN_SECONDS = 60.0  # for which who is let in next waits for a device that does not answer
 _SAVE_SECONDS = 20.0  # in which a session that is put away is saved
 _MEAN_OF = 16  # sessions over whose lengths a wait is estimated
 
@@ -61,12 +64,15 @@ class Hub:
         self.memory = Memory()
         self.counts = Counts()
         self.stage: Stage | None = None
-        self._refused: dict[str, ApiError] = {}
+        self._lanes: dict[str, Live] = {}
+        self._refused: WeakKeyDictionary[Live, ApiError] = WeakKeyDictionary()
         self._lengths: deque[float] = deque(maxlen=_MEAN_OF)
         self._creates = Allowance(settings.limits.creates_per_minute, 60)
         self._loop = asyncio.get_running_loop()
         self._admitting = asyncio.Lock()
+        self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ticking: asyncio.Task[Any] | None = None
         self.devices = Devices(
             builds, self._on_output, settings.blocks_ahead, settings.history_blocks, settings.max_sessions
         )
@@ -78,7 +84,7 @@ class Hub:
         self.model = model = await self.devices.start()
         sizes = model.height, model.width, model.fps, model.block_frames, self.settings.blocks_ahead
         self.stage = await asyncio.to_thread(Stage.of, *sizes)
-        self._later(self._tick())
+        self._ticking = self._later(self._tick())
 
     @property
     def ready(self) -> bool:
@@ -91,14 +97,15 @@ class Hub:
         self.ending = True
         for live in list(self.live.values()):
             await self._put_away(live, "ending", 1001)
-        for task in self._tasks:
-            task.cancel()
+        if self._ticking is not None:
+            self._ticking.cancel()
         await self.devices.stop()
 
-    def _later(self, work: Any) -> None:
+    def _later(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _on_output(self, output: Output) -> None:
         """From the engine's threads."""
@@ -106,7 +113,7 @@ class Hub:
             self._loop.call_soon_threadsafe(self._take, output)
 
     def _take(self, output: Output) -> None:
-        live = self.live.get(output.session)
+        live = self._lanes.get(output.session)
         if live is None:
             return
         if isinstance(output, Lost):
@@ -131,12 +138,18 @@ class Hub:
         name, secret = _new_names()
         live = self._add(name, digest(secret), Timeline(beginning))
         values = {"seed": beginning.seed, "negative": beginning.negative, "guidance": beginning.guidance}
-        self.waiting.append(_Waiting(live, ("open", name, picture, beginning.prompt), values))
+        self.waiting.append(_Waiting(live, ("open", live.lane, picture, beginning.prompt), values))
         await self._begun(live)
         return {"secret": secret, **self.standing(live)}
 
     async def open(self, name: str, secret: str, save: int | None) -> dict[str, Any]:
         """A session as it was saved, in the place of the one that plays, if it does. Raises: ApiError."""
+        async with self._opening:  # two at once would write one folder
+            live = await self._reopened(name, secret, save)
+        await self._begun(live)
+        return {"secret": secret, **self.standing(live)}
+
+    async def _reopened(self, name: str, secret: str, save: int | None) -> Live:
         self.check_ready()
         stored = self._stored(name)
         if not _knows(stored, secret) or stored is None:
@@ -152,9 +165,8 @@ class Hub:
         live.saves = list(stored.saves)
         await live.stand_at(chosen.frame)
         file = store.save_file(live.folder, chosen.save)
-        self.waiting.append(_Waiting(live, ("restore", name, file, chosen.number, chosen.past)))
-        await self._begun(live)
-        return {"secret": secret, **self.standing(live)}
+        self.waiting.append(_Waiting(live, ("restore", live.lane, file, chosen.number, chosen.past)))
+        return live
 
     def _stored(self, name: str) -> Stored | None:
         live = self.live.get(name)
@@ -163,13 +175,13 @@ class Hub:
     async def fork(self, live: Live) -> dict[str, Any]:
         """A branch of a session. Raises: ApiError."""
         self._check_room()
-        device = self.devices.of(live.name)
+        device = self.devices.of(live.lane)
         if device is None or device.free < 1:
             raise ApiError(503, "full", "there is no room for a branch", "end another session, or come back later")
         name, secret = _new_names()
         branch = self._add(name, digest(secret), live.timeline.copy())
         branch.state, branch.engine = "starting", device.engine
-        device.names.add(name)
+        device.names.add(branch.lane)
         try:
             frame = await live.fork(branch)
         except BaseException:
@@ -192,25 +204,31 @@ class Hub:
     def _add(self, name: str, secret: bytes, timeline: Timeline) -> Live:
         assert self.stage is not None
         folder, limits = self.settings.folder / name, self.settings.limits
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         recording = Recording(folder, self.stage.head, limits.recording_bytes)
         live = Live(name, secret, timeline, recording, self.stage, folder, limits, self.counts)
-        self.live[name] = live
-        self._later(asyncio.to_thread(self._forget_oldest))
+        self.live[name] = self._lanes[live.lane] = live
+        self._later(self._forget_oldest())
         return live
 
-    def _forget_oldest(self) -> None:
+    async def _forget_oldest(self) -> None:
         """Bounds what lies on the disk."""
-        folders = [path for path in self.settings.folder.iterdir() if path.is_dir() and path.name not in self.live]
-        for folder in sorted(folders, key=_changed)[: -self.settings.limits.kept_sessions]:
+        folders = await asyncio.to_thread(_oldest_first, self.settings.folder)
+        ended = [folder for folder in folders if folder.name not in self.live]
+        gone = ended[: max(0, len(ended) - self.settings.limits.kept_sessions)]
+        for folder in gone:  # at once, and before anything is removed: what is not listed is not opened meanwhile
             self.stored.pop(folder.name, None)
-            store.remove(folder)
+        for folder in gone:
+            await asyncio.to_thread(store.remove, folder)
 
     async def _begun(self, live: Live) -> None:
         """Lets in who can be. Raises: ApiError when `live` could not be opened."""
-        await self._admit()
-        if (error := self._refused.pop(live.name, None)) is not None:
+        await asyncio.shield(self._later(self._admit()))  # goes on for the others when this one's client has gone
+        if (error := self._refused.pop(live, None)) is not None:
             raise error
+        if live.state == "ended":
+            raise ApiError(409, "conflict", "the session has ended meanwhile", "open it again")
 
     async def _admit(self) -> None:
         """Opens the sessions that wait as far as there is room."""
@@ -220,15 +238,16 @@ class Hub:
                 live = waiting.live
                 live.state, live.place, live.estimate = "starting", None, None
                 live.engine, live.created = device.engine, monotonic()
-                device.names.add(live.name)
+                device.names.add(live.lane)
                 try:
-                    await asyncio.wrap_future(device.engine.call(*waiting.call, **waiting.values))
+                    async with asyncio.timeout(_OPEN_SECONDS):
+                        await asyncio.wrap_future(device.engine.call(*waiting.call, **waiting.values))
                 except Exception as error:
                     if told(error).status_code == 500:
                         logger.exception("session %s cannot be opened", live.name)
-                    self._refused[live.name] = told(error)
-                    self._leave(live, "failed")
-                    await live.end("failed")
+                    if self._leave(live, "failed"):
+                        self._refused[live] = told(error)
+                        await live.end("failed")
                 else:
                     self.counts.opened += 1
                     live.tell_state()
@@ -248,28 +267,29 @@ class Hub:
     # ---- letting go -------------------------------------------------------------------------------------------------
     async def end(self, live: Live, reason: str, *, forget: bool = False) -> None:
         """Ends a session and lets the next one in; `forget`: what lies on the disk goes, too."""
-        if not self._leave(live, reason):
+        if not self._leave(live, reason, forget=forget):
             return
         await live.end(reason, reopens=bool(live.saves) and not forget)
         if forget or not live.saves and reason != "ending":
-            self.stored.pop(live.name, None)
             await asyncio.to_thread(store.remove, live.folder)
         if not self.ending:
             await self._admit()
 
-    def _leave(self, live: Live, reason: str) -> bool:
+    def _leave(self, live: Live, reason: str, *, forget: bool = False) -> bool:
         """Takes a session off the list; False when it was off already."""
-        if self.live.pop(live.name, None) is None:
+        if self._lanes.pop(live.lane, None) is None:
             return False
+        del self.live[live.name]
         if any(one.live is live for one in self.waiting):
             self.waiting = deque(one for one in self.waiting if one.live is not live)
         else:
             self._lengths.append(monotonic() - live.created)
         self.counts.end(reason)
-        if (device := self.devices.of(live.name)) is not None:
-            device.names.discard(live.name)
-            device.engine.call("close", live.name)
-        if live.saves:
+        if (device := self.devices.of(live.lane)) is not None:
+            device.names.discard(live.lane)
+            device.engine.call("close", live.lane)
+        self.stored.pop(live.name, None)
+        if live.saves and not forget:
             self.stored[live.name] = Stored(live.folder, live.secret, tuple(live.saves))
         return True
 
@@ -346,8 +366,16 @@ def _new_names() -> tuple[str, str]:
     return secrets.token_hex(8), secrets.token_urlsafe(32)
 
 
-def _changed(folder: Path) -> float:
+def _oldest_first(parent: Path) -> list[Path]:
+    """The folders in a folder by when they were last changed."""
+
+    def changed(folder: Path) -> float:
+        try:
+            return folder.stat().st_mtime
+        except OSError:
+            return 0.0
+
     try:
-        return folder.stat().st_mtime
-    except OSError:
-        return 0.0
+        return sorted((path for path in parent.iterdir() if path.is_dir()), key=changed)
+    except OSError:  # somebody has removed it
+        return []

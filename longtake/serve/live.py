@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -79,11 +80,11 @@ class Rate:
 class Live:
     """One session. Made by the hub, which also ends it.
 
-    Fields: `state`, queued, starting, playing, paused or ended; `made` and `shown`, frames; `touched`, when a client
-    last wanted something of it.
+    Fields: `lane`, what engines call it: never the same for two that follow each other under one name, so that what is
+    still on its way from the first is not taken for the second's; `state`, queued, starting, playing, paused or ended;
+    `made` and `shown`, frames, of which none was made here before `begins`; `touched`, when a client last wanted
+    something of it; `engine`, that of its device, None while it has no place.
     """
-
-    engine: Engine | WorkerEngine  # that of its device, when it has one
 
     def __init__(
         self,
@@ -97,9 +98,11 @@ class Live:
         counts: Counts,
     ) -> None:
         self.name, self.secret, self.timeline, self.recording = name, secret, timeline, recording
+        self.lane = f"{name}-{secrets.token_hex(4)}"
+        self.engine: Engine | WorkerEngine | None = None
         self.stage, self.folder, self.limits = stage, folder, limits
         self._allowance = Allowance(limits.changes_per_second, 1)
-        self.state, self.made, self.shown, self._counts = "queued", 0, 0, counts
+        self.state, self.made, self.shown, self.begins, self._counts = "queued", 0, 0, 0, counts
         self.place: int | None = None
         self.estimate: float | None = None
         self.blocks: deque[Block] = deque(maxlen=64)
@@ -113,14 +116,13 @@ class Live:
         self.created = self.touched = monotonic()
         self.asking = asyncio.Lock()  # requests that change it, one after the other
         self._encoder = LiveEncoder(stage.size, stage.fps)
-        self._inbox: asyncio.Queue[Callable[[], Awaitable[None]] | asyncio.Event] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Callable[[], Awaitable[None]] | asyncio.Event | None] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())
 
     # ---- the queue --------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
         try:
-            while True:
-                step = await self._inbox.get()
+            while (step := await self._inbox.get()) is not None:
                 if isinstance(step, asyncio.Event):
                     step.set()
                     continue
@@ -164,8 +166,9 @@ class Live:
                 raise
             came.append(None)
 
+        assert self.engine is not None
         self._step = noted
-        answer = await asyncio.wrap_future(self.engine.call(operation, self.name, *args))
+        answer = await asyncio.wrap_future(self.engine.call(operation, self.lane, *args))
         await self.settled()
         if not came:
             raise ApiError(409, "conflict", "the session has ended meanwhile", "open another one")
@@ -186,7 +189,11 @@ class Live:
             shown = "data:image/jpeg;base64," + base64.b64encode(small).decode()
             self.tell("block", **block.public(), rewindable=made.rewindable, thumbnail=shown)
             self.state = "playing" if self.state == "starting" else self.state
+        was_over = self.recording.is_over
         chunk = await asyncio.to_thread(self._encoded, made.first, block.number, frames)
+        if self.recording.is_over and not was_over:
+            told = ApiError(507, "failed", f"the recording has ended at frame {made.first}", "download what there is")
+            self.tell("recording_ended", frame=made.first, **told.body())
         self.chunks.append(chunk)
         self._counts.frames += len(frames)
         self._counts.stalls += any(0 < viewer.shown == self.made for viewer in self.viewers)
@@ -294,13 +301,14 @@ class Live:
                 branch.recording = await asyncio.to_thread(self.recording.copy, branch.folder)
                 branch.chunks, branch.blocks = self.chunks.copy(), self.blocks.copy()
                 branch.thumbnails, branch.rewindable = dict(self.thumbnails), self.rewindable
-                branch.timeline, branch.made, branch.shown = self.timeline.copy(), self.made, self.shown
+                branch.timeline, branch.begins = self.timeline.copy(), self.begins
+                branch.made, branch.shown = self.made, self.shown
                 branch.state = self.state
                 self.tell("forked", id=branch.name, frame=frame)
 
             branch._inbox.put_nowait(wait)  # its blocks may come before it knows where it stands
             try:
-                return await self._turn(step, "fork", branch.name)
+                return await self._turn(step, "fork", branch.lane)
             finally:
                 copied.set()
 
@@ -316,19 +324,20 @@ class Live:
             await self._turn(step, "hold", paused)
 
     def saw(self, viewer: Viewer, frame: int) -> None:
-        """A viewer has shown so many frames."""
-        viewer.shown = max(0, min(frame, self.made))
+        """A viewer has shown so many frames: of those that there are, and none before it was opened here."""
+        viewer.shown = max(self.begins, min(frame, self.made))
         self.touched = monotonic()
         shown = max(one.shown for one in self.viewers)
         if shown != self.shown:
             self.shown = shown
-            self.engine.call("shown", self.name, shown)
+            if self.engine is not None:
+                self.engine.call("shown", self.lane, shown)
 
     def join(self, viewer: Viewer, frame: int | None) -> None:
         """A viewer begins, at the chunk that holds `frame`."""
         self.touched = monotonic()
         start = self.shown if frame is None else frame
-        viewer.shown = min(start, self.made)
+        viewer.shown = max(self.begins, min(start, self.made))
         self.viewers.add(viewer)
         for chunk in self.chunks:
             if chunk.end > start:
@@ -370,6 +379,7 @@ class Live:
             "blocks": [block.public() for block in list(self.blocks)[-self.rewindable :] if self.rewindable],
             "changes": [change.public() for change in changes],
             "saves": [one.public() for one in self.saves],
+            "recording_ended": self.recording.is_over,
             "recording_seconds": round((self.recording.end - self.recording.first) / self.stage.fps, 3),
         }
 
@@ -391,7 +401,7 @@ class Live:
 
     async def stand_at(self, frame: int) -> None:
         """It goes on from a save, and with it the recording; frames behind it are kept as `earlier.mp4`."""
-        self.made = self.shown = frame
+        self.made = self.shown = self.begins = frame
         await asyncio.to_thread(self._cut_recording, frame)
 
     def _cut_recording(self, frame: int) -> None:
@@ -403,9 +413,9 @@ class Live:
     async def end(self, reason: str, *, reopens: bool = False) -> None:
         """Ends it for all viewers; what was made is in the recording."""
         if self.state != "ended":
-            await self.settled()
+            self._inbox.put_nowait(None)
+            await asyncio.wait([self._worker])
             self.state = "ended"
             self.tell("bye", reason=reason, reopens=reopens)
         for viewer in list(self.viewers):
             viewer.close(self.code, reason)
-        self._worker.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket as socket_module
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -70,10 +71,14 @@ class LiveServer(uvicorn.Server):
     def __init__(self, app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
         super().__init__(config_of(app, settings))
         self._app, self._say = app, say
+        self._silent_ms = int(2000 * settings.limits.slow_seconds)
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            if hasattr(socket_module, "TCP_USER_TIMEOUT"):  # who takes nothing for so long has no connection any more
+                for one in self.servers[0].sockets:
+                    one.setsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_USER_TIMEOUT, self._silent_ms)
             port = self.servers[0].sockets[0].getsockname()[1]
             self._say(f"http://{self.config.host}:{port}")
 

@@ -162,6 +162,11 @@ def what_is_kept(world: World, seen: Located, truth: Truth) -> dict[str, Floats]
     }
 
 
+def lost(seen: Located, truth: Truth) -> Floats:
+    """[T, S] 1 where a sprite should be seen and is not found, 0 where it is found, NaN where it is not scored."""
+    return np.where(truth.scored, ~seen.found, np.nan)
+
+
 def counted_steps(seen: Located, truth: Truth) -> tuple[Floats, Floats]:
     """Steps [T - 1, S, 2] in pixels on the torus, and their true lengths [T - 1, S].
 

@@ -48,7 +48,9 @@ class WindowScores:
     Fields: `motion_ratio` [W, S], distance moved along the true direction / true distance, over the steps between
     frames in which the sprite is due and found; NaN below MIN_STEPS steps. `shape_kept`, `colour_kept`, `count_kept`
     [W], shares of the frames after the window's first. `saturation`, `contrast` [W], means of those frames.
-    `follows` [K, S], 1 where a sprite moves as the new caption says, see `follow_switch`.
+    `lost` [W], of the sprites that are to be seen, the share that is not found. `follows` [K, S], 1 where a sprite
+    moves as the new caption says, see `follow_switch`; `after_...` [K], the shares in the window that begins with the
+    switch.
     """
 
     motion_ratio: Floats
@@ -58,6 +60,10 @@ class WindowScores:
     saturation: Floats
     contrast: Floats
     follows: Floats
+    lost: Floats
+    after_shape_kept: Floats
+    after_colour_kept: Floats
+    after_count_kept: Floats
 
 
 def measure_windows(
@@ -73,12 +79,15 @@ def measure_windows(
     along = true.true_ways(steps, truth)
     # Of steps; step t leads into frame t + 1.
     spans = [slice(start, start + rule.num_frames - 1) for start in rule.starts(len(seen.positions))]
-    curves = true.what_is_kept(world, seen, truth) | {"saturation": saturation, "contrast": contrast}
+    kept = true.what_is_kept(world, seen, truth)
+    curves = kept | {"saturation": saturation, "contrast": contrast, "lost": true.lost(seen, truth)}
+    after = [slice(segment.frame, segment.frame + rule.num_frames) for segment in world.switches]
     switches, sprites = range(len(world.switches)), len(world.sprites)
     return WindowScores(
         motion_ratio=np.array([_ratio(along[span], distance[span]) for span in spans]).reshape(len(spans), sprites),
         follows=np.array([follow_switch(world, seen, truth, k + 1, rule) for k in switches]).reshape(-1, sprites),
         **{name: np.array([nanmean(values[1:][span]) for span in spans]) for name, values in curves.items()},
+        **{f"after_{name}": np.array([nanmean(values[span]) for span in after]) for name, values in kept.items()},
     )
 
 
@@ -112,7 +121,8 @@ def summarise_windows(scores: list[WindowScores]) -> dict[str, Any]:
 
     `motion_ratio` and the `kept` shares of each window are means over worlds, each world the mean of its sprites;
     `saturation` and `contrast` are relative to the first window's. `follow_share` is the share of all scored sprites
-    that follow a switch, `num_followers` their number, and `follow_shares` the same switch by switch.
+    that follow a switch, `num_followers` their number, and `follow_shares` the same switch by switch; `lost` is the
+    share of sprites that are to be seen and not found.
     Raises: ShapeError unless all videos have as many windows and switches.
     """
     shapes = {(len(s.count_kept), len(s.follows)) for s in scores}
@@ -120,7 +130,7 @@ def summarise_windows(scores: list[WindowScores]) -> dict[str, Any]:
         raise ShapeError(f"window scores of {sorted(shapes)} windows and switches cannot be averaged; they must agree")
     columns = {
         "motion_ratio": [np.array([nanmean(window) for window in s.motion_ratio]) for s in scores],
-        **{name: [getattr(s, name) for s in scores] for name in ("shape_kept", "colour_kept", "count_kept")},
+        **{name: [getattr(s, name) for s in scores] for name in ("shape_kept", "colour_kept", "count_kept", "lost")},
     }
     brightness = {name: np.array([getattr(s, name) for s in scores]).mean(0) for name in ("saturation", "contrast")}
     follows = [np.concatenate(switch) for switch in zip(*(s.follows for s in scores))]

@@ -23,7 +23,9 @@ from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.lock import only_run
-from longtake.train.pace import JobPace, in_words
+from longtake.train.networks import Builder
+from longtake.train.pace import JobPace, StagePlan, in_words
+from longtake.train.planned import planned_operations
 from longtake.train.stage import run_stage
 
 # What a finished stage cannot have learnt from after all
@@ -78,8 +80,11 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
             write_world(config.data_folder, config.data)
 
     mesh.on_main(prepare)
-    stages = config.stages.items()
-    pace = JobPace({name: (s.max_steps, in_words(s.validation, s.validate_every)) for name, s in stages})
+    plans = {}
+    for name, stage in config.stages.items():
+        work = planned_operations(Builder(stage, mesh)) if mesh.is_main else None  # who tells it
+        plans[name] = StagePlan(stage.max_steps, in_words(stage.validation, stage.validate_every), work)
+    pace = JobPace(plans)
     for name, stage in config.stages.items():
         values, folder = stage.model_dump(), stage.folder
         if mesh.on_main(partial(_is_done, folder, stage.max_steps, values)):
@@ -88,7 +93,7 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         pace.begin(name)
         newest = latest_checkpoint(checkpoints_folder(folder))
         trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
-        run_stage(stage, mesh)
+        run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
         pace.end(name, stage.max_steps - trained)
         is_new = True
     settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
@@ -190,5 +195,7 @@ def _log_on_main(mesh: Mesh) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    # What is in progress is a line now and then, not a bar: that of the iterations is tqdm's.
+    logging.getLogger("longtake").setLevel(logging.INFO if mesh.is_main else logging.WARNING)
     for noisy in ("httpx", "matplotlib", "diffusers", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -62,12 +62,13 @@ class Hooks:
     """What a stage adds to the loop; every rank calls them, the first two with the number of completed iterations.
 
     `evaluate` returns numbers to log, `sample` uint8 `[h, w, 3]` images; `start` runs once there is something to do,
-    after a checkpoint that does not fit was refused.
+    after a checkpoint that does not fit was refused; `passed` is told how many iterations are complete after each.
     """
 
     evaluate: Callable[[int], Mapping[str, float]] | None = None
     sample: Callable[[int], Mapping[str, np.ndarray]] | None = None
     start: Callable[[], None] | None = None
+    passed: Callable[[int], None] | None = None
 
 
 def train(
@@ -127,6 +128,8 @@ def train(
                 row = _row(step, config, state, mesh, phases, window, throughput)
                 log.iteration(step, row)
                 alarms.iteration(step, row)
+                if hooks.passed:
+                    hooks.passed(step + 1)
 
 
 def _saver(state: TrainState, folder: Path, config: RunConfig, mesh: Mesh, info: RunInfo) -> Saver | None:

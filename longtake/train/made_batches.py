@@ -51,6 +51,10 @@ class MadeBatches:
         def text() -> Tensor:
             return self.new(rows, size.text_len, size.text_dim)
 
+        def path() -> Tensor:
+            states = len(config.stream_plan.all_levels) + 1
+            return self.new(rows, states, config.clip_shape.num_latent_frames, size.out_channels, *space)
+
         image = None if size.image_dim is None else self.new(rows, self.image_tokens, size.image_dim)
         y = latents(shape.num_latent_frames, size.condition_channels) if size.condition_channels else None
         return EncodedBatch(
@@ -61,6 +65,7 @@ class MadeBatches:
             latents(config.clip_shape.num_latent_frames) if config.objective.learns_from_videos else None,
             latents(1) if config.model.image_condition == "i2v" else None,
             text() if config.objective.second_prompts else None,
+            path=path() if config.objective.paths is not None else None,
         )
 
 

@@ -24,7 +24,7 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.lora import DEFAULT
+from longtake.models.lora import DEFAULT, base_name
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.objectives.base import Objective, Parts, Phase
@@ -74,7 +74,8 @@ def weights_folder(source: Path, logdir: str | Path) -> Path:
 
 def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:
     """Puts the weights in place; all ranks call it. Raises: CheckpointError on every rank when one reads nan or inf."""
-    found = materialize(opened.model, device, values)
+    sizes = {base_name(name): p.numel() * p.element_size() for name, p in opened.model.named_parameters()}
+    found = materialize(opened.model, device, opened.told(values, sizes, device))
     if wrong := sorted({name for names in mesh.every(lambda: found) for name in names}):
         raise not_finite(opened.place(wrong[0]))
 
@@ -131,7 +132,7 @@ class Builder:
         config = self.config
         optimizers = {name: wanted.optim for name, wanted in config.networks.items() if wanted.optim is not None}
         averages = {"generator": config.ema} if config.ema.enabled else {}
-        return TrainState.build(
+        state = TrainState.build(
             objective.networks,
             optimizers,
             averages,
@@ -139,6 +140,8 @@ class Builder:
             seed=config.seed,
             adapters=self.adapters,
         )
+        objective.take_averages({name: average.applied for name, average in state.ema.items()})
+        return state
 
     def reference(self, networks: Networks) -> VideoDiT | None:
         """The bidirectional weights beside which the student is measured, None where the objective has none, or where
@@ -189,7 +192,11 @@ class Builder:
 
     def frozen(self, name: str) -> VideoDiT:
         """A network that is not trained."""
-        opened = self.open(self.weights(name))
+        return self.frozen_at(self.weights(name))
+
+    def frozen_at(self, weights: Path) -> VideoDiT:
+        """Any weights as a network that is not trained. Raises: as `open`."""
+        opened = self.open(weights)
         self._freeze(opened.model)
         return self._filled(opened, recompute=False)
 
@@ -222,11 +229,13 @@ class Builder:
         config, mesh = self.config, self.mesh
         sharded = generator.base.model if isinstance(generator, AdapterView) else generator
         once = mesh.fsdp_mesh is not None and config.gathers_once
-        sequence = 1 if mesh.sequence is None else mesh.sequence.size
+        sequence, replays = 1 if mesh.sequence is None else mesh.sequence.size, config.objective.replays
+        batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
-            batched_exit_backward=config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence),
+            batched_exit_backward=batches and not replays,
+            replays=replays,
             gathering=partial(gathered, sharded) if once else nullcontext,
         )
 
@@ -289,6 +298,9 @@ class Builder:
             return
         manifest = completed(read_manifest(checkpoint))
         for key, value in invariants(self.config).items():
+            # With a pass of its own a block's context says nothing of the steps that it took.
+            if key == "later_steps" and self.config.plan.context == "pass":
+                continue
             if (before := manifest.get(key)) != json.loads(json.dumps(value)):
                 raise ConfigError(f"{key}={value!r} is not that of init_from={source}, {before!r}; set it to that")
 

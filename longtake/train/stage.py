@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,8 @@ class InPrecision(Objective):
         self.objective.discard()
 
 
-def run_stage(config: StageConfig, mesh: Mesh) -> None:
-    """Trains one stage to its last step, going on from its newest checkpoint if there is one."""
+def run_stage(config: StageConfig, mesh: Mesh, *, passed: Callable[[int], None] | None = None) -> None:
+    """Trains one stage to its last step, going on from its newest checkpoint if there is one. `passed`: see `Hooks`."""
     config.accumulation(mesh.world_size)  # refused here rather than when the first batch is made
     mesh = mesh.arranged(config.parallel)
     if config.wandb.enabled and find_spec("wandb") is None:  # on every rank, before any of them waits for another
@@ -90,10 +92,19 @@ def run_stage(config: StageConfig, mesh: Mesh) -> None:
             f"{config.data.path}; set validate_every=0, or validation.num_rows above 0 to validate rows of the set"
         )
     with only_run(config.folder, mesh, "set another name or logdir"):
-        _train(config, mesh, dataset, builder, worlds=worlds, rows=rows)
+        _train(config, mesh, dataset, builder, worlds=worlds, rows=rows, passed=passed)
 
 
-def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, *, worlds: bool, rows: bool) -> None:
+def _train(
+    config: StageConfig,
+    mesh: Mesh,
+    dataset: Dataset,
+    builder: Builder,
+    *,
+    worlds: bool,
+    rows: bool,
+    passed: Callable[[int], None] | None,
+) -> None:
     learnt = learnt_rows(dataset, config.validation)
     must_stay = invariants(config) | resume_invariants(config, mesh.on_main(lambda: rows_invariant(learnt)))
     refuse_other_invariants(checkpoints_folder(config.folder), must_stay, mesh)
@@ -127,6 +138,9 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
     clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
     loras = {name: wanted.lora for name, wanted in config.networks.items()}
     operations = operations_of(objective, sizes, loras, clips, mesh.world_size)
+    hooks = Hooks(start=start, passed=passed)
+    if validation is not None:
+        hooks = replace(hooks, evaluate=validation.evaluate, sample=validation.sample)
     train(
         state,
         InPrecision(objective, mesh, bf16=config.precision == "bf16"),
@@ -134,7 +148,7 @@ def _train(config: StageConfig, mesh: Mesh, dataset: Dataset, builder: Builder, 
         config,
         mesh=mesh,
         info=RunInfo(config.model_dump(), must_stay | facts_of(networks.adapters)),
-        hooks=Hooks(validation.evaluate, validation.sample, start) if validation else Hooks(start=start),
+        hooks=hooks,
         phases=phases,
         throughput=stage_throughput(config.precision, operations, mesh),
     )

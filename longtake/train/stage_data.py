@@ -25,7 +25,7 @@ from longtake.encoders.bundle import Encoders
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.encodings.encode import BatchEncoder, EncodedLoader, RowEncoder, StoredEncoder
-from longtake.encodings.key import check_encoded, contents_of
+from longtake.encodings.key import check_encoded, needed_contents
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.row_videos import VideoRow, read_rows
 from longtake.inference.pipeline import load_encoders
@@ -92,12 +92,17 @@ class DataBuilder:
     def encoder(self) -> BatchEncoder | StoredEncoder:
         """Where the encodings of rows come from. Raises: CheckpointError, ConfigError, DataError."""
         config, objective, device = self.config, self.config.objective, self.mesh.device
-        contents = contents_of(config.model, with_tokens=self.with_tokens, with_latents=objective.learns_from_videos)
-        contents += ["text_1"] * objective.second_prompts
+        needed = needed_contents(config.model, objective, with_tokens=self.with_tokens)
+        contents = needed + ["text_1"] * objective.second_prompts
         if isinstance(self.dataset, EncodedRows):
-            check_encoded(config, self.dataset, self.mesh, with_tokens=self.with_tokens)
+            check_encoded(config, self.dataset, self.mesh, needed)
             switches = objective.takes_switches
             return StoredEncoder(self.dataset, config.clip_shape, contents, device=device, switches=switches)
+        if objective.paths is not None:
+            raise ConfigError(
+                f"data.path={config.data.path} holds no paths of a teacher, which {objective.kind} learns from; give "
+                "the folder that `longtake teacher-data` writes with this configuration"
+            )
         folder = config.encoders_folder
         rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
         encoders = load_encoders(folder, config.model, device, with_image=self.with_tokens)

@@ -27,7 +27,7 @@ from longtake.toy.world import SIZE
 from longtake.train.state import TrainState
 
 # Numbers that are written to metrics.jsonl, by their name in the summary
-_LOGGED = ("position_error_px", "motion_ratio", "stop_rate")
+_LOGGED = ("position_error_px", "motion_ratio", "stop_rate", "shape_kept", "colour_kept", "count_kept")
 _SHEET_VIDEOS = 3
 
 

@@ -62,6 +62,7 @@ def convert(
     if student is None:
         published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
     else:
+        student.check_is_one()
         published, model = student.read()
     fields = _CONFIGS[to](model.config)
     with new_folder(target, overwrite=overwrite) as folder:

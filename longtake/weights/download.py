@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from longtake.config.stage import TOY
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_folder
 from longtake.weights.hub import (
@@ -20,6 +22,8 @@ from longtake.weights.hub import (
 from longtake.weights.locate import is_hub_name
 from longtake.weights.students import find_student
 
+logger = logging.getLogger(__name__)
+
 
 def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[str]]:
     """Fetches a model: a published student with its updates and the encoders of its base, or the transformer, VAE, text
@@ -32,6 +36,8 @@ def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[st
     """
     if Path(name).expanduser().exists():
         raise ConfigError(f"{name} is a local path; give OWNER/NAME on the Hugging Face hub, or rename the path")
+    if name == TOY:
+        raise ConfigError("toy comes with the package, and nothing of it is fetched: longtake generate --model toy ...")
     if folder is not None:
         check_output_folder(Path(folder))
     student = find_student(name)
@@ -45,6 +51,8 @@ def download(name: str, folder: str | Path | None = None) -> tuple[Path, list[st
         with_image = needs_image(fetch_small(order))
         beside = order_encoders(order.repository, with_image=with_image)
         lacking = lacks_encoders(beside, with_image=with_image)
+        if lacking:  # said before hours of fetching
+            logger.warning("%s has no %s: the model will need --encoders", name, " and no ".join(lacking))
     root = _put([order, beside], None if folder is None else Path(folder))
     return (Path(name) if folder is None else root if student else root / order.part), lacking
 

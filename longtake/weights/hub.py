@@ -9,13 +9,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from longtake.config.base import read_yaml
 from longtake.config.generation import RULES_FILE
 from longtake.config.stage import TOY_ASSETS
 from longtake.errors import CheckpointError, nearest
+from longtake.json_text import parse_json
+from longtake.progress import Progress, as_size
 from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.file_kind import GGUF
 from longtake.weights.locate import (
@@ -27,6 +33,7 @@ from longtake.weights.locate import (
     PICKLED,
     SAFETENSORS,
     EncoderPart,
+    files_in,
     is_hub_name,
     locate,
 )
@@ -36,6 +43,7 @@ logger = logging.getLogger(__name__)
 TABLE = TOY_ASSETS.parent / "students.yaml"  # of published students
 _TIMEOUT = 5  # seconds for a list of files
 _SMALL = (FILE, RULES_FILE)  # beside weights: their sizes and their rules
+_IMAGE_BRANCH = "img_emb."  # in the names of tensors that read CLIP's tokens
 _WEIGHTS = (*SAFETENSORS, f".safetensors{INDEX}")
 
 
@@ -93,11 +101,6 @@ def joined(orders: Sequence[Order]) -> list[Order]:
         before = found.setdefault(order.repository.name, order)
         found[order.repository.name] = replace(before, files={**before.files, **order.files})
     return list(found.values())
-
-
-def as_size(size_bytes: int) -> str:
-    """In GB or MB of 1000."""
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def fetch(orders: Sequence[Order], folder: Path | None = None) -> list[Path]:
     _check_room(sum(wanted), folder)
     for order, size in zip(orders, wanted):
         logger.info("%s %s (%s)", "Fetching" if size else "In the hub's cache:", order, as_size(order.size_bytes))
-    return [_fetched(order, folder) for order in orders]
+    return [_fetched(order, folder, size) for order, size in zip(orders, wanted)]
 
 
 def _absent(order: Order) -> int:
@@ -243,14 +246,25 @@ def _check_room(size_bytes: int, folder: Path | None) -> None:
         )
 
 
-def _fetched(order: Order, folder: Path | None) -> Path:
+def _fetched(order: Order, folder: Path | None, size_bytes: int) -> Path:
+    """The local folder of its files; so many bytes are not there yet."""
     from huggingface_hub import errors, snapshot_download
 
     repository = order.repository
     if repository.cache is not None and folder is None:
         return repository.cache
+    progress, stopped = Progress(f"fetching {repository.name}", size_bytes, "bytes"), Event()
+    how: dict[str, Any] = {"allow_patterns": order.all_files, "local_dir": folder}
+    library: Any = snapshot_download
     try:
-        return Path(snapshot_download(repository.name, allow_patterns=order.all_files, local_dir=folder))
+        # Beside: the library's threads would fetch all that they began before Ctrl-C is heard.
+        with ThreadPoolExecutor(1) as beside:
+            try:
+                bars = _bars(progress, stopped)
+                return Path(beside.submit(library, repository.name, tqdm_class=bars, **how).result())
+            except KeyboardInterrupt:
+                stopped.set()
+                raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{repository.name} is gated; accept its terms at https://huggingface.co/{repository.name}, then `hf auth "
@@ -261,12 +275,40 @@ def _fetched(order: Order, folder: Path | None) -> Path:
             f"{repository.name} could not be fetched from the Hugging Face hub: {error}; run the command again, and it "
             "goes on with what is there"
         ) from error
+    finally:
+        progress.finish()
+
+
+class _StoppedError(Exception):
+    """Ends a thread that fetches."""
+
+
+def _bars(progress: Progress, stopped: Event) -> type[Any]:
+    """The class of the bars that the hub's library makes, of which one or two count bytes: nothing of them is shown,
+    `progress` is. Once it is `stopped`, threads that tell what they have fetched end.
+    """
+    from tqdm import tqdm
+
+    class Told(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *words: Any, **named: Any) -> None:
+            super().__init__(*words, **{**named, "disable": True})
+            self.counts_bytes = named.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            self.n += n or 0
+            if self.counts_bytes and self.n > progress.done:
+                progress.update(int(self.n))
+
+    return Told
 
 
 def fetch_small(order: Order) -> Path:
     """The local folder in which `config.json` and `generation.yaml` of the weights lie, those alone fetched."""
     small = [file for file in order.all_files if file.rpartition("/")[2] in _SMALL]
-    root = _fetched(Order(order.repository, {"transformer": small}), None) if small else Path()
+    smaller = Order(order.repository, {"transformer": small})
+    root = _fetched(smaller, None, smaller.size_bytes) if small else Path()
     first = order.files["transformer"][0]
     return root / (small[0] if small else first).rpartition("/")[0]
 
@@ -313,8 +355,63 @@ def no_encoders(name: str, lacking: Sequence[str]) -> CheckpointError:
     )
 
 
-def needs_image(weights: Path, *, unknown: bool = True) -> bool:
-    """Whether weights need an image encoder by the `config.json` beside them; `unknown` where there is none."""
+def needs_image(weights: Path) -> bool:
+    """Whether weights may need an image encoder by the `config.json` beside them; they may where there is none."""
     place = locate(weights)
     file = (place if place.is_dir() else place.parent) / FILE
-    return config_from_json(read_json(file), file).image_dim is not None if file.is_file() else unknown
+    return config_from_json(read_json(file), file).image_dim is not None if file.is_file() else True
+
+
+def surely_needs_image(weights: Path, order: Order | None = None) -> bool:
+    """Whether weights need one for certain. Wan's own `config.json` does not tell: it says i2v of Wan2.2's, too, which
+    need none; the names of their tensors do.
+
+    Args: `weights` with what is small beside them; `order`, that of the tensors where they are on the hub.
+    """
+    place = locate(weights)
+    file = (place if place.is_dir() else place.parent) / FILE
+    if not file.is_file():
+        return False
+    data = read_json(file)
+    if config_from_json(data, file).image_dim is None:
+        return False
+    if "image_dim" in data:  # as diffusers and Longtake write it
+        return True
+    names = _names_here(place) if order is None else _names_there(order)
+    return any(_IMAGE_BRANCH in name for name in names)
+
+
+def _names_here(place: Path) -> list[str]:
+    """Names of the tensors of safetensors files, from their heads."""
+    files = files_in(place) if place.is_dir() else [place] if place.suffix.lower() in SAFETENSORS else []
+    names: list[str] = []
+    for path in files:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = file.read(size) if size <= path.stat().st_size else b""
+        with suppress(ValueError):  # reading the weights says what is wrong with them
+            names += parse_json(head)
+    return names
+
+
+def _names_there(order: Order) -> list[str]:
+    """The same of files that are not fetched: from their index, or from the head of the first one."""
+    from huggingface_hub import errors, parse_safetensors_file_metadata
+
+    repository, files = order.repository, order.files["transformer"]
+    if repository.cache is not None:
+        return _names_here(repository.cache / order.part)
+    if indices := [file for file in files if file.endswith(f".safetensors{INDEX}")]:
+        only = Order(repository, {"transformer": indices})
+        index = read_json(_fetched(only, None, only.size_bytes) / indices[0])
+        return list(index.get("weight_map", ()))
+    heads = [file for file in files if file.lower().endswith(SAFETENSORS)][:1]
+    with suppress(OSError, ValueError, errors.HTTPError):  # fetching says what is wrong
+        return [name for file in heads for name in parse_safetensors_file_metadata(repository.name, file).tensors]
+    return []
+
+
+def check_image_encoder(beside: Order) -> None:
+    """Raises CheckpointError when a repository lacks the image encoder, which the weights need."""
+    if "image encoder" in lacks_encoders(beside, with_image=True):
+        raise no_encoders(beside.repository.name, ["image encoder"])

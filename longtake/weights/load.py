@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.errors import CheckpointError
 from longtake.models.dit import VideoDiT, parameter_type
 from longtake.models.sizes import DiTConfig
+from longtake.progress import as_size, track
 from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
 from longtake.weights.hub import local_path
@@ -106,12 +107,25 @@ class Opened:
 
     `read` takes the names wanted (default: all), under original Wan names; a tensor may be a view of its file, of which
     nothing is read until it is copied: the reader checks that what it copies is finite. `place` says where the tensor
-    of a name lies.
+    of a name lies; `source`, where all lie, empty for weights that are made and not read.
     """
 
     model: VideoDiT
     read: Callable[[Iterable[str] | None], Iterator[tuple[str, Tensor]]]
     place: Callable[[str], str]
+    source: str = ""
+
+    def told(
+        self, values: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], device: object
+    ) -> Iterable[tuple[str, Tensor]]:
+        """`values`, while it is said how many bytes of all (`sizes`, by name) are in place; weights that are made are
+        not spoken of.
+        """
+        if not self.source:
+            return values
+        total = sum(sizes.values())
+        logger.info("loading the transformer (%s) from %s to %s", as_size(total), self.source, device)
+        return track(values, "loading the transformer", "bytes", total, size=lambda pair: sizes[pair[0]])
 
 
 def open_weights(source: str | Path, *, check: bool = False) -> Opened:
@@ -120,13 +134,16 @@ def open_weights(source: str | Path, *, check: bool = False) -> Opened:
     Raises: CheckpointError.
     """
     published, model = open_dit(source)
-    return Opened(model, partial(published.read, check=check), lambda name: str(published.tensors.get(name, name)))
+    read, held = partial(published.read, check=check), published.tensors
+    return Opened(model, read, lambda name: str(held.get(name, name)), str(source))
 
 
 def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:
     """The model with its weights, one tensor read after the other. Args: as `load_dit`."""
-    wide = dtype or torch.float32
-    state = {name: value.to(device, parameter_type(name, wide), copy=True) for name, value in opened.read(None)}
+    types = {name: parameter_type(name, dtype or torch.float32) for name, _ in opened.model.named_parameters()}
+    sizes = {name: p.numel() * types[name].itemsize for name, p in opened.model.named_parameters()}
+    told = opened.told(opened.read(None), sizes, device)
+    state = {name: value.to(device, types[name], copy=True) for name, value in told}
     opened.model.load_state_dict(state, assign=True)
     return opened.model.requires_grad_(True)
 
@@ -151,7 +168,7 @@ def load_dit(
     Raises: CheckpointError listing missing, surplus or reshaped keys, or naming a tensor that is not finite.
     """
     published, model = open_dit(path, network, lora, lora_scale)
-    return load_opened(Opened(model, published.read, str), device, dtype)
+    return load_opened(Opened(model, published.read, str, str(path)), device, dtype)
 
 
 def save_dit(

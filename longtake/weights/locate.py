@@ -300,6 +300,11 @@ def encoder_files(folder: Path, part: EncoderPart) -> list[Path]:
     return [file for place in places for file in (files_in(place) if place.is_dir() else [place])]
 
 
+def encoder_sizes(folder: Path, *, with_image: bool) -> dict[str, int]:
+    """Bytes of the weight files of each encoder in `folder`, by its name."""
+    return {part.name: sum(f.stat().st_size for f in encoder_files(folder, part)) for part in _parts(with_image)}
+
+
 def image_token_count(folder: Path) -> int:
     """Tokens of the image encoder in `folder`; where its config.json is not there, those of the published one."""
     file = folder / "image_encoder" / "config.json"

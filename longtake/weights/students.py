@@ -7,6 +7,7 @@ play is refused by name: played by another law it would look worse, and nobody w
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, is_hub
 from longtake.weights.read import CheckpointReader
 
 _PATCH = "patch_embedding.weight"
+_MEMORY = re.compile(r"(^|\.)memory_")  # in names of the network that makes the context
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Student:
     lora: str | None = None
     skipped: str | None = None
     linear_patch: bool = False
+    writes_apart: bool = False
     ours: str | None = None
 
     @property
@@ -71,7 +74,8 @@ class Student:
         tensors = {
             name: stored
             for name, stored in published.tensors.items()
-            if self.skipped is None or not stored.key.startswith(self.skipped)
+            if (self.skipped is None or not stored.key.startswith(self.skipped))
+            and not (self.writes_apart and _MEMORY.search(name))
         }
         patch = tensors.get(_PATCH)
         if not self.linear_patch or patch is None or len(patch.shape) != 2 or patch.shape[1] % 4:
@@ -83,6 +87,14 @@ class Student:
 
         tensors[_PATCH] = replace(patch, shape=shape)
         return replace(published, tensors=tensors, updates=(*published.updates, as_kernel))
+
+    def mended_writer(self, published: CheckpointReader) -> CheckpointReader:
+        """Those of the network that makes the context: `memory_*` beside the others, and theirs where there is none.
+
+        Source: Zihan-Su/Self_Gradient_Forcing_Plus, utils/checkpoint.py.
+        """
+        own = {_MEMORY.sub(r"\1", name): stored for name, stored in published.tensors.items() if _MEMORY.search(name)}
+        return replace(published, tensors=self.mended(published).tensors | own)
 
 
 def in_words(settings: GenerationConfig) -> str:
@@ -132,22 +144,33 @@ class FoundStudent:
         own = None if self.root is None else read_rules(self.weights) or read_rules(self.root)
         return own or self.student.settings
 
-    def read(self) -> tuple[CheckpointReader, VideoDiT]:
+    def read(self, *, writer: bool = False) -> tuple[CheckpointReader, VideoDiT]:
         """Its tensors, strictly: every one of the sizes and no other, low-rank updates merged; and the model of them.
 
+        Args: `writer`, those of the network that makes the context, where that is another.
         Raises: CheckpointError that names the student.
         """
         student, order = self.student, self.order()
         here = self if order is None else self.fetched(fetch([order])[0])
         try:
-            return open_dit(here.weights, student.network, here.lora, mend=student.mended)
+            mend = student.mended_writer if writer else student.mended
+            return open_dit(here.weights, student.network, here.lora, mend=mend)
         except CheckpointError as error:
             raise CheckpointError(f"{student.name}, published as {student.model}: {error}") from error
 
-    def open(self) -> Opened:
-        """Its weights before they are in a model. Raises: as `read`."""
-        published, model = self.read()
-        return Opened(model, published.read, lambda name: str(published.tensors.get(name, name)))
+    def open(self, *, writer: bool = False) -> Opened:
+        """Its weights before they are in a model. Args, raises: as `read`."""
+        published, model = self.read(writer=writer)
+        held = published.tensors
+        return Opened(model, published.read, lambda name: str(held.get(name, name)), str(self.weights))
+
+    def check_is_one(self) -> None:
+        """Raises ConfigError where two networks are played together, and one alone would be another student."""
+        if self.student.writes_apart:
+            raise ConfigError(
+                f"{self.student.name} is two networks, of which one makes the context of the other, and this takes "
+                "one; it can be played (longtake generate, play, serve)"
+            )
 
     def order(self) -> Order | None:
         """What is to be fetched of it from the hub, None for a local one. Raises: CheckpointError for missing files."""
@@ -253,8 +276,10 @@ def open_source(source: str | Path, *, check: bool = False) -> Opened:
 
     Raises: CheckpointError; ConfigError as `find_student`.
     """
-    student = find_student(source)
-    return open_weights(source, check=check) if student is None else student.open()
+    if (student := find_student(source)) is None:
+        return open_weights(source, check=check)
+    student.check_is_one()
+    return student.open()
 
 
 def _names() -> list[str]:

@@ -39,7 +39,7 @@ def widen(opened: Opened, config: DiTConfig, seed: int) -> Opened:
             if name in wanted:
                 yield name, tensor
 
-    return Opened(wide, read, opened.place)
+    return Opened(wide, read, opened.place, opened.source)
 
 
 def _wider(model: VideoDiT, config: DiTConfig) -> VideoDiT:

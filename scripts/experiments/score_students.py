@@ -62,6 +62,11 @@ def score(
     return found
 
 
+def known(values: list[float | None]) -> list[float]:
+    """Without the windows in which nothing was found; nan where there are no others."""
+    return [value for value in values if value is not None] or [float("nan")]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """One row a student."""
     titles = ["student", "position px", "motion", "shape", "colour", "count", "open bits", "open stand", "10x px"]
@@ -75,9 +80,9 @@ def table(results: list[dict[str, Any]]) -> str:
         cells += [f"{opened[key]:.3f}" if opened else "" for key in ("open_entropy_bits", "open_stop_rate")]
         if "long" in result:
             windows = result["long"]["windows"]
-            motion = windows["motion_ratio"]
+            motion = known(windows["motion_ratio"])
             cells += [f"{result['long']['position_error_px']:.2f}", f"{min(motion):.3f} to {max(motion):.3f}"]
-            cells += [f"{min(windows[key]):.4f}" for key in WORST]
+            cells += [f"{min(known(windows[key])):.4f}" for key in WORST]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -156,7 +156,7 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
 SMALL = ["batch_size=1", "micro_batch_size=1", "video.height=32", "video.width=32"]
 
 
-@pytest.mark.parametrize("stage", ["distill", "causal", "long"])
+@pytest.mark.parametrize("stage", [pytest.param("distill", marks=pytest.mark.slow), "causal", "long"])
 def test_a_training_is_measured(stage, tmp_path):
     given = [*SMALL, f"logdir={tmp_path}/run"]
     if stage == "distill":

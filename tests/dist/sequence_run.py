@@ -132,21 +132,21 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
         with torch.no_grad():
             errors |= check(f"streamed, {rope}", model, plain, lambda m, r=rope: cached(m, r, False))  # noqa: B023
 
-    def unrolled(m: VideoDiT, rope: str, **law: Any) -> torch.Tensor:
+    def unrolled(m: VideoDiT, rope: str, replays: bool = False, **law: Any) -> torch.Tensor:
         # Of all blocks at once, with checkpointing (which one way has) or without, against one at a time.
-        batched = m is model
+        batched = m is model and not replays
         m = m.executed(replace(m.execution, recompute=rope == "relative"))
         rules = plan.but(window_frames=3, sink_frames=1, rope=rope, sigmas=(1.0, 0.5), **law)
 
         def noise(start: int, end: int, step: int) -> torch.Tensor:
             return numbers(10 * start + step, 2, end - start, 4, *size)
 
-        return roll_out(
-            Denoiser(m, batched_exit_backward=batched), condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True
-        ).latents
+        denoiser = Denoiser(m, batched_exit_backward=batched, replays=replays)
+        return roll_out(denoiser, condition, x[:, :1], noise, rules, FRAMES, size, with_grad=True).latents
 
     for rope in layouts:
         errors |= check(f"rolled out, {rope}", model, plain, lambda m, r=rope: unrolled(m, r))  # noqa: B023
+        errors |= check(f"replayed, {rope}", model, plain, lambda m, r=rope: unrolled(m, r, True))  # noqa: B023
     last = {"context": "last_step", "context_from": 0}
     errors |= check("rolled out, last step", model, plain, lambda m: unrolled(m, "relative", **last))
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):

@@ -5,7 +5,7 @@ from forked_ranks import torchrun
 from tiny_stage import stage_config, stage_tree
 
 from longtake.parallel.mesh import Mesh
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 
 
 def test_two_ranks_write_what_one_writes(workshop, tmp_path):
@@ -15,6 +15,6 @@ def test_two_ranks_write_what_one_writes(workshop, tmp_path):
     done = torchrun(2, *encode, "-o", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("6 rows, 0 bad rows left out") == 1 and "on 2 ranks" in done.stdout
-    encode_set(stage_config(workshop, tmp_path, "distill"), tmp_path / "one", Mesh(), rows_per_shard=2)
+    encode(stage_config(workshop, tmp_path, "distill"), tmp_path / "one", Mesh(), rows_per_shard=2)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two and len(one) == 5

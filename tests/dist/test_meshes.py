@@ -28,6 +28,7 @@ MESHES = {
     "4 whole, sequence": {"data_parallel": "ddp", "sequence": 2},
 }
 STAGES = tuple(mesh_run.STAGES)
+REPLAYED = ("2 shard", "2 whole", "4 replicate x sequence")
 LORA = {"lora": {"rank": 2, "alpha": 4}, "critic": {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3}}}
 
 
@@ -93,6 +94,7 @@ def one(workshop, tmp_path_factory):
     for stage in STAGES:
         mesh_run.run(workshop, folder, Mesh(), stage)
     mesh_run.run(workshop, folder / "lora", Mesh(), "distill", **LORA)
+    mesh_run.run(workshop, folder / "replay", Mesh(), "long", context_gradient="replay")
     return folder
 
 
@@ -108,7 +110,12 @@ def many(workshop, tmp_path_factory):
             if name.startswith(str(ranks))
         ]
         lora = {"stage": "distill", "logdir": folder / f"{ranks} lora", "parallel": {"sequence": 2}, **LORA}
-        train(workshop, [*runs, lora], folder, ranks)
+        replayed = [
+            {"stage": "long", "logdir": folder / f"{name} replay", "parallel": MESHES[name], "context_gradient": "replay"}
+            for name in REPLAYED
+            if name.startswith(str(ranks))
+        ]
+        train(workshop, [*runs, lora, *replayed], folder, ranks)
     return folder
 
 
@@ -135,6 +142,13 @@ def test_ranks_with_whole_weights_share_the_writing(many):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_low_rank_updates_on_a_sequence_group(one, many, ranks):
     assert_same(many / f"{ranks} lora" / "distill", one / "lora" / "distill")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mesh", REPLAYED)
+def test_gradient_into_the_context_on_meshes(one, many, mesh):
+    assert_same(many / f"{mesh} replay" / "long", one / "replay" / "long")
 
 
 @pytest.mark.slow

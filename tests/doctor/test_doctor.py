@@ -21,7 +21,7 @@ from longtake.doctor.files import look_at
 from longtake.doctor.machine import Gpu, free_disk, look
 from longtake.doctor.run import diagnose
 from longtake.encoders.bundle import Encoders, TextEncoder
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.parallel.mesh import Mesh
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS
@@ -67,10 +67,10 @@ def test_the_machine_is_the_one_we_are_on(monkeypatch):
 
 
 def test_a_complete_stage_is_well(workshop, tmp_path):
-    file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "causal"))
     result = invoke(file)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("all is well\n\nstage distill (dmd), each of 1 rank(s): needs ")
+    assert result.output.startswith("all is well\n\nstage causal (teacher_forcing), each of 1 rank(s): needs ")
     found = look_at(stage_config(workshop, tmp_path, "distill"))
     assert found.sizes == dict.fromkeys(("generator", "critic", "teacher"), TEACHER)
     assert found.missing == [] == found.notes and found.image_tokens == 17
@@ -153,7 +153,7 @@ def test_encoders_count_in_their_precision_and_only_where_they_are_loaded(worksh
     text = TextEncoder.load(workshop / "encoders" / "text_encoder")
     saved = counted() - counted(model={"text_precision": "bf16"})
     assert saved == 2 * sum(p.numel() for p in text.model.parameters())
-    encode_set(stage_config(workshop, tmp_path, "distill"), tmp_path / "encoded", Mesh())
+    encode(stage_config(workshop, tmp_path, "distill"), tmp_path / "encoded", Mesh())
     gone = {"data": {"path": str(tmp_path / "encoded")}, "encoders": str(tmp_path / "gone")}
     found = look_at(stage_config(workshop, tmp_path, "distill", **gone))
     assert found.encoder_bytes == 0 and not found.missing

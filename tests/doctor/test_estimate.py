@@ -95,6 +95,7 @@ def agrees(monkeypatch, config, sizes, ranks=1):
         (1, {}),
         (1, {"activation_checkpointing": "none", **low_rank(4)}),
         (2, {"batch_size": 4, "micro_batch_size": 1}),
+        (1, {"objective": {"context_gradient": "replay"}}),
         (3, {"parallel": {"sequence": 3, "data_parallel": "ddp"}}),
     ],
 )

@@ -53,6 +53,6 @@ def test_the_report_names_what_fits(choices, monkeypatch):
     assert len(report.tree()["others"]) == sum(fits(choice.total, room) for choice in report.others)
     assert "no choice fits" in str(stream_report(None, None, GIB, "here"))
     assert (fine := stream_report(None, None, 100 * GIB, "here")).ok and str(fine).startswith("it fits: 24.4")
-    monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given: stream_report(*given))
+    monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given, **also: stream_report(*given, **also))
     made = CliRunner().invoke(app, ["doctor", "--stream", "toy", "height=64", "width=64", "--device", "24GB", "--json"])
     assert made.exit_code == 1 and json.loads(made.output)["asked"]["total"] == choices[0].total

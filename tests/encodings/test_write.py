@@ -27,7 +27,7 @@ from longtake.encoders.bundle import Encoders
 from longtake.encoders.condition import encode_condition
 from longtake.encodings import write as module
 from longtake.encodings.encode import BatchEncoder
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import ConfigError, DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
@@ -78,7 +78,7 @@ def test_only_real_tokens_are_on_disk(workshop, whole):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_smaller_types_round_and_nothing_else(workshop, whole, tmp_path, dtype):
-    encode_set(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), dtype=dtype)
+    encode(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), dtype=dtype)
     exact, rounded = EncodedRows(whole), EncodedRows(tmp_path / "e")
     for name in ("clip", "y", "latents"):
         wanted = torch.from_numpy(exact[4].extras[name]).to(getattr(torch, dtype)).float()
@@ -89,7 +89,7 @@ def test_every_prompt_of_a_row_is_encoded(workshop, tmp_path):
     prompts = [sample_world(0, k).caption for k in range(3)]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompts": prompts}) + "\n" + json.dumps({"prompts": prompts[:1]}))
     config = config_of(workshop, tmp_path, "distill", **text_to_video(tmp_path, tmp_path / "rows.jsonl"))
-    encode_set(config, tmp_path / "e", Mesh())
+    encode(config, tmp_path / "e", Mesh())
     sample = EncodedRows(tmp_path / "e")[0]
     assert sample.prompts == tuple(prompts) and sorted(sample.extras) == ["text", "text_1", "text_2"]
     wanted = Encoders.load(workshop / "encoders").text.encode(prompts).bfloat16().float()
@@ -110,7 +110,7 @@ def _killed_in_a_write(config, folder, shard):
         publish(file, *arguments)
 
     module.write_shard = write
-    encode_set(config, folder, Mesh(), rows_per_shard=2)
+    encode(config, folder, Mesh(), rows_per_shard=2)
 
 
 @pytest.mark.parametrize("shard", [0, 1])
@@ -125,7 +125,7 @@ def test_killed_and_started_again_gives_the_same_bytes(workshop, whole, tmp_path
     assert len(list((tmp_path / "e").glob("shard_*"))) == shard and files(tmp_path / "e") != files(whole)
     with pytest.raises(DataError, match="is not complete; the same `longtake encode` command goes on"):
         open_dataset(tmp_path / "e")
-    report = encode_set(config, tmp_path / "e", Mesh(), rows_per_shard=2)
+    report = encode(config, tmp_path / "e", Mesh(), rows_per_shard=2)
     assert report.rows_now == ROWS - 2 * shard and report.num_rows == ROWS
     assert files(tmp_path / "e") == files(whole)
 
@@ -134,14 +134,14 @@ def test_the_encoders_always_see_one_batch_size(workshop, tmp_path, monkeypatch)
     """Which the last bits depend on: short batches are filled up, at the end of shards too."""
     sizes, rows = [], BatchEncoder.rows
     monkeypatch.setattr(BatchEncoder, "rows", lambda self, batch: sizes.append(len(batch)) or rows(self, batch))
-    encode_set(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), rows_per_shard=3)
+    encode(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), rows_per_shard=3)
     assert sizes == [2, 2, 2, 2] and len(EncodedRows(tmp_path / "e")) == ROWS
 
 
 def test_two_and_three_ranks_give_the_set_of_one(workshop, whole, tmp_path):
     for ranks in (2, 3):
         folder = tmp_path / str(ranks)
-        reports = on_ranks(lambda mesh, f=folder: encode_set(config_of(workshop, f), f, mesh, rows_per_shard=2), ranks)
+        reports = on_ranks(lambda mesh, f=folder: encode(config_of(workshop, f), f, mesh, rows_per_shard=2), ranks)
         assert files(folder) == files(whole)
         assert len({str(report.num_rows) for report in reports}) == 1
 
@@ -152,8 +152,8 @@ def test_a_lost_shard_is_written_again_and_a_complete_set_is_left_alone(workshop
     with pytest.raises(DataError, match="shard_00001.safetensors is missing or not of"):
         open_dataset(tmp_path / "e")
     config = config_of(workshop, whole)
-    assert encode_set(config, tmp_path / "e", Mesh(), rows_per_shard=2).rows_now == 2
-    assert encode_set(config, tmp_path / "e", Mesh(), rows_per_shard=2).rows_now == 0
+    assert encode(config, tmp_path / "e", Mesh(), rows_per_shard=2).rows_now == 2
+    assert encode(config, tmp_path / "e", Mesh(), rows_per_shard=2).rows_now == 0
     assert files(tmp_path / "e") == files(whole)
 
 
@@ -161,19 +161,19 @@ def test_a_lost_shard_is_written_again_and_a_complete_set_is_left_alone(workshop
 def test_a_folder_with_something_else_is_refused(workshop, whole, tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(DataError, match="exists and is no encoded set"):
-        encode_set(config_of(workshop, tmp_path), tmp_path, Mesh())
+        encode(config_of(workshop, tmp_path), tmp_path, Mesh())
     with pytest.raises(
         DataError,
         match="holds another encoded set: request.rows_per_shard=2, wanted 3. Name another folder, or give --overwrite",
     ):
-        encode_set(config_of(workshop, whole), whole, Mesh(), rows_per_shard=3)
+        encode(config_of(workshop, whole), whole, Mesh(), rows_per_shard=3)
     small = config_of(workshop, whole, video={"height": 64, "width": 64, "num_latent_frames": 3})
     with pytest.raises(DataError, match="key.clips.num_latent_frames=5, wanted 3"):
-        encode_set(small, whole, Mesh(), rows_per_shard=2)
+        encode(small, whole, Mesh(), rows_per_shard=2)
     with pytest.raises(ConfigError, match="is an encoded set already"):
-        encode_set(from_cache(workshop, tmp_path, whole), tmp_path / "e", Mesh())
+        encode(from_cache(workshop, tmp_path, whole), tmp_path / "e", Mesh())
     with pytest.raises(ConfigError, match="dtype=float8 must be one of float32, float16, bfloat16"):
-        encode_set(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), dtype="float8")
+        encode(config_of(workshop, tmp_path), tmp_path / "e", Mesh(), dtype="float8")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_other_encoders_are_noticed_and_missing_ones_are_said(workshop, whole, t
 
 
 def test_a_set_of_pictures_does_not_pass_for_one_of_videos(workshop, tmp_path):
-    encode_set(config_of(workshop, tmp_path, "distill"), tmp_path / "e", Mesh())
+    encode(config_of(workshop, tmp_path, "distill"), tmp_path / "e", Mesh())
     assert EncodedRows(tmp_path / "e").key["contents"] == ["clip", "y"]
     with pytest.raises(DataError, match="does not fit stage causal: it lacks latents"):
         run_stage(from_cache(workshop, tmp_path, tmp_path / "e"), Mesh())
@@ -278,10 +278,10 @@ def test_a_set_of_an_earlier_version_is_read_without_checksums(whole, tmp_path, 
 def test_bad_rows_stop_or_are_left_out_and_listed(workshop, photos, tmp_path):
     data = {"path": str(photos), "num_workers": 2}
     with pytest.raises(DataError, match=r"row 2 \(2.png\).* set data.on_bad_row=skip"):
-        encode_set(config_of(workshop, tmp_path, "distill", data=data), tmp_path / "fail", Mesh())
+        encode(config_of(workshop, tmp_path, "distill", data=data), tmp_path / "fail", Mesh())
     skipping = data | {"on_bad_row": "skip", "max_bad_share": 0.25}
     config = config_of(workshop, tmp_path, "distill", data=skipping)
-    report = encode_set(config, tmp_path / "e", Mesh(), rows_per_shard=3)
+    report = encode(config, tmp_path / "e", Mesh(), rows_per_shard=3)
     assert (report.num_rows, report.num_bad) == (6, 2) and "2 bad rows left out" in str(report)
     index = json.loads((tmp_path / "e/index.json").read_text())
     assert [entry["row"] for entry in index["bad_rows"]] == [2, 5]
@@ -289,10 +289,10 @@ def test_bad_rows_stop_or_are_left_out_and_listed(workshop, photos, tmp_path):
     assert [EncodedRows(tmp_path / "e")[row].name for row in range(6)] == ["0", "1", "3", "4", "6", "7"]
     strict = config_of(workshop, tmp_path, "distill", data=skipping | {"max_bad_share": 0.2})
     with pytest.raises(DataError, match="2 of 8 rows are bad, more than data.max_bad_share=0.2"):
-        encode_set(strict, tmp_path / "strict", Mesh())
+        encode(strict, tmp_path / "strict", Mesh())
     # each of two ranks meets one of them; together they are too many
     with pytest.raises(DataError, match="2 of 8 rows are bad, more than data.max_bad_share=0.2"):
-        on_ranks(lambda mesh: encode_set(strict, tmp_path / "ranks", mesh, rows_per_shard=4))
+        on_ranks(lambda mesh: encode(strict, tmp_path / "ranks", mesh, rows_per_shard=4))
 
 
 # ---- the command and the documents -----------------------------------------------------------------------------------
@@ -336,5 +336,5 @@ def test_the_sizes_in_the_documents_are_those_of_the_files(tmp_path):
     for k in range(4):
         Image.fromarray(sample_world(0, k).render(1)[0]).save(tmp_path / f"pictures/{k}.png")
         (tmp_path / f"pictures/{k}.txt").write_text(sample_world(0, k).caption)
-    report = encode_set(toy, tmp_path / "e", Mesh())
+    report = encode(toy, tmp_path / "e", Mesh())
     assert report.size_bytes / 4 == pytest.approx(stated("a row of the toy world, distill"), rel=0.03)

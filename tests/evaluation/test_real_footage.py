@@ -103,7 +103,7 @@ def test_the_cuts_of_a_film_are_its_largest_changes_and_no_defect():
     assert set(found.defects) <= {"fade"}  # known limit: within a shot through a shallow lens light is misread by 0.1
 
 
-@pytest.mark.parametrize("gain", [0.9, 1.1])
+@pytest.mark.parametrize("gain", [0.9, pytest.param(1.1, marks=pytest.mark.slow)])
 def test_a_fade_put_into_a_film_is_told_to_2_percent(drive, measured, gain):
     """Beside the light of the drive itself, which changes by 3.6 %."""
     video, fps = drive
@@ -116,10 +116,10 @@ def test_a_fade_put_into_a_film_is_told_to_2_percent(drive, measured, gain):
 @pytest.mark.parametrize(
     ("defect", "spoil"),
     [
-        ("blur", blur),
+        pytest.param("blur", blur, marks=pytest.mark.slow),
         ("freeze", lambda video: freeze(video, 15)),
         ("loop", lambda video: loop(video, 50)),
-        ("uniform", uniform),
+        pytest.param("uniform", uniform, marks=pytest.mark.slow),
         ("seam", lambda video: seam(video, BLOCKS)),
     ],
 )

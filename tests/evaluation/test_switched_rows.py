@@ -101,10 +101,16 @@ def test_a_run_with_switches_has_rows_with_and_without_the_rebuild(run, tmp_path
     with caplog.at_level(logging.INFO, logger="longtake"):
         result = evaluate(run, device="cpu", output=tmp_path, overrides=overrides)
     assert list(result.summaries) == [
-        "truth", "vae round trip", "frozen", "teacher, causal", "causal", "causal, no rebuild",
+        "truth", "vae round trip", "frozen", "teacher, causal", "causal", "causal, last window", "causal, no rebuild",
     ]  # fmt: skip
     assert "cannot change its caption" in caplog.text
-    first, second = str(result).split("\n\n")
+    first, second, last, after, pairs = str(result).split("\n\n")
+    assert last.startswith("| last 4 windows ") and after.startswith("| after a switch ")
+    cells = next(line for line in after.splitlines() if line.startswith("| truth ")).split("|")[2:-1]
+    assert [cell.strip() for cell in cells[1:]] == ["100.0% (100.0% to 100.0%)"] * 4 and int(cells[0]) > 1
+    assert [line.split("|")[1].strip() for line in pairs.splitlines()[2:]] == [
+        "causal, last window against causal", "causal, no rebuild against causal",
+    ]  # fmt: skip
     assert first.startswith("| row ") and second.startswith("| row ") and " follow " in second.splitlines()[0]
     truth_line = next(line for line in second.splitlines() if line.startswith("| truth "))
     assert truth_line.split("|")[2].strip() == "3" and "100.0%" in truth_line.split("|")[-3]
@@ -122,6 +128,8 @@ def test_windows_without_switches_only_where_videos_are_longer_than_training(run
     assert len(result.summaries["truth"]["windows"]["count_kept"]) == 2
     assert " follow " not in str(result) and (tmp_path / "long/windows.png").is_file()
     overrides["num_latent_frames"] = 5
+    tables = str(result).split("\n\n")
+    assert len(tables) == 3 and " saturation " in tables[2] and "to " in tables[2].splitlines()[-1]
     result = evaluate(run, device="cpu", output=tmp_path / "short", overrides=overrides | {"teacher_steps": 1})
     assert not result.has_windows and not (tmp_path / "short/windows.png").exists()
 

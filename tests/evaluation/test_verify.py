@@ -218,7 +218,13 @@ BREAKS = [
 ]
 
 
-@pytest.mark.parametrize("spoil", BREAKS)
+# The command's test breaks levels, too.
+_SLOW = {break_pixels, break_statistics, break_rotation, break_levels}
+
+
+@pytest.mark.parametrize(
+    "spoil", [pytest.param(spoil, marks=pytest.mark.slow) if spoil in _SLOW else spoil for spoil in BREAKS]
+)
 def test_what_is_broken_fails_its_own_line(i2v, monkeypatch, spoil):
     broken = spoil(monkeypatch)
     found = lines(i2v)

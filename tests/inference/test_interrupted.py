@@ -82,14 +82,12 @@ def interrupted_everywhere(generator, change, before, history_blocks, most):
         assert np.array_equal(take(tried, 3), expected), number
 
 
-@pytest.mark.parametrize("history_blocks", [0, 2])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "history_blocks"), [(change, 2 * (k % 2)) for k, change in enumerate(CHANGES)])
 def test_a_call_that_failed_gives_the_same_frames(change, history_blocks):
     interrupted_everywhere(make_generator(), change, 3, history_blocks, most=4)
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[1:])
-@pytest.mark.parametrize("change", ["block", "prompt"])
+@pytest.mark.parametrize(("kind", "change"), [(k, ("block", "prompt")[n % 2]) for n, k in enumerate(list(KINDS)[1:])])
 def test_so_does_every_kind_of_stream(kind, change):
     interrupted_everywhere(make_generator(**KINDS[kind]), change, 2 + len(kind) % 2, 0, most=4)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from hashlib import sha256
 
 import av
 import numpy as np
@@ -73,7 +74,7 @@ def test_every_container_carries_its_record_and_is_made_again(tmp_path, toy, pho
         shutil.copy(file, tmp_path / "c.gif")
         data = (tmp_path / "c.gif").read_bytes()
         (tmp_path / "c.gif").write_bytes(data[: data.rfind(b"\x21\xfe")] + b"\x3b")
-        with pytest.raises(DataError, match=r"c\.gif carries no record, and .*c\.json holds none"):
+        with pytest.raises(DataError, match=r"c\.gif carries no record, and .*c\.gif\.json holds none"):
             read_record(tmp_path / "c.gif")
 
 
@@ -212,6 +213,36 @@ def test_the_file_beside_is_no_one_elses(tmp_path):
             check_output(tmp_path / "a.mp4", overwrite=overwrite)
     (tmp_path / "a.json").write_text('{"record": {}}')
     check_output(tmp_path / "a.mp4")
+
+
+def test_videos_of_one_name_and_other_kinds_have_records_of_their_own(tmp_path, toy, photo):
+    kinds = {"a.mp4": "a.json", "a.gif": "a.gif.json", "a.webp": "a.webp.json", "a": "a.png.json"}
+    made = Generator.build(toy, "cpu").video(photo, PROMPT, num_frames=5, seed=3)
+    for name, beside in kinds.items():
+        made.save(tmp_path / name)
+        assert sidecar(tmp_path / name) == tmp_path / beside and (tmp_path / beside).is_file()
+    assert read_record(tmp_path / "a.gif") == read_record(tmp_path / "a.mp4")
+    generate_like(tmp_path / "a.gif", tmp_path / "b.gif", device="cpu")
+    generate_like(tmp_path / "a.mp4", tmp_path / "b.mp4", device="cpu")
+    assert np.array_equal(frames(tmp_path / "b.gif"), frames(tmp_path / "a.gif"))
+    Video(made.frames, made.fps).save(tmp_path / "a.gif", overwrite=True)  # without a record: that of the mp4 stays
+    assert not (tmp_path / "a.gif.json").exists() and (tmp_path / "a.json").exists()
+    with pytest.raises(DataError, match=r"a\.gif carries no record, and .*a\.gif\.json holds none"):
+        read_record(tmp_path / "a.gif")
+    (tmp_path / "a.mp4").unlink()  # as of earlier versions, which had one name for all kinds
+    assert read_record(tmp_path / "a.gif").seed == 3
+
+
+def test_a_picture_in_memory_is_made_again_from_a_file_that_is_named(tmp_path, toy, photo, caplog):
+    generator, file = Generator.build(toy, "cpu"), tmp_path / "a.mp4"
+    with Image.open(photo) as picture:
+        generator.video(picture.copy(), PROMPT, num_frames=5).save(file)
+    with pytest.raises(ConfigError, match="picture in memory, not a file; save it as PNG and give that with --image"):
+        generate_like(file, tmp_path / "b.mp4", device="cpu")
+    generate_like(file, tmp_path / "b.mp4", image=photo, device="cpu")
+    assert f"{photo} stands for a picture that was no file: nobody knows if it is the same one" in caplog.messages
+    assert np.array_equal(frames(tmp_path / "b.mp4"), frames(file))
+    assert read_record(tmp_path / "b.mp4").files == {str(photo): sha256(photo.read_bytes()).hexdigest()}
 
 
 def test_a_video_that_is_saved_says_how_it_was_made(tmp_path, toy, photo):

@@ -27,6 +27,17 @@ def any_generator(request):
     return make_generator(**KINDS[request.param])
 
 
+# The others meet what these tests do in `test_any_way_to_a_point_gives_what_the_straight_way_gives`, too.
+FEW = ("plain", "guided, absolute", "begun by text alone")
+
+
+@pytest.fixture(
+    scope="module", params=[kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def some_generator(request):
+    return make_generator(**KINDS[request.param])
+
+
 def prepared(image):
     return prepare_image(image, 32, 32)[None]
 
@@ -42,14 +53,14 @@ def test_a_session_gives_the_frames_of_a_stream(any_generator):
     assert np.array_equal(np.concatenate(chunks), np.concatenate(list(streamed)))
 
 
-def test_two_sessions_do_not_touch_each_other(any_generator):
+def test_two_sessions_do_not_touch_each_other(some_generator):
     alone = []
     for prompt, later, seed in ((A, B, 0), (B, C, 1)):
-        session = open_session(any_generator, prompt, seed=seed)
+        session = open_session(some_generator, prompt, seed=seed)
         first = take(session, 3)
         session.prompt = later
         alone.append(np.concatenate([first, take(session, 3)]))
-    a, b = open_session(any_generator, A, seed=0), open_session(any_generator, B, seed=1)
+    a, b = open_session(some_generator, A, seed=0), open_session(some_generator, B, seed=1)
     made = [[], []]
     for block in range(6):
         if block == 3:
@@ -187,10 +198,10 @@ def test_other_laws_of_a_new_prompt_hold_in_files_branches_and_ways_back(law, tm
     assert all(np.array_equal(take(other, 2), after) for other in [*others, session])
 
 
-def test_a_prompt_before_the_first_block_is_the_prompt_from_the_start(any_generator):
-    expected = take(open_session(any_generator, B), 4)
-    for num_before in (0, 1) if first_picture(any_generator) is not None else (0,):
-        session = open_session(any_generator, A)
+def test_a_prompt_before_the_first_block_is_the_prompt_from_the_start(some_generator):
+    expected = take(open_session(some_generator, B), 4)
+    for num_before in (0, 1) if first_picture(some_generator) is not None else (0,):
+        session = open_session(some_generator, A)
         made = [session.next() for _ in range(num_before)]
         session.prompt = B
         assert np.array_equal(np.concatenate([*made, take(session, 4 - num_before)]), expected)
@@ -222,29 +233,29 @@ def test_what_cannot_be_followed_is_refused_and_changes_nothing(generator, name,
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
-def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(any_generator):
-    session = open_session(any_generator, seed=4)
+def test_a_new_picture_is_a_cut_to_a_scene_of_its_own(some_generator):
+    session = open_session(some_generator, seed=4)
     take(session, 4)
     session.image, session.prompt = OTHER, B
     scene = [session.next() for _ in range(3)]
     assert [len(chunk) for chunk in scene] == [1, 8, 8]
     assert (session.num_frames, session.position, session.scene) == (25 + 17, 5, 1)
     assert np.array_equal(session.image, OTHER)
-    if any_generator.settings.guidance == 1 and any_generator.model.config.image_dim is not None:
+    if some_generator.settings.guidance == 1 and some_generator.model.config.image_dim is not None:
         # Nothing of the past is left: a stream of its own, whose noise is that of video 1 of the seed.
-        condition = encode_condition(any_generator.encoders, prepared(OTHER), [B])
+        condition = encode_condition(some_generator.encoders, prepared(OTHER), [B])
         latents = student_latents(
-            any_generator.denoiser,
+            some_generator.denoiser,
             condition,
             condition.frames[:, :1, -4:],
-            any_generator.plan,
+            some_generator.plan,
             5,
             (4, 4),
             seed=4,
             videos=[1],
         )
-        assert np.array_equal(np.concatenate(scene), to_frames(any_generator.encoders.vae.decode(latents)[0]))
-    other_past = open_session(any_generator, C, seed=4)
+        assert np.array_equal(np.concatenate(scene), to_frames(some_generator.encoders.vae.decode(latents)[0]))
+    other_past = open_session(some_generator, C, seed=4)
     take(other_past, 2)
     other_past.prompt, other_past.image = B, OTHER
     assert np.array_equal(np.concatenate(scene), take(other_past, 3))
@@ -319,9 +330,9 @@ def memory_of(session):
     return {t.data_ptr() for t in tensors}
 
 
-def test_a_fork_goes_on_alike_and_leaves_the_other_alone(any_generator):
-    session = open_session(any_generator, history_blocks=2)
-    expected = take(open_session(any_generator), 7)
+def test_a_fork_goes_on_alike_and_leaves_the_other_alone(some_generator):
+    session = open_session(some_generator, history_blocks=2)
+    expected = take(open_session(some_generator), 7)
     made = [take(session, 4)]
     branch, other = session.fork(), session.fork()
     assert not memory_of(session) & memory_of(branch)
@@ -367,8 +378,8 @@ def test_a_rewound_session_makes_the_same_frames_again(kind, history_blocks, num
     assert np.array_equal(again, expected[len(expected) - len(again) :])
 
 
-def test_changes_are_taken_back_with_their_blocks(any_generator):
-    session = open_session(any_generator, history_blocks=8)
+def test_changes_are_taken_back_with_their_blocks(some_generator):
+    session = open_session(some_generator, history_blocks=8)
     made = [session.next() for _ in range(4)]
     session.prompt = B
     made += [session.next() for _ in range(2)]
@@ -376,7 +387,7 @@ def test_changes_are_taken_back_with_their_blocks(any_generator):
     made += [session.next() for _ in range(2)]
     session.rewind(2)
     assert session.prompt == B and session.scene == 0
-    assert np.array_equal(session.image, first_picture(any_generator))
+    assert np.array_equal(session.image, first_picture(some_generator))
     more = session.next()  # without the cut
     session.rewind(1)
     session.image = OTHER

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import oracle
 import pytest
 import torch
+from axes import pairwise
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
 from tiny_plan import tiny_plan
 from torch import Tensor
@@ -53,9 +54,7 @@ def _stream(
     return torch.cat(clean_out, 1), torch.cat(noisy_out, 1)
 
 
-@pytest.mark.parametrize("i2v", [False, True])
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("sizes, window, sink", PLANS)
+@pytest.mark.parametrize("i2v, rope, sizes, window, sink", pairwise((False, True), ROPES, PLANS))
 def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: bool, rel) -> None:
     # N.3 (keys and values layer by layer) and N.4 (teacher forcing), batch 2 with different captions.
     first, block, frames = sizes

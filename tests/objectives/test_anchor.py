@@ -1,5 +1,7 @@
 """The anchor of latent statistics: closed forms, what it adds to distribution matching, and when it is off."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_dmd import FRAMES, make_dmd
@@ -102,6 +104,18 @@ def test_it_adds_its_loss_to_the_students_and_nothing_to_the_critics():
         torch.testing.assert_close(mine, matched + 3.0 * pulled, rtol=1e-4, atol=1e-6)
     assert max(pull.abs().max() for pull in pulls) > 1e-5
     assert torch.equal(dmd.loss("critic", batch, 3).loss, plain.loss("critic", batch, 3).loss)
+
+
+def test_rows_whose_own_clip_changes_within_the_window_count_for_nothing():
+    """Of two such rows the second one's statistics are those of another caption's beginning as well."""
+    dmd = make_dmd(anchor=Anchor(weight=1.0))
+    batch = make_batch(dmd.generator.model, [4, 9], FRAMES + 4)
+    batches = [replace(batch, switch_frames=frames) for frames in ((None, FRAMES - 2), (None, FRAMES), ())]
+    with torch.no_grad():
+        changed, later, never = (dmd.loss("generator", each, 0).metrics["anchor_loss"] for each in batches)
+        made = dmd._roll_out(batch, 0, with_grad=False).latents
+    torch.testing.assert_close(changed, anchor(made[:1], batch.latents[:1, :FRAMES]) / 2)
+    assert later == never > changed
 
 
 def test_rows_without_clips_are_refused():

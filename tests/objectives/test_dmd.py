@@ -248,6 +248,19 @@ def test_turns_are_one_generator_update_in_five():
     assert [len(late.turns(step)) for step in range(8)] == [1, 1, 1, 2, 1, 2, 1, 2]
 
 
+def test_later_blocks_of_fewer_levels_draw_an_exit_step_of_their_own(monkeypatch):
+    """Each step of either list comes equally often, whatever the other list's draw."""
+    dmd = make_dmd(rules=RULES.but(later_sigmas=(1.0, 0.6)))
+    pairs = Counter(dmd.exits(step) for step in range(800))
+    assert len(pairs) == 8 and min(pairs.values()) > 60
+    assert all(dmd.exits(step)[0] == make_dmd().exits(step) for step in range(20))
+    calls, _ = watched(dmd, monkeypatch)
+    step = next(step for step in range(100) if dmd.exits(step) == (0, 1))
+    dmd.loss("critic", make_batch(dmd.generator.model, [0]), step)
+    counts = Counter(call["position"] for call in calls["generator"] if not call["commit"])
+    assert [counts[start] for start in sorted(counts)] == [1, 2, 2]
+
+
 def test_exit_step_is_one_number_for_all_blocks_samples_and_ranks(monkeypatch):
     dmd, another_rank, another_seed = make_dmd(), make_dmd(), make_dmd(seed=4)
     steps = [dmd.exit_step(step) for step in range(200)]

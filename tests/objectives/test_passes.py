@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from axes import pairwise
 from tiny_batches import make_batch
 from tiny_codec import TinyCodec
 from tiny_models import HEIGHT, IMAGE_TOKENS, WIDTH, make_tiny_model
@@ -78,9 +79,7 @@ def total(found, size, *phases):
     return sum(ahead) + (sum(back) if "backward" in phases else 0)
 
 
-@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize(("i2v", "law", "step"), pairwise((True, False), LAWS, range(4)))
 def test_distillation(i2v, law, step):
     """Both losses of an iteration and their backwards, at whatever step its roll-out stops."""
     dmd = dmd_of(i2v, law=law)
@@ -119,6 +118,24 @@ def test_exit_steps_together_have_one_backward_and_no_forward_of_their_own(law, 
     assert back == total(found, size, "backward") + again
 
 
+@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_replay_is_one_call_more_and_the_only_one_with_gradient(i2v, law):
+    dmd = dmd_of(i2v, law=law)
+    dmd.generator = Denoiser(dmd.generator.model, replays=True)
+    size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)
+    found = dmd.passes(2, clips_of(dmd))
+    (replayed,) = (each for each in found if each.with_grad and each.network == "generator")
+    # Context of all blocks but the last, and exit steps of all but the picture
+    assert replayed.call.entries == (5 + 6 if i2v else 4 + 6)
+    ran, result = counted(lambda: dmd.loss("generator", batch, 2))
+    back = counted(result.loss.backward)[0]
+    critic, result = counted(lambda: dmd.loss("critic", batch, 2))
+    back += counted(result.loss.backward)[0]
+    assert ran + critic == total(found, size, "rollout", "scores")
+    assert back == total(found, size, "backward")
+
+
 def test_real_videos_are_a_call_of_teacher_forcing_with_each_update_of_the_student():
     dmd = dmd_of(data_loss=DataLoss(weight=1, num_latent_frames=9))
     size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], 9)
@@ -143,9 +160,9 @@ def test_teacher_and_causal():
         assert found.with_grad and ran == forward(model.config, found.call).total
 
 
-@pytest.mark.parametrize("i2v", [True, False], ids=["i2v", "t2v"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize(("step", "from_step"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("i2v", "law", "step", "from_step"), pairwise((True, False), LAWS, [(0, 0), (1, 0), (2, 1), (3, 2)])
+)
 def test_error_recycling_costs_the_roll_out_of_this_iteration(i2v, law, step, from_step):
     model, frames = make_tiny_model(i2v=i2v), options_of(i2v)["num_frames"]
     batch = make_batch(model, [4, 9], frames)

@@ -11,7 +11,7 @@ from tiny_plan import tiny_plan
 
 from longtake.errors import TrainingError
 from longtake.flow.path import add_noise, clean_from_velocity
-from longtake.objectives.teacher_forcing import ErrorRecycling
+from longtake.objectives.teacher_forcing import ErrorRecycling, filled
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, commit_block
 from longtake.rollout.self_forcing import recycle, roll_out
@@ -282,3 +282,13 @@ def test_what_cannot_be_learnt_of_a_change_is_refused():
     objective(model, sharded=True).loss("generator", switched(model, [3, 3]), 5)
     with pytest.raises(TrainingError, match="error_recycling"):
         objective(model, recycling=OWN).loss("generator", switched(model, [3, None]), 5)
+
+
+def test_on_a_gpu_calls_have_few_sizes():
+    """Each compiles its masked attention; what is repeated changes no row."""
+    assert (
+        filled([3, 5, 7], 8) == [3, 5, 7, 7]
+        and filled([1], 8) == [1, 1]
+        and filled([*range(5)], 8) == [*range(5), 4, 4, 4]
+    )
+    assert {len(filled([*range(k)], 64)) for k in range(1, 65)} == {16, 32, 64} and filled([0], 1) == [0]

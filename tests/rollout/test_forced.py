@@ -49,7 +49,8 @@ def streamed(plan, switch, model, condition, later, clean, context, levels, nois
     def given(denoiser, cache, told, _noise, rules, *, guidance=None):
         start, end = rules.block_of(cache.position)
         velocities.append(denoiser(noisy[:, start:end], sigma[:, start:end], told, cache))
-        return DenoisedBlock(clean[:, start:end], context[:, start:end], rules.context_level(start))
+        seen, level = context[:, start:end], rules.context_level(start)
+        return DenoisedBlock(clean[:, start:end], seen, level, seen, level)
 
     monkeypatch.setattr(streaming, "denoise_block", given)
     cache = model.new_cache(plan, 2, SIZE, max_frames=FRAMES)

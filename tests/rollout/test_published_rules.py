@@ -23,14 +23,16 @@ def model():
     return make_tiny_model().eval().requires_grad_(False)
 
 
-def compared(model, name, *, switch_frame=None, given=None, num_frames=FRAMES):
-    """Relative error of the package's stream by the rules of a student."""
+def compared(model, name, *, switch_frame=None, given=None, num_frames=FRAMES, writer=None, judged=None):
+    """Relative error of the package's stream by the rules of a student; the judge may have another writer (`judged`)."""
     beginning = Beginning.of(model.config, STUDENTS[name].settings)
     plan = beginning.plan_of(given=given is not None)
     now, later = (make_tiny_condition(model, batch=1, seed=seed) for seed in (1, 8))
     changes = {} if switch_frame is None else {"later": [later], "switch_frames": [switch_frame]}
     options = {"seed": 3, "videos": [0]}
-    made = student_latents(Denoiser(model), now, given, plan, num_frames, (HEIGHT, WIDTH), **options, **changes)
+    made = student_latents(
+        Denoiser(model, writer=writer), now, given, plan, num_frames, (HEIGHT, WIDTH), **options, **changes
+    )
     noise = stream_noise(3, [0], model.config.out_channels, (HEIGHT, WIDTH), "cpu")
     expected = published.stream(
         published.PUBLISHED[name],
@@ -42,6 +44,7 @@ def compared(model, name, *, switch_frame=None, given=None, num_frames=FRAMES):
         text_len=model.config.text_len,
         switch_frame=switch_frame,
         given=given,
+        writer=None if writer is None else (judged or writer).state_dict(),
     )
     return relative_error(made, expected)
 
@@ -79,6 +82,16 @@ def test_a_picture_zero_shot(model, name):
     frames = 3 if STUDENTS[name].settings.picture == "still" else 1
     given = torch.randn(1, frames, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     assert compared(model, name, given=given, num_frames=frames + 12) < 1e-5
+
+
+def test_one_network_denoises_and_another_makes_the_context(model):
+    """SGF+: with cross-attention of its own, through switches of prompt and from a picture."""
+    writer = make_tiny_model(seed=6).eval().requires_grad_(False)
+    name = "Self-Gradient-Forcing+ (chunkwise)"
+    given = torch.randn(1, 3, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert compared(model, name, writer=writer, num_frames=24, switch_frame=9, given=given) < 1e-5
+    for judged in (model, make_tiny_model(seed=7)):  # the network that denoises alone, and another one
+        assert compared(model, name, writer=writer, num_frames=12, judged=judged) > 1e-3
 
 
 def test_another_law_would_be_seen(model, monkeypatch):

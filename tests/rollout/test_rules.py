@@ -1,10 +1,12 @@
 """The rules of a student (specification T): levels by block, context by the last step or at a level, laws of re-caching."""
 
+from collections import Counter
 from itertools import islice
 
 import oracle
 import pytest
 import torch
+from axes import pairwise
 from tape import Tape
 from tiny_batches import record
 from tiny_codec import TinyCodec
@@ -166,9 +168,7 @@ def test_both_sides_of_guidance_store_the_same_latents(monkeypatch):
 
 
 # ---- what the cache holds ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("i2v", [True, False])
-@pytest.mark.parametrize("rope", ["relative", "absolute"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("i2v", "rope", "law"), pairwise((True, False), ("relative", "absolute"), LAWS))
 def test_streamed_keys_and_values_are_those_of_brute_force_in_float64(law, rope, i2v, monkeypatch):
     """Layer by layer, and the velocities of the last steps: the oracle gets what was stored, at its levels."""
     model, condition, picture = scene(i2v)
@@ -223,8 +223,24 @@ def test_streamed_keys_and_values_are_those_of_brute_force_in_float64(law, rope,
 
 
 @pytest.mark.parametrize("i2v", [True, False])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("way", ["no gradient", "one by one", "recomputed", "together"])
+def test_the_first_generated_block_and_the_later_ones_stop_at_steps_of_their_own(i2v, monkeypatch):
+    """Causal-Forcing++; one step for all is clamped to the shorter list (Causal-rCM)."""
+    model, condition, picture = scene(i2v)
+    plan, frames = plan_of(i2v, "four then two"), 7 if i2v else 8
+    for exits, wanted in (((1, 0), [2, 1, 1]), ((0, 1), [1, 2, 2]), (2, [3, 2, 2]), (0, [1, 1, 1]), (None, [4, 2, 2])):
+        with monkeypatch.context() as patch:
+            calls = record(model, patch)
+            unroll(model, condition, picture, frames, plan, patch, exit_step=exits)
+        counts = Counter(call["position"] for call in calls if not call["commit"])
+        assert [counts[start] for start in sorted(counts)] == wanted[: len(counts)] + wanted[-1:] * (len(counts) - 3)
+    one = plan_of(i2v, "four then one").with_given(int(i2v))
+    starts = [start for start, _ in one.blocks(0, frames)][int(i2v) :]
+    assert [one.exit_step(start, (3, 0)) for start in starts] == [3] + [0] * (len(starts) - 1)
+
+
+@pytest.mark.parametrize(
+    ("way", "i2v", "law"), pairwise(("no gradient", "one by one", "recomputed", "together"), (True, False), LAWS)
+)
 def test_the_stream_holds_what_the_roll_out_held(law, i2v, way, monkeypatch):
     """With the last exit step: latents, and every frame's keys and values in every layer."""
     model, condition, picture = scene(i2v)
@@ -242,7 +258,7 @@ def test_the_stream_holds_what_the_roll_out_held(law, i2v, way, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
 
 
-@pytest.mark.parametrize("exit_step", [0, 1, 2])
+@pytest.mark.parametrize("exit_step", [0, 1, 2, (0, 1), (3, 0)])
 @pytest.mark.parametrize("law", ["last step", "last step, four then two"])
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_a_block_that_stops_early_is_stored_as_its_clean_latents_noised_again(law, exit_step, with_grad, monkeypatch):
@@ -253,7 +269,8 @@ def test_a_block_that_stops_early_is_stored_as_its_clean_latents_noised_again(la
     stored = {call["position"]: call for call in calls if call["commit"]}
     assert sorted(stored) == [0, 1, 3, 5]
     for start, end in plan.blocks(0, 7):
-        stops = exit_step < len(plan.levels(start)) - 1
+        asked = exit_step if isinstance(exit_step, int) else exit_step[start > 1]
+        stops = asked < len(plan.levels(start)) - 1
         level, context = plan.context_level(start), stored[start]["x"]
         if stops:
             fresh = noise(start, end, plan.context_step) if level else None
@@ -452,7 +469,7 @@ def test_without_a_recache_old_keys_and_values_stay_and_the_latest_block_is_stor
     guidance = Guidance(2.0, empty, caches[1]) if guided else None
     stream = LatentStream(Denoiser(model), caches[0], condition, picture, noise, plan, guidance=guidance)
     latents = torch.cat([stream.next() for _ in range(3)], 1)
-    stream.change(new, none if guided else None, in_place=False)
+    stream.change(new, none if guided else None)
     assert stream.caches == caches[: 1 + guided] and stream.cache.position == 5
     for cache, old in zip(stream.caches, (condition, empty)):
         truth = filled(model, plan, old, latents)

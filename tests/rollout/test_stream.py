@@ -90,17 +90,16 @@ def raising_at(number):
 
 @pytest.mark.parametrize("step", [None, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize(
-    ("guided", "in_place", "keep_sink", "recorded", "context"),
+    ("guided", "keep_sink", "recorded", "context"),
     [
-        (False, True, False, False, "pass"),
-        (True, True, True, False, "pass"),
-        (True, False, True, False, "pass"),
-        (False, True, True, True, "pass"),
-        (True, False, False, False, "last_step"),
-        (False, True, False, True, "last_step"),
+        pytest.param(False, False, False, "pass", marks=pytest.mark.slow),
+        (True, True, False, "pass"),
+        pytest.param(False, True, True, "pass", marks=pytest.mark.slow),
+        (True, False, False, "last_step"),
+        (False, False, True, "last_step"),
     ],
 )
-def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place, keep_sink, recorded, context, step):
+def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, keep_sink, recorded, context, step):
     """Three blocks, of which the middle one comes after a change: denoising, context, both sides, rebuild. At every call
     of a module or the cache (`step` 1), or at some of them.
     """
@@ -122,7 +121,7 @@ def test_a_call_that_was_interrupted_anywhere_can_be_made_again(guided, in_place
 
     calls = [
         lambda stream: stream.next(),
-        lambda stream: stream.change(other, none if guided else None, in_place=in_place),
+        lambda stream: stream.change(other, none if guided else None),
         lambda stream: stream.next(),
         lambda stream: stream.commit(),
         lambda stream: stream.next(),
@@ -234,18 +233,16 @@ def test_copies_with_one_cache_take_turns_and_those_with_another_need_not(change
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_change_makes_the_cache_anew_or_takes_another(guided):
+def test_a_change_makes_the_cache_anew_in_its_place(guided):
     model = make_tiny_model(i2v=True)
     stream = new_stream(model, make_tiny_condition(model), guided)
     for _ in range(3):
         stream.next()
     change = make_tiny_condition(model, seed=9), make_tiny_condition(model, seed=8)
-    other = stream.copy()
+    other = stream.copy(KVCache.copy)
     caches, before = stream.caches, [cache.keys.clone() for cache in stream.caches]
-    other.change(*change, in_place=False)
-    assert all(torch.equal(cache.keys, keys) for cache, keys in zip(caches, before))
-    assert stream.caches == caches and not any(cache in caches for cache in other.caches)
     stream.change(*change)
+    other.change(*change)
     assert torch.equal(stream.next(), other.next())
     assert stream.caches == caches and not any(torch.equal(c.keys, keys) for c, keys in zip(caches, before))
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from live_server import LiveClient, serving
-from tiny_sessions import A, B
+from tiny_sessions import A, B, C
 
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
@@ -20,7 +21,7 @@ def test_sessions_are_those_of_python(tmp_path):
     for seed, session in sessions.items():
         session.prompt = B
         wanted[seed].append(np.concatenate([session.next() for _ in range(3)]))
-    with serving(generator, tmp_path, max_sessions=2) as address:
+    with serving(generator, tmp_path, begins_in=250, max_sessions=2) as address:  # compiles first
         for seed in sessions:
             client = LiveClient(address)
             client.open(A, picture, seed=seed)
@@ -33,3 +34,29 @@ def test_sessions_are_those_of_python(tmp_path):
             client.post("/resume")
             seen = client.watch(113, seen=seen)
             assert np.array_equal(seen.pictures()[:113], np.concatenate(wanted[seed]))
+
+
+def test_the_way_back_lies_in_pinned_memory():
+    generator = Generator.build(Source.of_model("toy"), "cuda")
+    session = generator.open(
+        sample_world(3, 0).render(1)[0], A, seed=1, history_blocks=8, ready_blocks=3, history_caches=2
+    )
+    asked = {4: B, 8: C}
+
+    def block(number):
+        session.prompt = asked.get(number, session.prompt)
+        return session.next()
+
+    frames = [block(number) for number in range(4)]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    frames += [block(number) for number in range(4, 12)]
+    torch.cuda.synchronize()
+    cache = session.state.stream.cache
+    assert torch.cuda.memory_allocated() - before < cache.size_bytes  # no second one for the changes
+    assert session.host_bytes > cache.size_bytes
+    assert all(kept.stored.is_pinned() for kept in session._past._kept.values())
+    for back in (2, 8, 5):
+        session.rewind(back)
+        for number in range(12 - back, 12):
+            assert np.array_equal(block(number), frames[number])

@@ -11,10 +11,12 @@ from longtake.serve.engine import Engine
 from longtake.serve.settings import Limits
 
 
-def caches(engine):
-    """How many the session holds."""
+def contents(engine):
+    """How many different ones of its one cache a session holds."""
     session = engine._lanes["one"].session
-    return len({id(past.stream.cache) for past in (*session._history, session.state) if past.stream is not None})
+    streams = [past.stream for past in (*session._history, session.state) if past.stream is not None]
+    assert len({id(stream.cache) for stream in streams}) == 1
+    return len({stream.content for stream in streams})
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_changes_leave_no_more_caches_than_the_history_may_hold(engine):
     for number in range(1, 13):
         engine.call("shown", "one", 10**6).result(30)
         engine.call("change", "one", "prompt", (B, C)[number % 2], number, False).result(30)
-        most = max(most, caches(engine))
+        most = max(most, contents(engine))
     assert most == 3
     engine.call("hold", "one", True).result(30)
     rewindable = engine._lanes["one"].rewindable

@@ -166,7 +166,12 @@ def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(worksh
             scores[row["step"]] = row["validation/distance_to_teacher"]
     best = json.loads((config.folder / "best/best.json").read_text())
     assert kept.name == f"step_{min(scores, key=scores.get):06d}" and best["value"] == min(scores.values())
+    assert best["score"] == "distance_to_teacher" and best["seed"] == config.validation.seed
     export(tmp_path / "run", tmp_path / "student", dtype="float32", best=True)
+    said = (
+        f"iteration {best['step']}, by distance_to_teacher={best['value']:.4g} of the validations, seed {best['seed']}"
+    )
+    assert f"- chosen as the best checkpoint: {said}" in (tmp_path / "student/README.md").read_text()
     mine, theirs = load_dit(tmp_path / "student").state_dict(), load_dit(exported_weights(kept)).state_dict()
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
@@ -185,6 +190,14 @@ def test_the_best_is_the_one_with_the_lowest_or_nearest_score(tmp_path):
     name = "validation/motion_vs_teacher"
     values = {0: 1.0, 1: 0.5, 2: 1.9, 3: 2.2, 4: math.nan, 5: 0.9, 6: 1.05, 7: 0.9}
     assert [step for step, value in values.items() if best.improves(step, {name: value})] == [1, 2, 5, 6]
+    kept = Best("count_kept", tmp_path, Mesh())
+    assert [
+        kept.improves(step, {"validation/count_kept": value}) for step, value in ((1, 0.5), (2, 0.4), (3, 0.9))
+    ] == [
+        True,
+        False,
+        True,
+    ]
     assert not best.improves(8, {}) and not Best(None, tmp_path, Mesh()).improves(1, {name: 1.0})
     with pytest.raises(CheckpointError, match="holds no best checkpoint; train with keep_best"):
         best_checkpoint(tmp_path)

@@ -16,7 +16,7 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.data.encoded import EncodedRows
 from longtake.encoders.condition import prepare_image
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import ConfigError, DataError
 from longtake.evaluation.run import evaluate
 from longtake.inference.pipeline import load_encoders
@@ -84,7 +84,7 @@ def test_every_stage_sees_the_picture_as_frame_0_alone(workshop, ti2v, tmp_path,
 def test_an_encoded_set_has_the_latent_and_neither_y_nor_tokens(workshop, ti2v, tmp_path, monkeypatch):
     rounding(monkeypatch)
     direct = config_of(workshop, ti2v, tmp_path / "direct", "causal")
-    encode_set(direct, tmp_path / "set", Mesh())
+    encode(direct, tmp_path / "set", Mesh())
     rows = EncodedRows(tmp_path / "set")
     assert rows.key["contents"] == ["first", "latents"] and set(rows.key["encoders"]) == {"text", "vae"}
     for row in range(len(rows)):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from longtake.cli import app as cli
 from longtake.data.encoded import EncodedRows
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import DataError
 from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
@@ -104,7 +104,7 @@ def test_buckets_train_the_same_with_and_without_the_set(workshop, photos, tmp_p
     buckets = {"buckets": [[64, 64], [32, 48], [64, 32]], "num_workers": 0}
     changes = {"max_steps": 6, "batch_size": 2, "micro_batch_size": 2}
     direct = config_of(workshop, tmp_path / "direct", "distill", data={"path": str(photos)} | buckets, **changes)
-    encode_set(direct, tmp_path / "e", Mesh(), rows_per_shard=5)
+    encode(direct, tmp_path / "e", Mesh(), rows_per_shard=5)
     assert {tuple(EncodedRows(tmp_path / "e").pixel_size(row)) for row in range(7)} == {(32, 48), (64, 32)}
     cached = config_of(
         workshop, tmp_path / "cached", "distill", data={"path": str(tmp_path / "e")} | buckets, **changes
@@ -121,7 +121,7 @@ def test_prompts_alone_train_a_text_to_video_student(workshop, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(sample_world(0, k).caption for k in range(5)))
     changes = text_to_video(tmp_path, prompts)
-    encode_set(config_of(workshop, tmp_path, "distill", **changes), tmp_path / "e", Mesh())
+    encode(config_of(workshop, tmp_path, "distill", **changes), tmp_path / "e", Mesh())
     losses = []
     for name, path in (("direct", prompts), ("cached", tmp_path / "e")):
         config = config_of(workshop, tmp_path / name, "distill", **changes | {"data": {"path": str(path)}})

@@ -13,7 +13,7 @@ from encoded_files import config_of
 from tiny_stage import stage_config
 
 from longtake.config.job import JobConfig
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
 from longtake.train import lock
@@ -64,7 +64,7 @@ def test_every_run_in_a_folder_in_use_is_refused_and_changes_nothing(workshop, t
     runs = {
         stage.folder: lambda: run_stage(stage, Mesh()),
         tmp_path: lambda: run_job(job, Mesh()),
-        encoded: lambda: encode_set(config_of(workshop, tmp_path), encoded, Mesh()),
+        encoded: lambda: encode(config_of(workshop, tmp_path), encoded, Mesh()),
     }
     for folder, run in runs.items():
         holder, child = hold(folder)

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_stage import stage_config
 
 from longtake.encoders.text import TextEncoder
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import ConfigError, DataError
 from longtake.inference.generator import Generator
 from longtake.objectives.long_tuning import LongTuning
@@ -148,7 +148,7 @@ def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
     # The third chunk is under the second prompt; the roll-out of the one before ends where it begins.
     assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
 
-    encode_set(plain, tmp_path / "set", Mesh())
+    encode(plain, tmp_path / "set", Mesh())
     monkeypatch.setattr(TextEncoder, "load", lambda *_, **__: pytest.fail("the text encoder was loaded"))
     stored = long_config(
         workshop, tmp_path / "stored", **settings | {"data": {"path": str(tmp_path / "set"), "num_workers": 0}}

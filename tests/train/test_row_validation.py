@@ -87,23 +87,25 @@ def test_rows_that_are_validated_are_never_learnt_from(workshop, whole, tmp_path
         )
 
 
-def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path):
+@pytest.mark.parametrize("rows", ["kept", pytest.param("other", marks=pytest.mark.slow)])
+def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path, rows):
     """Nor do rows of another set, which leave all rows to the training, as before there was validation."""
-    other = {"validation": SHORT | {"data": str(workshop / "data/images")}}
-    for name, changes in (("kept", {"validation": SHORT}), ("other", other)):
-        changes |= {"max_steps": 2}
-        with_it = config_of(workshop, tmp_path / name / "with", whole, **changes)
-        off = {"validate_every": 0} if name == "kept" else {"validation": {"num_rows": 0}, "validate_every": 0}
-        without = config_of(workshop, tmp_path / name / "without", whole, **changes | off)
-        for config in (with_it, without):
-            run_stage(config, Mesh())
-        assert rows_of(with_it)[0] == rows_of(without)[0] and rows_of(with_it)[1] and not rows_of(without)[1]
-        a, b = weights_of(with_it), weights_of(without)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    changes = {"max_steps": 2, "validation": SHORT}
+    off = {"validate_every": 0}
+    if rows == "other":
+        changes["validation"] = SHORT | {"data": str(workshop / "data/images")}
+        off["validation"] = {"num_rows": 0}
+    with_it = config_of(workshop, tmp_path / "with", whole, **changes)
+    without = config_of(workshop, tmp_path / "without", whole, **changes | off)
+    for config in (with_it, without):
+        run_stage(config, Mesh())
+    assert rows_of(with_it)[0] == rows_of(without)[0] and rows_of(with_it)[1] and not rows_of(without)[1]
+    a, b = weights_of(with_it), weights_of(without)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_resumed_equals_uninterrupted(workshop, whole, tmp_path):
-    changes = {"max_steps": 3, "validate_every": 2, "save_every": 1}
+    changes = {"max_steps": 3, "validate_every": 2, "save_every": 1, "validation": SHORT}
     uninterrupted = config_of(workshop, tmp_path / "a", whole, **changes)
     run_stage(uninterrupted, Mesh())
     resumed = config_of(workshop, tmp_path / "b", whole, **changes)
@@ -132,7 +134,7 @@ def test_the_teachers_samples_are_made_once_for_all_runs(workshop, whole, tmp_pa
 
 
 def test_an_error_is_counted_and_ends_nothing(workshop, whole, tmp_path, monkeypatch, caplog):
-    config = config_of(workshop, tmp_path / "sound", whole, max_steps=6, validate_every=0, validation=SHORT)
+    config = config_of(workshop, tmp_path / "sound", whole, max_steps=4, validate_every=0, validation=SHORT)
     run_stage(config, Mesh())
     exact, calls = row_validation.look, []
 
@@ -143,12 +145,12 @@ def test_an_error_is_counted_and_ends_nothing(workshop, whole, tmp_path, monkeyp
         return exact(*arguments, **options)
 
     monkeypatch.setattr(row_validation, "look", out_of_memory)
-    failing = config_of(workshop, tmp_path / "failing", whole, max_steps=6, validation=SHORT)
+    failing = config_of(workshop, tmp_path / "failing", whole, max_steps=4, validation=SHORT)
     run_stage(failing, Mesh())
     iterations, validations = rows_of(failing)
     assert iterations == rows_of(config)[0]
-    assert [row["validation/errors"] for row in validations] == [0, 1, 1, 1]
-    assert ["validation/motion_px_s" in row for row in validations] == [True, False, True, True]
+    assert [row["validation/errors"] for row in validations] == [0, 1, 1]
+    assert ["validation/motion_px_s" in row for row in validations] == [True, False, True]
     assert "VALIDATION FAILED (step 2, error 1 of this run): OutOfMemoryError" in caplog.text
 
 
@@ -163,7 +165,7 @@ def test_a_set_of_one_row_trains_without_validation(workshop, tmp_path, caplog):
     assert "NO VALIDATION" in caplog.text and not rows_of(config)[1]
 
 
-@pytest.mark.parametrize(("times_longer", "expected"), [(2, [None, 3]), (3, [5])])
+@pytest.mark.parametrize(("times_longer", "expected"), [(2, [None, 3]), pytest.param(3, [5], marks=pytest.mark.slow)])
 def test_pictures_with_second_prompts_switch_in_mid_stream(workshop, tmp_path, monkeypatch, times_longer, expected):
     """From the encoders themselves, which may go once the rows are encoded. The clip of 5 latent frames is the beginning
     of the longer video, unless that switches earlier.

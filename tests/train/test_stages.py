@@ -116,10 +116,17 @@ def test_the_trained_student_streams(workshop, log):
     assert equal(dict(generator.model.state_dict()), exported)
 
 
-@pytest.mark.parametrize("stage", ["causal", "distill"])
-def test_resumed_equals_uninterrupted_bit_for_bit(workshop, log, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("causal", {}),
+        ("distill", {}),
+        pytest.param("distill", {"context_gradient": "replay"}, marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(workshop, log, tmp_path, stage, more):
     """Stopped after two of five iterations: the rest of the first epoch and the second one in another process' memory."""
-    changes = {"max_steps": 5, "save_every": 2, "validate_every": 0, "init_from": str(workshop / "teacher")}
+    changes = {"max_steps": 5, "save_every": 2, "validate_every": 0, "init_from": str(workshop / "teacher")} | more
     whole = config_of(workshop, tmp_path / "whole", stage, **changes)
     run_stage(whole, Mesh())
     resumed = config_of(workshop, tmp_path / "resumed", stage, **changes)

@@ -9,9 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_stage import save_student, stage_config
+from typer.testing import CliRunner
 
 from longtake import Generator
 from longtake.checkpoint.invariants import compare_facts, invariants
+from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, changes_of, generation_settings
 from longtake.errors import CheckpointError, ConfigError
 from longtake.inference.export import export
@@ -145,3 +147,30 @@ def test_a_stage_goes_on_from_a_student_of_an_earlier_version(workshop, tmp_path
     plan = {"block_frames": 2, "window_frames": 5, "sink_frames": 1, "keep_sink": True}
     with pytest.raises(ConfigError, match="plan=.* is not that of init_from=causal"):
         Builder(stage_config(workshop, tmp_path, "distill", init_from="causal", plan=plan), Mesh()).check_start()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "context", "levels"), [("2step", "pass", 2), ("2step", "last_step", 2), ("1step", "pass", 1)]
+)
+def test_the_recipes_of_fewer_steps_train_and_stream(workshop, tmp_path, recipe, context, levels):
+    """After a causal stage of the same context, from the command line, at tiny size."""
+    plan = {**RULES["plan"], "context": context}
+    flow = {"steps": [1, 0.75, 0.5, 0.25], "later_steps": [1, 0.5] if context == "last_step" else None, "shift": 5.0}
+    save_student(stage_config(workshop, tmp_path / "run", "causal", plan=plan, flow=flow))
+    words = [f"plan.{key}={value}" for key, value in plan.items()]
+    words += [
+        f"logdir={tmp_path / 'run'}",
+        f"encoders={workshop / 'encoders'}",
+        f"data.path={workshop / 'data/images'}",
+    ]
+    words += [f"objective.teacher={workshop / 'teacher'}", "model.preset=toy", "video.num_latent_frames=5"]
+    words += ["batch_size=2", "micro_batch_size=2", "max_steps=1", "validate_every=0", "data.num_workers=0"]
+    result = CliRunner().invoke(app, ["train", f"toy/distill_{recipe}", *words])
+    assert result.exit_code == 0, result.output
+    generator = Generator.from_run(tmp_path / "run" / f"distill_{recipe}", device="cpu")
+    assert [len(generator.plan.with_given(1).levels(start)) for start in (1, 3, 5)] == [4, levels, levels]
+    session = generator.open(PICTURE, "a red circle drifts to the right")
+    assert [len(session.next()) for _ in range(3)] == [1, 8, 8]
+    if recipe == "1step":
+        refused = CliRunner().invoke(app, ["train", "toy/distill_1step", *words, "plan.context=last_step"])
+        assert refused.exit_code == 2 and "noise alone" in refused.output

@@ -8,7 +8,7 @@ from tiny_stage import stage_config
 from longtake.config.groups import WorldConfig
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import open_dataset
-from longtake.encodings.write import encode_set
+from longtake.encodings.write import encode
 from longtake.errors import ConfigError, DataError
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.mesh import Mesh
@@ -55,7 +55,7 @@ def test_a_stage_learns_the_changes_also_from_an_encoded_set(workshop, stories, 
     direct, told = losses_of(config, monkeypatch)
     switches = [frame for frames, _ in told for frame in frames]
     assert set(switches) == {2, 3, None} and all(later for frames, later in told if any(frames))
-    encode_set(config, tmp_path / "set", Mesh())
+    encode(config, tmp_path / "set", Mesh())
     stored = EncodedRows(tmp_path / "set")
     assert [stored[k].switch_frames for k in range(6)] == [(5,), (9,), (17,)] * 2
     cached = stage_config(workshop, tmp_path / "cached", "causal", max_steps=2, **data_of(tmp_path / "set"))

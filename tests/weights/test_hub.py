@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_sessions import PICTURE, A
 from tiny_stage import TEACHER, make_encoders, make_model, save_encoders
 from tiny_wan import I2V, T2V
@@ -104,6 +105,36 @@ def test_an_expert_takes_the_encoders_of_its_repository(hub, parts):
     source = Source.of_model("a/two/low_noise_model", changes=RULES).fetched()
     assert source.weights == hub.cache("a/two") / "low_noise_model" and source.encoders == hub.cache("a/two")
     assert not any(file.startswith("high_noise_model") for file in hub.fetched)
+    Generator.build(source, "cpu")
+
+
+@pytest.mark.parametrize("sizes", ["ours", "Wan's", "an index"])
+def test_weights_that_need_clip_are_refused_before_they_are_fetched(hub, parts, caplog, sizes):
+    publish(hub(NAME), parts, rules=True)
+    shutil.rmtree(hub(NAME) / "image_encoder")
+    config, weights = hub(NAME) / "config.json", hub(NAME) / "diffusion_pytorch_model.safetensors"
+    if sizes != "ours":  # which names no image_dim, as of Wan2.2's weights without that branch
+        told = json.loads(config.read_text())
+        config.write_text(json.dumps({name: told[name] for name in told.keys() - {"image_dim", "image_positions"}}))
+    if sizes == "an index":
+        places = dict.fromkeys(load_file(weights), weights.name)
+        (hub(NAME) / f"{weights.name}.index.json").write_text(json.dumps({"weight_map": places}))
+    source = Source.of_model(NAME)
+    with pytest.raises(CheckpointError, match=f"{NAME} .* has no image encoder; name .* --encoders Wan-AI/Wan2.1-I2V"):
+        source.fetched()
+    assert not any(file.endswith((".safetensors", ".pth")) for file in hub.fetched)
+    assert invoke("download", NAME).exit_code == 0  # encoders may come from elsewhere: said before and after
+    assert f"{NAME} has no image encoder: the model will need --encoders" in caplog.messages
+
+
+def test_weights_of_wan_2_2_whose_sizes_are_called_i2v_need_no_clip(hub, parts, tmp_path):
+    sizes = replace(I2V, image_dim=None)
+    publish(hub(NAME), parts, sizes, rules=True)
+    shutil.rmtree(hub(NAME) / "image_encoder")
+    told = config_to_json(sizes)
+    (hub(NAME) / "config.json").write_text(json.dumps({name: told[name] for name in told.keys() - {"image_dim"}}))
+    source = Source.of_model(NAME).fetched()
+    assert source.weights == hub.cache(NAME) and not source.needs_image
     Generator.build(source, "cpu")
 
 
@@ -231,6 +262,11 @@ def test_what_was_fetched_is_there_without_a_network(hub, parts, tmp_path):
 
 
 # ---- encoders: the same words everywhere -----------------------------------------------------------------------------
+def test_the_toy_is_not_downloaded():
+    result = invoke("download", "toy")
+    assert result.exit_code == 2 and "toy comes with the package, and nothing of it is fetched" in result.output
+
+
 def test_toy_means_the_packaged_encoders_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PICTURE).save("a.png")

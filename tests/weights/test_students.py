@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from published_students import FILES, merged, write_student
+from published_students import FILES, memory_of, merged, write_student
 from tiny_sessions import PICTURE, A, B, take
 from tiny_stage import make_encoders, make_model, save_encoders, stage_config
 from tiny_wan import T2V
@@ -114,6 +114,43 @@ def test_a_renamed_or_missing_key_is_refused_by_name(name, state, tmp_path):
             find_student(file).open()
         assert str(error.value).startswith(f"{name}, published as {FILES[name][0]}: ")
         assert "blocks.1.cross_attn.norm_k.weight" in str(error.value)
+
+
+def test_two_networks_of_one_file(state, workshop, encoders, tmp_path):
+    """SGF+: both are read strictly, what the second one lacks is the first one's, and neither is taken for the whole."""
+    name = "Self-Gradient-Forcing+ (chunkwise)"
+    file = download(name, state, tmp_path / "plus")
+    content = torch.load(file, weights_only=True)
+    prefix = "model._fsdp_wrapped_module."
+    del content["generator_ema"][f"{prefix}blocks.0.norm3.memory_bias"]
+    torch.save(content, file)
+    source = Source.of_model(tmp_path / "plus", encoders, changes=SMALL)
+    one, two = (load_opened(opened).state_dict() for opened in (source.open(), source.open_writer()))
+    assert one.keys() == two.keys() == state.keys() and all(torch.equal(one[key], state[key]) for key in state)
+    for key in state:
+        expected = state[key] if key == "blocks.0.norm3.bias" else memory_of({key: state[key]})
+        assert torch.equal(two[key], expected if torch.is_tensor(expected) else next(iter(expected.values()))), key
+    generator = Generator.build(source, "cpu")
+    assert all(torch.equal(a, two[key]) for key, a in generator.denoiser.writer.state_dict().items())
+    made, alone = (list(g.stream(prompt=A, num_frames=33)) for g in (generator, _without_writer(source)))
+    assert np.array_equal(made[0], alone[0]) and not np.array_equal(made[1], alone[1])
+    content["generator_ema"][f"{prefix}blocks.0.self_attn.q.memory_scale"] = torch.ones(1)
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"Self-Gradient-Forcing\+.*blocks.0.self_attn.q.scale"):
+        Generator.build(source, "cpu")
+    result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "plain"), "--to", "longtake"])
+    assert result.exit_code == 2 and "is two networks" in result.output and not (tmp_path / "plain").exists()
+    with pytest.raises(ConfigError, match="is two networks"):
+        config = stage_config(
+            workshop, tmp_path, "causal", init_from=str(file), model={"image_condition": "t2v"}, **PLAN
+        )
+        Builder(config, Mesh()).open(config.source(str(file)))
+
+
+def _without_writer(source):
+    generator = Generator.build(source, "cpu")
+    generator.denoiser.writer = None
+    return generator
 
 
 def test_a_missing_network_or_update_is_refused_by_name(state, tmp_path):

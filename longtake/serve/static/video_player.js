@@ -65,7 +65,10 @@ export class VideoPlayer {
     if (this.position !== null) this.position = Math.min(this.position, frame);
   }
 
-  still() {} // the film itself stands there
+  // Shows the last frame before the one where a paused video was taken back to; the film itself would stand where it was.
+  still() {
+    if (this.position) this.video.currentTime = (this.position - 0.5) / this.fps;
+  }
 
   again() {
     if (this.position !== null) this.forget(this.position);

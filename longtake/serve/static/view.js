@@ -217,6 +217,10 @@ export class View {
     this.tell("memory", stats.memory_bytes ? `${(stats.memory_bytes / 2 ** 30).toFixed(1)} GiB` : null);
   }
 
+  on_recording_ended({ error }) {
+    this.say(`${error.message}; ${error.fix}`);
+  }
+
   on_error({ error }) {
     this.say(error.fix ? `${error.message}; ${error.fix}` : error.message);
   }
