@@ -1,11 +1,16 @@
-"""Alarms over videos of the packaged student as it is, and broken on purpose: what a validation would say of it."""
+"""Alarms over videos of the packaged student as it is, and broken on purpose: what a validation would say of it; and
+alarms of short trainings.
+"""
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 from torch import Tensor
+from typer.testing import CliRunner
 
+from longtake.cli.app import app
 from longtake.condition import pixel_frames
 from longtake.config.alarms import AlarmsConfig
 from longtake.config.groups import WorldConfig
@@ -126,3 +131,37 @@ def test_students_of_five_seeds(toy, kind, wanted, seed):
     """Other rows and other noise each, also four times as long."""
     _, second = alarms(toy.numbers(kind, seed, [SHORT, LONG]))
     assert second >= wanted and bool(second) == bool(wanted), second
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    world = WorldConfig(num_worlds=64, num_frames=9, formats=["images"])
+    return write_world(tmp_path_factory.mktemp("world"), world) / "images"
+
+
+def trained(pictures, folder, start, seed, *changes):
+    """The alarms of `toy/distill` from weights of the package: (step, alarm)."""
+    words = ["train", "configs/toy/distill.yaml", f"init_from={TOY_ASSETS / start}", f"logdir={folder}"]
+    words += [f"data.path={pictures}", f"seed={seed}", f"validation.seed={1000 + seed}", f"validation.num_rows={ROWS}"]
+    words += ["validation.max_share=1", "validation.teacher_steps=10", "save_every=0", *changes]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (folder / "distill/metrics.jsonl").read_text().splitlines()]
+    errors = [row["validation/errors"] for row in rows if "validation/errors" in row]
+    assert errors == [0, 0, 0]
+    file = folder / "distill/alarms.jsonl"
+    raised = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    return {(row["step"], row["alarm"]) for row in raised}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, SEEDS + 1))
+def test_trainings_of_five_seeds_from_the_causal_initialisation_raise_none(pictures, tmp_path, seed):
+    assert trained(pictures, tmp_path, "causal", seed, "max_steps=20", "validate_every=10") == set()
+
+
+@pytest.mark.slow
+def test_a_student_distilled_from_bidirectional_weights_is_called_frozen_in_its_second_validation(pictures, tmp_path):
+    """It moves half as far as it should at four times the length (docs/log.md)."""
+    raised = trained(pictures, tmp_path, "teacher", 2, "max_steps=10", "validate_every=5")
+    assert (10, "motion") in raised and min(step for step, _ in raised) == 10
