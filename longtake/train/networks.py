@@ -27,6 +27,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, base_name
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective, Parts, Phase
 from longtake.parallel.fsdp import gathered, parallelize
 from longtake.parallel.materialize import materialize
@@ -360,6 +361,12 @@ class Builder:
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
+
+
+def of_one_layer(sizes: DiTConfig) -> VideoDiT:
+    """A transformer without weights that stands for one of these sizes where calls are only counted."""
+    with torch.device("meta"):
+        return VideoDiT(replace(sizes, num_layers=1))
 
 
 def _misfit(settings: ModelConfig) -> tuple[str, str]:

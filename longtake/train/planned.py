@@ -5,18 +5,14 @@ No weights are read, only their heads, and those that an earlier stage has yet t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
-import torch
-
 from longtake.errors import CheckpointError
-from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.train.metrics import PhaseTimer
-from longtake.train.networks import Builder, Networks
+from longtake.train.networks import Builder, Networks, of_one_layer
 from longtake.train.throughput import clip_call, operations_of
 from longtake.weights.locate import image_token_count
 from longtake.weights.presets import model_config
@@ -30,8 +26,7 @@ def planned_operations(builder: Builder) -> float | None:
     """
     config = builder.config
     sizes = {name: _sizes(builder, name) for name in config.networks}
-    with torch.device("meta"):  # of one layer: they stand for those of `sizes`
-        models = {name: VideoDiT(replace(size, num_layers=1)) for name, size in sizes.items()}
+    models = {name: of_one_layer(size) for name, size in sizes.items()}
     trained = {name: model for name, model in models.items() if config.networks[name].optim is not None}
     frozen = {name: model for name, model in models.items() if name not in trained}
     networks = Networks(trained, frozen, {}, Denoiser(models["generator"]))
