@@ -72,19 +72,25 @@ def train(
         run(resolved)
 
 
+# What both writers of encoded sets take.
+SetFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
+]
+StoredType = Annotated[
+    str | None, typer.Option("--dtype", help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
+]
+RowsPerShard = Annotated[int | None, typer.Option("--rows-per-shard", help="Rows of the data set in one file.")]
+
+
 def encode(
     context: typer.Context,
     config: Annotated[
         Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
-    ],
+    output: SetFolder,
     overrides: Overrides = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
-    ] = None,
-    rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+    dtype: StoredType = None,
+    rows_per_shard: RowsPerShard = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -105,14 +111,10 @@ def teacher_data(
             autocompletion=_recipes,
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
-    ],
+    output: SetFolder,
     overrides: Overrides = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16: type of stored CLIP tokens and latents.")
-    ] = None,
-    rows_per_shard: Annotated[int | None, typer.Option(help="Rows of the data set in one file.")] = None,
+    dtype: StoredType = None,
+    rows_per_shard: RowsPerShard = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

@@ -46,9 +46,9 @@ def teacher_data(
     output: str | Path,
     mesh: Mesh | None = None,
     *,
-    dtype: str = "float32",
-    rows_per_shard: int = 64,
-    overwrite: bool = False,
+    dtype: str = Layout.dtype,
+    rows_per_shard: int = Layout.rows_per_shard,
+    overwrite: bool = Layout.overwrite,
 ) -> EncodeReport:
     """Has the teacher of a stage make the data that the stage learns from.
 

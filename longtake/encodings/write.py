@@ -101,9 +101,9 @@ def encode(
     output: str | Path,
     mesh: Mesh | None = None,
     *,
-    dtype: str = "float32",
-    rows_per_shard: int = 64,
-    overwrite: bool = False,
+    dtype: str = Layout.dtype,
+    rows_per_shard: int = Layout.rows_per_shard,
+    overwrite: bool = Layout.overwrite,
 ) -> EncodeReport:
     """Encodes the data set of a stage on the ranks of a mesh (None: all that torchrun started); the same on each.
 

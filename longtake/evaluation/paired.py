@@ -56,9 +56,10 @@ class Share:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Share:
-        """The mean of a value a world; NaN = not scored."""
+        """The mean of a value a world; NaN = not scored. An infinite value makes the mean infinite."""
         array = np.array(values, np.float64)
-        return cls(np.nan_to_num(array), np.isfinite(array).astype(np.float64))
+        scored = ~np.isnan(array)
+        return cls(np.where(scored, array, 0.0), scored.astype(np.float64))
 
     def means(self, drawn: NDArray[np.int64]) -> Floats:
         """The number in each sample [N] of worlds, `drawn` [N, W]; NaN where none of them was scored."""

@@ -47,8 +47,8 @@ def roll_out(
     What enters the cache follows the plan (`denoise_block`): where it stores a block by its last denoising step and the
     block stops earlier, it is the block's clean latents, noised to the level of that step.
     Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` as in `StreamPlan.exit_step`;
-    `with_grad` gives latents with the graph of the exit steps; of their context too, where the denoiser `replays`.
+    frames and denoising step; `exit_step` as in `StreamPlan.exit_step`; `with_grad` gives latents with the graph of the
+    exit steps; of their context too, where the denoiser `replays`.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
     plan.check(num_frames)
@@ -89,9 +89,8 @@ def roll_out(
             blocks[-len(exits) :] = [denoiser.exits_with_grad(condition, exits)]
         if replay is not None:
             blocks[-replay.num_exits :] = [denoiser.replayed(condition, replay)]
-    generated = torch.ones(num_frames, dtype=torch.bool, device=blocks[0].device)
-    generated[: 0 if first_latent is None else 1] = False
-    return RollOut(torch.cat(blocks, 1), generated)
+    latents = torch.cat(blocks, 1)
+    return RollOut(latents, torch.arange(num_frames, device=latents.device) >= plan.given_frames)
 
 
 @torch.no_grad()

@@ -105,3 +105,9 @@ def test_open_directions_are_shown_beside_the_teachers():
     assert [line.split("|")[column].strip() for line in lines] == ["100%", "96%"]
     del rows["teacher"]
     assert report.open_table(rows).splitlines()[2].split("|")[column].strip() == "-"
+
+
+def test_what_was_not_scored_is_left_out_and_what_is_infinite_stays_so():
+    every = np.arange(3)[None]
+    assert Share.of([1.0, float("nan"), 3.0]).means(every) == 2.0
+    assert Share.of([1.0, float("nan"), float("inf")]).means(every) == float("inf")
