@@ -19,6 +19,7 @@ _PICTURE = """async ([url, is_film]) => {
   let shown;
   if (is_film) {
     shown = document.createElement('video');
+    document.body.replaceChildren(shown);  // in no page it may be collected while a frame is waited for
     shown.muted = true;
     shown.src = url;
     await new Promise((good, bad) => { shown.onloadeddata = good; shown.onerror = () => bad(shown.error.message); });
