@@ -221,7 +221,7 @@ class KVCache:
 
     def stored(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values [layers, B, F, L, N, K] of held frames."""
-        slots = self.slots_of(frames)
+        slots = torch.tensor([self.slot_of(frame) for frame in frames], dtype=torch.long, device=self.device)
         return self.keys.index_select(2, slots), self.values.index_select(2, slots)
 
     def restore(self, position: int, frames: Sequence[int], keys: Tensor, values: Tensor) -> None:
