@@ -45,7 +45,7 @@ from longtake.weights.load import Opened
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
-from longtake.weights.students import find_student, open_source
+from longtake.weights.students import find_student, is_causal, open_source
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.widen import opened_as_asked
 
@@ -289,6 +289,17 @@ class Builder:
             check_heads(sizes.num_heads, together)
 
     def check_start(self) -> None:
+        """Raises ConfigError when a network begins as what this stage cannot use: before any is read."""
+        self._check_rules()
+        for name, wanted in self.config.networks.items():
+            if wanted.causal and is_causal(self.config.source(wanted.source or ""), self.config.logdir) is False:
+                raise ConfigError(
+                    f"{wanted.key}={wanted.source} are bidirectional weights, as they say themselves, and the {name} "
+                    "of objective.context_scores must be causal; name weights that teacher forcing has trained (a "
+                    "stage causal), or set objective.context_scores.history_frames=0"
+                )
+
+    def _check_rules(self) -> None:
         """Raises ConfigError when a student begins as one that was unrolled by other rules than this stage's."""
         source = self.config.init_from
         if source is None:

@@ -22,10 +22,11 @@ from longtake.config.generation import RULES_FILE, GenerationConfig, read_rules
 from longtake.config.stage import TOY
 from longtake.errors import CheckpointError, ConfigError, nearest
 from longtake.models.dit import VideoDiT
+from longtake.run_folder import holds_student
 from longtake.weights.config_json import FILE
 from longtake.weights.hub import TABLE, Order, fetch, look_up
 from longtake.weights.load import Opened, open_dit, open_weights
-from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, is_hub_name, locate
+from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, find_weights, is_hub_name, locate
 from longtake.weights.read import CheckpointReader
 
 _PATCH = "patch_embedding.weight"
@@ -280,6 +281,20 @@ def open_source(source: str | Path, *, check: bool = False) -> Opened:
         return open_weights(source, check=check)
     student.check_is_one()
     return student.open()
+
+
+def is_causal(source: str | Path, logdir: str | Path) -> bool | None:
+    """Whether weights say of themselves that they are causal: by the run that trained them, by the `generation.yaml`
+    beside them, as a published student. None: they say nothing, as files of tensors do, whose names and shapes are the
+    same either way.
+    """
+    if find_student(source) is not None:
+        return True
+    found = find_weights(source, logdir)
+    if found.checkpoint is not None:
+        return holds_student(found.checkpoint)
+    rules = read_rules(found.path) if found.path.exists() else None
+    return None if rules is None else rules.sampler == "stream"
 
 
 def _names() -> list[str]:
