@@ -219,7 +219,7 @@ class Builder:
             else:
                 updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
         switch = AdapterSwitch()
-        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
+        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, updates=switch)))
         shared = SharedBase(self._filled(opened, *updates), switch)
         if mesh.is_main:
             logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
