@@ -118,6 +118,11 @@ class ObjectiveConfig(Settings):
         return False
 
     @property
+    def writes_apart(self) -> bool:
+        """Whether low-rank updates of their own write the context that the student reads (`models/shared_base.py`)."""
+        return False
+
+    @property
     def empty_prompt(self) -> str:
         """The text of the unconditional side."""
         return ""

@@ -13,9 +13,8 @@ import torch
 from longtake.config.generation import MAX_FRAMES
 from longtake.errors import ConfigError
 from longtake.evaluation.row_videos import Maker, student_maker, teacher_maker
-from longtake.evaluation.target import EvalTarget, load_frozen
+from longtake.evaluation.target import EvalTarget, load_denoiser
 from longtake.inference.source import Source
-from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -69,7 +68,7 @@ class Contender:
 
     name: str
     source: Source
-    load: Callable[[torch.device], VideoDiT]
+    load: Callable[[torch.device], Denoiser]
     clip_frames: int
     multiples: tuple[int, ...] = (1,)
     streams: bool = False
@@ -83,14 +82,14 @@ class Contender:
         """Latent frames of so many clips."""
         return self.clip_frames * multiple
 
-    def maker(self, model: VideoDiT, plan: StreamPlan, *, first_frame_clean: bool, seed: int) -> Maker:
+    def maker(self, denoiser: Denoiser, plan: StreamPlan, *, first_frame_clean: bool, seed: int) -> Maker:
         """What makes the latents of its longest videos; students stream by `plan`."""
         frames = self.num_latent_frames(self.multiples[-1])
         if self.streams:
-            return student_maker(Denoiser(model), plan, frames, seed=seed)
+            return student_maker(denoiser, plan, frames, seed=seed)
         steps, guidance = self.sampling
         rules: dict[str, Any] = {"num_steps": steps, "guidance": guidance, "shift": self.source.settings.shift}
-        return teacher_maker(model, frames, first_frame_clean=first_frame_clean, seed=seed, **rules)
+        return teacher_maker(denoiser.model, frames, first_frame_clean=first_frame_clean, seed=seed, **rules)
 
 
 def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
@@ -105,8 +104,9 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
         )
     sampling = asked.teacher_steps, asked.teacher_guidance
     found: list[Contender] = []
-    if target.teacher is not None:
-        found.append(Contender(TEACHER, target.result, target.teacher, clip_frames, sampling=sampling))
+    if (teacher := target.teacher) is not None:
+        load_teacher = lambda device: Denoiser(teacher(device))  # noqa: E731
+        found.append(Contender(TEACHER, target.result, load_teacher, clip_frames, sampling=sampling))
         if TEACHER in target.students:
             raise ConfigError(f"a model is called {TEACHER} as the teacher's row is; give its folder another name")
     for name, source in target.students.items():
@@ -127,11 +127,14 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
     return found
 
 
-def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
+def _loader(source: Source) -> Callable[[torch.device], Denoiser]:
     dtype = torch.bfloat16 if source.settings.is_half else None
 
-    def load(device: torch.device) -> VideoDiT:
-        model = load_frozen(source, device, dtype)
-        return model.quantise() if source.settings.precision == "fp8" else model
+    def load(device: torch.device) -> Denoiser:
+        denoiser = load_denoiser(source, device, dtype)
+        for model in (denoiser.model, denoiser.writer):
+            if model is not None and source.settings.precision == "fp8":
+                model.quantise()
+        return denoiser
 
     return load

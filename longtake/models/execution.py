@@ -42,8 +42,9 @@ class Updates(Protocol):
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective");
-    `updates`, low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of element-wise work between matrix products is
-    compiled into a kernel of its own, for the shapes that it meets.
+    `updates`, low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each
+    function of element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it
+    meets.
     """
 
     split: SequenceParallel | None = None

@@ -166,9 +166,7 @@ def test_a_part_of_a_long_video_teaches_the_writer_by_what_it_stored_itself(doub
         every |= calls
         if end > 5:
             blocks, first = list(plan.blocks(0, end)), plan.block_of(start - 1)[0]
-            wanted, factors = brute_force(
-                pair, condition, plan, every, blocks, 1, detached=first, exits_from=start
-            )
+            wanted, factors = brute_force(pair, condition, plan, every, blocks, 1, detached=first, exits_from=start)
             compare(pair, made.latents[:, start - end :], wanted, factors)
         start = end
 
@@ -223,7 +221,10 @@ def test_the_gradients_of_both_roles_are_of_the_loss_of_both(double):
 def test_teacher_forcing_beside_it_learns_after_the_writers_context(switch, double):
     """As two networks of their own, one of which stores each clean block in a cache that the other reads."""
     pair, condition, _, plan = problem("window")
-    clean, noisy = make_tiny_latents(9, seed=1)[:1, ..., :2].double(), make_tiny_latents(9, seed=2)[:1, ..., :2].double()
+    clean, noisy = (
+        make_tiny_latents(9, seed=1)[:1, ..., :2].double(),
+        make_tiny_latents(9, seed=2)[:1, ..., :2].double(),
+    )
     later = make_tiny_condition(pair, 1, seed=8).text
     told = type(condition)(condition.text, condition.image, condition.frames, later)
     sigma, packed = torch.full((1, 9), 0.6), PackedClip(plan.but(recache="none"))
