@@ -276,7 +276,8 @@ class Builder:
                 for key, p in opened.model.named_parameters()
                 if f".lora_A.{adapter_name}." in key or f".lora_B.{adapter_name}." in key
             )
-            logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, count)
+            role = name if adapter_name == DEFAULT else adapter_name
+            logger.info("%s: low-rank updates of %s, %d parameters are trained", role, weights, count)
         self.adapters[name] = found
         return found
 
