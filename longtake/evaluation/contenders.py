@@ -15,6 +15,7 @@ from longtake.errors import ConfigError
 from longtake.evaluation.row_videos import Maker, student_maker, teacher_maker
 from longtake.evaluation.target import EvalTarget, load_denoiser
 from longtake.inference.source import Source
+from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -104,9 +105,9 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
         )
     sampling = asked.teacher_steps, asked.teacher_guidance
     found: list[Contender] = []
-    if (teacher := target.teacher) is not None:
-        load_teacher = lambda device: Denoiser(teacher(device))  # noqa: E731
-        found.append(Contender(TEACHER, target.result, load_teacher, clip_frames, sampling=sampling))
+    if target.teacher is not None:
+        load = _as_denoiser(target.teacher)
+        found.append(Contender(TEACHER, target.result, load, clip_frames, sampling=sampling))
         if TEACHER in target.students:
             raise ConfigError(f"a model is called {TEACHER} as the teacher's row is; give its folder another name")
     for name, source in target.students.items():
@@ -125,6 +126,10 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
         else:
             found.append(Contender(name, source, load, clip_frames, asked.multiples, streams=True))
     return found
+
+
+def _as_denoiser(load: Callable[[torch.device], VideoDiT]) -> Callable[[torch.device], Denoiser]:
+    return lambda device: Denoiser(load(device))
 
 
 def _loader(source: Source) -> Callable[[torch.device], Denoiser]:

@@ -151,7 +151,7 @@ def has_writer(source: Path) -> bool:
         return writer_updates(path) is not None
     if not (files_in(path) if path.is_dir() else path.suffix in SAFETENSORS):
         return False
-    return holds_writer(open_published(path, mend=lambda published: published))
+    return holds_writer(open_published(path))
 
 
 def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:

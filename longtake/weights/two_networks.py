@@ -75,7 +75,7 @@ def updates_of(folder: Path, part: Part) -> Path:
 def are_two(source: object) -> ConfigError:
     """What is said to who asks for one network."""
     return ConfigError(
-        f"{source} is two networks, of which one makes the context of the other, and this takes one; it can be played "
-        "(longtake generate, play, serve), evaluated, exported from its run, and trained on with "
-        "objective.context_writer=own"
+        f"{source} is two networks, of which one makes the context of the other, and this takes one; both together can "
+        "be played (longtake generate, play, serve) and evaluated, and a stage with objective.context_writer=own goes "
+        "on from the run of one that had it"
     )

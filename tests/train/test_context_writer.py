@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from longtake import Generator
 from longtake.cli.app import app
-from longtake.errors import ConfigError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.inference.export import export
 from longtake.inference.source import Source
@@ -189,6 +189,13 @@ def test_one_network_of_it_is_refused_where_one_is_taken(workshop, log, tmp_path
         config = config_of(workshop, log, "long", init_from=init_from, **plain | more)
         with pytest.raises(ConfigError, match="is two networks"):
             Builder(config, Mesh()).build()
+
+
+def test_it_is_not_resumed_as_one_network(workshop, log, tmp_path):
+    shutil.copytree(log / "distill", tmp_path / "distill")
+    config = config_of(workshop, tmp_path, context_writer="student", max_steps=3)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .*lora_A.writer.* that it was trained with"):
+        run_stage(config, Mesh())
 
 
 @pytest.mark.parametrize(
