@@ -34,6 +34,12 @@ def frames_of(data):
     return found
 
 
+def opened_so_far(client):
+    """Sessions that the server says it has opened."""
+    lines = client.http.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("longtake_opened_total"))
+
+
 def replayed(data, folder, generator):
     """The frames of a script that was downloaded."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -63,8 +69,9 @@ def test_a_rewound_session_goes_on_as_in_python(client, generator):
 def test_a_branch_goes_on_as_in_python(client, address, generator):
     client.open(seed=4)
     seen = client.watch(17)
-    branch = LiveClient(address)
+    branch, before = LiveClient(address), opened_so_far(client)
     made_branch = client.post("/fork")
+    assert opened_so_far(client) == before + 1
     branch.use(made_branch)
     assert made_branch["frame"] >= 17 and branch.name != client.name and branch.secret != client.secret
     told = branch.post("/prompt", json={"prompt": C})
