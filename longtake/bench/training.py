@@ -88,6 +88,7 @@ class Bench:
         self.inner = builder.objective(networks, codec, self.phases)
         self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
         self.state = builder.state(self.inner)
+        self.keeper = builder.keeper(self.inner)
         self.made: Any = MadeBatches(
             config,
             found.sizes["generator"],
@@ -131,6 +132,7 @@ class Bench:
         begun = time.perf_counter()
         iteration(self.state, self.objective, self.batches, self.config, self.mesh, self.phases, MetricWindow())
         taken = self.phases.take()  # waits for the device
+        self.keeper.passed(step)
         of = wholes(taken)
         lap = Lap(self.kind(step), time.perf_counter() - begun, of, step, taken)
         updates = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in of.items())

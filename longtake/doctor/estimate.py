@@ -309,6 +309,12 @@ class _Hollow(SizedBuilder):
 
     meter: Meter
 
+    def __post_init__(self) -> None:
+        """`activation_checkpointing=auto` stays: a GPU is planned for, and what its first iterations need."""
+
+    def _keeps_attention(self, model: VideoDiT) -> bool:
+        return True
+
     def open(self, source: Path) -> Opened:
         with torch.device("meta"):
             model = network(self.sizes[source.name])
@@ -323,11 +329,11 @@ class _Hollow(SizedBuilder):
 
         return Opened(model, read, str)
 
-    def _random(self) -> VideoDiT:
-        return self._filled(self.open(Path("generator")))
+    def _random(self, name: str) -> VideoDiT:
+        return self._filled(self.open(Path("generator")), trained=name)
 
-    def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
-        model = self._parallelized(opened.model, recompute=recompute)
+    def _filled(self, opened: Opened, *updates: Any, trained: str | None) -> VideoDiT:
+        model = self._parallelized(opened.model, trained)
         with self.meter.fake, self.meter:
             model.to_empty(device="cpu")
         return model

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from longtake.models.attention import VARIANTS, Attention, attend, has_triton, limited
-from longtake.models.recompute import Contexts, keep_attention, together
+from longtake.models.recompute import ByBlock, Contexts, keep_attention, together
 from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,14 +24,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
-    `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective");
-    `around`, contexts of a block's forward and of its recomputation, which may come when another adapter is on;
-    `attend`, what computes attention; `fuses`, whether each function of element-wise work between matrix products is
-    compiled into a kernel of its own, for the shapes that it meets.
+    `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective"),
+    or of each block another of these; `around`, contexts of a block's forward and of its recomputation, which may come
+    when another adapter is on; `attend`, what computes attention; `fuses`, whether each function of element-wise work
+    between matrix products is compiled into a kernel of its own, for the shapes that it meets.
     """
 
     split: SequenceParallel | None = None
-    recompute: bool | str = False
+    recompute: bool | str | ByBlock = False
     around: Callable[[], Contexts] | None = None
     attend: Attention = attend
     fuses: bool = False
@@ -40,9 +40,13 @@ class Execution:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
         return cast(F, _compiled(function)) if self.fuses and has_triton() else function
 
-    def contexts(self) -> Contexts:
+    def again(self, layer: int) -> bool | str:
+        """What backward computes again of one block."""
+        return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
+
+    def contexts(self, layer: int) -> Contexts:
         """One context around a block's forward and one around its recomputation; made before the forward."""
-        makers = [keep_attention] if self.recompute == "selective" else []
+        makers = [keep_attention] if self.again(layer) == "selective" else []
         return together(makers if self.around is None else [*makers, self.around])
 
 

@@ -1,18 +1,40 @@
 """Recomputation of a block in backward: what surrounds it, and what is kept from forward.
 
-Must know no model; `Execution` chooses contexts, and `VideoDiT` enters them through `torch.utils.checkpoint`.
+Must know no model and no memory; `Execution` chooses contexts, and `VideoDiT` enters them through
+`torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
+
+
+@dataclass(eq=False)
+class ByBlock:
+    """What backward computes again of each block: nothing of the first `whole`, all but attention of the next
+    `attention`, all of the rest. It may change between updates, and then for all that share it.
+    """
+
+    whole: int = 0
+    attention: int = 0
+
+    def of(self, layer: int) -> bool | str:
+        """As `Execution.recompute` of one block."""
+        if layer < self.whole:
+            return False
+        return "selective" if layer < self.whole + self.attention else True
+
+    def keep(self, whole: int, attention: int) -> None:
+        """From the next forward on so many blocks are kept whole, and of so many more their attention."""
+        self.whole, self.attention = whole, attention
 
 
 class _All(AbstractContextManager):
@@ -64,7 +86,9 @@ class _NoCopies(AbstractContextManager):
 
 
 def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _attention() else CheckpointPolicy.PREFER_RECOMPUTE
+    # Flash4's operator is there only where its package is; its name is there always.
+    keeps = operator in _attention() or operator.name() == "longtake::flash4"
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _attention() -> tuple[Any, ...]:

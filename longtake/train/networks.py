@@ -23,8 +23,11 @@ from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
+from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT, base_name
+from longtake.models.recompute import ByBlock
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.models.sizes import DiTConfig
@@ -38,6 +41,7 @@ from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.keeping import FEWEST_BLOCKS, Keeper, Watched, keeps_attention
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
@@ -50,6 +54,10 @@ from longtake.weights.tensor_files import not_finite
 from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
+
+# Width from which on element-wise work is compiled where there are gradients, which takes a minute once: a smaller
+# network waits for Python, not for memory.
+FUSED_WIDTH = 1024
 
 
 class Networks(NamedTuple):
@@ -83,11 +91,18 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates."""
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
+    networks whose memory decides what backward computes again.
+    """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    watched: list[Watched] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mesh.device.type != "cuda":
+            self.config = self.config.without_a_gpu()
 
     def build(self) -> Networks:
         """All networks of the stage.
@@ -144,6 +159,16 @@ class Builder:
         objective.take_averages({name: average.applied for name, average in state.ema.items()})
         return state
 
+    def keeper(self, objective: Objective) -> Keeper:
+        """What decides how much of forwards is kept, from iterations of all updates; make it before the first one."""
+
+        def shown(step: int) -> list[str]:
+            # Of videos that go on, the beginning needs less memory than the rest.
+            return [] if self.config.objective.decodes and objective.chunk(step) == 0 else objective.turns(step)
+
+        micro_batches = self.config.accumulation(self.mesh.world_size)
+        return Keeper(self.watched, self.mesh, list(objective.networks), shown, micro_batches)
+
     def reference(self, networks: Networks) -> VideoDiT | None:
         """The bidirectional weights beside which the student is measured, None where the objective has none, or where
         longer videos are measured than they make; they are read once more where the stage trains them.
@@ -180,16 +205,16 @@ class Builder:
         """A network of its own: trained whole, or its updates alone."""
         config, wanted = self.config, self.config.networks[name]
         if wanted.source is None:
-            return self._random()
+            return self._random(name)
         weights = self.weights(name)
         opened = self.open(weights)
         if wanted.lora is None:
-            return self._filled(opened)
+            return self._filled(opened, trained=name)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
         identity = self.mesh.on_main(lambda: self.identity(weights))
         self._adapt(opened, name, weights, identity)
-        return self._filled(opened, first_values(opened.model, name, config.seed))
+        return self._filled(opened, first_values(opened.model, name, config.seed), trained=name)
 
     def frozen(self, name: str) -> VideoDiT:
         """A network that is not trained."""
@@ -199,7 +224,7 @@ class Builder:
         """Any weights as a network that is not trained. Raises: as `open`."""
         opened = self.open(weights)
         self._freeze(opened.model)
-        return self._filled(opened, recompute=False)
+        return self._filled(opened, trained=None)
 
     def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
         """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
@@ -220,7 +245,7 @@ class Builder:
                 updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
         switch = AdapterSwitch()
         opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
-        shared = SharedBase(self._filled(opened, *updates), switch)
+        shared = SharedBase(self._filled(opened, *updates, trained=" and ".join(names)), switch)
         if mesh.is_main:
             logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
         return {name: AdapterView(shared, name) for name in names}, {base_name: AdapterView(shared, None)}
@@ -340,27 +365,56 @@ class Builder:
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
         return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
 
-    def _random(self) -> VideoDiT:
+    def _random(self, name: str) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        return self._parallelized(network, recompute=True)
+        return self._parallelized(network, name)
 
-    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
+    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], trained: str | None) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
-        opened = replace(opened, model=self._parallelized(opened.model, recompute=recompute))
+        opened = replace(opened, model=self._parallelized(opened.model, trained))
         _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
-    def _parallelized(self, model: VideoDiT, *, recompute: bool) -> VideoDiT:
+    def _parallelized(self, model: VideoDiT, trained: str | None) -> VideoDiT:
+        """Args: `trained`, the name by which it is, None where it is not."""
         config = self.config
+        model = model.executed(self._quick(model))
         return parallelize(
             model,
             self.mesh,
-            recompute=config.activation_checkpointing if recompute else None,
+            recompute=None if trained is None else self._recompute(model, trained),
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
+
+    def _quick(self, model: VideoDiT) -> Execution:
+        """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
+        element-wise work; compiled blocks have both of their own.
+        """
+        device, config = self.mesh.device, self.config
+        if device.type != "cuda" or config.parallel.compile:
+            return model.execution
+        choose_kernels(device, torch.bfloat16 if config.precision == "bf16" else torch.float32, model.config.head_width)
+        fuses = self.mesh.fsdp_mesh is None and model.config.dim >= FUSED_WIDTH
+        return replace(model.execution, attend=attend_fastest, fuses=fuses)
+
+    def _recompute(self, model: VideoDiT, name: str) -> bool | str | ByBlock:
+        """What backward computes again of a network that is trained."""
+        given, mesh = self.config.activation_checkpointing, self.mesh
+        if given != "auto":
+            return given
+        if self.config.parallel.compile or len(model.blocks) < FEWEST_BLOCKS:
+            return True
+        # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
+        by_block = ByBlock(whole=1, attention=int(mesh.fsdp_mesh is None and self._keeps_attention(model)))
+        self.watched.append(Watched(name, model.blocks, by_block))
+        return by_block
+
+    def _keeps_attention(self, model: VideoDiT) -> bool:
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return keeps_attention(model.execution, self.mesh.device, dtype, model.config.head_width)
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:

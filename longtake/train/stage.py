@@ -138,7 +138,14 @@ def _train(
     clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
     loras = {name: wanted.lora for name, wanted in config.networks.items()}
     operations = operations_of(objective, sizes, loras, clips, mesh.world_size)
-    hooks = Hooks(start=start, passed=passed)
+    keeper = builder.keeper(objective)
+
+    def complete(number: int) -> None:
+        keeper.passed(number - 1)
+        if passed is not None:
+            passed(number)
+
+    hooks = Hooks(start=start, passed=complete)
     if validation is not None:
         hooks = replace(hooks, evaluate=validation.evaluate, sample=validation.sample)
     train(

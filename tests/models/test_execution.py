@@ -10,6 +10,7 @@ from tiny_plan import tiny_plan
 from longtake.models import execution
 from longtake.models.execution import Execution
 from longtake.rollout.denoise import Denoiser
+from longtake.rollout.self_forcing import roll_out
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -52,6 +53,40 @@ def test_fused_work_equals_plain_work(dtype, tolerance, rope, traced, rel):
     assert not traced
     assert rel(last_of_a_stream(model, rope, Execution(fuses=True)), plain) < tolerance
     assert len(set(traced)) == len(traced) == 7  # each once, for all layers
+
+
+@pytest.mark.parametrize("again", [False, True, "selective"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fused_work_has_the_gradients_of_plain_work(again, bf16, traced, rel):
+    """Of all weights, also where a backward computes blocks again, wholly or without attention."""
+    found = []
+    for fuses in (False, True):
+        model = make_tiny_model(True)
+        model = model.executed(Execution(recompute=again, fuses=fuses))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            sigma = torch.tensor([0.9, 0.3])
+            loss = model(make_tiny_latents(5), sigma, make_tiny_condition(model)).square().mean()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert len(set(traced)) == len(traced) == 6
+    assert rel(found[1], found[0]) < (2e-2 if bf16 else 1e-6)
+
+
+def test_joined_exit_steps_are_fused(traced, rel):
+    """What a roll-out left is computed again in backward, where gradients flow, by the same compiled functions."""
+    plan, found = tiny_plan(2, 1, 5, 1), []
+
+    def noise(start, end, step):
+        return torch.randn(2, end - start, 4, 4, 6, generator=torch.Generator().manual_seed(100 * start + step))
+
+    for fuses in (False, True):
+        model = make_tiny_model(True)
+        model = model.executed(Execution(recompute=True, fuses=fuses))
+        student, condition = Denoiser(model, batched_exit_backward=True), make_tiny_condition(model)
+        made = roll_out(student, condition, noise(0, 1, 9), noise, plan, 7, (4, 6), with_grad=True)
+        made.latents.square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert rel(found[1], found[0]) < 1e-6 and "beside" in traced
 
 
 def test_without_a_compiler_nothing_is_fused(monkeypatch, rel):

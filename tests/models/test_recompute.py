@@ -6,6 +6,7 @@ from tiny_plan import tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError
+from longtake.models.recompute import ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
@@ -54,6 +55,25 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
                 torch.testing.assert_close(found[mode][name], value, rtol=0.02, atol=1e-3)
         else:
             assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+
+
+def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny_latents):
+    """Nothing is computed again of the first blocks, all but attention of the next, all of the rest; and it may change
+    from one update to the next.
+    """
+    by_block, found, counts = ByBlock(1, 0), [], []
+    model = parallelize(tiny_model(True), Mesh(), recompute=by_block)
+    plain = tiny_model(True)
+    for kept in (None, (1, 0), (0, 1), (1, 1), (2, 0), (0, 0)):
+        one = plain if kept is None else model
+        by_block.keep(*(kept or (0, 0)))
+        one.zero_grad()
+        loss = one(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(one)).square().mean()
+        counted = Counted()
+        found.append(gradients(one, loss, counted))
+        counts.append(counted.count)
+    assert counts == [0, 3, 3, 0, 0, 6]  # of two blocks with three attentions each
+    assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
