@@ -344,19 +344,19 @@ class VideoDiT(nn.Module):
     ) -> Tensor:
         """One block: as the caller wants it (`layers`), recomputed in backward, or as it is."""
         if layers is not None:
-            around, cache = self.execution.contexts(layer)[1] if torch.is_grad_enabled() else nullcontext(), cross.cache
+            around, cache = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext(), cross.cache
 
             def run(hidden: Tensor, modulation: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
                 with around:  # the condition's tokens are inputs, for the gradient of what a backward runs again
                     return block(hidden, modulation, seen, CrossContext(text, image, cache), layer)
 
             return layers(block, run, (hidden, modulation, cross.text, cross.image))
-        if torch.is_grad_enabled() and self.execution.again(layer):
+        if torch.is_grad_enabled() and (again := self.execution.again(layer)):
             return checkpoint(
                 block,
                 *(hidden, modulation, seen, cross, layer),
                 use_reentrant=False,
-                context_fn=partial(self.execution.contexts, layer),
+                context_fn=partial(self.execution.contexts, again),
                 preserve_rng_state=False,  # nothing in a block is random
             )
         return block(hidden, modulation, seen, cross, layer)

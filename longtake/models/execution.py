@@ -44,9 +44,11 @@ class Execution:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
 
-    def contexts(self, layer: int) -> Contexts:
-        """One context around a block's forward and one around its recomputation; made before the forward."""
-        makers = [keep_attention] if self.again(layer) == "selective" else []
+    def contexts(self, again: bool | str = True) -> Contexts:
+        """One context around a block's forward and one around its recomputation, of as much as `again` of that block
+        says; made before the forward.
+        """
+        makers = [keep_attention] if again == "selective" else []
         return together(makers if self.around is None else [*makers, self.around])
 
 

@@ -85,14 +85,16 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
         generator = torch.Generator().manual_seed(100 * start + step)
         return torch.randn(2, end - start, 4, 4, 6, generator=generator)
 
-    found = {}
-    for mode in MODES:
+    found = []
+    joined = ByBlock(0, 2)  # nothing of which is recomputed by checkpointing
+    for mode, batched in [*((mode, False) for mode in MODES), (True, True), (joined, True)]:
         model = parallelize(tiny_model(True), Mesh(), recompute=mode)
-        condition = tiny_condition(model)
-        made = roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
-        found[mode] = gradients(model, made.latents.square().mean(), Counted())
-    for mode in MODES[1:]:
-        assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+        student, condition = Denoiser(model, batched_exit_backward=batched), tiny_condition(model)
+        made = roll_out(student, condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
+        found.append(gradients(model, made.latents.square().mean(), Counted()))
+    alone, together = found[: len(MODES)], found[len(MODES) :]
+    for truth, *others in (alone, together):
+        assert all(torch.equal(one[name], value) for one in others for name, value in truth.items())
 
 
 def test_selective_still_pins_what_it_read(tiny_model, tiny_condition, tiny_latents):
