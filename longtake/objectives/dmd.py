@@ -16,11 +16,12 @@ from longtake.config.base import PathText, Settings
 from longtake.config.groups import LoraConfig, OptimConfig
 from longtake.config.objective import NetworkConfig, ObjectiveConfig
 from longtake.errors import ConfigError
-from longtake.models.flops import Call
 from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
 from longtake.objectives.data_forcing import DataForcing, teacher_input
 from longtake.objectives.flow_matching import clip_sigma, require_latents
+from longtake.objectives.roll_out_passes import roll_out_passes
+from longtake.objectives.scores import dmd_gradient, dmd_loss, teacher_velocity
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longtake.plan import Exits, StreamPlan
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longtake.condition import Condition
+    from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
-    from longtake.objectives.in_context import Score
+    from longtake.objectives.scores import Score
     from longtake.rollout.self_forcing import RollOut, RollOutNoise
 
 
@@ -184,24 +186,6 @@ class DmdConfig(ObjectiveConfig):
         return Dmd(parts, self)
 
 
-def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:
-    """The normalised gradient (p_fake - p_real) / mean |x - p_real|, zero outside `counted`.
-
-    Args: clean predictions of the fake and the real score and the student's latents, all [B, F, C, H, W];
-    `counted` [F] boolean. The mean runs over the counted frames of each sample. Source: DMD2 eq. 8; specification G.1.
-    """
-    weight = counted.float()[None, :, None, None, None]
-    count = weight.sum() * student[0, 0].numel()
-    scale = ((student - real).abs() * weight).sum((1, 2, 3, 4), keepdim=True) / count
-    return (fake - real) / scale * weight
-
-
-def dmd_loss(student: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
-    """0.5 mean (x - sg(x - gradient))^2 over the counted frames: its gradient in x is `gradient / count`."""
-    target = (student - gradient).detach()
-    return 0.5 * (student - target)[:, counted].square().mean()
-
-
 class Dmd(Objective):
     """Self-Forcing with distribution matching: `updates_per_generator` critic updates to one generator update.
 
@@ -255,13 +239,14 @@ class Dmd(Objective):
         made = self._roll_out(batch, step, with_grad=True)
         # The critic of this iteration learns from the same videos: no second roll-out.
         self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
-        student, (condition, unconditional) = made.latents, self._conditions(batch, made)
+        student, told = made.latents, self._conditions(batch, made)
         clip, score = self._own_clip(batch, step), self._score(batch, made, step, "generator")
         with torch.no_grad(), self.phase("scores"):
             noisy, sigma, noise = self._noised(student, batch, step, "generator")
-            fake = clean_from_velocity(noisy, score(self.critic, noisy, sigma, condition), sigma)
+            fake = clean_from_velocity(noisy, score(self.critic, noisy, sigma, told[0]), sigma)
             asked = self._teacher_input(noisy, clip, noise, sigma, batch, step)
-            real = clean_from_velocity(asked, self._real_velocity(score, asked, sigma, condition, unconditional), sigma)
+            velocity = teacher_velocity(score, self.real, asked, sigma, told, self.settings.guidance)
+            real = clean_from_velocity(asked, velocity, sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
         metrics: dict[str, float | Tensor] = {
@@ -380,21 +365,13 @@ class Dmd(Objective):
         """The frames of a clip whose statistics are those of its window."""
         return student
 
-    def _real_velocity(
-        self, score: Score, noisy: Tensor, sigma: Tensor, condition: Condition, unconditional: Condition
-    ) -> Tensor:
-        conditional = score(self.real, noisy, sigma, condition)
-        if self.settings.guidance == 1:
-            return conditional
-        from longtake.flow.path import guided
-
-        return guided(conditional, score(self.real, noisy, sigma, unconditional), self.settings.guidance)
-
     # ---- what an iteration costs ----------------------------------------------------------------------------------
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
         """The roll-out, the scores of it where the student is updated, and the critic's own call."""
         update = "generator" in self.turns(step)
-        found = self._roll_out_passes(step, clips["generator"], with_grad=update)
+        found = roll_out_passes(
+            self.plan, self.generator, clips["generator"], self._generated(step), self.exits(step), with_grad=update
+        )
         if update:
             calls = 1 if self.settings.guidance == 1 else 2
             found += [
@@ -409,37 +386,3 @@ class Dmd(Objective):
     def _generated(self, step: int) -> tuple[int, int]:
         """First and last (exclusive) frame that the roll-out of an iteration generates."""
         return self.parts.given, self.parts.num_frames
-
-    def _roll_out_passes(self, step: int, clip: Call, *, with_grad: bool) -> list[Pass]:
-        """Denoising and context passes; only the first call without gradient makes keys and values of the text."""
-        plan, (start, end) = self.plan, self._generated(step)
-        together, replays = with_grad and self.generator.batched_exit_backward, with_grad and self.generator.replays
-        apart = with_grad and not together and not replays
-
-        def one(block: tuple[int, int], *, with_context: bool) -> Call:
-            return clip.cached(block[1] - block[0], len(plan.attended(*block)), with_context=with_context)
-
-        def stops(block: tuple[int, int]) -> int:
-            return plan.exit_step(block[0], self.exits(step))
-
-        def is_stored(block: tuple[int, int]) -> bool:
-            """Whether its last step, without gradient, stores it."""
-            return plan.stores_itself(block[0]) and stops(block) == len(plan.levels(block[0])) - 1 and not apart
-
-        denoised = list(plan.blocks(start, end))
-        # The block before is committed first: the picture, or what an earlier roll-out left.
-        committed = [plan.block_of(start - 1)] if start else []
-        committed += [block for block in denoised[:-1] if not is_stored(block)]
-        found = [Pass("generator", "rollout", one(block, with_context=k == 0)) for k, block in enumerate(committed)]
-        for k, block in enumerate(denoised):
-            call = one(block, with_context=False)
-            fresh = apart or (k == 0 and not committed)
-            found.append(Pass("generator", "rollout", call, times=stops(block)))
-            found.append(Pass("generator", "rollout", replace(call, with_context=fresh), with_grad=apart))
-        if together:
-            joined = Call.joined([one(block, with_context=True) for block in denoised])
-            found.append(Pass("generator", "rollout", joined, with_grad=True, ahead=False))
-        if replays:
-            layout = plan.replay_layout(plan.block_of(start - 1)[0] if start else 0, start, end)
-            found.append(Pass("generator", "rollout", clip.masked(layout), with_grad=True))
-        return found

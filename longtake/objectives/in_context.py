@@ -9,7 +9,6 @@ Source: Context-Matched Distillation (nv-tlabs/cmd); specification S.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
     from longtake.condition import Condition, MaskLayout
     from longtake.models.dit import VideoDiT
-
-# score(network, noisy [B, F, C, H, W], sigma [B, F], condition) -> velocity [B, F, C, H, W]
-Score = Callable[["VideoDiT", "Tensor", "Tensor", "Condition"], "Tensor"]
+    from longtake.objectives.scores import Score
 
 
 class ContextScores(Settings):

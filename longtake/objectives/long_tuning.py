@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longtake.condition import Condition, MaskLayout
     from longtake.models.flops import Call
     from longtake.objectives.batch import EncodedBatch
-    from longtake.objectives.in_context import Score
+    from longtake.objectives.scores import Score
     from longtake.rng import KeyedRNG
     from longtake.rollout.long_video import LongStream, Window
     from longtake.rollout.self_forcing import RollOut

@@ -11,7 +11,8 @@ from tiny_objectives import parts_of
 from tiny_plan import tiny_plan
 
 from longtake.errors import TrainingError
-from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig, dmd_gradient, dmd_loss
+from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
+from longtake.objectives.scores import dmd_gradient, dmd_loss
 from longtake.parallel.mesh import Mesh
 from longtake.plan import warp
 from longtake.rng import KeyedRNG
