@@ -197,6 +197,30 @@ def gradient_kernels(device: torch.device, dtype: torch.dtype, head_width: int, 
     return tuple(kernels)
 
 
+@cache
+def flex_is_faster(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a GPU computes masks faster, forward and backward, by flex attention than one part after the other by
+    the fastest kernel; by one measurement of blocks that see those before them. Asked before a call with gradient.
+    """
+    if not has_triton():
+        return False
+    allowed = torch.ones(3, 3, dtype=torch.bool).tril().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    choose_kernels(device, dtype, head_width)
+    with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        problem = _problem(device, dtype, head_width, 12 * 1024, 12 * 1024, heads=12)
+        for tensor in problem:
+            tensor.requires_grad_()
+        by_flex, in_turn = (make_mask(allowed, 1024, device, flex=flex) for flex in (True, False))
+        parts = _milliseconds(partial(attend_fastest, mask=in_turn), problem)
+        try:
+            flex = _milliseconds(partial(attend, mask=by_flex), problem)
+        except RuntimeError as error:  # its compiler
+            logger.warning("masked attention goes part by part, flex attention failed: %s", str(error).splitlines()[0])
+            return False
+    logger.info("masked attention, forward and backward: flex %.2f ms, part by part %.2f ms", flex, parts)
+    return flex < parts
+
+
 def _tell(what: str, kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, many_keys: bool) -> None:
     told = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
     logger.info("%s to %s keys on %s in %s: %s", what, "many" if many_keys else "few", device, dtype, told)

@@ -13,8 +13,17 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
-from longtake.models.attention import VARIANTS, Attention, attend, has_triton, limited
+from longtake.models.attention import (
+    VARIANTS,
+    Attention,
+    attend,
+    attend_fastest,
+    flex_is_faster,
+    has_triton,
+    limited,
+)
 from longtake.models.recompute import ByBlock, Contexts, keep_attention, together
 from longtake.models.sequence_parallel import SequenceParallel
 
@@ -39,6 +48,20 @@ class Execution:
     def fused(self, function: F) -> F:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
         return cast(F, _compiled(function)) if self.fuses and has_triton() else function
+
+    def entering(self, weight: Tensor) -> torch.dtype:
+        """The type in which is written what enters a product with `weight`: where work is fused, autocast finds it in
+        the type to which it would round it, for each product anew.
+        """
+        kind = weight.device.type
+        rounds = self.fuses and weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if rounds else weight.dtype
+
+    def flex(self, device: torch.device, head_width: int) -> bool | None:
+        """Whether masks are flex attention's, as `make_mask` takes it. Asked before any block runs."""
+        if self.attend is not attend_fastest or device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return None
+        return flex_is_faster(device, torch.get_autocast_dtype("cuda"), head_width)
 
     def again(self, layer: int) -> bool | str:
         """What backward computes again of one block."""

@@ -72,6 +72,15 @@ def test_fused_work_has_the_gradients_of_plain_work(again, bf16, traced, rel):
     assert rel(found[1], found[0]) < (2e-2 if bf16 else 1e-6)
 
 
+def test_what_enters_products_is_rounded_once_where_work_is_fused():
+    weight, half = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+    fused, plain = Execution(fuses=True), Execution()
+    assert fused.entering(weight) == plain.entering(weight) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.entering(weight) == torch.bfloat16 and plain.entering(weight) == torch.float32
+        assert fused.entering(half) == torch.float16
+
+
 def test_joined_exit_steps_are_fused(traced, rel):
     """What a roll-out left is computed again in backward, where gradients flow, by the same compiled functions."""
     plan, found = tiny_plan(2, 1, 5, 1), []
