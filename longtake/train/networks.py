@@ -39,6 +39,7 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
 from longtake.train.keeping import FEWEST_BLOCKS, Keeper, Watched, keeps_attention
@@ -260,6 +261,7 @@ class Builder:
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
+            rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
             gathering=partial(gathered, sharded) if once else nullcontext,

@@ -95,6 +95,7 @@ class NetworkOptimizer:
             eps=config.eps,
             maximize=False,
         )
+        torch.autograd.graph.increment_version(values)  # which fused kernels leave out: who follows weights looks there
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment>`; writing into these tensors restores it."""
