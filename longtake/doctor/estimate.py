@@ -2,7 +2,8 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, recorded passes and the weights rounded for them, fragments of the allocator, encoders that are resident (`files.py` adds them), validation in toy worlds.
+CUDA context, recorded passes and the weights rounded for them, fragments of the allocator, encoders that are resident
+(`files.py` adds them), validation in toy worlds.
 """
 
 from __future__ import annotations

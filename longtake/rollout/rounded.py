@@ -7,6 +7,7 @@ of them between two updates. The numbers are the same. It must know no cache and
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from longtake.models.dit import VideoDiT
 
@@ -15,12 +16,12 @@ class Rounded:
     """The network of the same sizes and `dtype` that follows a `model` of float32, all of whose weights are here."""
 
     def __init__(self, model: VideoDiT, dtype: torch.dtype) -> None:
-        self._theirs = list(model.parameters())
+        self._theirs: list[Tensor] = list(model.parameters())
         with torch.device("meta"):
             twin = VideoDiT(model.config)
         twin.cast(dtype).to_empty(device=self._theirs[0].device)
         self._twin = twin.requires_grad_(False).executed(model.execution)
-        self._mine = list(self._twin.parameters())
+        self._mine: list[Tensor] = list(self._twin.parameters())
         self._versions: list[int] = []
 
     def changed(self) -> None:
