@@ -25,7 +25,7 @@ from longtake.parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 
 FEWEST_BLOCKS = 4  # of a network in which the three ways are tried
-ROOM = 0.9  # of the memory that this process can have; the rest is for fragments and what comes rarely, as validation
+ROOM = 0.85  # of the memory that this process can have; the rest is for fragments and what comes rarely, as validation
 GIB = 2**30
 
 

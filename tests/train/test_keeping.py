@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from longtake.models.recompute import ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train.keeping import Keeper, Kept, Memory, Watched, plan
+from longtake.train.keeping import ROOM, Keeper, Kept, Memory, Watched, plan
 
 
 class Counted(TorchDispatchMode, Memory):
@@ -104,7 +104,7 @@ def test_what_blocks_keep_is_measured_and_decided_once(
         keeper.passed(1)  # which updated nothing
         assert not keeper.settled and not caplog.records
         keeper.shown = lambda step: ["generator", "critic"]
-        memory.total = int((memory.highest + spare) / 0.9) + 1
+        memory.total = int((memory.highest + spare) / ROOM) + 1
         keeper.passed(2)
     assert keeper.settled and (by_block.whole, by_block.attention) == expected
     [record] = caplog.records
@@ -115,7 +115,7 @@ def test_what_blocks_keep_is_measured_and_decided_once(
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
     memory.begin()
     assert torch.equal(update(), first)
-    assert memory.highest <= 0.9 * memory.total + 2**10  # as foreseen
+    assert memory.highest <= ROOM * memory.total + 2**10  # as foreseen
 
 
 def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
