@@ -46,12 +46,14 @@ class InPrecision(Objective):
     """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
     Where networks are sharded, autocast must not keep its copies of weights from one forward to the next: the gradient
-    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
+    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part. On a
+    GPU it keeps none either: functions are compiled for each state of autocast, recorded passes keep none, and a forward
+    needs each copy once.
     """
 
     def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
         self.objective, self.device, self.bf16 = objective, mesh.device, bf16
-        self.keep_copies = mesh.fsdp_mesh is None
+        self.keep_copies = mesh.fsdp_mesh is None and mesh.device.type == "cpu"
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:
