@@ -46,9 +46,9 @@ class InPrecision(Objective):
     """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
     Where networks are sharded, autocast must not keep its copies of weights from one forward to the next: the gradient
-    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part. On a
-    GPU it keeps none either: functions are compiled for each state of autocast, recorded passes keep none, and a forward
-    needs each copy once.
+    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part. On
+    a GPU it keeps none either: functions are compiled for each state of autocast, recorded passes keep none, and a
+    forward needs each copy once.
     """
 
     def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:

@@ -7,8 +7,9 @@ import torch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from tiny_plan import tiny_plan
 
-from longtake.models import execution
+from longtake.models import attention, execution
 from longtake.models.execution import Execution
+from longtake.models.recompute import ByBlock
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
 
@@ -116,3 +117,19 @@ class TestCuda:
         model = make_tiny_model(True).cuda().cast(dtype)
         plain = last_of_a_stream(model, rope, Execution(), "cuda")
         assert rel(last_of_a_stream(model, rope, Execution(fuses=True), "cuda"), plain) < tolerance
+
+    @pytest.mark.parametrize("kept", [(0, 0), (1, 1), (0, 4), (4, 0)])
+    def test_training_as_on_a_gpu_has_the_gradients_of_plain_training(self, kept, rel):
+        """Fastest attention, fused work, and blocks that keep as much as they are told, beside none of that."""
+        sizes = {"num_layers": 4, "dim": 256, "ffn_dim": 512, "num_heads": 2, "freq_dim": 64}
+        attention.choose_kernels(torch.device("cuda", 0), torch.bfloat16, 128)
+        quick = Execution(recompute=ByBlock(*kept), attend=attention.attend_fastest, fuses=True)
+        found = []
+        for one in (Execution(), quick):
+            model = make_tiny_model(True, **sizes).cuda().executed(one)
+            condition, sigma = make_tiny_condition(model).to("cuda"), torch.tensor([0.9, 0.3], device="cuda")
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = model(make_tiny_latents(9).cuda(), sigma, condition).square().mean()
+            loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert rel(found[1], found[0]) < 3e-2
