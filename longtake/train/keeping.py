@@ -157,7 +157,8 @@ class Keeper:
     """Measures the first iterations of all `watched` networks, until `every` update was seen, and decides for each.
 
     Args: `shown(step)`, the updates whose memory an iteration shows; `micro_batches` of an update; `memory` of the
-    mesh's device. `settled`: nothing is to be decided any more.
+    mesh's device. `settled`: nothing is to be decided any more; `decided`, by network, how many blocks are kept whole,
+    and of how many more attention.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Keeper:
     ) -> None:
         self.watched, self.mesh, self.shown, self.micro_batches = watched, mesh, shown, micro_batches
         self.settled, self.memory = not watched, memory or Memory(mesh.device)
+        self.decided: dict[str, list[int]] = {}
         self._missing, self._peak = set(every), 0
         if not self.settled:
             self.memory.begin()
@@ -202,6 +204,7 @@ class Keeper:
             count = len(one.blocks)
             whole, some = plan(kept, count, least, attention=one.by_block.attention > 0)
             one.by_block.keep(whole, some)
+            self.decided[one.name] = [whole, some]
             takes = whole * (kept.whole - kept.nothing) + some * (kept.attention - kept.nothing)
             logger.info(
                 "%s: of %d blocks, backward computes nothing again of %d, all but attention of %d, all of %d; that "
