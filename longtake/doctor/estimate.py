@@ -313,7 +313,7 @@ class _Hollow(SizedBuilder):
     def __post_init__(self) -> None:
         """`activation_checkpointing=auto` stays: a GPU is planned for, and what its first iterations need."""
 
-    def _keeps_attention(self, model: VideoDiT) -> bool:
+    def _keeps_some(self, model: VideoDiT) -> bool:
         return True
 
     def open(self, source: Path) -> Opened:

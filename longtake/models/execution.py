@@ -24,7 +24,7 @@ from longtake.models.attention import (
     has_triton,
     limited,
 )
-from longtake.models.recompute import ByBlock, Contexts, keep_attention, together
+from longtake.models.recompute import KEEPERS, Again, ByBlock, Contexts, together
 from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,14 +33,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
-    `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective"),
-    or of each block another of these; `around`, contexts of a block's forward and of its recomputation, which may come
-    when another adapter is on; `attend`, what computes attention; `fuses`, whether each function of element-wise work
-    between matrix products is compiled into a kernel of its own, for the shapes that it meets.
+    `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective")
+    or but attention and matrix products ("products"), or of each block another of these; `around`, contexts of a
+    block's forward and of its recomputation, which may come when another adapter is on; `attend`, what computes
+    attention; `fuses`, whether each function of element-wise work between matrix products is compiled into a kernel of
+    its own, for the shapes that it meets.
     """
 
     split: SequenceParallel | None = None
-    recompute: bool | str | ByBlock = False
+    recompute: Again | ByBlock = False
     around: Callable[[], Contexts] | None = None
     attend: Attention = attend
     fuses: bool = False
@@ -63,15 +64,15 @@ class Execution:
             return None
         return flex_is_faster(device, torch.get_autocast_dtype("cuda"), head_width)
 
-    def again(self, layer: int) -> bool | str:
+    def again(self, layer: int) -> Again:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
 
-    def contexts(self, again: bool | str = True) -> Contexts:
+    def contexts(self, again: Again = True) -> Contexts:
         """One context around a block's forward and one around its recomputation, of as much as `again` of that block
         says; made before the forward.
         """
-        makers = [keep_attention] if again == "selective" else []
+        makers = [KEEPERS[again]] if isinstance(again, str) else []
         return together(makers if self.around is None else [*makers, self.around])
 
 

@@ -17,24 +17,23 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
 
+# What backward computes again of a block: all (True), nothing (False), or all but the results of what the name says.
+Again = bool | str
+
+
 @dataclass(eq=False)
 class ByBlock:
-    """What backward computes again of each block: nothing of the first `whole`, all but attention of the next
-    `attention`, all of the rest. It may change between updates, and then for all that share it.
-    """
+    """What backward computes again, for each block. It may change between updates, and then for all that share it."""
 
-    whole: int = 0
-    attention: int = 0
+    ways: Sequence[Again]
 
-    def of(self, layer: int) -> bool | str:
-        """As `Execution.recompute` of one block."""
-        if layer < self.whole:
-            return False
-        return "selective" if layer < self.whole + self.attention else True
+    def of(self, layer: int) -> Again:
+        """Of one block."""
+        return self.ways[layer]
 
-    def keep(self, whole: int, attention: int) -> None:
-        """From the next forward on so many blocks are kept whole, and of so many more their attention."""
-        self.whole, self.attention = whole, attention
+    def follow(self, ways: Sequence[Again]) -> None:
+        """From the next forward on."""
+        self.ways = ways
 
 
 class _All(AbstractContextManager):
@@ -67,8 +66,20 @@ def keep_attention() -> Contexts:
     recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
     `create_selective_checkpoint_contexts`.
     """
-    forward, again = create_selective_checkpoint_contexts(_policy)
+    return _keeping(_policy)
+
+
+def keep_products() -> Contexts:
+    """As `keep_attention`, with the results of matrix products too: what lies between them is recomputed."""
+    return _keeping(_policy_of_products)
+
+
+def _keeping(policy: Callable[..., CheckpointPolicy]) -> Contexts:
+    forward, again = create_selective_checkpoint_contexts(policy)
     return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
+
+
+KEEPERS = {"selective": keep_attention, "products": keep_products}
 
 
 class _NoCopies(AbstractContextManager):
@@ -89,6 +100,12 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
     # Flash4's operator is there only where its package is; its name is there always.
     keeps = operator in _attention() or operator.name() == "longtake::flash4"
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.MUST_SAVE
+    return _policy(context, operator, *args, **options)
 
 
 def _attention() -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
-from longtake.models.recompute import ByBlock
+from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def parallelize(
     mesh: Mesh,
     *,
     param_dtype: torch.dtype | None = None,
-    recompute: bool | str | ByBlock | None = None,
+    recompute: Again | ByBlock | None = None,
     compiled: bool = False,
 ) -> M:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.

@@ -1,68 +1,82 @@
 """How much of a forward is kept for its backward, where `activation_checkpointing: auto` leaves that to memory.
 
-The first iterations keep all of a network's first block, attention of its second, and recompute the others. What each
-of these kept, and the most memory that was held meanwhile, are measured. From then on as many blocks keep as there is
-room for: results of attention first, which cost the most to compute again and are the least to keep, then whole blocks.
-The mathematics is the same. It must know no objective and no file.
+In the first iterations one block of a network keeps all, one the results of attention and matrix products, one those of
+attention alone, and the others nothing. What each of these kept, and the most memory that was held meanwhile, are
+measured. From then on as much is kept as there is room for: first what costs the most to compute again beside what it
+takes to keep, which is attention. The mathematics is the same. It must know no objective and no file.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.models.execution import Execution
 from longtake.models.layers import rms_norm
-from longtake.models.recompute import ByBlock, keep_attention
+from longtake.models.recompute import Again, ByBlock, keep_products
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-FEWEST_BLOCKS = 4  # of a network in which the three ways are tried
+# What backward may compute again of a block, each less than the one before it, and which block tries it first; all
+# others begin as the first way says.
+TRIALS: dict[Again, int] = {True: 2, "selective": -1, "products": 1, False: 0}
+FEWEST_BLOCKS = len(TRIALS)  # of a network
 ROOM = 0.85  # of the memory that this process can have; the rest is for fragments and what comes rarely, as validation
 GIB = 2**30
+_WORDS: dict[Again, str] = {
+    True: "all",
+    "selective": "all but attention",
+    "products": "element-wise work",
+    False: "nothing",
+}
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that a block of each way leaves for the backward of a micro-batch."""
+def first_ways(blocks: int, *, selective: bool) -> list[Again]:
+    """Of each of `blocks` while it is measured. Args: `selective`, whether some results may be kept without others."""
+    ways: list[Again] = [True] * blocks
+    for way, block in TRIALS.items():
+        if selective or not isinstance(way, str):
+            ways[block] = way
+    return ways
 
-    whole: int
-    attention: int
-    nothing: int
 
+def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]:
+    """How many of `blocks` keep how much in `spare` bytes, beyond what the first way leaves.
 
-def plan(kept: Kept, blocks: int, spare: int, *, attention: bool) -> tuple[int, int]:
-    """How many of `blocks` are kept whole, and of how many more the results of attention, in `spare` bytes.
-
-    Args: `attention`, whether its results may be kept alone.
+    Args: `kept`, bytes of a block by way, from the least on.
     """
-    each = max(1, kept.attention - kept.nothing)
-    some = min(blocks, max(0, spare) // each) if attention else 0
-    if 0 < some < blocks:
-        return 0, some
-    left, step = max(0, spare) - some * each, max(1, kept.whole - (kept.attention if some else kept.nothing))
-    whole = min(blocks, left // step)
-    return whole, max(0, some - whole)
+    least, *others = kept
+    found, before = {least: blocks}, least
+    for way in others:
+        step = max(1, kept[way] - kept[before])
+        count = min(blocks, max(0, spare) // step)
+        found[before], found[way] = blocks - count, count
+        if count < blocks:
+            break
+        spare, before = spare - count * step, way
+    return {way: count for way, count in found.items() if count}
 
 
-def keeps_attention(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the results of attention can be kept alone as networks are computed here; says why not.
+def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether some results can be kept without others, as networks are computed here; says why not.
 
     Versions of torch differ in how compiled functions, operators of others and selective recomputation go together.
     """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, 256, 2 * head_width, device=device, generator=generator).to(dtype).requires_grad_()
     weight = torch.ones(2 * head_width, device=device, requires_grad=True)
+    matrix = torch.eye(2 * head_width, device=device, dtype=dtype)
 
     def work(x: Tensor) -> Tensor:
-        q = execution.fused(rms_norm)(x, weight, 1e-6).unflatten(-1, (2, -1))
+        q = execution.fused(rms_norm)(F.linear(x, matrix), weight, 1e-6).unflatten(-1, (2, -1))
         return execution.attend(q, q.sin(), q.cos()).flatten(2)
 
     def gradients(made: Tensor) -> Tensor:
@@ -70,55 +84,59 @@ def keeps_attention(execution: Execution, device: torch.device, dtype: torch.dty
 
     try:
         truth = gradients(work(x))
-        found = gradients(checkpoint(work, x, use_reentrant=False, context_fn=keep_attention))
+        found = gradients(checkpoint(work, x, use_reentrant=False, context_fn=keep_products))
     except (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
-        logger.warning("results of attention are not kept alone: %s", str(error).splitlines()[0])
+        logger.warning("blocks keep all or nothing: %s", str(error).splitlines()[0])
         return False
     if float((found - truth).norm() / truth.norm()) < 1e-2:
         return True
-    logger.warning("results of attention are not kept alone: gradients were others then")
+    logger.warning("blocks keep all or nothing: gradients were others otherwise")
     return False
 
 
 @dataclass(eq=False)
 class Watched:
-    """A network of `blocks`, whose way is `by_block`, and what its first three blocks were seen to keep."""
+    """A network of `blocks`, whose ways are `by_block`, and what those that try each were seen to keep."""
 
     name: str
     blocks: nn.ModuleList
     by_block: ByBlock
-    now: list[int] = field(default_factory=lambda: [0, 0, 0])
-    most: list[int] = field(default_factory=lambda: [0, 0, 0])
+    now: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
+    most: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     hooks: list[Any] = field(default_factory=list)
 
     def watch(self, held: Callable[[], int]) -> None:
         """From now on it is measured; `held`, bytes of tensors that there are."""
-        for number, block in enumerate(self.blocks[:3]):
+        for way, number in TRIALS.items():
+            if self.by_block.ways[number] != way:
+                continue
             before: list[int] = []
 
             def begins(*_: Any, before: list[int] = before) -> None:
                 if _leaves_something():
                     before[:] = [held()]
 
-            def ends(*_: Any, before: list[int] = before, number: int = number) -> None:
+            def ends(*_: Any, before: list[int] = before, way: Again = way) -> None:
                 if before and _leaves_something():
-                    self.now[number] += held() - before.pop()
+                    self.now[way] += held() - before.pop()
 
+            block = self.blocks[number]
             self.hooks += [block.register_forward_pre_hook(begins), block.register_forward_hook(ends)]
 
     def passed(self) -> None:
         """An iteration is complete."""
-        self.most = [max(pair) for pair in zip(self.now, self.most)]
-        self.now = [0, 0, 0]
+        self.most = {way: max(size, self.now[way]) for way, size in self.most.items()}
+        self.now = dict.fromkeys(TRIALS, 0)
 
-    def kept(self, micro_batches: int) -> Kept:
-        """What was seen of each of so many, in the iteration that kept the most. It is watched no more."""
+    def kept(self, micro_batches: int) -> dict[Again, int]:
+        """Bytes that a block left for the backward of one of so many, by way, in the iteration that kept the most. It
+        is watched no more.
+        """
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        whole, attention, nothing = (size // micro_batches for size in self.most)
-        # Without a block that keeps attention alone, the second recomputes all.
-        return Kept(whole, attention if self.by_block.attention else nothing, nothing)
+        tried = [way for way, number in TRIALS.items() if self.by_block.ways[number] == way]
+        return {way: self.most[way] // micro_batches for way in tried}
 
 
 def _leaves_something() -> bool:
@@ -157,8 +175,8 @@ class Keeper:
     """Measures the first iterations of all `watched` networks, until `every` update was seen, and decides for each.
 
     Args: `shown(step)`, the updates whose memory an iteration shows; `micro_batches` of an update; `memory` of the
-    mesh's device. `settled`: nothing is to be decided any more; `decided`, by network, how many blocks are kept whole,
-    and of how many more attention.
+    mesh's device. `settled`: nothing is to be decided any more; `decided`, by network, what is computed again of how
+    many blocks.
     """
 
     def __init__(
@@ -172,7 +190,7 @@ class Keeper:
     ) -> None:
         self.watched, self.mesh, self.shown, self.micro_batches = watched, mesh, shown, micro_batches
         self.settled, self.memory = not watched, memory or Memory(mesh.device)
-        self.decided: dict[str, list[int]] = {}
+        self.decided: dict[str, dict[str, int]] = {}
         self._missing, self._peak = set(every), 0
         if not self.settled:
             self.memory.begin()
@@ -197,19 +215,20 @@ class Keeper:
         ranks = self.mesh.every(lambda: (spare, found))
         least = min(each for each, _ in ranks)
         for number, one in enumerate(self.watched):
-            kept = max((seen[number] for _, seen in ranks), key=lambda seen: seen.whole)
-            if kept.whole <= kept.nothing:  # it is differentiated in ways of its own (`rollout/replay.py`)
-                one.by_block.keep(0, 0)
+            kept = {way: max(seen[number][way] for _, seen in ranks) for way in found[number]}
+            count, base = len(one.blocks), kept[True]
+            if kept[False] <= base:  # it is differentiated in ways of its own (`rollout/replay.py`)
+                one.by_block.follow([True] * count)
                 continue
-            count = len(one.blocks)
-            whole, some = plan(kept, count, least, attention=one.by_block.attention > 0)
-            one.by_block.keep(whole, some)
-            self.decided[one.name] = [whole, some]
-            takes = whole * (kept.whole - kept.nothing) + some * (kept.attention - kept.nothing)
+            chosen = plan(kept, count, least)
+            one.by_block.follow([way for way in reversed(TRIALS) for _ in range(chosen.get(way, 0))])
+            self.decided[one.name] = {_WORDS[way]: each for way, each in chosen.items()}
             logger.info(
-                "%s: of %d blocks, backward computes nothing again of %d, all but attention of %d, all of %d; that "
-                "keeps %.1f GiB more (of a block %.2f, %.2f, %.2f GiB) where %.1f GiB were to spare beside %.1f "
-                "(activation_checkpointing=auto)",
-                *(one.name, count, whole, some, count - whole - some, takes / GIB),
-                *(size / GIB for size in (kept.whole, kept.attention, kept.nothing, least, self._peak)),
+                "%s: backward computes again %s; that keeps %.1f GiB more where %.1f were to spare beside %.1f "
+                "(a block leaves %s GiB; activation_checkpointing=auto)",
+                one.name,
+                ", ".join(f"{_WORDS[way]} of {each} blocks" for way, each in chosen.items()),
+                sum(each * (kept[way] - base) for way, each in chosen.items()) / GIB,
+                *(least / GIB, self._peak / GIB),
+                ", ".join(f"{size / GIB:.2f}" for size in kept.values()),
             )

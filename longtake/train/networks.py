@@ -27,7 +27,7 @@ from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT, base_name
-from longtake.models.recompute import ByBlock
+from longtake.models.recompute import Again, ByBlock
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
 from longtake.models.sizes import DiTConfig
@@ -42,7 +42,7 @@ from longtake.rollout.long_video import PictureCodec
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
-from longtake.train.keeping import FEWEST_BLOCKS, Keeper, Watched, keeps_attention
+from longtake.train.keeping import FEWEST_BLOCKS, Keeper, Watched, first_ways, keeps_some
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import weights_identity
@@ -402,7 +402,7 @@ class Builder:
         fuses = self.mesh.fsdp_mesh is None and model.config.dim >= FUSED_WIDTH
         return replace(model.execution, attend=attend_fastest, fuses=fuses)
 
-    def _recompute(self, model: VideoDiT, name: str) -> bool | str | ByBlock:
+    def _recompute(self, model: VideoDiT, name: str) -> Again | ByBlock:
         """What backward computes again of a network that is trained."""
         given, mesh = self.config.activation_checkpointing, self.mesh
         if given != "auto":
@@ -410,13 +410,14 @@ class Builder:
         if self.config.parallel.compile or len(model.blocks) < FEWEST_BLOCKS:
             return True
         # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
-        by_block = ByBlock(whole=1, attention=int(mesh.fsdp_mesh is None and self._keeps_attention(model)))
+        selective = mesh.fsdp_mesh is None and self._keeps_some(model)
+        by_block = ByBlock(first_ways(len(model.blocks), selective=selective))
         self.watched.append(Watched(name, model.blocks, by_block))
         return by_block
 
-    def _keeps_attention(self, model: VideoDiT) -> bool:
+    def _keeps_some(self, model: VideoDiT) -> bool:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        return keeps_attention(model.execution, self.mesh.device, dtype, model.config.head_width)
+        return keeps_some(model.execution, self.mesh.device, dtype, model.config.head_width)
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:

@@ -61,18 +61,19 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
     """Nothing is computed again of the first blocks, all but attention of the next, all of the rest; and it may change
     from one update to the next.
     """
-    by_block, found, counts = ByBlock(1, 0), [], []
+    by_block, found, counts = ByBlock([True, True]), [], []
     model = parallelize(tiny_model(True), Mesh(), recompute=by_block)
     plain = tiny_model(True)
-    for kept in (None, (1, 0), (0, 1), (1, 1), (2, 0), (0, 0)):
-        one = plain if kept is None else model
-        by_block.keep(*(kept or (0, 0)))
+    some, products = "selective", "products"
+    for ways in (None, (False, True), (some, True), (False, some), (False, False), (True, True), (products, True)):
+        one = plain if ways is None else model
+        by_block.follow(ways or ())
         one.zero_grad()
         loss = one(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(one)).square().mean()
         counted = Counted()
         found.append(gradients(one, loss, counted))
         counts.append(counted.count)
-    assert counts == [0, 3, 3, 0, 0, 6]  # of two blocks with three attentions each
+    assert counts == [0, 3, 3, 0, 0, 6, 3]  # of two blocks with three attentions each
     assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
 
 
@@ -86,7 +87,7 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
         return torch.randn(2, end - start, 4, 4, 6, generator=generator)
 
     found = []
-    joined = ByBlock(0, 2)  # nothing of which is recomputed by checkpointing
+    joined = ByBlock(["selective", "products"])  # nothing of which is recomputed by checkpointing
     for mode, batched in [*((mode, False) for mode in MODES), (True, True), (joined, True)]:
         model = parallelize(tiny_model(True), Mesh(), recompute=mode)
         student, condition = Denoiser(model, batched_exit_backward=batched), tiny_condition(model)

@@ -11,10 +11,10 @@ from tiny_stage import stage_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longtake.models.recompute import ByBlock
+from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train.keeping import ROOM, Keeper, Kept, Memory, Watched, plan
+from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
 
 class Counted(TorchDispatchMode, Memory):
@@ -52,35 +52,49 @@ class Counted(TorchDispatchMode, Memory):
         return self.total
 
 
-KEPT = Kept(whole=100, attention=30, nothing=10)
+KEPT: dict[Again, int] = {True: 10, "selective": 30, "products": 60, False: 100}
 
 
 @pytest.mark.parametrize(
-    ("spare", "attention", "expected"),
+    ("spare", "expected"),
     [
-        (-5, True, (0, 0)),  # not even what there is fits
-        (19, True, (0, 0)),
-        (79, True, (0, 3)),  # attention first: 20 a block
-        (199, True, (0, 8)),
-        (299, True, (1, 7)),  # then whole blocks: 70 more each
-        (10**6, True, (8, 0)),
-        (299, False, (3, 0)),  # of whole blocks alone: 90 each
-        (10**6, False, (8, 0)),
+        (-5, [8, 0, 0, 0]),  # not even what there is fits
+        (19, [8, 0, 0, 0]),
+        (79, [5, 3, 0, 0]),  # attention first: 20 a block
+        (159, [1, 7, 0, 0]),
+        (220, [0, 6, 2, 0]),  # then products: 30 more each
+        (400, [0, 0, 8, 0]),
+        (480, [0, 0, 6, 2]),  # then all
+        (10**6, [0, 0, 0, 8]),
     ],
 )
-def test_attention_is_kept_first_then_whole_blocks(spare, attention, expected):
-    found = plan(KEPT, 8, spare, attention=attention)
-    assert found == expected
-    whole, some = found
-    assert whole * 90 + some * 20 <= max(0, spare)
+def test_attention_is_kept_first_then_products_then_all(spare, expected):
+    found = plan(KEPT, 8, spare)
+    assert [found.get(way, 0) for way in KEPT] == expected
+    assert sum(count * (KEPT[way] - 10) for way, count in found.items()) <= max(0, spare)
 
 
-@pytest.mark.parametrize("spare, expected", [(0, (0, 0)), (100_000, (0, 2)), (2**20, (2, 2)), (2**30, (4, 0))])
+def test_where_no_results_can_be_kept_alone_whole_blocks_are():
+    kept = {way: KEPT[way] for way in (True, False)}
+    assert plan(kept, 8, 299) == {True: 5, False: 3} and plan(kept, 8, 10**6) == {False: 8}
+    assert first_ways(6, selective=False) == [False, *[True] * 5]
+    assert first_ways(6, selective=True) == [False, "products", True, True, True, "selective"]
+
+
+@pytest.mark.parametrize(
+    "spare, expected",
+    [
+        (0, [True] * 5),
+        (100_000, ["selective"] * 2 + [True] * 3),
+        (600_000, ["products"] * 3 + ["selective"] * 2),
+        (2**30, [False] * 5),
+    ],
+)
 def test_what_blocks_keep_is_measured_and_decided_once(
     spare, expected, tiny_model, tiny_condition, tiny_latents, caplog
 ):
-    by_block = ByBlock(1, 1)
-    model = parallelize(tiny_model(True, num_layers=4), Mesh(), recompute=by_block)
+    by_block = ByBlock(first_ways(5, selective=True))
+    model = parallelize(tiny_model(True, num_layers=5), Mesh(), recompute=by_block)
     memory = Counted(model)
     condition, x = tiny_condition(model), tiny_latents(9)
 
@@ -106,12 +120,13 @@ def test_what_blocks_keep_is_measured_and_decided_once(
         keeper.shown = lambda step: ["generator", "critic"]
         memory.total = int((memory.highest + spare) / ROOM) + 1
         keeper.passed(2)
-    assert keeper.settled and (by_block.whole, by_block.attention) == expected
-    [record] = caplog.records
-    _, _, _, _, _, _, whole, attention, nothing, least, _ = record.args
-    # A block leaves its result; attention's results and the sums of rows beside; all of it much more.
-    result = x.shape[0] * 9 * 6 * model.config.dim * 4 / 2**30
-    assert nothing == pytest.approx(result) and nothing < attention < 6 * result < whole
+    assert keeper.settled and by_block.ways == expected
+    assert sum(keeper.decided["critic"].values()) == 5
+    assert len(caplog.records) == 1 and "critic: backward computes again" in caplog.text
+    nothing, attention, products, whole = keeper.watched[0].most.values()
+    # A block leaves its result; attention's results and the sums of rows beside; those of products; all of it.
+    result = x.shape[0] * 9 * 6 * model.config.dim * 4
+    assert nothing == result and nothing < attention < products < whole
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
     memory.begin()
     assert torch.equal(update(), first)
