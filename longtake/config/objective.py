@@ -38,7 +38,8 @@ class NetworkConfig:
     """A network of a stage: `source` of its first weights, which the key `key` names, None for random ones.
 
     Fields: `optim`, None for a network that is not trained; `lora`, None where all weights are; `shared`, whether the
-    networks with low-rank updates are this one with their updates, held once.
+    networks with low-rank updates are this one with their updates, held once; `causal`, whether weights that say of
+    themselves that they are bidirectional are refused.
     """
 
     key: str
@@ -46,6 +47,7 @@ class NetworkConfig:
     optim: OptimConfig | None = None
     lora: LoraConfig | None = None
     shared: bool = False
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class ObjectiveConfig(Settings):
     @property
     def replays(self) -> bool:
         """Whether the student's roll-outs have gradient into the context that they write (`rollout/replay.py`)."""
+        return False
+
+    @property
+    def writes_apart(self) -> bool:
+        """Whether low-rank updates of their own write the context that the student reads (`models/shared_base.py`)."""
         return False
 
     @property

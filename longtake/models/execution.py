@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,19 +31,34 @@ from longtake.models.sequence_parallel import SequenceParallel
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# (entries of a call one after the other, which updates are theirs, the context in which these are on)
+Run = tuple[int, object, AbstractContextManager]
+
+
+class Updates(Protocol):
+    """Low-rank updates of a network, of which some are on (`shared_base.py`), as far as this file knows them."""
+
+    def contexts(self) -> Contexts:
+        """Contexts of a block's forward and of its recomputation, which may come when others are on."""
+        ...
+
+    def runs(self) -> list[Run] | None:
+        """Where the entries of the present call have several; None: all have the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective")
-    or but attention and matrix products ("products"), or of each block another of these; `around`, contexts of a
-    block's forward and of its recomputation, which may come when another adapter is on; `attend`, what computes
-    attention; `fuses`, whether each function of element-wise work between matrix products is compiled into a kernel of
-    its own, for the shapes that it meets.
+    or but attention and matrix products ("products"), or of each block another of these; `updates`, low-rank ones that
+    are switched between calls; `attend`, what computes attention; `fuses`, whether each function of element-wise work
+    between matrix products is compiled into a kernel of its own, for the shapes that it meets.
     """
 
     split: SequenceParallel | None = None
     recompute: Again | ByBlock = False
-    around: Callable[[], Contexts] | None = None
+    updates: Updates | None = None
     attend: Attention = attend
     fuses: bool = False
 
@@ -73,7 +89,11 @@ class Execution:
         says; made before the forward.
         """
         makers = [KEEPERS[again]] if isinstance(again, str) else []
-        return together(makers if self.around is None else [*makers, self.around])
+        return together(makers if self.updates is None else [*makers, self.updates.contexts])
+
+    def runs(self) -> list[Run] | None:
+        """As `Updates.runs`."""
+        return None if self.updates is None else self.updates.runs()
 
 
 WHOLE_NETWORK = Execution()  # by one process, and nothing is computed again

@@ -92,6 +92,12 @@ class DmdConfig(ObjectiveConfig):
         "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
         "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
     )
+    context_writer: Literal["student", "own"] = Field(
+        default="student",
+        description="what writes the context of a roll-out: `student` = the network that denoises; `own` = low-rank "
+        "updates of their own, as large as those of `lora`, on the same frozen weights (Self-Gradient Forcing, plus "
+        "form). They learn through context_gradient=replay alone. Such a student is two networks where it is played",
+    )
     shared_base: bool = Field(
         default=False,
         description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
@@ -143,6 +149,10 @@ class DmdConfig(ObjectiveConfig):
         return self.context_gradient == "replay"
 
     @property
+    def writes_apart(self) -> bool:
+        return self.context_writer == "own"
+
+    @property
     def empty_prompt(self) -> str:
         return self.negative_prompt
 
@@ -175,10 +185,24 @@ class DmdConfig(ObjectiveConfig):
                 "the student is given, and model.image_condition=t2v gives it none: clips that share a caption alone "
                 "take away its variety; set it to 0"
             )
+        if self.writes_apart:
+            self._check_writer(plan, lora=lora)
         if self.shared_base and not lora and self.critic.lora is None:
             raise ConfigError(
                 "objective.shared_base=true needs low-rank updates of the student (lora), of the critic "
                 "(objective.critic.lora), or of both; give them, or set it to false"
+            )
+
+    def _check_writer(self, plan: StreamPlan, *, lora: bool) -> None:
+        """Raises ConfigError where a writer of its own would be none, or would learn nothing."""
+        key = "objective.context_writer=own"
+        if not lora:
+            raise ConfigError(f"{key} is low-rank updates beside those of the student, and lora=null; give lora")
+        if not self.replays:
+            raise ConfigError(f"{key} learns through objective.context_gradient=replay alone; set that")
+        if plan.context == "last_step":
+            raise ConfigError(
+                f"plan.context=last_step has the student store its own blocks, which {key} is to do; set it to pass"
             )
 
     def build(self, parts: Parts) -> Objective:
@@ -259,7 +283,7 @@ class Dmd(Objective):
             loss = loss + self.settings.data_loss.weight * forced
             metrics["data_loss"] = forced.detach()
         if clip is not None:
-            mine, own = Statistics.of(self._section(student, step)), Statistics.of(clip)
+            mine, own = (Statistics.of(self._section(video, step)) for video in (student, clip))
             if any(changes := [frame is not None and frame < clip.shape[1] for frame in batch.switch_frames]):
                 own = own.except_in(changes, mine)
             metrics["deviation_ratio"] = deviation_ratio(mine, own)
@@ -361,9 +385,9 @@ class Dmd(Objective):
         """The call of a network that this makes."""
         return clip
 
-    def _section(self, student: Tensor, step: int) -> Tensor:
-        """The frames of a clip whose statistics are those of its window."""
-        return student
+    def _section(self, clip: Tensor, step: int) -> Tensor:
+        """The frames of a window, or of the row's own clip beside it, whose statistics are compared."""
+        return clip
 
     # ---- what an iteration costs ----------------------------------------------------------------------------------
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,13 +23,11 @@ from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
-from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
-from longtake.models.lora import DEFAULT, base_name
-from longtake.models.recompute import Again, ByBlock
+from longtake.models.lora import DEFAULT, WRITER, base_name
+from longtake.models.recompute import ByBlock
 from longtake.models.sequence_parallel import check_heads
-from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase, WriterApart
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective, Parts, Phase
 from longtake.parallel.fsdp import gathered, parallelize
@@ -42,23 +40,21 @@ from longtake.rollout.long_video import PictureCodec
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
-from longtake.train.keeping import FEWEST_BLOCKS, Keeper, Watched, first_ways, keeps_some
+from longtake.train.execution import quick, recomputed
+from longtake.train.keeping import Keeper, Watched, keeps_some
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
-from longtake.weights.fingerprint import weights_identity
+from longtake.weights.fingerprint import check_base, weights_identity
 from longtake.weights.load import Opened
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
-from longtake.weights.students import find_student, open_source
+from longtake.weights.students import find_student, is_causal, open_source
 from longtake.weights.tensor_files import not_finite
+from longtake.weights.two_networks import Part, updates_of, writer_updates
 from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
-
-# Width from which on element-wise work is compiled where there are gradients, which takes a minute once: a smaller
-# network waits for Python, not for memory.
-FUSED_WIDTH = 1024
 
 
 class Networks(NamedTuple):
@@ -115,6 +111,8 @@ class Builder:
         frozen: dict[str, VideoDiT] = {}
         if self.base is not None:
             trained, frozen = self.shared(self.base)
+        elif self.config.objective.writes_apart:
+            trained["generator"] = self.with_writer()
         for name, wanted in self.config.networks.items():
             if wanted.optim is None and name not in frozen:
                 frozen[name] = self.frozen(name)
@@ -229,27 +227,42 @@ class Builder:
 
     def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
         """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
-        config, mesh = self.config, self.mesh
-        base = self.weights(base_name)
+        names = [name for name, wanted in self.config.networks.items() if wanted.lora is not None]
+        shared, views = self._on_base(self.weights(base_name), names)
+        if self.mesh.is_main:
+            logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
+        return views, {base_name: AdapterView(shared, None)}
+
+    def with_writer(self) -> VideoDiT:
+        """The generator, and what writes its context, as updates of a base that is theirs alone."""
+        own = self.weights("generator")
+        base = own if writer_updates(own) is None else check_base(own, read_base(own))
+        return self._on_base(base, ["generator"])[1]["generator"]
+
+    def _on_base(self, base: Path, names: Sequence[str]) -> tuple[SharedBase, dict[str, VideoDiT]]:
+        """A frozen network with low-rank updates, and the networks that it is with these on."""
+        config, mesh, apart = self.config, self.mesh, self.config.objective.writes_apart
         identity = mesh.on_main(lambda: self.identity(base))
         opened = self.open(base)
         self._freeze(opened.model)
         updates: list[Iterator[tuple[str, Tensor]]] = []
-        names = [name for name, wanted in config.networks.items() if wanted.lora is not None]
+        views: list[tuple[str, type[AdapterView]]] = []
         for name in names:
             own, key = self.weights(name), config.networks[name].key
             self._check_base(name, own, base, identity)
-            found = self._adapt(opened, name, base, identity, adapter_name=name)
-            if own != base and is_adapter(own):
-                updates.append(earlier_values(opened.model, own, found, f"{key}={own}", adapter_name=name))
-            else:
-                updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
+            views.append((name, WriterApart if apart and name == "generator" else AdapterView))
+            for role in [name, WRITER] if apart and name == "generator" else [name]:
+                found = self._adapt(opened, name, base, identity, adapter_name=role)
+                if own != base and is_adapter(own):
+                    part: Part = "alone" if not apart else "writer" if role == WRITER else "reader"
+                    begun = updates_of(own, part)
+                    updates.append(earlier_values(opened.model, begun, found, f"{key}={begun}", adapter_name=role))
+                else:
+                    updates.append(first_values(opened.model, role, config.seed, adapter_name=role))
         switch = AdapterSwitch()
-        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
+        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, updates=switch)))
         shared = SharedBase(self._filled(opened, *updates, trained=" and ".join(names)), switch)
-        if mesh.is_main:
-            logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
-        return {name: AdapterView(shared, name) for name in names}, {base_name: AdapterView(shared, None)}
+        return shared, {name: view(shared, name) for name, view in views}
 
     def student(self, generator: VideoDiT) -> Denoiser:
         """The generator as it streams."""
@@ -285,7 +298,8 @@ class Builder:
                 for key, p in opened.model.named_parameters()
                 if f".lora_A.{adapter_name}." in key or f".lora_B.{adapter_name}." in key
             )
-            logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, count)
+            role = name if adapter_name == DEFAULT else adapter_name
+            logger.info("%s: low-rank updates of %s, %d parameters are trained", role, weights, count)
         self.adapters[name] = found
         return found
 
@@ -312,15 +326,26 @@ class Builder:
         for name, wanted in self.config.networks.items():
             sizes = model_config(self.config.model.preset)
             if wanted.source is not None:
-                sizes = open_source(self.weights(name)).model.config
+                sizes = open_source(self.weights(name), part="reader").model.config
             check_heads(sizes.num_heads, together)
 
     def check_start(self) -> None:
+        """Raises ConfigError when a network begins as what this stage cannot use: before any is read."""
+        self._check_rules()
+        for name, wanted in self.config.networks.items():
+            if wanted.causal and is_causal(self.config.source(wanted.source or ""), self.config.logdir) is False:
+                raise ConfigError(
+                    f"{wanted.key}={wanted.source} are bidirectional weights, as they say themselves, and the {name} "
+                    "of objective.context_scores must be causal; name weights that teacher forcing has trained (a "
+                    "stage causal), or set objective.context_scores.history_frames=0"
+                )
+
+    def _check_rules(self) -> None:
         """Raises ConfigError when a student begins as one that was unrolled by other rules than this stage's."""
         source = self.config.init_from
         if source is None:
             return
-        self.open(self.weights("generator"))  # heads of files only
+        self.open(self.weights("generator"), part="reader")  # heads of files only
         checkpoint = find_weights(self.weights("generator"), self.config.logdir).checkpoint
         if not self.config.objective.causal or checkpoint is None or not holds_student(checkpoint):
             return
@@ -338,10 +363,13 @@ class Builder:
         assert source is not None
         return weights_folder(self.config.source(source), self.config.logdir)
 
-    def open(self, source: Path) -> Opened:
-        """Weights before they are read, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
-        model = self.config.model
-        opened = opened_as_asked(open_source(weights_folder(source, self.config.logdir)), model, self.config.seed)
+    def open(self, source: Path, part: Part = "alone") -> Opened:
+        """Weights before they are read, checked against the stage's condition; `part` of those of two networks.
+
+        Raises: CheckpointError, ConfigError.
+        """
+        model, folder = self.config.model, weights_folder(source, self.config.logdir)
+        opened = opened_as_asked(open_source(folder, part=part), model, self.config.seed)
         sizes = opened.model.config
         if (sizes.condition_channels > 0) != model.with_y:
             key, fix = _misfit(model)
@@ -381,43 +409,27 @@ class Builder:
 
     def _parallelized(self, model: VideoDiT, trained: str | None) -> VideoDiT:
         """Args: `trained`, the name by which it is, None where it is not."""
-        config = self.config
-        model = model.executed(self._quick(model))
+        config, mesh, again = self.config, self.mesh, None
+        how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
+        model = model.executed(quick(model, mesh.device, self._product_type, **how))
+        if trained is not None:
+            again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
+            if isinstance(again, ByBlock):
+                self.watched.append(Watched(trained, model.blocks, again))
         return parallelize(
             model,
-            self.mesh,
-            recompute=None if trained is None else self._recompute(model, trained),
+            mesh,
+            recompute=again,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
 
-    def _quick(self, model: VideoDiT) -> Execution:
-        """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
-        element-wise work; compiled blocks have both of their own.
-        """
-        device, config = self.mesh.device, self.config
-        if device.type != "cuda" or config.parallel.compile:
-            return model.execution
-        choose_kernels(device, torch.bfloat16 if config.precision == "bf16" else torch.float32, model.config.head_width)
-        fuses = self.mesh.fsdp_mesh is None and model.config.dim >= FUSED_WIDTH
-        return replace(model.execution, attend=attend_fastest, fuses=fuses)
-
-    def _recompute(self, model: VideoDiT, name: str) -> Again | ByBlock:
-        """What backward computes again of a network that is trained."""
-        given, mesh = self.config.activation_checkpointing, self.mesh
-        if given != "auto":
-            return given
-        if self.config.parallel.compile or len(model.blocks) < FEWEST_BLOCKS:
-            return True
-        # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
-        selective = mesh.fsdp_mesh is None and self._keeps_some(model)
-        by_block = ByBlock(first_ways(len(model.blocks), selective=selective))
-        self.watched.append(Watched(name, model.blocks, by_block))
-        return by_block
+    @property
+    def _product_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def _keeps_some(self, model: VideoDiT) -> bool:
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        return keeps_some(model.execution, self.mesh.device, dtype, model.config.head_width)
+        return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:
