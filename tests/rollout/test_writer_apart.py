@@ -131,8 +131,7 @@ def watched(pair, monkeypatch):
     ("law", "recompute"),
     [
         ("window", False),
-        ("window", True),
-        *(pytest.param(law, True, marks=pytest.mark.slow) for law in ("absolute", "no window", "no picture")),
+        *(pytest.param(law, True, marks=pytest.mark.slow) for law in ("window", "absolute", "no window", "no picture")),
     ],
 )
 def test_the_replay_is_the_roll_out_and_its_gradient_that_of_brute_force(law, recompute, double, monkeypatch):
@@ -195,6 +194,7 @@ def test_the_writer_learns_by_keys_and_values_alone(double):
         assert (p.grad.abs().max() > 0) == (reads or writes), name
 
 
+@pytest.mark.slow
 def test_the_gradients_of_both_roles_are_of_the_loss_of_both(double):
     """Not of one network that is called twice: with equal values, theirs add up to that of one."""
     pair, condition, picture, plan = problem("window", stirred=())

@@ -92,7 +92,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path, stage):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_begins_as_the_student_of_one_network(workshop, tmp_path, shared):
     """On the same videos; and a shared base holds the teacher, the critic and both."""
     lora = {"critic": {"lora": {"rank": 3}}} if shared else {}
@@ -108,7 +108,7 @@ def test_it_begins_as_the_student_of_one_network(workshop, tmp_path, shared):
             assert networks.frozen["teacher"].base is networks.trained["generator"].base
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_next_stage_goes_on_with_both(workshop, log, shared):
     base = {"shared_base": True, "critic": {"lora": {"rank": 3}}} if shared else {}
     config = config_of(workshop, log, "long", init_from="distill", **base)
@@ -124,6 +124,7 @@ def test_the_next_stage_goes_on_with_both(workshop, log, shared):
     )
 
 
+@pytest.mark.slow
 def test_a_student_of_one_network_is_where_both_begin(workshop, tmp_path):
     """The updates of an earlier stage are part of the base; or, where the base is shared, the first values of both."""
     run_stage(stage_config(workshop, tmp_path, "causal", lora=LORA, max_steps=1), Mesh())
