@@ -92,6 +92,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path, stage):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["distill", "long"])
+def test_it_trains_in_bfloat16_with_recomputation_and_beside_real_clips(workshop, tmp_path, stage):
+    """Both ways of a packed call: a roll-out's, and teacher forcing's."""
+    clips = {"path": str(workshop / "data" / "clips"), "kind": "clips", "num_workers": 0}
+    more = {"precision": "bf16", "activation_checkpointing": "selective", "data_loss": {"weight": 1.0}, "data": clips}
+    config = config_of(workshop, tmp_path, stage, **more)
+    run_stage(config, Mesh())
+    state = state_of(config)
+    assert len(read_rows(config.folder / "metrics.jsonl")) == 2
+    for role in ("default", WRITER):
+        assert any(value.any() for key, value in state.items() if f".lora_B.{role}." in key and "networks" in key)
+
+
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_begins_as_the_student_of_one_network(workshop, tmp_path, shared):
     """On the same videos; and a shared base holds the teacher, the critic and both."""
