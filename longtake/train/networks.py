@@ -25,6 +25,7 @@ from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, WRITER, base_name
+from longtake.models.recompute import ByBlock
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase, WriterApart
 from longtake.models.sizes import DiTConfig
@@ -36,8 +37,11 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.execution import quick, recomputed
+from longtake.train.keeping import Keeper, Watched, keeps_some
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import check_base, weights_identity
@@ -84,11 +88,18 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates."""
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
+    networks whose memory decides what backward computes again.
+    """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    watched: list[Watched] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mesh.device.type != "cuda":
+            self.config = self.config.without_a_gpu()
 
     def build(self) -> Networks:
         """All networks of the stage.
@@ -147,6 +158,16 @@ class Builder:
         objective.take_averages({name: average.applied for name, average in state.ema.items()})
         return state
 
+    def keeper(self, objective: Objective) -> Keeper:
+        """What decides how much of forwards is kept, from iterations of all updates; make it before the first one."""
+
+        def shown(step: int) -> list[str]:
+            # Of videos that go on, the beginning needs less memory than the rest.
+            return [] if self.config.objective.decodes and objective.chunk(step) == 0 else objective.turns(step)
+
+        micro_batches = self.config.accumulation(self.mesh.world_size)
+        return Keeper(self.watched, self.mesh, list(objective.networks), shown, micro_batches)
+
     def reference(self, networks: Networks) -> VideoDiT | None:
         """The bidirectional weights beside which the student is measured, None where the objective has none, or where
         longer videos are measured than they make; they are read once more where the stage trains them.
@@ -183,16 +204,16 @@ class Builder:
         """A network of its own: trained whole, or its updates alone."""
         config, wanted = self.config, self.config.networks[name]
         if wanted.source is None:
-            return self._random()
+            return self._random(name)
         weights = self.weights(name)
         opened = self.open(weights)
         if wanted.lora is None:
-            return self._filled(opened)
+            return self._filled(opened, trained=name)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
         identity = self.mesh.on_main(lambda: self.identity(weights))
         self._adapt(opened, name, weights, identity)
-        return self._filled(opened, first_values(opened.model, name, config.seed))
+        return self._filled(opened, first_values(opened.model, name, config.seed), trained=name)
 
     def frozen(self, name: str) -> VideoDiT:
         """A network that is not trained."""
@@ -202,7 +223,7 @@ class Builder:
         """Any weights as a network that is not trained. Raises: as `open`."""
         opened = self.open(weights)
         self._freeze(opened.model)
-        return self._filled(opened, recompute=False)
+        return self._filled(opened, trained=None)
 
     def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
         """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
@@ -240,7 +261,7 @@ class Builder:
                     updates.append(first_values(opened.model, role, config.seed, adapter_name=role))
         switch = AdapterSwitch()
         opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, updates=switch)))
-        shared = SharedBase(self._filled(opened, *updates), switch)
+        shared = SharedBase(self._filled(opened, *updates, trained=" and ".join(names)), switch)
         return shared, {name: view(shared, name) for name, view in views}
 
     def student(self, generator: VideoDiT) -> Denoiser:
@@ -253,6 +274,7 @@ class Builder:
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
+            rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
             gathering=partial(gathered, sharded) if once else nullcontext,
@@ -373,27 +395,41 @@ class Builder:
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
         return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
 
-    def _random(self) -> VideoDiT:
+    def _random(self, name: str) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        return self._parallelized(network, recompute=True)
+        return self._parallelized(network, name)
 
-    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
+    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], trained: str | None) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
-        opened = replace(opened, model=self._parallelized(opened.model, recompute=recompute))
+        opened = replace(opened, model=self._parallelized(opened.model, trained))
         _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
-    def _parallelized(self, model: VideoDiT, *, recompute: bool) -> VideoDiT:
-        config = self.config
+    def _parallelized(self, model: VideoDiT, trained: str | None) -> VideoDiT:
+        """Args: `trained`, the name by which it is, None where it is not."""
+        config, mesh, again = self.config, self.mesh, None
+        how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
+        model = model.executed(quick(model, mesh.device, self._product_type, **how))
+        if trained is not None:
+            again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
+            if isinstance(again, ByBlock):
+                self.watched.append(Watched(trained, model.blocks, again))
         return parallelize(
             model,
-            self.mesh,
-            recompute=config.activation_checkpointing if recompute else None,
+            mesh,
+            recompute=again,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
+
+    @property
+    def _product_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def _keeps_some(self, model: VideoDiT) -> bool:
+        return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:
