@@ -326,6 +326,10 @@ class _Hollow(SizedBuilder):
     def _random(self) -> VideoDiT:
         return self._filled(self.open(Path("generator")))
 
+    def _quantised(self, model: VideoDiT) -> VideoDiT:
+        with self.meter.fake, self.meter:
+            return super()._quantised(model)
+
     def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
         model = self._parallelized(opened.model, recompute=recompute)
         with self.meter.fake, self.meter:

@@ -95,6 +95,7 @@ class Builder:
         Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
         """
         self.check_start()
+        self._check_precision()
         trained: dict[str, VideoDiT] = {}
         frozen: dict[str, VideoDiT] = {}
         if self.base is not None:
@@ -151,7 +152,7 @@ class Builder:
         name, frames = self.config.objective.reference, self.config.video.num_latent_frames
         if name is None or self.config.validation.num_latent_frames not in (None, frames):
             return None
-        if name in networks.frozen:
+        if name in networks.frozen and not self.config.networks[name].fp8:
             return networks.frozen[name]
         opened = self.open(self.weights(name))
         _fill(opened, self.mesh.device, opened.read(None), self.mesh)
@@ -167,7 +168,9 @@ class Builder:
 
         @contextmanager
         def model() -> Iterator[VideoDiT]:
-            yield networks.frozen[name] if name in networks.frozen else self.frozen(name)
+            # Its samples are kept for all runs with these weights, so that they are never those of rounded ones.
+            kept = name in networks.frozen and not self.config.networks[name].fp8
+            yield networks.frozen[name] if kept else self.frozen_at(self.weights(name))
 
         return Teacher(lambda: self.identity(self.weights(name)), model)
 
@@ -192,8 +195,9 @@ class Builder:
         return self._filled(opened, first_values(opened.model, name, config.seed))
 
     def frozen(self, name: str) -> VideoDiT:
-        """A network that is not trained."""
-        return self.frozen_at(self.weights(name))
+        """A network that is not trained, in 8-bit floats where it is asked for."""
+        model = self.frozen_at(self.weights(name))
+        return self._quantised(model) if self.config.networks[name].fp8 else model
 
     def frozen_at(self, weights: Path) -> VideoDiT:
         """Any weights as a network that is not trained. Raises: as `open`."""
@@ -339,6 +343,26 @@ class Builder:
         config, mesh = self.config, self.mesh
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
         return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
+
+    def _check_precision(self) -> None:
+        """Raises ConfigError where weights in 8-bit floats are asked for that cannot be."""
+        for name, wanted in self.config.networks.items():
+            if not wanted.fp8:
+                continue
+            if self.config.precision != "bf16":
+                raise ConfigError(
+                    f"objective.{name}_precision=fp8 goes with precision=bf16, and precision={self.config.precision}; "
+                    "set that, or leave it out"
+                )
+            if self.mesh.fsdp_mesh is not None:
+                raise ConfigError(
+                    f"objective.{name}_precision=fp8: weights in 8-bit floats are not sharded, and "
+                    f"{self.mesh.world_size} ranks share theirs; set parallel.data_parallel=ddp, or leave it out"
+                )
+
+    def _quantised(self, model: VideoDiT) -> VideoDiT:
+        # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
+        return model.quantise().executed(replace(model.execution, fuses=self.mesh.device.type == "cuda"))
 
     def _random(self) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.

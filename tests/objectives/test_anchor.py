@@ -13,7 +13,7 @@ from tiny_objectives import parts_of
 
 from longtake.errors import TrainingError
 from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
-from longtake.objectives.dmd import CriticConfig
+from longtake.objectives.dmd_keys import CriticConfig
 from longtake.objectives.long_tuning import LongTuning
 
 
