@@ -247,8 +247,8 @@ class Dmd(Objective):
         update = "generator" in self.turns(step)
         found: list[Pass] = []
         if self.rollout_step(step) == step:
-            student, clip, frames = self.generator, clips["generator"], self._generated(step)
-            found = roll_out_passes(self.plan, student, clip, frames, self.exits(step), with_grad=update)
+            student, clip, made = self.generator, clips["generator"], self._generated(step)
+            found = roll_out_passes(self.plan, student, clip, made, self.exits(step), with_grad=update)
         if update:
             levels = self.parts.shift, self.settings.sigma_min, self.settings.sigma_max
             calls = self.guided.calls(*levels, always=self.parts.sharded)
