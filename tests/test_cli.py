@@ -116,6 +116,7 @@ NOT_DEFAULT = {
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
+    "recompute_from": "bf16",
     "parallel": {
         "compile": True, "data_parallel": "hsdp", "replicate": 2, "sequence": 4, "graphs": False,
     },

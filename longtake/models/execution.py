@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from longtake.models.attention import VARIANTS, Attention, attend, has_triton, limited
-from longtake.models.recompute import Contexts, keep_attention, together
+from longtake.models.recompute import Contexts, keep_attention, kept_as, together
 from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective");
+    `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own;
     `around`, contexts of a block's forward and of its recomputation, which may come when another adapter is on;
     `attend`, what computes attention; `fuses`, whether each function of element-wise work between matrix products is
     compiled into a kernel of its own, for the shapes that it meets.
@@ -32,6 +35,7 @@ class Execution:
 
     split: SequenceParallel | None = None
     recompute: bool | str = False
+    recompute_from: torch.dtype | None = None
     around: Callable[[], Contexts] | None = None
     attend: Attention = attend
     fuses: bool = False
@@ -39,6 +43,11 @@ class Execution:
     def fused(self, function: F) -> F:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
         return cast(F, _compiled(function)) if self.fuses and has_triton() else function
+
+    def keeping(self, tokens: Tensor) -> AbstractContextManager:
+        """Around the call of a block that backward computes again from these `tokens`."""
+        kept = self.recompute_from
+        return nullcontext() if kept is None else kept_as(kept, tokens)
 
     def contexts(self) -> Contexts:
         """One context around a block's forward and one around its recomputation; made before the forward."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
@@ -36,6 +37,18 @@ def together(makers: Sequence[Callable[[], Contexts]]) -> Contexts:
     """One context around a forward and one around its recomputation, of all `makers`; called before the forward."""
     pairs = [make() for make in makers]
     return _All([forward for forward, _ in pairs]), _All([again for _, again in pairs])
+
+
+def kept_as(dtype: torch.dtype, tokens: Tensor) -> AbstractContextManager:
+    """Inside, `torch.utils.checkpoint` keeps `tokens` in `dtype` until backward, and computes again from what is left
+    of them; other inputs as they are.
+    """
+    memory = tokens.untyped_storage()._cdata  # not the tensor itself: it would be kept, too
+
+    def pack(x: Tensor) -> tuple[Tensor, torch.dtype]:
+        return (x.to(dtype) if x.untyped_storage()._cdata == memory else x), x.dtype
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept[0].to(kept[1]))
 
 
 def keep_attention() -> Contexts:

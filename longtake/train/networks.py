@@ -382,6 +382,7 @@ class Builder:
             model,
             self.mesh,
             recompute=config.activation_checkpointing if recompute else None,
+            recompute_from=torch.bfloat16 if config.recompute_from == "bf16" else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )

@@ -56,6 +56,32 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
             assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_backward_computes_again_from_rounded_inputs_and_from_nothing_else_that_is_rounded(
+    mode, tiny_model, tiny_condition, tiny_latents, monkeypatch
+):
+    model = parallelize(tiny_model(True), Mesh(), recompute=mode, recompute_from=torch.bfloat16)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append([t.detach().clone() for t in inputs[:2]]))
+    x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
+    out = model(x, sigma, condition)
+    with torch.no_grad():
+        assert torch.equal(model(x, sigma, condition), out)  # forward knows nothing of it
+    first, forward = len(model.blocks), seen[: len(model.blocks)]
+    mine = gradients(model, out.square().mean(), Counted())
+    again = list(reversed(seen[2 * first :]))
+    assert len(again) == first
+    for (tokens, clock), (kept, same_clock) in zip(forward, again, strict=True):
+        assert torch.equal(kept, tokens.bfloat16().float()) and not torch.equal(kept, tokens)
+        assert torch.equal(same_clock, clock)
+    plain = parallelize(tiny_model(True), Mesh(), recompute=mode)
+    exact = gradients(plain, plain(x, sigma, condition).square().mean(), Counted())
+    assert mine.keys() == exact.keys()
+    wrong = [(mine[name] - exact[name]).norm() / exact[name].norm() for name in exact if exact[name].any()]
+    assert 0 < max(wrong) < 0.02
+
+
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
     """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
