@@ -84,7 +84,8 @@ class MaskLayout:
     key slot s is rotated; `allowed` [E, S] boolean. S = E with `key_entry = 0..E-1`, except for the relative RoPE with
     eviction, where the sink appears once more for every distance at which it is seen, and where frames of a cache are
     seen too, whose numbers in `key_entry` come after those of the entries. `later_from`: entries from this one on read
-    the condition's `later_text` in place of its text; None = no entry does.
+    the condition's `later_text` in place of its text; None = no entry does. `stored` [E]: entries that stand for what a
+    cache holds, not for what is denoised; None = nobody asks.
     """
 
     frame_index: Tensor
@@ -92,6 +93,7 @@ class MaskLayout:
     key_position: Tensor
     allowed: Tensor
     later_from: int | None = None
+    stored: tuple[bool, ...] | None = None
 
     @property
     def num_entries(self) -> int:

@@ -372,7 +372,8 @@ class StreamPlan(PlanConfig):
             if start >= exits_from:
                 begin = last - first + start - exits_from
                 calls.append((range(begin, begin + stop - start), seen))
-        return packed_layout([*range(first, last), *range(exits_from, end), *past], calls, self.rope, cached=len(past))
+        frames, stored = [*range(first, last), *range(exits_from, end), *past], last - first
+        return packed_layout(frames, calls, self.rope, cached=len(past), stored=_first_of(entries, stored))
 
     def past(self, start: int) -> list[int]:
         """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
@@ -386,7 +387,8 @@ class StreamPlan(PlanConfig):
             self.check_fits(start, end)
             past = self.attended(start, end)
             calls += [(range(half * num_frames + start, half * num_frames + end), past) for half in halves]
-        return packed_layout([*range(num_frames)] * len(halves), calls, self.rope)
+        frames = [*range(num_frames)] * len(halves)
+        return packed_layout(frames, calls, self.rope, stored=_first_of(len(frames), num_frames))
 
     def check_fits(self, start: int, end: int) -> None:
         """Raises ConfigError where a cache would refuse the block [start, end): a mask must not invent an answer."""
@@ -398,17 +400,27 @@ class StreamPlan(PlanConfig):
             )
 
 
+def _first_of(entries: int, count: int) -> tuple[bool, ...]:
+    return tuple(entry < count for entry in range(entries))
+
+
 # The entries of what a cache would make in one call, which see each other, and those of the past that they see.
 Call = tuple[Sequence[int], Sequence[int]]
 
 
 def packed_layout(
-    frames: Sequence[int], calls: Sequence[Call], rope: Rope, *, later_from: int | None = None, cached: int = 0
+    frames: Sequence[int],
+    calls: Sequence[Call],
+    rope: Rope,
+    *,
+    later_from: int | None = None,
+    cached: int = 0,
+    stored: tuple[bool, ...] | None = None,
 ) -> MaskLayout:
     """Layout of one masked forward over entries of these absolute `frames`, which stands for calls against a cache.
 
-    Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` as in
-    `MaskLayout`; `cached`, how many of the last `frames` lie in a cache and are no entries of the forward.
+    Args: `calls`, whose own entries are frames one after the other; those of the past ascend. `later_from` and `stored`
+    as in `MaskLayout`; `cached`, how many of the last `frames` lie in a cache and are no entries of the forward.
     """
     import torch
 
@@ -435,4 +447,4 @@ def packed_layout(
     for own, slots in seen:
         allowed[torch.tensor(own)[:, None], torch.tensor(slots)] = True
     frame_index = torch.tensor(frames[:entries])
-    return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from)
+    return MaskLayout(frame_index, torch.tensor(key_entry), torch.tensor(key_position), allowed, later_from, stored)

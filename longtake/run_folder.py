@@ -2,7 +2,8 @@
 
 `<logdir>/<stage>/checkpoints/step_000100/` holds `state/*.safetensors` (everything that resuming needs, sharded),
 one folder per exported network (`generator/`, `generator_ema/`: `model.safetensors` + `config.json`; or
-`generator_lora/`, `generator_ema_lora/`: low-rank updates and the base they belong to) and `manifest.json`, which lists
+`generator_lora/`, `generator_ema_lora/`: low-rank updates and the base they belong to, and beside them `writer_lora/`,
+`writer_ema_lora/`, where others write the context) and `manifest.json`, which lists
 every other file with its size and SHA-256. A checkpoint is written under a `.tmp-` name and renamed when complete. No
 torch here and nothing that unpickles: inference reads these folders without training.
 """
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 BEST = "best.json"  # beside what was kept as the best: by which number
 LORA = "_lora"  # end of the name of a folder with low-rank updates
+WRITER = "writer"  # begins that of the updates that write the context of those of the generator
 _NEEDED = {"step": int, "data_position": int, "config": dict, "files": dict}  # what every manifest holds
 _THREADS = 8
 _NAME = re.compile(r"step_(\d{6,})")

@@ -42,24 +42,33 @@ def run(
     noisy_sigma: Tensor | None = None,
     graph: bool = False,
     detached: int = 0,
+    noisy_state: dict[str, Tensor] | None = None,
 ) -> Trace:
     """Streams every sample on its own. `x`, `noisy` [B, F, C, H, W]; `sigma`, `noisy_sigma` [B, F]; `blocks` of the
     whole video, or those that are still remembered. Each block first gets a pass over `noisy` that nothing remembers,
     then one over `x` that is kept. `graph`: autograd goes into `state`, through the memory too, but for that of frames
-    before `detached`."""
-    weights = {name: (tensor if graph else tensor.detach()).double().cpu() for name, tensor in state.items()}
-    samples = []
-    for b in range(x.shape[0]):
+    before `detached`. `noisy_state`: weights of the passes that nothing remembers, where these are another network's.
+    """
+
+    def network(state: dict[str, Tensor], b: int) -> _Sample:
+        weights = {name: (tensor if graph else tensor.detach()).double().cpu() for name, tensor in state.items()}
         context = _text(weights, text[b].double(), text_len)
         tokens = None if image is None else _image(weights, image[b].double())
         y = None if frames is None else frames[b].double()
-        samples.append(_Sample(weights, context, tokens, y, num_heads, window, sink, rope, detached))
+        return _Sample(weights, context, tokens, y, num_heads, window, sink, rope, detached)
+
+    samples, readers = [], []
+    for b in range(x.shape[0]):
+        samples.append(network(state, b))
+        readers.append(samples[-1] if noisy_state is None else network(noisy_state, b))
+        readers[-1].memory = samples[-1].memory
     clean, dirty = [], []
-    for b, sample in enumerate(samples):
+    for b, (sample, reader) in enumerate(zip(samples, readers)):
         own_clean, own_dirty = [], []
         for start, end in blocks:
             if noisy is not None and noisy_sigma is not None:
-                own_dirty += sample.block(start, noisy[b, start:end].double(), noisy_sigma[b, start:end], keep=False)
+                reader.held = sample.held
+                own_dirty += reader.block(start, noisy[b, start:end].double(), noisy_sigma[b, start:end], keep=False)
             own_clean += sample.block(start, x[b, start:end].double(), sigma[b, start:end], keep=True)
         clean.append(torch.stack(own_clean))
         dirty.append(torch.stack(own_dirty) if own_dirty else None)

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from longtake.cli import app as cli
+from longtake.cli.common import given
 from longtake.config.base import describe
 from longtake.config.generation import GenerationConfig
 from longtake.config.job import JobConfig, load_config
@@ -167,6 +168,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         "objective.teacher_precision",
         "model.widen",
         "objective.data_forcing.share",
+        "objective.context_writer",  # not with context: last_step
         *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
         *(f"objective.context_scores.{key}" for key in ("history_frames", "sigma")),
     }
@@ -240,6 +242,11 @@ def test_e_only_given_options_reach_the_function(called, command, name):
     writing = kwargs.pop("writing", None)
     assert writing is None or (writing.crf, writing.scale) == (15, 1.0)
     assert {key: value for key, value in kwargs.items() if value not in (None, {}, False)} == ranks
+
+
+def test_repeated_options_are_lists_also_where_typer_keeps_them_as_tuples():
+    context = types.SimpleNamespace(params={"formats": ("clips",), "switch_frames": (), "seed": 0, "stops": None})
+    assert given(context, *context.params) == {"formats": ["clips"], "seed": 0}
 
 
 def test_given_options_reach_the_function(called, monkeypatch):

@@ -29,6 +29,7 @@ from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import Opened
 from longtake.weights.presets import model_config
+from longtake.weights.two_networks import Part
 
 # The encoders of every published Wan model. Source: specification A.1, B, C.
 _TEXT: dict[str, Any] = {"vocab_size": 256384, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -109,7 +110,7 @@ def random_weights(sizes: DiTConfig, device: torch.device, seed: int = 0) -> Ope
 class RandomBuilder(SizedBuilder):
     """The networks of a stage as a training builds them, of given sizes and with random weights."""
 
-    def open(self, source: Path) -> Opened:
+    def open(self, source: Path, part: Part = "alone") -> Opened:
         """Weights of that name."""
         return random_weights(self.sizes[source.name], self.mesh.device, sorted(self.sizes).index(source.name))
 

@@ -29,6 +29,7 @@ from longtake import run_folder
 from longtake.checkpoint.invariants import compare_facts, flat
 from longtake.checkpoint.shards import ShardWriter, StagedPlanner, StateFiles, write_safetensors
 from longtake.errors import CheckpointError
+from longtake.models.lora import DEFAULT, WRITER
 from longtake.models.sizes import DiTConfig
 from longtake.outputs import sync
 from longtake.parallel.materialize import local
@@ -94,15 +95,28 @@ class Snapshot:
 
 
 def _exports(state: TrainState, name: str, tensors: Mapping[str, Tensor]) -> list[Export]:
-    """A network and, where there is one, its average, which lacks what is not trained and takes it from the network."""
+    """A network and, where there is one, its average, which lacks what is not trained and takes it from the network.
+
+    Low-rank updates that write its context have folders of their own.
+    """
     prefix, adapter = f"networks.{name}.", state.adapters.get(name)
     own = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     end, config = run_folder.LORA if adapter else "", _config_json(getattr(state.networks[name], "config", None))
-    found = [Export(f"{name}{end}", own, config, adapter)]
-    if name in state.ema:
-        average = {key: f"ema.{name}.{key}" for key in own if f"ema.{name}.{key}" in tensors}
-        found.append(Export(f"{name}_ema{end}", own | average, config, adapter))
+    found = []
+    for folder, keys in _roles(name, own).items():
+        found.append(Export(f"{folder}{end}", keys, config, adapter))
+        if name in state.ema:
+            averages = {key: value.replace(prefix, f"ema.{name}.", 1) for key, value in keys.items()}
+            average = {key: value for key, value in averages.items() if value in tensors}
+            found.append(Export(f"{folder}_ema{end}", keys | average, config, adapter))
     return found
+
+
+def _roles(name: str, own: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """By folder, the tensors in `own` that are written there, under the names of a network of its own."""
+    reads = {key: value for key, value in own.items() if f".{WRITER}." not in key}
+    writes = {key.replace(f".{WRITER}.", f".{DEFAULT}."): value for key, value in own.items() if key not in reads}
+    return {name: reads} | ({run_folder.WRITER: writes} if writes else {})
 
 
 def _config_json(config: Any) -> dict[str, Any] | None:

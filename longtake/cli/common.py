@@ -116,9 +116,12 @@ def command_with(context: typer.Context, options: Mapping[str, Any]) -> str:
 
 
 def given(context: typer.Context, *names: str) -> dict[str, Any]:
-    """Those of the named options that were given on the command line."""
+    """Those of the named options that were given on the command line; repeated ones as lists, which some versions of
+    typer keep as tuples.
+    """
     values = {name: context.params[name] for name in names}
-    return {name: value for name, value in values.items() if value not in (None, ())}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def source_of(

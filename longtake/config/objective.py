@@ -39,7 +39,8 @@ class NetworkConfig:
 
     Fields: `optim`, None for a network that is not trained; `lora`, None where all weights are; `shared`, whether the
     networks with low-rank updates are this one with their updates, held once; `fp8`, whether one that is not trained
-    has its large weights in 8-bit floats.
+    has its large weights in 8-bit floats; `causal`, whether weights that say of themselves that they are bidirectional
+    are refused.
     """
 
     key: str
@@ -48,6 +49,7 @@ class NetworkConfig:
     lora: LoraConfig | None = None
     shared: bool = False
     fp8: bool = False
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ class ObjectiveConfig(Settings):
     @property
     def replays(self) -> bool:
         """Whether the student's roll-outs have gradient into the context that they write (`rollout/replay.py`)."""
+        return False
+
+    @property
+    def writes_apart(self) -> bool:
+        """Whether low-rank updates of their own write the context that the student reads (`models/shared_base.py`)."""
         return False
 
     @property

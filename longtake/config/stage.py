@@ -135,6 +135,11 @@ class StageConfig(RunConfig):
                 raise ConfigError(
                     f"{network.key}={self.name} is the stage itself; name an earlier stage, a path or toy"
                 )
+        if self.objective.writes_apart and self.parallel.compile:
+            raise ConfigError(
+                "parallel.compile=true compiles blocks for one kind of low-rank updates, and "
+                "objective.context_writer=own has two in one call; set one of them back"
+            )
         if self.objective.learns_from_videos and self.data.kind in ("images", "texts"):
             raise ConfigError(
                 f"data.kind={self.data.kind} has no motion to learn from, as this objective ({kind}) does; use clips, "

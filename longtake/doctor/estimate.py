@@ -42,6 +42,7 @@ from longtake.train.networks import Builder
 from longtake.train.stage import InPrecision
 from longtake.train.state import TrainState
 from longtake.weights.load import Opened
+from longtake.weights.two_networks import Part
 
 # Depth at which networks are traced. Every layer repeats the one before it, so at each point of a layer's forward or
 # backward the bytes are affine in the number of the layer and in the depth, and the most is found in one of the first
@@ -309,7 +310,7 @@ class _Hollow(SizedBuilder):
 
     meter: Meter
 
-    def open(self, source: Path) -> Opened:
+    def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
             model = network(self.sizes[source.name])
         for layer, block in enumerate(model.blocks):

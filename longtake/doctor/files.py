@@ -93,7 +93,7 @@ def _sizes(
             return model_config(student.preset)
         weights = find_weights(path, logdir)
         if weights.path.exists():
-            return open_dit(weights.path)[1].config  # from the heads of its files
+            return open_dit(weights.path, part="reader")[1].config  # from the heads of its files
         if repository is not None and not path.as_posix().startswith(repository):
             raise CheckpointError(f"{path} does not exist")
         found.notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")

@@ -20,6 +20,7 @@ from longtake.doctor.machine import Machine, fits, free_disk, in_words, look
 from longtake.doctor.streaming import StreamReport, stream_report
 from longtake.errors import ConfigError
 from longtake.weights.hub import fetch_small, order_weights
+from longtake.weights.load import has_writer
 from longtake.weights.locate import is_hub_name
 from longtake.weights.presets import PRESETS, model_config
 from longtake.weights.students import find_student
@@ -140,8 +141,9 @@ def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | 
     rules = student.rules if student is not None else read_rules(Path(model)) if Path(model).is_dir() else None
     if (room := _room(device, look())) is None:
         raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
-    networks = 2 if student is not None and student.student.writes_apart else 1
-    return stream_report(sizes, generation_settings(None, changes, rules), *room, networks=networks)
+    apart = Path(model).is_dir() and has_writer(Path(model)) if student is None else student.student.writes_apart
+    settings = generation_settings(None, changes, rules)
+    return stream_report(sizes, settings, *room, networks=2 if apart else 1)
 
 
 def _room(device: str | None, machine: Machine) -> tuple[int, str] | None:

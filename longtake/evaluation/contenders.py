@@ -13,7 +13,7 @@ import torch
 from longtake.config.generation import MAX_FRAMES
 from longtake.errors import ConfigError
 from longtake.evaluation.row_videos import Maker, student_maker, teacher_maker
-from longtake.evaluation.target import EvalTarget, load_frozen
+from longtake.evaluation.target import EvalTarget, load_denoiser
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
@@ -69,7 +69,7 @@ class Contender:
 
     name: str
     source: Source
-    load: Callable[[torch.device], VideoDiT]
+    load: Callable[[torch.device], Denoiser]
     clip_frames: int
     multiples: tuple[int, ...] = (1,)
     streams: bool = False
@@ -83,14 +83,14 @@ class Contender:
         """Latent frames of so many clips."""
         return self.clip_frames * multiple
 
-    def maker(self, model: VideoDiT, plan: StreamPlan, *, first_frame_clean: bool, seed: int) -> Maker:
+    def maker(self, denoiser: Denoiser, plan: StreamPlan, *, first_frame_clean: bool, seed: int) -> Maker:
         """What makes the latents of its longest videos; students stream by `plan`."""
         frames = self.num_latent_frames(self.multiples[-1])
         if self.streams:
-            return student_maker(Denoiser(model), plan, frames, seed=seed)
+            return student_maker(denoiser, plan, frames, seed=seed)
         steps, guidance = self.sampling
         rules: dict[str, Any] = {"num_steps": steps, "guidance": guidance, "shift": self.source.settings.shift}
-        return teacher_maker(model, frames, first_frame_clean=first_frame_clean, seed=seed, **rules)
+        return teacher_maker(denoiser.model, frames, first_frame_clean=first_frame_clean, seed=seed, **rules)
 
 
 def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
@@ -106,7 +106,8 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
     sampling = asked.teacher_steps, asked.teacher_guidance
     found: list[Contender] = []
     if target.teacher is not None:
-        found.append(Contender(TEACHER, target.result, target.teacher, clip_frames, sampling=sampling))
+        load = _as_denoiser(target.teacher)
+        found.append(Contender(TEACHER, target.result, load, clip_frames, sampling=sampling))
         if TEACHER in target.students:
             raise ConfigError(f"a model is called {TEACHER} as the teacher's row is; give its folder another name")
     for name, source in target.students.items():
@@ -127,11 +128,18 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
     return found
 
 
-def _loader(source: Source) -> Callable[[torch.device], VideoDiT]:
+def _as_denoiser(load: Callable[[torch.device], VideoDiT]) -> Callable[[torch.device], Denoiser]:
+    return lambda device: Denoiser(load(device))
+
+
+def _loader(source: Source) -> Callable[[torch.device], Denoiser]:
     dtype = torch.bfloat16 if source.settings.is_half else None
 
-    def load(device: torch.device) -> VideoDiT:
-        model = load_frozen(source, device, dtype)
-        return model.quantise() if source.settings.precision == "fp8" else model
+    def load(device: torch.device) -> Denoiser:
+        denoiser = load_denoiser(source, device, dtype)
+        for model in (denoiser.model, denoiser.writer):
+            if model is not None and source.settings.precision == "fp8":
+                model.quantise()
+        return denoiser
 
     return load

@@ -207,9 +207,9 @@ def _longest(one: Contender, reading: Reading) -> int:
 def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool: Executor, pace: Pace) -> list[Made]:
     """Makes the videos of all rows of this rank, while the files of those before are measured."""
     reading = reader.read(one.source)
-    model = one.load(reader.mesh.device)
+    denoiser = one.load(reader.mesh.device)
     plan, clean = reading.beginning.plan_of(given=reading.given), not reading.beginning.needed
-    if (model.config.condition_channels > 0) == clean:
+    if (denoiser.model.config.condition_channels > 0) == clean:
         raise ConfigError(f"{one.name} takes pictures in another way than the student does; leave it out")
     if reading.given and reading.beginning.picture == "still" and not one.streams:
         raise ConfigError(f"{one.name} has no blocks for a picture to stand still in; set picture=frame")
@@ -219,7 +219,7 @@ def _videos_of(one: Contender, reader: RowReader, asked: Asked, part: Path, pool
         name = f"{row.number:05d}-{_UNUSUAL.sub('_', row.name)[:_NAME_SIGNS]}"
         stem = f"{name}-{index}" if asked.samples > 1 else name
         files = {multiple: part / one.row_name(multiple) / f"{stem}.mp4" for multiple in one.multiples}
-        latents = one.maker(model, plan, first_frame_clean=clean, seed=asked.seed + index)(row)
+        latents = one.maker(denoiser, plan, first_frame_clean=clean, seed=asked.seed + index)(row)
         picture, seen = _write_videos(one, latents, reading, sample.image, files)
         measuring = {
             multiple: pool.submit(measure_video, one.row_name(multiple), path, _blocks(one, plan, multiple, reading))

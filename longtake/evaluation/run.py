@@ -17,7 +17,7 @@ from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.evaluation import paired, pictures, report, rows
-from longtake.evaluation.target import EvalTarget, load_frozen, of_run
+from longtake.evaluation.target import EvalTarget, load_denoiser, of_run
 from longtake.inference.source import Source
 from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh
@@ -201,16 +201,16 @@ def _rows(target: EvalTarget, settings: EvaluationConfig, frames: int, mesh: Mes
         if result.plan is not None:
             table["teacher, causal"] = rows.student_row(Denoiser(teacher), result.plan, seed=seed)
     for name, student in target.students.items():
-        model = load_frozen(student, mesh.device)
+        denoiser = load_denoiser(student, mesh.device)
         if student.plan is None:
-            table[name] = bidirectional(model)
+            table[name] = bidirectional(denoiser.model)
             continue
-        table[name] = rows.student_row(Denoiser(model), student.plan, seed=seed)
+        table[name] = rows.student_row(denoiser, student.plan, seed=seed)
         for law in (law for law in _LAWS if switched and law != student.plan.recache):
             # LongLive's law leaves the sink as it was.
             sink = student.plan.keep_sink or (law == "last_window" and student.plan.sink_frames > 0)
             other = student.plan.but(recache=law, keep_sink=sink)
-            table[f"{name}, {_LAWS[law]}"] = rows.student_row(Denoiser(model), other, seed=seed)
+            table[f"{name}, {_LAWS[law]}"] = rows.student_row(denoiser, other, seed=seed)
     if settings.ablations and result.plan is not None and not switched:
         present = {"y": target.with_y, "clip": target.sizes.image_dim is not None, "text": True}
         for broken in (part for part in _BROKEN if present[part]):

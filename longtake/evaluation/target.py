@@ -20,6 +20,7 @@ from longtake.inference.pipeline import load_encoders
 from longtake.inference.source import Source
 from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
+from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import checkpoints_folder, find_checkpoint, student_stages, trained_config
 from longtake.weights.load import load_opened, open_weights
 from longtake.weights.locate import find_weights
@@ -76,10 +77,15 @@ def load_frozen(weights: Path | Source, device: torch.device, dtype: torch.dtype
     """A model for inference alone, of weights or of a source, which knows more of them than their path; `dtype` of its
     matrix weights, None: as they are.
     """
-    if isinstance(weights, Source) and weights.student is not None:
-        weights.student.check_is_one()
     opened = weights.open() if isinstance(weights, Source) else open_weights(weights, check=True)
     return load_opened(opened, device, dtype).eval().requires_grad_(False)
+
+
+def load_denoiser(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Denoiser:
+    """A student for inference alone, with what writes its context where that is another network."""
+    apart = source.open_writer()
+    writer = None if apart is None else load_opened(apart, device, dtype).eval().requires_grad_(False)
+    return Denoiser(load_frozen(source, device, dtype), writer=writer)
 
 
 def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:

@@ -18,8 +18,9 @@ from longtake.outputs import check_new_folder, new_folder
 from longtake.progress import as_size
 from longtake.run_folder import best_checkpoint, chosen_by, find_checkpoint
 from longtake.weights.convert import WEIGHT_FILES
-from longtake.weights.load import load_dit, save_dit
+from longtake.weights.load import load_opened, save_dit
 from longtake.weights.locate import is_hub_name
+from longtake.weights.two_networks import writers_own
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,15 @@ def export(
     check_new_folder(target, own=(*WEIGHT_FILES, CARD), inputs=[run, source.weights], overwrite=overwrite)
     settings = source.settings.model_copy(update={"encoders": _place(source.encoders)})
     logger.info("reading %s", source.weights)
-    model = load_dit(source.weights)
-    weighs = as_size(sum(tensor.numel() for tensor in model.parameters()) * DTYPES[dtype].itemsize)
+    model, apart = load_opened(source.open()), source.open_writer()
+    state = model.state_dict() | ({} if apart is None else writers_own(model, load_opened(apart)))
+    weighs = as_size(sum(tensor.numel() for tensor in state.values()) * DTYPES[dtype].itemsize)
     logger.info("writing %s in %s to %s", weighs, dtype, target)
     with new_folder(target, overwrite=overwrite) as folder:
-        save_dit(model.config, model.state_dict(), folder, DTYPES[dtype])
+        save_dit(model.config, state, folder, DTYPES[dtype])
         write_rules(folder, settings)
-        write_card(folder, target.name, checkpoint, settings, with_picture=model.config.condition_channels > 0)
+        kind = {"with_picture": model.config.condition_channels > 0, "with_writer": apart is not None}
+        write_card(folder, target.name, checkpoint, settings, **kind)
     return target
 
 

@@ -22,8 +22,13 @@ CARD = "README.md"
 _LAST = 0.1  # of a stage's iterations, over which losses are averaged
 
 
-def write_card(folder: Path, name: str, checkpoint: Path, settings: GenerationConfig, *, with_picture: bool) -> None:
+def write_card(
+    folder: Path, name: str, checkpoint: Path, settings: GenerationConfig, *, with_picture: bool, with_writer: bool
+) -> None:
     """Writes `README.md` beside the weights of the student in `checkpoint`, which is exported as `name`."""
+    two = " It is two networks: the tensors `memory_*` are those of what writes the context, where they differ." * (
+        with_writer
+    )
     kind = "image-to-video" if with_picture else "text-to-video"
     picture = "--image photo.jpg " * with_picture
     stages = "\n".join(map(_stage, _lineage(checkpoint)))
@@ -46,7 +51,7 @@ longtake generate --model {name} {picture}--prompt "what happens" --seconds 10 -
 ## Rules
 
 Pictures of {settings.height}x{settings.width}, {settings.fps} frames a second; {in_words(settings)}.
-`generation.yaml` has all of them; other ones than these are not what it was trained for.
+`generation.yaml` has all of them; other ones than these are not what it was trained for.{two}
 
 ## Training
 

@@ -32,7 +32,7 @@ from longtake.weights.hub import (
     order_weights,
     surely_needs_image,
 )
-from longtake.weights.load import Opened, open_weights
+from longtake.weights.load import Opened, has_writer, open_weights
 from longtake.weights.locate import find_encoders, find_weights, is_hub_name, locate
 from longtake.weights.students import FoundStudent, find_student
 
@@ -96,13 +96,14 @@ class Source:
         return cls(exported_weights(path), folder, settings, config)
 
     def open(self) -> Opened:
-        """The weights, before they are in a model. Raises: CheckpointError."""
-        return open_weights(self.weights, check=True) if self.student is None else self.student.open()
+        """The weights of what denoises, before they are in a model. Raises: CheckpointError."""
+        return open_weights(self.weights, check=True, part="reader") if self.student is None else self.student.open()
 
     def open_writer(self) -> Opened | None:
         """Those of the network that makes the context, where that is another. Raises: CheckpointError."""
-        apart = self.student is not None and self.student.student.writes_apart
-        return self.student.open(writer=True) if apart and self.student is not None else None
+        if self.student is not None:
+            return self.student.open(writer=True) if self.student.student.writes_apart else None
+        return open_weights(self.weights, check=True, part="writer") if has_writer(self.weights) else None
 
     @property
     def name(self) -> str:

@@ -5,6 +5,8 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from longtake.condition import MaskLayout
 from longtake.models.attention import FrameMask, block_mask, make_mask
 from longtake.models.cache import CacheView, KVCache, beside
-from longtake.models.execution import WHOLE_NETWORK, Execution
+from longtake.models.execution import WHOLE_NETWORK, Execution, Run
 from longtake.models.layers import rotated
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
 
@@ -137,7 +139,8 @@ class CrossContext:
     """Where cross-attention gets keys and values: projected in each block, or kept in the cache for one condition.
 
     The projection always runs inside the block's own forward, because sharded weights exist only there. `later`: the
-    first entry that reads another text, and that text.
+    first entry that reads another text, and that text. `runs`, where entries have low-rank updates of several kinds:
+    keys and values of the text are of each kind.
     """
 
     def __init__(
@@ -146,16 +149,30 @@ class CrossContext:
         image: Tensor | None,
         cache: KVCache | None,
         later: tuple[int, Tensor] | None = None,
+        runs: Sequence[Run] | None = None,
     ) -> None:
-        self.text, self.image, self.cache, self.later = text, image, cache, later
+        self.text, self.image, self.cache, self.later, self.runs = text, image, cache, later, runs
 
     def parts(self, module: Projection, layer: int, entries: int) -> list[tuple[int, tuple[Tensor, ...]]]:
         """How many entries, one run after the other, read which keys and values."""
-        if self.later is None:
+        if self.later is None and self.runs is None:
             return [(entries, self.keys_values(module, layer))]
-        first, text = self.later
-        texts = [(first, self.text), (entries - first, text)]
-        return [(count, module.project(own, self.image)) for count, own in texts if own is not None]
+        first, later = self.later or (entries, self.text)
+        found: list[tuple[int, tuple[Tensor, ...]]] = []
+        made: dict[tuple[object, bool], tuple[Tensor, ...]] = {}
+        start = 0
+        for count, kind, on in self.runs or [(entries, None, nullcontext())]:
+            before = min(max(first - start, 0), count)
+            for part, text in ((before, self.text), (count - before, later)):
+                if part == 0:
+                    continue
+                assert text is not None
+                if (key := (kind, text is later)) not in made:
+                    with on:
+                        made[key] = module.project(text, self.image)
+                found.append((part, made[key]))
+            start += count
+        return found
 
     def keys_values(self, module: Projection, layer: int) -> tuple[Tensor, ...]:
         if self.text is None:

@@ -410,7 +410,7 @@ class VideoDiT(nn.Module):
         if isinstance(context, (MaskLayout, PreparedMask)) and context.later_from is not None:
             assert condition.later_text is not None
             later = context.later_from, tokens(condition.later_text)
-        return CrossContext(tokens(condition.text), image, keeps, later)
+        return CrossContext(tokens(condition.text), image, keeps, later, self.execution.runs())
 
     # ---- parts of forward -------------------------------------------------------------------------------------------
     def _embed_time(self, clock: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,20 +23,36 @@ from longtake.models.sequence_parallel import SequenceParallel
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# (entries of a call one after the other, which updates are theirs, the context in which these are on)
+Run = tuple[int, object, AbstractContextManager]
+
+
+class Updates(Protocol):
+    """Low-rank updates of a network, of which some are on (`shared_base.py`), as far as this file knows them."""
+
+    def contexts(self) -> Contexts:
+        """Contexts of a block's forward and of its recomputation, which may come when others are on."""
+        ...
+
+    def runs(self) -> list[Run] | None:
+        """Where the entries of the present call have several; None: all have the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective");
     `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own;
-    `around`, contexts of a block's forward and of its recomputation, which may come when another adapter is on;
-    `attend`, what computes attention; `fuses`, whether each function of element-wise work between matrix products is
-    compiled into a kernel of its own, for the shapes that it meets.
+    `updates`, low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each
+    function of element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it
+    meets.
     """
 
     split: SequenceParallel | None = None
     recompute: bool | str = False
     recompute_from: torch.dtype | None = None
-    around: Callable[[], Contexts] | None = None
+    updates: Updates | None = None
     attend: Attention = attend
     fuses: bool = False
 
@@ -52,7 +68,11 @@ class Execution:
     def contexts(self) -> Contexts:
         """One context around a block's forward and one around its recomputation; made before the forward."""
         makers = [keep_attention] if self.recompute == "selective" else []
-        return together(makers if self.around is None else [*makers, self.around])
+        return together(makers if self.updates is None else [*makers, self.updates.contexts])
+
+    def runs(self) -> list[Run] | None:
+        """As `Updates.runs`."""
+        return None if self.updates is None else self.updates.runs()
 
 
 WHOLE_NETWORK = Execution()  # by one process, and nothing is computed again

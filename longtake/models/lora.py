@@ -20,6 +20,7 @@ from longtake.models.dit import VideoDiT
 from longtake.rng import KeyedRNG
 
 DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
+WRITER = "writer"  # of those that write the context of a network, beside its own
 
 
 def targets_of(model: VideoDiT, wanted: Sequence[str] | None) -> tuple[str, ...]:

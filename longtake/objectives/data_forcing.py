@@ -1,6 +1,6 @@
 """Real clips in place of the student's as what the teacher is asked about, in a share of the rows.
 
-With the student's video G, the row's clip x and one noise and level for both, the student moves along
+With the student's video G, the row's clip x and one noise and level for both, the student moves against
 p_fake(G_t) - p_real(x_t) instead of p_fake(G_t) - p_real(G_t): where the teacher cannot lead a student that is far off,
 data can. Source: Data-Forcing Distillation (arXiv 2606.18478, eq. 8); specification S.
 

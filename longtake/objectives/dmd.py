@@ -131,7 +131,7 @@ class Dmd(Objective):
             loss = loss + self.settings.data_loss.weight * forced
             metrics["data_loss"] = forced.detach()
         if clip is not None:
-            mine, own = Statistics.of(self._section(student, step)), Statistics.of(clip)
+            mine, own = (Statistics.of(self._section(video, step)) for video in (student, clip))
             if any(changes := [frame is not None and frame < clip.shape[1] for frame in batch.switch_frames]):
                 own = own.except_in(changes, mine)
             metrics["deviation_ratio"] = deviation_ratio(mine, own)
@@ -237,9 +237,9 @@ class Dmd(Objective):
         """The call of a network that this makes."""
         return clip
 
-    def _section(self, student: Tensor, step: int) -> Tensor:
-        """The frames of a clip whose statistics are those of its window."""
-        return student
+    def _section(self, clip: Tensor, step: int) -> Tensor:
+        """The frames of a window, or of the row's own clip beside it, whose statistics are compared."""
+        return clip
 
     # ---- what an iteration costs ----------------------------------------------------------------------------------
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:

@@ -86,6 +86,12 @@ class DmdKeys(ObjectiveConfig):
         "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
         "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
     )
+    context_writer: Literal["student", "own"] = Field(
+        default="student",
+        description="what writes the context of a roll-out: `student` = the network that denoises; `own` = low-rank "
+        "updates of their own, as large as those of `lora`, on the same frozen weights (Self-Gradient Forcing, plus "
+        "form). They learn through context_gradient=replay alone. Such a student is two networks where it is played",
+    )
     teacher_precision: Literal["fp8"] | None = Field(
         default=None,
         description="type of the teacher's large matrix products: fp8 = 8-bit floats, half the memory of their "
@@ -171,6 +177,10 @@ class DmdKeys(ObjectiveConfig):
         return self.context_gradient == "replay"
 
     @property
+    def writes_apart(self) -> bool:
+        return self.context_writer == "own"
+
+    @property
     def empty_prompt(self) -> str:
         return self.negative_prompt
 
@@ -205,6 +215,8 @@ class DmdKeys(ObjectiveConfig):
                 "the student is given, and model.image_condition=t2v gives it none: clips that share a caption alone "
                 "take away its variety; set it to 0"
             )
+        if self.writes_apart:
+            self._check_writer(plan, lora=lora)
         if self.shared_base and self.teacher_precision is not None:
             raise ConfigError(
                 f"objective.teacher_precision={self.teacher_precision} rounds the teacher, and objective.shared_base="
@@ -215,4 +227,16 @@ class DmdKeys(ObjectiveConfig):
             raise ConfigError(
                 "objective.shared_base=true needs low-rank updates of the student (lora), of the critic "
                 "(objective.critic.lora), or of both; give them, or set it to false"
+            )
+
+    def _check_writer(self, plan: StreamPlan, *, lora: bool) -> None:
+        """Raises ConfigError where a writer of its own would be none, or would learn nothing."""
+        key = "objective.context_writer=own"
+        if not lora:
+            raise ConfigError(f"{key} is low-rank updates beside those of the student, and lora=null; give lora")
+        if not self.replays:
+            raise ConfigError(f"{key} learns through objective.context_gradient=replay alone; set that")
+        if plan.context == "last_step":
+            raise ConfigError(
+                f"plan.context=last_step has the student store its own blocks, which {key} is to do; set it to pass"
             )

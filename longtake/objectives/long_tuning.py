@@ -7,11 +7,13 @@ videos; their past is generated again, by the weights as they were saved. Source
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from longtake.config.objective import NetworkConfig
 from longtake.errors import ConfigError, DataError
 from longtake.objectives.base import Objective, Parts
 from longtake.objectives.dmd import Dmd, DmdConfig
@@ -66,6 +68,11 @@ class LongTuningConfig(DmdConfig):
     def reference(self) -> str | None:  # type: ignore[override]
         """None where the teacher is causal and makes no whole clips."""
         return None if self.context_scores.history_frames else "teacher"
+
+    def networks(self) -> Mapping[str, NetworkConfig]:
+        """As of `dmd`; scores in context are those of causal networks."""
+        causal = bool(self.context_scores.history_frames)
+        return {name: replace(network, causal=causal) for name, network in super().networks().items()}
 
     @model_validator(mode="after")
     def _check_chunks(self) -> Self:
@@ -248,10 +255,12 @@ class LongTuning(Dmd):
     def _score_call(self, step: int, clip: Call) -> Call:
         return clip.masked(self._layout(step)) if self.context_scores.history_frames else clip
 
-    def _section(self, student: Tensor, step: int) -> Tensor:
+    def _section(self, clip: Tensor, step: int) -> Tensor:
         start, end = self._generated(step)
-        later = self.context_scores.history_frames and self.chunk(step)
-        return student[:, start - end :] if later else student
+        if not (self.context_scores.history_frames and self.chunk(step)):
+            return clip
+        # New frames alone, of the clip too: latents of a picture vary more than those of a video's later frames.
+        return clip[:, start - end :]
 
     def _conditions(self, batch: EncodedBatch, made: RollOut) -> tuple[Condition, Condition]:
         from longtake.rollout.long_video import Window

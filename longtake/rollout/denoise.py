@@ -20,6 +20,7 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.shared_base import WriterApart
 from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
 from longtake.rollout.replay import ExitStep, Replay, exits_with_grad, hold_until_backward
@@ -37,7 +38,8 @@ class Denoiser:
     Args: `graphs` captures passes without gradient and replays them (None: Python makes every call);
     `batched_exit_backward` has the exit steps of a roll-out recomputed and differentiated together in the end;
     `replays` makes them again with gradient into their context instead (`replay.py`); `writer`, another network of the
-    same sizes that makes all of the context, while `model` only denoises (SGF+); `gathering`, entered around several
+    same sizes that makes all of the context, while `model` only denoises (SGF+; None: that of a `WriterApart`, or the
+    model itself); `gathering`, entered around several
     calls between which no weight changes: sharded weights are gathered once for them.
     """
 
@@ -52,7 +54,8 @@ class Denoiser:
         gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         assert not (batched_exit_backward and replays), "two ways to give a roll-out its gradient"
-        self.model, self.writer, self.graphs, self.gathered = model, writer, graphs, gathering
+        self.model, self.graphs, self.gathered = model, graphs, gathering
+        self.writer = model.writer if writer is None and isinstance(model, WriterApart) else writer
         self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
 

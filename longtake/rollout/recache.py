@@ -157,7 +157,9 @@ def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forc
         for starts in anew:
             held.update(call(starts[0], plan.block_of(starts[-1])[1], half=0))
     go(switch, num_frames, unstored=plan.block_of(num_frames - 1)[0])
-    layout = packed_layout([frame % num_frames for frame in source], calls, plan.rope, later_from=later_from)
+    stored = tuple(frame < num_frames for frame in source)
+    frames = [frame % num_frames for frame in source]
+    layout = packed_layout(frames, calls, plan.rope, later_from=later_from, stored=stored)
     return Forced(layout, torch.tensor(source), torch.tensor([noisy[frame] for frame in range(num_frames)]))
 
 

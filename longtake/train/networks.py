@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,9 +24,9 @@ from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.lora import DEFAULT, base_name
+from longtake.models.lora import DEFAULT, WRITER, base_name
 from longtake.models.sequence_parallel import check_heads
-from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase
+from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase, WriterApart
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective, Parts, Phase
 from longtake.parallel.fsdp import gathered, parallelize
@@ -40,13 +40,14 @@ from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
-from longtake.weights.fingerprint import weights_identity
+from longtake.weights.fingerprint import check_base, weights_identity
 from longtake.weights.load import Opened
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
-from longtake.weights.students import find_student, open_source
+from longtake.weights.students import find_student, is_causal, open_source
 from longtake.weights.tensor_files import not_finite
+from longtake.weights.two_networks import Part, updates_of, writer_updates
 from longtake.weights.widen import opened_as_asked
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Builder:
         frozen: dict[str, VideoDiT] = {}
         if self.base is not None:
             trained, frozen = self.shared(self.base)
+        elif self.config.objective.writes_apart:
+            trained["generator"] = self.with_writer()
         for name, wanted in self.config.networks.items():
             if wanted.optim is None and name not in frozen:
                 frozen[name] = self.frozen(name)
@@ -207,27 +210,42 @@ class Builder:
 
     def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
         """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
-        config, mesh = self.config, self.mesh
-        base = self.weights(base_name)
+        names = [name for name, wanted in self.config.networks.items() if wanted.lora is not None]
+        shared, views = self._on_base(self.weights(base_name), names)
+        if self.mesh.is_main:
+            logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
+        return views, {base_name: AdapterView(shared, None)}
+
+    def with_writer(self) -> VideoDiT:
+        """The generator, and what writes its context, as updates of a base that is theirs alone."""
+        own = self.weights("generator")
+        base = own if writer_updates(own) is None else check_base(own, read_base(own))
+        return self._on_base(base, ["generator"])[1]["generator"]
+
+    def _on_base(self, base: Path, names: Sequence[str]) -> tuple[SharedBase, dict[str, VideoDiT]]:
+        """A frozen network with low-rank updates, and the networks that it is with these on."""
+        config, mesh, apart = self.config, self.mesh, self.config.objective.writes_apart
         identity = mesh.on_main(lambda: self.identity(base))
         opened = self.open(base)
         self._freeze(opened.model)
         updates: list[Iterator[tuple[str, Tensor]]] = []
-        names = [name for name, wanted in config.networks.items() if wanted.lora is not None]
+        views: list[tuple[str, type[AdapterView]]] = []
         for name in names:
             own, key = self.weights(name), config.networks[name].key
             self._check_base(name, own, base, identity)
-            found = self._adapt(opened, name, base, identity, adapter_name=name)
-            if own != base and is_adapter(own):
-                updates.append(earlier_values(opened.model, own, found, f"{key}={own}", adapter_name=name))
-            else:
-                updates.append(first_values(opened.model, name, config.seed, adapter_name=name))
+            views.append((name, WriterApart if apart and name == "generator" else AdapterView))
+            for role in [name, WRITER] if apart and name == "generator" else [name]:
+                found = self._adapt(opened, name, base, identity, adapter_name=role)
+                if own != base and is_adapter(own):
+                    part: Part = "alone" if not apart else "writer" if role == WRITER else "reader"
+                    begun = updates_of(own, part)
+                    updates.append(earlier_values(opened.model, begun, found, f"{key}={begun}", adapter_name=role))
+                else:
+                    updates.append(first_values(opened.model, role, config.seed, adapter_name=role))
         switch = AdapterSwitch()
-        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, around=switch.contexts)))
+        opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, updates=switch)))
         shared = SharedBase(self._filled(opened, *updates), switch)
-        if mesh.is_main:
-            logger.info("one frozen network is shared by the %s and %s", base_name, " and ".join(names))
-        return {name: AdapterView(shared, name) for name in names}, {base_name: AdapterView(shared, None)}
+        return shared, {name: view(shared, name) for name, view in views}
 
     def student(self, generator: VideoDiT) -> Denoiser:
         """The generator as it streams."""
@@ -262,7 +280,8 @@ class Builder:
                 for key, p in opened.model.named_parameters()
                 if f".lora_A.{adapter_name}." in key or f".lora_B.{adapter_name}." in key
             )
-            logger.info("%s: low-rank updates of %s, %d parameters are trained", name, weights, count)
+            role = name if adapter_name == DEFAULT else adapter_name
+            logger.info("%s: low-rank updates of %s, %d parameters are trained", role, weights, count)
         self.adapters[name] = found
         return found
 
@@ -289,15 +308,26 @@ class Builder:
         for name, wanted in self.config.networks.items():
             sizes = model_config(self.config.model.preset)
             if wanted.source is not None:
-                sizes = open_source(self.weights(name)).model.config
+                sizes = open_source(self.weights(name), part="reader").model.config
             check_heads(sizes.num_heads, together)
 
     def check_start(self) -> None:
+        """Raises ConfigError when a network begins as what this stage cannot use: before any is read."""
+        self._check_rules()
+        for name, wanted in self.config.networks.items():
+            if wanted.causal and is_causal(self.config.source(wanted.source or ""), self.config.logdir) is False:
+                raise ConfigError(
+                    f"{wanted.key}={wanted.source} are bidirectional weights, as they say themselves, and the {name} "
+                    "of objective.context_scores must be causal; name weights that teacher forcing has trained (a "
+                    "stage causal), or set objective.context_scores.history_frames=0"
+                )
+
+    def _check_rules(self) -> None:
         """Raises ConfigError when a student begins as one that was unrolled by other rules than this stage's."""
         source = self.config.init_from
         if source is None:
             return
-        self.open(self.weights("generator"))  # heads of files only
+        self.open(self.weights("generator"), part="reader")  # heads of files only
         checkpoint = find_weights(self.weights("generator"), self.config.logdir).checkpoint
         if not self.config.objective.causal or checkpoint is None or not holds_student(checkpoint):
             return
@@ -315,10 +345,13 @@ class Builder:
         assert source is not None
         return weights_folder(self.config.source(source), self.config.logdir)
 
-    def open(self, source: Path) -> Opened:
-        """Weights before they are read, checked against the stage's condition. Raises: CheckpointError, ConfigError."""
-        model = self.config.model
-        opened = opened_as_asked(open_source(weights_folder(source, self.config.logdir)), model, self.config.seed)
+    def open(self, source: Path, part: Part = "alone") -> Opened:
+        """Weights before they are read, checked against the stage's condition; `part` of those of two networks.
+
+        Raises: CheckpointError, ConfigError.
+        """
+        model, folder = self.config.model, weights_folder(source, self.config.logdir)
+        opened = opened_as_asked(open_source(folder, part=part), model, self.config.seed)
         sizes = opened.model.config
         if (sizes.condition_channels > 0) != model.with_y:
             key, fix = _misfit(model)

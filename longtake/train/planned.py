@@ -45,7 +45,7 @@ def planned_operations(builder: Builder) -> float | None:
 def _sizes(builder: Builder, name: str) -> DiTConfig:
     if builder.config.networks[name].source is not None:
         try:
-            return builder.open(builder.weights(name)).model.config
+            return builder.open(builder.weights(name), part="reader").model.config
         except CheckpointError:
             pass  # an earlier stage makes it
     return model_config(builder.config.model.preset)

@@ -23,12 +23,13 @@ from longtake.progress import as_size, track
 from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
 from longtake.weights.hub import local_path
-from longtake.weights.locate import locate
+from longtake.weights.locate import SAFETENSORS, files_in, locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
 from longtake.weights.names import shown_key
 from longtake.weights.presets import PRESETS, fitting_presets
 from longtake.weights.read import CheckpointReader, open_published
 from longtake.weights.tensor_files import check_finite, misfits, save_tensors, shapes_in
+from longtake.weights.two_networks import Part, holds_writer, part_of, updates_of, writer_updates
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +60,22 @@ def open_dit(
     *,
     unmerge: bool = False,
     mend: Callable[[CheckpointReader], CheckpointReader] | None = None,
+    part: Part = "alone",
 ) -> tuple[CheckpointReader, VideoDiT]:
     """The tensors of a source, and a model on the meta device whose parameters are exactly those.
 
-    Args: as `load_dit`; `unmerge` takes the updates out of what is read; `mend` as `open_published`.
+    Args: as `load_dit`; `unmerge` takes the updates out of what is read; `mend` as `open_published`; `part`,
+    of a source of two networks (`two_networks.py`).
     Raises: CheckpointError listing missing, surplus or reshaped keys, or when sizes or files are missing; ConfigError.
     """
     check_scale(lora_scale, lora)
     path = locate(local_path(source))
     if is_adapter(path) and network is None:
+        path = updates_of(path, part)
         published, model = open_dit(check_base(path, read_base(path)), lora=path)
     else:
-        published = open_published(path, network, mend=mend)  # first: it says what the weights of others are
+        # First: it says what the weights of others are.
+        published = open_published(path, network, mend=mend or partial(part_of, part=part))
         with torch.device("meta"):
             model = VideoDiT(_sizes(published, (path if path.is_dir() else path.parent) / FILE))
         check_state(published.shapes(), model, path, diffusers=published.diffusers)
@@ -128,14 +133,25 @@ class Opened:
         return track(values, "loading the transformer", "bytes", total, size=lambda pair: sizes[pair[0]])
 
 
-def open_weights(source: str | Path, *, check: bool = False) -> Opened:
-    """Weights that are read later, whole or by slices; `source` as that of `load_dit`, `check` as of `read`.
+def open_weights(source: str | Path, *, check: bool = False, part: Part = "alone") -> Opened:
+    """Weights that are read later, whole or by slices; `source` as that of `load_dit`, `check` as of `read`, `part` as
+    of `open_dit`.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError, ConfigError.
     """
-    published, model = open_dit(source)
+    published, model = open_dit(source, part=part)
     read, held = partial(published.read, check=check), published.tensors
     return Opened(model, read, lambda name: str(held.get(name, name)), str(source))
+
+
+def has_writer(source: Path) -> bool:
+    """Whether a local source is two networks, one of which writes the context; of files that hold no code."""
+    path = locate(source)
+    if is_adapter(path):
+        return writer_updates(path) is not None
+    if not (files_in(path) if path.is_dir() else path.suffix in SAFETENSORS):
+        return False
+    return holds_writer(open_published(path))
 
 
 def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VideoDiT:

@@ -7,7 +7,6 @@ play is refused by name: played by another law it would look worse, and nobody w
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +21,15 @@ from longtake.config.generation import RULES_FILE, GenerationConfig, read_rules
 from longtake.config.stage import TOY
 from longtake.errors import CheckpointError, ConfigError, nearest
 from longtake.models.dit import VideoDiT
+from longtake.run_folder import holds_student
 from longtake.weights.config_json import FILE
 from longtake.weights.hub import TABLE, Order, fetch, look_up
 from longtake.weights.load import Opened, open_dit, open_weights
-from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, is_hub_name, locate
+from longtake.weights.locate import SAFETENSORS, files_in, find_encoders, find_weights, is_hub_name, locate
 from longtake.weights.read import CheckpointReader
+from longtake.weights.two_networks import Part, are_two, reader_of, writer_of
 
 _PATCH = "patch_embedding.weight"
-_MEMORY = re.compile(r"(^|\.)memory_")  # in names of the network that makes the context
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Student:
         tensors = {
             name: stored
             for name, stored in published.tensors.items()
-            if (self.skipped is None or not stored.key.startswith(self.skipped))
-            and not (self.writes_apart and _MEMORY.search(name))
+            if self.skipped is None or not stored.key.startswith(self.skipped)
         }
         patch = tensors.get(_PATCH)
         if not self.linear_patch or patch is None or len(patch.shape) != 2 or patch.shape[1] % 4:
@@ -87,14 +86,6 @@ class Student:
 
         tensors[_PATCH] = replace(patch, shape=shape)
         return replace(published, tensors=tensors, updates=(*published.updates, as_kernel))
-
-    def mended_writer(self, published: CheckpointReader) -> CheckpointReader:
-        """Those of the network that makes the context: `memory_*` beside the others, and theirs where there is none.
-
-        Source: Zihan-Su/Self_Gradient_Forcing_Plus, utils/checkpoint.py.
-        """
-        own = {_MEMORY.sub(r"\1", name): stored for name, stored in published.tensors.items() if _MEMORY.search(name)}
-        return replace(published, tensors=self.mended(published).tensors | own)
 
 
 def in_words(settings: GenerationConfig) -> str:
@@ -153,8 +144,8 @@ class FoundStudent:
         student, order = self.student, self.order()
         here = self if order is None else self.fetched(fetch([order])[0])
         try:
-            mend = student.mended_writer if writer else student.mended
-            return open_dit(here.weights, student.network, here.lora, mend=mend)
+            part = writer_of if writer else reader_of
+            return open_dit(here.weights, student.network, here.lora, mend=lambda found: student.mended(part(found)))
         except CheckpointError as error:
             raise CheckpointError(f"{student.name}, published as {student.model}: {error}") from error
 
@@ -167,10 +158,7 @@ class FoundStudent:
     def check_is_one(self) -> None:
         """Raises ConfigError where two networks are played together, and one alone would be another student."""
         if self.student.writes_apart:
-            raise ConfigError(
-                f"{self.student.name} is two networks, of which one makes the context of the other, and this takes "
-                "one; it can be played (longtake generate, play, serve)"
-            )
+            raise are_two(self.student.name)
 
     def order(self) -> Order | None:
         """What is to be fetched of it from the hub, None for a local one. Raises: CheckpointError for missing files."""
@@ -271,15 +259,29 @@ def _named(name: str) -> list[tuple[_Row, Path, None]]:
     return [(row, Path(row.repository, *row.files[:1]), None) for row in found]
 
 
-def open_source(source: str | Path, *, check: bool = False) -> Opened:
+def open_source(source: str | Path, *, check: bool = False, part: Part = "alone") -> Opened:
     """Weights that are read later: a published student by its rules of reading, others as `open_weights`.
 
     Raises: CheckpointError; ConfigError as `find_student`.
     """
     if (student := find_student(source)) is None:
-        return open_weights(source, check=check)
+        return open_weights(source, check=check, part=part)
     student.check_is_one()
     return student.open()
+
+
+def is_causal(source: str | Path, logdir: str | Path) -> bool | None:
+    """Whether weights say of themselves that they are causal: by the run that trained them, by the `generation.yaml`
+    beside them, as a published student. None: they say nothing, as files of tensors do, whose names and shapes are the
+    same either way.
+    """
+    if find_student(source) is not None:
+        return True
+    found = find_weights(source, logdir)
+    if found.checkpoint is not None:
+        return holds_student(found.checkpoint)
+    rules = read_rules(found.path) if found.path.exists() else None
+    return None if rules is None else rules.sampler == "stream"
 
 
 def _names() -> list[str]:

@@ -153,6 +153,26 @@ def test_gradient_into_the_context_on_meshes(one, many, mesh):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_writer_of_its_own_on_meshes(workshop, tmp_path):
+    """Sharded, whole, and tokens shared out: the updates that read, those that write, and what both stream."""
+    keys = {"lora": LORA["lora"], "context_gradient": "replay", "context_writer": "own", "max_steps": 3}
+    wanted = mesh_run.run(workshop, tmp_path / "one", Mesh(), "long", **keys)
+    meshes = ("2 shard", "2 whole", "2 sequence")
+    runs = [{"stage": "long", "logdir": tmp_path / name, "parallel": MESHES[name], **keys} for name in meshes]
+    train(workshop, runs, tmp_path, 2)
+    stored = "writer_ema_lora/adapter_model.safetensors"
+    for name in meshes:
+        assert_same(tmp_path / name / "long", wanted)
+        mine, theirs = (
+            load_file(latest_checkpoint(one / "checkpoints") / stored) for one in (tmp_path / name / "long", wanted)
+        )
+        assert mine.keys() == theirs.keys()
+        assert all((mine[key] - theirs[key]).abs().max() < 1e-5 for key in theirs)
+    assert any(value.any() for key, value in theirs.items() if ".lora_B." in key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_goes_on_on_another_mesh_and_on_the_same_bit_for_bit(workshop, many, tmp_path):
     four, two = ({"parallel": parallel} for parallel in ({"sequence": 2}, {"sequence": 2}))
     replicas, wholes = {"parallel": {"data_parallel": "hsdp", "replicate": 2}}, {"parallel": {"data_parallel": "ddp"}}

@@ -124,11 +124,26 @@ def agrees(monkeypatch, config, sizes, ranks=1):
         (1, {"activation_checkpointing": "none", **low_rank(4)}),
         (2, {"batch_size": 4, "micro_batch_size": 1}),
         (1, {"objective": {"context_gradient": "replay"}}),
+        (1, {"lora": {"rank": 4}, "objective": {"context_gradient": "replay", "context_writer": "own"}}),
         (3, {"parallel": {"sequence": 3, "data_parallel": "ddp"}}),
     ],
 )
 def test_two_depths_of_a_distillation_give_every_depth(monkeypatch, ranks, changes):
     agrees(monkeypatch, *tiny(DEPTH + 3, **changes), ranks)
+
+
+@pytest.mark.slow
+def test_a_writer_of_its_own_is_as_large_as_the_updates_that_read():
+    need = {}
+    for writer in ("student", "own"):
+        objective = {"context_gradient": "replay", "context_writer": writer}
+        config, sizes = tiny(2, 5, lora={"rank": 4}, objective=objective, ema={"decay": 0.9})
+        need[writer] = stage_need(config, sizes, 1, image_tokens=5)
+    one, two = (need[writer].at_rest for writer in ("student", "own"))
+    critic = sum(p.nbytes for p in VideoDiT(sizes["critic"]).parameters())
+    assert two["trained weights"] - critic == 2 * (one["trained weights"] - critic) > 0
+    assert two["average"] == 2 * one["average"] > 0 and two["frozen weights"] == one["frozen weights"]
+    assert need["own"].peak > need["student"].peak and need["own"].checkpoint > need["student"].checkpoint
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(DEPTH + 3, marks=pytest.mark.slow)])

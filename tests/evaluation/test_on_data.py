@@ -379,7 +379,7 @@ def test_a_refusal_after_videos_were_made_costs_no_earlier_one(place, tmp_path, 
     assert evaluate(place, *options, "-o", out).exit_code == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     options += ["--model", place / "two", "-o", out, "--overwrite"]
-    whole = makers.load_frozen
+    whole = makers.load_denoiser
     weights = place / "two"
 
     def refused(source, *more):
@@ -387,7 +387,7 @@ def test_a_refusal_after_videos_were_made_costs_no_earlier_one(place, tmp_path, 
             raise ConfigError("cannot be loaded")
         return whole(source, *more)
 
-    monkeypatch.setattr(makers, "load_frozen", refused)
+    monkeypatch.setattr(makers, "load_denoiser", refused)
     result = evaluate(place, *options)
     assert result.exit_code == 2 and "cannot be loaded" in result.output
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -11,10 +11,14 @@ from tiny_codec import TinyCodec
 from tiny_models import make_tiny_model
 from tiny_objectives import parts_of
 
+from longtake.config.stage import TOY_ASSETS
+from longtake.encoders.vae import VideoVAE
 from longtake.errors import TrainingError
+from longtake.evaluation.rows import to_videos
 from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
 from longtake.objectives.dmd_keys import CriticConfig
 from longtake.objectives.long_tuning import LongTuning
+from longtake.toy.world import sample_world
 
 
 @pytest.fixture
@@ -24,6 +28,13 @@ def real():
 
 def anchor(made, real):
     return anchor_loss(Statistics.of(made), Statistics.of(real))
+
+
+def saturation(vae, latents):
+    """Mean distance of the strongest colour of a pixel from the weakest, of decoded latents."""
+    with torch.no_grad():
+        pixels = vae.decode(latents.detach())
+    return (pixels.amax(2) - pixels.amin(2)).mean()
 
 
 def about_the_mean(x, scale):
@@ -73,6 +84,49 @@ def test_its_gradient_pulls_and_goes_into_what_was_made_alone(real):
     assert real.grad is None
     with torch.no_grad():
         assert anchor(made - 0.1 * made.grad, real) < anchor(made, real)
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.2])
+def test_a_video_that_fades_is_pulled_back_to_the_first_window(real, scale):
+    """Faded (or gaudy) by `scale`: means and deviations. A step of r against the gradient, in closed form, moves each
+    mean by r / (2 B C n) towards the real one, and each deviation by as much; so it goes until both are there.
+    """
+    made, batch_channels, count = scale * real, 3 * 4, 5 * 6 * 2
+    target, rate = Statistics.of(real), 4.0
+    pulls = []
+    for _ in range(2):
+        made = made.requires_grad_()
+        before = Statistics.of(made)
+        (gradient,) = torch.autograd.grad(anchor_loss(before, target), made)
+        made = (made - rate * gradient).detach()
+        after = Statistics.of(made)
+        step = rate * 0.5 / batch_channels / count
+        for name in ("mean", "deviation"):
+            now, then, goal = (getattr(each, name) for each in (before, after, target))
+            torch.testing.assert_close(then, now + step * (goal - now).sign(), rtol=1e-4, atol=1e-6)
+        pulls.append(anchor_loss(after, target) - anchor_loss(before, target))
+    assert all(pull < 0 for pull in pulls)
+    towards = Statistics.of(made).deviation - Statistics.of(scale * real).deviation
+    assert (towards > 0).all() if scale < 1 else (towards < 0).all()
+
+
+@pytest.mark.slow
+def test_a_pale_video_has_less_deviation_in_latents_and_is_given_its_colours_back():
+    """Of the packaged VAE: the law holds latents, and what people see of it are colours."""
+    vae = VideoVAE.load(TOY_ASSETS / "vae")
+    pixels = to_videos([sample_world(7, world).render(9) for world in range(4)], torch.device("cpu"))
+    pale = pixels.mean(2, keepdim=True) + 0.8 * (pixels - pixels.mean(2, keepdim=True))
+    with torch.no_grad():
+        whole, made = vae.encode(pixels), vae.encode(pale)
+    target, before = Statistics.of(whole), made
+    for _ in range(60):
+        made = made.requires_grad_()
+        (gradient,) = torch.autograd.grad(anchor_loss(Statistics.of(made), target), made)
+        made = (made - 0.02 * made.numel() * gradient).detach()
+    ratios = [deviation_ratio(Statistics.of(latents), target) for latents in (before, made)]
+    assert ratios[0] < 0.96 and ratios[1] == pytest.approx(1, abs=0.01)
+    first, last, right = (saturation(vae, latents) for latents in (before, made, whole))
+    assert first < 0.93 * right and last - first > 0.5 * (right - first)
 
 
 def test_a_constant_channel_has_no_gradient_that_is_not_finite(real):

@@ -1,5 +1,7 @@
 """Scores of long videos in their context: what causal networks are shown, and the loss that follows from it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_anchor import make_long
@@ -135,15 +137,29 @@ def test_the_past_is_seen():
 
 
 def test_the_anchor_compares_the_new_frames_alone(monkeypatch):
+    """With the clip's frames at the same places: its first one is a picture, which a later section has none of."""
     long, plain = make_long(anchor=Anchor(weight=2.0), **IN_CONTEXT), make_long(**IN_CONTEXT)
     batch = make_batch(long.generator.model, [4], HORIZON)
     windows = watched(long, monkeypatch)
     with torch.no_grad():
         pairs = [[each.loss("generator", batch, step).loss for each in (long, plain)] for step in range(2)]
-    real = Statistics.of(batch.latents)
     for (found, alone), window, section in zip(pairs, windows, (slice(None), slice(-NEW, None))):
-        expected = anchor_loss(Statistics.of(window.latents[:, section]), real)
-        torch.testing.assert_close(found, alone + 2.0 * expected)
+        mine, own = (Statistics.of(video[:, section]) for video in (window.latents, batch.latents))
+        torch.testing.assert_close(found, alone + 2.0 * anchor_loss(mine, own))
+
+
+def test_a_section_like_the_clip_costs_nothing(monkeypatch):
+    """What goes on as the row's own clip does is not pulled anywhere, though its picture is of other statistics."""
+    long, chunk = make_long(anchor=Anchor(weight=2.0), **IN_CONTEXT), 1
+    batch = make_batch(long.generator.model, [4], HORIZON)
+    batch.latents[:, 0] *= 3
+    with torch.no_grad():
+        long.loss("critic", batch, chunk - 1)
+        made = long._roll_out(batch, chunk, with_grad=False)
+    perfect = torch.cat([made.latents[:, :-NEW], batch.latents[:, -NEW:]], 1).requires_grad_()
+    monkeypatch.setattr(long, "_roll_out", lambda *_, **__: replace(made, latents=perfect))
+    found = long.loss("generator", batch, chunk).metrics
+    assert found["anchor_loss"] == 0 and found["deviation_ratio"] == 1
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -149,6 +149,28 @@ def test_a_stage_goes_on_from_a_student_of_an_earlier_version(workshop, tmp_path
         Builder(stage_config(workshop, tmp_path, "distill", init_from="causal", plan=plan), Mesh()).check_start()
 
 
+@pytest.mark.parametrize("begins", ["a teacher's run", "a teacher's rules", "toy"])
+def test_scores_in_context_refuse_weights_that_say_they_are_bidirectional(workshop, tmp_path, begins):
+    def starts(teacher, **scores):
+        changes = {"teacher": str(teacher), "num_chunks": [2], "context_scores": {"history_frames": 2} | scores}
+        return Builder(stage_config(workshop, tmp_path, "long", **changes), Mesh()).check_start()
+
+    folder = shutil.copytree(workshop / "teacher", tmp_path / "weights")
+    # Nothing lies beside these. Tensors of a teacher and of a student have the same names and shapes, and either may
+    # have been trained from the other: whoever trained them alone knows.
+    starts(folder)
+    for stage in ("teacher", "causal"):
+        save_student(stage_config(workshop, tmp_path, stage))
+    starts("causal")
+    (folder / "generation.yaml").write_text("sampler: stream\n")
+    starts(folder)
+    (folder / "generation.yaml").write_text("{sampler: whole, steps: [1.0, 0.5]}\n")
+    wrong = {"a teacher's run": "teacher", "a teacher's rules": folder, "toy": "toy"}[begins]
+    with pytest.raises(ConfigError, match=f"objective.teacher={wrong} are bidirectional weights, .*history_frames=0"):
+        starts(wrong)
+    starts(wrong, history_frames=0)
+
+
 @pytest.mark.parametrize(
     ("recipe", "context", "levels"), [("2step", "pass", 2), ("2step", "last_step", 2), ("1step", "pass", 1)]
 )
