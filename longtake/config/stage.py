@@ -71,7 +71,7 @@ class StageConfig(RunConfig):
     activation_checkpointing: bool | Literal["none", "full", "selective"] = Field(
         default=False,
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
-        "all but the results of attention",
+        "all but the results of self-attention",
     )
     recompute_from: Literal["fp32", "bf16"] = Field(
         default="fp32",

@@ -52,7 +52,7 @@ def kept_as(dtype: torch.dtype, tokens: Tensor) -> AbstractContextManager:
 
 
 def keep_attention() -> Contexts:
-    """Contexts under which the results of attention are kept from forward, and all else is recomputed.
+    """Contexts under which the results of self-attention are kept from forward, and all else is recomputed.
 
     An attention kernel costs the most to run again and its result, [B, L, N, K], little to keep. Its inputs are
     recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
@@ -76,8 +76,10 @@ class _NoCopies(AbstractContextManager):
         torch.set_autocast_cache_enabled(self._before.pop())
 
 
-def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _attention() else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
+    # Attention to text and picture has fewer keys than queries: it costs little to run again and as much to keep.
+    kept = operator in _attention() and inputs[1].shape[-2] >= inputs[0].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _attention() -> tuple[Any, ...]:
