@@ -73,7 +73,7 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
         counted = Counted()
         found.append(gradients(one, loss, counted))
         counts.append(counted.count)
-    assert counts == [0, 3, 3, 0, 0, 6, 3]  # of two blocks with three attentions each
+    assert counts == [0, 3, 5, 2, 0, 6, 5]  # of two blocks with three attentions each, of which one is to itself
     assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
 
 
