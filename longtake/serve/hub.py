@@ -191,6 +191,7 @@ class Hub:
         except BaseException:
             await self.end(branch, "failed", forget=True)
             raise
+        self.counts.opened += 1
         return {"secret": secret, "frame": frame, **self.standing(branch)}
 
     def check_ready(self) -> None:

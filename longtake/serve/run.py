@@ -63,6 +63,11 @@ def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]
     say("ended; sessions are saved and can be opened again")
 
 
+def address_of(host: str, port: int) -> str:
+    """That which a browser is given."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class LiveServer(uvicorn.Server):
     """Says its address when it is ready, and ends in order: sessions are saved and viewers told before connections are
     cut.
@@ -80,7 +85,7 @@ class LiveServer(uvicorn.Server):
                 for one in self.servers[0].sockets:
                     one.setsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_USER_TIMEOUT, self._silent_ms)
             port = self.servers[0].sockets[0].getsockname()[1]
-            self._say(f"http://{self.config.host}:{port}")
+            self._say(address_of(self.config.host, port))
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         await self._app.drain()

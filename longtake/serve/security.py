@@ -48,7 +48,7 @@ class Guard:
 
     def __init__(self, app: Any, settings: ServeSettings, drain: Callable[[], Awaitable[None]]) -> None:
         self._app, self._settings, self.drain = app, settings, drain
-        self._hosts = {*LOCAL_HOSTS, settings.host, *settings.hosts}
+        self._hosts = {*LOCAL_HOSTS, *(name.lower() for name in (settings.host, *settings.hosts))}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):

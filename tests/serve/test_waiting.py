@@ -11,6 +11,7 @@ from tiny_sessions import PICTURE, A, B
 from longtake.errors import ConfigError, LongtakeError
 from longtake.serve import engine as engine_module
 from longtake.serve.engine import Engine, Lost
+from longtake.serve.errors import told
 from longtake.serve.viewers import Viewer
 from longtake.serve.workers import WorkerEngine
 
@@ -117,8 +118,9 @@ def test_an_answer_that_cannot_be_read_ends_the_worker_for_all_who_wait():
     asked = engine.call("memory")
     there.send_bytes(b"no pickle")
     for future in (asked, engine.ready):
-        with pytest.raises(LongtakeError, match="worker"):
+        with pytest.raises(LongtakeError, match="worker") as caught:
             future.result(SECONDS)
+        assert told(caught.value).fix == "open a saved session, or another one"
     with pytest.raises(LongtakeError, match="worker"):
         engine.call("memory").result(SECONDS)
     engine.stop()
