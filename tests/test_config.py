@@ -327,7 +327,8 @@ def test_scores_in_context_need_frames_that_the_window_keeps(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "alone", "shared"),
     [
-        ([], False, True),
+        ([], True, True),
+        (["activation_checkpointing=none"], False, True),
         (["activation_checkpointing=full"], True, True),
         (["activation_checkpointing=selective"], False, False),
         (["activation_checkpointing=full", "lora.rank=4"], False, True),
@@ -337,6 +338,7 @@ def test_where_exit_steps_are_joined(tmp_path, changes, alone, shared):
     config = stage(tmp_path, *changes, base=DISTILL)
     assert [config.batches_exit_backward(whole=True, sequence=n) for n in (1, 2)] == [alone, shared]
     assert not any(config.batches_exit_backward(whole=False, sequence=n) for n in (1, 2))
+    assert config.without_a_gpu().batches_exit_backward(whole=True, sequence=1) == (alone and bool(changes))
 
 
 def test_a_new_teacher_starts_from_random_weights(tmp_path):

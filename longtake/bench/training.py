@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,6 +28,7 @@ from longtake.config.stage import StageConfig
 from longtake.devices import find_device
 from longtake.doctor.files import Findings, look_at
 from longtake.errors import ConfigError
+from longtake.models.execution import compilations
 from longtake.models.flops import Work, backward, forward
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.loop import MetricWindow, iteration
@@ -87,6 +88,7 @@ class Bench:
         self.inner = builder.objective(networks, codec, self.phases)
         self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
         self.state = builder.state(self.inner)
+        self.keeper = builder.keeper(self.inner)
         self.made: Any = MadeBatches(
             config,
             found.sizes["generator"],
@@ -144,6 +146,7 @@ class Bench:
         begun = time.perf_counter()
         iteration(self.state, self.objective, self.batches, self.config, self.mesh, self.phases, MetricWindow())
         taken = self.phases.take()  # waits for the device
+        self.keeper.passed(step)
         of = wholes(taken)
         lap = Lap(self.kind(step), time.perf_counter() - begun, of, step, taken)
         updates = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in of.items())
@@ -178,7 +181,7 @@ def bench_training(
     config = load_config(path, overrides)
     if isinstance(config, JobConfig):
         raise ConfigError("a job has several stages; give the file of one of them")
-    found = look_at(config)
+    begun, found = time.perf_counter(), look_at(config)
     with init_mesh(device) as mesh:
         mesh = mesh.arranged(config.parallel)
         if memory is not None:
@@ -187,7 +190,10 @@ def bench_training(
         made = {"weights": bench.weights, "data": "encodings made in memory"}
         yield machine(mesh.device) | {"stage": config.name, "ranks": mesh.world_size, **made}
         numbers = bench.steps(steps)
-        warm_up = [bench.lap(step, warm_up=True) for step in numbers[:WARM_UP]]
+        warm_up = [bench.lap(numbers[0], warm_up=True)]
+        first = time.perf_counter() - begun
+        warm_up += [bench.lap(step, warm_up=True) for step in numbers[1:WARM_UP]]
+        compiled = compilations()  # in this process: the bench's
         if mesh.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(mesh.device)
         laps = [bench.lap(step) for step in numbers[WARM_UP:]]
@@ -203,7 +209,10 @@ def bench_training(
             "limit_gib": memory,
             "iterations": len(laps),
             "skipped_updates": bench.state.skipped,
+            "first_update_s": first,
             "warm_up_s": sum(lap.seconds for lap in warm_up),
+            "compiled": asdict(compiled),
+            "kept": bench.keeper.decided,
         }
         yield _bounds(bench, laps)
         if config.validates and config.validation.num_rows:

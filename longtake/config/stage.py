@@ -68,10 +68,10 @@ class StageConfig(RunConfig):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="type of the matrix products; weights stay fp32"
     )
-    activation_checkpointing: bool | Literal["none", "full", "selective"] = Field(
-        default=False,
+    activation_checkpointing: bool | Literal["none", "full", "selective", "auto"] = Field(
+        default="auto",
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
-        "all but the results of self-attention",
+        "all but the results of self-attention; auto = on a GPU only as much as its memory asks for, on a CPU nothing",
     )
     recompute_from: Literal["fp32", "bf16"] = Field(
         default="fp32",
@@ -150,6 +150,12 @@ class StageConfig(RunConfig):
                 "data.kind=texts has no pictures for model.image_condition=i2v; use images or set it to t2v"
             )
 
+    def without_a_gpu(self) -> Self:
+        """The stage as a CPU computes it, where `activation_checkpointing=auto` recomputes nothing."""
+        if self.activation_checkpointing != "auto":
+            return self
+        return self.model_copy(update={"activation_checkpointing": False})
+
     @property
     def networks(self) -> Mapping[str, NetworkConfig]:
         """The networks of the stage by name; the generator first."""
@@ -182,8 +188,8 @@ class StageConfig(RunConfig):
 
     def batches_exit_backward(self, *, whole: bool, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds
-        `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU with full
-        activation checkpointing, but not with low-rank updates, which are there to save memory.
+        `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU where all
+        may be recomputed, but not with low-rank updates, which are there to save memory.
         """
         if not whole or self.activation_checkpointing == "selective":
             return False

@@ -2,7 +2,8 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, fragments of the allocator, encoders that are resident (`files.py` adds them), validation in toy worlds.
+CUDA context, recorded passes and the weights rounded for them, fragments of the allocator, encoders that are resident
+(`files.py` adds them), validation in toy worlds.
 """
 
 from __future__ import annotations
@@ -310,6 +311,12 @@ class _Hollow(SizedBuilder):
 
     meter: Meter
 
+    def __post_init__(self) -> None:
+        """`activation_checkpointing=auto` stays: a GPU is planned for, and what its first iterations need."""
+
+    def _keeps_some(self, model: VideoDiT) -> bool:
+        return True
+
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
             model = network(self.sizes[source.name])
@@ -324,8 +331,8 @@ class _Hollow(SizedBuilder):
 
         return Opened(model, read, str)
 
-    def _random(self) -> VideoDiT:
-        return self._filled(self.open(Path("generator")))
+    def _random(self, name: str) -> VideoDiT:
+        return self._filled(self.open(Path("generator")), trained=name)
 
     def frozen_at(self, weights: Path) -> VideoDiT:
         with unset_fake_temporarily():  # also in the middle of a trace: what has no data yet is none of its tensors
@@ -335,8 +342,8 @@ class _Hollow(SizedBuilder):
         with self.meter.fake, self.meter:
             return super()._quantised(model)
 
-    def _filled(self, opened: Opened, *updates: Any, recompute: bool = True) -> VideoDiT:
-        model = self._parallelized(opened.model, recompute=recompute)
+    def _filled(self, opened: Opened, *updates: Any, trained: str | None) -> VideoDiT:
+        model = self._parallelized(opened.model, trained)
         with self.meter.fake, self.meter:
             model.to_empty(device="cpu")
         return model

@@ -115,6 +115,8 @@ def diagnose(
     room = _room(device, machine) or (machine.ram_free_bytes // ranks, "memory without a GPU, shared by the ranks")
     job = loaded if isinstance(loaded, JobConfig) else None
     stages = [loaded] if isinstance(loaded, StageConfig) else list(job.stages.values()) if job else []
+    if device is None and not machine.gpus:
+        stages = [stage.without_a_gpu() for stage in stages]
     costs: dict[str, Cost] = {}
     if seconds_from is not None:
         name, seconds, gpu = measured_seconds(seconds_from, ranks)

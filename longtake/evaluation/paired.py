@@ -134,7 +134,7 @@ def last_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         values = []
         for _, name, form, is_ratio in _LAST:
             against = beside.get(name)
-            value = (against or [1.0]) if is_ratio else summary["intervals"][name]
+            value = ([1.0] if row == ROUND_TRIP else against) if is_ratio else summary["intervals"][name]
             values.append(_cell(value, against, form, points=not is_ratio))
         cells.append([row, *values])
     return aligned(cells)

@@ -161,8 +161,8 @@ def _threads(width: int) -> Iterator[None]:
 def as_json(checks: Sequence[Check], *, finished: bool) -> dict[str, Any]:
     """What `--json` writes; values that are not finite are null."""
     rows = [asdict(check) for check in checks]
-    found = [{**row, "value": row["value"] if _finite(row["value"]) else None} for row in rows]
-    return {"checks": found, "finished": finished}
+    numbers = [{name: row[name] if _finite(row[name]) else None for name in ("value", "limit")} for row in rows]
+    return {"checks": [row | finite for row, finite in zip(rows, numbers)], "finished": finished}
 
 
 def as_text(check: Check, seconds: float) -> str:
@@ -426,9 +426,9 @@ def _absent(name: str, why: str) -> Check:
 
 
 def _db(one: Tensor, other: Tensor) -> float:
-    """Peak signal over the mean squared difference of pixels in [-1, 1]; 100 at most."""
+    """Peak signal over the mean squared difference of pixels in [-1, 1]; 100 at most, NaN where pixels are none."""
     error = float((one.double() - other.double()).square().mean())
-    return min(100.0, 10 * math.log10(4 / error)) if error else 100.0
+    return 10 * math.log10(4 / max(error, 4e-10)) if math.isfinite(error) else math.nan  # `min` would lose a NaN
 
 
 def _untold(path: Path) -> str:

@@ -93,11 +93,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) ->
 
 def attend_fastest(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
     """`attend` by the kernel that was found to be the fastest for calls of this kind: for calls that come again and
-    again, without gradient, since finding it takes seconds.
+    again, since finding it takes seconds. Where there will be gradients, `choose_kernels` finds it beforehand.
     """
+    if mask is not None and mask.flex is None:
+        return in_parts(q, k, v, mask, attend_fastest)
     if mask is not None or not q.is_cuda:
         return attend(q, k, v, mask=mask)
-    return forward_kernels(q.device, q.dtype, q.shape[-1], k.shape[1] >= MANY_KEYS)[0].run(q, k, v)
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    kernels = gradient_kernels if learns else forward_kernels
+    return kernels(q.device, q.dtype, q.shape[-1], k.shape[1] >= MANY_KEYS)[0].run(q, k, v)
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype, head_width: int) -> None:
+    """Finds the fastest kernels forward and backward on a GPU, before any call with gradient: found in the middle of
+    one, what it keeps of trials would be taken for its own by activation checkpointing.
+    """
+    for many_keys in (True, False):
+        gradient_kernels(device, dtype, head_width, many_keys)
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Attention) -> Tensor:
@@ -142,7 +154,7 @@ MARGIN = 1.05  # a kernel takes the place of one named before it when it is so m
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to attend: `run(q, k, v)` on [B, L, N, K], without gradient; `ms`, what it took when it was chosen."""
+    """A way to attend: `run(q, k, v)` on [B, L, N, K]; `ms`, what it took when it was chosen."""
 
     name: str
     run: Run
@@ -156,17 +168,62 @@ def forward_kernels(device: torch.device, dtype: torch.dtype, head_width: int, m
     # Those after the first are for shapes that it does not take.
     kernels = [Kernel(b.name, partial(_sdpa, (b, *(o for o in sdpa if o != b)))) for b in sdpa]
     with ONE_THREAD, torch.no_grad():
-        takes = head_width in (64, 128) and dtype in (torch.bfloat16, torch.float16)
-        # Not imported, which takes seconds, where it has no code for the problem.
-        flash = _flash4() if takes and torch.cuda.get_device_capability(device) >= (9, 0) else None
+        flash = _flash4_for(device, dtype, head_width)
         if flash is not None and _is_right(flash, device, dtype, head_width):
             kernels.insert(0, flash)
         if len(kernels) > 1:
             problem = _problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
             kernels = _by_time(kernels, problem)
-    told = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
-    logger.info("attention to %s keys on %s in %s: %s", "many" if many_keys else "few", device, dtype, told)
+    _tell("attention", kernels, device, dtype, many_keys=many_keys)
     return tuple(kernels)
+
+
+@cache
+def gradient_kernels(device: torch.device, dtype: torch.dtype, head_width: int, many_keys: bool) -> tuple[Kernel, ...]:
+    """As `forward_kernels`, of those whose gradients are right too, by the time of forward and backward together."""
+    kernels = [Kernel(backends(device, dtype, head_width)[0].name, attend)]
+    with ONE_THREAD, torch.enable_grad():
+        flash = None if _flash4_for(device, dtype, head_width) is None else _flash4_with_gradient()
+        if flash is not None and _is_right(flash, device, dtype, head_width, gradients=True):
+            kernels.insert(0, flash)
+        elif flash is not None:
+            logger.warning("FlashAttention-4 is not used where there are gradients: its own are not right, or missing")
+        if len(kernels) > 1:
+            problem = _problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
+            for tensor in problem:
+                tensor.requires_grad_()
+            kernels = _by_time(kernels, problem)
+    _tell("attention, forward and backward,", kernels, device, dtype, many_keys=many_keys)
+    return tuple(kernels)
+
+
+@cache
+def flex_is_faster(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a GPU computes masks faster, forward and backward, by flex attention than one part after the other by
+    the fastest kernel; by one measurement of blocks that see those before them. Asked before a call with gradient.
+    """
+    if not has_triton():
+        return False
+    allowed = torch.ones(3, 3, dtype=torch.bool).tril().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    choose_kernels(device, dtype, head_width)
+    with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        problem = _problem(device, dtype, head_width, 12 * 1024, 12 * 1024, heads=12)
+        for tensor in problem:
+            tensor.requires_grad_()
+        by_flex, in_turn = (make_mask(allowed, 1024, device, flex=flex) for flex in (True, False))
+        parts = _milliseconds(partial(attend_fastest, mask=in_turn), problem)
+        try:
+            flex = _milliseconds(partial(attend, mask=by_flex), problem)
+        except RuntimeError as error:  # its compiler
+            logger.warning("masked attention goes part by part, flex attention failed: %s", str(error).splitlines()[0])
+            return False
+    logger.info("masked attention, forward and backward: flex %.2f ms, part by part %.2f ms", flex, parts)
+    return flex < parts
+
+
+def _tell(what: str, kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, many_keys: bool) -> None:
+    told = ", ".join(k.name if k.ms is None else f"{k.name} {k.ms:.3f} ms" for k in kernels)
+    logger.info("%s to %s keys on %s in %s: %s", what, "many" if many_keys else "few", device, dtype, told)
 
 
 def _by_time(kernels: Sequence[Kernel], problem: tuple[Tensor, Tensor, Tensor]) -> list[Kernel]:
@@ -180,6 +237,23 @@ def _sdpa(order: Sequence[SDPBackend], q: Tensor, k: Tensor, v: Tensor) -> Tenso
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     with ONE_THREAD, sdpa_kernel(list(order), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _flash4_for(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel | None:
+    """FlashAttention-4; not imported, which takes seconds, where it has no code for the problem."""
+    takes = head_width in (64, 128) and dtype in (torch.bfloat16, torch.float16)
+    return _flash4() if takes and torch.cuda.get_device_capability(device) >= (9, 0) else None
+
+
+@cache
+def _flash4_with_gradient() -> Kernel | None:
+    """FlashAttention-4 as an operator of torch; says once why it is not one here."""
+    try:
+        from longtake.models.flash4 import flash4
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # the library of operators is another
+        logger.warning("FlashAttention-4 is not used where there are gradients: %s", error)
+        return None
+    return Kernel("FLASH_ATTENTION_4", flash4)
 
 
 @cache
@@ -208,33 +282,59 @@ def _problem(
     return q, k, v
 
 
-def _is_right(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether a kernel runs and agrees with the mathematical definition in float64; says when its result is wrong."""
-    q, k, v = _problem(device, dtype, head_width, 200, 321, heads=2)  # no multiples of a kernel's tile
-    scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / head_width**0.5
-    truth = torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v.double())
+def _is_right(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int, *, gradients: bool = False
+) -> bool:
+    """Whether a kernel runs and agrees with the mathematical definition in float64, with its `gradients` too where
+    asked for; says when its result is wrong.
+    """
+    # No multiples of a kernel's tile; the gradient of a result goes along it.
+    q, k, v = _problem(device, dtype, head_width, 200, 321, heads=2)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # why it does not take this problem
-            out = kernel.run(q, k, v).double()
+            found = _results(kernel.run, (q, k, v), gradients=gradients)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # it does not support this type or device
         logger.debug("attention kernel %s is not available: %s", kernel.name, error)
         return False
-    if float((out - truth).norm() / truth.norm()) <= (1e-4 if dtype == torch.float32 else 3e-2):
+    truth = _results(_defined, (q.double(), k.double(), v.double()), gradients=gradients)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    if all(float((a.double() - b).norm() / b.norm()) <= tolerance for a, b in zip(found, truth, strict=True)):
         return True
     logger.warning("attention kernel %s gave a wrong result on %s and is not used", kernel.name, device)
     return False
 
 
+def _results(run: Run, problem: tuple[Tensor, Tensor, Tensor], *, gradients: bool) -> tuple[Tensor, ...]:
+    """What a kernel makes of a problem, and where asked for the gradients of half the square of that."""
+    if not gradients:
+        return (run(*problem),)
+    leaves = [tensor.detach().requires_grad_() for tensor in problem]
+    out = run(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, out.detach())
+
+
+def _defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v)
+
+
 def _milliseconds(run: Run, problem: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Of one call on a GPU: the best of three rounds of ten."""
+    """Of one call on a GPU, with its backward where the problem asks for gradients: the best of three rounds of ten."""
+    learnt = [tensor for tensor in problem if tensor.requires_grad]
+
+    def once() -> None:
+        out = run(*problem)
+        if learnt:
+            torch.autograd.grad(out, learnt, out.detach())
+
     took = []
     for _ in range(3):
-        run(*problem)
+        once()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(20_000_000)  # some 10 ms, in which Python starts all ten: its own time would be measured too
         start.record()
         for _ in range(10):
-            run(*problem)
+            once()
         end.record()
         end.synchronize()
         took.append(start.elapsed_time(end) / 10)

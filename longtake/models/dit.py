@@ -163,8 +163,8 @@ class Block(nn.Module):
         """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
         entries, tokens = x.shape[1], x.shape[2]
         layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
-        own, across, within = (layer.weight.dtype for layer in layers)
         execution, fused = self_context.execution, self_context.execution.fused
+        own, across, within = (execution.entering(layer.weight) for layer in layers)
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
@@ -351,13 +351,13 @@ class VideoDiT(nn.Module):
                     return block(hidden, modulation, seen, CrossContext(text, image, cache), layer)
 
             return layers(block, run, (hidden, modulation, cross.text, cross.image))
-        if torch.is_grad_enabled() and self.execution.recompute:
+        if torch.is_grad_enabled() and (again := self.execution.again(layer)):
             with self.execution.keeping(hidden):
                 return checkpoint(
                     block,
                     *(hidden, modulation, seen, cross, layer),
                     use_reentrant=False,
-                    context_fn=self.execution.contexts,
+                    context_fn=partial(self.execution.contexts, again),
                     preserve_rng_state=False,  # nothing in a block is random
                 )
         return block(hidden, modulation, seen, cross, layer)
@@ -445,5 +445,6 @@ class VideoDiT(nn.Module):
         """A mask for frames of `tokens`, made once and forgotten with its layout."""
         known = self._masks.setdefault(layout, {})
         if (tokens, device) not in known:
-            known[tokens, device] = PreparedMask.of(layout, tokens, device)
+            flex = self.execution.flex(device, self.config.head_width)
+            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex)
         return known[tokens, device]

@@ -16,8 +16,16 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from longtake.models.attention import VARIANTS, Attention, attend, has_triton, limited
-from longtake.models.recompute import Contexts, keep_attention, kept_as, together
+from longtake.models.attention import (
+    VARIANTS,
+    Attention,
+    attend,
+    attend_fastest,
+    flex_is_faster,
+    has_triton,
+    limited,
+)
+from longtake.models.recompute import KEEPERS, Again, ByBlock, Contexts, kept_as, together
 from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,14 +51,14 @@ class Updates(Protocol):
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but self-attention
-    ("selective"); `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own;
-    `updates`, low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each
-    function of element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it
-    meets.
+    ("selective") or but self-attention and matrix products ("products"), or of each block another of these;
+    `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
+    low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
+    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets.
     """
 
     split: SequenceParallel | None = None
-    recompute: bool | str = False
+    recompute: Again | ByBlock = False
     recompute_from: torch.dtype | None = None
     updates: Updates | None = None
     attend: Attention = attend
@@ -60,14 +68,34 @@ class Execution:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
         return cast(F, _compiled(function)) if self.fuses and has_triton() else function
 
+    def entering(self, weight: Tensor) -> torch.dtype:
+        """The type in which is written what enters a product with `weight`: where work is fused, autocast finds it in
+        the type to which it would round it, for each product anew.
+        """
+        kind = weight.device.type
+        rounds = self.fuses and weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if rounds else weight.dtype
+
+    def flex(self, device: torch.device, head_width: int) -> bool | None:
+        """Whether masks are flex attention's, as `make_mask` takes it. Asked before any block runs."""
+        if self.attend is not attend_fastest or device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return None
+        return flex_is_faster(device, torch.get_autocast_dtype("cuda"), head_width)
+
+    def again(self, layer: int) -> Again:
+        """What backward computes again of one block."""
+        return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
+
     def keeping(self, tokens: Tensor) -> AbstractContextManager:
         """Around the call of a block that backward computes again from these `tokens`."""
         kept = self.recompute_from
         return nullcontext() if kept is None else kept_as(kept, tokens)
 
-    def contexts(self) -> Contexts:
-        """One context around a block's forward and one around its recomputation; made before the forward."""
-        makers = [keep_attention] if self.recompute == "selective" else []
+    def contexts(self, again: Again = True) -> Contexts:
+        """One context around a block's forward and one around its recomputation, of as much as `again` of that block
+        says; made before the forward.
+        """
+        makers = [KEEPERS[again]] if isinstance(again, str) else []
         return together(makers if self.updates is None else [*makers, self.updates.contexts])
 
     def runs(self) -> list[Run] | None:

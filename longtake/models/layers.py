@@ -142,21 +142,22 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
 
 
 def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
-    """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product, or of
-    quantising its result.
+    """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product where no
+    gradient is wanted, or of quantising its result.
     """
     first, second = layers[0], layers[2]
     if isinstance(x, Rows):
         hidden = first(x)
         once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
         return second((once or execution.fused(gelu_quantised))(hidden))
-    alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cuda")
+    alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if type(first) is not nn.Linear and not torch.is_grad_enabled():
         return _by_frames(layers, x)
-    if not (execution.fuses and alone and type(first) is nn.Linear):
+    if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
     # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
-    hidden = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
+    weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
+    hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return second(hidden.unflatten(0, x.shape[:-1]))
 
 

@@ -1,12 +1,14 @@
 """Recomputation of a block in backward: what surrounds it, and what is kept from forward.
 
-Must know no model; `Execution` chooses contexts, and `VideoDiT` enters them through `torch.utils.checkpoint`.
+Must know no model and no memory; `Execution` chooses contexts, and `VideoDiT` enters them through
+`torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,25 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
+
+
+# What backward computes again of a block: all (True), nothing (False), or all but the results of what the name says.
+Again = bool | str
+
+
+@dataclass(eq=False)
+class ByBlock:
+    """What backward computes again, for each block. It may change between updates, and then for all that share it."""
+
+    ways: Sequence[Again]
+
+    def of(self, layer: int) -> Again:
+        """Of one block."""
+        return self.ways[layer]
+
+    def follow(self, ways: Sequence[Again]) -> None:
+        """From the next forward on."""
+        self.ways = ways
 
 
 class _All(AbstractContextManager):
@@ -58,8 +79,20 @@ def keep_attention() -> Contexts:
     recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
     `create_selective_checkpoint_contexts`.
     """
-    forward, again = create_selective_checkpoint_contexts(_policy)
+    return _keeping(_policy)
+
+
+def keep_products() -> Contexts:
+    """As `keep_attention`, with the results of matrix products too: what lies between them is recomputed."""
+    return _keeping(_policy_of_products)
+
+
+def _keeping(policy: Callable[..., CheckpointPolicy]) -> Contexts:
+    forward, again = create_selective_checkpoint_contexts(policy)
     return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
+
+
+KEEPERS = {"selective": keep_attention, "products": keep_products}
 
 
 class _NoCopies(AbstractContextManager):
@@ -77,9 +110,21 @@ class _NoCopies(AbstractContextManager):
 
 
 def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
+    # Flash4's operator is there only where its package is; its name is there always.
+    if operator in _attention():
+        queries, keys = (each.shape[-2] for each in inputs[:2])
+    elif operator.name() == "longtake::flash4":
+        queries, keys = (each.shape[1] for each in inputs[:2])
+    else:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     # Attention to text and picture has fewer keys than queries: it costs little to run again and as much to keep.
-    kept = operator in _attention() and inputs[1].shape[-2] >= inputs[0].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if keys >= queries else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.MUST_SAVE
+    return _policy(context, operator, *args, **options)
 
 
 def _attention() -> tuple[Any, ...]:

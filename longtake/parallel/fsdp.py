@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from longtake.models.attention import VARIANTS, limited
 from longtake.models.dit import VideoDiT
+from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def parallelize(
     mesh: Mesh,
     *,
     param_dtype: torch.dtype | None = None,
-    recompute: bool | str | None = None,
+    recompute: Again | ByBlock | None = None,
     recompute_from: torch.dtype | None = None,
     compiled: bool = False,
 ) -> M:
@@ -50,9 +51,8 @@ def parallelize(
     Args: `param_dtype` gathers attention and MLP of the blocks (a model without blocks whole) in that type, for use
     under autocast to it, while the shards, the sum of their gradients and the optimizer stay float32; None gathers the
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
-    `recompute` blocks in backward: all of it (True), all but attention ("selective"), nothing (False); None leaves the
-    model as it is; from their tokens in the type `recompute_from` (None: their own). `compiled` blocks, where there is
-    a compiler.
+    `recompute` blocks in backward, as `Execution` takes it; None leaves the model as it is; from their tokens in the
+    type `recompute_from` (None: their own). `compiled` blocks, where there is a compiler.
     """
     if isinstance(model, VideoDiT):  # before anything knows the module by its identity
         again = model.execution.recompute if recompute is None else recompute

@@ -24,6 +24,7 @@ from longtake.models.shared_base import WriterApart
 from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
 from longtake.rollout.replay import ExitStep, Replay, exits_with_grad, hold_until_backward
+from longtake.rollout.rounded import Rounded
 
 # noise(step) -> [B, f, C, H, W]: fresh noise for denoising step `step` of one block
 BlockNoise = Callable[[int], Tensor]
@@ -35,12 +36,12 @@ class Denoiser:
     It moves caches on, keeps the condition's keys and values there, replays captured passes, lends one cache to one
     roll-out after another, and says how roll-outs get their gradient. The network and the cache know nothing of it.
 
-    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call);
-    `batched_exit_backward` has the exit steps of a roll-out recomputed and differentiated together in the end;
-    `replays` makes them again with gradient into their context instead (`replay.py`); `writer`, another network of the
-    same sizes that makes all of the context, while `model` only denoises (SGF+; None: that of a `WriterApart`, or the
-    model itself); `gathering`, entered around several
-    calls between which no weight changes: sharded weights are gathered once for them.
+    Args: `graphs` captures passes without gradient and replays them (None: Python makes every call); `rounded` makes
+    these in place of the `model` that it follows; `batched_exit_backward` has the exit steps of a roll-out recomputed
+    and differentiated together in the end; `replays` makes them again with gradient into their context instead
+    (`replay.py`); `writer`, another network of the same sizes that makes all of the context, while `model` only
+    denoises (SGF+; None: that of a `WriterApart`, or the model itself); `gathering`, entered around several calls
+    between which no weight changes: sharded weights are gathered once for them.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Denoiser:
         model: VideoDiT,
         *,
         graphs: CUDAGraphRunner | None = None,
+        rounded: Rounded | None = None,
         batched_exit_backward: bool = False,
         replays: bool = False,
         writer: VideoDiT | None = None,
@@ -56,6 +58,7 @@ class Denoiser:
         assert not (batched_exit_backward and replays), "two ways to give a roll-out its gradient"
         self.model, self.graphs, self.gathered = model, graphs, gathering
         self.writer = model.writer if writer is None and isinstance(model, WriterApart) else writer
+        self.rounded = rounded
         self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
 
@@ -70,6 +73,8 @@ class Denoiser:
         """As `VideoDiT.new_cache`, for one roll-out: with `graphs`, the cache that the roll-out before had, cleared,
         where it fits and no backward reads from it any more, so that its captured passes can be replayed.
         """
+        if self.rounded is not None:
+            self.rounded.changed()
         sizes = (plan, batch_size, size, max_frames, spare_frames)
         if self.graphs is None:
             return self.model.new_cache(*sizes)
@@ -116,12 +121,13 @@ class Denoiser:
         if commit:
             cache.begin_commit(frames)
         # Captured or not yet, passes of one kind are computed in one way: when they are captured changes no number.
-        work = _Pass(model, view, condition, keep_layers=layers is not None, quick=self.graphs is not None)
+        made_by = model if self.rounded is None or model is not self.model else self.rounded.current()
+        work = _Pass(made_by, view, condition, keep_layers=layers is not None, quick=self.graphs is not None)
         if self.graphs is None:
             velocity, *made = work.run(x, sigma, condition)
         else:
             inputs = (x, sigma, condition.frames, text, image)
-            addresses = (*(p.data_ptr() for p in model.parameters()), *cache.cross_addresses())
+            addresses = (*(p.data_ptr() for p in made_by.parameters()), *cache.cross_addresses())
             kind = (view.num_past, frames, commit, layers is not None, kept)
             split = model.execution.split
             agree = bool if split is None else split.agree

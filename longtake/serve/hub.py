@@ -29,7 +29,7 @@ from longtake.serve.live import Live, Stage
 from longtake.serve.recording import Recording
 from longtake.serve.security import Allowance, same
 from longtake.serve.settings import ServeSettings
-from longtake.serve.store import Stored
+from longtake.serve.store import Saved, Stored
 from longtake.serve.timeline import Beginning, Timeline
 
 logger = logging.getLogger(__name__)
@@ -154,16 +154,20 @@ class Hub:
         stored = self._stored(name)
         if not _knows(stored, secret) or stored is None:
             raise not_found()
-        found = [one for one in stored.saves if save in (None, one.save)]
-        if not found:
-            raise ApiError(404, "not_found", "there is no such save", "leave its number out for the latest")
+        chosen = _chosen(stored, save)
         self._check_room()
         if (playing := self.live.get(name)) is not None:
             await self.end(playing, "replaced")
-        chosen = found[-1]
+            stored = self.stored.get(name, stored)  # with a save that was on its way
+            chosen = _chosen(stored, save)
         live = self._add(name, stored.secret, chosen.timeline.copy())
         live.saves = list(stored.saves)
-        await live.stand_at(chosen.frame)
+        try:
+            with writing(live.folder):
+                await live.stand_at(chosen.frame)
+        except BaseException:
+            await self.end(live, "failed")
+            raise
         file = store.save_file(live.folder, chosen.save)
         self.waiting.append(_Waiting(live, ("restore", live.lane, file, chosen.number, chosen.past)))
         return live
@@ -269,7 +273,10 @@ class Hub:
         """Ends a session and lets the next one in; `forget`: what lies on the disk goes, too."""
         if not self._leave(live, reason, forget=forget):
             return
+        listed = list(live.saves)
         await live.end(reason, reopens=bool(live.saves) and not forget)
+        if live.saves != listed and not forget and live.name not in self.live:  # one that was on its way is there now
+            self.stored[live.name] = Stored(live.folder, live.secret, tuple(live.saves))
         if forget or not live.saves and reason != "ending":
             await asyncio.to_thread(store.remove, live.folder)
         if not self.ending:
@@ -355,6 +362,13 @@ def digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
 
 
+def _chosen(stored: Stored, save: int | None) -> Saved:
+    """A save by its number, None: the latest. Raises: ApiError."""
+    if not (found := [one for one in stored.saves if save in (None, one.save)]):
+        raise ApiError(404, "not_found", "there is no such save", "leave its number out for the latest")
+    return found[-1]
+
+
 def _knows(session: Live | Stored | None, secret: str | None) -> bool:
     """Whether a secret is that of a session; as long for one that is not there."""
     wanted = secrets.token_bytes(32) if session is None else session.secret
@@ -363,11 +377,11 @@ def _knows(session: Live | Stored | None, secret: str | None) -> bool:
 
 def _new_names() -> tuple[str, str]:
     """A session's name and secret."""
-    return secrets.token_hex(8), secrets.token_urlsafe(32)
+    return store.new_name(), secrets.token_urlsafe(32)
 
 
 def _oldest_first(parent: Path) -> list[Path]:
-    """The folders in a folder by when they were last changed."""
+    """The folders of sessions in a folder by when they were last changed."""
 
     def changed(folder: Path) -> float:
         try:
@@ -376,6 +390,6 @@ def _oldest_first(parent: Path) -> list[Path]:
             return 0.0
 
     try:
-        return sorted((path for path in parent.iterdir() if path.is_dir()), key=changed)
+        return sorted((path for path in parent.iterdir() if store.is_own(path)), key=changed)
     except OSError:  # somebody has removed it
         return []

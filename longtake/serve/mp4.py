@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from mmap import mmap
 
 from longtake.data.h264 import BT601, BT709
 from longtake.serve.h264 import Headers, Size, length_prefixed
@@ -100,7 +101,7 @@ def moved(data: bytes, first: int) -> bytes:
     return data[:_TIME_AT] + struct.pack(">Q", first * TICKS) + data[_TIME_AT + 8 :]
 
 
-def span(data: bytes, offset: int) -> tuple[int, int, int] | None:
+def span(data: bytes | mmap, offset: int) -> tuple[int, int, int] | None:
     """Number of the first picture, their count, and the bytes of the fragment at an offset; None: no whole one."""
     if data[offset + 4 : offset + 8] != b"moof" or len(data) < offset + _TIME_AT + 28:
         return None

@@ -7,6 +7,9 @@ file; beyond a number of bytes the oldest part goes. What the disk refuses ends 
 from __future__ import annotations
 
 import logging
+import mmap
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,7 +115,7 @@ class Recording:
     def copy(self, folder: Path) -> Recording:
         """The same frames in files of another folder, for a branch."""
         for part in self._parts:
-            (folder / part.path.name).write_bytes(part.path.read_bytes()[: part.size])
+            os.truncate(shutil.copyfile(part.path, folder / part.path.name), part.size)
         other = Recording(folder, self._head, self._most)
         other.is_over = self.is_over
         return other
@@ -128,15 +131,18 @@ class Recording:
                     data = file.read(one.size)
             except OSError:  # somebody has removed it
                 return
-            if len(data) < one.size:  # it was rewound meanwhile
+            if span(data, 0) != (one.first, one.count, one.size):  # it was rewound meanwhile, and written anew
                 return
             yield moved(data, one.first - found[0][1].first)
 
 
 def _read_part(path: Path, head: bytes) -> _Part:
-    """A file of fragments, of which the last may not be whole."""
-    data, part = path.read_bytes(), _Part(path, len(head))
-    while (found := span(data, part.size)) is not None:
-        part.fragments.append(_Fragment(*found[:2], part.size, found[2]))
-        part.size += found[2]
+    """A file of fragments, of which the last may not be whole. Of each its head alone is read."""
+    part = _Part(path, len(head))
+    if path.stat().st_size <= part.size:  # of an empty file there is no map
+        return part
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while (found := span(data, part.size)) is not None:
+            part.fragments.append(_Fragment(*found[:2], part.size, found[2]))
+            part.size += found[2]
     return part

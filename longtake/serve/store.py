@@ -10,16 +10,20 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longtake.outputs import partial_name
 from longtake.serve.timeline import Beginning, Change, Timeline
 
 logger = logging.getLogger(__name__)
 
 _FILE, _VERSION = "session.json", 1
+_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,16 @@ def read_all(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder is one that a server made: what else lies beside them is somebody's, and never removed."""
+    return _NAME.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()
+
+
+def new_name() -> str:
+    """The name of a session and of its folder, which nobody guesses."""
+    return secrets.token_hex(8)
+
+
 def remove(folder: Path) -> None:
     """Removes all of a session."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -135,8 +149,10 @@ def _picture_out(picture: bytes | None, folder: Path) -> str | None:
         return None
     key = hashlib.sha256(picture).hexdigest()
     path = folder / f"{key}.png"
-    if not path.exists():
-        path.write_bytes(picture)
+    if not path.exists():  # under its name it is whole, else a session that was killed or met a full disk is lost
+        partial = partial_name(path)
+        partial.write_bytes(picture)
+        partial.replace(path)
     return key
 
 

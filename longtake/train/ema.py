@@ -25,8 +25,9 @@ class EMA:
     def update(self, step: int) -> None:
         """Takes in the weights after the update of iteration `step`; up to `start_step` the average is the weights."""
         decay = self.config.decay if step > self.config.start_step else 0.0
-        for name, p in self._parameters.items():
-            local(self._average[name]).lerp_(local(p).to(torch.float32), 1.0 - decay)
+        averages = [local(self._average[name]) for name in self._parameters]
+        weights = [local(p).to(torch.float32) for p in self._parameters.values()]
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longtake.checkpoint.async_save import Saver
@@ -124,12 +125,12 @@ def train(
                 before = state.data_position
                 seconds = iteration(state, objective, batches, config, mesh, phases, window)
                 throughput.add(step, seconds, state.data_position - before)
+                if hooks.passed:  # before the row, with which the count of the most memory begins anew
+                    hooks.passed(step + 1)
                 recorder()
                 row = _row(step, config, state, mesh, phases, window, throughput)
                 log.iteration(step, row)
                 alarms.iteration(step, row)
-                if hooks.passed:
-                    hooks.passed(step + 1)
 
 
 def _saver(state: TrainState, folder: Path, config: RunConfig, mesh: Mesh, info: RunInfo) -> Saver | None:
@@ -232,18 +233,19 @@ def iteration(
         metrics = []
         with phases.whole(turn):
             optimizer.zero_grad()
-            loss = 0.0
+            losses: list[Tensor] = []
             for batch in micro_batches:
                 with phases("forward"):  # what is in no other phase: the objective names roll-out and scores
                     result = objective.loss(turn, batch, step)
                 with phases("backward"):
                     (result.loss / len(micro_batches)).backward()
-                loss += result.loss.detach().item() / len(micro_batches)
+                losses.append(result.loss.detach().double())
                 metrics.append(result.metrics)
             with phases("backward"):
                 average_gradients(state.networks[turn], mesh)
-            with phases("optimizer"):
-                norm = optimizer.gradient_norm()
+            with phases("optimizer"):  # where a GPU is waited for, once an update
+                *each, norm = torch.stack([*losses, optimizer.gradient_norm().double()]).tolist()
+                loss = sum(value / len(micro_batches) for value in each)
         with phases("agree"):  # before the step: one rank's NaN would be in all weights after it
             problem = nonfinite(mesh, step, turn, loss, norm)
         if problem is not None:
@@ -292,20 +294,20 @@ def _skip_or_stop(state: TrainState, problem: str, config: RunConfig, turn: str,
 
 
 class MetricWindow:
-    """The metrics since the last row."""
+    """The metrics since the last row. Those of a GPU are read when they are taken, so that nothing waits for them."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        self._values: defaultdict[str, list[float | Tensor]] = defaultdict(list)
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
         for name, value in values.items():
-            total, count = self._sums[name]
-            self._sums[name] = (total + float(value), count + 1)
+            self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def take(self, mesh: Mesh) -> dict[str, float]:
         """Mean of each metric over its micro-batches, iterations and all ranks; and starts anew."""
-        ranks = mesh.every(lambda: dict(self._sums))
-        self._sums.clear()
+        mine = {name: (sum(map(float, values)), len(values)) for name, values in self._values.items()}
+        self._values.clear()
+        ranks = mesh.every(lambda: mine)
         names = sorted({name for sums in ranks for name in sums})
         parts = {name: [sums[name] for sums in ranks if name in sums] for name in names}
         return {name: sum(total for total, _ in p) / sum(count for _, count in p) for name, p in parts.items()}

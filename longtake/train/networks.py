@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from longtake.checkpoint.invariants import completed, invariants
-from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.lora import DEFAULT, WRITER, base_name
+from longtake.models.recompute import ByBlock
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.shared_base import AdapterSwitch, AdapterView, SharedBase, WriterApart
 from longtake.models.sizes import DiTConfig
@@ -36,8 +36,11 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
+from longtake.train.execution import check_precision, quick, recomputed
+from longtake.train.keeping import Keeper, Watched, keeps_some
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
 from longtake.weights.fingerprint import check_base, weights_identity
@@ -48,7 +51,7 @@ from longtake.weights.presets import model_config
 from longtake.weights.students import find_student, is_causal, open_source
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.two_networks import Part, updates_of, writer_updates
-from longtake.weights.widen import opened_as_asked
+from longtake.weights.widen import check_condition, opened_as_asked
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +87,18 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates."""
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
+    networks whose memory decides what backward computes again.
+    """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    watched: list[Watched] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mesh.device.type != "cuda":
+            self.config = self.config.without_a_gpu()
 
     def build(self) -> Networks:
         """All networks of the stage.
@@ -96,7 +106,7 @@ class Builder:
         Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
         """
         self.check_start()
-        self._check_precision()
+        check_precision(self.config.networks, self.config.precision, self.mesh)
         trained: dict[str, VideoDiT] = {}
         frozen: dict[str, VideoDiT] = {}
         if self.base is not None:
@@ -148,6 +158,16 @@ class Builder:
         objective.take_averages({name: average.applied for name, average in state.ema.items()})
         return state
 
+    def keeper(self, objective: Objective) -> Keeper:
+        """What decides how much of forwards is kept, from iterations of all updates; make it before the first one."""
+
+        def shown(step: int) -> list[str]:
+            # Of videos that go on, the beginning needs less memory than the rest.
+            return [] if self.config.objective.decodes and objective.chunk(step) == 0 else objective.turns(step)
+
+        micro_batches = self.config.accumulation(self.mesh.world_size)
+        return Keeper(self.watched, self.mesh, list(objective.networks), shown, micro_batches)
+
     def reference(self, networks: Networks) -> VideoDiT | None:
         """The bidirectional weights beside which the student is measured, None where the objective has none, or where
         longer videos are measured than they make; they are read once more where the stage trains them.
@@ -186,16 +206,16 @@ class Builder:
         """A network of its own: trained whole, or its updates alone."""
         config, wanted = self.config, self.config.networks[name]
         if wanted.source is None:
-            return self._random()
+            return self._random(name)
         weights = self.weights(name)
         opened = self.open(weights)
         if wanted.lora is None:
-            return self._filled(opened)
+            return self._filled(opened, trained=name)
         if config.precision == "bf16":
             opened.model.cast(torch.bfloat16)
         identity = self.mesh.on_main(lambda: self.identity(weights))
         self._adapt(opened, name, weights, identity)
-        return self._filled(opened, first_values(opened.model, name, config.seed))
+        return self._filled(opened, first_values(opened.model, name, config.seed), trained=name)
 
     def frozen(self, name: str) -> VideoDiT:
         """A network that is not trained, in 8-bit floats where it is asked for."""
@@ -206,7 +226,7 @@ class Builder:
         """Any weights as a network that is not trained. Raises: as `open`."""
         opened = self.open(weights)
         self._freeze(opened.model)
-        return self._filled(opened, recompute=False)
+        return self._filled(opened, trained=None)
 
     def shared(self, base_name: str) -> tuple[dict[str, VideoDiT], dict[str, VideoDiT]]:
         """The base, and the networks with updates as views of it: those that are trained, and the frozen base."""
@@ -244,7 +264,7 @@ class Builder:
                     updates.append(first_values(opened.model, role, config.seed, adapter_name=role))
         switch = AdapterSwitch()
         opened = replace(opened, model=opened.model.executed(replace(opened.model.execution, updates=switch)))
-        shared = SharedBase(self._filled(opened, *updates), switch)
+        shared = SharedBase(self._filled(opened, *updates, trained=" and ".join(names)), switch)
         return shared, {name: view(shared, name) for name, view in views}
 
     def student(self, generator: VideoDiT) -> Denoiser:
@@ -257,6 +277,7 @@ class Builder:
         return Denoiser(
             generator,
             graphs=CUDAGraphRunner() if self._captures else None,
+            rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
             gathering=partial(gathered, sharded) if once else nullcontext,
@@ -352,13 +373,7 @@ class Builder:
         """
         model, folder = self.config.model, weights_folder(source, self.config.logdir)
         opened = opened_as_asked(open_source(folder, part=part), model, self.config.seed)
-        sizes = opened.model.config
-        if (sizes.condition_channels > 0) != model.with_y:
-            key, fix = _misfit(model)
-            raise ConfigError(
-                f"model.{key}={getattr(model, key)} does not fit the weights at {source}, which have "
-                f"in_channels={sizes.in_channels}; set it to {fix}"
-            )
+        check_condition(opened.model.config, model, source)
         return opened
 
     def identity(self, source: Path) -> str:
@@ -377,61 +392,49 @@ class Builder:
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
         return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
 
-    def _check_precision(self) -> None:
-        """Raises ConfigError where weights in 8-bit floats are asked for that cannot be."""
-        for name, wanted in self.config.networks.items():
-            if not wanted.fp8:
-                continue
-            if self.config.precision != "bf16":
-                raise ConfigError(
-                    f"objective.{name}_precision=fp8 goes with precision=bf16, and precision={self.config.precision}; "
-                    "set that, or leave it out"
-                )
-            if self.mesh.fsdp_mesh is not None:
-                raise ConfigError(
-                    f"objective.{name}_precision=fp8: weights in 8-bit floats are not sharded, and "
-                    f"{self.mesh.world_size} ranks share theirs; set parallel.data_parallel=ddp, or leave it out"
-                )
-
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
         return model.quantise().executed(replace(model.execution, fuses=self.mesh.device.type == "cuda"))
 
-    def _random(self) -> VideoDiT:
+    def _random(self, name: str) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
         torch.manual_seed(self.config.seed)
         network = VideoDiT(model_config(self.config.model.preset)).to(self.mesh.device)
-        return self._parallelized(network, recompute=True)
+        return self._parallelized(network, name)
 
-    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], recompute: bool = True) -> VideoDiT:
+    def _filled(self, opened: Opened, *updates: Iterator[tuple[str, Tensor]], trained: str | None) -> VideoDiT:
         """Sharded while it is empty, then filled: a rank reads the slices that it keeps."""
-        opened = replace(opened, model=self._parallelized(opened.model, recompute=recompute))
+        opened = replace(opened, model=self._parallelized(opened.model, trained))
         _fill(opened, self.mesh.device, chain(opened.read(None), *updates), self.mesh)
         return opened.model
 
-    def _parallelized(self, model: VideoDiT, *, recompute: bool) -> VideoDiT:
-        config = self.config
+    def _parallelized(self, model: VideoDiT, trained: str | None) -> VideoDiT:
+        """Args: `trained`, the name by which it is, None where it is not."""
+        config, mesh, again = self.config, self.mesh, None
+        how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
+        model = model.executed(quick(model, mesh.device, self._product_type, **how))
+        if trained is not None:
+            again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
+            if isinstance(again, ByBlock):
+                self.watched.append(Watched(trained, model.blocks, again))
         return parallelize(
             model,
-            self.mesh,
-            recompute=config.activation_checkpointing if recompute else None,
+            mesh,
+            recompute=again,
             recompute_from=torch.bfloat16 if config.recompute_from == "bf16" else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
+
+    @property
+    def _product_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def _keeps_some(self, model: VideoDiT) -> bool:
+        return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:
     """A transformer without weights that stands for one of these sizes where calls are only counted."""
     with torch.device("meta"):
         return VideoDiT(replace(sizes, num_layers=1))
-
-
-def _misfit(settings: ModelConfig) -> tuple[str, str]:
-    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
-    if settings.with_y:
-        return "image_condition", (
-            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
-            "model.widen=true and model.preset to the sizes wanted"
-        )
-    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")

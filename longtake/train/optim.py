@@ -56,10 +56,10 @@ class NetworkOptimizer:
         for p in self.parameters.values():
             p.grad = None
 
-    def gradient_norm(self) -> float:
-        """L2 norm over all gradients of all ranks, before clipping."""
+    def gradient_norm(self) -> Tensor:
+        """L2 norm over all gradients of all ranks, before clipping; a scalar that nobody has waited for."""
         norm = torch.nn.utils.get_total_norm(self._gradients())
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def step(self, step: int, gradient_norm: float) -> None:
@@ -99,6 +99,7 @@ class NetworkOptimizer:
             eps=config.eps,
             maximize=False,
         )
+        torch.autograd.graph.increment_version(values)  # which fused kernels leave out: who follows weights looks there
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment>`; writing into these tensors restores it."""

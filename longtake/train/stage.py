@@ -46,12 +46,14 @@ class InPrecision(Objective):
     """An objective whose losses run under autocast; weights, optimizer and losses stay float32.
 
     Where networks are sharded, autocast must not keep its copies of weights from one forward to the next: the gradient
-    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part.
+    of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part. On
+    a GPU it keeps none either: functions are compiled for each state of autocast, recorded passes keep none, and a
+    forward needs each copy once.
     """
 
     def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
         self.objective, self.device, self.bf16 = objective, mesh.device, bf16
-        self.keep_copies = mesh.fsdp_mesh is None
+        self.keep_copies = mesh.fsdp_mesh is None and mesh.device.type == "cpu"
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:
@@ -138,7 +140,14 @@ def _train(
     clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
     loras = {name: wanted.lora for name, wanted in config.networks.items()}
     operations = operations_of(objective, sizes, loras, clips, mesh.world_size)
-    hooks = Hooks(start=start, passed=passed)
+    keeper = builder.keeper(objective)
+
+    def complete(number: int) -> None:
+        keeper.passed(number - 1)
+        if passed is not None:
+            passed(number)
+
+    hooks = Hooks(start=start, passed=complete)
     if validation is not None:
         hooks = replace(hooks, evaluate=validation.evaluate, sample=validation.sample)
     train(

@@ -87,6 +87,8 @@ def test_the_tables_say_who_is_compared_with_whom():
     assert [cell.strip() for cell in (vae_line[1], vae_line[5])] == ["80.0%", "1.000"]
     assert other[1].strip() == "60.0% (-20.0 to -20.0)" and other[5].strip() == "0.750 (0.750 to 0.750)"
     assert mine[0].strip() == "0.800 (+0.000 to +0.000)"
+    black = summary_of(vae | {"last_saturation": Share.of([float("nan")] * 4)}, {ROUND_TRIP: vae})
+    assert last_table({"black": black}).splitlines()[2].split("|")[7].strip() == "-"  # and not that of the round trip
     assert switch_table(rows).splitlines()[4].split("|")[2:4] == [" 9       ", " 60.0% (60.0% to 60.0%) "]
     head, _, line = pairs_table(rows).splitlines()
     assert line.startswith("| other against mine |") and "last saturation x" in head

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 
 import pytest
 import torch
@@ -305,6 +306,10 @@ def test_numbers_that_are_none_are_wrong_and_null():
     broken, whole = torch.full((2,), torch.nan), torch.ones(2)
     check = module._relative("a", broken, whole, RUN, "here")
     assert check.status == WRONG and as_json([check], finished=True)["checks"][0]["value"] is None
+    assert module._db(whole, whole) == 100 and module._db(0 * whole, whole) == pytest.approx(10 * math.log10(4))
+    check = module._at_least("a", module._db(broken, whole), module._db(whole, broken), 1, "here")
+    shown = as_json([check], finished=True)["checks"][0]
+    assert check.status == WRONG and shown["value"] is None and shown["limit"] is None
     check = module._relative("a", torch.ones(3), whole, RUN, "here")
     assert (check.status, check.hint) == (WRONG, "shape [3], the library's is [2]; here")
     assert [module._judged("a", value, (0.1, 5), "").status for value in (0.1, 0.2, 0.6)] == [PASSED, SUSPICIOUS, WRONG]

@@ -215,6 +215,27 @@ def test_flash_attention_4_is_called_as_it_wants_it(monkeypatch, rel) -> None:
         attention._flash4.cache_clear()
 
 
+@pytest.mark.parametrize("ms, expected", [((3.0, 2.0), True), ((2.0, 3.0), False), ((2.0, None), False)])
+def test_masks_go_the_way_that_was_faster(ms, expected, monkeypatch, caplog) -> None:
+    def milliseconds(run, problem):
+        time = ms[run.keywords["mask"].flex is not None]
+        if time is None:
+            raise RuntimeError("no code for this device")
+        return time
+
+    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "_problem", lambda *_, **__: (torch.zeros(1),) * 3)
+    monkeypatch.setattr(attention, "choose_kernels", lambda *_: None)
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
+    attention.flex_is_faster.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO):
+            found = [attention.flex_is_faster(torch.device("cpu"), torch.bfloat16, 16) for _ in range(2)]
+    finally:
+        attention.flex_is_faster.cache_clear()
+    assert found == [expected] * 2 and len(caplog.records) == 1
+
+
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -248,6 +269,27 @@ class TestCuda:
             assert rel(attention.attend_fastest(q, k, v).cpu(), truth) < tolerance
         kernels = attention.forward_kernels(q.device, dtype, 128, False)
         assert len(kernels) == 1 or all(kernel.ms > 0 for kernel in kernels)
+
+    @pytest.mark.parametrize("keys", [1500, 300])
+    def test_the_fastest_kernels_have_right_gradients(self, keys: int, rel) -> None:
+        device, dtype = torch.device("cuda", 0), torch.bfloat16
+        attention.choose_kernels(device, dtype, 128)
+        shapes = [(2, 700, 3, 128), (2, keys, 3, 128), (2, keys, 3, 128)]
+        values = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n, shape in enumerate(shapes)]
+        results = []
+        for run, kind in ((attention.attend_fastest, dtype), (attention._defined, torch.float64)):
+            q, k, v = (value.to(device, kind).requires_grad_() for value in values)
+            out = run(q, k, v)
+            out.square().sum().backward()
+            results.append((out.detach(), q.grad, k.grad, v.grad))
+        assert all(rel(found, truth) < 2e-2 for found, truth in zip(*results))
+
+    def test_masks_by_the_faster_way_are_right(self, rel) -> None:
+        layout, device, dtype = LAYOUTS["teacher forcing"], torch.device("cuda", 0), torch.bfloat16
+        flex = attention.flex_is_faster(device, dtype, 128)
+        q, k, v = (t.to(dtype).requires_grad_() for t in _tensors(layout, 40, 128, "cuda"))
+        out = attention.attend_fastest(q, k, v, mask=make_mask(layout.allowed, 40, device, flex=flex))
+        assert rel(out.detach().cpu(), _truth(q.detach(), k.detach(), v.detach(), layout.allowed, 40)) < 2e-2
 
     @pytest.mark.parametrize("rope", ["absolute", "relative"])
     def test_a_streaming_pass_never_waits_for_the_device(self, rope: str, tiny_model, tiny_condition, tiny_latents):

@@ -6,6 +6,7 @@ from tiny_plan import tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError
+from longtake.models.recompute import ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
@@ -56,6 +57,26 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
             assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
 
 
+def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny_latents):
+    """Nothing is computed again of the first blocks, all but attention of the next, all of the rest; and it may change
+    from one update to the next.
+    """
+    by_block, found, counts = ByBlock([True, True]), [], []
+    model = parallelize(tiny_model(True), Mesh(), recompute=by_block)
+    plain = tiny_model(True)
+    some, products = "selective", "products"
+    for ways in (None, (False, True), (some, True), (False, some), (False, False), (True, True), (products, True)):
+        one = plain if ways is None else model
+        by_block.follow(ways or ())
+        one.zero_grad()
+        loss = one(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(one)).square().mean()
+        counted = Counted()
+        found.append(gradients(one, loss, counted))
+        counts.append(counted.count)
+    assert counts == [0, 3, 5, 2, 0, 6, 5]  # of two blocks with three attentions each, of which one is to itself
+    assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_backward_computes_again_from_rounded_inputs_and_from_nothing_else_that_is_rounded(
     mode, tiny_model, tiny_condition, tiny_latents, monkeypatch
@@ -91,14 +112,16 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
         generator = torch.Generator().manual_seed(100 * start + step)
         return torch.randn(2, end - start, 4, 4, 6, generator=generator)
 
-    found = {}
-    for mode in MODES:
+    found = []
+    joined = ByBlock(["selective", "products"])  # nothing of which is recomputed by checkpointing
+    for mode, batched in [*((mode, False) for mode in MODES), (True, True), (joined, True)]:
         model = parallelize(tiny_model(True), Mesh(), recompute=mode)
-        condition = tiny_condition(model)
-        made = roll_out(Denoiser(model), condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
-        found[mode] = gradients(model, made.latents.square().mean(), Counted())
-    for mode in MODES[1:]:
-        assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
+        student, condition = Denoiser(model, batched_exit_backward=batched), tiny_condition(model)
+        made = roll_out(student, condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
+        found.append(gradients(model, made.latents.square().mean(), Counted()))
+    alone, together = found[: len(MODES)], found[len(MODES) :]
+    for truth, *others in (alone, together):
+        assert all(torch.equal(one[name], value) for one in others for name, value in truth.items())
 
 
 def test_selective_still_pins_what_it_read(tiny_model, tiny_condition, tiny_latents):

@@ -54,8 +54,10 @@ def row(generator, picture, prompt, index):
     return EncodedBatch([index], condition, torch.zeros_like(condition.text), generator.latent_size, None, first)
 
 
-@pytest.mark.parametrize("rope", ["relative", "absolute"])
-@pytest.mark.parametrize("keep_sink", [False, True])
+@pytest.mark.parametrize(
+    ("rope", "keep_sink"),
+    [("relative", True), *(pytest.param("absolute", k, marks=pytest.mark.slow) for k in (False, True))],
+)
 def test_the_scene_after_a_cut_is_the_next_video_of_long_tuning(rope, keep_sink, monkeypatch):
     """The same latents after the same calls, which see the same frames at the same positions: nothing of the scene
     before, its sink included. So a video of some number of chunks and the next one are a film with a cut after them.

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B, make_generator
 from websockets.sync.client import connect
 
 from longtake.inference.session import Session
-from longtake.serve import capacity
+from longtake.serve import capacity, store
 from longtake.serve.engine import Engine
+from longtake.serve.h264 import LiveEncoder, Size
 from longtake.serve.live import Live
 from longtake.serve.mp4 import span
 from longtake.serve.recording import Recording
 from longtake.serve.settings import Limits
+from longtake.serve.timeline import Beginning, Timeline
 
 
 def wanted(generator, seed, first, count):
@@ -227,3 +230,100 @@ def test_who_takes_nothing_has_no_connection_in_the_end(generator, tmp_path):
                 found = psutil.Process().net_connections("tcp")
                 before = sum(it.status == "ESTABLISHED" and it.raddr == mine for it in found)
                 assert time.monotonic() < until, "it is still connected"
+
+
+def test_nothing_but_sessions_is_removed(generator, tmp_path):
+    """Somebody has other things where the server keeps its sessions: `--folder outputs`, say."""
+    for name in ("run", "photographs", "0123456789abcdeg"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"w")
+    stale = tmp_path / "0123456789abcdef"
+    stale.mkdir()
+    with serving(generator, tmp_path, max_sessions=1, limits=Limits(kept_sessions=0)) as address:
+        LiveClient(address).open()
+        until = time.monotonic() + 20
+        while stale.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert len(list(tmp_path.glob("*/weights.safetensors"))) == 3
+
+
+def test_a_picture_that_the_disk_refused_costs_no_later_save(tmp_path, monkeypatch):
+    begin = Beginning(A, b"picture" * 1000, 0, None, None)
+    stored = store.Stored(tmp_path / "s", b"secret", (store.Saved(1, 9, 0, 0, Timeline(begin)),))
+    stored.folder.mkdir()
+    store.save_file(stored.folder, 1).touch()
+    write = Path.write_bytes
+
+    def half(self, data):
+        write(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space"):
+            store.write(stored)
+    store.write(stored)
+    assert store.read_all(tmp_path)["s"] == stored
+
+
+@pytest.mark.slow
+def test_what_was_recorded_behind_a_save_is_kept_or_the_save_stays_shut(generator, tmp_path, monkeypatch):
+    read = Recording.read
+
+    def refuse(self):
+        yield next(read(self))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with serving(generator, tmp_path, max_sessions=1) as address:
+        client, frame = saved(address, seed=3)
+        client.post("/resume")
+        client.watch(frame + 16)
+        earlier = tmp_path / client.name / "earlier.mp4"
+        assert opened(client).status_code == 201
+        before = earlier.read_bytes()
+        client.watch(frame + 16)
+        with monkeypatch.context() as patch:
+            patch.setattr(Recording, "read", refuse)
+            answer = opened(client)
+        assert answer.status_code == 507 and answer.json()["error"]["code"] == "failed"
+        assert client.request("GET").status_code == 404  # and no session is left that never plays
+        assert earlier.read_bytes() == before and not list(earlier.parent.glob(".*.part"))
+        assert opened(client).status_code == 201
+        assert client.watch(frame + 8).frames
+
+
+@pytest.mark.slow
+def test_a_save_that_was_on_its_way_when_its_session_made_way_is_opened(generator, tmp_path, monkeypatch):
+    begun, write = threading.Event(), store.write
+
+    def slowly(stored):
+        if len(stored.saves) == 2:
+            begun.set()
+            time.sleep(0.5)
+        write(stored)
+
+    with serving(generator, tmp_path, max_sessions=1) as address, ThreadPoolExecutor(1) as pool:
+        client, _ = saved(address, seed=3)
+        monkeypatch.setattr(store, "write", slowly)
+        saving = pool.submit(client.request, "POST", "/save")
+        assert begun.wait(20)
+        other = LiveClient(address)
+        other.name, other.secret = client.name, client.secret
+        assert opened(other).status_code == 201
+        saving.result(timeout=20)
+        assert [one["save"] for one in other.request("GET").json()["saves"]] == [1, 2]
+
+
+def test_a_recording_that_is_read_while_it_is_rewound_ends_whole(tmp_path):
+    """What is written anew where the old frames lay is no part of what was asked for."""
+    size = Size.of(32, 32)
+    recording, encoder = Recording(tmp_path, b"head", 1 << 20), LiveEncoder(size, 16)
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    whole = [recording.append(encoder.encode(noise[k : k + 8]), k) for k in (0, 8, 16)]
+    reading = recording.read()
+    assert next(reading) == b"head" and next(reading) == whole[0]
+    recording.cut(8)
+    recording.append(encoder.encode(np.zeros_like(noise[:8])), 8)
+    recording.append(encoder.encode(noise[:8]), 16)
+    assert list(reading) == []

@@ -92,7 +92,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path, stage):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["distill", "long"])
+def test_it_trains_in_bfloat16_with_recomputation_and_beside_real_clips(workshop, tmp_path, stage):
+    """Both ways of a packed call: a roll-out's, and teacher forcing's."""
+    clips = {"path": str(workshop / "data" / "clips"), "kind": "clips", "num_workers": 0}
+    more = {"precision": "bf16", "activation_checkpointing": "selective", "data_loss": {"weight": 1.0}, "data": clips}
+    config = config_of(workshop, tmp_path, stage, **more)
+    run_stage(config, Mesh())
+    state = state_of(config)
+    assert len(read_rows(config.folder / "metrics.jsonl")) == 2
+    for role in ("default", WRITER):
+        assert any(value.any() for key, value in state.items() if f".lora_B.{role}." in key and "networks" in key)
+
+
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_begins_as_the_student_of_one_network(workshop, tmp_path, shared):
     """On the same videos; and a shared base holds the teacher, the critic and both."""
     lora = {"critic": {"lora": {"rank": 3}}} if shared else {}
@@ -108,7 +122,7 @@ def test_it_begins_as_the_student_of_one_network(workshop, tmp_path, shared):
             assert networks.frozen["teacher"].base is networks.trained["generator"].base
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_next_stage_goes_on_with_both(workshop, log, shared):
     base = {"shared_base": True, "critic": {"lora": {"rank": 3}}} if shared else {}
     config = config_of(workshop, log, "long", init_from="distill", **base)
@@ -124,6 +138,7 @@ def test_the_next_stage_goes_on_with_both(workshop, log, shared):
     )
 
 
+@pytest.mark.slow
 def test_a_student_of_one_network_is_where_both_begin(workshop, tmp_path):
     """The updates of an earlier stage are part of the base; or, where the base is shared, the first values of both."""
     run_stage(stage_config(workshop, tmp_path, "causal", lora=LORA, max_steps=1), Mesh())

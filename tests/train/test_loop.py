@@ -171,7 +171,7 @@ def test_optimizer_equals_torch_with_clipping_and_warm_up():
         for network, zero in ((ours, optimizer.zero_grad), (theirs, reference.zero_grad)):
             zero()
             network(x).square().sum().backward()
-        norm = optimizer.gradient_norm()
+        norm = optimizer.gradient_norm().item()
         expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
         assert norm == pytest.approx(expected.item(), rel=1e-6)
         reference.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4)

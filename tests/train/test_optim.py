@@ -29,7 +29,7 @@ def test_equals_torch_adamw_bit_for_bit(settings):
         for module in (mine, theirs):
             give_gradients(module, step)
         wanted.param_groups[0]["lr"] = optimizer.learning_rate(step)
-        optimizer.step(step, optimizer.gradient_norm())
+        optimizer.step(step, optimizer.gradient_norm().item())
         wanted.step()
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
     tensors = optimizer.tensors()

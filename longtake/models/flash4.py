@@ -1,0 +1,69 @@
+"""FlashAttention-4, forward and backward, as operators of torch. Import it only where the package is.
+
+The package's own autograd function is not seen by what watches operators: selective recomputation, which keeps the
+results of attention, and traces without data. Source: Dao-AILab/flash-attention, flash_attn/cute/interface.py
+(`FlashAttnFunc`).
+"""
+
+# No `from __future__ import annotations`: torch reads the types of an operator from its signature.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, scale 1/sqrt(K): q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N, K]; with gradient."""
+    return _forward(q, k, v)[0]
+
+
+@torch.library.custom_op("longtake::flash4", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of each row's sum [B, N, L], which backward reads."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, log_sum, *_ = _called(_flash_attn_fwd, q.detach(), k.detach(), v.detach(), return_lse=True)
+    return out, log_sum
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    return torch.empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op("longtake::flash4_backward", mutates_args=())
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    found = _called(_flash_attn_bwd, q, k, v, out, grad, log_sum)
+    return found[0], found[1], found[2]
+
+
+@_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _called(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Raises: RuntimeError for whatever the package or its compiler raises."""
+    try:
+        return function(*args, **options)
+    except RuntimeError:
+        raise
+    except Exception as error:  # its compiler has a tree of exceptions of its own
+        raise RuntimeError(f"FlashAttention-4 failed: {type(error).__name__}: {error}") from error

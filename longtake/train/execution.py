@@ -1,0 +1,64 @@
+"""How the networks of a stage are computed on its device: by which kernels, and what backward computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from longtake.config.objective import NetworkConfig
+from longtake.errors import ConfigError
+from longtake.models.attention import attend_fastest, choose_kernels
+from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
+from longtake.models.recompute import Again, ByBlock
+from longtake.parallel.mesh import Mesh
+from longtake.train.keeping import FEWEST_BLOCKS, first_ways
+
+# Width from which on element-wise work is compiled where there are gradients, which takes a minute once: a smaller
+# network waits for Python, not for memory.
+FUSED_WIDTH = 1024
+
+
+def check_precision(networks: Mapping[str, NetworkConfig], precision: str, mesh: Mesh) -> None:
+    """Raises ConfigError where weights in 8-bit floats are asked for that cannot be."""
+    for name, wanted in networks.items():
+        if not wanted.fp8:
+            continue
+        if precision != "bf16":
+            raise ConfigError(
+                f"objective.{name}_precision=fp8 goes with precision=bf16, and precision={precision}; set that, or "
+                "leave it out"
+            )
+        if mesh.fsdp_mesh is not None:
+            raise ConfigError(
+                f"objective.{name}_precision=fp8: weights in 8-bit floats are not sharded, and {mesh.world_size} ranks "
+                "share theirs; set parallel.data_parallel=ddp, or leave it out"
+            )
+
+
+def quick(
+    model: VideoDiT, device: torch.device, product_type: torch.dtype, *, sharded: bool, compiled: bool
+) -> Execution:
+    """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
+    element-wise work; compiled blocks have both of their own.
+    """
+    if device.type != "cuda" or compiled:
+        return model.execution
+    choose_kernels(device, product_type, model.config.head_width)
+    return replace(model.execution, attend=attend_fastest, fuses=not sharded and model.config.dim >= FUSED_WIDTH)
+
+
+def recomputed(
+    model: VideoDiT, given: Again, keeps_some: Callable[[VideoDiT], bool], *, sharded: bool, compiled: bool
+) -> Again | ByBlock:
+    """What backward computes again of a network that is trained. Args: `given` as `activation_checkpointing`;
+    `keeps_some`, as in `keeping.py`.
+    """
+    if given != "auto":
+        return given
+    if compiled or len(model.blocks) < FEWEST_BLOCKS:
+        return True
+    # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
+    return ByBlock(first_ways(len(model.blocks), selective=not sharded and keeps_some(model)))

@@ -1,0 +1,109 @@
+"""FlashAttention-4 as an operator: what calls the package sees, what it keeps, and what it refuses. The package needs a
+GPU; here its two functions are the mathematics.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from longtake.models import attention
+from longtake.models.attention import attend
+from longtake.models.execution import Execution
+from longtake.models.recompute import keep_attention, keep_products
+from longtake.train.keeping import keeps_some
+
+
+class Package(ModuleType):
+    """`flash_attn.cute.interface`, as far as it is called."""
+
+    def __init__(self, wrong: float = 1.0, error: Exception | None = None) -> None:
+        super().__init__("flash_attn.cute.interface")
+        self.calls: list[str] = []
+        self.wrong, self.error = wrong, error
+
+    def _flash_attn_fwd(self, q, k, v, *, return_lse):
+        self.calls.append("forward")
+        assert return_lse and not torch.is_grad_enabled() or not q.requires_grad
+        if self.error is not None:
+            raise self.error
+        scores = torch.einsum("blnk,bsnk->bnls", q, k).float() / q.shape[-1] ** 0.5
+        out = torch.einsum("bnls,bsnk->blnk", scores.softmax(-1).to(v.dtype), v).contiguous()
+        return out, scores.logsumexp(-1), None, None, None
+
+    def _flash_attn_bwd(self, q, k, v, out, grad, log_sum):
+        self.calls.append("backward")
+        scores = torch.einsum("blnk,bsnk->bnls", q, k).float() / q.shape[-1] ** 0.5
+        share = (scores - log_sum[..., None]).exp()
+        inner = torch.einsum("blnk,bsnk->bnls", grad, v).float()
+        change = share * (inner - (grad * out).sum(-1).transpose(1, 2)[..., None].float()) / q.shape[-1] ** 0.5
+        change, share = change.to(q.dtype), share.to(q.dtype)
+        dq, dk = torch.einsum("bnls,bsnk->blnk", change, k), torch.einsum("bnls,blnk->bsnk", change, q)
+        return self.wrong * dq, dk, torch.einsum("bnls,blnk->bsnk", share, grad)
+
+
+@pytest.fixture()
+def package(monkeypatch):
+    def install(**options) -> Package:
+        found = Package(**options)
+        for name in ("flash_attn", "flash_attn.cute"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", found)
+        return found
+
+    return install
+
+
+def problem(requires_grad: bool = True):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (12, 20, 20)
+    return [torch.randn(2, n, 3, 16, generator=generator).requires_grad_(requires_grad) for n in sizes]
+
+
+def test_the_operator_has_the_gradients_of_attention(package, rel):
+    found, results = package(), []
+    kernel = attention._flash4_with_gradient()
+    assert kernel is not None
+    for run in (attend, kernel.run):
+        q, k, v = problem()
+        out = run(q, k, v)
+        out.square().sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    assert found.calls == ["forward", "backward"]
+    assert all(rel(own, truth) < 1e-5 for truth, own in zip(*results))
+    torch.library.opcheck(torch.ops.longtake.flash4.default, problem(False))
+
+
+@pytest.mark.parametrize("options", [{}, {"wrong": 1.1}, {"error": KeyError("sm_50")}, {"error": RuntimeError("no")}])
+def test_it_is_used_only_where_result_and_gradients_are_right(options, package):
+    package(**options)
+    kernel = attention._flash4_with_gradient()
+    assert kernel is not None
+    place = torch.device("cpu"), torch.float32, 16
+    assert attention._is_right(kernel, *place, gradients=True) == (not options)
+    assert attention._is_right(kernel, *place) == ("error" not in options)
+
+
+def test_its_result_is_kept_by_selective_recomputation(package, rel):
+    found, results = package(), []
+    kernel = attention._flash4_with_gradient()
+    assert kernel is not None
+
+    def work(q, k, v):
+        return kernel.run(q.sin(), k.cos(), v * 2).tanh()
+
+    for context in (None, keep_attention, keep_products):
+        inputs = problem()
+        found.calls.clear()
+        out = work(*inputs)
+        if context is not None:
+            found.calls.clear()
+            out = torch.utils.checkpoint.checkpoint(work, *inputs, use_reentrant=False, context_fn=context)
+        out.square().sum().backward()
+        results.append([x.grad for x in inputs])
+        assert found.calls == ["forward", "backward"]
+    assert all(rel(one, truth) < 1e-6 for truth, *others in zip(*results) for one in others)
+    assert keeps_some(Execution(attend=lambda q, k, v: kernel.run(q, k, v)), torch.device("cpu"), torch.float32, 16)

@@ -1,0 +1,138 @@
+"""`activation_checkpointing: auto`: what is measured, what is decided of it, and that training goes on alike."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import pytest
+import torch
+from tiny_stage import stage_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longtake.models.recompute import Again, ByBlock
+from longtake.parallel.fsdp import parallelize
+from longtake.parallel.mesh import Mesh
+from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
+
+
+class Counted(TorchDispatchMode, Memory):
+    """Bytes of the storages made while it is on, as those of a GPU of `total` bytes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.total = self.held = self.highest = 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}  # made before; their views are no others
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes()).atexit = False
+        self.highest = max(self.highest, self.held)
+        return out
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+    def begin(self) -> None:
+        self.highest = 0
+
+    def now(self) -> int:
+        return self.held
+
+    def most(self) -> int:
+        return self.highest
+
+    def all(self) -> int:
+        return self.total
+
+
+KEPT: dict[Again, int] = {True: 10, "selective": 30, "products": 60, False: 100}
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        (-5, [8, 0, 0, 0]),  # not even what there is fits
+        (19, [8, 0, 0, 0]),
+        (79, [5, 3, 0, 0]),  # attention first: 20 a block
+        (159, [1, 7, 0, 0]),
+        (220, [0, 6, 2, 0]),  # then products: 30 more each
+        (400, [0, 0, 8, 0]),
+        (480, [0, 0, 6, 2]),  # then all
+        (10**6, [0, 0, 0, 8]),
+    ],
+)
+def test_attention_is_kept_first_then_products_then_all(spare, expected):
+    found = plan(KEPT, 8, spare)
+    assert [found.get(way, 0) for way in KEPT] == expected
+    assert sum(count * (KEPT[way] - 10) for way, count in found.items()) <= max(0, spare)
+
+
+def test_where_no_results_can_be_kept_alone_whole_blocks_are():
+    kept = {way: KEPT[way] for way in (True, False)}
+    assert plan(kept, 8, 299) == {True: 5, False: 3} and plan(kept, 8, 10**6) == {False: 8}
+    assert first_ways(6, selective=False) == [False, *[True] * 5]
+    assert first_ways(6, selective=True) == [False, "products", True, True, True, "selective"]
+
+
+@pytest.mark.parametrize(
+    "spare, expected",
+    [
+        (0, [True] * 5),
+        (40_000, ["selective"] * 2 + [True] * 3),
+        (560_000, ["products"] * 3 + ["selective"] * 2),
+        (2**30, [False] * 5),
+    ],
+)
+def test_what_blocks_keep_is_measured_and_decided_once(
+    spare, expected, tiny_model, tiny_condition, tiny_latents, caplog
+):
+    by_block = ByBlock(first_ways(5, selective=True))
+    model = parallelize(tiny_model(True, num_layers=5), Mesh(), recompute=by_block)
+    memory = Counted(model)
+    condition, x = tiny_condition(model), tiny_latents(9)
+
+    def update() -> torch.Tensor:
+        with memory:
+            model.zero_grad()
+            loss = model(x, torch.tensor([0.9, 0.3]), condition).square().mean()
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    keeper = Keeper(
+        [Watched("critic", model.blocks, by_block)],
+        Mesh(),
+        ["generator", "critic"],
+        lambda step: ["critic"][step:],
+        1,
+        memory,
+    )
+    first = update()
+    with caplog.at_level(logging.INFO):
+        keeper.passed(1)  # which updated nothing
+        assert not keeper.settled and not caplog.records
+        keeper.shown = lambda step: ["generator", "critic"]
+        memory.total = int((memory.highest + spare) / ROOM) + 1
+        keeper.passed(2)
+    assert keeper.settled and by_block.ways == expected
+    assert sum(keeper.decided["critic"].values()) == 5
+    assert len(caplog.records) == 1 and "critic: backward computes again" in caplog.text
+    nothing, attention, products, whole = keeper.watched[0].most.values()
+    # A block leaves its result; attention's results and the sums of rows beside; those of products; all of it.
+    result = x.shape[0] * 9 * 6 * model.config.dim * 4
+    assert nothing == result and nothing < attention < products < whole
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    memory.begin()
+    assert torch.equal(update(), first)
+    assert memory.highest <= ROOM * memory.total + 2**10  # as foreseen
+
+
+def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
+    config = stage_config(workshop, tmp_path, "distill")
+    assert config.activation_checkpointing == "auto" and config.without_a_gpu().activation_checkpointing is False
