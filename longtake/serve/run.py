@@ -54,10 +54,12 @@ def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings
 
 
 def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
-    """Serves an application until a signal ends it. Raises: ConfigError when it cannot begin."""
+    """Serves an application until a signal ends it. Raises: LongtakeError when it cannot begin."""
     server = LiveServer(app, settings, say)
-    with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises its signal once more when all is put away, or exits
         server.run()
+    if app.refused is not None:
+        raise app.refused
     if not server.started:
         raise ConfigError(f"nothing is served at {settings.host}:{settings.port}; the log says why")
     say("ended; sessions are saved and can be opened again")
