@@ -106,7 +106,7 @@ def main() -> None:
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                 seconds, loss = update(objective, batch, 0, device)
-                objective._shared.clear()
+                objective._clips.clear()
                 if repeat >= 2:
                     times.append(seconds)
             peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None

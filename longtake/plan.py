@@ -38,6 +38,11 @@ def warp(u: FloatOrTensor, shift: float) -> FloatOrTensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unwarp(sigma: float, shift: float) -> float:
+    """The u that `warp` makes `sigma` of."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 class FlowConfig(Settings):
     """The noise schedule."""
 

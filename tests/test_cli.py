@@ -76,9 +76,9 @@ NOT_DEFAULT = {
             "lora": {"rank": 16, "alpha": 2.0, "targets": ["ffn.2"]},
             "lr": 0.4, "beta1": 0.5, "beta2": 0.6, "eps": 0.5, "weight_decay": 0.25, "max_grad_norm": 4.0,
             "warmup_steps": 8, "decay_steps": 5,
-            "updates_per_generator": 3, "critic_warmup_steps": 2, "init_from": "./critic",
+            "updates_per_generator": 3, "updates_per_rollout": 2, "critic_warmup_steps": 2, "init_from": "./critic",
         },
-        "guidance": 2.5, "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
+        "guidance": 2.5, "guidance_interval": [0.2, 0.8], "negative_prompt": "blurred", "sigma_min": 0.1, "sigma_max": 0.9,
         "data_loss": {"weight": 0.5, "num_latent_frames": 12},
         "anchor": {"weight": 0.25},
         "context_gradient": "replay",
@@ -117,6 +117,7 @@ NOT_DEFAULT = {
     "ema": {"enabled": False, "decay": 0.5, "start_step": 3},
     "precision": "bf16",
     "activation_checkpointing": True,
+    "recompute_from": "bf16",
     "parallel": {
         "compile": True, "data_parallel": "hsdp", "replicate": 2, "sequence": 4, "graphs": False,
     },
@@ -162,8 +163,9 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
 
     # 2. Every key of a stage, set in YAML to something else than its default, reaches the run as it was written.
     written = dict(leaves(NOT_DEFAULT))
-    # Of no effect with t2v; of other kinds of objective: see below.
+    # Of no effect with t2v, or not with a shared base; of other kinds of objective: see below.
     others = {
+        "objective.teacher_precision",
         "model.widen",
         "objective.data_forcing.share",
         "objective.context_writer",  # not with context: last_step
@@ -194,6 +196,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         ({"kind": "flow_matching", "caption_dropout": 0.3}, {"widen": True}),
         ({"kind": "teacher_forcing", "error_recycling": {"share": 0.25, "from_step": 0}, "caption_dropout": 0.2}, {}),
         ({"kind": "long_tuning", "teacher": "toy", **chunks}, {}),
+        ({"kind": "dmd", "teacher": "toy", "teacher_precision": "fp8"}, {}),
     ):
         path.write_text(yaml.safe_dump(NOT_DEFAULT | changed | {"objective": objective, "model": model}))
         assert (result := invoke("train", path)).exit_code == 0, result.output

@@ -10,7 +10,7 @@ from longtake.config.groups import OptimConfig
 from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import TOY_ASSETS, StageConfig, dump, resolve_source
 from longtake.errors import ConfigError
-from longtake.objectives.dmd import CriticConfig
+from longtake.objectives.dmd_keys import CriticConfig
 
 STAGE = {
     "objective": {"kind": "teacher_forcing"},

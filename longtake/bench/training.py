@@ -30,7 +30,6 @@ from longtake.doctor.files import Findings, look_at
 from longtake.errors import ConfigError
 from longtake.models.execution import compilations
 from longtake.models.flops import Work, backward, forward
-from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
@@ -105,16 +104,30 @@ class Bench:
         exit_step = getattr(self.inner, "exit_step", None)
         return Kind("generator" in self.inner.turns(step), None if exit_step is None else exit_step(step))
 
+    def rolls_out(self, step: int) -> bool:
+        """Whether an iteration makes the clips that it learns from."""
+        made_at = getattr(self.inner, "rollout_step", None)
+        return made_at is None or made_at(step) == step
+
+    def cycle(self) -> tuple[int, int]:
+        """Iterations to one update of the generator, and how many of them learn from a roll-out of another one."""
+        steps = range(_LOOK_AHEAD, 2 * _LOOK_AHEAD)
+        updates = max(1, sum("generator" in self.inner.turns(step) for step in steps))
+        kept = sum(not self.rolls_out(step) for step in steps)
+        return round(_LOOK_AHEAD / updates), round(kept / updates)
+
     def steps(self, count: int) -> list[int]:
         """The numbers of `count` iterations, one of each kind as far as that goes, after those of the warm-up.
 
-        Chunks of long videos go on from each other, so that their iterations come in order.
+        Chunks of long videos go on from each other, so that their iterations come in order. Those that learn from clips
+        of another one are left out: beside the generator's update the critic does the same.
         """
         if self.in_order:
             return list(range(WARM_UP + count))
         first: dict[Kind, int] = {}
         for step in range(_LOOK_AHEAD):
-            first.setdefault(self.kind(step), step)
+            if self.rolls_out(step):
+                first.setdefault(self.kind(step), step)
         order = sorted(first, key=lambda kind: (kind.exit_step or 0, kind.generator), reverse=True)
         warm_up = [first[order[index % len(order)]] for index in range(min(2, len(order)))] * WARM_UP
         return [*warm_up[:WARM_UP], *(first[order[index % len(order)]] for index in range(count))]
@@ -158,11 +171,12 @@ class Bench:
 
 
 def bench_training(
-    path: Path, overrides: Sequence[str], device: str | None = None, *, steps: int = STEPS
+    path: Path, overrides: Sequence[str], device: str | None = None, *, steps: int = STEPS, memory: float | None = None
 ) -> Iterator[dict[str, Any]]:
     """The numbers of a stage, of which `steps` iterations count after the warm-up, in parts as they are known.
 
-    Raises: LongtakeError.
+    Args: `memory` GiB of each GPU that may be taken, as if it had no more: what does not fit fails.
+    Raises: LongtakeError; torch.OutOfMemoryError.
     """
     config = load_config(path, overrides)
     if isinstance(config, JobConfig):
@@ -170,6 +184,8 @@ def bench_training(
     begun, found = time.perf_counter(), look_at(config)
     with init_mesh(device) as mesh:
         mesh = mesh.arranged(config.parallel)
+        if memory is not None:
+            _limit(memory, mesh.device)
         bench = Bench(config, found, mesh)
         made = {"weights": bench.weights, "data": "encodings made in memory"}
         yield machine(mesh.device) | {"stage": config.name, "ranks": mesh.world_size, **made}
@@ -183,11 +199,14 @@ def bench_training(
         laps = [bench.lap(step) for step in numbers[WARM_UP:]]
         names = sorted({name for lap in laps for name in lap.phases if name.startswith("seconds/")})
         phases = {name: sum(lap.phases.get(name, 0.0) for lap in laps) / len(laps) for name in names}
-        peak = max(mesh.every(lambda: _peak_bytes(mesh.device)))
+        peak, reserved = (max(each) for each in zip(*mesh.every(lambda: _peak_bytes(mesh.device)), strict=True))
+        on_gpu = mesh.device.type == "cuda"
         yield {
-            **summary(laps, _per_cycle(bench.inner)),
+            **summary(laps, *bench.cycle()),
             "phases": phases,
-            "peak_gib": peak / GIB if mesh.device.type == "cuda" else None,
+            "peak_gib": peak / GIB if on_gpu else None,
+            "reserved_gib": reserved / GIB if on_gpu else None,
+            "limit_gib": memory,
             "iterations": len(laps),
             "skipped_updates": bench.state.skipped,
             "first_update_s": first,
@@ -200,18 +219,28 @@ def bench_training(
             yield {"validation": bench.validation().run()}
 
 
-def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+def _limit(memory: float, device: torch.device) -> None:
+    """Lets torch take so many GiB of a GPU. Raises: ConfigError where there is none, or it has less."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--memory {memory:g} limits what is taken of a GPU, and this runs on {device.type}; leave it out"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    if memory * GIB > total:
+        raise ConfigError(f"--memory {memory:g} is more than the {total / GIB:.1f} GiB of {device}; give less")
+    torch.cuda.set_per_process_memory_fraction(memory * GIB / total, device)
 
 
-def _per_cycle(objective: Objective) -> int:
-    """Iterations to one update of the generator."""
-    updates = sum("generator" in objective.turns(step) for step in range(_LOOK_AHEAD, 2 * _LOOK_AHEAD))
-    return round(_LOOK_AHEAD / max(1, updates))
+def _peak_bytes(device: torch.device) -> tuple[int, int]:
+    """The most that tensors took, and that was kept for them."""
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
-def summary(laps: list[Lap], per_cycle: int) -> dict[str, Any]:
-    """Seconds by network and exit step, and of a cycle: `per_cycle` iterations of which one updates the generator.
+def summary(laps: list[Lap], per_cycle: int, kept: int = 0) -> dict[str, Any]:
+    """Seconds by network and exit step, and of a cycle: `per_cycle` iterations of which one updates the generator and
+    `kept` have the critic learn from clips that are there.
 
     Means over exit steps are of those that came; None where nothing of a kind did.
     """
@@ -233,10 +262,11 @@ def summary(laps: list[Lap], per_cycle: int) -> dict[str, Any]:
     if critic is None and generator is not None and per_cycle == 1:
         cycle = generator + (shared or 0.0)
     elif critic is not None and generator is not None:
-        cycle = generator + (shared or 0.0) + (per_cycle - 1) * critic
+        cycle = generator + (1 + kept) * (shared or 0.0) + (per_cycle - 1 - kept) * critic
     return {
         "cycle_s": cycle,
         "cycle_iterations": per_cycle,
+        "cycle_roll_outs": per_cycle - kept,
         "critic_s": seconds_of["critic"],
         "critic_given_s": shared,
         "generator_s": seconds_of["generator"],
@@ -262,23 +292,25 @@ def _bounds(bench: Bench, laps: list[Lap]) -> dict[str, Any]:
         return (total.products / slowest + attended) / 1e12
 
     floors = {lap.kind: least(bench.work(lap.step)) for lap in laps}
+    per_cycle, kept = bench.cycle()
+    again = next((least(bench.work(step)) for step in range(_LOOK_AHEAD) if not bench.rolls_out(step)), 0.0)
     done, took = sum(bench.work(lap.step).total for lap in laps), sum(lap.seconds for lap in laps)
     peak = _peak(config.precision, device)
     return {
         "mfu": None if peak is None else done / took / peak,
         "model_tflops": done / took / 1e12,
-        "floor_s": _cycle(floors, _per_cycle(bench.inner)),
+        "floor_s": _cycle(floors, per_cycle, kept, again),
         "rates_tflops": {**rate, heaviest.name: attention, f"{heaviest.name}, backward": rate_backward},
     }
 
 
-def _cycle(seconds: Mapping[Kind, float], per_cycle: int) -> float | None:
-    """Of a cycle, from those of iterations by kind."""
+def _cycle(seconds: Mapping[Kind, float], per_cycle: int, kept: int, again: float) -> float | None:
+    """Of a cycle, from those of iterations by kind, and of each that is `kept` (`again`)."""
     with_generator = [value for kind, value in seconds.items() if kind.generator]
     without = [value for kind, value in seconds.items() if not kind.generator]
     if not with_generator or (per_cycle > 1 and not without):
         return None
-    return mean(with_generator) + (per_cycle - 1) * (mean(without) if without else 0.0)
+    return mean(with_generator) + (per_cycle - 1 - kept) * (mean(without) if without else 0.0) + kept * again
 
 
 def _peak(precision: str, device: torch.device) -> float | None:

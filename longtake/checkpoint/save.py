@@ -309,7 +309,9 @@ def _check_fit(tensors: Mapping[str, Tensor], reader: dcp.HuggingFaceStorageRead
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; use another checkpoint") from error
-    found = {key: tuple(meta.size) for key, meta in saved.items()}  # type: ignore[union-attr]
+    # First moments of another beta1, or of versions that kept them with beta1 0 too, are not read.
+    left = {key for key in saved.keys() - tensors.keys() if key.startswith("optimizers.") and key.endswith(".exp_avg")}
+    found = {key: tuple(meta.size) for key, meta in saved.items() if key not in left}  # type: ignore[union-attr]
     if groups := misfits(shapes_in(tensors), found):
         text = "; ".join(f"{len(keys)} {group}: {', '.join(keys[:20])}" for group, keys in groups.items())
         raise CheckpointError(f"{path} does not fit the model: {text}. Use the configuration that it was trained with")

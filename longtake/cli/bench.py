@@ -44,6 +44,10 @@ def bench(
     decoder: Decoder = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of a stream that count.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Iterations of a training that count.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="GIB", help="With CONFIG: as if the GPU had no more than so many GiB."),
+    ] = None,
     warm_up: WarmUp = False,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
@@ -60,7 +64,7 @@ def bench(
         if config is not None:
             from longtake.bench.training import bench_training
 
-            return _tell(bench_training(config, overrides, device, **given(context, "steps")), json_file)
+            return _tell(bench_training(config, overrides, device, **given(context, "steps", "memory")), json_file)
         from longtake.bench.run import bench_random, bench_source
 
         changes = changes_of(*overrides, **_size(size), dtype=dtype, decoder=decoder)

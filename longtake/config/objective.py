@@ -38,8 +38,9 @@ class NetworkConfig:
     """A network of a stage: `source` of its first weights, which the key `key` names, None for random ones.
 
     Fields: `optim`, None for a network that is not trained; `lora`, None where all weights are; `shared`, whether the
-    networks with low-rank updates are this one with their updates, held once; `causal`, whether weights that say of
-    themselves that they are bidirectional are refused.
+    networks with low-rank updates are this one with their updates, held once; `fp8`, whether one that is not trained
+    has its large weights in 8-bit floats; `causal`, whether weights that say of themselves that they are bidirectional
+    are refused.
     """
 
     key: str
@@ -47,6 +48,7 @@ class NetworkConfig:
     optim: OptimConfig | None = None
     lora: LoraConfig | None = None
     shared: bool = False
+    fp8: bool = False
     causal: bool = False
 
 

@@ -71,7 +71,12 @@ class StageConfig(RunConfig):
     activation_checkpointing: bool | Literal["none", "full", "selective", "auto"] = Field(
         default="auto",
         description="recompute blocks in backward, less memory for more time: none or false, full or true; selective = "
-        "all but the results of attention; auto = on a GPU only as much as its memory asks for, on a CPU nothing",
+        "all but the results of self-attention; auto = on a GPU only as much as its memory asks for, on a CPU nothing",
+    )
+    recompute_from: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="type in which the inputs of recomputed blocks are kept: bf16 takes half of the memory, and rounds "
+        "what gradients are computed from once more",
     )
     validation: ValidationConfig = Field(default=ValidationConfig(), description=ValidationConfig.__doc__)
 
@@ -82,6 +87,11 @@ class StageConfig(RunConfig):
         # The model is frozen for its users; these follow from other values of the same file.
         if self.activation_checkpointing in ("none", "full"):
             object.__setattr__(self, "activation_checkpointing", self.activation_checkpointing == "full")
+        if self.recompute_from != "fp32" and not self.activation_checkpointing:
+            raise ConfigError(
+                f"recompute_from={self.recompute_from} has no effect while activation_checkpointing=none; remove it, "
+                "or set that to full or selective"
+            )
         if "{logdir}" in self.data.path:
             path = self.data.path.replace("{logdir}", self.logdir)
             object.__setattr__(self, "data", self.data.model_copy(update={"path": path}))

@@ -136,7 +136,7 @@ class Meter(TorchDispatchMode):
         # Optimizers of a GPU are one kernel, where the CPU's keep results of a list of tensors in between.
         if not func.name().startswith("aten::_foreach_"):
             for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
+                if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                     self._add(_storage(leaf))
         if func is torch.ops.aten.convolution.default and out.ndim == 5:
             # cuDNN works on copies in a layout of its own: not seen, but one H200 took as much more for them.
@@ -333,6 +333,14 @@ class _Hollow(SizedBuilder):
 
     def _random(self, name: str) -> VideoDiT:
         return self._filled(self.open(Path("generator")), trained=name)
+
+    def frozen_at(self, weights: Path) -> VideoDiT:
+        with unset_fake_temporarily():  # also in the middle of a trace: what has no data yet is none of its tensors
+            return super().frozen_at(weights)
+
+    def _quantised(self, model: VideoDiT) -> VideoDiT:
+        with self.meter.fake, self.meter:
+            return super()._quantised(model)
 
     def _filled(self, opened: Opened, *updates: Any, trained: str | None) -> VideoDiT:
         model = self._parallelized(opened.model, trained)

@@ -352,13 +352,14 @@ class VideoDiT(nn.Module):
 
             return layers(block, run, (hidden, modulation, cross.text, cross.image))
         if torch.is_grad_enabled() and (again := self.execution.again(layer)):
-            return checkpoint(
-                block,
-                *(hidden, modulation, seen, cross, layer),
-                use_reentrant=False,
-                context_fn=partial(self.execution.contexts, again),
-                preserve_rng_state=False,  # nothing in a block is random
-            )
+            with self.execution.keeping(hidden):
+                return checkpoint(
+                    block,
+                    *(hidden, modulation, seen, cross, layer),
+                    use_reentrant=False,
+                    context_fn=partial(self.execution.contexts, again),
+                    preserve_rng_state=False,  # nothing in a block is random
+                )
         return block(hidden, modulation, seen, cross, layer)
 
     def _self_context(self, x: Tensor, context: Context) -> tuple[Tensor, SelfContext]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar, cast
@@ -25,7 +25,7 @@ from longtake.models.attention import (
     has_triton,
     limited,
 )
-from longtake.models.recompute import KEEPERS, Again, ByBlock, Contexts, together
+from longtake.models.recompute import KEEPERS, Again, ByBlock, Contexts, kept_as, together
 from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,14 +50,16 @@ class Updates(Protocol):
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
-    `recompute`, what backward computes again of a block: nothing (False), all (True), all but attention ("selective")
-    or but attention and matrix products ("products"), or of each block another of these; `updates`, low-rank ones that
-    are switched between calls; `attend`, what computes attention; `fuses`, whether each function of element-wise work
-    between matrix products is compiled into a kernel of its own, for the shapes that it meets.
+    `recompute`, what backward computes again of a block: nothing (False), all (True), all but self-attention
+    ("selective") or but self-attention and matrix products ("products"), or of each block another of these;
+    `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
+    low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
+    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets.
     """
 
     split: SequenceParallel | None = None
     recompute: Again | ByBlock = False
+    recompute_from: torch.dtype | None = None
     updates: Updates | None = None
     attend: Attention = attend
     fuses: bool = False
@@ -83,6 +85,11 @@ class Execution:
     def again(self, layer: int) -> Again:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
+
+    def keeping(self, tokens: Tensor) -> AbstractContextManager:
+        """Around the call of a block that backward computes again from these `tokens`."""
+        kept = self.recompute_from
+        return nullcontext() if kept is None else kept_as(kept, tokens)
 
     def contexts(self, again: Again = True) -> Contexts:
         """One context around a block's forward and one around its recomputation, of as much as `again` of that block

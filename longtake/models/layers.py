@@ -16,6 +16,8 @@ from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
 
+_TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
+
 
 def read_clock(sigma: Tensor, rounding: str) -> Tensor:
     """Noise levels -> the clock in [0, 1000] that the network reads, float64, rounded as `StreamPlan.clock` says."""
@@ -149,12 +151,24 @@ def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor
         once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
         return second((once or execution.fused(gelu_quantised))(hidden))
     alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    if type(first) is not nn.Linear and not torch.is_grad_enabled():
+        return _by_frames(layers, x)
     if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
     # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
     hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return second(hidden.unflatten(0, x.shape[:-1]))
+
+
+def _by_frames(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`layers` with low-rank updates, of some frames of `x` [B, E, l, D] at a time. Such a layer holds its result, the
+    update and their sum at once, each wider than all else: of a whole clip, most of what its scores take.
+    """
+    frames = max(1, _TOKENS_AT_ONCE // (x.shape[0] * x.shape[2]))
+    if x.shape[1] <= frames:
+        return layers(x)
+    return torch.cat([layers(part) for part in x.split(frames, 1)], 1)
 
 
 class ImageEmbedding(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
@@ -59,8 +60,20 @@ def together(makers: Sequence[Callable[[], Contexts]]) -> Contexts:
     return _All([forward for forward, _ in pairs]), _All([again for _, again in pairs])
 
 
+def kept_as(dtype: torch.dtype, tokens: Tensor) -> AbstractContextManager:
+    """Inside, `torch.utils.checkpoint` keeps `tokens` in `dtype` until backward, and computes again from what is left
+    of them; other inputs as they are.
+    """
+    memory = tokens.untyped_storage()._cdata  # not the tensor itself: it would be kept, too
+
+    def pack(x: Tensor) -> tuple[Tensor, torch.dtype]:
+        return (x.to(dtype) if x.untyped_storage()._cdata == memory else x), x.dtype
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept[0].to(kept[1]))
+
+
 def keep_attention() -> Contexts:
-    """Contexts under which the results of attention are kept from forward, and all else is recomputed.
+    """Contexts under which the results of self-attention are kept from forward, and all else is recomputed.
 
     An attention kernel costs the most to run again and its result, [B, L, N, K], little to keep. Its inputs are
     recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
@@ -96,10 +109,16 @@ class _NoCopies(AbstractContextManager):
         torch.set_autocast_cache_enabled(self._before.pop())
 
 
-def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
     # Flash4's operator is there only where its package is; its name is there always.
-    keeps = operator in _attention() or operator.name() == "longtake::flash4"
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    if operator in _attention():
+        queries, keys = (each.shape[-2] for each in inputs[:2])
+    elif operator.name() == "longtake::flash4":
+        queries, keys = (each.shape[1] for each in inputs[:2])
+    else:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    # Attention to text and picture has fewer keys than queries: it costs little to run again and as much to keep.
+    return CheckpointPolicy.MUST_SAVE if keys >= queries else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
-
-from longtake.config.base import PathText, Settings
-from longtake.config.groups import LoraConfig, OptimConfig
-from longtake.config.objective import NetworkConfig, ObjectiveConfig
-from longtake.errors import ConfigError
-from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
+from longtake.objectives.anchor import Statistics, anchor_loss, deviation_ratio
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
-from longtake.objectives.data_forcing import DataForcing, teacher_input
+from longtake.objectives.data_forcing import teacher_input
+from longtake.objectives.dmd_keys import DmdKeys
 from longtake.objectives.flow_matching import clip_sigma, require_latents
+from longtake.objectives.held_batches import HeldBatches
+from longtake.objectives.roll_out_groups import RollOutGroups
 from longtake.objectives.roll_out_passes import roll_out_passes
-from longtake.objectives.scores import dmd_gradient, dmd_loss, teacher_velocity
+from longtake.objectives.scores import dmd_gradient, dmd_loss
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longtake.plan import Exits, StreamPlan
+from longtake.plan import Exits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,175 +32,10 @@ if TYPE_CHECKING:
     from longtake.rollout.self_forcing import RollOut, RollOutNoise
 
 
-class CriticConfig(OptimConfig):
-    """The fake score and its optimizer."""
-
-    lr: float = Field(default=2e-5, gt=0, description="learning rate")
-    updates_per_generator: int = Field(default=5, gt=0, description="critic updates to one generator update")
-    # It begins as another network than a student that has been trained already, and its first scores would lead that
-    # one astray.
-    critic_warmup_steps: int = Field(
-        default=0,
-        ge=0,
-        description="first iterations, in which the critic alone is trained, on the student as it begins",
-    )
-    init_from: PathText | None = Field(
-        default=None, description="weights it starts from, as `init_from`; null = those of the teacher"
-    )
-    lora: LoraConfig | None = Field(default=None, description=LoraConfig.__doc__)
-
-
-class DataLoss(Settings):
-    """Teacher forcing on the rows' own videos beside distribution matching, which settles what captions leave open and
-    fades long videos the longer it goes on; teacher forcing does neither (docs/log.md, 2026-11-27).
-    """
-
-    weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of its loss in the student's updates; 0 = off. Rows must then be clips",
-    )
-    num_latent_frames: int | None = Field(
-        default=None,
-        gt=0,
-        description="latent frames of these clips, up to a block boundary; more than plan.window_frames teaches what "
-        "to do once frames are evicted; null = video.num_latent_frames",
-    )
-
-
-class DmdConfig(ObjectiveConfig):
+class DmdConfig(DmdKeys):
     """Distribution matching with a teacher on the student's own roll-outs."""
 
     kind: Literal["dmd"] = "dmd"  # type: ignore[assignment]
-    teacher: PathText = Field(description="weights of the real score, as `init_from`")
-    critic: CriticConfig = Field(default=CriticConfig(), description=CriticConfig.__doc__)
-    guidance: float = Field(
-        default=4.0, ge=0, description="classifier-free guidance w of the teacher, uncond + w (cond - uncond); 1 = off"
-    )
-    negative_prompt: str = Field(default="", description="text of the unconditional side of guidance; empty = no text")
-    sigma_min: float = Field(default=0.02, ge=0, lt=1, description="smallest noise level at which scores are compared")
-    sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
-    data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
-    anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
-    data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
-    context_gradient: Literal["none", "replay"] = Field(
-        default="none",
-        description="what of a roll-out carries gradient: `none` = each block's exit step, its context detached "
-        "(Self-Forcing); `replay` = the writing of that context too, by one more forward over [context | exit steps] "
-        "(Self-Gradient Forcing): later blocks teach earlier ones what to leave them",
-    )
-    context_writer: Literal["student", "own"] = Field(
-        default="student",
-        description="what writes the context of a roll-out: `student` = the network that denoises; `own` = low-rank "
-        "updates of their own, as large as those of `lora`, on the same frozen weights (Self-Gradient Forcing, plus "
-        "form). They learn through context_gradient=replay alone. Such a student is two networks where it is played",
-    )
-    shared_base: bool = Field(
-        default=False,
-        description="teacher, and student and critic with `lora`, are one frozen network that is held once, each with "
-        "its own low-rank updates (all from the weights of `teacher`)",
-    )
-
-    reference: ClassVar[str | None] = "teacher"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
-        if self.negative_prompt and self.guidance == 1:
-            raise ValueError(
-                f"negative_prompt={self.negative_prompt!r} is read with guidance other than 1; remove it, or give "
-                "empty quotes ''"
-            )
-        if self.data_loss.num_latent_frames is not None and not self.data_loss.weight:
-            raise ValueError(
-                f"data_loss.num_latent_frames={self.data_loss.num_latent_frames} has no effect while "
-                "data_loss.weight=0; remove it, or give a weight"
-            )
-        return self
-
-    @property
-    def learns_from_videos(self) -> bool:
-        return self.data_loss.weight > 0 or self.compares_with_clips
-
-    @property
-    def needs_pairs(self) -> bool:
-        return self.data_forcing.share > 0
-
-    @property
-    def compares_with_clips(self) -> bool:
-        """Whether the student's videos are compared with the beginning of the rows' own clips."""
-        return self.anchor.weight > 0 or self.needs_pairs
-
-    @property
-    def takes_switches(self) -> bool:
-        # The teacher of data forcing sees a whole clip under one caption.
-        return self.data_loss.weight > 0 and not self.needs_pairs
-
-    @property
-    def num_clip_frames(self) -> int | None:
-        return self.data_loss.num_latent_frames
-
-    @property
-    def replays(self) -> bool:
-        return self.context_gradient == "replay"
-
-    @property
-    def writes_apart(self) -> bool:
-        return self.context_writer == "own"
-
-    @property
-    def empty_prompt(self) -> str:
-        return self.negative_prompt
-
-    def networks(self) -> Mapping[str, NetworkConfig]:
-        """The frozen real score, and the fake one, which begins as the teacher unless it has weights of its own."""
-        critic, key = self.critic, "objective.critic.init_from" if self.critic.init_from else "objective.teacher"
-        return {
-            "teacher": NetworkConfig("objective.teacher", self.teacher, shared=self.shared_base),
-            "critic": NetworkConfig(key, critic.init_from or self.teacher, critic, critic.lora),
-        }
-
-    def check(self, plan: StreamPlan, num_latent_frames: int, *, with_picture: bool, lora: bool) -> None:
-        """Raises ConfigError on clips that do not fit the blocks, and for a shared base that nobody would share."""
-        if (frames := self.data_loss.num_latent_frames) is not None:
-            if frames == 1 and with_picture:
-                raise ConfigError(
-                    "objective.data_loss.num_latent_frames=1 leaves nothing to learn after the given picture; "
-                    f"set it to {1 + plan.block_frames}"
-                )
-            plan.check(frames, "objective.data_loss.num_latent_frames")
-            if self.compares_with_clips and frames < num_latent_frames:
-                raise ConfigError(
-                    f"objective.data_loss.num_latent_frames={frames} must be at least video.num_latent_frames="
-                    f"{num_latent_frames}, which objective.anchor and objective.data_forcing compare; set it to "
-                    f"{num_latent_frames} or to null"
-                )
-        if self.needs_pairs and not with_picture:
-            raise ConfigError(
-                f"objective.data_forcing.share={self.data_forcing.share} needs clips that begin with the picture that "
-                "the student is given, and model.image_condition=t2v gives it none: clips that share a caption alone "
-                "take away its variety; set it to 0"
-            )
-        if self.writes_apart:
-            self._check_writer(plan, lora=lora)
-        if self.shared_base and not lora and self.critic.lora is None:
-            raise ConfigError(
-                "objective.shared_base=true needs low-rank updates of the student (lora), of the critic "
-                "(objective.critic.lora), or of both; give them, or set it to false"
-            )
-
-    def _check_writer(self, plan: StreamPlan, *, lora: bool) -> None:
-        """Raises ConfigError where a writer of its own would be none, or would learn nothing."""
-        key = "objective.context_writer=own"
-        if not lora:
-            raise ConfigError(f"{key} is low-rank updates beside those of the student, and lora=null; give lora")
-        if not self.replays:
-            raise ConfigError(f"{key} learns through objective.context_gradient=replay alone; set that")
-        if plan.context == "last_step":
-            raise ConfigError(
-                f"plan.context=last_step has the student store its own blocks, which {key} is to do; set it to pass"
-            )
 
     def build(self, parts: Parts) -> Objective:
         """The objective."""
@@ -217,12 +49,18 @@ class Dmd(Objective):
     random numbers follow (seed, step, purpose, sample); the exit step is one number for all ranks and blocks.
     """
 
-    def __init__(self, parts: Parts, settings: DmdConfig) -> None:
+    def __init__(self, parts: Parts, settings: DmdKeys) -> None:
         super().__init__(parts)
         self.generator, self.critic, self.settings = parts.student, parts.trained["critic"], settings
+        self.guided = settings.guided
         self.real = parts.frozen["teacher"].eval().requires_grad_(False)
         self.data_loss = TeacherForcing(parts, TeacherForcingConfig()) if settings.data_loss.weight else None
-        self._shared: dict[tuple[int, tuple[int, ...]], RollOut] = {}
+        critic = settings.critic
+        self._groups = RollOutGroups(
+            critic.updates_per_rollout, critic.updates_per_generator, critic.critic_warmup_steps
+        )
+        # By the iteration that made them and the samples: what the critic will learn from.
+        self._clips: dict[tuple[int, tuple[int, ...]], RollOut] = {}
 
     def turns(self, step: int) -> list[str]:
         """The critic always; after `critic_warmup_steps` the generator in every `updates_per_generator`-th one too."""
@@ -239,6 +77,16 @@ class Dmd(Objective):
         student's videos. Raises: TrainingError when `data_loss` are wanted and the batch has none.
         """
         return self._generator_loss(batch, step) if turn == "generator" else self._critic_loss(batch, step)
+
+    def batches(self, loaded: Any, batch_size: int) -> Any:
+        """The same micro-batches for all iterations that learn from one roll-out."""
+        if self.settings.critic.updates_per_rollout == 1:
+            return loaded
+        return HeldBatches(loaded, self._groups.number, batch_size=batch_size)
+
+    def rollout_step(self, step: int) -> int:
+        """The iteration whose roll-out iteration `step` learns from: itself, but where `updates_per_rollout` says."""
+        return self._groups.begin(step)
 
     def exit_step(self, step: int) -> int:
         """Denoising step at which every block of this iteration stops; or, where later blocks have levels of their own,
@@ -262,14 +110,14 @@ class Dmd(Objective):
 
         made = self._roll_out(batch, step, with_grad=True)
         # The critic of this iteration learns from the same videos: no second roll-out.
-        self._shared[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
+        self._clips[step, tuple(batch.indices)] = replace(made, latents=made.latents.detach())
         student, told = made.latents, self._conditions(batch, made)
         clip, score = self._own_clip(batch, step), self._score(batch, made, step, "generator")
         with torch.no_grad(), self.phase("scores"):
             noisy, sigma, noise = self._noised(student, batch, step, "generator")
             fake = clean_from_velocity(noisy, score(self.critic, noisy, sigma, told[0]), sigma)
             asked = self._teacher_input(noisy, clip, noise, sigma, batch, step)
-            velocity = teacher_velocity(score, self.real, asked, sigma, told, self.settings.guidance)
+            velocity = self.guided.velocity(score, self.real, asked, sigma, told, always=self.parts.sharded)
             real = clean_from_velocity(asked, velocity, sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
         loss = dmd_loss(student, gradient, made.generated)
@@ -297,18 +145,22 @@ class Dmd(Objective):
 
         from longtake.flow.path import velocity
 
-        made = self._shared.pop((step, tuple(batch.indices)), None)
+        made_at = self.rollout_step(step)
+        key = made_at, tuple(batch.indices)
+        made = self._clips.pop(key, None)
         if made is None:
             with torch.no_grad():
-                made = self._roll_out(batch, step, with_grad=False)
-        self._shared = {key: value for key, value in self._shared.items() if key[0] == step}
+                made = self._roll_out(batch, made_at, with_grad=False)
+        self._clips = {key: value for key, value in self._clips.items() if key[0] == made_at}
+        if self.rollout_step(step + 1) == made_at:
+            self._clips[key] = made
         noisy, sigma, noise = self._noised(made.latents, batch, step, "critic")
         with self.phase("scores"):
             score = self._score(batch, made, step, "critic")
             predicted = score(self.critic, noisy, sigma, self._conditions(batch, made)[0])
         error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
         loss = error.mean()
-        return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(step))})
+        return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(made_at))})
 
     def _own_clip(self, batch: EncodedBatch, step: int) -> Tensor | None:
         """The beginning of the rows' own clips, as long as a window; None where nobody compares, or the window has come
@@ -391,13 +243,15 @@ class Dmd(Objective):
 
     # ---- what an iteration costs ----------------------------------------------------------------------------------
     def passes(self, step: int, clips: Mapping[str, Call]) -> list[Pass]:
-        """The roll-out, the scores of it where the student is updated, and the critic's own call."""
+        """The roll-out, where one is made, the scores of it where the student is updated, and the critic's own call."""
         update = "generator" in self.turns(step)
-        found = roll_out_passes(
-            self.plan, self.generator, clips["generator"], self._generated(step), self.exits(step), with_grad=update
-        )
+        found: list[Pass] = []
+        if self.rollout_step(step) == step:
+            student, clip, made = self.generator, clips["generator"], self._generated(step)
+            found = roll_out_passes(self.plan, student, clip, made, self.exits(step), with_grad=update)
         if update:
-            calls = 1 if self.settings.guidance == 1 else 2
+            levels = self.parts.shift, self.settings.sigma_min, self.settings.sigma_max
+            calls = self.guided.calls(*levels, always=self.parts.sharded)
             found += [
                 Pass("critic", "scores", self._score_call(step, clips["critic"])),
                 Pass("teacher", "scores", self._score_call(step, clips["teacher"]), times=calls),

@@ -17,8 +17,8 @@ from longtake.config.objective import NetworkConfig
 from longtake.errors import ConfigError, DataError
 from longtake.objectives.base import Objective, Parts
 from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.held_batches import HeldBatches
 from longtake.objectives.in_context import ContextScores
-from longtake.objectives.long_batches import LongBatches
 from longtake.plan import StreamPlan
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class LongTuningConfig(DmdConfig):
     def _check_chunks(self) -> Self:
         if min(self.num_chunks) < 1:
             raise ValueError(f"num_chunks={self.num_chunks} must all be at least 1")
+        if self.critic.updates_per_rollout > 1:
+            raise ValueError(
+                f"critic.updates_per_rollout={self.critic.updates_per_rollout}: every iteration of long tuning makes "
+                "the next chunk of its videos, which the critic sees once; set it to 1"
+            )
         return self
 
     @property
@@ -195,9 +200,9 @@ class LongTuning(Dmd):
         """Drops the running videos, whose caches may hold what is not finite; their past is generated again."""
         self._streams.clear()
 
-    def batches(self, loaded: Any, batch_size: int) -> LongBatches:
+    def batches(self, loaded: Any, batch_size: int) -> HeldBatches:
         """The same micro-batches for all iterations of a sequence."""
-        return LongBatches(loaded, lambda step: self.schedule.at(step).sequence, batch_size=batch_size)
+        return HeldBatches(loaded, lambda step: self.schedule.at(step).sequence, batch_size=batch_size)
 
     def chunk(self, step: int) -> int:
         """The chunk that the iteration adds."""

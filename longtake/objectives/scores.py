@@ -6,7 +6,10 @@ Both predictions are clean latents (x0) in float32. Source: DMD2 (arXiv 2405.148
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from longtake.plan import unwarp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,21 +21,56 @@ if TYPE_CHECKING:
 Score = Callable[["VideoDiT", "Tensor", "Tensor", "Condition"], "Tensor"]
 
 
-def teacher_velocity(
-    score: Score, teacher: VideoDiT, noisy: Tensor, sigma: Tensor, told: tuple[Condition, Condition], guidance: float
-) -> Tensor:
-    """The velocity of a guided teacher, uncond + w (cond - uncond); it is not asked twice where `guidance`, w, is 1.
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a teacher, uncond + `weight` (cond - uncond), at levels within `interval`, its ends
+    included (None: at all levels); at others, and where `weight` is 1, it is asked with the prompt alone.
 
-    Args: `score`, how a network is asked; `noisy` [B, F, C, H, W] at `sigma` [B, F]; what it is `told`, with the prompt
-    and without.
+    Source of the interval: Kynkaanniemi et al. 2024, arXiv 2404.07724, eq. 5.
     """
-    from longtake.flow.path import guided
 
-    condition, unconditional = told
-    conditional = score(teacher, noisy, sigma, condition)
-    if guidance == 1:
-        return conditional
-    return guided(conditional, score(teacher, noisy, sigma, unconditional), guidance)
+    weight: float
+    interval: tuple[float, float] | None = None
+
+    def velocity(
+        self,
+        score: Score,
+        teacher: VideoDiT,
+        noisy: Tensor,
+        sigma: Tensor,
+        told: tuple[Condition, Condition],
+        *,
+        always: bool = False,
+    ) -> Tensor:
+        """The velocity of a clip. A second call is made if any sample's level lies in the interval, or `always`: where
+        weights are sharded, all ranks must make the same calls.
+
+        Args: `score`, how a network is asked; `noisy` [B, F, C, H, W] at `sigma` [B, F], one level but for a clean
+        first frame; what the teacher is `told`, with the prompt and without.
+        """
+        from longtake.flow.path import guided
+
+        conditional = score(teacher, noisy, sigma, told[0])
+        if self.weight == 1:
+            return conditional
+        if self.interval is None:
+            return guided(conditional, score(teacher, noisy, sigma, told[1]), self.weight)
+        low, high = self.interval
+        level = sigma[:, -1]
+        inside = (level >= low) & (level <= high)
+        if not (always or inside.any()):
+            return conditional
+        both = guided(conditional, score(teacher, noisy, sigma, told[1]), self.weight)
+        return both.where(inside[:, None, None, None, None], conditional)
+
+    def calls(self, shift: float, sigma_min: float, sigma_max: float, *, always: bool = False) -> float:
+        """How many calls `velocity` makes of a clip on average, of levels that are drawn by `training_sigma`."""
+        if self.weight == 1 or self.interval is None or always:
+            return 1.0 if self.weight == 1 else 2.0
+        low, high = self.interval
+        # Levels are clamped: what is drawn beyond an end lies on it.
+        below = 0.0 if low <= sigma_min else unwarp(low, shift)
+        return 1.0 + max(0.0, (1.0 if high >= sigma_max else unwarp(high, shift)) - below)
 
 
 def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -> Tensor:

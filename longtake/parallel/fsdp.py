@@ -37,6 +37,7 @@ def parallelize(
     *,
     param_dtype: torch.dtype | None = None,
     recompute: Again | ByBlock | None = None,
+    recompute_from: torch.dtype | None = None,
     compiled: bool = False,
 ) -> M:
     """`model`, its parameters sharded over all ranks: one FSDP2 unit per transformer block, then the rest as the root.
@@ -50,12 +51,13 @@ def parallelize(
     Args: `param_dtype` gathers attention and MLP of the blocks (a model without blocks whole) in that type, for use
     under autocast to it, while the shards, the sum of their gradients and the optimizer stay float32; None gathers the
     parameters' own type. Inputs are never cast: noise levels stay float32 inside the model.
-    `recompute` blocks in backward, as `Execution` takes it; None leaves the model as it is. `compiled` blocks, where
-    there is a compiler.
+    `recompute` blocks in backward, as `Execution` takes it; None leaves the model as it is; from their tokens in the
+    type `recompute_from` (None: their own). `compiled` blocks, where there is a compiler.
     """
     if isinstance(model, VideoDiT):  # before anything knows the module by its identity
         again = model.execution.recompute if recompute is None else recompute
-        model = cast(M, model.executed(replace(model.execution, split=mesh.sequence, recompute=again)))
+        execution = replace(model.execution, split=mesh.sequence, recompute=again, recompute_from=recompute_from)
+        model = cast(M, model.executed(execution))
     if compiled and _has_compiler(mesh.device.type):
         blocks = list(getattr(model, "blocks", []))
         for block in blocks:

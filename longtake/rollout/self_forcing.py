@@ -54,7 +54,9 @@ def roll_out(
     plan.check(num_frames)
     plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
     # Recomputation in backward reads the context again, so nothing may be evicted before it; a replay makes it anew.
-    evicted = 0 if plan.window_frames is None else max(0, num_frames - plan.window_frames)
+    # The last block is never stored.
+    stored, _ = plan.block_of(num_frames - 1)
+    evicted = 0 if plan.window_frames is None else max(0, stored - plan.window_frames)
     reread = denoiser.rereads and not denoiser.replays and (with_grad or denoiser.graphs is not None)  # one for both
     cache = denoiser.pooled_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
     blocks: list[Tensor] = []

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
+from longtake.config.objective import NetworkConfig
+from longtake.errors import ConfigError
 from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.recompute import Again, ByBlock
+from longtake.parallel.mesh import Mesh
 from longtake.train.keeping import FEWEST_BLOCKS, first_ways
 
 # Width from which on element-wise work is compiled where there are gradients, which takes a minute once: a smaller
 # network waits for Python, not for memory.
 FUSED_WIDTH = 1024
+
+
+def check_precision(networks: Mapping[str, NetworkConfig], precision: str, mesh: Mesh) -> None:
+    """Raises ConfigError where weights in 8-bit floats are asked for that cannot be."""
+    for name, wanted in networks.items():
+        if not wanted.fp8:
+            continue
+        if precision != "bf16":
+            raise ConfigError(
+                f"objective.{name}_precision=fp8 goes with precision=bf16, and precision={precision}; set that, or "
+                "leave it out"
+            )
+        if mesh.fsdp_mesh is not None:
+            raise ConfigError(
+                f"objective.{name}_precision=fp8: weights in 8-bit floats are not sharded, and {mesh.world_size} ranks "
+                "share theirs; set parallel.data_parallel=ddp, or leave it out"
+            )
 
 
 def quick(

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from longtake.checkpoint.invariants import completed, invariants
-from longtake.config.groups import ModelConfig
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
@@ -40,7 +39,7 @@ from longtake.rollout.long_video import PictureCodec
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
-from longtake.train.execution import quick, recomputed
+from longtake.train.execution import check_precision, quick, recomputed
 from longtake.train.keeping import Keeper, Watched, keeps_some
 from longtake.train.row_validation import Teacher
 from longtake.train.state import TrainState
@@ -52,7 +51,7 @@ from longtake.weights.presets import model_config
 from longtake.weights.students import find_student, is_causal, open_source
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.two_networks import Part, updates_of, writer_updates
-from longtake.weights.widen import opened_as_asked
+from longtake.weights.widen import check_condition, opened_as_asked
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +106,7 @@ class Builder:
         Raises: CheckpointError, ConfigError when weights are missing, or fit neither each other nor the stage.
         """
         self.check_start()
+        check_precision(self.config.networks, self.config.precision, self.mesh)
         trained: dict[str, VideoDiT] = {}
         frozen: dict[str, VideoDiT] = {}
         if self.base is not None:
@@ -175,7 +175,7 @@ class Builder:
         name, frames = self.config.objective.reference, self.config.video.num_latent_frames
         if name is None or self.config.validation.num_latent_frames not in (None, frames):
             return None
-        if name in networks.frozen:
+        if name in networks.frozen and not self.config.networks[name].fp8:
             return networks.frozen[name]
         opened = self.open(self.weights(name))
         _fill(opened, self.mesh.device, opened.read(None), self.mesh)
@@ -191,7 +191,9 @@ class Builder:
 
         @contextmanager
         def model() -> Iterator[VideoDiT]:
-            yield networks.frozen[name] if name in networks.frozen else self.frozen(name)
+            # Its samples are kept for all runs with these weights, so that they are never those of rounded ones.
+            kept = name in networks.frozen and not self.config.networks[name].fp8
+            yield networks.frozen[name] if kept else self.frozen_at(self.weights(name))
 
         return Teacher(lambda: self.identity(self.weights(name)), model)
 
@@ -216,8 +218,9 @@ class Builder:
         return self._filled(opened, first_values(opened.model, name, config.seed), trained=name)
 
     def frozen(self, name: str) -> VideoDiT:
-        """A network that is not trained."""
-        return self.frozen_at(self.weights(name))
+        """A network that is not trained, in 8-bit floats where it is asked for."""
+        model = self.frozen_at(self.weights(name))
+        return self._quantised(model) if self.config.networks[name].fp8 else model
 
     def frozen_at(self, weights: Path) -> VideoDiT:
         """Any weights as a network that is not trained. Raises: as `open`."""
@@ -370,13 +373,7 @@ class Builder:
         """
         model, folder = self.config.model, weights_folder(source, self.config.logdir)
         opened = opened_as_asked(open_source(folder, part=part), model, self.config.seed)
-        sizes = opened.model.config
-        if (sizes.condition_channels > 0) != model.with_y:
-            key, fix = _misfit(model)
-            raise ConfigError(
-                f"model.{key}={getattr(model, key)} does not fit the weights at {source}, which have "
-                f"in_channels={sizes.in_channels}; set it to {fix}"
-            )
+        check_condition(opened.model.config, model, source)
         return opened
 
     def identity(self, source: Path) -> str:
@@ -394,6 +391,10 @@ class Builder:
         config, mesh = self.config, self.mesh
         whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
         return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
+
+    def _quantised(self, model: VideoDiT) -> VideoDiT:
+        # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
+        return model.quantise().executed(replace(model.execution, fuses=self.mesh.device.type == "cuda"))
 
     def _random(self, name: str) -> VideoDiT:
         # The same random weights on every rank: sharding takes a slice of each.
@@ -420,6 +421,7 @@ class Builder:
             model,
             mesh,
             recompute=again,
+            recompute_from=torch.bfloat16 if config.recompute_from == "bf16" else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             compiled=config.parallel.compile,
         )
@@ -436,13 +438,3 @@ def of_one_layer(sizes: DiTConfig) -> VideoDiT:
     """A transformer without weights that stands for one of these sizes where calls are only counted."""
     with torch.device("meta"):
         return VideoDiT(replace(sizes, num_layers=1))
-
-
-def _misfit(settings: ModelConfig) -> tuple[str, str]:
-    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
-    if settings.with_y:
-        return "image_condition", (
-            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
-            "model.widen=true and model.preset to the sizes wanted"
-        )
-    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")

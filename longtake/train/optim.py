@@ -11,7 +11,7 @@ from longtake.config.groups import OptimConfig
 from longtake.parallel.materialize import local
 from longtake.weights.names import clean_name
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FIRST, _SECOND = "exp_avg", "exp_avg_sq"
 
 
 class NetworkOptimizer:
@@ -19,7 +19,8 @@ class NetworkOptimizer:
 
     Build it after sharding: the parameters are remembered here, because a sharded module shows other objects while its
     parameters are gathered. Nothing but `tensors()` carries over from one step to the next: the learning rate is a
-    function of the iteration and of the steps so far.
+    function of the iteration and of the steps so far. With `beta1` 0 the first moment is the gradient of the step, and
+    is not kept.
 
     Args: `max_steps`, iterations of the run, over the last of which the learning rate may fall.
     """
@@ -32,7 +33,8 @@ class NetworkOptimizer:
         for name, p in self.parameters.items():
             assert p.dtype == torch.float32, f"{name} is trained and {p.dtype}"
             step = torch.zeros((), device=p.device if p.device.type == "cuda" else "cpu")
-            moments = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in _MOMENTS}
+            kept = (_FIRST, _SECOND) if config.beta1 else (_SECOND,)
+            moments = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in kept}
             self._state[name] = {"step": step, **moments}
 
     def restored(self) -> None:
@@ -76,7 +78,9 @@ class NetworkOptimizer:
         config = self.config
         parameters = [self.parameters[name] for name in names]
         values, gradients = [local(p) for p in parameters], [local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        first, second = ([local(self._state[name][key]) for name in names] for key in _MOMENTS)
+        second = [local(self._state[name][_SECOND]) for name in names]
+        # Written over by 0 first + 1 gradient: by itself.
+        first = [local(self._state[name][_FIRST]) for name in names] if config.beta1 else gradients
         fused = values[0].device.type == "cuda"
         adamw(
             values,

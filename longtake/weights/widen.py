@@ -8,6 +8,7 @@ that gradients reach `v_img` at once and the rest after its first step. Must kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +84,23 @@ def opened_as_asked(opened: Opened, settings: ModelConfig, seed: int) -> Opened:
     """`opened`, widened to the sizes of `settings.preset` where `settings.widen` asks and it is text-to-video."""
     asked = settings.widen and not opened.model.config.condition_channels
     return widen(opened, model_config(settings.preset), seed) if asked else opened
+
+
+def check_condition(sizes: DiTConfig, settings: ModelConfig, source: Path) -> None:
+    """Raises ConfigError when the weights of `source` take y and `settings` say that they do not, or the reverse."""
+    if (sizes.condition_channels > 0) != settings.with_y:
+        key, fix = _misfit(settings)
+        raise ConfigError(
+            f"model.{key}={getattr(settings, key)} does not fit the weights at {source}, which have "
+            f"in_channels={sizes.in_channels}; set it to {fix}"
+        )
+
+
+def _misfit(settings: ModelConfig) -> tuple[str, str]:
+    """The value that contradicts the weights, where these take y and it says no or the reverse, and the way out."""
+    if settings.with_y:
+        return "image_condition", (
+            "t2v, or model.first_frame_sigma=zero if they know the picture as a clean frame 0 (TI2V), or "
+            "model.widen=true and model.preset to the sizes wanted"
+        )
+    return ("image_condition", "i2v") if settings.image_condition == "t2v" else ("first_frame_sigma", "clip")

@@ -20,11 +20,14 @@ from longtake.bench.kernels import (
     pass_operations,
 )
 from longtake.bench.streaming import bench_stream
-from longtake.bench.training import Kind, Lap, summary
+from longtake.bench.training import Bench, Kind, Lap, summary
 from longtake.cli.app import app
+from longtake.config.job import load_config
+from longtake.doctor.files import look_at
 from longtake.encoders import original
 from longtake.models.flops import Call, forward
 from longtake.models.sizes import DiTConfig
+from longtake.parallel.mesh import Mesh
 from longtake.weights.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -195,6 +198,26 @@ def test_a_cycle_is_one_update_of_the_generator_and_those_of_the_critic():
     assert found["critic_given_s"] == 2.0
     assert found["cycle_s"] == 6 + 2 + 4 * 4  # exits are equally likely, however often each came
     assert summary(laps[:2], 5)["cycle_s"] is None  # no update of the critic alone was seen
+    assert summary(laps, 5, 3)["cycle_s"] == 6 + 2 + 4 + 3 * 2  # three of the four on clips of another iteration
+
+
+def test_a_limit_of_memory_is_that_of_a_gpu(tmp_path):
+    given = ["bench", "configs/toy/distill.yaml", *SMALL, f"logdir={tmp_path}", "--memory", "22", "--device", "cpu"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2 and "--memory 22 limits what is taken of a GPU, and this runs on cpu" in result.output
+
+
+def test_updates_on_kept_clips_are_counted_and_not_run(tmp_path):
+    """Three of the four updates of the critic alone; beside the generator's it does the same on clips that are there."""
+    given = ["objective.critic.updates_per_generator=5", "objective.critic.updates_per_rollout=4"]
+    config = load_config("configs/toy/distill.yaml", [*SMALL, f"logdir={tmp_path}", *given])
+    made = Bench(config, look_at(config), Mesh())
+    assert made.cycle() == (5, 3)
+    assert [made.rolls_out(step) for step in range(7)] == [True, True, False, False, False, True, True]
+    assert all(made.rolls_out(step) for step in made.steps(8))
+    assert {made.kind(step) for step in made.steps(8)} == {Kind(g, e) for g in (True, False) for e in range(4)}
+    kept, own = (made.work(step).total for step in (2, 1))
+    assert 0 < kept < own
 
 
 # ---- clocks and kernels ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tiny_stage import save_student, stage_config
 from longtake import run_folder
 from longtake.checkpoint import save as checkpoint
 from longtake.checkpoint.save import load_checkpoint
+from longtake.config.groups import EmaConfig, OptimConfig
 from longtake.errors import CheckpointError
 from longtake.parallel.mesh import Mesh
 from longtake.run_folder import latest_checkpoint
@@ -179,6 +180,27 @@ def test_loading_is_strict(tmp_path):
         load_checkpoint(state, path, mesh=Mesh(), invariants={})
     for text in ("1 missing: networks.generator.extra", "surplus: ema.generator", "(3, 5) instead of (2, 5)"):
         assert text in str(error.value)
+
+
+def test_first_moments_that_are_kept_no_more_are_passed_over_and_missing_ones_are_not(tmp_path):
+    """As a run left them that had another beta1, or a version that kept them with beta1 0, too."""
+
+    def state_with(beta1):
+        networks = {name: tiny_run.Tiny(7) for name in ("generator", "critic")}
+        optimizers = dict.fromkeys(networks, OptimConfig(beta1=beta1))
+        return TrainState.build(networks, optimizers, {"generator": EmaConfig()}, max_steps=8, seed=1)
+
+    saved = tiny_run.run(tmp_path, Mesh(), steps=3)
+    path = tmp_path / "checkpoints/step_000003"
+    state = state_with(0.0)
+    load_checkpoint(state, path, mesh=Mesh(), invariants={})
+    before, now = saved.tensors(), state.tensors()
+    assert {key for key in before if not key.endswith(".exp_avg")} == now.keys() < before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in now.items())
+    state = state_with(0.5)
+    state.optimizers["critic"]._state["head.bias"]["other"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"1 missing: optimizers.critic.head.bias.other\. Use the configuration"):
+        load_checkpoint(state, path, mesh=Mesh(), invariants={})
 
 
 def test_another_seed_or_rope_is_not_a_resume(tmp_path):

@@ -55,6 +55,22 @@ def test_the_start_is_the_base_and_only_updates_get_gradients(i2v, tiny_model, t
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("at_once", [1, 24, 40])
+def test_without_gradient_mlps_are_computed_some_frames_at_a_time(at_once, tiny_model, tiny_condition, monkeypatch):
+    """2 samples of 5 frames of 6 tokens: one, two and three frames a call, with gradient all; the same velocities."""
+    model = stir(adapted(tiny_model()))
+    condition, seen = tiny_condition(model), []
+    model.blocks[0].ffn[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        whole = velocity(model, condition, frames=5)
+        monkeypatch.setattr("longtake.models.layers._TOKENS_AT_ONCE", at_once)
+        torch.testing.assert_close(velocity(model, condition, frames=5), whole)
+    frames = max(1, at_once // 12)
+    assert seen == [5, *[frames] * (5 // frames), *[5 % frames] * (5 % frames > 0)]
+    velocity(model, condition, frames=5)
+    assert seen[-1] == 5
+
+
 def test_one_layer_computes_the_formula(tiny_model):
     """W x + b + (alpha / rank) B A x, in float64 by hand."""
     layer = stir(adapted(tiny_model())).blocks[1].ffn[0]

@@ -1,4 +1,4 @@
-"""Activation checkpointing: full and selective give the gradients of none; selective runs attention once."""
+"""Activation checkpointing: full and selective give the gradients of none; selective runs self-attention once."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
         found[mode], counts[mode] = gradients(model, loss, counted), counted.count
     # Each layer has self-attention, by the three blocks of a mask, and cross-attention to text and to CLIP tokens.
     layers = 2 * ((3 if mask else 1) + 2)
-    assert counts == {False: 0, True: layers, "selective": 0}
+    assert counts == {False: 0, True: layers, "selective": 2 * 2}  # the latter alone
     for mode in MODES[1:]:
         assert found[mode].keys() == found[False].keys()
         if bf16:
@@ -73,8 +73,34 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
         counted = Counted()
         found.append(gradients(one, loss, counted))
         counts.append(counted.count)
-    assert counts == [0, 3, 3, 0, 0, 6, 3]  # of two blocks with three attentions each
+    assert counts == [0, 3, 5, 2, 0, 6, 5]  # of two blocks with three attentions each, of which one is to itself
     assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_backward_computes_again_from_rounded_inputs_and_from_nothing_else_that_is_rounded(
+    mode, tiny_model, tiny_condition, tiny_latents, monkeypatch
+):
+    model = parallelize(tiny_model(True), Mesh(), recompute=mode, recompute_from=torch.bfloat16)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append([t.detach().clone() for t in inputs[:2]]))
+    x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
+    out = model(x, sigma, condition)
+    with torch.no_grad():
+        assert torch.equal(model(x, sigma, condition), out)  # forward knows nothing of it
+    first, forward = len(model.blocks), seen[: len(model.blocks)]
+    mine = gradients(model, out.square().mean(), Counted())
+    again = list(reversed(seen[2 * first :]))
+    assert len(again) == first
+    for (tokens, clock), (kept, same_clock) in zip(forward, again, strict=True):
+        assert torch.equal(kept, tokens.bfloat16().float()) and not torch.equal(kept, tokens)
+        assert torch.equal(same_clock, clock)
+    plain = parallelize(tiny_model(True), Mesh(), recompute=mode)
+    exact = gradients(plain, plain(x, sigma, condition).square().mean(), Counted())
+    assert mine.keys() == exact.keys()
+    wrong = [(mine[name] - exact[name]).norm() / exact[name].norm() for name in exact if exact[name].any()]
+    assert 0 < max(wrong) < 0.02
 
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])

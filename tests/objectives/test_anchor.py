@@ -16,7 +16,7 @@ from longtake.encoders.vae import VideoVAE
 from longtake.errors import TrainingError
 from longtake.evaluation.rows import to_videos
 from longtake.objectives.anchor import Anchor, Statistics, anchor_loss, deviation_ratio
-from longtake.objectives.dmd import CriticConfig
+from longtake.objectives.dmd_keys import CriticConfig
 from longtake.objectives.long_tuning import LongTuning
 from longtake.toy.world import sample_world
 

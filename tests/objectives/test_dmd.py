@@ -11,7 +11,8 @@ from tiny_objectives import parts_of
 from tiny_plan import tiny_plan
 
 from longtake.errors import TrainingError
-from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.dmd_keys import CriticConfig, DataLoss
 from longtake.objectives.scores import dmd_gradient, dmd_loss
 from longtake.parallel.mesh import Mesh
 from longtake.plan import warp
@@ -221,7 +222,7 @@ def test_critic_learns_from_the_generators_own_roll_out_once(monkeypatch):
     for batch in batches:
         loss = dmd.loss("critic", batch, 0).loss
         torch.testing.assert_close(loss, alone.loss("critic", batch, 0).loss)  # the same videos as without sharing
-    assert len(made) == 2 and len(calls["generator"]) == count and dmd._shared == {}
+    assert len(made) == 2 and len(calls["generator"]) == count and dmd._clips == {}
     dmd.loss("critic", batches[0], 0)  # used once
     assert len(made) == 3
     dmd.loss("critic", batches[0], 1)
@@ -232,9 +233,9 @@ def test_shared_roll_outs_hold_no_graph_and_do_not_outlive_their_step():
     dmd = make_dmd()
     dmd.loss("generator", make_batch(dmd.generator.model, [0]), 0)
     dmd.loss("generator", make_batch(dmd.generator.model, [1]), 0)
-    assert not any(made.latents.requires_grad for made in dmd._shared.values()) and len(dmd._shared) == 2
+    assert not any(made.latents.requires_grad for made in dmd._clips.values()) and len(dmd._clips) == 2
     dmd.loss("critic", make_batch(dmd.generator.model, [2]), 1)
-    assert dmd._shared == {}
+    assert dmd._clips == {}
 
 
 def test_turns_are_one_generator_update_in_five():

@@ -9,7 +9,8 @@ from tiny_models import make_tiny_model
 from tiny_objectives import parts_of, teacher_forcing
 from tiny_plan import tiny_plan
 
-from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.dmd_keys import CriticConfig, DataLoss
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.teacher_forcing import ErrorRecycling
 from longtake.rng import KeyedRNG

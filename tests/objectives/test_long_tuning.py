@@ -11,8 +11,9 @@ from tiny_objectives import parts_of
 
 from longtake.errors import ConfigError, DataError
 from longtake.models.execution import Execution
-from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd
-from longtake.objectives.long_batches import LongBatches
+from longtake.objectives.dmd import Dmd
+from longtake.objectives.dmd_keys import CriticConfig, DataLoss
+from longtake.objectives.held_batches import HeldBatches
 from longtake.objectives.long_tuning import LongSchedule, LongTuning, LongTuningConfig
 from longtake.rng import KeyedRNG
 
@@ -134,7 +135,7 @@ def test_only_new_frames_have_a_loss():
     batch = batch_of(long)
     for step in range(3):
         made = long._roll_out(batch, step, with_grad=True)
-        long._shared.clear()
+        long._clips.clear()
         assert made.generated.tolist() == ([False] + [True] * 6 if step == 0 else [False] * 3 + [True] * 4)
         condition, _ = long._conditions(batch, made)
         noisy, sigma, noise = long._noised(made.latents, batch, step, "critic")
@@ -258,7 +259,7 @@ def test_micro_batches_last_a_sequence():
     schedule = schedule_of([3])
 
     def make():
-        return LongBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8)
+        return HeldBatches(Counting(), lambda step: schedule.at(step).sequence, batch_size=8)
 
     batches, seen, positions = make(), [], []
     for _ in range(7):

@@ -17,10 +17,12 @@ from longtake.condition import VideoShape
 from longtake.models import flops
 from longtake.models.execution import Execution
 from longtake.models.flops import Work, backward, forward
-from longtake.objectives.dmd import CriticConfig, DataLoss, Dmd, DmdConfig
+from longtake.objectives.dmd import Dmd, DmdConfig
+from longtake.objectives.dmd_keys import CriticConfig, DataLoss
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.long_tuning import LongTuning, LongTuningConfig
 from longtake.objectives.teacher_forcing import ErrorRecycling
+from longtake.plan import unwarp
 from longtake.rollout.denoise import Denoiser
 from longtake.train.throughput import clip_call
 
@@ -66,9 +68,10 @@ def counted(work):
     return counter.total, result
 
 
-def dmd_of(i2v=True, ratio=2, law="pass", **settings):
+def dmd_of(i2v=True, ratio=2, law="pass", share=1, **settings):
     networks = [make_tiny_model(i2v=i2v, seed=k) for k in range(3)]
-    settings = DmdConfig(teacher="toy", critic=CriticConfig(updates_per_generator=ratio), **settings)
+    critic = CriticConfig(updates_per_generator=ratio, updates_per_rollout=share)
+    settings = DmdConfig(teacher="toy", critic=critic, **settings)
     return Dmd(parts_of(*networks, **options_of(i2v, law)), settings)
 
 
@@ -92,6 +95,15 @@ def test_distillation(i2v, law, step):
         ran["backward"] += counted(result.loss.backward)[0]
     assert ran["forward"] == total(found, size, "rollout", "scores")
     assert ran["backward"] == total(found, size, "backward")
+
+
+def test_an_update_on_kept_clips_costs_its_own_call_alone():
+    dmd = dmd_of(ratio=5, share=3)
+    size, batch = dmd.critic.config, make_batch(dmd.generator.model, [4, 9], dmd.parts.num_frames)
+    ran = [counted(lambda step=step: dmd.loss("critic", batch, step))[0] for step in (1, 2, 3, 4)]
+    found = [dmd.passes(step, clips_of(dmd)) for step in (1, 2, 3, 4)]
+    assert ran == [total(each, size, "rollout", "scores") for each in found]
+    assert [len(each) > 1 for each in found] == [True, False, False, True] and ran[1] == ran[2] < min(ran[0], ran[3])
 
 
 def recomputed(size, call):
@@ -181,6 +193,12 @@ def test_error_recycling_costs_the_roll_out_of_this_iteration(i2v, law, step, fr
 def test_the_teacher_is_called_once_where_there_is_no_guidance(guidance, times):
     dmd = dmd_of(guidance=guidance)
     assert [each.times for each in dmd.passes(0, clips_of(dmd)) if each.network == "teacher"] == [times]
+
+
+def test_a_teacher_that_is_guided_at_some_levels_is_called_so_often_on_average():
+    dmd = dmd_of(guidance_interval=[0.3, 0.7])
+    expected = 1 + unwarp(0.7, dmd.parts.shift) - unwarp(0.3, dmd.parts.shift)
+    assert [each.times for each in dmd.passes(0, clips_of(dmd)) if each.network == "teacher"] == [expected]
 
 
 @pytest.mark.parametrize("patch", [(1, 4, 2), (1, 2, 3), (1, 1, 1)])

@@ -172,4 +172,4 @@ def test_breaking_each_condition_changes_both_losses():
         for name, broken in broken_conditions(batch.condition):
             wrong = dmd.loss(turn, replace(batch, condition=broken), step).loss.item()
             assert abs(wrong / right - 1) > 1e-4, f"{name} changes the {turn} loss from {right} to {wrong}"
-            dmd._shared.clear()
+            dmd._clips.clear()

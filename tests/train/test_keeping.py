@@ -85,8 +85,8 @@ def test_where_no_results_can_be_kept_alone_whole_blocks_are():
     "spare, expected",
     [
         (0, [True] * 5),
-        (100_000, ["selective"] * 2 + [True] * 3),
-        (600_000, ["products"] * 3 + ["selective"] * 2),
+        (40_000, ["selective"] * 2 + [True] * 3),
+        (560_000, ["products"] * 3 + ["selective"] * 2),
         (2**30, [False] * 5),
     ],
 )
