@@ -29,6 +29,7 @@ from longtake.json_text import parse_json
 
 FORMAT, VERSION = "longtake_encoded", 1
 INDEX, EMPTY_TEXT = "index.json", "empty_text.safetensors"
+PARTIAL = ".*.partial"  # what a writer that was killed leaves
 _CHECKSUM = "checksum"  # not in sets of earlier versions
 _ROWS = "rows"  # the one entry of a shard's metadata: safetensors orders several at random
 
@@ -253,7 +254,7 @@ def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _publish(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(PARTIAL.replace("*", file.name))
     with partial.open("wb") as out:
         out.write(data)
         out.flush()

@@ -27,6 +27,7 @@ from longtake.data.encoded import (
     EMPTY_TEXT,
     FORMAT,
     INDEX,
+    PARTIAL,
     VERSION,
     EncodedRows,
     EncodedSample,
@@ -337,9 +338,11 @@ def _begin(output: Path, index: dict[str, Any], encoder: SetEncoder, overwrite: 
     same = ("format", "version", "key", "request")
     if found := list(differences({name: index[name] for name in same}, present)):
         if overwrite:
-            check_own(output, (INDEX, EMPTY_TEXT, "shard_*.safetensors", LOCK))
-            for path in output.glob("[!.]*"):
-                path.unlink()
+            check_own(output, (INDEX, EMPTY_TEXT, "shard_*.safetensors", LOCK, PARTIAL))
+            for path in [*output.glob(PARTIAL), *output.glob("[!.]*")]:
+                if path.name != INDEX:
+                    path.unlink()
+            (output / INDEX).unlink()  # last: whoever is killed before finds a set, which can be overwritten
             return _begin(output, index, encoder, overwrite)
         raise DataError(
             f"{output} holds another encoded set: {'; '.join(found)}. Name another folder, or give --overwrite"

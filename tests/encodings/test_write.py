@@ -157,6 +157,25 @@ def test_a_lost_shard_is_written_again_and_a_complete_set_is_left_alone(workshop
     assert files(tmp_path / "e") == files(whole)
 
 
+def test_what_a_killed_writer_left_is_overwritten_with_the_rest(workshop, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "e")
+    (tmp_path / "e/.shard_00001.safetensors.partial").write_bytes(b"half")
+    config, unlink = config_of(workshop, whole), Path.unlink
+
+    def killed(self, *args, **given):
+        if self.name == "index.json":
+            raise KeyboardInterrupt
+        unlink(self, *args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode(config, tmp_path / "e", Mesh(), rows_per_shard=3, overwrite=True)
+    encode(config, tmp_path / "e", Mesh(), rows_per_shard=3, overwrite=True)
+    assert {path.name for path in (tmp_path / "e").iterdir()} >= {"index.json", "shard_00000.safetensors"}
+    assert not list((tmp_path / "e").glob(".*"))
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 def test_a_folder_with_something_else_is_refused(workshop, whole, tmp_path):
     (tmp_path / "x").write_text("")
