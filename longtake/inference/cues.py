@@ -26,15 +26,20 @@ class Cue:
     target: NDArray[np.uint8] | None
     alone: bool = False
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a new scene begins."""
+        return self.image is not None or self.alone
+
     def undoes(self, before: Cue) -> bool:
         """Whether nothing of a part of `before` is left after this one."""
-        scene = self.image is not None and (before.image is not None or before.target is not None)
+        scene = self.is_cut and (before.is_cut or before.target is not None)
         target = self.target is not None and before.target is not None
         return scene or target or (self.prompt is not None and before.prompt is not None)
 
     def apply(self, session: Session) -> None:
         """Has `session` follow it from the next block on."""
-        if self.image is not None or self.alone:
+        if self.is_cut:
             session.image = self.image
         if self.target is not None:
             session.image_target = self.target

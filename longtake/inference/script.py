@@ -41,18 +41,21 @@ class Event(Settings):
     frame: int | None = Field(default=None, gt=0, description="pixel frame of the change")
     prompt: str | None = Field(default=None, description="what happens from then on")
     image: str | None = Field(default=None, description="a cut: picture of a new scene")
-    target: str | None = Field(default=None, description="a picture to move towards, without a cut")
+    alone: bool = Field(default=False, description="a cut to a scene of the prompt alone, without a picture")
+    target: str | None = Field(
+        default=None, description="a picture to move towards, without a cut unless image says so"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.seconds is None) == (self.frame is None):
             raise ValueError("an event needs its time: either seconds or frame")
-        if self.prompt is None and self.image is None and self.target is None:
+        if self.prompt is None and self.image is None and self.target is None and not self.alone:
             raise ValueError(
                 "an event without prompt, image or target changes nothing; give one of them or leave it out"
             )
-        if self.image is not None and self.target is not None:
-            raise ValueError("an event with image and target would cut and move at once; make two events of it")
+        if self.image is not None and self.alone:
+            raise ValueError("an event with image and alone cuts to a picture and to none; leave one of them out")
         if self.prompt is not None:
             _check_prompt(self.prompt)
         return self
@@ -122,7 +125,7 @@ class Story:
     @property
     def begins(self) -> list[bool]:
         """Whether its scenes begin with a picture: the first one, and those that events cut to."""
-        return [self.image is not None, *(True for cue in self.cues if cue.image is not None)]
+        return [self.image is not None, *(cue.image is not None for cue in self.cues if cue.is_cut)]
 
     def _check_cues(self, generator: Generator) -> None:
         """Raises ConfigError for a cue after which no block begins, or whose change another one undoes before it."""
@@ -147,8 +150,8 @@ class Story:
                     f"{where(number - 1)} never shows: no block begins between it and {where(number)}; make them "
                     f"{block} frames apart, or one event"
                 )
-            if cue.image is not None:
-                step = generator.first_pixels(given=True)  # a cut begins with its picture
+            if cue.is_cut:
+                step = generator.first_pixels(given=cue.image is not None)  # a cut begins with its picture
 
 
 def read_story(
@@ -187,9 +190,10 @@ def read_story(
             raise ConfigError(f"{where} is not after the one before it; order events by time, one for each")
         if frame >= frames:
             raise ConfigError(f"{where} is after the end, frame {frames}; make the video longer, or leave it out")
-        cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target)))
+        cues.append(Cue(frame, event.prompt, picture(event.image), picture(event.target), event.alone))
+        told = {key: value for key in ("prompt", "alone") if (value := getattr(event, key))}
         named = {key: str(path.parent / name) for key in ("image", "target") if (name := getattr(event, key))}
-        asked.change(frame, **{"prompt": event.prompt} if event.prompt else {}, **named)
+        asked.change(frame, **told, **named)
     values = script.prompt, frames, script.seed, script.negative
     return Story(picture(script.image), *values, tuple(cues), tuple(files), asked, script.guidance)
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
+from longtake.errors import LongtakeError
 from longtake.serve import routes, stream
 from longtake.serve.errors import not_found, tell_errors
 from longtake.serve.hub import Hub
@@ -30,6 +31,9 @@ def make_app(builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> Gu
         try:
             await hub.start()
             yield
+        except LongtakeError as error:
+            guard.refused = error
+            raise
         finally:
             await hub.stop()
 
@@ -65,4 +69,5 @@ def make_app(builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> Gu
     async def drain() -> None:
         await app.state.hub.stop()
 
-    return Guard(app, settings, drain)
+    guard = Guard(app, settings, drain)
+    return guard

@@ -165,7 +165,9 @@ class Engine:
         try:
             self._serve()
         except BaseException as error:  # of whatever kind: whoever waits would wait for ever
-            logger.exception("the device cannot go on")
+            told = not self.ready.done() and isinstance(error, LongtakeError)  # to who waits for it, in words
+            if not told:
+                logger.exception("the device cannot go on")
             if not self.ready.done():
                 self.ready.set_exception(_plain(error))
         finally:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.outputs import writing
+from longtake.outputs import check_output_folder, writing
 from longtake.serve import store
 from longtake.serve.capacity import Memory
 from longtake.serve.counts import Counts
@@ -78,8 +78,8 @@ class Hub:
         )
 
     async def start(self) -> None:
-        """Returns when sessions can be opened."""
-        self.settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Returns when sessions can be opened. Raises: LongtakeError when they never can."""
+        check_output_folder(self.settings.folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.stored = await asyncio.to_thread(store.read_all, self.settings.folder)
         self.model = model = await self.devices.start()
         sizes = model.height, model.width, model.fps, model.block_frames, self.settings.blocks_ahead
@@ -191,6 +191,7 @@ class Hub:
         except BaseException:
             await self.end(branch, "failed", forget=True)
             raise
+        self.counts.opened += 1
         return {"secret": secret, "frame": frame, **self.standing(branch)}
 
     def check_ready(self) -> None:

@@ -54,13 +54,20 @@ def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings
 
 
 def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
-    """Serves an application until a signal ends it. Raises: ConfigError when it cannot begin."""
+    """Serves an application until a signal ends it. Raises: LongtakeError when it cannot begin."""
     server = LiveServer(app, settings, say)
-    with suppress(KeyboardInterrupt):  # uvicorn raises its signal once more when all is put away
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises its signal once more when all is put away, or exits
         server.run()
+    if app.refused is not None:
+        raise app.refused
     if not server.started:
         raise ConfigError(f"nothing is served at {settings.host}:{settings.port}; the log says why")
     say("ended; sessions are saved and can be opened again")
+
+
+def address_of(host: str, port: int) -> str:
+    """That which a browser is given."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class LiveServer(uvicorn.Server):
@@ -80,7 +87,7 @@ class LiveServer(uvicorn.Server):
                 for one in self.servers[0].sockets:
                     one.setsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_USER_TIMEOUT, self._silent_ms)
             port = self.servers[0].sockets[0].getsockname()[1]
-            self._say(f"http://{self.config.host}:{port}")
+            self._say(address_of(self.config.host, port))
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         await self._app.drain()

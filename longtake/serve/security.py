@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from longtake.errors import LongtakeError
 from longtake.serve.errors import ApiError
 from longtake.serve.settings import LOCAL_HOSTS, ServeSettings
 
@@ -43,16 +44,17 @@ def same(given: str | None, wanted: str) -> bool:
 class Guard:
     """The layer. Refuses foreign hosts and origins, requests without the token, and bodies that are too large.
 
-    `drain` puts all sessions of the application away.
+    `drain` puts all sessions of the application away. `refused`: why it cannot begin, in words for who started it.
     """
 
     def __init__(self, app: Any, settings: ServeSettings, drain: Callable[[], Awaitable[None]]) -> None:
         self._app, self._settings, self.drain = app, settings, drain
-        self._hosts = {*LOCAL_HOSTS, settings.host, *settings.hosts}
+        self.refused: LongtakeError | None = None
+        self._hosts = {*LOCAL_HOSTS, *(name.lower() for name in (settings.host, *settings.hosts))}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, self._without_traceback(send))
             return
         try:
             self._check(scope)
@@ -97,6 +99,14 @@ class Guard:
             return message
 
         return limited
+
+    def _without_traceback(self, send: Any) -> Any:
+        """What cannot begin for a reason that is known ends in one line, which `refused` is."""
+
+        async def without(message: dict[str, Any]) -> None:
+            await send(message if self.refused is None else {**message, "message": ""})
+
+        return without
 
     async def _refuse(self, error: ApiError, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":

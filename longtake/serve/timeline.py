@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from longtake.errors import ConfigError
+
 SCRIPT = "story.yaml"
 
 
@@ -70,9 +72,12 @@ class Timeline:
         return self.changes[-1].prompt if self.changes else self.beginning.prompt
 
     def script(self, num_frames: int) -> bytes:
-        """A zip with `story.yaml` for `longtake generate --script` and its pictures: the first `num_frames` frames."""
+        """A zip with `story.yaml` for `longtake generate --script` and its pictures: the first `num_frames` frames.
+
+        Raises: ConfigError for a target that was set before the first frame, of which scripts have none.
+        """
         begin, files = self.beginning, _Files()
-        picture = files.add(begin.picture)
+        picture = first_picture = files.add(begin.picture)
         events: dict[int, dict[str, Any]] = {}
         for change in self.changes:
             if change.frame >= num_frames:
@@ -80,23 +85,31 @@ class Timeline:
             event = events.setdefault(change.frame, {"frame": change.frame})
             if change.kind == "image":
                 picture = files.add(change.picture)
-                event.pop("target", None)
-            if change.kind != "prompt":
+                event |= {"image": picture, "alone": picture is None or None, "target": None}
+            if change.kind == "target":
                 # A scene that moves towards its own picture is one without a target.
-                event[change.kind] = files.add(change.picture) or picture
+                event["target"] = files.add(change.picture) or picture
             event["prompt"] = change.prompt
         first = events.pop(0, {})
+        if first.get("target") not in (None, first.get("image", first_picture)):
+            raise ConfigError(
+                "a script begins without a target, and this session has had one since its first frame; rewind to frame "
+                "0, and set the target when that frame has come"
+            )
         story = {
-            "image": first.get("image", files.first),
+            "image": first.get("image", first_picture),
             "prompt": first.get("prompt", begin.prompt),
             "frames": num_frames,
             "seed": begin.seed,
             "guidance": begin.guidance,
             "negative": begin.negative,
-            "events": [events[frame] for frame in sorted(events)],
+            "events": [_said(events[frame]) for frame in sorted(events)],
         }
-        text = yaml.safe_dump({key: value for key, value in story.items() if value is not None}, sort_keys=False)
-        return files.packed(text)
+        return files.packed(yaml.safe_dump(_said(story), sort_keys=False))
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class _Files:
@@ -104,10 +117,6 @@ class _Files:
 
     def __init__(self) -> None:
         self.names: dict[bytes, str] = {}
-
-    @property
-    def first(self) -> str | None:
-        return next(iter(self.names.values()), None)
 
     def add(self, picture: bytes | None) -> str | None:
         if picture is None:

@@ -109,9 +109,9 @@ class WorkerEngine:
             self._ended = True
             asked, self._asked = list(self._asked.values()), {}
         for future in [*asked, *([] if self.ready.done() else [self.ready])]:
-            _settle(future, None, LongtakeError(_GONE))
+            _settle(future, None, ConfigError(_GONE))
         for name in self._sessions:
-            self._emit(Lost(name, LongtakeError(_GONE)))
+            self._emit(Lost(name, ConfigError(_GONE)))
 
 
 def _settle(future: Future[Any], value: Any, error: Exception | None) -> None:

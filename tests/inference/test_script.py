@@ -96,7 +96,7 @@ def test_what_is_given_wins_over_the_file(generator, write):
         ({"events": [{"prompt": B}]}, ConfigError, "events.0: an event needs its time"),
         ({"events": [{"frame": 3, "seconds": 1.0, "prompt": B}]}, ConfigError, "either seconds or frame"),
         ({"events": [{"frame": 3}]}, ConfigError, "changes nothing"),
-        ({"events": [{"frame": 3, "image": "b.png", "target": "b.png"}]}, ConfigError, "cut and move at once"),
+        ({"events": [{"frame": 3, "image": "b.png", "alone": True}]}, ConfigError, "to a picture and to none"),
         ({"events": [{"frame": 3, "prompt": ""}]}, ConfigError, "events.0: the prompt is empty"),
         ({"events": [{"frame": -3, "prompt": B}]}, ConfigError, "events.0.frame: got -3; must be greater than 0"),
         ({"events": [{"frame": 9, "at": 3, "prompt": B}]}, ConfigError, "unknown key events.0.at"),

@@ -10,9 +10,11 @@ import av
 import numpy as np
 import pytest
 from live_server import LiveClient, serving
-from tiny_sessions import OTHER, PICTURE, A, B, C, make_generator
+from tiny_sessions import KINDS, OTHER, PICTURE, A, B, C, make_generator
 
+from longtake.errors import ConfigError
 from longtake.inference.script import read_story
+from longtake.serve.timeline import Beginning, Change, Timeline
 
 
 def made(session, until):
@@ -30,6 +32,12 @@ def frames_of(data):
         for frame in file.decode(video=0):
             found.append((frame.pts, frame.reformat(format="rgb24").to_ndarray()))
     return found
+
+
+def opened_so_far(client):
+    """Sessions that the server says it has opened."""
+    lines = client.http.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("longtake_opened_total"))
 
 
 def replayed(data, folder, generator):
@@ -61,8 +69,9 @@ def test_a_rewound_session_goes_on_as_in_python(client, generator):
 def test_a_branch_goes_on_as_in_python(client, address, generator):
     client.open(seed=4)
     seen = client.watch(17)
-    branch = LiveClient(address)
+    branch, before = LiveClient(address), opened_so_far(client)
     made_branch = client.post("/fork")
+    assert opened_so_far(client) == before + 1
     branch.use(made_branch)
     assert made_branch["frame"] >= 17 and branch.name != client.name and branch.secret != client.secret
     told = branch.post("/prompt", json={"prompt": C})
@@ -129,6 +138,44 @@ def test_the_script_makes_the_same_video_again(client, generator, tmp_path):
     client.watch(length, from_frame=0, seen=seen)
     video = replayed(client.request("GET", "/script").content, tmp_path, generator)
     assert np.array_equal(seen.pictures(), video)
+
+
+@pytest.mark.parametrize("begin", [None, PICTURE], ids=["alone", "with a picture"])
+def test_the_script_of_cuts_with_and_without_a_picture(tmp_path, begin):
+    """Also where a session begins with its prompt alone, and the first picture is that of a later scene."""
+    generator = make_generator(**KINDS["begun by text alone"], history_blocks=6)
+    with serving(generator, tmp_path / "live", max_sessions=1) as address:
+        client = LiveClient(address)
+        client.open(picture=begin, seed=2)
+        at = {9: lambda: client.picture("/image", OTHER), 25: lambda: client.picture("/image", None)}
+        seen = client.watch(41, at=at)
+        client.post("/pause")
+        client.watch(client.request("GET").json()["frame"], from_frame=0, seen=seen)
+        data = client.request("GET", "/script").content
+        assert np.array_equal(seen.pictures(), replayed(data, tmp_path / "again", generator))
+
+
+def test_the_script_of_a_cut_to_a_scene_that_moves_towards_a_target(client, generator, tmp_path):
+    client.open(seed=2)
+
+    def cut():
+        client.post("/pause")
+        client.picture("/image", OTHER)
+        client.picture("/target", PICTURE)
+        client.post("/resume")
+
+    seen = client.watch(41, at={9: cut})
+    client.post("/pause")
+    client.watch(client.request("GET").json()["frame"], from_frame=0, seen=seen)
+    assert np.array_equal(seen.pictures(), replayed(client.request("GET", "/script").content, tmp_path, generator))
+
+
+def test_a_target_before_the_first_frame_is_in_no_script():
+    target = Change(1, "target", 0, A, b"target")
+    with pytest.raises(ConfigError, match="begins without a target"):
+        Timeline(Beginning(A, b"picture", 0, None, None), [target], 1).script(9)
+    for first in ([target, Change(2, "target", 0, A)], [target, Change(2, "image", 0, A, b"other")]):
+        assert Timeline(Beginning(A, b"picture", 0, None, None), first, 2).script(9)
 
 
 def test_guidance_is_that_of_the_session_and_of_its_script(client, generator, tmp_path):

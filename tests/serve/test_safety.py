@@ -19,6 +19,8 @@ from websockets.sync.client import connect
 
 from longtake.errors import ConfigError
 from longtake.serve.app import make_app
+from longtake.serve.run import address_of
+from longtake.serve.security import Guard
 from longtake.serve.settings import Limits, ServeSettings
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -111,6 +113,12 @@ def test_foreign_hosts_and_origins_are_refused(client, guarded):
         with pytest.raises(InvalidStatus):
             connect(f"{guarded.replace('http', 'ws')}/api/sessions/{client.name}/stream", origin=origin)
     assert client.http.get("/api/info", headers={"origin": guarded}).status_code == 200
+
+
+def test_names_are_names_however_they_are_written(tmp_path):
+    guard = Guard(None, ServeSettings(tmp_path, hosts=("Box.Local",)), None)
+    guard._check({"type": "http", "path": "/", "headers": [(b"host", b"box.local:8765")]})
+    assert [address_of(host, 80) for host in ("127.0.0.1", "::1")] == ["http://127.0.0.1:80", "http://[::1]:80"]
 
 
 def test_every_answer_carries_the_policy(client):

@@ -1,5 +1,6 @@
 """Nobody waits for a thread, a process or a session that has ended: whoever asks gets an answer."""
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,9 +9,13 @@ import pytest
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B
 
-from longtake.errors import ConfigError, LongtakeError
+from longtake.errors import ConfigError, LongtakeError, OutputError
 from longtake.serve import engine as engine_module
+from longtake.serve.app import make_app
 from longtake.serve.engine import Engine, Lost
+from longtake.serve.errors import told
+from longtake.serve.run import run_server
+from longtake.serve.settings import ServeSettings
 from longtake.serve.viewers import Viewer
 from longtake.serve.workers import WorkerEngine
 
@@ -117,8 +122,9 @@ def test_an_answer_that_cannot_be_read_ends_the_worker_for_all_who_wait():
     asked = engine.call("memory")
     there.send_bytes(b"no pickle")
     for future in (asked, engine.ready):
-        with pytest.raises(LongtakeError, match="worker"):
+        with pytest.raises(LongtakeError, match="worker") as caught:
             future.result(SECONDS)
+        assert told(caught.value).fix == "open a saved session, or another one"
     with pytest.raises(LongtakeError, match="worker"):
         engine.call("memory").result(SECONDS)
     engine.stop()
@@ -155,3 +161,23 @@ def test_a_viewer_who_is_closed_is_sent_no_more():
     viewer.close(1008, "too_many")
     viewer.tell({"type": "stats"})
     assert len(viewer.waiting) == 1
+
+
+def test_a_server_that_cannot_begin_says_why_in_one_line(generator, tmp_path, capfd):
+    """A file where its folder should be, weights or a device that cannot be used, an address that is taken."""
+
+    def refused():
+        raise ConfigError("device=nosuch cannot be used")
+
+    def run(build, folder, port=0):
+        settings = ServeSettings(folder, port=port, max_sessions=1)
+        run_server(make_app([build], settings), settings, lambda text: None)
+
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file is a file; name a folder"):
+        run(lambda: generator, tmp_path / "file")
+    with pytest.raises(ConfigError, match="nosuch"):
+        run(refused, tmp_path / "live")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="nothing is served"):
+        run(lambda: generator, tmp_path / "live", taken.getsockname()[1])
+    assert "Traceback" not in "".join(capfd.readouterr())
