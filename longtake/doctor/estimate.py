@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.doctor.validating import validate
+from longtake.encoders.original import PUBLISHED_VAE
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -372,6 +373,7 @@ def trace(
     """
     # Compiled blocks need no more than these.
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
+    vae = vae or PUBLISHED_VAE.get(sizes["generator"].out_channels, {})  # no file tells it
     meter = Meter()
     with meter.fake:
         frames, codec = config.video.num_latent_frames, None
