@@ -18,7 +18,7 @@ class Rounded:
     def __init__(self, model: VideoDiT, dtype: torch.dtype) -> None:
         self._theirs: list[Tensor] = list(model.parameters())
         with torch.device("meta"):
-            twin = VideoDiT(model.config)
+            twin = type(model)(model.config)
         twin.cast(dtype).to_empty(device=self._theirs[0].device)
         self._twin = twin.requires_grad_(False).executed(model.execution)
         self._mine: list[Tensor] = list(self._twin.parameters())
