@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Set-up and the tests.
 #
-# Usage: bash scripts/test.sh [--all] [pytest arguments]
-#   (nothing)  the fast tests, some 8 minutes on two cores
+# Usage: bash scripts/test.sh [--ci | --all] [pytest arguments]
+#   (nothing)  the fast tests, some 5 minutes on two cores
+#   --ci       those of whole commands and tiny trainings too, which .ci/run wants
 #   --all      the slow ones too, and those that need a GPU where there is one
 # Arguments go to pytest, e.g.: bash scripts/test.sh tests/test_config.py -k window
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-all=no arguments=()
+chosen="not whole and not slow and not gpu" all=no arguments=()
 for argument in "$@"; do
     case "$argument" in
+        --ci) chosen="not slow and not gpu" ;;
         --all) all=yes ;;
         -h | --help) sed -n '2,/^[^#]/{s/^# //p;s/^#$//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) arguments+=("$argument") ;;
@@ -21,7 +23,6 @@ bash "$root/scripts/setup.sh" dev
 python=$root/.venv/bin/python
 cd "$root"
 
-chosen="not slow and not gpu"
 if [[ $all == yes ]]; then
     chosen="not gpu"
     if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -353,6 +353,7 @@ def timed(*arguments):
     return time.perf_counter() - started, result
 
 
+@pytest.mark.whole
 def test_help_imports_no_torch_and_is_quick():
     program = "import sys; sys.argv=['longtake', '--help']\nfrom longtake.cli.app import main\n"
     program += "try: main()\nexcept SystemExit: pass\n"

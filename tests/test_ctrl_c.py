@@ -108,6 +108,7 @@ def test_encode(workshop, tmp_path, interrupt, monkeypatch):
     assert kept and kept.items() <= bytes_of(out).items() and len(EncodedRows(out))
 
 
+@pytest.mark.whole
 def test_evaluate(tmp_path, workshop, interrupt, monkeypatch):
     write_photos(tmp_path / "photos", 2)
     rules = GenerationConfig(

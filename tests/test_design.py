@@ -19,6 +19,7 @@ def draw():
     return module
 
 
+@pytest.mark.whole
 def test_the_pictures_are_drawn_from_the_code(draw):
     for name, block in draw.drawn().items():
         assert f"<!-- drawn: {name} -->\n{block}\n<!-- end -->" in PAGE, "python scripts/draw_design.py --write"

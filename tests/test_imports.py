@@ -162,6 +162,7 @@ def test_few_functions_take_the_whole_configuration_of_a_stage():
     assert 0 < len(found) < 20, found
 
 
+@pytest.mark.whole
 def test_who_asks_an_objective_does_not_ask_for_its_kind():
     """What depends on the kind is a question that the objective answers (`ObjectiveConfig`)."""
     kinds = ("flow_matching", "teacher_forcing", "dmd", "long_tuning")

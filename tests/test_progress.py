@@ -154,6 +154,7 @@ def test_space_is_checked_before_any_work(tmp_path, monkeypatch):
         check_space(tmp_path / "a.mp4", 2e9)
 
 
+@pytest.mark.whole
 def test_generate_says_what_runs_and_refuses_before_it_loads(tmp_path):
     Image.new("RGB", (64, 64), (200, 60, 30)).save(tmp_path / "photo.png")
     words = [sys.executable, "-m", "longtake", "generate", "--model", "toy", "--prompt", "a red circle drifts"]

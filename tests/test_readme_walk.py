@@ -66,6 +66,7 @@ def smaller(command: str) -> list[str]:
     return words + ([f"{stage}.{value}" for stage in stages for value in values] if stages else values)
 
 
+@pytest.mark.whole
 def test_the_commands_run(clone):
     done = []
     for command in commands(clone):

@@ -98,6 +98,7 @@ def test_main_job_refuses_wrong_options_before_the_set_up(arguments, message, tm
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.whole
 def test_main_job_refuses_a_wrong_key_with_one_message(tmp_path):
     path = present_python(tmp_path / "bin")
     script = SCRIPTS / "train_i2v_local.sh"

@@ -132,6 +132,7 @@ def test_the_walk_through_has_all_its_steps():
     assert sum("--nproc-per-node 4" in command for command in COMMANDS) >= 6
 
 
+@pytest.mark.whole
 def test_every_command_runs(clone, monkeypatch):
     # What is traced takes its time: the slow test does it.
     need = Need({"trained weights": 1}, 1, "backward", 1)

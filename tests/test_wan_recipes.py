@@ -151,6 +151,7 @@ def train(recipe: str, *changes: str, steps: int = 1) -> Path:
     return config.folder
 
 
+@pytest.mark.whole
 def test_i2v_1_3b_runs_from_encoded_sets_and_is_resumed(place, monkeypatch):
     monkeypatch.chdir(place)
     out = "outputs/wan_i2v_1_3b"
@@ -179,6 +180,7 @@ def test_i2v_1_3b_runs_from_encoded_sets_and_is_resumed(place, monkeypatch):
     assert "9 frames" in done
 
 
+@pytest.mark.whole
 def test_ti2v_5b_runs_without_y(place, monkeypatch):
     monkeypatch.chdir(place)
     out = "outputs/wan_ti2v_5b"
@@ -218,6 +220,7 @@ def test_i2v_14b_runs_with_either_student(place, monkeypatch):
     assert widths == [tiny_wan.I2V.dim, tiny_wan.LARGE_I2V.dim, tiny_wan.LARGE_I2V.dim]
 
 
+@pytest.mark.whole
 def test_i2v_14b_runs_as_one_frozen_network(place, monkeypatch):
     """The updates of the first stage are those that the student of the second begins with; clips are cut to its length."""
     monkeypatch.chdir(place)
@@ -247,6 +250,7 @@ def test_window_12_and_its_own_causal_initialisation_run(place, monkeypatch):
     train(then[0], "name=again", *then[1].split())
 
 
+@pytest.mark.whole
 def test_t2v_1_3b_runs_from_prompts(place, monkeypatch):
     monkeypatch.chdir(place)
     assert encode("t2v_1_3b/distill", "prompts.txt", "outputs/wan_t2v_1_3b/encoded/prompts") == []

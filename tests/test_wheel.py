@@ -88,6 +88,7 @@ def test_the_wheel_carries_what_the_package_reads_and_says_what_it_is(wheel):
         assert f"\n{line}\n" in metadata
 
 
+@pytest.mark.whole
 def test_it_works_without_the_repository(elsewhere):
     place = "import longtake, pathlib; print(pathlib.Path(longtake.__file__).parent)"
     python = elsewhere / "venv/bin/python"

@@ -83,6 +83,7 @@ def test_a_stream_is_told_in_words(stream):
     assert "random" in found["weights"] and "random" in output
 
 
+@pytest.mark.whole
 def test_a_stream_after_a_warm_up():
     settings = random_models.random_settings("toy", {"height": 32, "width": 32})
     found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=1, warm_up=True)
@@ -90,6 +91,7 @@ def test_a_stream_after_a_warm_up():
     assert first["cold"] is None and 0 < first["warm"] < found["warm_up_s"]
 
 
+@pytest.mark.whole
 def test_the_last_block_of_a_video_does_not_count_where_blocks_are_made_ahead(monkeypatch):
     """It comes early, since no other is begun before it is handed over; a mean with it flatters."""
     settings = random_models.random_settings("toy", {"height": 32, "width": 32})
@@ -107,6 +109,7 @@ def test_the_last_block_of_a_video_does_not_count_where_blocks_are_made_ahead(mo
     assert found["blocks"]["counted"] == 2 and len(seen[0].frames) == 2 + found["blocks"]["settled_from"] + 3
 
 
+@pytest.mark.whole
 def test_a_student_whose_last_step_stores_has_no_context_pass():
     """Of a settled block: the passes of later blocks alone, though the first one has more."""
     rules = {"height": 32, "width": 32, "later_steps": [1.0, 0.5]}
@@ -116,6 +119,7 @@ def test_a_student_whose_last_step_stores_has_no_context_pass():
     assert len(found["ms"]["passes"]) == 2 and min(found["ms"]["passes"]) > 0 and found["ms"]["context"] == 0
 
 
+@pytest.mark.whole
 def test_a_stream_without_a_picture(monkeypatch):
     toy_sizes = random_models.model_config("toy")
     sizes = replace(toy_sizes, model_type="t2v", in_channels=toy_sizes.out_channels, image_dim=None)
@@ -159,6 +163,7 @@ def test_random_encoders_of_a_published_kind(monkeypatch):
 SMALL = ["batch_size=1", "micro_batch_size=1", "video.height=32", "video.width=32"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stage", [pytest.param("distill", marks=pytest.mark.slow), "causal", "long"])
 def test_a_training_is_measured(stage, tmp_path):
     given = [*SMALL, f"logdir={tmp_path}/run"]

@@ -22,6 +22,7 @@ def endless():
         sys.path.remove(str(ROOT))
 
 
+@pytest.mark.whole
 def test_a_short_stream_leaves_numbers_and_curves(endless, tmp_path, monkeypatch, capsys):
     generator = make_generator()
     monkeypatch.setattr(endless.Generator, "from_model", lambda *_, **__: generator)

@@ -21,6 +21,7 @@ def live():
         sys.path.remove(str(ROOT))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("unpaced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_short_run(live, tmp_path, monkeypatch, unpaced):
     from contextlib import contextmanager

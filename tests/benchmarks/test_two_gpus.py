@@ -102,6 +102,7 @@ def assert_passes(found):
     assert sum("exchanges of 2 layers" in name for name in found) == 2
 
 
+@pytest.mark.whole
 def test_passes_alone_and_together(two_gpus, tmp_path, monkeypatch):
     def forked(name, words, ranks):
         done = torchrun(ranks, "-m", *words)

@@ -204,6 +204,7 @@ def test_a_signal_saves_completely_before_the_end(tmp_path, monkeypatch, number)
     assert signal.getsignal(signal.SIGINT) is before and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.whole
 def test_a_second_signal_ends_at_once(tmp_path):
     """A real process, whose save hangs: the first signal waits for it, the second does not."""
     script = (

@@ -87,6 +87,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fai
     assert names(tmp_path / "run") == ["step_000006", "step_000008"]
 
 
+@pytest.mark.whole
 def test_kill_9_in_a_save_resumes_bit_equal(tmp_path):
     """A real process, killed between the files of its second checkpoint."""
     command = [sys.executable, tiny_run.__file__, str(tmp_path / "run"), "--kill-in-save", "6"]

@@ -66,6 +66,7 @@ def test_the_machine_is_the_one_we_are_on(monkeypatch):
     assert free_disk("/no/such/folder/yet") == 7 and asked == ["/"]
 
 
+@pytest.mark.whole
 def test_a_complete_stage_is_well(workshop, tmp_path):
     file = write(tmp_path, stage_tree(workshop, tmp_path, "causal"))
     result = invoke(file)

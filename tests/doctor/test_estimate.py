@@ -78,6 +78,7 @@ def tiny(layers, latents=9, **changes):
     return full_size(video={"height": 32, "width": 32, "num_latent_frames": latents}, **changes), roles(size)
 
 
+@pytest.mark.whole
 def test_a_validation_of_rows_is_traced():
     """With the decoder that is loaded for it, in bfloat16: 127 million numbers of Wan2.1's VAE."""
     config, sizes = tiny(2, 5, validate_every=1, validation={"num_rows": 1, "num_worlds": 0})
@@ -89,6 +90,7 @@ def test_a_validation_of_rows_is_traced():
     assert found["the decoder of a validation"] > rest + 2 * 126_000_000
 
 
+@pytest.mark.whole
 def test_weights_that_a_validation_reads_for_a_time_are_traced():
     """Teacher forcing trains the weights whose samples its student is measured beside."""
     config, sizes = tiny(2, 5, validate_every=1, validation={"num_rows": 1, "num_worlds": 0})
@@ -146,6 +148,7 @@ def test_a_writer_of_its_own_is_as_large_as_the_updates_that_read():
     assert need["own"].peak > need["student"].peak and need["own"].checkpoint > need["student"].checkpoint
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("layers", [2, pytest.param(DEPTH + 3, marks=pytest.mark.slow)])
 def test_teacher_forcing_holds_what_its_modules_do(workshop, tmp_path, monkeypatch, layers):
     config = stage_config(workshop, tmp_path, "causal", precision="bf16")
@@ -168,6 +171,7 @@ def test_teacher_forcing_holds_what_its_modules_do(workshop, tmp_path, monkeypat
     assert need.peak > 2 * weights + moments and "update of the generator" in need.moment
 
 
+@pytest.mark.whole
 def test_random_weights_of_two_ranks_are_shared_out(workshop, tmp_path):
     config = stage_config(workshop, tmp_path, "teacher", init_from=None)
     one, two = (stage_need(config, {"generator": TEACHER}, ranks, image_tokens=5) for ranks in (1, 2))

@@ -128,6 +128,7 @@ def test_the_numbers_of_weights_are_the_published_ones(kind):
     assert sum(map(math.prod, shapes.values())) == counts[kind]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["taew2_1", "taew2_2", pytest.param("taew2_2_super", marks=pytest.mark.slow)])
 def test_any_split_is_the_published_network_at_once(kind):
     z = latents(KINDS[kind][0])

@@ -116,6 +116,7 @@ def test_position_counts_the_samples_of_whole_updates(encoders):
     assert seen == [4, 8, 12]
 
 
+@pytest.mark.whole
 def test_seek_goes_on_where_an_uninterrupted_run_would_be(encoders):
     """Bit for bit, although the two remember other rows: an encoding must not depend on what else is encoded."""
     whole = make(encoders)

@@ -45,6 +45,7 @@ def config_of(workshop, logdir, stage, path, **data):
     return stage_config(workshop, logdir, stage, data={"path": str(path)} | data, max_steps=2)
 
 
+@pytest.mark.whole
 def test_pictures_and_prompts_train_a_student(workshop, published, tmp_path):
     """Directly and from an encoded set, with the same losses up to the rounding of text."""
     direct = config_of(workshop, tmp_path / "direct", "distill", published)
@@ -79,6 +80,7 @@ def test_stored_latents_train_a_causal_model(workshop, tmp_path, monkeypatch, tr
         assert any(torch.equal(latents, wanted) for wanted in stored)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("stage", "key", "value", "message"),
     [

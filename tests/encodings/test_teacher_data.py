@@ -77,6 +77,7 @@ def test_a_causal_path_holds_the_states_at_the_levels_of_the_student_and_the_rea
     torch.testing.assert_close(path[2, 1:], x[0, 1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 def test_without_videos_the_teacher_makes_whole_clips(workshop, tmp_path):
     """They serve teacher forcing; and an ode_regression of a bidirectional teacher stores its paths with them."""
     clips = images(workshop, tmp_path, "causal", validation={"teacher_steps": 3, "teacher_guidance": 2.0})

@@ -138,6 +138,7 @@ def test_the_encoders_always_see_one_batch_size(workshop, tmp_path, monkeypatch)
     assert sizes == [2, 2, 2, 2] and len(EncodedRows(tmp_path / "e")) == ROWS
 
 
+@pytest.mark.whole
 def test_two_and_three_ranks_give_the_set_of_one(workshop, whole, tmp_path):
     for ranks in (2, 3):
         folder = tmp_path / str(ranks)
@@ -294,6 +295,7 @@ def test_a_set_of_an_earlier_version_is_read_without_checksums(whole, tmp_path, 
 
 
 # ---- bad rows --------------------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_bad_rows_stop_or_are_left_out_and_listed(workshop, photos, tmp_path):
     data = {"path": str(photos), "num_workers": 2}
     with pytest.raises(DataError, match=r"row 2 \(2.png\).* set data.on_bad_row=skip"):
@@ -337,6 +339,7 @@ def stated(words):
     return int(row.split("|")[2].replace(" ", ""))
 
 
+@pytest.mark.whole
 def test_the_sizes_in_the_documents_are_those_of_the_files(tmp_path):
     """Wan at 480x832 from its shapes, written as zeros; the toy measured with its encoders."""
     latent = (16, 60, 104)

@@ -270,6 +270,7 @@ def test_the_benchmark_goes_on_where_it_stopped(truth, photo, tmp_path, monkeypa
 
 
 # ---- streams and wrong input ------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_frames_are_taken_one_at_a_time(moved):
     """However long the video, no more than a few of its frames are alive."""
     import gc

@@ -167,6 +167,7 @@ def test_a_folder_with_videos_is_kept_unless_it_is_to_be_overwritten(whole, plac
     assert json_file.read_bytes() == before
 
 
+@pytest.mark.whole
 def test_what_is_overwritten_leaves_nothing_behind(place, tmp_path):
     options = ["--rows", "3", "--vbench", "-o", tmp_path / "out"]
     assert evaluate(place, *options).exit_code == 0
@@ -182,6 +183,7 @@ def test_what_is_overwritten_leaves_nothing_behind(place, tmp_path):
     ]
 
 
+@pytest.mark.whole
 def test_all_stages_of_a_run_beside_their_teacher(workshop, place, tmp_path):
     for stage in ("causal", "distill"):
         save_student(stage_config(workshop, tmp_path / "run", stage))
@@ -242,6 +244,7 @@ def test_a_table_may_name_pictures_anywhere(place, tmp_path):
     assert [sample.prompt for sample in reading.samples] == ["prompt 2", "prompt 0"]
 
 
+@pytest.mark.whole
 def test_ranks_share_the_rows_and_all_get_them(place, tmp_path, monkeypatch):
     target = of_models([place / "one"])
     rows = [{"image": str(place / "photos" / f"photo{k}.jpg"), "prompt": f"prompt {k // 2}"} for k in range(3)]
@@ -329,6 +332,7 @@ def test_pictures_are_taken_zero_shot_where_the_rules_say_so(text_only, place, t
     assert video.measured.frames == 9
 
 
+@pytest.mark.whole
 def test_pixels_are_made_by_the_decoder_of_the_rules(place, tmp_path):
     for part in ("vae", "text_encoder", "image_encoder"):
         (tmp_path / part).symlink_to(TOY_ASSETS / part)
@@ -373,6 +377,7 @@ def test_rows_that_cannot_be_read_cost_no_earlier_video(place, tmp_path):
     assert earlier.read_bytes() == b"made before"
 
 
+@pytest.mark.whole
 def test_a_refusal_after_videos_were_made_costs_no_earlier_one(place, tmp_path, monkeypatch):
     """The second model does not load once the first has made its videos; what it made lies apart until next time."""
     out, options = tmp_path / "out", ["--rows", "1", "--vbench"]

@@ -78,6 +78,7 @@ def test_films_raise_no_alarm_of_videos(measured):
     assert [one.alarm for one in watch.validation(5, numbers | {"validation/seam_score": 1.3})] == ["seam"]
 
 
+@pytest.mark.whole
 def test_a_film_moves_alike_forwards_backwards_mirrored_and_at_half_the_rate_and_size(drive):
     """Small motions of a face and a landscape: what flow finds is good to some 10 %."""
     video, fps = drive
@@ -94,6 +95,7 @@ def test_a_film_of_24_frames_shown_at_25_repeats_one_each_second():
     assert found.metrics["bad_frames"] == 3 and found.defects == ()  # no two in a row: nothing freezes
 
 
+@pytest.mark.whole
 def test_the_cuts_of_a_film_are_its_largest_changes_and_no_defect():
     video, fps = film(STREET, 100, side=136)
     found = measure(video, fps, BLOCKS)
@@ -103,6 +105,7 @@ def test_the_cuts_of_a_film_are_its_largest_changes_and_no_defect():
     assert set(found.defects) <= {"fade"}  # known limit: within a shot through a shallow lens light is misread by 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("gain", [0.9, pytest.param(1.1, marks=pytest.mark.slow)])
 def test_a_fade_put_into_a_film_is_told_to_2_percent(drive, measured, gain):
     """Beside the light of the drive itself, which changes by 3.6 %."""

@@ -91,6 +91,7 @@ def test_kept_latents_are_those_of_the_same_weights_and_row(rows, tmp_path):
     assert kept.get(one) is None
 
 
+@pytest.mark.whole
 def test_ratios_to_the_teacher_tell_a_frozen_and_a_faded_video():
     teacher = [measure(moving(2, seed=seed), 16) for seed in range(2)]
     same = rv.against(teacher, teacher)

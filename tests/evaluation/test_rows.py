@@ -229,6 +229,7 @@ def test_open_worlds_have_a_table_of_their_own(run, tmp_path):
     assert len(tables) == 2 and "open stopped" in tables[1] and "zeroed" not in tables[1]
 
 
+@pytest.mark.whole
 def test_exported_students_are_measured_as_in_their_run(run, tmp_path, workshop):
     """`longtake export` and --model: the rows and numbers of --run, where the teacher is given."""
     config = stage_config(workshop, run, "causal")
@@ -252,6 +253,7 @@ def test_models_of_one_name_are_refused():
         of_models(["toy", "toy"])
 
 
+@pytest.mark.whole
 def test_one_stage_folder_longer_than_training_without_ablations(run, tmp_path):
     overrides = {"num_worlds": 1, "num_latent_frames": 7, "ablations": False}
     result = evaluate(run / "causal", device="cpu", output=tmp_path / "new", overrides=overrides)

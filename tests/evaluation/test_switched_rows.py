@@ -96,6 +96,7 @@ def test_processes_measure_where_it_pays(encoders, monkeypatch):
     assert summarise(shared) == summarise(score_row(truth, batches, Mesh(), rule=RULE)[0])
 
 
+@pytest.mark.whole
 def test_a_run_with_switches_has_rows_with_and_without_the_rebuild(run, tmp_path, caplog):
     overrides = {"num_worlds": 2, "num_latent_frames": 15, "switch_frames": [5]}
     with caplog.at_level(logging.INFO, logger="longtake"):
@@ -122,6 +123,7 @@ def test_a_run_with_switches_has_rows_with_and_without_the_rebuild(run, tmp_path
     assert Image.open(tmp_path / "windows.png").size[0] > 500
 
 
+@pytest.mark.whole
 def test_windows_without_switches_only_where_videos_are_longer_than_training(run, tmp_path):
     overrides = {"num_worlds": 1, "num_latent_frames": 9, "ablations": False}
     result = evaluate(run, device="cpu", output=tmp_path / "long", overrides=overrides)

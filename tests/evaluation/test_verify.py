@@ -90,6 +90,7 @@ def test_diffusers_layout_passes(tmp_path):
     assert set(found.values()) == {PASSED} and "CLIP tokens" in found
 
 
+@pytest.mark.whole
 def test_the_toys_weights_pass_whole(monkeypatch):
     """Trained ones: their clip begins with the picture, moves and has no defect. Guided, too."""
     monkeypatch.setattr(module, "_CLIP_STEPS", 16)
@@ -117,6 +118,7 @@ def test_no_two_networks_are_loaded(i2v, monkeypatch):
     assert left == []
 
 
+@pytest.mark.whole
 def test_bfloat16_passes():
     changes = {"height": 64, "width": 64, "precision": "bf16"}
     found = list(verify(TOY_ASSETS / "teacher", device="cpu", guidance=2.0, changes=changes))
@@ -256,6 +258,7 @@ def test_what_is_broken_in_weights_of_another_kind_fails_its_own_line(models, mo
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_the_command_writes_json_and_exits_with_1_when_something_is_wrong(i2v, tmp_path, monkeypatch):
     words = ["verify", str(i2v), "height=32", "width=64", "--device", "cpu", "--json"]
     fine = CliRunner().invoke(app, [*words, str(tmp_path / "fine.json")])

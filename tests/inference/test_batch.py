@@ -86,6 +86,7 @@ def test_each_bad_pair_says_what_is_wrong(tmp_path):
     assert "share one name" in read_pairs(tmp_path)[0].problem
 
 
+@pytest.mark.whole
 def test_seeds_are_those_of_single_videos_and_ranks_change_nothing(run, inputs, tmp_path):
     pairs = read_pairs(inputs)
     said = []
@@ -212,6 +213,7 @@ def test_bad_pairs_are_named_after_the_others(run, inputs, tmp_path):
     ]
 
 
+@pytest.mark.whole
 def test_two_real_ranks_share_and_both_fail_after_the_others(run, inputs, tmp_path):
     """The bad pair is on rank 0, whose share is done first; rank 1 finishes all the same."""
     (inputs / "w0.png").write_bytes(b"no picture")

@@ -269,6 +269,7 @@ def test_colours_come_back(tmp_path, name, size):
         assert worst(untagged, where) <= 3  # a reader that takes every file for BT.601
 
 
+@pytest.mark.whole
 def test_colours_come_back_in_a_browser(tmp_path):
     with chromium.page(tmp_path) as page:
         for size in SIZES:
@@ -280,6 +281,7 @@ def test_colours_come_back_in_a_browser(tmp_path):
                 assert worst(shown, where) <= (0 if name.endswith(("gif", "png")) else 3), name
 
 
+@pytest.mark.whole
 def test_a_browser_plays_what_is_being_made(tmp_path):
     with chromium.page(tmp_path) as page, VideoWriter(tmp_path / "a.mp4", 16, 48, 64) as writer:
         writer.write(moving_square(40))

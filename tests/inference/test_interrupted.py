@@ -104,6 +104,7 @@ def test_wherever_it_failed(change, kind, before, history_blocks):
     interrupted_everywhere(generator, change, before, history_blocks, most=12)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("history_blocks", [1, 3])
 @pytest.mark.parametrize("change", ["block", "prompt"])
 def test_a_failed_call_leaves_the_way_back_as_it_was(change, history_blocks, tmp_path):
@@ -142,6 +143,7 @@ def test_a_change_that_failed_in_place_can_be_taken_back(kind):
         assert np.array_equal(made, untouched) or np.array_equal(made, again), number
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_stream_and_a_story_go_on_after_an_interruption(ahead):
     generator = make_generator()

@@ -85,6 +85,7 @@ def test_a_named_sampler_is_taken_and_rules_are_enough(bare, workshop, tmp_path)
     assert Source.of_model(TOY_ASSETS / "teacher").settings.sampler == "whole"  # says so beside its weights
 
 
+@pytest.mark.whole
 def test_python_and_evaluation_refuse_them_too_and_comparing_or_timing_does_not(bare, opened):
     with pytest.raises(ConfigError, match=r"--config RECIPE, or by --sampler stream .* sampled with --sampler whole"):
         Generator.from_model(bare, "cpu")

@@ -49,6 +49,7 @@ def frames(path) -> np.ndarray:
     return read_video(path)[0]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif", "a.webp", "a"])
 def test_every_container_carries_its_record_and_is_made_again(tmp_path, toy, photo, name):
     file = tmp_path / name
@@ -118,6 +119,7 @@ def test_a_folder_is_made_again_whatever_its_files_are_called(tmp_path, toy, pho
         read_record(tmp_path / "b")
 
 
+@pytest.mark.whole
 def test_a_script_is_made_again(tmp_path, toy, photo):
     (tmp_path / "story.yaml").write_text(
         f"image: photo.png\nprompt: {PROMPT}\nframes: 65\nseed: 5\nevents:\n"
@@ -148,6 +150,7 @@ class Typed:
         return self._lines.pop(0) if self._lines else ["/quit"]
 
 
+@pytest.mark.whole
 def test_what_was_typed_is_made_again(tmp_path, toy, photo):
     generator, file = Generator.build(toy, "cpu"), tmp_path / "a.mp4"
     other = tmp_path / "other.png"
@@ -215,6 +218,7 @@ def test_the_file_beside_is_no_one_elses(tmp_path):
     check_output(tmp_path / "a.mp4")
 
 
+@pytest.mark.whole
 def test_videos_of_one_name_and_other_kinds_have_records_of_their_own(tmp_path, toy, photo):
     kinds = {"a.mp4": "a.json", "a.gif": "a.gif.json", "a.webp": "a.webp.json", "a": "a.png.json"}
     made = Generator.build(toy, "cpu").video(photo, PROMPT, num_frames=5, seed=3)

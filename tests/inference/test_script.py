@@ -62,6 +62,7 @@ def test_changes_come_with_the_first_block_at_or_after_their_time(generator, wri
     assert np.array_equal(frames, by_hand(generator)) and len(frames) == 55
 
 
+@pytest.mark.whole
 def test_a_script_stopped_anywhere_and_resumed_equals_the_whole(generator, write, tmp_path):
     expected = by_hand(generator)
     story = read_story(write(), generator.settings)

@@ -48,6 +48,7 @@ def assert_frames_of_one(run, inputs, k, made, **length):
     assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 0.5 and theirs.std() > 5
 
 
+@pytest.mark.whole
 def test_two_ranks_make_each_video_together_and_go_on_after_a_bad_picture(run, inputs, tmp_path):
     (inputs / "v.png").write_bytes(b"no picture")
     (inputs / "v.txt").write_text("something")

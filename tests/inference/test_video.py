@@ -55,6 +55,7 @@ def test_a_notebook_shows_it(generator, tmp_path):
     )
 
 
+@pytest.mark.whole
 def test_the_preview_of_a_long_and_large_video_is_short_and_small(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 360, 640, 3), np.uint8)
     video = Video(np.concatenate([noise] * 6), 16)

@@ -91,6 +91,7 @@ def test_cpu_goes_part_by_part_and_the_fallback_names_itself_once(monkeypatch, c
     assert len(messages) == 1 and "block by block" in messages[0]
 
 
+@pytest.mark.whole
 def test_more_shapes_than_torch_keeps_are_compiled_and_none_runs_eager(monkeypatch, rel) -> None:
     """torch compiles 8 of one function and then runs it as it is, which holds all scores of masked attention."""
     compile, compiled = torch.compile, []

@@ -46,6 +46,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_fused_work_equals_plain_work(dtype, tolerance, rope, traced, rel):
@@ -56,6 +57,7 @@ def test_fused_work_equals_plain_work(dtype, tolerance, rope, traced, rel):
     assert len(set(traced)) == len(traced) == 7  # each once, for all layers
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("again", [False, True, "selective", "products"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_fused_work_has_the_gradients_of_plain_work(again, bf16, traced, rel):
@@ -82,6 +84,7 @@ def test_what_enters_products_is_rounded_once_where_work_is_fused():
         assert fused.entering(half) == torch.float16
 
 
+@pytest.mark.whole
 def test_joined_exit_steps_are_fused(traced, rel):
     """What a roll-out left is computed again in backward, where gradients flow, by the same compiled functions."""
     plan, found = tiny_plan(2, 1, 5, 1), []

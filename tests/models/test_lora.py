@@ -103,6 +103,7 @@ def test_unknown_targets_are_named(tiny_model):
         targets_of(tiny_model(), ["q", "norm3", "ffn.0"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("preset", "numbers", "tensors"), [("wan2.1-t2v-1.3b", 349_962_240, 600), ("wan2.1-fun-1.3b-inp", 397_148_160, 720)]
 )
@@ -207,6 +208,7 @@ def test_files_have_the_published_names_and_peft_reads_them(tiny_model, tiny_con
     assert low.scale == ALPHA / RANK and read_lora(folder / WEIGHTS, own(model), scale=0.25).scale == 0.25
 
 
+@pytest.mark.whole
 def test_a_folder_of_updates_loads_with_its_base_like_any_weights(tiny_model, tmp_path):
     """Also on top of weights that are a folder of updates themselves, in another place, and converted."""
     model = tiny_model()

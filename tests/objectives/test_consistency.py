@@ -152,6 +152,7 @@ def test_without_an_average_the_target_is_the_student_itself(monkeypatch):
     assert torch.equal(one, trained.loss("generator", batch, 5).loss)
 
 
+@pytest.mark.whole
 def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path):
     """With the average in the target: it is saved and goes on."""
     whole, resumed = (

@@ -88,6 +88,7 @@ def raising_at(number):
             hook.remove()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("step", [None, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize(
     ("guided", "keep_sink", "recorded", "context"),

@@ -121,6 +121,7 @@ def abused(generator, folder, connections, rounds, viewers, sessions):
         return slowest
 
 
+@pytest.mark.whole
 def test_a_little_abuse(generator, tmp_path):
     abused(generator, tmp_path, connections=20, rounds=10, viewers=1, sessions=30)
 

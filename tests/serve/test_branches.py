@@ -87,6 +87,7 @@ def test_a_branch_goes_on_as_in_python(client, address, generator):
     assert len(frames_of(branch.request("GET", "/recording").content)) >= 41
 
 
+@pytest.mark.whole
 def test_a_saved_session_is_opened_after_a_restart(generator, tmp_path):
     with serving(generator, tmp_path, max_sessions=2) as address:
         client = LiveClient(address)

@@ -49,6 +49,7 @@ def opened(client, **fields):
     return client.http.post("/api/sessions/open", data=body)
 
 
+@pytest.mark.whole
 def test_a_save_that_is_opened_many_times_at_once_plays_once(generator, tmp_path, monkeypatch):
     end = Live.end
 
@@ -167,6 +168,7 @@ def test_a_recording_that_cannot_begin_is_over(tmp_path):
     )
 
 
+@pytest.mark.whole
 def test_nothing_is_kept_where_nothing_may_be(generator, tmp_path):
     with serving(generator, tmp_path, max_sessions=2, limits=Limits(kept_sessions=0, idle_seconds=2.0)) as address:
         client, _ = saved(address)
@@ -211,6 +213,7 @@ def test_a_folder_that_somebody_removes_costs_recordings_alone(generator, tmp_pa
         assert other.watch(9).frames
 
 
+@pytest.mark.whole
 def test_who_takes_nothing_has_no_connection_in_the_end(generator, tmp_path):
     """Also where its end of the connection stays open, and asks for nothing more."""
     with serving(generator, tmp_path, max_sessions=1, limits=Limits(slow_seconds=0.5)) as address:

@@ -48,6 +48,7 @@ def attack(address, examples):
     return statuses, honest
 
 
+@pytest.mark.whole
 def test_no_request_fails(served):
     statuses, honest = attack(served, 4)
     assert {200, 404, 422} <= statuses

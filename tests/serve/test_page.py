@@ -176,6 +176,7 @@ def pause(page, view, client):
 
 
 # ---- in the fast set -----------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_a_video_plays_and_is_steered_by_the_keyboard_alone(visit, generator, tmp_path):
     """Bit for bit in PNG, and nothing is wider than a small phone."""
     with serving(generator, tmp_path, max_sessions=2) as address:

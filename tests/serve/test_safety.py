@@ -295,6 +295,7 @@ def test_too_many_creates_are_refused(generator, tmp_path):
         assert len(client.watch(17).frames) >= 17
 
 
+@pytest.mark.whole
 def test_sessions_that_nobody_watches_end_and_can_be_opened(generator, tmp_path):
     with serving(generator, tmp_path, max_sessions=2, limits=Limits(idle_seconds=0.3, total_seconds=2.5)) as address:
         idle, long = LiveClient(address), LiveClient(address)

@@ -27,6 +27,7 @@ def blurred_and_noisy(world):
     return np.clip(np.rint(video), 0, 255).astype(np.uint8)
 
 
+@pytest.mark.whole
 def test_truth_has_no_error():
     scores = [measure(world, world.render(FRAMES)) for world in WORLDS]
     errors = np.concatenate([s.position_error.reshape(-1) for s in scores])
@@ -57,6 +58,7 @@ def test_blur_and_noise_cost_little():
         assert summary[name] > 0.95, name
 
 
+@pytest.mark.whole
 def test_a_frozen_first_frame_costs_at_least_eight_pixels():
     summary = summarise([measure(world, world.render(FRAMES, time_scale=0)) for world in FEW])
     assert summary["position_error_px"] >= 8

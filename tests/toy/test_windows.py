@@ -47,6 +47,7 @@ def told(world, direction, speed, **options):
 
 
 # ---- whole videos ----------------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_truth_is_perfect_in_every_window():
     scores = [measure(story, story.render(FRAMES), RULE) for story in STORIES]
     summary = summarise(scores)
@@ -62,6 +63,7 @@ def test_truth_is_perfect_in_every_window():
     json.dumps(summary, allow_nan=False)
 
 
+@pytest.mark.whole
 def test_a_frozen_video_follows_nothing():
     found = windows(STORIES, lambda story: story.render(FRAMES, time_scale=0))
     assert found["motion_ratio"] == pytest.approx([0] * 4, abs=0.01)

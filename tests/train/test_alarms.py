@@ -66,6 +66,7 @@ def test_a_student_that_goes_wrong_raises_its_alarm_within_two_validations(teach
     assert alarm in raised[1] and (alarm in raised[0]) == (alarm == "uniform")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("students", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_healthy_students_raise_none(teacher, students):
     """Of other worlds of the same kind even: so many students, three validations each."""
@@ -149,6 +150,7 @@ def test_a_loud_line_and_a_row_that_a_resumed_run_does_not_repeat(tmp_path, capl
     assert resumed.stopping.startswith("alarm motion: validation/motion_vs_teacher is 0.4")
 
 
+@pytest.mark.whole
 def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(workshop, whole, tmp_path):
     """Random weights: a limit that every video passes."""
     changes = {"max_steps": 6, "save_every": 100, "keep_best": "distance_to_teacher", "validation": SHORT}
@@ -176,6 +178,7 @@ def test_an_alarm_stops_a_stage_once_it_is_saved_and_the_best_is_exported(worksh
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
 
+@pytest.mark.whole
 def test_an_alarm_stops_after_the_last_iteration_too(workshop, whole, tmp_path):
     """A job would go on with its next stage, which begins with the student of this one."""
     changes = {"alarms": {"motion": 1000.0, "stop": ["motion"]}, "validation": SHORT}

@@ -112,6 +112,7 @@ def alarms(numbers: dict[str, float]) -> list[set[str]]:
     return [{one.alarm for one in watch.validation(step, numbers)} for step in (1, 2)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "wanted"), [("healthy", set()), ("freezes", {"motion"}), ("collapses", {"saturation", "uniform"})]
 )

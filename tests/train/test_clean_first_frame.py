@@ -81,6 +81,7 @@ def test_every_stage_sees_the_picture_as_frame_0_alone(workshop, ti2v, tmp_path,
         assert first and all((x[:, None, 0] - known[None]).abs().amax((2, 3, 4)).amin(1).max() < 1e-4 for x in first)
 
 
+@pytest.mark.whole
 def test_an_encoded_set_has_the_latent_and_neither_y_nor_tokens(workshop, ti2v, tmp_path, monkeypatch):
     rounding(monkeypatch)
     direct = config_of(workshop, ti2v, tmp_path / "direct", "causal")
@@ -105,6 +106,7 @@ def test_an_encoded_set_has_the_latent_and_neither_y_nor_tokens(workshop, ti2v, 
         run_stage(stage_config(workshop, tmp_path / "x", "distill", **changes), Mesh())
 
 
+@pytest.mark.whole
 def test_a_trained_student_streams_from_the_picture(workshop, ti2v, tmp_path):
     """Validation, evaluation and generation find the same kind of condition as training."""
     config = config_of(workshop, ti2v, tmp_path, "distill", validate_every=2)

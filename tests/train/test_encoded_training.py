@@ -29,6 +29,7 @@ REAL_VIDEOS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("stage", "more"), [("causal", {}), ("distill", {}), ("distill", REAL_VIDEOS)])
 def test_training_from_the_set_is_training_with_encoders(workshop, whole, tmp_path, monkeypatch, stage, more):
     """Bit for bit where texts are rounded alike; without that up to the rounding of text to bfloat16."""
@@ -67,6 +68,7 @@ def test_a_set_of_longer_clips_trains_as_one_of_shorter_clips(workshop, whole, t
         run_stage(from_cache(workshop, tmp_path / "x", whole, **longer), Mesh())
 
 
+@pytest.mark.whole
 def test_no_encoder_and_no_library_is_needed(workshop, whole, tmp_path):
     """In a process that cannot import what encoders and readers need, and whose encoders are gone."""
     script = """
@@ -96,6 +98,7 @@ for tree in json.loads(sys.argv[1]):
     assert {path.parent.name for path in tmp_path.glob("*/checkpoints")} == {"teacher", "causal", "distill"}
 
 
+@pytest.mark.whole
 def test_buckets_train_the_same_with_and_without_the_set(workshop, photos, tmp_path, monkeypatch):
     rounding(monkeypatch)
     (photos / "2.png").unlink()
@@ -130,6 +133,7 @@ def test_prompts_alone_train_a_text_to_video_student(workshop, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
+@pytest.mark.whole
 def test_the_commands_of_the_recipes_run(tmp_path, monkeypatch):
     """Those of docs/recipes.md about one's own data, in its order, at a size that takes seconds."""
     text = (Path(__file__).parents[2] / "docs/recipes.md").read_text()

@@ -57,6 +57,7 @@ def hold():
             continue
 
 
+@pytest.mark.whole
 def test_every_run_in_a_folder_in_use_is_refused_and_changes_nothing(workshop, tmp_path, hold):
     stage = stage_config(workshop, tmp_path, "causal", max_steps=1)
     job = JobConfig(logdir=str(tmp_path), stages={"causal": stage.model_dump()}, data=None, evaluation=None)

@@ -69,12 +69,14 @@ def test_it_trains_and_its_student_streams(whole):
     assert sum(len(block) for block in frames) == 33
 
 
+@pytest.mark.whole
 def test_stopped_between_sequences_it_equals_the_uninterrupted_run_bit_for_bit(whole, workshop, tmp_path):
     again = stopped({}, workshop, tmp_path, 3)
     assert rows_of(again) == rows_of(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights_of(again).values(), weights_of(whole).values()))
 
 
+@pytest.mark.whole
 def test_stopped_within_a_sequence_it_goes_on_with_the_same_videos(whole, workshop, tmp_path):
     """Their past is made again by the saved weights: equal where the weights hardly move."""
     still = {"optim": {"lr": 1e-9}, "critic": {"lr": 1e-9, "updates_per_generator": 2}}
@@ -95,6 +97,7 @@ def test_pictures_of_windows_are_encoded_as_far_as_a_window_reaches(workshop, tm
     assert torch.equal(picture.latent, picture.frames[:, :1, 4:]) and picture.tokens.shape[0] == 2
 
 
+@pytest.mark.whole
 def test_running_videos_that_are_not_finite_are_made_again(workshop, tmp_path, monkeypatch):
     """NaN in one roll-out is in the cache for good: after the skipped update the past is generated anew."""
     noise_of, poisoned = LongTuning._roll_out_noise, []
@@ -135,6 +138,7 @@ def stories(workshop, tmp_path_factory):
     return folder
 
 
+@pytest.mark.whole
 def test_prompts_switch_also_from_an_encoded_set_and_then_without_text_encoder(
     workshop, stories, tmp_path, monkeypatch
 ):

@@ -135,6 +135,7 @@ def test_the_first_loss_is_that_of_full_training(workshop, tmp_path):
     assert rows[0]["generator_grad_norm"] != rows[1]["generator_grad_norm"]
 
 
+@pytest.mark.whole
 def test_resumed_equals_uninterrupted_bit_for_bit(workshop, tmp_path):
     """With everything on; plain float32 on two ranks is resumed in `tests/dist/test_lora_ranks.py`."""
     changes = {"precision": "bf16", "activation_checkpointing": True, "max_steps": 4, "save_every": 2}
@@ -178,6 +179,7 @@ def test_full_training_is_not_resumed_with_updates(workshop, tmp_path):
         run_stage(config_of(workshop, tmp_path, "causal"), Mesh())
 
 
+@pytest.mark.whole
 def test_everything_else_loads_base_and_updates_merged(workshop, log, tmp_path, caplog):
     """The generator, the evaluation, another stage and a moved log folder."""
     folder = tmp_path / "moved"
@@ -207,6 +209,7 @@ def test_everything_else_loads_base_and_updates_merged(workshop, log, tmp_path, 
     assert {"causal", "distill"} <= report.summaries.keys()
 
 
+@pytest.mark.whole
 def test_validation_measures_the_averaged_updates(workshop, log, tmp_path):
     """With bfloat16 weights, where nothing runs under autocast, too."""
     changes = {"validate_every": 2, "precision": "bf16", "validation": {"num_worlds": 1, "teacher_steps": 1}}
@@ -249,6 +252,7 @@ def test_wrong_values_are_refused(workshop, tmp_path, stage, changes, message):
         run_stage(config_of(workshop, tmp_path, stage, **changes), Mesh())
 
 
+@pytest.mark.whole
 def test_long_tuning_trains_updates(workshop, tmp_path):
     """State kept over iterations, chunks that begin in mid-stream, resumed bit for bit."""
     data = {"path": str(workshop / "data" / "images"), "kind": "images", "num_workers": 0}

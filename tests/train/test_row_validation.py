@@ -39,6 +39,7 @@ def rows_of(config):
     return [r for r in rows if "exit_step" in r or "generator_loss" in r], [r for r in rows if "validation/errors" in r]
 
 
+@pytest.mark.whole
 def test_it_leaves_numbers_videos_sheet_and_curves(workshop, whole, tmp_path):
     config = config_of(workshop, tmp_path / "run", whole)
     run_stage(config, Mesh())
@@ -66,6 +67,7 @@ def test_it_leaves_numbers_videos_sheet_and_curves(workshop, whole, tmp_path):
         assert np.array_equal(picture, np.asarray(Image.open(config.folder / f"{name}.png")))
 
 
+@pytest.mark.whole
 def test_rows_that_are_validated_are_never_learnt_from(workshop, whole, tmp_path, monkeypatch):
     read, exact = [], Loader.read
 
@@ -87,6 +89,7 @@ def test_rows_that_are_validated_are_never_learnt_from(workshop, whole, tmp_path
         )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rows", ["kept", pytest.param("other", marks=pytest.mark.slow)])
 def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path, rows):
     """Nor do rows of another set, which leave all rows to the training, as before there was validation."""
@@ -104,6 +107,7 @@ def test_validating_changes_no_number_of_the_training(workshop, whole, tmp_path,
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.whole
 def test_resumed_equals_uninterrupted(workshop, whole, tmp_path):
     changes = {"max_steps": 3, "validate_every": 2, "save_every": 1, "validation": SHORT}
     uninterrupted = config_of(workshop, tmp_path / "a", whole, **changes)
@@ -114,6 +118,7 @@ def test_resumed_equals_uninterrupted(workshop, whole, tmp_path):
     assert rows_of(uninterrupted) == rows_of(resumed)
 
 
+@pytest.mark.whole
 def test_the_teachers_samples_are_made_once_for_all_runs(workshop, whole, tmp_path, monkeypatch):
     first = config_of(workshop, tmp_path / "a", whole, max_steps=1, validation=SHORT)
     run_stage(first, Mesh())
@@ -133,6 +138,7 @@ def test_the_teachers_samples_are_made_once_for_all_runs(workshop, whole, tmp_pa
     assert len(list((tmp_path / "teacher_samples").iterdir())) == 3
 
 
+@pytest.mark.whole
 def test_an_error_is_counted_and_ends_nothing(workshop, whole, tmp_path, monkeypatch, caplog):
     config = config_of(workshop, tmp_path / "sound", whole, max_steps=4, validate_every=0, validation=SHORT)
     run_stage(config, Mesh())
@@ -154,6 +160,7 @@ def test_an_error_is_counted_and_ends_nothing(workshop, whole, tmp_path, monkeyp
     assert "VALIDATION FAILED (step 2, error 1 of this run): OutOfMemoryError" in caplog.text
 
 
+@pytest.mark.whole
 def test_a_set_of_one_row_trains_without_validation(workshop, tmp_path, caplog):
     folder = tmp_path / "one"
     folder.mkdir()
@@ -165,6 +172,7 @@ def test_a_set_of_one_row_trains_without_validation(workshop, tmp_path, caplog):
     assert "NO VALIDATION" in caplog.text and not rows_of(config)[1]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("times_longer", "expected"), [(2, [None, 3]), pytest.param(3, [5], marks=pytest.mark.slow)])
 def test_pictures_with_second_prompts_switch_in_mid_stream(workshop, tmp_path, monkeypatch, times_longer, expected):
     """From the encoders themselves, which may go once the rows are encoded. The clip of 5 latent frames is the beginning

@@ -33,6 +33,7 @@ def newest(config):
     return latest_checkpoint(config.folder / "checkpoints")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["then shared", "then apart"])
 def test_a_checkpoint_of_one_kind_resumes_in_the_other(workshop, tmp_path, order):
     first, then = order
@@ -90,6 +91,7 @@ def test_checkpointing_by_its_old_and_new_names(workshop, tmp_path):
         assert config_of(workshop, tmp_path, activation_checkpointing=given).activation_checkpointing == value
 
 
+@pytest.mark.whole
 def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, monkeypatch):
     """Under autocast the numbers are equal bit for bit, for two updates of each network."""
     found = []

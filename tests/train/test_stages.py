@@ -116,6 +116,7 @@ def test_the_trained_student_streams(workshop, log):
     assert equal(dict(generator.model.state_dict()), exported)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
@@ -141,6 +142,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workshop, log, tmp_path, stage
     assert without_seconds(rows_of(whole)[0]) == without_seconds(rows_of(resumed)[0])
 
 
+@pytest.mark.whole
 def test_micro_batches_change_the_arithmetic_only(workshop, tmp_path):
     rows = []
     for micro in (1, 4):
@@ -153,6 +155,7 @@ def test_micro_batches_change_the_arithmetic_only(workshop, tmp_path):
             assert (name in a) == (name in b) and a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 
 
+@pytest.mark.whole
 def test_the_learning_rate_falls_at_the_end_of_a_stage(workshop, tmp_path):
     changes = {"optim": {"lr": 1e-3, "decay_steps": 2}, "max_steps": 3, "log_every": 1}
     config = config_of(workshop, tmp_path, "causal", **changes)
@@ -160,6 +163,7 @@ def test_the_learning_rate_falls_at_the_end_of_a_stage(workshop, tmp_path):
     assert [row["generator_learning_rate"] for row in rows_of(config)[0]] == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
+@pytest.mark.whole
 def test_a_teacher_starts_from_random_weights(workshop, tmp_path):
     (tmp_path / "sizes").mkdir()
     shutil.copy(workshop / "teacher/config.json", tmp_path / "sizes")
@@ -223,6 +227,7 @@ def test_text_to_video_weights_do_not_pass_for_image_to_video(workshop, tmp_path
         run_stage(stage, Mesh())
 
 
+@pytest.mark.whole
 def test_text_to_video_weights_widen_on_request(workshop, tmp_path):
     sizes = TEACHER.__class__(**TEACHER.to_dict() | {"in_channels": 4, "image_dim": None, "model_type": "t2v"})
     model = make_model(sizes)
@@ -280,6 +285,7 @@ def test_a_text_to_video_stage_trains_without_pictures(workshop, tmp_path):
     assert iterations[0]["critic_loss"] > 0 and validations == []  # pictures of the toy world cannot be given to it
 
 
+@pytest.mark.whole
 def test_image_to_video_weights_without_clip_tokens(workshop, tmp_path):
     """Wan2.2's kind: y alone. The folder of the encoders needs no image encoder then."""
     sizes = TEACHER.__class__(**TEACHER.to_dict() | {"image_dim": None, "model_type": "i2v"})
@@ -298,6 +304,7 @@ def test_image_to_video_weights_without_clip_tokens(workshop, tmp_path):
     assert sum(map(len, frames)) == 9
 
 
+@pytest.mark.whole
 def test_preprocessing_for_clip_is_kept_with_the_weights(workshop, tmp_path):
     losses = {}
     for name, preprocess in (("wan", "original"), ("cut", "diffusers")):
@@ -345,6 +352,7 @@ def job_of(workshop, logdir):
     )
 
 
+@pytest.mark.whole
 def test_a_job_runs_its_stages_evaluates_and_trains_nothing_twice(workshop, tmp_path, capsys, caplog, monkeypatch):
     """The stages' names are the user's own."""
     job = job_of(workshop, tmp_path)

@@ -46,6 +46,7 @@ def state_of(config):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stage", ["causal", "distill", "long"])
 def test_a_stage_trains_resumes_bit_for_bit_and_its_student_streams_by_the_same_rules(workshop, tmp_path, stage):
     whole = config_of(workshop, tmp_path / "whole", stage)

@@ -46,6 +46,7 @@ def data_of(path):
     return {"data": {"path": str(path), "num_workers": 0}}
 
 
+@pytest.mark.whole
 def test_a_stage_learns_the_changes_also_from_an_encoded_set(workshop, stories, tmp_path, monkeypatch):
     rows = open_dataset(stories, num_frames=17, fps=16)
     assert [rows[k].switch_frames for k in range(6)] == [(5,), (9,), (17,)] * 2

@@ -106,6 +106,7 @@ def stay(phases, *names, seconds=0.45):
         stay(phases, *names[1:], seconds=seconds) if names[1:] else time.sleep(seconds)
 
 
+@pytest.mark.whole
 def test_what_is_rightly_slow_is_no_hang():
     """First times, encoding, evaluation and saving have the longer limit; the second time of a phase has not."""
     assert not watch(0.2, 60, lambda phases: stay(phases, "generator", "rollout"))

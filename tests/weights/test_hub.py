@@ -157,6 +157,7 @@ def test_encoders_of_one_repository_for_weights_of_another_or_from_here(hub, par
     assert result.exit_code == 0 and "has no VAE and no text encoder and no image encoder: name" in result.output
 
 
+@pytest.mark.whole
 def test_the_doctor_asks_for_the_sizes_alone(hub, parts):
     publish(hub(NAME), parts, replace(T2V, in_channels=16, out_channels=16), rules=True)
     assert diagnose_stream(NAME, device="80GB").ok and set(hub.fetched) == {"config.json", "generation.yaml"}

@@ -240,6 +240,7 @@ def test_students_are_fetched_by_name_and_played_without_a_network(state, encode
         assert result.exit_code == 2 and said in result.output
 
 
+@pytest.mark.whole
 def test_a_student_is_converted_trained_from_and_planned_for(state, workshop, hub, tmp_path):
     download("LongLive", state, hub("Efficient-Large-Model/LongLive-1.3B"))
     result = CliRunner().invoke(app, ["convert", "LongLive", str(tmp_path / "plain"), "--to", "longtake"])
