@@ -137,6 +137,7 @@ def on_a_terminal(*words: str) -> tuple[str, str]:
     return out, text.decode()
 
 
+@pytest.mark.whole
 def test_a_terminal_shows_a_bar_below_the_lines():
     out, err = on_a_terminal("-c", SCRIPT)
     assert out == "the result\n"

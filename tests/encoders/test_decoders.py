@@ -194,6 +194,7 @@ def load(folder, kind="tiny", weights=None, channels=16):
     return load_decoder(kind, weights, folder, vae_of(channels), "cpu", torch.float32)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["taew2_1.pth", "taew2_2.safetensors", "taew2_2_super.safetensors"])
 def test_published_files_are_found_and_read(tmp_path, name):
     kind = name.partition(".")[0]
@@ -230,6 +231,7 @@ def test_more_grown_frames_than_ours_are_the_last_ones(tmp_path):
     torch.testing.assert_close(frames, published_decode(state, "taew2_1", z), rtol=0, atol=5e-5)
 
 
+@pytest.mark.whole
 def test_wrong_files_are_refused(tmp_path):
     state = random_state("taew2_1", torch.float32)
     with pytest.raises(CheckpointError, match=r"needs taew2_1 or lighttaew2_1 .* in .*empty, or decoder_weights=FILE"):

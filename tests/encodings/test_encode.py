@@ -137,6 +137,7 @@ def test_partly_remembered_batches_are_filled_up_to_their_size(encoders):
     assert batches.encoder.sizes == [4, 4] and sorted(data.read) == list(range(ROWS))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("memory_bytes", [0, 40_000])
 def test_little_memory_changes_no_number(encoders, memory_bytes):
     small, large = make(encoders, memory_bytes=memory_bytes), make(encoders)

@@ -202,6 +202,7 @@ def test_levels_between_those_of_the_sampler_are_put_among_them():
     assert path_sigmas(2, 5.0, []) == [1.0, 5 / 6, 0.0]
 
 
+@pytest.mark.whole
 def test_the_command(workshop, tmp_path):
     tree = stage_tree(workshop, tmp_path, "ode")
     (tmp_path / "ode.yaml").write_text(yaml.safe_dump(tree))

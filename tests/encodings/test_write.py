@@ -113,6 +113,7 @@ def _killed_in_a_write(config, folder, shard):
     encode(config, folder, Mesh(), rows_per_shard=2)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shard", [0, 1])
 def test_killed_and_started_again_gives_the_same_bytes(workshop, whole, tmp_path, shard):
     config = config_of(workshop, whole)

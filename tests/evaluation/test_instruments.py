@@ -90,6 +90,7 @@ def test_a_frozen_video_does_not_move(moved):
     assert found.metrics["first_frame_similarity"] == pytest.approx(1) and found.defects == ("freeze",)
 
 
+@pytest.mark.whole
 def test_dynamic_degree_counts_pairs_at_eight_frames_a_second(truth, photo):
     """At 480p 11.25 pixels from one sampled frame to the next, here over two frames, in a quarter of the pairs."""
     slow, fast = (truth.translated(photo, speed, 0, 33, (240, 416)) for speed in (2.5, 3.1))
@@ -108,6 +109,7 @@ def motion_of(video):
     return float(np.mean(meter.finish().px)) * FPS
 
 
+@pytest.mark.whole
 def test_motion_of_slowed_worlds_follows_the_exact_ratio():
     scales, seen = np.linspace(0, 1.5, 8), []
     for index, scale in enumerate(scales):
@@ -295,6 +297,7 @@ def test_frames_are_taken_one_at_a_time(moved):
     assert measure(iter(moved), FPS).metrics == measure(moved, FPS).metrics
 
 
+@pytest.mark.whole
 def test_beginnings_are_measured_as_videos_of_their_own(truth, photo):
     """Of a slow camera too, whose motion is measured over many frames."""
     video = truth.translated(photo, 0.1, 0.2, 45, (64, 96))

@@ -196,6 +196,7 @@ def test_all_stages_of_a_run_beside_their_teacher(workshop, place, tmp_path):
     assert found["rows"]["causal 1x"]["motion_px_s"]["low"] is None  # one video
 
 
+@pytest.mark.whole
 def test_an_encoded_set_needs_its_decoder_alone(workshop, tmp_path, monkeypatch):
     encode(stage_config(workshop, tmp_path / "run", "distill"), tmp_path / "set")
     write_model(tmp_path / "one", TEACHER, make_encoders())

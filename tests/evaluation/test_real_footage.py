@@ -116,6 +116,7 @@ def test_a_fade_put_into_a_film_is_told_to_2_percent(drive, measured, gain):
     assert found.defects == ("fade",) and put == pytest.approx(np.log(gain), abs=0.02)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("defect", "spoil"),
     [

@@ -41,6 +41,7 @@ def moving(pixels, count=24, fade=1.0, seed=0):
     return np.stack(frames)
 
 
+@pytest.mark.whole
 def test_rows_of_an_encoded_set_make_the_videos_of_its_pictures(rows, tmp_path):
     """A student's video is that of `student_latents`, whatever the other rows are; its file has all its frames."""
     (one, other), config = rows

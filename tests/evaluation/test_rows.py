@@ -212,6 +212,7 @@ def test_table_json_curves_sheet_and_videos_are_written(run, written):
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.whole
 def test_open_worlds_have_a_table_of_their_own(run, tmp_path):
     """The further worlds are the first open ones after the others; broken rows have none."""
     overrides = {"num_worlds": 1, "num_latent_frames": 3, "open_worlds": 3, "teacher_steps": 1}

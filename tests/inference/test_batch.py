@@ -145,6 +145,7 @@ def test_wrong_requests_are_refused_before_any_work(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "prompts"])
 def test_rows_may_say_seed_seconds_negative_and_guidance(run, inputs, tmp_path, kind):
     """Each video is the one that a command with these options makes."""

@@ -45,6 +45,7 @@ def generator(encoders) -> Generator:
     return Generator.build(source(encoders), "cpu")
 
 
+@pytest.mark.whole
 def test_frames_are_those_of_the_decoder(generator, encoders):
     exact = Generator.build(source(encoders, decoder="exact"), "cpu")
     session, other = generator.open(PICTURE, A), exact.open(PICTURE, A)
@@ -60,6 +61,7 @@ def test_frames_are_those_of_the_decoder(generator, encoders):
     assert np.abs(frames[2].astype(int) - real[2]).max() > 20
 
 
+@pytest.mark.whole
 def test_a_session_goes_on_with_its_decoder_and_no_other(generator, encoders, tmp_path):
     session = generator.open(PICTURE, A, history_blocks=2)
     for _ in range(4):

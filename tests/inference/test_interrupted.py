@@ -124,6 +124,7 @@ def test_a_failed_call_leaves_the_way_back_as_it_was(change, history_blocks, tmp
         assert np.array_equal(take(resumed, 2), take(session.fork(), 2)), number
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["plain", "kept sink"])
 def test_a_change_that_failed_in_place_can_be_taken_back(kind):
     """Without a history its cache is gone: it is made anew under the prompt that there was, never used half made."""

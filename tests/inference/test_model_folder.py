@@ -260,6 +260,7 @@ def live_tensors():
     return len(tensors), sum(tensors.values())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_memory_does_not_grow_with_the_length(models, guidance):
     generator = Generator.from_model(models / "original", "cpu", changes={**RULES, "guidance": guidance})
@@ -339,6 +340,7 @@ def test_an_exported_student_streams_by_its_own_rules(models, tmp_path):
         Generator.from_model(folder, "cpu", encoders=models / "encoders")
 
 
+@pytest.mark.whole
 def test_the_packaged_student_is_named_toy():
     generator = Generator.from_model("toy", "cpu")
     assert generator.settings.plan == load_config("configs/toy/distill.yaml").plan

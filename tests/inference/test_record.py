@@ -168,6 +168,7 @@ def test_what_was_typed_is_made_again(tmp_path, toy, photo):
     assert np.array_equal(frames(tmp_path / "b.mp4"), frames(file))
 
 
+@pytest.mark.whole
 def test_videos_of_a_batch_carry_theirs(tmp_path, toy, photo):
     folder, pairs = tmp_path / "out", [Pair("photo", "photo.png", photo, PROMPT)]
     generate_many(toy, pairs, folder, mesh=Mesh(), num_frames=17, seed=4, writing=Writing(crf=20))
@@ -183,6 +184,7 @@ def test_videos_of_a_batch_carry_theirs(tmp_path, toy, photo):
         generate_many(toy, pairs, folder, mesh=Mesh(), num_frames=17, seed=4)
 
 
+@pytest.mark.whole
 def test_what_cannot_be_the_same_is_refused(tmp_path, toy, photo):
     file = tmp_path / "a.mp4"
     weights = tmp_path / "weights"
@@ -262,6 +264,7 @@ def test_a_video_that_is_saved_says_how_it_was_made(tmp_path, toy, photo):
         read_record(tmp_path / "a.mp4")
 
 
+@pytest.mark.whole
 def test_the_command(tmp_path, toy, photo, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/longtake", "generate", "--like", "a.mp4"])
     file = tmp_path / "a.mp4"

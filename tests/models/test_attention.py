@@ -216,6 +216,7 @@ def test_flash_attention_4_is_called_as_it_wants_it(monkeypatch, rel) -> None:
         attention._flash4.cache_clear()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("ms, expected", [((3.0, 2.0), True), ((2.0, 3.0), False), ((2.0, None), False)])
 def test_masks_go_the_way_that_was_faster(ms, expected, monkeypatch, caplog) -> None:
     def milliseconds(run, problem):

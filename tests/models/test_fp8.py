@@ -115,6 +115,7 @@ def test_a_device_without_such_products_says_so_once(caplog):
 
 
 # ---- a network -------------------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_which_layers_of_the_published_networks_are_quantised():
     small, large = PRESETS["wan2.1-fun-1.3b-inp"], PRESETS["wan2.1-i2v-14b-480p"]
     assert small.quantises(1536, 8960) and small.quantises(8960, 1536) and not small.quantises(1536, 1536)
@@ -176,6 +177,7 @@ def test_captured_passes_give_the_same_bits(quantised_model):
     assert torch.equal(made(CUDAGraphRunner(tape)), made(None)) and tape.replayed > 0
 
 
+@pytest.mark.whole
 def test_fused_quantising_is_the_same(quantised_model, monkeypatch):
     from longtake.models import execution
 

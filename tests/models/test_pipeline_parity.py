@@ -62,6 +62,7 @@ def library_y(pipeline, image, num_frames):
     return y.transpose(1, 2)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_y_equals_the_pipelines(vae, batch, size):

@@ -60,6 +60,7 @@ def test_a_replayed_stream_equals_the_one_that_python_runs(i2v, rope):
     assert tape.recorded >= 1 and tape.replayed >= 3 * 2  # the blocks after the first eight passes of one kind
 
 
+@pytest.mark.whole
 def test_roll_outs_share_a_cache_and_see_new_weights_conditions_and_captions():
     model = make_tiny_model(i2v=True)
     denoiser = Denoiser(model)

@@ -61,6 +61,7 @@ def test_a_student_streams_by_its_published_rule(model, name):
     assert compared(model, name) < 1e-5
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["LongLive", *(n for n, r in published.PUBLISHED.items() if r.switch == "nothing")])
 @pytest.mark.parametrize("switch_frame", [6, 18])
 def test_a_switch_of_prompt_by_the_published_law(model, name, switch_frame):

@@ -125,6 +125,7 @@ def test_a_saved_session_is_opened_after_a_restart(generator, tmp_path):
         assert (tmp_path / client.name / "earlier.mp4").stat().st_size > 10_000  # what was recorded behind the save
 
 
+@pytest.mark.whole
 def test_the_script_makes_the_same_video_again(client, generator, tmp_path):
     client.open(seed=2)
     at = {

@@ -74,6 +74,7 @@ def test_a_save_that_is_opened_many_times_at_once_plays_once(generator, tmp_path
         assert standing["recording_seconds"] == round(standing["frame"] / 16, 3)
 
 
+@pytest.mark.whole
 def test_blocks_of_the_session_before_are_not_taken_for_those_of_its_save(generator, tmp_path, monkeypatch):
     """They come out when the save is open already."""
     late, end, whole = threading.Event(), Engine.do_close, Session.begin

@@ -50,6 +50,7 @@ def test_truth_shifted_by_three_costs_three(shift):
         assert np.nanmin(error) >= 2.9 and np.nanmax(error) <= 3.1
 
 
+@pytest.mark.whole
 def test_blur_and_noise_cost_little():
     summary = summarise([measure(world, blurred_and_noisy(world)) for world in FEW[:24]])
     assert summary["position_error_px"] < 0.5

@@ -87,6 +87,7 @@ def test_every_run_in_a_folder_in_use_is_refused_and_changes_nothing(workshop, t
         os.kill(child, 0)  # the child still lives
 
 
+@pytest.mark.whole
 def test_two_folders_side_by_side(tmp_path, hold):
     hold(tmp_path / "a")
     with only_run(tmp_path, Mesh(), "x"), only_run(tmp_path / "b", Mesh(), "x"):

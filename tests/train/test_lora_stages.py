@@ -123,6 +123,7 @@ def test_training_moves_the_updates_and_never_the_base(workshop, log, tmp_path):
         assert ((average >= low) & (average <= high)).all()
 
 
+@pytest.mark.whole
 def test_the_first_loss_is_that_of_full_training(workshop, tmp_path):
     """B = 0: iteration 0 sees the base, in both networks."""
     rows = []

@@ -15,6 +15,7 @@ from longtake.train.stage import run_stage
 NEGATIVE = "three red squares"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
 def test_the_teacher_is_guided_away_from_it(workshop, tmp_path, monkeypatch, negative):
     rounding(monkeypatch)

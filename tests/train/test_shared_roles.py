@@ -106,6 +106,7 @@ def test_a_frozen_teacher_in_bfloat16_scores_as_in_float32(workshop, tmp_path, m
     assert found[0] == found[1] and len(found[0]) == 2
 
 
+@pytest.mark.whole
 def test_encoders_are_let_go_when_every_row_is_encoded(workshop, tmp_path, monkeypatch):
     from longtake.encodings.encode import BatchEncoder
 

@@ -125,6 +125,7 @@ def test_progress_and_nought_are_no_hang():
     assert not watch(0, 0, lambda phases: stay(phases, "step"))
 
 
+@pytest.mark.whole
 def test_a_whole_run_under_a_watchdog_is_the_same_run(tmp_path):
     def slow(step):
         time.sleep(0.4)

@@ -66,6 +66,7 @@ def test_the_rules_of_a_student_go_along(tmp_path: Path, alone: bool) -> None:
     assert (tmp_path / "converted" / "generation.yaml").read_text() == rules
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
     state = published(KINDS[kind], tmp_path / "original")

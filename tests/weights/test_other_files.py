@@ -172,6 +172,7 @@ def test_an_index_that_is_a_pointer_is_named(tiny_model, tmp_path: Path) -> None
     refused(tmp_path, "index.json is not valid JSON: it is a Git LFS pointer: run `git lfs pull`")
 
 
+@pytest.mark.whole
 def test_damaged_files_are_named(tiny_model, tmp_path: Path) -> None:
     """Whatever is cut off or changed in the first bytes of either format: one sentence."""
     model = tiny_model()
