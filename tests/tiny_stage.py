@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tiny_models import randomize
 from toy_assets import toy
 
@@ -18,6 +19,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
+from longtake.run_folder import latest_checkpoint
 from longtake.toy.files import write_world
 from longtake.train.state import TrainState
 from longtake.weights.load import save_dit
@@ -147,3 +149,14 @@ def save_student(config: StageConfig, *, ema: bool = True, seed: int = 5, step: 
     if not ema:
         taken.load_state_dict(network.state_dict())
     return taken.eval().requires_grad_(False)
+
+
+def newest(config: StageConfig) -> Path:
+    """The newest checkpoint of a stage."""
+    return latest_checkpoint(config.folder / "checkpoints")
+
+
+def state_of(config: StageConfig) -> dict[str, torch.Tensor]:
+    """Everything that resuming from the newest checkpoint of a stage reads."""
+    files = sorted((newest(config) / "state").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

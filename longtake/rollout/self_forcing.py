@@ -46,26 +46,23 @@ def roll_out(
 
     What enters the cache follows the plan (`denoise_block`): where it stores a block by its last denoising step and the
     block stops earlier, it is the block's clean latents, noised to the level of that step.
-    Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None for text-to-video; `noise` by absolute
-    frames and denoising step; `exit_step` as in `StreamPlan.exit_step`; `with_grad` gives latents with the graph of the
-    exit steps; of their context too, where the denoiser `replays`.
+    Args: `first_latent` [B, 1, C, H, W] the given picture (frame 0) or None; `noise` by absolute frames and denoising
+    step; `exit_step` as in `StreamPlan`; `with_grad`: the graph of exit steps; of context too, if denoiser `replays`.
     Raises: ConfigError when `num_frames` does not fit the block plan.
     """
     plan.check(num_frames)
     plan = plan.with_given(0 if first_latent is None else first_latent.shape[1])
     # Recomputation in backward reads the context again, so nothing may be evicted before it; a replay makes it anew.
     # The last block is never stored.
-    stored, _ = plan.block_of(num_frames - 1)
-    evicted = 0 if plan.window_frames is None else max(0, stored - plan.window_frames)
+    evicted = 0 if plan.window_frames is None else max(0, plan.block_of(num_frames - 1)[0] - plan.window_frames)
     reread = denoiser.rereads and not denoiser.replays and (with_grad or denoiser.graphs is not None)  # one for both
     cache = denoiser.pooled_cache(plan, condition.batch_size, latent_size, num_frames, evicted if reread else 0)
-    blocks: list[Tensor] = []
+    blocks: list[Tensor] = [] if first_latent is None else [first_latent.float()]
     exits: list[ExitStep] | None = [] if with_grad and denoiser.batched_exit_backward else None
     replay = Replay(plan, cache) if with_grad and denoiser.replays else None
     with denoiser.gathered():
         if first_latent is not None:
             commit_block(denoiser, cache, condition, first_latent)
-            blocks.append(first_latent.float())
             if replay is not None:
                 replay.stored(first_latent, 0.0)
         for start, end in plan.blocks(cache.position, num_frames):

@@ -32,7 +32,7 @@ def make_app(builds: Sequence[Callable[[], Any]], settings: ServeSettings) -> Gu
             await hub.start()
             yield
         except LongtakeError as error:
-            guard.refused = error
+            guard.refuse(error)
             raise
         finally:
             await hub.stop()

@@ -100,6 +100,10 @@ class Guard:
 
         return limited
 
+    def refuse(self, error: LongtakeError) -> None:
+        """The application cannot begin, for that reason."""
+        self.refused = error
+
     def _without_traceback(self, send: Any) -> Any:
         """What cannot begin for a reason that is known ends in one line, which `refused` is."""
 

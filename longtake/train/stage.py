@@ -25,6 +25,7 @@ from longtake.parallel.mesh import Mesh
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import checkpoints_folder
 from longtake.train.adapters import facts_of
+from longtake.train.keeping import Keeper
 from longtake.train.lock import only_run
 from longtake.train.loop import Hooks, train
 from longtake.train.metrics import PhaseTimer
@@ -140,14 +141,7 @@ def _train(
     clips = {name: clip_call(shape, size, config.batch_size, image_tokens) for name, size in sizes.items()}
     loras = {name: wanted.lora for name, wanted in config.networks.items()}
     operations = operations_of(objective, sizes, loras, clips, mesh.world_size)
-    keeper = builder.keeper(objective)
-
-    def complete(number: int) -> None:
-        keeper.passed(number - 1)
-        if passed is not None:
-            passed(number)
-
-    hooks = Hooks(start=start, passed=complete)
+    hooks = Hooks(start=start, passed=_both(builder.keeper(objective), passed))
     if validation is not None:
         hooks = replace(hooks, evaluate=validation.evaluate, sample=validation.sample)
     train(
@@ -161,6 +155,17 @@ def _train(
         phases=phases,
         throughput=stage_throughput(config.precision, operations, mesh),
     )
+
+
+def _both(keeper: Keeper, passed: Callable[[int], None] | None) -> Callable[[int], None]:
+    """What is told how many iterations are complete: what decides how much is kept, and who asked for it."""
+
+    def complete(number: int) -> None:
+        keeper.passed(number - 1)
+        if passed is not None:
+            passed(number)
+
+    return complete
 
 
 def row_validation(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_stage import make_model, stage_config
+from tiny_stage import make_model, newest, stage_config, state_of
 from typer.testing import CliRunner
 
 from longtake import Generator
@@ -18,7 +18,7 @@ from longtake.inference.export import export
 from longtake.inference.source import Source
 from longtake.models.lora import WRITER, factors
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import exported_weights, latest_checkpoint
+from longtake.run_folder import exported_weights
 from longtake.toy.world import sample_world
 from longtake.train.metrics import read_rows
 from longtake.train.networks import Builder
@@ -38,17 +38,6 @@ def config_of(workshop, logdir, stage="distill", **changes):
     critic = {"lr": 1e-3, "updates_per_generator": 1}
     more = {"num_chunks": [2], "new_frames": 2} if stage == "long" else {}
     return stage_config(workshop, logdir, stage, **(KEYS | {"critic": critic, "max_steps": 2} | more | changes))
-
-
-def newest(config):
-    return latest_checkpoint(config.folder / "checkpoints")
-
-
-def state_of(config):
-    tensors = {}
-    for file in sorted((newest(config) / "state").glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_stage import make_model, stage_config
+from tiny_stage import make_model, newest, stage_config, state_of
 
 from longtake import Generator
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.models.lora import factors
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest
+from longtake.run_folder import exported_weights, read_manifest
 from longtake.train.metrics import read_rows
 from longtake.train.networks import Builder
 from longtake.train.stage import run_stage
@@ -32,17 +32,6 @@ def config_of(workshop, logdir, stage, **changes):
         critic = {"lr": 1e-3, "updates_per_generator": 2, "lora": {"rank": 3, "targets": ["ffn.0", "self_attn.q"]}}
         tree = {"critic": critic} | tree
     return stage_config(workshop, logdir, stage, **tree)
-
-
-def newest(config):
-    return latest_checkpoint(config.folder / "checkpoints")
-
-
-def state_of(config):
-    tensors = {}
-    for file in sorted((newest(config) / "state").glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def equal(a, b):

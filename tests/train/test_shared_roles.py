@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_stage import make_model, stage_config
+from tiny_stage import make_model, newest, stage_config
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import exported_weights, latest_checkpoint
+from longtake.run_folder import exported_weights
 from longtake.train import networks as train_networks
 from longtake.train.metrics import read_rows
 from longtake.train.networks import Builder
@@ -27,10 +27,6 @@ def config_of(workshop, logdir, **changes):
     return stage_config(
         workshop, logdir, "distill", **({"lora": LORA, "critic": critic, "shared_base": True, "max_steps": 2} | changes)
     )
-
-
-def newest(config):
-    return latest_checkpoint(config.folder / "checkpoints")
 
 
 @pytest.mark.whole

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from tiny_stage import save_student, stage_config
+from tiny_stage import save_student, stage_config, state_of
 from typer.testing import CliRunner
 
 from longtake import Generator
@@ -39,11 +38,6 @@ def config_of(workshop, logdir, stage, **changes):
     if stage == "long":
         changes = {"num_chunks": [2]} | changes
     return stage_config(workshop, logdir, stage, **{**RULES, "max_steps": 4, "save_every": 2, **changes})
-
-
-def state_of(config):
-    files = sorted((latest_checkpoint(config.folder / "checkpoints") / "state").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.whole
