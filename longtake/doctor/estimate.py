@@ -2,8 +2,8 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, recorded passes and the weights rounded for them, fragments of the allocator, encoders that are resident
-(`files.py` adds them), validation in toy worlds.
+CUDA context, recorded passes, fragments of the allocator, encoders that are resident (`files.py` adds them), validation
+in toy worlds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
+from longtake.rollout.denoise import Denoiser
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -318,6 +319,15 @@ class _Hollow(SizedBuilder):
     def _keeps_some(self, model: VideoDiT) -> bool:
         return True
 
+    @property
+    def _on_a_gpu(self) -> bool:
+        return True
+
+    def student(self, generator: VideoDiT) -> Denoiser:
+        """As a GPU has it, with rounded weights beside its own where passes are recorded."""
+        with self.meter.fake, self.meter:
+            return super().student(generator)
+
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
             model = network(self.sizes[source.name])
@@ -394,7 +404,7 @@ def trace(
         )
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
-            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
+            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16", on_a_gpu=True)
             state = builder.state(inner)
             state.step = _busiest(inner)
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)

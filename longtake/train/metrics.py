@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device | None = None) -> None:
         on_gpu = device is not None and device.type == "cuda"
-        self._mark: Callable[[], Any] = _event if on_gpu else _wall_clock
+        self._mark: Callable[[], Any] = partial(_event, device) if on_gpu else _wall_clock
         self._between: Callable[[Any, Any], float] = _event_seconds if on_gpu else _wall_seconds
         self._pieces: list[tuple[str, Any, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -107,9 +108,9 @@ def _wall_seconds(start: float, end: float) -> float:
     return end - start
 
 
-def _event() -> torch.cuda.Event:
+def _event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
