@@ -139,7 +139,7 @@ def numbers(config: Path, overrides: list[str], mesh: Mesh, steps: int) -> Mappi
     with closing(bench_training(config, overrides, mesh, steps=steps)) as parts:
         for part in islice(parts, 2):
             found |= part
-    return found
+    return {name: value for name, value in found.items() if name not in ("device", "versions", "ranks")}
 
 
 def doctor(args: argparse.Namespace, way: str, ranks: int) -> subprocess.Popen[str]:

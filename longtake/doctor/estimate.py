@@ -2,8 +2,8 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, recorded passes, fragments of the allocator, encoders that are resident (`files.py` adds them), validation
-in toy worlds.
+CUDA context, what passes take while they are replayed, fragments of the allocator, encoders that are resident
+(`files.py` adds them), validation in toy worlds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
-from longtake.rollout.denoise import Denoiser
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -321,12 +321,11 @@ class _Hollow(SizedBuilder):
 
     @property
     def _on_a_gpu(self) -> bool:
-        return True
+        return True  # one is planned for
 
-    def student(self, generator: VideoDiT) -> Denoiser:
-        """As a GPU has it, with rounded weights beside its own where passes are recorded."""
-        with self.meter.fake, self.meter:
-            return super().student(generator)
+    def _recorder(self) -> CUDAGraphRunner:
+        """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""
+        return CUDAGraphRunner(lambda work: (lambda: None, work()))
 
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
@@ -391,6 +390,7 @@ def trace(
             codec = made_codec(vae, sizes["generator"], image_tokens, frames)
     with ranks(config.parallel, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to see whether it has changed
         builder = _Hollow(config, mesh, sizes=sizes, meter=meter)
         networks = builder.build()
         phases, draws = _Parts(meter), _Chosen(config.seed)

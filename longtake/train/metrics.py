@@ -35,7 +35,7 @@ class PhaseTimer:
 
     Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
-    events on its current stream and read when they are taken: kernels count where they run, not where they were
+    events on that device's current stream and read when they are taken: kernels count where they run, not where they were
     queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
     The watchdog's thread reads the rest, by the clock of the process: `open`, the phases that it is in now, outermost
@@ -44,9 +44,10 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        on_gpu = device is not None and device.type == "cuda"
-        self._mark: Callable[[], Any] = partial(_event, device) if on_gpu else _wall_clock
-        self._between: Callable[[Any, Any], float] = _event_seconds if on_gpu else _wall_seconds
+        self._mark: Callable[[], Any] = _wall_clock
+        self._between: Callable[[Any, Any], float] = _wall_seconds
+        if device is not None and device.type == "cuda":
+            self._mark, self._between = partial(_event, device), _event_seconds
         self._pieces: list[tuple[str, Any, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._since = self._mark()

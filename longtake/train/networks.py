@@ -276,7 +276,7 @@ class Builder:
         batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
             generator,
-            graphs=CUDAGraphRunner() if self._captures and mesh.device.type == "cuda" else None,
+            graphs=self._recorder() if self._captures else None,
             rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
@@ -395,6 +395,9 @@ class Builder:
     @property
     def _on_a_gpu(self) -> bool:
         return self.mesh.device.type == "cuda"
+
+    def _recorder(self) -> CUDAGraphRunner:
+        return CUDAGraphRunner()
 
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.

@@ -12,13 +12,13 @@ SMALL = ["micro_batch_size=1", "video.height=32", "video.width=32", "video.num_l
 
 def side_by_side(folder, *words):
     file = folder / "found.json"
-    done = torchrun(2, PROGRAM, *words, "--device", "cpu", "--json", file, timeout=120)
+    done = torchrun(2, PROGRAM, *words, "--device", "cpu", "--json", file, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text()), done.stdout
 
 
-@pytest.mark.whole
-@pytest.mark.timeout(150)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_training_in_all_ways(tmp_path):
     found, said = side_by_side(tmp_path, "toy/distill", *SMALL, f"logdir={tmp_path}/run", "--steps", "2")
     alone, *others = (
@@ -26,20 +26,20 @@ def test_a_training_in_all_ways(tmp_path):
     )
     assert said.count("one GPU: samples_per_s") == 1  # the first rank speaks
     for way in others:
-        assert way["ranks"] == 2 and way["skipped_updates"] == 0 and len(way["rank_peak_gib"]) == 2
+        assert way["skipped_updates"] == 0 and len(way["rank_peak_gib"]) == 2
         assert way["times one GPU"] == pytest.approx(way["samples_per_s"] / alone["samples_per_s"])
     shared = [(way["shared"]["samples_at_once"], way["shared"]["ranks_a_sample"]) for way in (alone, *others)]
     assert shared == [(1, 1), (2, 1), (2, 1), (1, 2)]
     assert [way["shared"]["weights"][:5] for way in others] == ["whole", "shard", "whole"]
     whole, sharded, together = others
-    assert together["first"] == pytest.approx(alone["first"], rel=1e-4) and len(alone["first"]) == 4
+    assert together["first"] == pytest.approx(alone["first"], rel=1e-4) and len(alone["first"]) == 5
     assert sharded["first"] == pytest.approx(whole["first"], rel=1e-4) != together["first"]
     needs = {way: said["gib"] for way, said in found["doctor"].items()}
-    assert len(needs) == 4 and needs["sharded, a sample each"] < needs["a sample each"] == needs["one GPU"]
+    assert len(needs) == 4 and needs["sharded, a sample each"] < needs["one GPU"] < needs["a sample each"]
 
 
 @pytest.mark.whole
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(260)
 def test_a_stream_in_all_ways(tmp_path):
     found, _ = side_by_side(tmp_path, "--random", "toy", "height=32", "width=32", "--blocks", "1")
     for way in ("decoding beside", "together"):
