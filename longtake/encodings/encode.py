@@ -28,7 +28,6 @@ from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-MOST_OFF = 0.5  # of what varies in a picture's latent, that the first one of its clip may differ by
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
 # mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt, `path`
@@ -228,21 +227,6 @@ def encode_rows(encoder: SetEncoder, read: Sequence[tuple[Pick, int, Sample]], b
     return encoder.rows(batch)[: len(read)]
 
 
-def check_pair(row: EncodedRow, where: str) -> None:
-    """Raises DataError for a row whose clip does not begin with its picture, which can be where they are stored apart.
-
-    They are compared by what varies over the picture's latent: the ground may be the same in all pictures, and a
-    smaller file or another encoder changes a part of it.
-    """
-    first, begin = (row["y"] if "y" in row else row["first"])[0].float(), row["latents"][0].float()
-    varies = first - first.mean((1, 2), keepdim=True)
-    if (off := float((begin - first).norm() / varies.norm())) > MOST_OFF:
-        raise DataError(
-            f"{where}: its clip does not begin with its picture (their latents differ by {off:.0%} of what varies in "
-            "them); objective.data_forcing.share needs pairs: use clips, or set it to 0"
-        )
-
-
 def _check_prompts(sample: Sample, where: str, encoder: RowEncoder) -> None:
     if "text_1" in encoder.contents and len(sample.prompts) < 2:
         raise DataError(f"{where}: has one prompt; objective.switch_frames needs two a row, or leave it empty")
@@ -289,13 +273,11 @@ def make_batch(
 class EncodedLoader:
     """Micro-batches after the encoders; a row is read and encoded once and remembered, up to `memory_bytes`.
 
-    Position and seeking are those of the loader. `pairs`: a row whose clip does not begin with its picture is refused.
+    Position and seeking are those of the loader.
     """
 
-    def __init__(
-        self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30, pairs: bool = False
-    ) -> None:
-        self.loader, self.encoder, self.memory_bytes, self.pairs = loader, encoder, memory_bytes, pairs
+    def __init__(self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30) -> None:
+        self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
         self._said_unused = False
@@ -356,9 +338,7 @@ class EncodedLoader:
             found = pool.map(lambda pick: (pick, *self.loader.read(pick.row, self.encoder.check)), picks)
             read = list(found)
         self._say_unused([sample for _, _, sample in read])
-        for (pick, _, sample), row in zip(read, encode_rows(self.encoder, read, batch_size)):
-            if self.pairs:
-                check_pair(row, sample.where or sample.name)
+        for (pick, _, _), row in zip(read, encode_rows(self.encoder, read, batch_size)):
             self._remember(pick.row, row)
 
     def _remember(self, number: int, row: EncodedRow) -> None:

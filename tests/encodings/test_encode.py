@@ -10,7 +10,7 @@ from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
 from longtake.encoders.condition import encode_condition
-from longtake.encodings.encode import BatchEncoder, EncodedLoader, check_pair
+from longtake.encodings.encode import BatchEncoder, EncodedLoader
 from longtake.errors import DataError
 from longtake.toy.world import sample_world
 
@@ -229,21 +229,3 @@ def test_prompts_that_are_left_out_or_cut_are_named_once(encoders, caplog):
     assert [line for line in said if "may have been cut" in line] == [
         f"row 4 (s4): its prompt fills all {encoders.text.text_len} tokens of the text encoder and may have been cut"
     ]
-
-
-def test_rows_whose_clips_do_not_begin_with_their_pictures_are_refused_where_pairs_are_needed(encoders):
-    """Latents that are stored beside a picture may be of anything; those of a clip begin with it."""
-    batches = make(encoders, pairs=True)
-    take(batches, 2)
-    one = next(iter(batches._rows.values()))
-    check_pair(one | {"latents": one["latents"].half() + 0.02}, "here")
-    check_pair({"first": one["y"][:1], "latents": one["latents"]}, "here")
-    other = one | {"latents": -one["latents"]}
-    batches._rows.clear()
-    batches.encoder.rows = lambda batch: [other] * len(batch)
-    with pytest.raises(
-        DataError, match=r"s\d: its clip does not begin with its picture \(their latents differ by \d+% of"
-    ):
-        take(batches, 2)
-    batches.pairs = False
-    take(batches, 2)
