@@ -8,8 +8,8 @@ one way after the other in the same processes, so that all ways meet the same ma
 next:
 
 - of a training: one GPU (the others begin the same, to compile what they will need); a sample on each with whole
-  weights (`parallel.data_parallel=ddp`); the same with sharded ones; and one sample by all together
-  (`parallel.sequence`), with whole weights. Losses and gradients of the first iteration tell whether one sample is
+  weights (`parallel.data_parallel=ddp`); one sample by all together (`parallel.sequence`), with whole weights; and a
+  sample on each with sharded ones. Losses and gradients of the first iteration tell whether one sample is
   learnt from alike, and `longtake doctor`, which runs beside on the CPU, what memory it foresaw for that iteration;
 - of a stream: one GPU; the same with another GPU that decodes; and each pass by all GPUs together. The frames of the
   first block tell whether they make the same video.
@@ -57,8 +57,8 @@ ALONE = "one GPU"
 TRAININGS = {
     ALONE: ["batch_size=B"],
     "a sample each": ["batch_size=NB", "parallel.data_parallel=ddp"],
-    "sharded, a sample each": ["batch_size=NB", "parallel.data_parallel=fsdp"],
     "together, one sample": ["batch_size=B", "parallel.data_parallel=ddp", "parallel.sequence=N"],
+    "sharded, a sample each": ["batch_size=NB", "parallel.data_parallel=fsdp"],
 }
 STREAMS = (ALONE, "decoding beside", "together")
 GIB = 2**30

@@ -35,7 +35,7 @@ class PhaseTimer:
 
     Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
-    events on that device's current stream and read when they are taken: kernels count where they run, not where they were
+    events on its current stream there and read when they are taken: kernels count where they run, not where they were
     queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
     The watchdog's thread reads the rest, by the clock of the process: `open`, the phases that it is in now, outermost
