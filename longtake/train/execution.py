@@ -47,7 +47,12 @@ def quick(
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    return replace(model.execution, attend=attend_fastest, fuses=not sharded and model.config.dim >= FUSED_WIDTH)
+    return replace(model.execution, attend=attend_fastest, fuses=is_fused(model, sharded=sharded))
+
+
+def is_fused(model: VideoDiT, *, sharded: bool) -> bool:
+    """Whether a GPU computes the element-wise work of a network by compiled functions."""
+    return not sharded and model.config.dim >= FUSED_WIDTH
 
 
 def recomputed(
