@@ -141,13 +141,7 @@ class Pipeline:
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
-        if decode_device is not None and split is not None:
-            raise ConfigError(
-                f"decode_device={decode_device} is for one process; processes that share the transformer's calls "
-                "decode where they are: leave out one of both"
-            )
-        decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
-        device = usable_device(device)
+        decoding, device = decoding_place(decode_device, split), usable_device(device)
         named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         encoder_paths(source.encoders, with_image=source.needs_image)
@@ -273,6 +267,18 @@ class Pipeline:
                 f"{frames} latent frames of {height}x{width} pixels need {needed / 1e9:.0f} GB for keys, values and "
                 f"pixels, and {device} has {there / 1e9:.0f} GB; lower the size, the window or the length"
             )
+
+
+def decoding_place(decode_device: str | torch.device | None, split: SequenceParallel | None) -> torch.device | None:
+    """The device that decodes beside the transformer, as `Pipeline.build` is given it. Raises: ConfigError."""
+    if decode_device is None:
+        return None
+    if split is not None:
+        raise ConfigError(
+            f"decode_device={decode_device} is for one process; processes that share the transformer's calls decode "
+            "where they are: leave out one of both"
+        )
+    return usable_device(decode_device, "decode_device")
 
 
 def _streaming(

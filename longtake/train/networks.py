@@ -276,7 +276,7 @@ class Builder:
         batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
             generator,
-            graphs=CUDAGraphRunner() if self._captures else None,
+            graphs=self._recorder() if self._captures else None,
             rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
@@ -388,9 +388,16 @@ class Builder:
     @property
     def _captures(self) -> bool:
         """Whether the student's passes are captured: where its weights never move, and Python makes the calls."""
-        config, mesh = self.config, self.mesh
-        whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
-        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
+        config = self.config
+        whole = self.mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
+        return config.parallel.graphs and whole and self._on_a_gpu and config.objective.causal
+
+    @property
+    def _on_a_gpu(self) -> bool:
+        return self.mesh.device.type == "cuda"
+
+    def _recorder(self) -> CUDAGraphRunner:
+        return CUDAGraphRunner()
 
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
@@ -431,7 +438,12 @@ class Builder:
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def _keeps_some(self, model: VideoDiT) -> bool:
-        return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
+        """Whether it can be on every rank: what one computes again in backward, all must, as they do it together."""
+
+        def here() -> bool:
+            return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
+
+        return all(self.mesh.every(here))
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:
