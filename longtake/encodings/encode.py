@@ -28,6 +28,9 @@ from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
+# Pixels of all frames that a GPU encodes at once ahead of the training: over micro-batches of small videos it waits for
+# Python, which starts some thousand kernels for each. A clip of 480x832 alone has more.
+PIXELS_AT_ONCE = 1 << 24
 MOST_OFF = 0.5  # of what varies in a picture's latent, that the first one of its clip may differ by
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
@@ -339,6 +342,9 @@ class EncodedLoader:
         For data sets that are small enough to be remembered whole and to travel between the ranks.
         """
         size = self.loader.micro_batch_size
+        if self.encoder.device.type == "cuda":
+            shape = self.encoder.shape
+            size = max(size, PIXELS_AT_ONCE // (shape.num_pixel_frames * shape.height * shape.width))
         groups = self.loader.buckets.rows
         chunks = [rows[start : start + size] for rows in groups for start in range(0, len(rows), size)]
         for chunk in chunks[mesh.rank :: mesh.world_size]:

@@ -79,14 +79,14 @@ class CacheView:
         return sum(own for _, own in self.blocks)
 
     @classmethod
-    def joined(cls, views: Sequence[CacheView], layers: Layers) -> CacheView:
+    def joined(cls, views: Sequence[CacheView], layers: Layers | None) -> CacheView:
         """That of several blocks in one call with gradient, one after the other."""
-        tensors: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views]) for name in _INDICES}
+        tensors: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views]) for name in INDICES}
         blocks = tuple(block for view in views for block in view.blocks)
         return cls(views[0].cache, **tensors, blocks=blocks, with_grad=True, layers=layers)
 
 
-_INDICES = ("slots", "frame_index", "query_position", "key_position", "write_slots")
+INDICES = ("slots", "frame_index", "query_position", "key_position", "write_slots")
 
 
 @contextmanager

@@ -53,5 +53,5 @@ def teacher_input(
 
     from longtake.flow.path import add_noise
 
-    drawn = (draws.uniform(step, "data_forcing", indices) < share).to(noisy.device)
+    drawn = draws.uniform(step, "data_forcing", indices, device=noisy.device) < share
     return torch.where(drawn[:, None, None, None, None], add_noise(clip, noise, sigma), noisy)

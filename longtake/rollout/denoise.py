@@ -20,6 +20,7 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import LARGE_WIDTH
 from longtake.models.shared_base import WriterApart
 from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
@@ -155,7 +156,8 @@ class _Pass:
     """One call without gradient; as a function of tensors alone, which can be captured.
 
     Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any. `quick`,
-    on a GPU: by the fastest attention and with what lies between matrix products compiled, which takes seconds once.
+    on a GPU: by the fastest attention and, of large networks, with what lies between matrix products compiled, which
+    takes seconds once.
     """
 
     model: VideoDiT
@@ -189,7 +191,8 @@ class _Pass:
         view = replace(self.view, layers=layers) if self.keep_layers else self.view
         model = self.model
         if self.quick and x.is_cuda:
-            model = model.executed(replace(model.execution, attend=attend_fastest, fuses=True))
+            fuses = model.config.dim >= LARGE_WIDTH
+            model = model.executed(replace(model.execution, attend=attend_fastest, fuses=fuses))
         return model(x, sigma, condition, view), *made
 
 
@@ -269,7 +272,7 @@ def denoise_block(
         assert guidance is None, "training is never guided"
         frames = x.shape[1]
         exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
-        layers = exits[-1].layers
+        layers = None if denoiser.model.execution.calls else exits[-1].layers
     itself = itself and last == len(sigmas) - 1
     store, apart = itself and stores, with_grad and exits is None
     assert not (store and denoiser.writer), "a last step that stores is one network's"

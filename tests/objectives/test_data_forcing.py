@@ -102,8 +102,7 @@ def pull(ratio, correlation, share):
     drawn = torch.randn(2, ROWS, FRAMES, 2, 2, 4, generator=torch.Generator().manual_seed(1))
     z, clip = drawn[0], correlation * drawn[0] + sqrt(1 - correlation**2) * drawn[1]
     scale = torch.tensor(ratio, requires_grad=True)
-    every = torch.ones(FRAMES, dtype=torch.bool)
-    dmd._roll_out = lambda *args, **options: RollOut(scale * z, every)
+    dmd._roll_out = lambda *args, **options: RollOut(scale * z, 0)
     dmd.critic, dmd.real = Exact(ratio), Exact(1.0)
     batch = replace(make_batch(dmd.generator.model, [0]), indices=indices, latents=clip)
     (gradient,) = torch.autograd.grad(dmd.loss("generator", batch, 0).loss, scale)

@@ -199,7 +199,7 @@ class SharedTape(Tape):
         finally:
             self.running -= 1
 
-    def __call__(self, work):
+    def _record(self, work):
         with self.alone():
             self.recorded += 1
             outputs = tuple(self.memory.setdefault(made.shape, torch.empty_like(made)) for made in work())
