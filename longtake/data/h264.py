@@ -6,8 +6,6 @@ Must know no model and no file.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
-from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -54,16 +52,8 @@ def picture_of(picture: NDArray[np.uint8], pixels: str, matrix: int = BT709) -> 
     import av
 
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    kind = {"format": pixels, "dst_colorspace": _IN_SWSCALE[matrix], "dst_color_range": _LIMITED}
-    return _reformatter(get_ident()).reformat(frame, **kind)
-
-
-@lru_cache(maxsize=64)
-def _reformatter(_thread: int) -> Any:
-    """That of a thread: a new one starts threads of its own, one a processor, for which a small picture would wait."""
-    from av.video.reformatter import VideoReformatter
-
-    return VideoReformatter()
+    # Else it starts a thread a processor for each picture: on 32 cores 8 ms for 64x64 pixels, and 11 for 480x832.
+    return frame.reformat(format=pixels, dst_colorspace=_IN_SWSCALE[matrix], dst_color_range=_LIMITED, threads=1)
 
 
 def add_colours(codec: Any, matrix: int) -> None:
