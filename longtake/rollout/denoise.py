@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,8 @@ class Denoiser:
         self.rounded = rounded
         self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
+        # Looking for them takes as long as starting a replay, or ten. They may move, and stay the same objects.
+        self._weights: WeakKeyDictionary[VideoDiT, list[nn.Parameter]] = WeakKeyDictionary()
 
     @property
     def rereads(self) -> bool:
@@ -128,7 +131,9 @@ class Denoiser:
             velocity, *made = work.run(x, sigma, condition)
         else:
             inputs = (x, sigma, condition.frames, text, image)
-            addresses = (*(p.data_ptr() for p in made_by.parameters()), *cache.cross_addresses())
+            if made_by not in self._weights:
+                self._weights[made_by] = list(made_by.parameters())
+            addresses = (*(p.data_ptr() for p in self._weights[made_by]), *cache.cross_addresses())
             kind = (view.num_past, frames, commit, layers is not None, kept)
             split = model.execution.split
             agree = bool if split is None else split.agree
