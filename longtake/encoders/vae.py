@@ -162,7 +162,8 @@ class VideoVAE:
         """
         if any(bool(parameter.isnan().any()) for parameter in self.module.parameters()):
             raise CheckpointError("the VAE's weights hold NaN: use another VAE")
-        thin = {**self.module.config, "base_dim": _THIN, "decoder_base_dim": _THIN}
+        sizes = {name: value for name, value in self.module.config.items() if not name.startswith("_")}  # but paths
+        thin = {**sizes, "base_dim": _THIN, "decoder_base_dim": _THIN}
         return _steady_index(type(self.module), json.dumps(thin, sort_keys=True))
 
     @property

@@ -102,6 +102,7 @@ class RecordedCalls:
             self._broken = True
             self._networks.clear()
             logger.warning("calls are not recorded as CUDA graphs, and run as ever: %s", str(error).splitlines()[0])
+            logger.debug("where that was:", exc_info=error)
             return
         network.records[form] = made
 
