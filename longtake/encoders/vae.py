@@ -164,7 +164,8 @@ class VideoVAE:
             raise CheckpointError("the VAE's weights hold NaN: use another VAE")
         sizes = {name: value for name, value in self.module.config.items() if not name.startswith("_")}  # but paths
         thin = {**sizes, "base_dim": _THIN, "decoder_base_dim": _THIN}
-        return _steady_index(type(self.module), json.dumps(thin, sort_keys=True))
+        kind: Any = type(self.module)
+        return _steady_index(kind, json.dumps(thin, sort_keys=True))
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -193,11 +194,11 @@ class VideoVAE:
 
 
 @lru_cache(maxsize=16)  # a job loads its encoders several times
-def _steady_index(kind: type, config: str) -> int:
+def _steady_index(kind: Any, config: str) -> int:
     """`VideoVAE.steady_index` of a network of this configuration (JSON); its weights may be any."""
     # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _one_thread():
-        vae = VideoVAE(kind.from_config(json.loads(config)))  # type: ignore[attr-defined]
+        vae = VideoVAE(kind.from_config(json.loads(config)))
         session, size = vae.encoder_session(), vae.spatial_stride  # one latent pixel: extent changes nothing about time
         session.encode(torch.full((1, 1, 3, size, size), torch.nan))
         grey = torch.zeros(1, vae.temporal_stride, 3, size, size)

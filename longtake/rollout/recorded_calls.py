@@ -161,11 +161,8 @@ class _Record:
 
     def replayed(self, given: Inputs) -> Tensor:
         """The velocity of these inputs."""
-        pairs = [
-            (held, new) for held, new in zip(self.held, given, strict=True) if held is not None and new is not None
-        ]
-        with torch.no_grad():
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+        with torch.no_grad():  # the same are missing
+            torch._foreach_copy_([t for t in self.held if t is not None], [t for t in given if t is not None])
         if self.backward is None:
             self.forward()
             return self.velocity.clone()
@@ -208,7 +205,7 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) 
     old = [(p.grad, new) for p, new in zip(parameters, gradients, strict=True) if p.grad is not None]
     fresh = [(p, new) for p, new in zip(parameters, gradients, strict=True) if p.grad is None]
     if old:
-        torch._foreach_add_(*map(list, zip(*old)))
+        torch._foreach_add_([mine for mine, _ in old], [new for _, new in old])
     if fresh:
         for (parameter, _), own in zip(fresh, torch._foreach_mul([new for _, new in fresh], 1.0)):
             parameter.grad = own
@@ -244,18 +241,21 @@ def _work(model: VideoDiT, held: Inputs, context: Context) -> Callable[[], Tenso
     x, sigma, text, image, frames, later, *indices = held
     assert x is not None and sigma is not None and text is not None
     if isinstance(context, CacheView):
-        context = replace(context, **dict(zip(INDICES, indices)))
+        read: dict[str, Any] = dict(zip(INDICES, indices))
+        context = replace(context, **read)
     condition = Condition(text, image, frames, later)
     return lambda: model.computed(x, sigma, condition, context)
 
 
 def _without(capture: Capture, work: Callable[[], Tensor], held: Inputs) -> _Record:
-    def forward() -> Made:
-        with torch.no_grad(), own_casts(x.device):
-            return (work(),)
-
     x = held[0]
     assert x is not None
+    device = x.device
+
+    def forward() -> Made:
+        with torch.no_grad(), own_casts(device):
+            return (work(),)
+
     ((replay, (velocity,)),) = capture(forward)
     return _Record(held, velocity, replay)
 

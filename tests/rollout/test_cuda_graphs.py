@@ -256,7 +256,7 @@ for _ in range(1000):
     product = busy @ busy
 kept = product[:2, :2].clone()
 del product  # free for torch, in use by the other device for a second to come
-replay, (out,) = CUDAGraphCapture()(lambda: (x * 2,))
+((replay, (out,)),) = CUDAGraphCapture()(lambda: (x * 2,))
 replay()
 wait(1)
 assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)
