@@ -36,6 +36,7 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.recorded_calls import RecordedCalls
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
@@ -87,14 +88,15 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
-    networks whose memory decides what backward computes again.
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, the
+    networks whose memory decides what backward computes again, and what records the calls of all that are small.
     """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
     watched: list[Watched] = field(default_factory=list)
+    calls: RecordedCalls = field(default_factory=RecordedCalls)
 
     def __post_init__(self) -> None:
         if self.mesh.device.type != "cuda":
@@ -419,7 +421,8 @@ class Builder:
         """Args: `trained`, the name by which it is, None where it is not."""
         config, mesh, again = self.config, self.mesh, None
         how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
-        model = model.executed(quick(model, mesh.device, self._product_type, **how))
+        calls = self.calls if config.parallel.graphs else None
+        model = model.executed(quick(model, mesh.device, self._product_type, calls, **how))
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
             if isinstance(again, ByBlock):
