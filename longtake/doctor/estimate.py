@@ -325,7 +325,7 @@ class _Hollow(SizedBuilder):
 
     def _recorder(self) -> CUDAGraphRunner:
         """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""
-        return CUDAGraphRunner(lambda work: (lambda: None, work()))
+        return CUDAGraphRunner(lambda *works: [(lambda: None, work()) for work in works])
 
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
