@@ -76,8 +76,10 @@ def bench(
             check_output_file(json_file, suffixes=(".json",), inputs=[config], overwrite=True)
         if sum(one is not None for one in (config, model, run, random)) > 1:
             raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
-        from longtake.parallel.mesh import init_mesh
+        from longtake.parallel.mesh import init_mesh, let_segments_grow
 
+        if config:
+            let_segments_grow()  # as a training does
         with init_mesh(device) as mesh, told_once(mesh):
             parts = _training(context, mesh, config, overrides) if config else _stream(context, mesh, overrides)
             _tell(parts, json_file, shown=mesh.is_main)
