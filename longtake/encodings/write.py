@@ -47,10 +47,11 @@ from longtake.encodings.encode import BatchEncoder, SetEncoder, encode_rows
 from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
 from longtake.inference.pipeline import load_encoders
+from longtake.lock import LOCK
 from longtake.outputs import check_output_folder, check_own, check_space
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.progress import Progress
-from longtake.train.lock import LOCK, only_run
+from longtake.train.lock import only_run
 from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
