@@ -22,6 +22,7 @@ from longtake.outputs import check_output_folder
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
+from longtake.train.keeping import told_to_keep_less
 from longtake.train.lock import only_run
 from longtake.train.networks import Builder
 from longtake.train.pace import JobPace, StagePlan, in_words
@@ -47,7 +48,8 @@ def run(config: StageConfig | JobConfig) -> None:
         values, folder = config.model_dump(), config.folder
         mesh.on_main(lambda: _refuse_other_sources(folder, config.max_steps, values))
         if not mesh.on_main(partial(_is_done, folder, config.max_steps, values)):
-            run_stage(config, mesh)
+            with told_to_keep_less(config.activation_checkpointing):
+                run_stage(config, mesh)
         elif mesh.is_main:
             more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
             steps = _next_steps(folder, with_picture=config.model.image_condition == "i2v")
@@ -93,7 +95,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         pace.begin(name)
         newest = latest_checkpoint(checkpoints_folder(folder))
         trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
-        run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
+        with told_to_keep_less(stage.activation_checkpointing):
+            run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
         pace.end(name, stage.max_steps - trained)
         is_new = True
     settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
