@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 from longtake.config.groups import WandbConfig
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
+from longtake.outputs import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -207,9 +207,8 @@ def cut_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] < first_step]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _jsonable(value: Any) -> Any:
