@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Run, WarmUp, clean_errors, given, source_of
+from longtake.cli.common import Decoder, Device, Json, Run, WarmUp, clean_errors, given, refuse, source_of
+from longtake.cli.generate import Encoders, Model
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
 
@@ -21,18 +22,15 @@ What = Annotated[
     ),
 ]
 
+_OF_STREAMS = ("encoders", "small_text", "size", "dtype", "decoder", "blocks", "warm_up")
+
 
 def bench(
     context: typer.Context,
     what: What = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the hub, or toy.")
-    ] = None,
+    model: Model = None,
     run: Run = None,
-    encoders: Annotated[
-        str | None,
-        typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
-    ] = None,
+    encoders: Encoders = None,
     random: Annotated[
         str | None, typer.Option(metavar="PRESET", help="Random weights of a preset, made on the device; no files.")
     ] = None,
@@ -50,7 +48,7 @@ def bench(
     ] = None,
     warm_up: WarmUp = False,
     device: Device = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Measure a stream (of the toy, unless another model is named) or a training: seconds, parts, kernels, memory."""
     with clean_errors(context):
@@ -62,13 +60,19 @@ def bench(
         if sum(one is not None for one in (config, model, run, random)) > 1:
             raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
         if config is not None:
+            refuse(context, _OF_STREAMS, "{option} is of a stream, and CONFIG of a training; leave one of them out")
             from longtake.bench.training import bench_training
 
             return _tell(bench_training(config, overrides, device, **given(context, "steps", "memory")), json_file)
+        refuse(context, ("steps", "memory"), "{option} is of a training; give its CONFIG, too")
+        if random is None:
+            refuse(context, ("small_text",), "{option} goes with --random")
+        else:
+            refuse(context, ("encoders",), "{option} goes with --model; --random makes its own")
         from longtake.bench.run import bench_random, bench_source
 
         changes = changes_of(*overrides, **_size(size), dtype=dtype, decoder=decoder)
-        counted = {"warm_up": warm_up, **given(context, "blocks")}
+        counted = given(context, "warm_up", "blocks")
         if random is not None:
             return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)
         source = source_of(
@@ -79,14 +83,15 @@ def bench(
 
 def _tell(parts: Iterator[dict[str, Any]], file: Path | None) -> None:
     """Prints numbers as they are known, and keeps the file up to date."""
-    from longtake.bench.report import text, write_json
+    from longtake.bench.report import text
+    from longtake.evaluation.report import write_json
 
     found: dict[str, Any] = {}
     for part in parts:
         typer.echo(text(part))
         found |= part
         if file is not None:
-            write_json(found, file)
+            write_json(file, found)
 
 
 def _told_apart(what: list[str]) -> tuple[Path | None, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by def
 Decoder = Annotated[
     str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
 ]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file, too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
 WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]
@@ -119,9 +120,19 @@ def given(context: typer.Context, *names: str) -> dict[str, Any]:
     """Those of the named options that were given on the command line; repeated ones as lists, which some versions of
     typer keep as tuples.
     """
-    values = {name: context.params[name] for name in names}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: value for name, value in values.items() if value not in (None, [])}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    said = (name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    values = {name: context.params[name] for name in said}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises ConfigError where one of the named options was given: the command would not look at it. Args: `why`, in
+    which `{option}` is the first of these.
+    """
+    if wrong := given(context, *names):
+        option = next(one for one in context.command.params if one.name in wrong)
+        raise ConfigError(why.format(option=option.metavar if option.param_type_name == "argument" else option.opts[0]))
 
 
 def source_of(

@@ -15,18 +15,17 @@ import torch
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
-from longtake.doctor.estimate import Meter, network, without_data
+from longtake.doctor.estimate import Meter, network, vae_without_data
 from longtake.doctor.machine import fits, in_words
 from longtake.encoders.bundle import vae_calls
 from longtake.encoders.decoders import random_decoder
-from longtake.encoders.original import PUBLISHED_VAE
 from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
+from longtake.weights.locate import CLIP_TOKENS
 
 # Parameters of umT5-xxl and CLIP's ViT-H, and of the largest matrix of each. Source: specification C.1, C.2.
 _TEXT, _TEXT_MATRIX = 5_680_910_336, 4096 * 10240
 _IMAGE, _IMAGE_MATRIX = 632_076_800, 1280 * 5120
-_IMAGE_TOKENS = 257
 _LAYERS = 2  # of the transformer whose pass is traced: without gradient no layer leaves anything behind
 
 
@@ -127,7 +126,7 @@ def _transformer(sizes: DiTConfig, settings: GenerationConfig, size: tuple[int, 
         few = network(replace(sizes, num_layers=_LAYERS)).cast(dtype).eval()
         condition = Condition(
             torch.empty(1, sizes.text_len, sizes.text_dim),
-            torch.empty(1, _IMAGE_TOKENS, sizes.image_dim) if sizes.image_dim else None,
+            torch.empty(1, CLIP_TOKENS, sizes.image_dim) if sizes.image_dim else None,
             torch.empty(1, block, channels, *size) if channels else None,
         )
         x = torch.empty(1, block, sizes.out_channels, *size)
@@ -149,7 +148,7 @@ def _pixels(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What VAE and decoder hold, and what encoding y and decoding take besides."""
     meter, dtype = Meter(), torch.bfloat16 if settings.has_half_vae else torch.float32
-    module = without_data(PUBLISHED_VAE[sizes.out_channels], dtype)
+    module = vae_without_data(sizes.out_channels, dtype)
     with meter.fake, meter, torch.no_grad():
         vae = VideoVAE(module.to_empty(device="cpu"), **vae_calls(low_memory=settings.low_memory))
         weights = meter.now
@@ -209,11 +208,3 @@ class StreamReport:
         lines += [f"  {name:<20} {in_words(size):>11}" for name, size in self.asked.there.items()]
         lines += [f"  besides, {name:<11} {in_words(size):>11}" for name, size in self.asked.work.items()]
         return "\n".join([*lines, "  (of these the largest counts: they come one after the other)"])
-
-
-def stream_report(
-    sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str, *, networks: int = 1
-) -> StreamReport:
-    """Whether a stream fits. Args: `networks` of these sizes that it has, two where one makes the context."""
-    asked, *others = stream_choices(sizes, settings, networks)
-    return StreamReport(free_bytes, where, asked, others)

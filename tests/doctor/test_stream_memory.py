@@ -1,5 +1,6 @@
 """What a stream takes of a GPU's memory, traced without one: parts, and which choices fit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from typer.testing import CliRunner
 from longtake.cli.app import app
 from longtake.config.generation import generation_settings
 from longtake.doctor.machine import fits
-from longtake.doctor.streaming import stream_choices, stream_report
+from longtake.doctor.streaming import StreamReport, stream_choices
+from longtake.errors import ConfigError
 from longtake.weights.presets import model_config
 
 GIB = 2**30
@@ -43,16 +45,27 @@ def test_choices_take_less_in_the_order_of_their_price(choices):
 
 
 def test_the_report_names_what_fits(choices, monkeypatch):
-    monkeypatch.setattr("longtake.doctor.streaming.stream_choices", lambda *_: iter(choices))
+    def reported(room, where):
+        return StreamReport(room, where, choices[0], choices[1:])
+
     room = int(12 * GIB)
-    report = stream_report(None, None, room, "--device 12GB")
+    report = reported(room, "--device 12GB")
     assert not report.ok and report.others and any(fits(choice.total, room) for choice in report.others)
     problem, first = str(report).splitlines()[:2]
     assert problem.startswith("PROBLEM: 24.4") and "do not fit into 12.00 GiB" in problem
     assert first.split()[:3] == ["precision=bf16", "decoder=exact", "low_memory=true"] and first.endswith("  fits")
     assert len(report.tree()["others"]) == sum(fits(choice.total, room) for choice in report.others)
-    assert "no choice fits" in str(stream_report(None, None, GIB, "here"))
-    assert (fine := stream_report(None, None, 100 * GIB, "here")).ok and str(fine).startswith("it fits: 24.4")
-    monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given, **also: stream_report(*given, **also))
-    made = CliRunner().invoke(app, ["doctor", "--stream", "toy", "height=64", "width=64", "--device", "24GB", "--json"])
+    assert "no choice fits" in str(reported(GIB, "here"))
+    assert (fine := reported(100 * GIB, "here")).ok and str(fine).startswith("it fits: 24.4")
+    monkeypatch.setattr("longtake.doctor.run.stream_choices", lambda *_, **__: iter(choices))
+    made = CliRunner().invoke(app, ["doctor", "--stream", "wan2.1-t2v-1.3b", "height=64", "--device", "24GB", "--json"])
     assert made.exit_code == 1 and json.loads(made.output)["asked"]["total"] == choices[0].total
+
+
+def test_sizes_whose_encoders_are_not_known_are_refused():
+    """The toy's are its own, and no VAE of 20 channels is published."""
+    toy = CliRunner().invoke(app, ["doctor", "--stream", "toy", "--device", "24GB"])
+    assert toy.exit_code == 2 and "toy has small encoders of its own" in toy.output
+    sizes = dataclasses.replace(model_config("wan2.1-t2v-1.3b"), in_channels=20, out_channels=20)
+    with pytest.raises(ConfigError, match="no VAE of 20 latent channels is published, only of 16 and 48"):
+        list(stream_choices(sizes, generation_settings()))
