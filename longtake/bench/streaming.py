@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, wholes
+from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, timed, wholes
 from longtake.bench.kernels import (
     Operation,
     best_layouts,
@@ -343,7 +343,7 @@ def copy_seconds(generator: Generator, frames: NDArray[np.uint8]) -> float:
     return seconds_of(lambda: Frames(video).array(), generator.device)
 
 
-def write_seconds(generator: Generator, count: int, repeats: int = 3) -> float:
+def write_seconds(generator: Generator, count: int) -> float:
     """Seconds that writing a block of `count` frames into an mp4 takes, which is no part of a block: `generate` writes
     beside a GPU. The frames are those of a picture with grain that drifts, since random networks make pure noise, which
     no encoder is made for.
@@ -360,10 +360,7 @@ def write_seconds(generator: Generator, count: int, repeats: int = 3) -> float:
         VideoWriter(Path(folder) / "bench.mp4", settings.fps, height, width) as writer,
     ):
         writer.write(frames)  # the encoder starts
-        start = time.perf_counter()
-        for _ in range(repeats):
-            writer.write(frames)
-        return (time.perf_counter() - start) / repeats
+        return timed(lambda: writer.write(frames), torch.device("cpu"), repeats=3)
 
 
 def launch_seconds(generator: Generator, blocks: int = 3) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ Rules = Annotated[
 ]
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+# What torch says of a full memory, in errors of several kinds: where a GPU has no room for a context, too
+_FULL = re.compile("can't allocate memory|out of memory|_ALLOC_FAILED")
 # What becomes of the work of a command that Ctrl-C ends
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
@@ -91,7 +94,8 @@ def _told(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted"
     text = str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if full or (isinstance(error, RuntimeError) and _FULL.search(text)):
         return f"Not enough memory ({text.splitlines()[0] if text else 'refused'}); lower sizes, lengths or batches"
     if isinstance(error, OSError) and (said := refusal(error)) is not None:
         return f"{error.filename or 'The output'}: {said}"

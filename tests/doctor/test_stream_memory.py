@@ -14,6 +14,7 @@ from longtake.errors import ConfigError
 from longtake.weights.presets import model_config
 
 GIB = 2**30
+NAMES = ("precision", "decoder", "low_memory", "window_frames")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def test_the_parts_are_those_that_a_gpu_showed(choices):
 
 def test_choices_take_less_in_the_order_of_their_price(choices):
     asked, low, tiny, fp8 = (
-        next(c for c in choices if (c.precision, c.decoder, c.low_memory, c.window_frames) == wanted)
+        next(c for c in choices if tuple(c.tree()[name] for name in NAMES) == wanted)
         for wanted in (
             ("bf16", "exact", False, 13), ("bf16", "exact", True, 13), ("bf16", "tiny", True, 13), ("fp8", "tiny", True, 13)
         )
     )  # fmt: skip
     assert asked is choices[0] and asked.total > low.total > tiny.total > fp8.total
-    shorter = next(c for c in choices if c.window_frames == 9)
+    shorter = next(c for c in choices if c.tree()["window_frames"] == 9)
     assert shorter.there["cache"] * 13 == asked.there["cache"] * 9
     assert low.there["text encoder"] == 2 * 2 * 4096 * 10240
 
@@ -67,5 +68,7 @@ def test_sizes_whose_encoders_are_not_known_are_refused():
     toy = CliRunner().invoke(app, ["doctor", "--stream", "toy", "--device", "24GB"])
     assert toy.exit_code == 2 and "toy has small encoders of its own" in toy.output
     sizes = dataclasses.replace(model_config("wan2.1-t2v-1.3b"), in_channels=20, out_channels=20)
+    odd = CliRunner().invoke(app, ["doctor", "--stream", "wan2.1-t2v-1.3b", "height=100", "--device", "24GB"])
+    assert odd.exit_code == 2 and "height=100 must be a positive multiple of 16" in odd.output
     with pytest.raises(ConfigError, match="no VAE of 20 latent channels is published, only of 16 and 48"):
         list(stream_choices(sizes, generation_settings()))
