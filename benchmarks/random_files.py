@@ -36,7 +36,6 @@ class Sizes:
     vae: Mapping[str, Any]
     encoder_width: int
     image_size: int
-    matmul: int
 
     @property
     def tokens(self) -> int:
@@ -44,7 +43,7 @@ class Sizes:
         return self.height * self.width // 256
 
 
-FULL = Sizes(PRESETS["wan2.1-fun-1.3b-inp"], 480, 832, 21, "13:5,12:0", {}, 1024, 224, 8192)
+FULL = Sizes(PRESETS["wan2.1-fun-1.3b-inp"], 480, 832, 21, "13:5,12:0", {}, 1024, 224)
 TINY = Sizes(
     DiTConfig(
         dim=24,
@@ -65,7 +64,6 @@ TINY = Sizes(
     {**toy.VAE_CONFIG, "base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 0},
     48,
     28,
-    64,
 )
 
 

@@ -172,7 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny sizes")
     args = parser.parse_args(arguments)
-    args.budget_seconds = 10 * args.segment_seconds + 3600
     run = runs.Run(args)
     config = prepare(run, args)
     folder = run.output / NAME

@@ -168,7 +168,6 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
     others = {
         "objective.teacher_precision",
         "model.widen",
-        "objective.data_forcing.share",
         "objective.context_writer",  # not with context: last_step
         *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
         *(f"objective.context_scores.{key}" for key in ("history_frames", "sigma")),

@@ -279,29 +279,16 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
     assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
 
 
-@pytest.mark.parametrize("option", ["objective.anchor.weight=0.5", "objective.data_forcing.share=0.5"])
-def test_what_compares_with_clips_needs_such_of_the_videos_length(tmp_path, option):
+def test_the_anchor_needs_clips_of_the_videos_length(tmp_path):
+    option = "objective.anchor.weight=0.5"
     config = stage(tmp_path, option, "data.kind=clips", base=DISTILL)
     assert config.objective.learns_from_videos and config.clip_shape == config.video
-    assert config.objective.needs_pairs == ("forcing" in option)
     longer = ["data.kind=clips", "objective.data_loss.weight=1", "objective.data_loss.num_latent_frames=13"]
     assert stage(tmp_path, option, *longer, base=DISTILL).clip_shape.num_latent_frames == 13
     with pytest.raises(ConfigError, match="data_loss.num_latent_frames=5 must be at least video.num_latent_frames=9"):
         stage(tmp_path, option, *longer[:2], "objective.data_loss.num_latent_frames=5", base=DISTILL)
     with pytest.raises(ConfigError, match="data.kind=images has no motion to learn from"):
         stage(tmp_path, option, "data.kind=images", base=DISTILL)
-
-
-def test_data_forcing_is_for_pairs_and_at_most_half_of_the_rows(tmp_path):
-    with pytest.raises(ConfigError, match="objective.data_forcing.share: got 0.6; .*less than or equal to 0.5"):
-        stage(tmp_path, "objective.data_forcing.share=0.6", "data.kind=clips", base=DISTILL)
-    text = ["model.image_condition=t2v", "plan.first_frames=4", "plan.sink_frames=0", "plan.window_frames=8"]
-    text += ["video.num_latent_frames=8", "data.kind=clips"]
-    assert stage(tmp_path, *text, "objective.anchor.weight=1", base=DISTILL).objective.learns_from_videos
-    with pytest.raises(
-        ConfigError, match="data_forcing.share=0.25 needs clips that begin with the picture.*set it to 0"
-    ):
-        stage(tmp_path, *text, "objective.data_forcing.share=0.25", base=DISTILL)
 
 
 def test_scores_in_context_need_frames_that_the_window_keeps(tmp_path):
@@ -317,7 +304,6 @@ def test_scores_in_context_need_frames_that_the_window_keeps(tmp_path):
             f"{key}=4 shows the first frames .* set that to 1",
         ),
         (["objective.context_scores.sigma=0.25"], f"sigma=0.25 has no effect while {key}=0"),
-        ([f"{key}=8", "objective.data_forcing.share=0.5", "data.kind=clips"], "set one of them to 0"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             stage(tmp_path, *changes, base=base)

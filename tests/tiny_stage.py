@@ -76,7 +76,7 @@ def make_workshop(folder: Path) -> Path:
 
 
 OF_OBJECTIVE = {"teacher", "critic", "data_loss", "error_recycling", "caption_dropout", "shared_base", "guidance"}
-OF_OBJECTIVE |= {"kind", "negative_prompt", "num_chunks", "new_frames", "switch_frames", "anchor", "data_forcing"}
+OF_OBJECTIVE |= {"kind", "negative_prompt", "num_chunks", "new_frames", "switch_frames", "anchor"}
 OF_OBJECTIVE |= {"context_gradient", "context_writer", "context_scores", "guidance_interval", "teacher_precision"}
 OF_OBJECTIVE |= {"teacher_kind", "teacher_steps"}
 # What the stages of these names are trained by

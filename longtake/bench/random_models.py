@@ -18,11 +18,13 @@ from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.decoders import random_decoder
 from longtake.encoders.original import random_vae
+from longtake.encoders.sessions import Decoder
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.inference.generator import Generator
-from longtake.inference.pipeline import streaming_model
+from longtake.inference.pipeline import decoding_place, streaming_model
 from longtake.models.dit import VideoDiT
+from longtake.models.sequence_parallel import SequenceParallel
 from longtake.models.sizes import DiTConfig
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
@@ -54,23 +56,31 @@ def random_settings(preset: str, changes: Mapping[str, Any]) -> GenerationConfig
 
 
 def random_generator(
-    preset: str, settings: GenerationConfig, device: torch.device, *, small_text: bool = False
+    preset: str,
+    settings: GenerationConfig,
+    device: torch.device,
+    *,
+    small_text: bool = False,
+    split: SequenceParallel | None = None,
+    decode_device: str | None = None,
 ) -> Generator:
-    """A generator of a preset's sizes. Args: `small_text`, a text encoder of one layer in umT5's place (11 GB less).
+    """A generator of a preset's sizes. Args: `small_text`, a text encoder of one layer in umT5's place (11 GB less);
+    `split` and `decode_device` as in `Generator.build`.
 
-    Raises: ConfigError listing the known presets.
+    Raises: ConfigError listing the known presets, and as `decoding_place`.
     """
-    sizes = model_config(preset)
-    model = streaming_model(random_weights(sizes, device), device, settings)
+    sizes, decoding = model_config(preset), decoding_place(decode_device, split)
+    torch.manual_seed(0)  # the same encoders on every rank
+    model = streaming_model(random_weights(sizes, device), device, settings, split)
     dtype = torch.bfloat16 if settings.is_half else torch.float32
     vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
     encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
     graphs = CUDAGraphRunner() if device.type == "cuda" else None
     encoders, kind = _moved(encoders, device, vae_dtype, low_memory=settings.low_memory), settings.decoder
-    decoder = None
+    decoder: Decoder | None = None if decoding is None else encoders.vae.copy_to(decoding)
     if kind != "exact":
         calls = vae_calls(low_memory=settings.low_memory)["latents_per_call"]
-        decoder = random_decoder(kind, encoders.vae, device, vae_dtype, latents_per_call=calls)
+        decoder = random_decoder(kind, encoders.vae, decoding or device, vae_dtype, latents_per_call=calls)
         encoders.vae.encodes_only()
     made = Generator(Denoiser(model, graphs=graphs), encoders, settings, device, decoder=decoder)
     synchronize(device)

@@ -6,32 +6,35 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from longtake.bench.random_models import random_generator, random_settings
 from longtake.bench.report import machine
 from longtake.bench.streaming import bench_stream, kernel_report, kernels_of, plan_of
-from longtake.devices import usable_device
+from longtake.config.groups import ParallelConfig
 from longtake.inference.generator import Generator
 from longtake.inference.source import Source
+from longtake.models.sequence_parallel import SequenceParallel
+from longtake.parallel.mesh import Mesh
 
 BLOCKS = 12  # that count, unless another number is asked for
 
 
 def bench_source(
-    source: Source, device: str | torch.device | None, *, blocks: int = BLOCKS, warm_up: bool = False
+    source: Source, mesh: Mesh, *, decode_device: str | None = None, blocks: int = BLOCKS, warm_up: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The numbers of a stream of weights that are there, in parts as they are known. Raises: LongtakeError."""
+    """The numbers of a stream of weights that are there, in parts as they are known; all ranks of `mesh` make it
+    together. Args: `decode_device` as in `Generator.build`. Raises: LongtakeError.
+    """
     started = time.perf_counter()
-    generator = Generator.build(source, usable_device(device))
-    return _parts(generator, str(source.weights), time.perf_counter() - started, blocks=blocks, warm_up=warm_up)
+    generator = Generator.build(source, mesh.device, split=_together(mesh), decode_device=decode_device)
+    return _parts(generator, str(source.weights), time.perf_counter() - started, mesh, blocks=blocks, warm_up=warm_up)
 
 
 def bench_random(
     preset: str,
     changes: Mapping[str, Any],
-    device: str | torch.device | None,
+    mesh: Mesh,
     *,
+    decode_device: str | None = None,
     blocks: int = BLOCKS,
     warm_up: bool = False,
     small_text: bool = False,
@@ -40,17 +43,28 @@ def bench_random(
 
     Args: `small_text`, as `random_generator`.
     """
-    started, place = time.perf_counter(), usable_device(device)
+    started, place = time.perf_counter(), mesh.device
     given = {**({"precision": "bf16"} if place.type == "cuda" else {}), **changes}
-    generator = random_generator(preset, random_settings(preset, given), place, small_text=small_text)
+    where: dict[str, Any] = {"split": _together(mesh), "decode_device": decode_device}
+    generator = random_generator(preset, random_settings(preset, given), place, small_text=small_text, **where)
     what = "random, " + ("a text encoder of one layer" if small_text else "all encoders whole")
-    return _parts(generator, f"{preset}: {what}", time.perf_counter() - started, blocks=blocks, warm_up=warm_up)
+    loaded = time.perf_counter() - started
+    return _parts(generator, f"{preset}: {what}", loaded, mesh, blocks=blocks, warm_up=warm_up)
+
+
+def _together(mesh: Mesh) -> SequenceParallel | None:
+    """All ranks, as those that compute each pass together."""
+    return mesh.arranged(ParallelConfig(sequence=mesh.world_size)).sequence
 
 
 def _parts(
-    generator: Generator, weights: str, load_seconds: float, *, blocks: int, warm_up: bool
+    generator: Generator, weights: str, load_seconds: float, mesh: Mesh, *, blocks: int, warm_up: bool
 ) -> Iterator[dict[str, Any]]:
-    yield machine(generator.device) | {"weights": weights, "plan": plan_of(generator)}
+    decoding = (generator.decoder or generator.encoders.vae).device
+    shared = "each pass by all ranks, decoding by each" if mesh.is_distributed else f"decoding on {decoding}"
+    about = {"ranks": mesh.world_size, "shared": shared, "weights": weights, "plan": plan_of(generator)}
+    yield machine(generator.device) | about
     found = bench_stream(generator, load_seconds, blocks=blocks, warm_up=warm_up)
-    yield {"kernels": kernels_of(generator)} | found
-    yield kernel_report(generator)
+    yield {"kernels": kernels_of(generator)} | found | {"rank_peak_gib": mesh.every(lambda: found["peak_gib"])}
+    if not mesh.is_distributed:  # else what a rank must compute is less, and waits for others
+        yield kernel_report(generator)

@@ -10,19 +10,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, timed, wholes
+from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, timed
 from longtake.bench.kernels import (
     Operation,
     best_layouts,
@@ -32,144 +31,18 @@ from longtake.bench.kernels import (
     rates,
     tiny_operations,
 )
+from longtake.bench.watched import PROMPT, TimedGenerator, picture_of, settled, settled_block, watch
 from longtake.encoders.condition import ConditionFrames, condition_frames
 from longtake.encoders.decoders import TinyDecoder
-from longtake.encoders.sessions import DecoderSession
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
 from longtake.inference.video_io import VideoWriter
 from longtake.models.attention import forward_kernels
-from longtake.models.cache import KVCache
 from longtake.models.execution import compilations
 from longtake.models.flops import Call
-from longtake.plan import StreamPlan
-from longtake.train.metrics import PhaseTimer
 
-PROMPT = "a red circle drifts to the right"  # words that the toy knows; any text takes as long
 COLD_BLOCKS = 3
 GIB = 2**30
-
-
-class TimedDenoiser:
-    """A denoiser whose passes are timed by their place in a block of a `plan`: "pass 0", "pass 1", ..., and "context",
-    one that commits and denoises nothing.
-    """
-
-    def __init__(self, denoiser: Any, phases: PhaseTimer, plan: StreamPlan) -> None:
-        self._denoiser, self._phases, self._plan, self._next = denoiser, phases, plan, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
-
-    def __call__(
-        self, x: Tensor, sigma: Tensor, condition: Any, cache: KVCache, *, commit: bool = False, **given: Any
-    ) -> Tensor:
-        levels = len(self._plan.levels(cache.position))
-        last = commit and self._next == levels - 1 and self._plan.stores_itself(cache.position)
-        name = "context" if commit and not last else f"pass {self._next}"
-        self._next = 0 if commit else (self._next + 1) % levels
-        with self._phases.whole(name):
-            return self._denoiser(x, sigma, condition, cache, commit=commit, **given)
-
-
-class TimedDecoder:
-    """A decoder whose calls are timed as "decode"."""
-
-    def __init__(self, decoder: DecoderSession, phases: PhaseTimer) -> None:
-        self._decoder, self._phases = decoder, phases
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the decoder's."""
-        with self._phases.whole("decode"):
-            return self._decoder.decode(latents)
-
-    def copy(self) -> TimedDecoder:
-        """As the decoder's."""
-        return TimedDecoder(self._decoder.copy(), self._phases)
-
-
-class TimedGenerator(Generator):
-    """A generator of the same networks that times its passes and its decoding."""
-
-    phases: PhaseTimer
-
-    @classmethod
-    def of(cls, generator: Generator) -> Self:
-        """Of another one."""
-        made = cls(**{field.name: getattr(generator, field.name) for field in fields(generator)})
-        made.phases = PhaseTimer(generator.device)
-        plan = generator.beginning.plan_of(given=_picture(generator) is not None)
-        made.denoiser = TimedDenoiser(generator.denoiser, made.phases, plan)  # type: ignore[assignment]
-        return made
-
-    def new_decoder(self) -> Any:
-        """A timed decoder."""
-        return TimedDecoder(super().new_decoder(), self.phases)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A video as it arrived: seconds since it was asked for and frames of each chunk, the picture first, then where
-    blocks are made ahead the first one in two; bytes that were allocated then (none on a CPU).
-    """
-
-    arrivals: list[float]
-    frames: list[int]
-    allocated: list[int]
-    last: NDArray[np.uint8]
-    given: bool = True  # the picture, as the first chunk
-
-    @property
-    def first_generated(self) -> float:
-        """Seconds to the first frame that is not the picture."""
-        return self.arrivals[self.given]
-
-    def generated(self, fps: int) -> tuple[list[float], list[float]]:
-        """Arrivals of the chunks that were generated, and the seconds for which each plays."""
-        return self.arrivals[self.given :], [count / fps for count in self.frames[self.given :]]
-
-
-def _picture(generator: Generator) -> NDArray[np.uint8] | None:
-    """A picture, for weights that take one."""
-    if generator.beginning.picture == "none":
-        return None
-    size = generator.settings.height, generator.settings.width, 3
-    return np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-
-
-def watch(generator: Generator, blocks: int, settled: int | None = None) -> Watched:
-    """Streams a video of `blocks` generated blocks as `generate` does, without writing it.
-
-    Args: `settled`, the block after which a timed generator forgets what it timed before.
-    """
-    picture = _picture(generator)
-    block_frames = generator.plan.block_frames * generator.encoders.vae.temporal_stride
-    begun = generator.first_pixels(given=picture is not None)
-    num_frames = begun + blocks * block_frames
-    arrivals, frames, allocated = [], [], []
-    start = time.perf_counter()
-    for chunk in generator.stream(picture, PROMPT, num_frames=num_frames, ahead=generator.is_ahead):
-        arrivals.append(time.perf_counter() - start)
-        frames.append(len(chunk))
-        if generator.device.type == "cuda":
-            allocated.append(torch.cuda.memory_allocated(generator.device))
-        now = settled is not None and sum(frames) == begun + settled * block_frames
-        if now and isinstance(generator, TimedGenerator):
-            generator.phases.take()
-    return Watched(arrivals, frames, allocated, chunk, picture is not None)
-
-
-def settled_block(generator: Generator) -> int:
-    """The first block of a warm video that is like all later ones: the window is full, y encoded to its end, and levels
-    and context are those of later blocks.
-    """
-    plan, steady = generator.plan, generator.encoders.vae.steady_index
-    frames = max(plan.window_frames or 0, steady if generator.model.config.condition_channels else 0)
-    like_later = plan.context_from + 2 if plan.context == "last_step" else 1 if plan.later_sigmas is None else 2
-    return max(like_later, 1 + max(0, -(-(frames - plan.first_frames) // plan.block_frames)))
 
 
 def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm_up: bool = False) -> dict[str, Any]:
@@ -182,21 +55,13 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     started = time.perf_counter()
     warming = generator.warm_up()
     warmed = time.perf_counter() - started
-    timed, settled = TimedGenerator.of(generator), settled_block(generator)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    # Where blocks are made ahead, the one that is counted first has begun when the frames of the one before it come.
-    # The last of a video comes early, since no other is begun before it: one more than is counted is made.
-    extra = int(generator.is_ahead)
-    warm = watch(timed, settled + blocks + extra, settled - extra)
-    parts = {name: seconds / (blocks + extra) for name, seconds in wholes(timed.phases.take()).items()}
+    found = settled(generator, blocks)
+    warm, block_seconds, frames, passes = found.video, found.block_seconds, found.frames, found.passes
     peak = peak_gib(device)
-    counted = slice(-blocks - 1 - extra, -extra or None)
-    arrivals = warm.arrivals[counted]
     compiled = compilations()  # in this process: the bench's
-    block_seconds, frames = (arrivals[-1] - arrivals[0]) / blocks, warm.frames[-1]
-    passes = [parts[f"pass {index}"] for index in range(sum(name.startswith("pass") for name in parts))]
-    context, decode = parts.get("context", 0.0), parts["decode"]
+    context, decode = found.parts.get("context", 0.0), found.parts["decode"]
     loop = sum(passes) + context
     copy, write = copy_seconds(generator, warm.last), write_seconds(generator, frames)
     encoded = encoder_parts(generator)
@@ -206,7 +71,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     longer = [warmed - warming * block_seconds]
     if cold is not None:
         longer.append(cold.arrivals[-1] - warm.arrivals[len(cold.arrivals) - 1])
-    held = [size / GIB for size in warm.allocated[counted]]
+    held = [size / GIB for size in found.allocated]
     return {
         "ms": {name: _ms(value) for name, value in ms.items()},
         "block_ms": _ms(block_seconds),
@@ -215,7 +80,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
             "warm": warm.first_generated,
             "cold": None if cold is None else load_seconds + cold.first_generated,
         },
-        "gaps_ms": percentiles([1000 * (b - a) for a, b in pairwise(arrivals)]),
+        "gaps_ms": percentiles([1000 * (b - a) for a, b in pairwise(found.arrivals)]),
         "rtf": block_seconds * generator.fps / frames,
         "stalls": asdict(playback(*warm.generated(generator.fps))),
         "peak_gib": peak,
@@ -225,7 +90,7 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
         "warm_up_s": warmed,
         "compiled": asdict(compiled),
         "compile_s": sum(max(0.0, seconds) for seconds in longer),
-        "blocks": {"settled_from": settled, "counted": blocks, "frames": frames},
+        "blocks": {"settled_from": settled_block(generator), "counted": blocks, "frames": frames},
     }
 
 
@@ -313,7 +178,7 @@ def first_parts(generator: Generator, encoded: Mapping[str, float | None]) -> di
     latent decoded and fetched. Some run beside each other; and Python, which begins them all, has no part here.
     Args: `encoded`, as `encoder_parts` gives it.
     """
-    encoders, device, picture = generator.encoders, generator.device, _picture(generator)
+    encoders, device, picture = generator.encoders, generator.device, picture_of(generator)
     near = 1 + generator.plan.block_frames
     video = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     timed, with_y = TimedGenerator.of(generator), generator.model.config.condition_channels
@@ -322,7 +187,7 @@ def first_parts(generator: Generator, encoded: Mapping[str, float | None]) -> di
         length += generator.plan.block_frames * encoders.vae.temporal_stride
     for _ in timed.stream(picture, PROMPT, num_frames=length):
         pass
-    passes = [seconds for name, seconds in wholes(timed.phases.take()).items() if name != "decode"]
+    passes = [seconds for name, seconds in timed.take().items() if name != "decode"]
     decoder, latent = generator.new_decoder(), torch.zeros(1, 1, encoders.vae.latent_channels, *generator.latent_size)
     decoder.decode(latent)
     first = decoder.decode(latent)[0]
@@ -370,7 +235,7 @@ def launch_seconds(generator: Generator, blocks: int = 3) -> float | None:
     if generator.device.type != "cuda":
         return None
     frames = 1 + (2 + blocks) * generator.plan.block_frames * generator.encoders.vae.temporal_stride
-    session, took = generator.open(_picture(generator), PROMPT, history_blocks=0, max_frames=frames), []
+    session, took = generator.open(picture_of(generator), PROMPT, history_blocks=0, max_frames=frames), []
     for _ in range(2 + blocks):
         synchronize(generator.device)
         start = time.perf_counter()

@@ -30,7 +30,7 @@ from longtake.doctor.files import Findings, look_at
 from longtake.errors import ConfigError
 from longtake.models.execution import compilations
 from longtake.models.flops import Work, backward, forward
-from longtake.parallel.mesh import Mesh, init_mesh
+from longtake.parallel.mesh import Mesh
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -89,13 +89,14 @@ class Bench:
         self.objective = InPrecision(self.inner, mesh, bf16=config.precision == "bf16")
         self.state = builder.state(self.inner)
         self.keeper = builder.keeper(self.inner)
+        samples = torch.Generator(mesh.device).manual_seed(mesh.data_rank)  # of a sequence group the same ones
         self.made: Any = MadeBatches(
             config,
             found.sizes["generator"],
             found.image_tokens,
             config.accumulation(mesh.world_size),
             config.micro_batch(mesh.world_size),
-            lambda *shape: torch.randn(shape, device=mesh.device),
+            lambda *shape: torch.randn(shape, device=mesh.device, generator=samples),
         )
         self.batches = self.inner.batches(self.made, config.batch_size)
 
@@ -119,8 +120,9 @@ class Bench:
     def steps(self, count: int) -> list[int]:
         """The numbers of `count` iterations, one of each kind as far as that goes, after those of the warm-up.
 
-        Chunks of long videos go on from each other, so that their iterations come in order. Those that learn from clips
-        of another one are left out: beside the generator's update the critic does the same.
+        Roll-outs that stop last and first come first: a step more takes as long each time, so that the mean of these
+        two is that of all. Chunks of long videos go on from each other, so that their iterations come in order. Those
+        that learn from clips of another one are left out: beside the generator's update the critic does the same.
         """
         if self.in_order:
             return list(range(WARM_UP + count))
@@ -128,7 +130,9 @@ class Bench:
         for step in range(_LOOK_AHEAD):
             if self.rolls_out(step):
                 first.setdefault(self.kind(step), step)
-        order = sorted(first, key=lambda kind: (kind.exit_step or 0, kind.generator), reverse=True)
+        exits = sorted({kind.exit_step or 0 for kind in first}, reverse=True)
+        inwards = {step: min(2 * n, 2 * (len(exits) - n) - 1) for n, step in enumerate(exits)}
+        order = sorted(first, key=lambda kind: (inwards[kind.exit_step or 0], not kind.generator))
         warm_up = [first[order[index % len(order)]] for index in range(min(2, len(order)))] * WARM_UP
         return [*warm_up[:WARM_UP], *(first[order[index % len(order)]] for index in range(count))]
 
@@ -140,11 +144,11 @@ class Bench:
         student, row = networks.student, rows.first()
         return ValidationBench(self.config, self.mesh, student, average, teacher, row, self.found.vae)
 
-    def lap(self, step: int, *, warm_up: bool = False) -> Lap:
-        """Runs an iteration and says what it took."""
-        self.state.step = step
+    def lap(self, step: int, *, warm_up: bool = False, window: MetricWindow | None = None) -> Lap:
+        """Runs an iteration and says what it took; `window` gets its losses."""
+        self.state.step, window = step, window or MetricWindow()
         begun = time.perf_counter()
-        iteration(self.state, self.objective, self.batches, self.config, self.mesh, self.phases, MetricWindow())
+        iteration(self.state, self.objective, self.batches, self.config, self.mesh, self.phases, window)
         taken = self.phases.take()  # waits for the device
         self.keeper.passed(step)
         of = wholes(taken)
@@ -171,10 +175,11 @@ class Bench:
 
 
 def bench_training(
-    path: Path, overrides: Sequence[str], device: str | None = None, *, steps: int = STEPS, memory: float | None = None
+    path: Path, overrides: Sequence[str], mesh: Mesh, *, steps: int = STEPS, memory: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The numbers of a stage, of which `steps` iterations count after the warm-up, in parts as they are known.
+    """The numbers of a stage on the ranks of `mesh`, all of which call it; `steps` iterations count after the warm-up.
 
+    They come in parts as they are known: what is measured, what came of it, what kernels allow, and a validation.
     Args: `memory` GiB of each GPU that may be taken, as if it had no more: what does not fit fails.
     Raises: LongtakeError; torch.OutOfMemoryError.
     """
@@ -182,41 +187,64 @@ def bench_training(
     if isinstance(config, JobConfig):
         raise ConfigError("a job has several stages; give the file of one of them")
     begun, found = time.perf_counter(), look_at(config)
-    with init_mesh(device) as mesh:
-        mesh = mesh.arranged(config.parallel)
-        if memory is not None:
-            _limit(memory, mesh.device)
-        bench = Bench(config, found, mesh)
-        made = {"weights": bench.weights, "data": "encodings made in memory"}
-        yield machine(mesh.device) | {"stage": config.name, "ranks": mesh.world_size, **made}
-        numbers = bench.steps(steps)
-        warm_up = [bench.lap(numbers[0], warm_up=True)]
-        first = time.perf_counter() - begun
-        warm_up += [bench.lap(step, warm_up=True) for step in numbers[1:WARM_UP]]
-        compiled = compilations()  # in this process: the bench's
-        if mesh.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(mesh.device)
-        laps = [bench.lap(step) for step in numbers[WARM_UP:]]
-        names = sorted({name for lap in laps for name in lap.phases if name.startswith("seconds/")})
-        phases = {name: sum(lap.phases.get(name, 0.0) for lap in laps) / len(laps) for name in names}
-        peak, reserved = (max(each) for each in zip(*mesh.every(lambda: _peak_bytes(mesh.device)), strict=True))
-        on_gpu = mesh.device.type == "cuda"
-        yield {
-            **summary(laps, *bench.cycle()),
-            "phases": phases,
-            "peak_gib": peak / GIB if on_gpu else None,
-            "reserved_gib": reserved / GIB if on_gpu else None,
-            "limit_gib": memory,
-            "iterations": len(laps),
-            "skipped_updates": bench.state.skipped,
-            "first_update_s": first,
-            "warm_up_s": sum(lap.seconds for lap in warm_up),
-            "compiled": asdict(compiled),
-            "kept": bench.keeper.decided,
-        }
-        yield _bounds(bench, laps)
-        if config.validates and config.validation.num_rows:
-            yield {"validation": bench.validation().run()}
+    config.accumulation(mesh.world_size)
+    mesh = mesh.arranged(config.parallel)
+    if memory is not None:
+        _limit(memory, mesh.device)
+    bench = Bench(config, found, mesh)
+    made = {"weights": bench.weights, "data": "encodings made in memory"}
+    yield machine(mesh.device) | {"stage": config.name, "ranks": mesh.world_size, "shared": _shared(bench), **made}
+    numbers, losses = bench.steps(steps), MetricWindow()
+    _forget_peak(mesh.device)
+    warm_up = [bench.lap(numbers[0], warm_up=True, window=losses)]
+    first, first_peaks = time.perf_counter() - begun, mesh.every(lambda: _peak_gib(mesh.device))
+    warm_up += [bench.lap(step, warm_up=True) for step in numbers[1:WARM_UP]]
+    compiled = compilations()  # in this process: the bench's
+    _forget_peak(mesh.device)
+    mine = [bench.lap(step) for step in numbers[WARM_UP:]]
+    laps = [max(each, key=lambda lap: lap.seconds) for each in zip(*mesh.every(lambda: mine), strict=True)]
+    names = sorted({name for lap in laps for name in lap.phases if name.startswith("seconds/")})
+    phases = {name: sum(lap.phases.get(name, 0.0) for lap in laps) / len(laps) for name in names}
+    peaks = mesh.every(lambda: _peak_gib(mesh.device))
+    taken = summary(laps, *bench.cycle())
+    yield {
+        **taken,
+        "samples_per_s": config.batch_size / _iteration_seconds(taken),
+        "phases": phases,
+        "peak_gib": _most(peaks, 0),
+        "reserved_gib": _most(peaks, 1),
+        "rank_peak_gib": [allocated for allocated, _ in peaks],
+        "first_peak_gib": _most(first_peaks, 0),
+        "limit_gib": memory,
+        "iterations": len(laps),
+        "skipped_updates": bench.state.skipped,
+        "first": {name: value for name, value in losses.take(mesh).items() if name.endswith(("_loss", "_norm"))},
+        "first_update_s": first,
+        "warm_up_s": sum(lap.seconds for lap in warm_up),
+        "compiled": asdict(compiled),
+        "kept": bench.keeper.decided,
+    }
+    yield _bounds(bench, laps)
+    if config.validates and config.validation.num_rows:
+        yield {"validation": bench.validation().run()}
+
+
+def _shared(bench: Bench) -> dict[str, Any]:
+    """How the ranks divide samples and weights."""
+    mesh, config = bench.mesh, bench.config
+    together = 1 if mesh.sequence is None else mesh.sequence.size
+    shards = mesh.world_size // (1 if mesh.fsdp_mesh is None else config.parallel.replicate)
+    return {
+        "samples_at_once": mesh.num_data_ranks * config.micro_batch(mesh.world_size),
+        "ranks_a_sample": together,
+        "weights": "whole on each rank" if mesh.fsdp_mesh is None else f"sharded over {shards} ranks",
+    }
+
+
+def _iteration_seconds(taken: Mapping[str, Any]) -> float:
+    """The mean over exit steps, and over a cycle where there is one: what the recipe takes."""
+    cycle = taken["cycle_s"]
+    return taken["iteration_s"] if cycle is None else cycle / taken["cycle_iterations"]
 
 
 def _limit(memory: float, device: torch.device) -> None:
@@ -231,11 +259,21 @@ def _limit(memory: float, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(memory * GIB / total, device)
 
 
-def _peak_bytes(device: torch.device) -> tuple[int, int]:
-    """The most that tensors took, and that was kept for them."""
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_gib(device: torch.device) -> tuple[float | None, float | None]:
+    """The most that tensors took, and that was kept for them, since it was forgotten; None on a CPU."""
     if device.type != "cuda":
-        return 0, 0
-    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return None, None
+    return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+
+
+def _most(peaks: Sequence[tuple[float | None, float | None]], which: int) -> float | None:
+    """Of all ranks."""
+    return max((value for peak in peaks if (value := peak[which]) is not None), default=None)
 
 
 def summary(laps: list[Lap], per_cycle: int, kept: int = 0) -> dict[str, Any]:

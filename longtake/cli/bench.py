@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longtake.cli.common import Decoder, Device, Json, Run, WarmUp, clean_errors, given, refuse, source_of
+from longtake.cli.common import (
+    DecodeDevice,
+    Decoder,
+    Device,
+    Json,
+    Run,
+    WarmUp,
+    clean_errors,
+    given,
+    refuse,
+    source_of,
+    told_once,
+)
 from longtake.cli.generate import Encoders, Model
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
+
+if TYPE_CHECKING:
+    from longtake.parallel.mesh import Mesh
 
 What = Annotated[
     list[str] | None,
@@ -22,7 +37,7 @@ What = Annotated[
     ),
 ]
 
-_OF_STREAMS = ("encoders", "small_text", "size", "dtype", "decoder", "blocks", "warm_up")
+_OF_STREAMS = ("encoders", "small_text", "size", "dtype", "decoder", "blocks", "warm_up", "decode_device")
 
 
 def bench(
@@ -48,12 +63,14 @@ def bench(
     ] = None,
     warm_up: WarmUp = False,
     device: Device = None,
+    decode_device: DecodeDevice = None,
     json_file: Json = None,
 ) -> None:
-    """Measure a stream (of the toy, unless another model is named) or a training: seconds, parts, kernels, memory."""
-    with clean_errors(context):
-        from longtake.config.generation import changes_of
+    """Measure a stream (of the toy, unless another model is named) or a training: seconds, parts, kernels, memory.
 
+    The ranks of torchrun train as CONFIG says, or make each pass of a stream together.
+    """
+    with clean_errors(context):
         config, overrides = _told_apart(what or [])
         if json_file is not None:
             check_output_file(json_file, suffixes=(".json",), inputs=[config], overwrite=True)
@@ -61,37 +78,52 @@ def bench(
             raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
         if config is not None:
             refuse(context, _OF_STREAMS, "{option} is of a stream, and CONFIG of a training; leave one of them out")
-            from longtake.bench.training import bench_training
-
-            return _tell(bench_training(config, overrides, device, **given(context, "steps", "memory")), json_file)
-        refuse(context, ("steps", "memory"), "{option} is of a training; give its CONFIG, too")
-        if random is None:
-            refuse(context, ("small_text",), "{option} goes with --random")
         else:
-            refuse(context, ("encoders",), "{option} goes with --model; --random makes its own")
-        from longtake.bench.run import bench_random, bench_source
+            refuse(context, ("steps", "memory"), "{option} is of a training; give its CONFIG, too")
+            if random is None:
+                refuse(context, ("small_text",), "{option} goes with --random")
+            else:
+                refuse(context, ("encoders",), "{option} goes with --model; --random makes its own")
+        from longtake.parallel.mesh import init_mesh
 
-        changes = changes_of(*overrides, **_size(size), dtype=dtype, decoder=decoder)
-        counted = given(context, "warm_up", "blocks")
-        if random is not None:
-            return _tell(bench_random(random, changes, device, small_text=small_text, **counted), json_file)
-        source = source_of(
-            run, "toy" if model is None and run is None else model, encoders, None, changes, must_stream=False
-        )
-        _tell(bench_source(source, device, **counted), json_file)
+        with init_mesh(device) as mesh, told_once(mesh):
+            parts = _training(context, mesh, config, overrides) if config else _stream(context, mesh, overrides)
+            _tell(parts, json_file, shown=mesh.is_main)
 
 
-def _tell(parts: Iterator[dict[str, Any]], file: Path | None) -> None:
-    """Prints numbers as they are known, and keeps the file up to date."""
+def _training(context: typer.Context, mesh: Mesh, config: Path, overrides: list[str]) -> Iterator[dict[str, Any]]:
+    from longtake.bench.training import bench_training
+
+    return bench_training(config, overrides, mesh, **given(context, "steps", "memory"))
+
+
+def _stream(context: typer.Context, mesh: Mesh, overrides: list[str]) -> Iterator[dict[str, Any]]:
+    from longtake.bench.run import bench_random, bench_source
+    from longtake.config.generation import changes_of
+
+    run, model, encoders, random, size = (
+        context.params[name] for name in ("run", "model", "encoders", "random", "size")
+    )
+    changes = changes_of(*overrides, **_size(size), **given(context, "dtype", "decoder"))
+    counted = given(context, "warm_up", "blocks", "decode_device")
+    if random is not None:
+        return bench_random(random, changes, mesh, **given(context, "small_text"), **counted)
+    named = "toy" if model is None and run is None else model
+    return bench_source(source_of(run, named, encoders, None, changes, must_stream=False), mesh, **counted)
+
+
+def _tell(parts: Iterator[dict[str, Any]], file: Path | None, *, shown: bool) -> None:
+    """Prints numbers as they are known, and keeps the file up to date; of all ranks, one does."""
     from longtake.bench.report import text
     from longtake.evaluation.report import write_json
 
     found: dict[str, Any] = {}
     for part in parts:
-        typer.echo(text(part))
         found |= part
-        if file is not None:
-            write_json(file, found)
+        if shown:
+            typer.echo(text(part))
+            if file is not None:
+                write_json(file, found)
 
 
 def _told_apart(what: list[str]) -> tuple[Path | None, list[str]]:

@@ -26,6 +26,7 @@ Decoder = Annotated[
     str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file, too.")]
+DecodeDevice = Annotated[str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
 WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile, choose and record all kernels before the picture.")]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longtake.cli.common import (
+    DecodeDevice,
     Decoder,
     Device,
     Overwrite,
@@ -91,7 +92,6 @@ SequenceParallel = Annotated[
     int | None,
     typer.Option(help="Ranks of torchrun that make each video together; must divide the heads. Default: 1."),
 ]
-DecodeDevice = Annotated[str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")]
 
 
 def generate(

@@ -165,8 +165,9 @@ class ParallelConfig(Settings):
     )
     graphs: bool = Field(
         default=True,
-        description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
-        "weights are whole on each rank, trained without low-rank updates and not compiled",
+        description="on a GPU, record as CUDA graphs, and replay, what comes again, where weights are whole on each "
+        "rank and not compiled: the student's passes without gradient, unless low-rank updates are trained, and of "
+        "small networks (narrower than 1024) every call, with its backward",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
 

@@ -95,11 +95,6 @@ class ObjectiveConfig(Settings):
         return None
 
     @property
-    def needs_pairs(self) -> bool:
-        """Whether each row's clip must begin with its picture, also where both are stored apart."""
-        return False
-
-    @property
     def second_prompts(self) -> bool:
         """Whether rows must have a second prompt."""
         return False

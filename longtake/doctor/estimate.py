@@ -2,7 +2,7 @@
 
 One iteration that updates every network runs under `FakeTensorMode` on the CPU, sharded over ranks of a process group
 that sends nothing, and each storage is counted while it lives (`Meter`). Not counted: workspaces of GPU kernels, the
-CUDA context, recorded passes and the weights rounded for them, fragments of the allocator, encoders that are resident
+CUDA context, what passes take while they are replayed, fragments of the allocator, encoders that are resident
 (`files.py` adds them), validation in toy worlds.
 """
 
@@ -37,6 +37,7 @@ from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
+from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -309,6 +310,14 @@ class _Hollow(SizedBuilder):
     def _keeps_some(self, model: VideoDiT) -> bool:
         return True
 
+    @property
+    def _on_a_gpu(self) -> bool:
+        return True  # one is planned for
+
+    def _recorder(self) -> CUDAGraphRunner:
+        """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""
+        return CUDAGraphRunner(lambda *works: [(lambda: None, work()) for work in works])
+
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
             model = network(self.sizes[source.name])
@@ -371,6 +380,7 @@ def trace(
             codec = made_codec(vae, sizes["generator"], image_tokens, frames)
     with ranks(config.parallel, world_size) as mesh, meter.resizing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a training says it, too
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to see whether it has changed
         builder = _Hollow(config, mesh, sizes=sizes, meter=meter)
         networks = builder.build()
         phases, draws = _Parts(meter), _Chosen(config.seed)
@@ -383,7 +393,7 @@ def trace(
         decoder = vae_without_data(sizes["generator"].out_channels, dtype, vae) if of_rows else None
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
-            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16")
+            objective = InPrecision(inner, mesh, bf16=config.precision == "bf16", on_a_gpu=True)
             state = builder.state(inner)
             state.step = _busiest(inner)
             kept = _kept([*networks.trained.values(), *networks.frozen.values()], state)

@@ -28,7 +28,9 @@ from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-MOST_OFF = 0.5  # of what varies in a picture's latent, that the first one of its clip may differ by
+# Pixels of all frames that a GPU encodes at once ahead of the training: over micro-batches of small videos it waits for
+# Python, which starts some thousand kernels for each. A clip of 480x832 alone has more.
+PIXELS_AT_ONCE = 1 << 24
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
 # mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt, `path`
@@ -228,21 +230,6 @@ def encode_rows(encoder: SetEncoder, read: Sequence[tuple[Pick, int, Sample]], b
     return encoder.rows(batch)[: len(read)]
 
 
-def check_pair(row: EncodedRow, where: str) -> None:
-    """Raises DataError for a row whose clip does not begin with its picture, which can be where they are stored apart.
-
-    They are compared by what varies over the picture's latent: the ground may be the same in all pictures, and a
-    smaller file or another encoder changes a part of it.
-    """
-    first, begin = (row["y"] if "y" in row else row["first"])[0].float(), row["latents"][0].float()
-    varies = first - first.mean((1, 2), keepdim=True)
-    if (off := float((begin - first).norm() / varies.norm())) > MOST_OFF:
-        raise DataError(
-            f"{where}: its clip does not begin with its picture (their latents differ by {off:.0%} of what varies in "
-            "them); objective.data_forcing.share needs pairs: use clips, or set it to 0"
-        )
-
-
 def _check_prompts(sample: Sample, where: str, encoder: RowEncoder) -> None:
     if "text_1" in encoder.contents and len(sample.prompts) < 2:
         raise DataError(f"{where}: has one prompt; objective.switch_frames needs two a row, or leave it empty")
@@ -289,13 +276,11 @@ def make_batch(
 class EncodedLoader:
     """Micro-batches after the encoders; a row is read and encoded once and remembered, up to `memory_bytes`.
 
-    Position and seeking are those of the loader. `pairs`: a row whose clip does not begin with its picture is refused.
+    Position and seeking are those of the loader.
     """
 
-    def __init__(
-        self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30, pairs: bool = False
-    ) -> None:
-        self.loader, self.encoder, self.memory_bytes, self.pairs = loader, encoder, memory_bytes, pairs
+    def __init__(self, loader: Loader, encoder: RowEncoder, *, memory_bytes: int = 4 << 30) -> None:
+        self.loader, self.encoder, self.memory_bytes = loader, encoder, memory_bytes
         self._rows: OrderedDict[int, EncodedRow] = OrderedDict()
         self._used_bytes = 0
         self._said_unused = False
@@ -338,10 +323,12 @@ class EncodedLoader:
 
         For data sets that are small enough to be remembered whole and to travel between the ranks.
         """
-        size = self.loader.micro_batch_size
-        groups = self.loader.buckets.rows
-        chunks = [rows[start : start + size] for rows in groups for start in range(0, len(rows), size)]
-        for chunk in chunks[mesh.rank :: mesh.world_size]:
+        most = rows_at_once(self.encoder.shape, self.loader.micro_batch_size, self.encoder.device)
+        chunks = []
+        for rows in self.loader.buckets.rows:
+            size = max(self.loader.micro_batch_size, -(-len(rows) // max(1, -(-len(rows) // most))))
+            chunks += [(rows[start : start + size], size) for start in range(0, len(rows), size)]
+        for chunk, size in chunks[mesh.rank :: mesh.world_size]:
             self._encode([Pick(index=int(row), row=int(row)) for row in chunk], size)
         # Through the CPU: a tensor that is sent from a GPU would arrive on the sender's.
         mine = {number: _moved(row, "cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
@@ -356,9 +343,7 @@ class EncodedLoader:
             found = pool.map(lambda pick: (pick, *self.loader.read(pick.row, self.encoder.check)), picks)
             read = list(found)
         self._say_unused([sample for _, _, sample in read])
-        for (pick, _, sample), row in zip(read, encode_rows(self.encoder, read, batch_size)):
-            if self.pairs:
-                check_pair(row, sample.where or sample.name)
+        for (pick, _, _), row in zip(read, encode_rows(self.encoder, read, batch_size)):
             self._remember(pick.row, row)
 
     def _remember(self, number: int, row: EncodedRow) -> None:
@@ -384,6 +369,13 @@ class EncodedLoader:
         while self._used_bytes > self.memory_bytes:
             _, oldest = self._rows.popitem(last=False)
             self._used_bytes -= _size_bytes(oldest)
+
+
+def rows_at_once(shape: VideoShape, micro_batch_size: int, device: torch.device) -> int:
+    """How many rows are encoded at once ahead of a training."""
+    if device.type != "cuda":
+        return micro_batch_size
+    return max(micro_batch_size, PIXELS_AT_ONCE // (shape.num_pixel_frames * shape.height * shape.width))
 
 
 def _size_bytes(row: EncodedRow) -> int:

@@ -34,7 +34,7 @@ from longtake.toy.story import sample_story
 from longtake.toy.windows import WindowRule
 from longtake.toy.world import World, sample_world
 
-_FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
+_FRAMES_A_PROCESS = 2_000  # fewer are measured (1 ms each) faster than a process starts
 
 Videos = list[NDArray[np.uint8]]
 

@@ -141,13 +141,7 @@ class Pipeline:
         Raises: CheckpointError, ConfigError when weights, encoders and picture size do not fit each other, or there is
         no such device.
         """
-        if decode_device is not None and split is not None:
-            raise ConfigError(
-                f"decode_device={decode_device} is for one process; processes that share the transformer's calls "
-                "decode where they are: leave out one of both"
-            )
-        decoding = None if decode_device is None else usable_device(decode_device, "decode_device")
-        device = usable_device(device)
+        decoding, device = decoding_place(decode_device, split), usable_device(device)
         named, source, settings = source, source.fetched(), source.settings
         dtype = torch.bfloat16 if settings.is_half else torch.float32
         encoder_paths(source.encoders, with_image=source.needs_image)
@@ -275,8 +269,20 @@ class Pipeline:
             )
 
 
+def decoding_place(decode_device: str | torch.device | None, split: SequenceParallel | None) -> torch.device | None:
+    """The device that decodes beside the transformer, as `Pipeline.build` is given it. Raises: ConfigError."""
+    if decode_device is None:
+        return None
+    if split is not None:
+        raise ConfigError(
+            f"decode_device={decode_device} is for one process; processes that share the transformer's calls decode "
+            "where they are: leave out one of both"
+        )
+    return usable_device(decode_device, "decode_device")
+
+
 def streaming_model(
-    opened: Opened, device: torch.device, settings: GenerationConfig, split: SequenceParallel | None = None
+    opened: Opened, device: torch.device, settings: GenerationConfig, split: SequenceParallel | None
 ) -> VideoDiT:
     """A transformer with its weights, as precise as the rules say, for inference alone."""
     model = load_frozen(opened, device, torch.bfloat16 if settings.is_half else None)

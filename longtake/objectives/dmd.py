@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longtake.objectives.anchor import Statistics, anchor_loss, deviation_ratio
 from longtake.objectives.base import LossResult, Objective, Parts, Pass
-from longtake.objectives.data_forcing import teacher_input
 from longtake.objectives.dmd_keys import DmdKeys
 from longtake.objectives.flow_matching import clip_sigma, require_latents
 from longtake.objectives.held_batches import HeldBatches
@@ -114,16 +113,15 @@ class Dmd(Objective):
         student, told = made.latents, self._conditions(batch, made)
         clip, score = self._own_clip(batch, step), self._score(batch, made, step, "generator")
         with torch.no_grad(), self.phase("scores"):
-            noisy, sigma, noise = self._noised(student, batch, step, "generator")
+            noisy, sigma, _ = self._noised(student, batch, step, "generator")
             fake = clean_from_velocity(noisy, score(self.critic, noisy, sigma, told[0]), sigma)
-            asked = self._teacher_input(noisy, clip, noise, sigma, batch, step)
-            velocity = self.guided.velocity(score, self.real, asked, sigma, told, always=self.parts.sharded)
-            real = clean_from_velocity(asked, velocity, sigma)
+            velocity = self.guided.velocity(score, self.real, noisy, sigma, told, always=self.parts.sharded)
+            real = clean_from_velocity(noisy, velocity, sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
-        loss = dmd_loss(student, gradient, made.generated)
+        loss = dmd_loss(student, gradient, made.begin)
         metrics: dict[str, float | Tensor] = {
             "generator_loss": loss.detach(),
-            "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
+            "dmdtrain_gradient_norm": gradient[:, made.begin :].abs().mean(),
             "exit_step": float(self.exit_step(step)),
         }
         if self.data_loss is not None:
@@ -134,10 +132,9 @@ class Dmd(Objective):
             mine, own = (Statistics.of(self._section(video, step)) for video in (student, clip))
             if any(changes := [frame is not None and frame < clip.shape[1] for frame in batch.switch_frames]):
                 own = own.except_in(changes, mine)
-            metrics["deviation_ratio"] = deviation_ratio(mine, own)
-            if weight := self.settings.anchor.weight:
-                anchor = anchor_loss(mine, own)
-                loss, metrics["anchor_loss"] = loss + weight * anchor, anchor.detach()
+            anchor = anchor_loss(mine, own)
+            loss = loss + self.settings.anchor.weight * anchor
+            metrics |= {"deviation_ratio": deviation_ratio(mine, own), "anchor_loss": anchor.detach()}
         return LossResult(loss, metrics)
 
     def _critic_loss(self, batch: EncodedBatch, step: int) -> LossResult:
@@ -158,7 +155,7 @@ class Dmd(Objective):
         with self.phase("scores"):
             score = self._score(batch, made, step, "critic")
             predicted = score(self.critic, noisy, sigma, self._conditions(batch, made)[0])
-        error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
+        error = (predicted - velocity(made.latents, noise))[:, made.begin :].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(made_at))})
 
@@ -166,22 +163,13 @@ class Dmd(Objective):
         """The beginning of the rows' own clips, as long as a window; None where nobody compares, or the window has come
         to show something else.
         """
-        if not self.settings.compares_with_clips or not self._shows_its_row(step):
+        if not self.settings.anchor.weight or not self._shows_its_row(step):
             return None
-        return require_latents(batch, "the anchor or data forcing")[:, : self.parts.num_frames].float()
+        return require_latents(batch, "the anchor")[:, : self.parts.num_frames].float()
 
     def _shows_its_row(self, step: int) -> bool:
         """Whether the window of an iteration shows what its row's clip does, from beginning to end."""
         return True
-
-    def _teacher_input(
-        self, noisy: Tensor, clip: Tensor | None, noise: Tensor, sigma: Tensor, batch: EncodedBatch, step: int
-    ) -> Tensor:
-        """What the teacher scores: `noisy`, or the clip noised alike. A later window has another picture: no pair."""
-        share = self.settings.data_forcing.share
-        if clip is None or not share or self.chunk(step):
-            return noisy
-        return teacher_input(noisy, clip, noise, sigma, share, draws=self.draws, step=step, indices=batch.indices)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def _roll_out(self, batch: EncodedBatch, step: int, *, with_grad: bool) -> RollOut:
@@ -219,7 +207,7 @@ class Dmd(Objective):
         from longtake.flow.schedule import training_sigma
 
         settings = self.settings
-        u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64).to(clean.device)
+        u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64, device=clean.device)
         level = training_sigma(u, self.parts.shift, settings.sigma_min, settings.sigma_max)
         sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
         noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)

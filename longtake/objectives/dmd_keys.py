@@ -12,7 +12,6 @@ from longtake.config.groups import LoraConfig, OptimConfig
 from longtake.config.objective import NetworkConfig, ObjectiveConfig
 from longtake.errors import ConfigError
 from longtake.objectives.anchor import Anchor
-from longtake.objectives.data_forcing import DataForcing
 from longtake.objectives.scores import Guidance
 from longtake.plan import StreamPlan
 
@@ -79,7 +78,6 @@ class DmdKeys(ObjectiveConfig):
     sigma_max: float = Field(default=0.98, gt=0, le=1, description="largest noise level at which scores are compared")
     data_loss: DataLoss = Field(default=DataLoss(), description=DataLoss.__doc__)
     anchor: Anchor = Field(default=Anchor(), description=Anchor.__doc__)
-    data_forcing: DataForcing = Field(default=DataForcing(), description=DataForcing.__doc__)
     context_gradient: Literal["none", "replay"] = Field(
         default="none",
         description="what of a roll-out carries gradient: `none` = each block's exit step, its context detached "
@@ -152,21 +150,11 @@ class DmdKeys(ObjectiveConfig):
 
     @property
     def learns_from_videos(self) -> bool:
-        return self.data_loss.weight > 0 or self.compares_with_clips
-
-    @property
-    def needs_pairs(self) -> bool:
-        return self.data_forcing.share > 0
-
-    @property
-    def compares_with_clips(self) -> bool:
-        """Whether the student's videos are compared with the beginning of the rows' own clips."""
-        return self.anchor.weight > 0 or self.needs_pairs
+        return self.data_loss.weight > 0 or self.anchor.weight > 0
 
     @property
     def takes_switches(self) -> bool:
-        # The teacher of data forcing sees a whole clip under one caption.
-        return self.data_loss.weight > 0 and not self.needs_pairs
+        return self.data_loss.weight > 0
 
     @property
     def num_clip_frames(self) -> int | None:
@@ -203,18 +191,11 @@ class DmdKeys(ObjectiveConfig):
                     f"set it to {1 + plan.block_frames}"
                 )
             plan.check(frames, "objective.data_loss.num_latent_frames")
-            if self.compares_with_clips and frames < num_latent_frames:
+            if self.anchor.weight and frames < num_latent_frames:
                 raise ConfigError(
                     f"objective.data_loss.num_latent_frames={frames} must be at least video.num_latent_frames="
-                    f"{num_latent_frames}, which objective.anchor and objective.data_forcing compare; set it to "
-                    f"{num_latent_frames} or to null"
+                    f"{num_latent_frames}, which objective.anchor compares; set it to {num_latent_frames} or to null"
                 )
-        if self.needs_pairs and not with_picture:
-            raise ConfigError(
-                f"objective.data_forcing.share={self.data_forcing.share} needs clips that begin with the picture that "
-                "the student is given, and model.image_condition=t2v gives it none: clips that share a caption alone "
-                "take away its variety; set it to 0"
-            )
         if self.writes_apart:
             self._check_writer(plan, lora=lora)
         if self.shared_base and self.teacher_precision is not None:

@@ -93,11 +93,6 @@ class LongTuningConfig(DmdConfig):
         """Raises ConfigError unless all chunks and switches are at block boundaries and within a video."""
         super().check(plan, num_latent_frames, with_picture=with_picture, lora=lora)
         self.context_scores.check(plan)
-        if self.context_scores.history_frames and self.needs_pairs:
-            raise ConfigError(
-                f"objective.data_forcing.share={self.data_forcing.share} asks the teacher about real clips, and "
-                "objective.context_scores about the student's after their own past; set one of them to 0"
-            )
         new = self.new_frames or num_latent_frames - 1
         if not plan.is_boundary(num_latent_frames + new) or new >= num_latent_frames:
             fix = (num_latent_frames - 1) // plan.block_frames * plan.block_frames

@@ -13,15 +13,16 @@ from longtake.models.dit import VideoDiT
 
 
 class Rounded:
-    """The network of the same sizes and `dtype` that follows a `model` of float32, all of whose weights are here."""
+    """The network of the same sizes and `dtype` that follows a `model` of float32, all of whose weights are here; it
+    takes memory from its first use on.
+    """
 
     def __init__(self, model: VideoDiT, dtype: torch.dtype) -> None:
         self._theirs: list[Tensor] = list(model.parameters())
         with torch.device("meta"):
             twin = type(model)(model.config)
-        twin.cast(dtype).to_empty(device=self._theirs[0].device)
-        self._twin = twin.requires_grad_(False).executed(model.execution)
-        self._mine: list[Tensor] = list(self._twin.parameters())
+        self._twin = twin.cast(dtype).requires_grad_(False).executed(model.execution)
+        self._mine: list[Tensor] = []
         self._versions: list[int] = []
 
     def changed(self) -> None:
@@ -31,6 +32,8 @@ class Rounded:
     @torch.no_grad()
     def current(self) -> VideoDiT:
         """It, with the weights of now."""
+        if not self._mine:
+            self._mine = list(self._twin.to_empty(device=self._theirs[0].device).parameters())
         versions = [parameter._version for parameter in self._theirs]
         if versions != self._versions:
             torch._foreach_copy_(self._mine, self._theirs)

@@ -36,7 +36,7 @@ _ROWS_A_SHARD = 256
 _SHARD_BYTES = 1 << 26  # of pictures of a few kilobytes
 _CRF = "10"
 _STAMP_VERSION = 1
-_CLIPS_A_PROCESS = 500  # fewer are written faster than a process starts
+_CLIPS_A_PROCESS = 64  # fewer are written (some 20 ms each) faster than a process starts
 
 
 def write_world(folder: str | Path, asked: WorldConfig, *, overwrite: bool = False) -> Path:

@@ -6,15 +6,18 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from longtake.checkpoint.invariants import flat
 from longtake.config.groups import EvaluationConfig
 from longtake.config.job import JobConfig
 from longtake.config.stage import StageConfig, dump
+from longtake.encoders.bundle import import_libraries
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.json_text import parse_json
@@ -81,7 +84,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         if config.data is not None:
             write_world(config.data_folder, config.data)
 
-    mesh.on_main(prepare)
+    with _imports_meanwhile(config):
+        mesh.on_main(prepare)
     plans = {}
     for name, stage in config.stages.items():
         work = planned_operations(Builder(stage, mesh)) if mesh.is_main else None  # who tells it
@@ -113,6 +117,18 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     state = "is complete" if is_new else "was complete, and nothing was done anew"
     *_, last = config.stages.values()
     _say(f"{logdir} {state}.\n{_next_steps(logdir, with_picture=last.model.image_condition == 'i2v')}{again}")
+
+
+@contextmanager
+def _imports_meanwhile(config: JobConfig) -> Iterator[None]:
+    """Around the writing of a toy world, which other processes do: meanwhile its encoders' libraries are imported."""
+    if config.data is None or config.data_folder.exists():
+        yield
+        return
+    thread = Thread(target=import_libraries, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class PhaseTimer:
 
     Phases do not overlap: one inside another pauses it. What is in none is `other`, so that all of them add up to the
     time that went by. On a CPU this is the clock of the process. With a CUDA `device` the ends of phases are marked by
-    events on its current stream and read when they are taken: kernels count where they run, not where they were
+    events on its current stream there and read when they are taken: kernels count where they run, not where they were
     queued, and nothing waits before `take`. Phases are also ranges of a profiler's trace.
 
     The watchdog's thread reads the rest, by the clock of the process: `open`, the phases that it is in now, outermost
@@ -43,9 +44,10 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        on_gpu = device is not None and device.type == "cuda"
-        self._mark: Callable[[], Any] = _event if on_gpu else _wall_clock
-        self._between: Callable[[Any, Any], float] = _event_seconds if on_gpu else _wall_seconds
+        self._mark: Callable[[], Any] = _wall_clock
+        self._between: Callable[[Any, Any], float] = _wall_seconds
+        if device is not None and device.type == "cuda":
+            self._mark, self._between = partial(_event, device), _event_seconds
         self._pieces: list[tuple[str, Any, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._since = self._mark()
@@ -107,9 +109,9 @@ def _wall_seconds(start: float, end: float) -> float:
     return end - start
 
 
-def _event() -> torch.cuda.Event:
+def _event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -36,6 +36,7 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.recorded_calls import RecordedCalls
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
@@ -87,14 +88,15 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
-    networks whose memory decides what backward computes again.
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, the
+    networks whose memory decides what backward computes again, and what records the calls of all that are small.
     """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
     watched: list[Watched] = field(default_factory=list)
+    calls: RecordedCalls = field(default_factory=RecordedCalls)
 
     def __post_init__(self) -> None:
         if self.mesh.device.type != "cuda":
@@ -276,7 +278,7 @@ class Builder:
         batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
             generator,
-            graphs=CUDAGraphRunner() if self._captures else None,
+            graphs=self._recorder() if self._captures else None,
             rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
@@ -388,9 +390,16 @@ class Builder:
     @property
     def _captures(self) -> bool:
         """Whether the student's passes are captured: where its weights never move, and Python makes the calls."""
-        config, mesh = self.config, self.mesh
-        whole = mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
-        return config.parallel.graphs and whole and mesh.device.type == "cuda" and config.objective.causal
+        config = self.config
+        whole = self.mesh.fsdp_mesh is None and not config.parallel.compile and config.lora is None
+        return config.parallel.graphs and whole and self._on_a_gpu and config.objective.causal
+
+    @property
+    def _on_a_gpu(self) -> bool:
+        return self.mesh.device.type == "cuda"
+
+    def _recorder(self) -> CUDAGraphRunner:
+        return CUDAGraphRunner()
 
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
@@ -412,7 +421,8 @@ class Builder:
         """Args: `trained`, the name by which it is, None where it is not."""
         config, mesh, again = self.config, self.mesh, None
         how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
-        model = model.executed(quick(model, mesh.device, self._product_type, **how))
+        calls = self.calls if config.parallel.graphs else None
+        model = model.executed(quick(model, mesh.device, self._product_type, calls, **how))
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
             if isinstance(again, ByBlock):
@@ -431,7 +441,12 @@ class Builder:
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def _keeps_some(self, model: VideoDiT) -> bool:
-        return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
+        """Whether it can be on every rank: what one computes again in backward, all must, as they do it together."""
+
+        def here() -> bool:
+            return keeps_some(model.execution, self.mesh.device, self._product_type, model.config.head_width)
+
+        return all(self.mesh.every(here))
 
 
 def of_one_layer(sizes: DiTConfig) -> VideoDiT:

@@ -48,13 +48,14 @@ class InPrecision(Objective):
 
     Where networks are sharded, autocast must not keep its copies of weights from one forward to the next: the gradient
     of all forwards would come through one copy, after FSDP2 has reduced the block's gradients, and be lost in part. On
-    a GPU it keeps none either: functions are compiled for each state of autocast, recorded passes keep none, and a
-    forward needs each copy once.
+    a GPU (`on_a_gpu`, by default where the mesh is) it keeps none either: functions are compiled for each state of
+    autocast, recorded passes keep none, and a forward needs each copy once.
     """
 
-    def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool) -> None:
+    def __init__(self, objective: Objective, mesh: Mesh, *, bf16: bool, on_a_gpu: bool | None = None) -> None:
         self.objective, self.device, self.bf16 = objective, mesh.device, bf16
-        self.keep_copies = mesh.fsdp_mesh is None and mesh.device.type == "cpu"
+        on_a_gpu = mesh.device.type == "cuda" if on_a_gpu is None else on_a_gpu
+        self.keep_copies = mesh.fsdp_mesh is None and not on_a_gpu
         self.networks = objective.networks
 
     def turns(self, step: int) -> list[str]:

@@ -181,8 +181,7 @@ class DataBuilder:
         )
         # Rows of an encoded set are read faster than they are remembered for nothing.
         stored = isinstance(self.dataset, EncodedRows)
-        pairs = config.objective.needs_pairs
-        return EncodedLoader(loader, encoder, pairs=pairs, **({"memory_bytes": 0} if stored else {}))
+        return EncodedLoader(loader, encoder, **({"memory_bytes": 0} if stored else {}))
 
 
 def learnt_rows(dataset: Dataset, settings: ValidationConfig) -> Dataset:

@@ -8,7 +8,7 @@ import torch
 from toy_assets import toy
 from typer.testing import CliRunner
 
-from longtake.bench import random_models, report, streaming
+from longtake.bench import random_models, report, watched
 from longtake.bench.clock import percentiles, playback, seconds_of
 from longtake.bench.kernels import (
     Attention,
@@ -20,7 +20,7 @@ from longtake.bench.kernels import (
     pass_operations,
 )
 from longtake.bench.streaming import bench_stream
-from longtake.bench.training import Bench, Kind, Lap, summary
+from longtake.bench.training import WARM_UP, Bench, Kind, Lap, summary
 from longtake.cli.app import app
 from longtake.config.job import load_config
 from longtake.doctor.files import look_at
@@ -86,23 +86,25 @@ def test_a_stream_is_told_in_words(stream):
 @pytest.mark.whole
 def test_a_stream_after_a_warm_up():
     settings = random_models.random_settings("toy", {"height": 32, "width": 32})
-    found = bench_stream(random_models.random_generator("toy", settings, CPU), 1.0, blocks=1, warm_up=True)
+    generator = random_models.random_generator("toy", settings, CPU, decode_device="cpu")
+    found = bench_stream(generator, 1.0, blocks=1, warm_up=True)
     first = found["first_frame_s"]
     assert first["cold"] is None and 0 < first["warm"] < found["warm_up_s"]
+    assert generator.decoder is not generator.encoders.vae and found["ms"]["decode"] > 0  # where it decodes
 
 
 @pytest.mark.whole
 def test_the_last_block_of_a_video_does_not_count_where_blocks_are_made_ahead(monkeypatch):
     """It comes early, since no other is begun before it is handed over; a mean with it flatters."""
     settings = random_models.random_settings("toy", {"height": 32, "width": 32})
-    made, watch, seen = random_models.random_generator("toy", settings, CPU), streaming.watch, []
+    made, watch, seen = random_models.random_generator("toy", settings, CPU), watched.watch, []
 
     def hasty(*given):
-        seen.append(watched := watch(*given))
-        even = [0.1 * index for index in range(len(watched.arrivals))]
-        return replace(watched, arrivals=[*even[:-1], even[-2] + 1e-6])
+        seen.append(video := watch(*given))
+        even = [0.1 * index for index in range(len(video.arrivals))]
+        return replace(video, arrivals=[*even[:-1], even[-2] + 1e-6])
 
-    monkeypatch.setattr(streaming, "watch", hasty)
+    monkeypatch.setattr(watched, "watch", hasty)
     monkeypatch.setattr(type(made), "is_ahead", True)
     found = bench_stream(made, 1.0, blocks=2, warm_up=True)
     assert found["block_ms"] == pytest.approx(100) and found["gaps_ms"]["p50"] == pytest.approx(100)
@@ -244,6 +246,8 @@ def test_updates_on_kept_clips_are_counted_and_not_run(tmp_path):
     assert [made.rolls_out(step) for step in range(7)] == [True, True, False, False, False, True, True]
     assert all(made.rolls_out(step) for step in made.steps(8))
     assert {made.kind(step) for step in made.steps(8)} == {Kind(g, e) for g in (True, False) for e in range(4)}
+    counted = [made.kind(step).exit_step for step in made.steps(8)[WARM_UP:]]
+    assert counted == [3, 3, 0, 0, 2, 2, 1, 1]  # however few count, their mean is that of all
     kept, own = (made.work(step).total for step in (2, 1))
     assert 0 < kept < own
 

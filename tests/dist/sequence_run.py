@@ -27,6 +27,7 @@ from longtake.parallel.mesh import init_mesh
 from longtake.parallel.ulysses import Ulysses
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
+from longtake.models.recompute import Again, ByBlock
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.self_forcing import roll_out
 from tiny_plan import tiny_plan
@@ -112,6 +113,11 @@ def passes(ranks: Ulysses, size: tuple[int, int], **autocast: bool) -> dict[str,
     }
     both, levels = torch.cat([x, x.flip(1)], 1), torch.cat([torch.zeros_like(sigma), sigma], 1)
     errors = check("bidirectional", model, plain, lambda m: m(x, sigma, condition))
+    # Ranks exchange again in backward what they keep none of, all at the same time.
+    kept: dict[str, Again | ByBlock] = {"attention": "selective", "products": "products", "by block": ByBlock([False, "products"])}
+    for name, ways in kept.items():
+        again = model.executed(replace(model.execution, recompute=ways))
+        errors |= check(f"kept, {name}", again, plain, lambda m: m(x, sigma, condition))
     for rope, layout in layouts.items():
         errors |= check(f"masked, {rope}", model, plain, lambda m, k=layout: m(both, levels, condition, k))  # noqa: B023
 

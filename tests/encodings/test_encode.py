@@ -10,7 +10,7 @@ from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
 from longtake.encoders.condition import encode_condition
-from longtake.encodings.encode import BatchEncoder, EncodedLoader, check_pair
+from longtake.encodings.encode import BatchEncoder, EncodedLoader, rows_at_once
 from longtake.errors import DataError
 from longtake.toy.world import sample_world
 
@@ -202,6 +202,13 @@ def test_prefill_fills_up_a_last_short_group(encoders):
         assert same(a, b)
 
 
+def test_a_gpu_encodes_many_rows_of_small_videos_at_once():
+    small, large = VideoShape(num_latent_frames=17), VideoShape(height=480, width=832, num_latent_frames=21)
+    gpu = torch.device("cuda")
+    assert rows_at_once(small, 4, torch.device("cpu")) == rows_at_once(large, 4, gpu) == 4
+    assert rows_at_once(small, 4, gpu) == 63
+
+
 def test_stored_latents_stand_in_for_videos(encoders):
     stored = np.random.default_rng(0).normal(size=(ROWS, 3, 4, 2, 4)).astype(np.float16)
     batches = make(encoders, Clips(video=False, latents=stored))
@@ -229,21 +236,3 @@ def test_prompts_that_are_left_out_or_cut_are_named_once(encoders, caplog):
     assert [line for line in said if "may have been cut" in line] == [
         f"row 4 (s4): its prompt fills all {encoders.text.text_len} tokens of the text encoder and may have been cut"
     ]
-
-
-def test_rows_whose_clips_do_not_begin_with_their_pictures_are_refused_where_pairs_are_needed(encoders):
-    """Latents that are stored beside a picture may be of anything; those of a clip begin with it."""
-    batches = make(encoders, pairs=True)
-    take(batches, 2)
-    one = next(iter(batches._rows.values()))
-    check_pair(one | {"latents": one["latents"].half() + 0.02}, "here")
-    check_pair({"first": one["y"][:1], "latents": one["latents"]}, "here")
-    other = one | {"latents": -one["latents"]}
-    batches._rows.clear()
-    batches.encoder.rows = lambda batch: [other] * len(batch)
-    with pytest.raises(
-        DataError, match=r"s\d: its clip does not begin with its picture \(their latents differ by \d+% of"
-    ):
-        take(batches, 2)
-    batches.pairs = False
-    take(batches, 2)

@@ -324,7 +324,7 @@ def memory_of(session):
     stream = session.state.stream
     tensors = [t for cache in stream.caches for t in (cache.keys, cache.values)]
     tensors += [t for cache in stream.caches for kept in cache._cross.values() for t in kept]
-    tensors += [held["slots"] for cache in stream.caches for held in cache._indices.values()]
+    tensors += [held for cache in stream.caches for held in cache._indices.values()]
     return {t.data_ptr() for t in tensors}
 
 

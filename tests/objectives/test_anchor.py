@@ -174,7 +174,7 @@ def test_rows_whose_own_clip_changes_within_the_window_count_for_nothing():
 
 def test_rows_without_clips_are_refused():
     dmd = make_dmd(anchor=Anchor(weight=1.0))
-    with pytest.raises(TrainingError, match="the anchor or data forcing learns from videos and its data have none"):
+    with pytest.raises(TrainingError, match="the anchor learns from videos and its data have none"):
         dmd.loss("generator", make_batch(dmd.generator.model, [4], FRAMES, videos=False), 0)
 
 

@@ -34,7 +34,7 @@ def make(kind, plan):
     if kind == "causal":
         return forcing(networks[0], plan)
     critic = CriticConfig(updates_per_generator=1)
-    settings = DmdConfig(teacher="toy", critic=critic, data_loss=DataLoss(weight=0.5), data_forcing={"share": 0.5})
+    settings = DmdConfig(teacher="toy", critic=critic, data_loss=DataLoss(weight=0.5))
     dmd = Dmd(parts_of(*networks, seed=0, plan=plan), settings)
     dmd.data_loss = forcing(networks[0], plan)
     return dmd

@@ -199,7 +199,7 @@ class SharedTape(Tape):
         finally:
             self.running -= 1
 
-    def __call__(self, work):
+    def _record(self, work):
         with self.alone():
             self.recorded += 1
             outputs = tuple(self.memory.setdefault(made.shape, torch.empty_like(made)) for made in work())
@@ -244,7 +244,6 @@ def test_streams_of_several_threads_do_not_mix():
 OTHER_DEVICE = """
 import torch
 from longtake.rollout.cuda_graphs import CUDAGraphCapture
-from tiny_plan import tiny_plan
 
 wait = torch.cuda.synchronize
 x = torch.ones(4, device="cuda:0")
@@ -256,7 +255,7 @@ for _ in range(1000):
     product = busy @ busy
 kept = product[:2, :2].clone()
 del product  # free for torch, in use by the other device for a second to come
-replay, (out,) = CUDAGraphCapture()(lambda: (x * 2,))
+((replay, (out,)),) = CUDAGraphCapture()(lambda: (x * 2,))
 replay()
 wait(1)
 assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)
@@ -268,7 +267,8 @@ assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)
 def test_recording_takes_no_memory_that_another_device_uses():
     """pytorch/pytorch 196258: with growing segments that ended with an illegal address."""
     settings = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    done = subprocess.run([sys.executable, "-c", OTHER_DEVICE], env=settings, capture_output=True, text=True)
+    command = [sys.executable, "-c", OTHER_DEVICE]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,4 +1,4 @@
-"""Stages whose student is compared with the rows' own clips (anchor, data-forcing), from files to files."""
+"""Stages whose student is compared with the rows' own clips (anchor), from files to files."""
 
 import math
 
@@ -13,14 +13,13 @@ from longtake.parallel.mesh import Mesh
 from longtake.train.metrics import read_rows
 from longtake.train.stage import run_stage
 
-BOTH = {"anchor": {"weight": 0.5}, "data_forcing": {"share": 0.5}}
+ANCHOR = {"anchor": {"weight": 0.5}}
 MORE = {
     "distill": {"shared_base": True, "lora": {"rank": 2}},
     "long": {"num_chunks": [2], "new_frames": 2},
     "long in context": {
         "num_chunks": [2],
         "new_frames": 2,
-        "data_forcing": {"share": 0},
         "context_scores": {"history_frames": 2, "sigma": 0.25},
     },
 }
@@ -38,7 +37,7 @@ def trained(workshop, logdir, stage, data, steps, stops=()):
         critic = {"lr": 1e-3, "updates_per_generator": 1}
         data = {"path": str(data["path"]), "num_workers": 0}
         config = stage_config(
-            workshop, logdir, stage.split()[0], **BOTH | more, critic=critic, data=data, max_steps=step, save_every=2
+            workshop, logdir, stage.split()[0], **ANCHOR | more, critic=critic, data=data, max_steps=step, save_every=2
         )
         run_stage(config, Mesh())
     return config

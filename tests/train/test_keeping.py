@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import yaml
+from fake_ranks import on_ranks
 from tiny_stage import stage_config, stage_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from longtake.cli.app import app
 from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train import job
+from longtake.train import job, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
 
@@ -135,6 +136,45 @@ def test_what_blocks_keep_is_measured_and_decided_once(
     memory.begin()
     assert torch.equal(update(), first)
     assert memory.highest <= ROOM * memory.total + 2**10  # as foreseen
+
+
+class Stated(Memory):
+    """A GPU on which `spare` bytes are free beside the most that was held."""
+
+    def __init__(self, spare: int) -> None:
+        self.spare = spare
+
+    def begin(self) -> None: ...
+
+    def now(self) -> int:
+        return 0
+
+    def most(self) -> int:
+        return 1000
+
+    def all(self) -> int:
+        return int((1000 + self.spare) / ROOM) + 1
+
+
+@pytest.mark.parametrize("spares, expected", [((10**6, 79), [5, 3, 0, 0]), ((220, 400), [0, 6, 2, 0])])
+def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
+    """Else one would wait in backward for exchanges that another does not make."""
+
+    def decide(mesh):
+        by_block = ByBlock(first_ways(8, selective=True))
+        watched = Watched("critic", torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8)), by_block)
+        watched.most = {way: size - mesh.rank for way, size in KEPT.items()}
+        Keeper([watched], mesh, ["critic"], lambda step: ["critic"], 1, Stated(spares[mesh.rank])).passed(0)
+        return [list(by_block.ways).count(way) for way in KEPT]
+
+    assert on_ranks(decide) == [expected, expected]
+
+
+def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, tiny_model):
+    can = [True, False]
+    monkeypatch.setattr(networks, "keeps_some", lambda *_: can.pop())
+    config, model = stage_config(workshop, tmp_path, "distill"), tiny_model(True)
+    assert on_ranks(lambda mesh: networks.Builder(config, mesh)._keeps_some(model)) == [False, False] and not can
 
 
 def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
