@@ -83,6 +83,12 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str, *, synced: bool = False) -> None:
+    """A text in UTF-8, as `whole_file` writes. Raises: OutputError."""
+    with whole_file(path, synced=synced) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 def free_name(path: Path) -> Path:
     """`path`, or where it exists the first of NAME-2, NAME-3, ... that does not."""
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))

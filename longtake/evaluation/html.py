@@ -19,7 +19,7 @@ from PIL import Image
 
 from longtake.evaluation.instruments import Measured
 from longtake.evaluation.measure import MeasuredVideo, metrics_of, ratio, shown, summarise, title
-from longtake.outputs import whole_file
+from longtake.outputs import write_whole
 
 _COLOURS = ("#1668b8", "#c8501e", "#2a8f4a", "#8a3fa8", "#a08a12", "#b0305c", "#3a8f9c", "#666666")
 _MOST_GROUPS = 40  # videos of one name that are shown side by side; the JSON has all
@@ -53,9 +53,7 @@ def write_page(
     Args: `played`, those of the videos that curves and players are of (None: all, as the table is); `captions`, what
     stands under the name of a file, without its suffix; `ratios` to the teacher's videos, a line a name.
     """
-    text = page(videos, path.parent, played or videos, captions or {}, ratios or {})
-    with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
+    write_whole(path, page(videos, path.parent, played or videos, captions or {}, ratios or {}))
 
 
 def page(

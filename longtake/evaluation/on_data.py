@@ -38,7 +38,7 @@ from longtake.evaluation.row_videos import against, blocks_of, decoded
 from longtake.evaluation.target import EvalTarget
 from longtake.evaluation.vbench import LaidVideo, lay_out
 from longtake.inference.video_io import VideoWriter
-from longtake.outputs import check_output_folder, whole_file
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 from longtake.progress import Progress, track
@@ -296,7 +296,6 @@ def _write(
     settings: dict[str, Any] = {**asdict(asked), "data": str(asked.data)}
     ratios = ratios_to_teacher(videos)
     write_json(folder / "evaluation.json", {"settings": settings, **as_json(videos), "against_teacher": ratios})
-    with whole_file(folder / "evaluation.md") as file:
-        file.write_text(tables(videos) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.md", tables(videos) + "\n")
     played = [video for video in videos if video.name in longest]
     write_page(folder / "evaluation.html", videos, played=played, captions=prompts, ratios=ratios)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.outputs import whole_file
+from longtake.outputs import write_whole
 
 # column title, key of the summary, format
 COLUMNS = (
@@ -124,8 +124,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON, atomically. Raises: OutputError where the disk refuses."""
-    with whole_file(path) as file:
-        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 def write_samples(folder: Path, videos: Mapping[str, NDArray[np.uint8]], fps: int) -> None:

@@ -25,7 +25,7 @@ from longtake.inference.pipeline import Pipeline
 from longtake.inference.session_file import made_with
 from longtake.inference.source import Source
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_file, check_space, whole_file
+from longtake.outputs import check_output_file, check_space, write_whole
 from longtake.weights.locate import is_hub_name
 from longtake.weights.students import find_student
 
@@ -201,8 +201,7 @@ def write_record(video: str | Path, record: VideoRecord | None, beside: Mapping[
     """
     file = sidecar(video)
     if record is not None:
-        with whole_file(file) as partial:
-            partial.write_text(json.dumps({**(beside or {}), _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
+        write_whole(file, json.dumps({**(beside or {}), _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
     elif _beside(file) is not None:
         file.unlink()
 

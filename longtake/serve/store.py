@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.outputs import whole_file
+from longtake.outputs import whole_file, write_whole
 from longtake.serve.timeline import Beginning, Change, Timeline
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ def write(stored: Stored) -> None:
             for one in stored.saves
         ],
     }
-    with whole_file(stored.folder / _FILE, synced=True) as file:
-        file.write_text(json.dumps(values), encoding="utf-8")
+    write_whole(stored.folder / _FILE, json.dumps(values), synced=True)
     kept = {save_file(stored.folder, one.save) for one in stored.saves}
     for old in set(stored.folder.glob("save-*.safetensors")) - kept:
         old.unlink(missing_ok=True)

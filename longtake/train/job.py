@@ -21,7 +21,7 @@ from longtake.encoders.bundle import import_libraries
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_folder
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh, init_mesh, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
@@ -80,7 +80,7 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     logdir, is_new = Path(config.logdir), False
 
     def prepare() -> None:
-        (logdir / "job.yaml").write_text(dump(config))
+        write_whole(logdir / "job.yaml", dump(config))
         if config.data is not None:
             write_world(config.data_folder, config.data)
 

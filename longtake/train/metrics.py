@@ -23,7 +23,7 @@ import torch
 from longtake.config.groups import WandbConfig
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
-from longtake.outputs import whole_file
+from longtake.outputs import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +209,7 @@ def cut_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] < first_step]
-    with whole_file(path) as file:
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _jsonable(value: Any) -> Any:

@@ -291,6 +291,15 @@ def test_settings_come_from_the_job_and_the_command_line_wins(run, tmp_path):
     assert _stored_settings(run).num_worlds == 32
 
 
+@pytest.mark.parametrize("text", ["", "- a list", "evaluation: {num_worlds: 5"])
+def test_a_damaged_job_file_is_refused_by_its_name(tmp_path, text):
+    from longtake.evaluation.run import _stored_settings
+
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.yaml"):
+        _stored_settings(tmp_path)
+
+
 @pytest.mark.parametrize("folder", ["nothing", "."])
 def test_folders_without_a_trained_stage_are_refused(tmp_path, folder):
     with pytest.raises(CheckpointError, match="holds no trained stage"):
