@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, given
+from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, given, refuse
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -174,8 +174,7 @@ def doctor(
 
         report: Report | StreamReport
         if stream is not None:
-            if gpus is not None or seconds_from is not None or price is not None:
-                raise ConfigError("--gpus, --seconds-from and --price are of a training; leave them out with --stream")
+            refuse(context, ("gpus", "seconds_from", "price"), "{option} is of a training; leave it or --stream out")
             rules = [*([] if config is None else [str(config)]), *(overrides or [])]
             report = diagnose_stream(stream, rules, device=device)
         else:

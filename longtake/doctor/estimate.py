@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.doctor.validating import validate
-from longtake.encoders.original import PUBLISHED_VAE
+from longtake.encoders.original import random_vae
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
@@ -152,9 +152,10 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
         """Inside is a stretch of its own."""
-        self.where = what
+        before, self.where = self.where, what
         self.mark()
         yield
+        self.where = before
         self.mark()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -223,13 +224,8 @@ class _Parts(PhaseTimer):
         super().__init__()
         self.meter, self.turn = meter, ""
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        before, self.meter.where = self.meter.where, f"{name} in the update of the {self.turn}"
-        self.meter.mark()
-        yield
-        self.meter.where = before
-        self.meter.mark()
+    def __call__(self, name: str) -> Any:
+        return self.meter.during(f"{name} in the update of the {self.turn}")
 
     @contextmanager
     def whole(self, name: str) -> Iterator[None]:
@@ -278,15 +274,10 @@ def network(sizes: DiTConfig) -> VideoDiT:
     return VideoDiT(sizes, Execution(attend=as_on_a_gpu))
 
 
-def without_data(vae: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The library's VAE of a configuration (Wan2.1's where it is empty), for a trace to fill by `to_empty`: networks
-    without data cannot be cast.
-    """
-    from diffusers import AutoencoderKLWan
-
+def vae_without_data(channels: int, dtype: torch.dtype, sizes: Mapping[str, Any] = {}) -> nn.Module:
+    """As `random_vae`, for a trace to fill by `to_empty`: networks without data cannot be cast."""
     with torch.device("meta"):
-        module: Any = AutoencoderKLWan(**vae)
-    return nn.Module.to(module, dtype)  # its own `to` remarks on types that no module has
+        return nn.Module.to(random_vae(channels, sizes), dtype)  # its own `to` remarks on types that no module has
 
 
 @dataclass(kw_only=True)
@@ -382,7 +373,6 @@ def trace(
     """
     # Compiled blocks need no more than these.
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
-    vae = vae or PUBLISHED_VAE.get(sizes["generator"].out_channels, {})  # no file tells it
     meter = Meter()
     with meter.fake:
         frames, codec = config.video.num_latent_frames, None
@@ -399,9 +389,8 @@ def trace(
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
         batches: Any = MadeBatches(config, sizes["generator"], image_tokens, accumulation, rows)
         of_rows = config.validates and config.validation.num_rows > 0
-        decoder = (
-            without_data(vae, torch.bfloat16 if config.precision == "bf16" else torch.float32) if of_rows else None
-        )
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        decoder = vae_without_data(sizes["generator"].out_channels, dtype, vae) if of_rows else None
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16", on_a_gpu=True)

@@ -61,6 +61,10 @@ class Share:
         scored = ~np.isnan(array)
         return cls(np.where(scored, array, 0.0), scored.astype(np.float64))
 
+    def within(self, worlds: NDArray[np.bool_]) -> Share:
+        """The same over some of the worlds [W] alone."""
+        return Share(np.where(worlds, self.sums, 0.0), np.where(worlds, self.counts, 0.0))
+
     def means(self, drawn: NDArray[np.int64]) -> Floats:
         """The number in each sample [N] of worlds, `drawn` [N, W]; NaN where none of them was scored."""
         counts = self.counts[drawn].sum(1)
@@ -113,12 +117,14 @@ def intervals(row: Mapping[str, Share]) -> dict[str, list[float] | None]:
 
 
 def compared(row: Mapping[str, Share], other: Mapping[str, Share]) -> dict[str, list[float] | None]:
-    """The same of what `row` has more than `other` in the same worlds; of some numbers, how many times as much."""
+    """The same of what `row` has more than `other` in the worlds in which both were scored; of some numbers, how many
+    times as much.
+    """
     found = {}
     ratios = {name for _, name, _, is_ratio in (*_WHOLE, *_LAST, *_SWITCH) if is_ratio}
     for name in row:
-        drawn = _drawn(len(row[name].sums))
-        mine, theirs = row[name].means(drawn), other[name].means(drawn)
+        both, drawn = (row[name].counts > 0) & (other[name].counts > 0), _drawn(len(row[name].sums))
+        mine, theirs = (one[name].within(both).means(drawn) for one in (row, other))
         with np.errstate(divide="ignore", invalid="ignore"):
             found[name] = interval(mine / theirs if name in ratios else mine - theirs)
     return found

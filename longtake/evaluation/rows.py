@@ -5,7 +5,6 @@ A row is a function from a batch of worlds to uint8 videos. Ranks share the worl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longtake.condition import Condition, pixel_frames
+from longtake.devices import num_cores
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.inference.frames import to_frames
@@ -226,7 +226,7 @@ def score_row(
 @contextmanager
 def scorer_processes(num_frames: int, mesh: Mesh) -> Iterator[Executor | None]:
     """Processes that measure `num_frames` frames in all, this rank's share of the processors; None when few."""
-    processes = min((os.cpu_count() or 1) // mesh.world_size, num_frames // _FRAMES_A_PROCESS)
+    processes = min(num_cores() // mesh.world_size, num_frames // _FRAMES_A_PROCESS)
     if processes < 2:
         yield None
         return

@@ -10,16 +10,15 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longtake.condition import pixel_frames
+from longtake.config.base import read_yaml
 from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.evaluation import paired, pictures, report, rows
 from longtake.evaluation.target import EvalTarget, load_denoiser, of_run
 from longtake.inference.source import Source
-from longtake.outputs import check_output_folder
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.progress import track
 from longtake.rollout.denoise import Denoiser
@@ -223,7 +222,7 @@ def _stored_settings(run: Path | None) -> EvaluationConfig:
     for folder in () if run is None else (run, run.parent):
         job = folder / "job.yaml"
         if job.is_file():
-            return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation") or {})
+            return EvaluationConfig.from_tree(read_yaml(job).get("evaluation") or {})
     return EvaluationConfig()
 
 
@@ -241,7 +240,7 @@ def _write(
     head = f"{settings.num_worlds} held-out worlds, seed {settings.seed}, {frames} latent frames"
     if settings.switch_frames:
         head += f", other captions from latent frame {', '.join(map(str, settings.switch_frames))} on"
-    (folder / "evaluation.md").write_text(f"{head}\n\n{result}\n")
+    write_whole(folder / "evaluation.md", f"{head}\n\n{result}\n")
     report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
     summaries = {name: result.summaries[name] for name in drawn}
     pictures.write_png(folder / "evaluation.png", pictures.curves(summaries))

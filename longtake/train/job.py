@@ -21,10 +21,11 @@ from longtake.encoders.bundle import import_libraries
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_folder
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh, init_mesh, let_segments_grow, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
+from longtake.train.keeping import told_to_keep_less
 from longtake.train.lock import only_run
 from longtake.train.networks import Builder
 from longtake.train.pace import JobPace, StagePlan, in_words
@@ -51,7 +52,8 @@ def run(config: StageConfig | JobConfig) -> None:
         values, folder = config.model_dump(), config.folder
         mesh.on_main(lambda: _refuse_other_sources(folder, config.max_steps, values))
         if not mesh.on_main(partial(_is_done, folder, config.max_steps, values)):
-            run_stage(config, mesh)
+            with told_to_keep_less(config.activation_checkpointing):
+                run_stage(config, mesh)
         elif mesh.is_main:
             more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
             steps = _next_steps(folder, with_picture=config.model.image_condition == "i2v")
@@ -79,7 +81,7 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     logdir, is_new = Path(config.logdir), False
 
     def prepare() -> None:
-        (logdir / "job.yaml").write_text(dump(config))
+        write_whole(logdir / "job.yaml", dump(config))
         if config.data is not None:
             write_world(config.data_folder, config.data)
 
@@ -98,7 +100,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         pace.begin(name)
         newest = latest_checkpoint(checkpoints_folder(folder))
         trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
-        run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
+        with told_to_keep_less(stage.activation_checkpointing):
+            run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
         pace.end(name, stage.max_steps - trained)
         is_new = True
     settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
