@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 from forked_ranks import torchrun
-from PIL import Image
-from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -17,24 +15,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 
 WORLDS = [sample_world(3, k) for k in range(3)]
-
-
-@pytest.fixture(scope="module")
-def run(workshop, tmp_path_factory):
-    logdir = tmp_path_factory.mktemp("log")
-    save_student(stage_config(workshop, logdir, "causal"), ema=False)
-    return logdir
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """A folder of three pictures with text files."""
-    folder = tmp_path / "inputs"
-    folder.mkdir()
-    for k, world in enumerate(WORLDS):
-        Image.fromarray(world.render(1)[0]).save(folder / f"w{k}.png")
-        (folder / f"w{k}.txt").write_text(world.caption)
-    return folder
 
 
 def make(run, pairs, folder, mesh=None, **given):
