@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +74,9 @@ def train(
 
 
 # What both writers of encoded sets take.
+OneStage = Annotated[
+    Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
+]
 SetFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
 ]
@@ -84,9 +88,7 @@ RowsPerShard = Annotated[int | None, typer.Option("--rows-per-shard", help="Rows
 
 def encode(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -98,19 +100,12 @@ def encode(
     with clean_errors(context):
         from longtake.encodings.write import encode as run
 
-        chosen = given(context, "dtype", "rows_per_shard")
-        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
+        _make(run, context, _stage(config, overrides), output, overwrite=overwrite)
 
 
 def teacher_data(
     context: typer.Context,
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML file or recipe of one stage, e.g. toy/ode for paths, toy/causal for clips.",
-            autocompletion=_recipes,
-        ),
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -118,18 +113,20 @@ def teacher_data(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a stage's teacher make its data: ODE paths, or clips of pictures and prompts where there are no videos."""
+    """Have a stage's teacher make its data: ODE paths (toy/ode), or clips of pictures and prompts (toy/causal)."""
     with clean_errors(context):
         from longtake.encodings.teacher_data import teacher_data as run
 
-        chosen = given(context, "dtype", "rows_per_shard")
-        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
+        _make(run, context, _stage(config, overrides), output, overwrite=overwrite)
 
 
-def _tell(report: EncodeReport) -> None:
-    """Prints the report of all ranks once."""
+def _make(
+    run: Callable[..., EncodeReport], context: typer.Context, stage: StageConfig, output: Path, *, overwrite: bool
+) -> None:
+    """Makes an encoded set, and prints the report of all ranks once."""
     from longtake.parallel.mesh import launched
 
+    report = run(stage, output, overwrite=overwrite, **given(context, "dtype", "rows_per_shard"))
     if launched()[0] == 0:
         typer.echo(str(report))
 
