@@ -107,6 +107,19 @@ def test_a_restart_makes_only_what_is_missing(run, inputs, tmp_path, monkeypatch
     assert make(run, pairs, tmp_path / "out") == []
 
 
+def test_what_is_stopped_while_it_says_what_was_asked_is_made_by_the_next_start(run, inputs, tmp_path, monkeypatch):
+    whole, pairs = Path.write_text, read_pairs(inputs)[:1]
+
+    def stopped(path, text, *args, **kwargs):
+        whole(path, text[:20], *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stopped)
+        make(run, pairs, tmp_path / "out")
+    assert [report.output.name for report in make(run, pairs, tmp_path / "out")] == ["w0-seed0.mp4"]
+
+
 def test_videos_of_another_request_are_not_taken_for_finished(run, inputs, tmp_path):
     pairs = read_pairs(inputs)[:1]
     make(run, pairs, tmp_path / "out")
