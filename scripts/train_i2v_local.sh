@@ -47,12 +47,25 @@ else
 fi
 
 job=("$config" ${logdir[@]+"${logdir[@]}"} ${overrides[@]+"${overrides[@]}"})
-# A wrong key or value ends here with one message, before any process is started. Meanwhile torch is asked.
+# A wrong key or value ends here with one message, before any process is started. Meanwhile GPUs are counted: by their
+# driver where there is one that torch is made for, since importing torch takes seconds.
 "$python" -m longtake train "${job[@]}" --check >/dev/null &
 check=$!
 machine=$("$python" -c '
-import os, torch
-print(torch.cuda.device_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+import ctypes, os, runpy
+from importlib.util import find_spec
+def gpus():
+    number = ctypes.c_int()
+    try:
+        if runpy.run_path(os.path.join(os.path.dirname(find_spec("torch").origin), "version.py"))["cuda"]:
+            cuda = ctypes.CDLL("libcuda.so.1")
+            if cuda.cuInit(0) == cuda.cuDeviceGetCount(ctypes.byref(number)) == 0:
+                return number.value
+    except (OSError, AttributeError, KeyError):
+        pass
+    import torch
+    return torch.cuda.device_count()
+print(gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 wait "$check"
 read -r present cores <<<"$machine"
 gpus=${gpus:-$present}

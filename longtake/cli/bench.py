@@ -84,8 +84,10 @@ def bench(
                 refuse(context, ("small_text",), "{option} goes with --random")
             else:
                 refuse(context, ("encoders",), "{option} goes with --model; --random makes its own")
-        from longtake.parallel.mesh import init_mesh
+        from longtake.parallel.mesh import init_mesh, let_segments_grow
 
+        if config:
+            let_segments_grow()  # as a training does
         with init_mesh(device) as mesh, told_once(mesh):
             parts = _training(context, mesh, config, overrides) if config else _stream(context, mesh, overrides)
             _tell(parts, json_file, shown=mesh.is_main)

@@ -205,11 +205,23 @@ def score_row(
     rule: WindowRule | None = None,
     scorers: Executor | None = None,
 ) -> tuple[list[WorldScores], Videos]:
-    """Scores of all counted worlds in order, on every rank, and this rank's first batch of videos.
+    """As `begin_row`, its videos measured: scores of all counted worlds in order, on every rank."""
+    mine, shown = begin_row(row, batches, rule=rule, scorers=scorers)
+    return row_scores(mine, mesh), shown
 
-    Args: `rule` asks for scores window by window; `scorers` measure while the next batch is made.
+
+# By the number of its world, of each video of this rank
+Scoring = list[tuple[int, WorldScores | Future[WorldScores]]]
+
+
+def begin_row(
+    row: Row, batches: Sequence[WorldBatch], *, rule: WindowRule | None = None, scorers: Executor | None = None
+) -> tuple[Scoring, Videos]:
+    """What this rank's counted worlds score, and its first batch of videos.
+
+    Args: `rule` asks for scores window by window; `scorers` measure while something else is done.
     """
-    mine: list[tuple[int, WorldScores | Future[WorldScores]]] = []
+    mine: Scoring = []
     shown: Videos = []
     for batch in batches:
         videos = row(batch)
@@ -218,9 +230,14 @@ def score_row(
             if counted:
                 done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
                 mine.append((number, done))
+    return mine, shown
+
+
+def row_scores(mine: Scoring, mesh: Mesh) -> list[WorldScores]:
+    """Those of all ranks in the order of the worlds; all ranks call it."""
     scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
     gathered = [pair for part in mesh.every(lambda: scored if mesh.leads_sequence else []) for pair in part]
-    return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
+    return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])]
 
 
 @contextmanager

@@ -100,6 +100,11 @@ class Execution:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
 
+    @property
+    def settled(self) -> bool:
+        """Whether what backward computes again stays as it is."""
+        return not isinstance(self.recompute, ByBlock) or self.recompute.settled
+
     def keeping(self, tokens: Tensor) -> AbstractContextManager:
         """Around the call of a block that backward computes again from these `tokens`."""
         kept = self.recompute_from

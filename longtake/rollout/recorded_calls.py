@@ -64,7 +64,7 @@ class RecordedCalls:
             autocast_type(x.device),
             *(t if t is None else (t.shape, t.dtype) for t in given),
         )
-        network.uses[form] += 1
+        network.uses[form] += model.execution.settled  # while its forwards are measured it is called as ever
         if form not in network.records and network.comes_again(form):
             self._record(model, network, form, given, context)
         record = network.records.get(form)
@@ -222,10 +222,11 @@ def _inputs(model: VideoDiT, x: Tensor, sigma: Tensor, condition: Condition, con
     if model.execution.updates is not None or model.execution.split is not None:
         return None
     length = model.config.text_len
-    texts = [
-        None if t is None else F.pad(t, (0, 0, 0, length - t.shape[1])) for t in (condition.text, condition.later_text)
-    ]
-    given = [x, sigma, texts[0], condition.image, condition.frames, texts[1]]
+    text, later = (
+        t if t is None or t.shape[1] == length else F.pad(t, (0, 0, 0, length - t.shape[1]))
+        for t in (condition.text, condition.later_text)
+    )
+    given = [x, sigma, text, condition.image, condition.frames, later]
     if any(t is not None and t.requires_grad for t in given):
         return None
     return given + [getattr(context, name) for name in INDICES] if views else given

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -15,6 +17,8 @@ from longtake.models.execution import LARGE_WIDTH, Calls, Execution
 from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.mesh import Mesh
 from longtake.train.keeping import FEWEST_BLOCKS, first_ways
+
+logger = logging.getLogger(__name__)
 
 
 def check_precision(networks: Mapping[str, NetworkConfig], precision: str, mesh: Mesh) -> None:
@@ -50,11 +54,19 @@ def quick(
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    execution = replace(model.execution, attend=attend_fastest)
+    execution, large = replace(model.execution, attend=attend_fastest), model.config.dim >= LARGE_WIDTH
     if sharded:
+        if not large and calls is not None:
+            _say_that_sharded_calls_are_not_recorded()
         return execution
-    large = model.config.dim >= LARGE_WIDTH
     return replace(execution, fuses=large, calls=None if large else calls)
+
+
+@cache
+def _say_that_sharded_calls_are_not_recorded() -> None:
+    logger.info(
+        "calls are not recorded as CUDA graphs where weights are sharded; parallel.data_parallel=ddp has them so"
+    )
 
 
 def recomputed(

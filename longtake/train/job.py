@@ -22,7 +22,7 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, write_whole
-from longtake.parallel.mesh import Mesh, init_mesh, restarts
+from longtake.parallel.mesh import Mesh, init_mesh, let_segments_grow, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
 from longtake.train.keeping import told_to_keep_less
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: StageConfig | JobConfig) -> None:
     """Trains what `config` says, on all ranks that torchrun started (or in this process alone)."""
+    let_segments_grow()
     with init_mesh() as mesh:
         _log_on_main(mesh)
         mesh.on_main(lambda: check_output_folder(config.logdir))

@@ -13,6 +13,7 @@ from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model,
 from tiny_objectives import parts_of
 
 from longtake.models.execution import Execution
+from longtake.models.recompute import ByBlock
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.dmd_keys import CriticConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
@@ -152,6 +153,19 @@ def test_weights_elsewhere_and_other_ways_of_recomputing_are_recorded_anew():
         found = gradients(model, inputs)
     assert calls.recorded(model) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, gradients(plain, inputs), strict=True))
+
+
+def test_nothing_is_recorded_while_forwards_are_measured():
+    """Where `train/keeping.py` has yet to decide what of them is kept."""
+    ways, calls = ByBlock([True, False]), RecordedCalls(Tape)
+    model = make_tiny_model(i2v=True).executed(Execution(recompute=ways, calls=calls))
+    for _ in range(EAGER_CALLS + 2):
+        gradients(model, [make_tiny_latents(7)])
+    assert calls.recorded(model) == 0
+    ways.follow([False, False])
+    for _ in range(EAGER_CALLS + 1):
+        gradients(model, [make_tiny_latents(7)])
+    assert calls.recorded(model) == 1
 
 
 def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(caplog):
