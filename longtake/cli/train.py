@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,7 +99,8 @@ def encode(
     with clean_errors(context):
         from longtake.encodings.write import encode as run
 
-        _make(run, context, _stage(config, overrides), output, overwrite=overwrite)
+        chosen = given(context, "dtype", "rows_per_shard")
+        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
 
 
 def teacher_data(
@@ -117,16 +117,14 @@ def teacher_data(
     with clean_errors(context):
         from longtake.encodings.teacher_data import teacher_data as run
 
-        _make(run, context, _stage(config, overrides), output, overwrite=overwrite)
+        chosen = given(context, "dtype", "rows_per_shard")
+        _tell(run(_stage(config, overrides), output, overwrite=overwrite, **chosen))
 
 
-def _make(
-    run: Callable[..., EncodeReport], context: typer.Context, stage: StageConfig, output: Path, *, overwrite: bool
-) -> None:
-    """Makes an encoded set, and prints the report of all ranks once."""
+def _tell(report: EncodeReport) -> None:
+    """Prints the report of all ranks once."""
     from longtake.parallel.mesh import launched
 
-    report = run(stage, output, overwrite=overwrite, **given(context, "dtype", "rows_per_shard"))
     if launched()[0] == 0:
         typer.echo(str(report))
 
