@@ -73,6 +73,9 @@ def train(
 
 
 # What both writers of encoded sets take.
+OneStage = Annotated[
+    Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
+]
 SetFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
 ]
@@ -84,9 +87,7 @@ RowsPerShard = Annotated[int | None, typer.Option("--rows-per-shard", help="Rows
 
 def encode(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -104,13 +105,7 @@ def encode(
 
 def teacher_data(
     context: typer.Context,
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML file or recipe of one stage, e.g. toy/ode for paths, toy/causal for clips.",
-            autocompletion=_recipes,
-        ),
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -118,7 +113,7 @@ def teacher_data(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a stage's teacher make its data: ODE paths, or clips of pictures and prompts where there are no videos."""
+    """Have a stage's teacher make its data: ODE paths (toy/ode), or clips of pictures and prompts (toy/causal)."""
     with clean_errors(context):
         from longtake.encodings.teacher_data import teacher_data as run
 

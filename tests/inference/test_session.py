@@ -15,11 +15,6 @@ from longtake.inference.sampling import stream_noise, student_latents
 from longtake.rollout.denoise import DenoisedBlock, Guidance, commit_block, denoise_block
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
 @pytest.fixture(scope="module", params=list(KINDS))
 def any_generator(request):
     return make_generator(**KINDS[request.param])
