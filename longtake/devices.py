@@ -69,6 +69,11 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def host_memory() -> tuple[int, int]:
     """Bytes of this machine, or of the container where that has a limit: all, and what may still be taken (caches of
     files make way); zeros where the system does not tell.

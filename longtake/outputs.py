@@ -65,6 +65,30 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+@contextmanager
+def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` when all is written: who reads sees a whole file or the one
+    before, and what fails leaves nothing behind. Args: `synced`, whether it is on the disk by then.
+
+    Raises: OutputError, as `writing`.
+    """
+    partial = partial_name(path)
+    try:
+        with writing(path):
+            yield partial
+            if synced:
+                sync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str, *, synced: bool = False) -> None:
+    """A text in UTF-8, as `whole_file` writes. Raises: OutputError."""
+    with whole_file(path, synced=synced) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 def free_name(path: Path) -> Path:
     """`path`, or where it exists the first of NAME-2, NAME-3, ... that does not."""
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
@@ -153,13 +177,15 @@ def check_own(folder: Path, own: Sequence[str]) -> None:
         raise ConfigError(f"{folder} also holds {', '.join(foreign[:3])}, which would be lost; name another folder")
 
 
+def free_disk(path: str | Path) -> int:
+    """Free bytes on the disk that will hold `path`, whose last parts need not exist yet."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def check_space(path: str | Path, needed: float) -> None:
     """Raises OutputError when the disk of a file that will be written has no room for `needed` bytes."""
-    folder = Path(os.path.abspath(path)).parent
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > (free := free_disk(Path(path).absolute().parent)):
         raise OutputError(
             f"{path} will take about {needed / 1e9:.1f} GB while it is made, and its disk has {free / 1e9:.1f} GB; "
             "name another disk, or make it shorter or smaller"

@@ -341,17 +341,20 @@ class StreamPlan(PlanConfig):
         """How many noises a block can draw: one a denoising step, and one for its context where that has a level."""
         return len(self.sigmas) + (self.context == "last_step" or self.context_sigma > 0)
 
-    def causal_layout(self, num_frames: int) -> MaskLayout:
-        """Layout of one pass over `num_frames` frames, each block seeing itself and its attended past."""
-        return self._layout(num_frames, teacher_forcing=False)
-
     def teacher_forcing_layout(self, num_frames: int) -> MaskLayout:
         """Layout of `[clean F | noisy F]`: a noisy block sees itself and the clean frames it would find in the cache.
 
-        Clean blocks see clean frames as in `causal_layout`. Source: spec of Self-Forcing's teacher forcing, extended
-        to a first block of another size.
+        A clean block sees the same. Source: spec of Self-Forcing's teacher forcing, extended to a first block of
+        another size.
         """
-        return self._layout(num_frames, teacher_forcing=True)
+        self.check(num_frames)
+        calls: list[Call] = []
+        for start, end in self.blocks(0, num_frames):
+            self.check_fits(start, end)
+            past = self.attended(start, end)
+            calls += [(range(half + start, half + end), past) for half in (0, num_frames)]
+        frames = [*range(num_frames)] * 2
+        return packed_layout(frames, calls, self.rope, stored=_first_of(len(frames), num_frames))
 
     def replay_layout(self, first: int, exits_from: int, end: int) -> MaskLayout:
         """Layout of `[clean first .. | noisy exits_from .. end)`, as in teacher forcing, of what a roll-out made.
@@ -378,17 +381,6 @@ class StreamPlan(PlanConfig):
     def past(self, start: int) -> list[int]:
         """Absolute past frames that any block from `start`, a boundary, on attends to, ascending."""
         return self.attended(*self.block_of(start))
-
-    def _layout(self, num_frames: int, *, teacher_forcing: bool) -> MaskLayout:
-        self.check(num_frames)
-        halves = range(2 if teacher_forcing else 1)
-        calls: list[Call] = []
-        for start, end in self.blocks(0, num_frames):
-            self.check_fits(start, end)
-            past = self.attended(start, end)
-            calls += [(range(half * num_frames + start, half * num_frames + end), past) for half in halves]
-        frames = [*range(num_frames)] * len(halves)
-        return packed_layout(frames, calls, self.rope, stored=_first_of(len(frames), num_frames))
 
     def check_fits(self, start: int, end: int) -> None:
         """Raises ConfigError where a cache would refuse the block [start, end): a mask must not invent an answer."""

@@ -43,19 +43,29 @@ class KeyedRNG:
     ) -> Tensor:
         """Standard normal numbers, float32 [B, *shape], one row for each global sample index."""
         rows = [torch.randn(tuple(shape), generator=self.generator(step, purpose, i, part)) for i in indices]
-        drawn = torch.stack(rows)
-        if torch.device(device).type != "cuda":
-            return drawn.to(device)
-        # From memory that is not pinned the copy would wait for all that the GPU has been given to do.
-        return drawn.pin_memory().to(device, non_blocking=True)
+        return to_device(torch.stack(rows), device)
 
     def uniform(
-        self, step: int, purpose: str, indices: Sequence[int], dtype: torch.dtype = torch.float32, part: int = 0
+        self,
+        step: int,
+        purpose: str,
+        indices: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        part: int = 0,
     ) -> Tensor:
-        """Uniform numbers [B] in [0, 1), one for each global sample index, on the CPU."""
+        """Uniform numbers [B] in [0, 1), one for each global sample index."""
         rows = [torch.rand((), generator=self.generator(step, purpose, i, part), dtype=torch.float64) for i in indices]
-        return torch.stack(rows).to(dtype)
+        return to_device(torch.stack(rows).to(dtype), device)
 
     def integer(self, step: int, purpose: str, low: int, high: int, part: int = 0) -> int:
         """One integer in [low, high), shared by all samples and equal on all ranks."""
         return int(torch.randint(low, high, (), generator=self.generator(step, purpose, _SHARED, part)))
+
+
+def to_device(made: Tensor, device: torch.device | str) -> Tensor:
+    """What was made on the CPU, on `device`, without waiting for it."""
+    if torch.device(device).type != "cuda":
+        return made.to(device)
+    # From memory that is not pinned the copy would wait for all that the GPU has been given to do.
+    return made.pin_memory().to(device, non_blocking=True)

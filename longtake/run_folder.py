@@ -257,13 +257,12 @@ def chosen_by(checkpoint: Path) -> str | None:
         raise CheckpointError(f"{file} is damaged ({error}); take the last checkpoint, without the best") from error
 
 
-def exported_weights(checkpoint: str | Path, network: str = "generator", *, prefer_ema: bool = True) -> Path:
+def exported_weights(checkpoint: str | Path, network: str = "generator") -> Path:
     """Folder of a network in a checkpoint, its EMA where there is one: whole weights or low-rank updates.
 
     Raises: CheckpointError when the checkpoint does not hold that network.
     """
-    names = [f"{network}_ema", network] if prefer_ema else [network]
-    for name in names:
+    for name in (f"{network}_ema", network):
         for folder in (Path(checkpoint) / name, Path(checkpoint) / f"{name}{LORA}"):
             if folder.is_dir():
                 return folder

@@ -47,10 +47,27 @@ else
 fi
 
 job=("$config" ${logdir[@]+"${logdir[@]}"} ${overrides[@]+"${overrides[@]}"})
-# A wrong key or value ends here with one message, before any process is started.
-"$python" -m longtake train "${job[@]}" --check >/dev/null
-
-present=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+# A wrong key or value ends here with one message, before any process is started. Meanwhile GPUs are counted: by their
+# driver where there is one that torch is made for, since importing torch takes seconds.
+"$python" -m longtake train "${job[@]}" --check >/dev/null &
+check=$!
+machine=$("$python" -c '
+import ctypes, os, runpy
+from importlib.util import find_spec
+def gpus():
+    number = ctypes.c_int()
+    try:
+        if runpy.run_path(os.path.join(os.path.dirname(find_spec("torch").origin), "version.py"))["cuda"]:
+            cuda = ctypes.CDLL("libcuda.so.1")
+            if cuda.cuInit(0) == cuda.cuDeviceGetCount(ctypes.byref(number)) == 0:
+                return number.value
+    except (OSError, AttributeError, KeyError):
+        pass
+    import torch
+    return torch.cuda.device_count()
+print(gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+wait "$check"
+read -r present cores <<<"$machine"
 gpus=${gpus:-$present}
 ((gpus <= present)) || fail "--gpus $gpus: this machine has $present; give at most that, or 0 for the CPU"
 if ((gpus > 0)); then
@@ -59,10 +76,13 @@ else
     processes=2
     export CUDA_VISIBLE_DEVICES=""
 fi
-cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 threads=$((cores / processes))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 
+# torchrun has nothing to do for one process that is not started anew, and takes seconds to begin.
+if ((processes == 1 && restarts == 0)); then
+    exec "$python" -u -m longtake train "${job[@]}"
+fi
 program=(-m longtake)
 if setpriv --pdeathsig KILL true 2>/dev/null; then
     # torchrun gives each process a session of its own: a killed torchrun would leave them training, unseen.

@@ -9,7 +9,10 @@ class Tape:
     def __init__(self):
         self.recorded = self.replayed = 0
 
-    def __call__(self, work):
+    def __call__(self, *works):
+        return [self._record(work) for work in works]
+
+    def _record(self, work):
         self.recorded += 1
         outputs = tuple(torch.full_like(made, torch.nan) for made in work())
 

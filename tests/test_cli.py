@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 import yaml
+from click.core import ParameterSource
 from typer.testing import CliRunner
 
 from longtake.cli import app as cli
@@ -238,14 +239,18 @@ def test_e_only_given_options_reach_the_function(called, command, name):
     assert invoke(*command).exit_code == 0
     _, kwargs = called[name]
     ranks = {"device": torch.device("cpu")} if name == "generate_file" else {}  # of the ranks, here one
-    writing = kwargs.pop("writing", None)
+    writing, mesh = kwargs.pop("writing", None), kwargs.pop("mesh", None)
+    assert mesh is None or mesh.world_size == 1
     assert writing is None or (writing.crf, writing.scale) == (15, 1.0)
     assert {key: value for key, value in kwargs.items() if value not in (None, {}, False)} == ranks
 
 
 def test_repeated_options_are_lists_also_where_typer_keeps_them_as_tuples():
-    context = types.SimpleNamespace(params={"formats": ("clips",), "switch_frames": (), "seed": 0, "stops": None})
-    assert given(context, *context.params) == {"formats": ["clips"], "seed": 0}
+    said = {"formats": ParameterSource.COMMANDLINE, "seed": ParameterSource.COMMANDLINE}
+    params = {"formats": ("clips",), "switch_frames": (), "seed": 0, "stops": None, "quiet": False}
+    source = lambda name: said.get(name, ParameterSource.DEFAULT)  # noqa: E731
+    context = types.SimpleNamespace(params=params, get_parameter_source=source)
+    assert given(context, *params) == {"formats": ["clips"], "seed": 0}
 
 
 def test_given_options_reach_the_function(called, monkeypatch):
@@ -253,9 +258,9 @@ def test_given_options_reach_the_function(called, monkeypatch):
     invoke("evaluate", "--run", "r", "--no-ablations", "--num-worlds", "4", "--device", "cpu", "-o", "out")
     args, kwargs = called["evaluate"]
     assert args == (Path("r"),) and kwargs["overrides"] == {"ablations": False, "num_worlds": 4}
-    assert kwargs["device"] == "cpu" and kwargs["output"] == Path("out")
+    assert kwargs["mesh"].device.type == "cpu" and kwargs["output"] == Path("out")
     command = ["generate", "--run", "r", *PICTURE, "-o", "o.mp4", "--device", "cpu"]
-    fixed = {"overwrite": False, "device": torch.device("cpu"), "split": None, "writing": ANY}
+    fixed = {"device": torch.device("cpu"), "split": None, "writing": ANY}
     result = invoke(*command, "--frames", "40", "--seed", "0")
     assert result.exit_code == 0 and "report" in result.output
     expected = ((Path("r"), {}), Path("i.png"), "p", Path("o.mp4"))

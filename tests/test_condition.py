@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 
 from longtake.condition import Condition, MaskLayout, VideoShape, latent_frames, pixel_frames
 from longtake.errors import ConfigError, ShapeError
@@ -63,7 +63,7 @@ def test_c_messages_in_words() -> None:
     with pytest.raises(ConfigError, match=r"num_latent_frames=20 .*\[1, 4, 4, \.\.\.\]; set it to 17 or 21"):
         tiny_plan(4).check(20)
     with pytest.raises(ConfigError, match="set it to 3 or 6"):
-        tiny_plan(3, 3).causal_layout(5)
+        causal_layout(tiny_plan(3, 3), 5)
     for values, rule in (
         ({"block": 0}, "block_frames: got 0; must be greater than 0"),
         ({"first": 0}, "first_frames: got 0; must be greater than 0"),
@@ -152,7 +152,7 @@ def test_layouts_equal_a_first_in_first_out_cache(arguments, rope: str, forcing:
     frames = first + later * n
     window = None if extra is None else max(n + sink, first) + extra
     plan = tiny_plan(n, first, window, sink, rope)
-    layout = (plan.teacher_forcing_layout if forcing else plan.causal_layout)(frames)
+    layout = plan.teacher_forcing_layout(frames) if forcing else causal_layout(plan, frames)
     halves = 2 if forcing else 1
     assert layout.num_entries == halves * frames and layout.frame_index.tolist() == list(range(frames)) * halves
     assert layout.allowed.shape == (halves * frames, layout.key_entry.numel())
@@ -177,7 +177,7 @@ def test_layouts_equal_a_first_in_first_out_cache(arguments, rope: str, forcing:
 
 def test_layouts_refuse_blocks_that_a_cache_refuses() -> None:
     with pytest.raises(ConfigError, match=r"frames \[1, 5\) does not fit window_frames=4 .* to 5 or more"):
-        tiny_plan(4, 1, 4, 1).causal_layout(9)
+        causal_layout(tiny_plan(4, 1, 4, 1), 9)
     with pytest.raises(ConfigError, match=r"frames \[0, 4\) does not fit window_frames=2 .* to 4 or more"):
         tiny_plan(2, 4, window=2).teacher_forcing_layout(6)
 
@@ -187,7 +187,7 @@ def test_layouts_equal_the_published_inequalities(n: int, first: int, later: int
     # Specification E.2 without a sink: end(q) - w <= key < end(q), and for teacher forcing the two halves.
     plan, frames = tiny_plan(n, first), first + later * n
     window = None if window is None else max(window, n, first)
-    causal = plan.but(window_frames=window).causal_layout(frames).allowed
+    causal = causal_layout(plan.but(window_frames=window), frames).allowed
     forced = plan.but(window_frames=window).teacher_forcing_layout(frames).allowed
     for q in range(frames):
         start, end = plan.block_of(q)

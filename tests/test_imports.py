@@ -9,7 +9,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "longtake"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "json_text", "plan", "condition", "config", "rng", "run_folder", "devices", "outputs", "progress"}
+BASE = {
+    "errors",
+    "json_text",
+    "plan",
+    "condition",
+    "config",
+    "rng",
+    "run_folder",
+    "devices",
+    "outputs",
+    "progress",
+    "lock",
+}
 BELOW_ROLLOUT = BASE | {"flow", "models", "weights", "encoders", "data", "toy"}
 INFERENCE = BELOW_ROLLOUT | {"rollout", "inference"}
 TRAINING = INFERENCE | {"objectives", "parallel", "encodings", "checkpoint", "train"}

@@ -103,7 +103,14 @@ def test_words_of_libraries_are_understood(tmp_path):
     assert _told(OSError(errno.EROFS, "Read-only file system", "f")) == (
         "f: Read-only file system; name a folder that can be written"
     )
-    assert "Not enough memory" in str(_told(RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes")))
+    for full in (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"),
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),  # no room for a context
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ):
+        assert str(_told(full)).startswith("Not enough memory (") and "\n" not in str(_told(full))
     assert _told(ValueError("a bug")) is None and _told(BrokenPipeError(errno.EPIPE, "pipe")) is None
 
 

@@ -109,6 +109,31 @@ def test_main_job_refuses_a_wrong_key_with_one_message(tmp_path):
     assert refused.returncode == 2 and "--gpus 99: this machine has" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "started"),
+    [
+        (["--gpus", "1"], "-u -m longtake train"),
+        (
+            ["--gpus", "1", "--restarts", "2"],
+            "-m torch.distributed.run --standalone --nproc-per-node 1 --max-restarts 2",
+        ),
+        (["--gpus", "2"], "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0"),
+    ],
+)
+def test_main_job_needs_torchrun_for_several_processes_or_restarts_alone(given, started, tmp_path):
+    """By a python on a machine with two GPUs that shows what it would be given."""
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$*" in *--check*) ;; *device_count*) echo 2 16 ;; *) echo "$OMP_NUM_THREADS" "$*" ;; esac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    script, path = SCRIPTS / "train_i2v_local.sh", f"{tmp_path}:{os.environ['PATH']}"
+    done = bash(script, "--no-setup", *given, "distill.max_steps=3", path=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{16 // int(given[1])} {started} ") and done.stdout.endswith(
+        " distill.max_steps=3\n"
+    )
+
+
 def test_setup_says_which_python_is_too_old(tmp_path):
     (tmp_path / "scripts").mkdir()
     shutil.copy(SCRIPTS / "setup.sh", tmp_path / "scripts")

@@ -28,12 +28,13 @@ def seconds_of(work: Callable[[], Any], device: torch.device, *, about: float = 
     Args: `about`, seconds to spend on repetitions; what takes longer is done once.
     """
     work()
-    once = _timed(work, device, 1)
+    once = timed(work, device)
     repeats = min(_MOST_REPEATS, int(about / max(once, 1e-9)))
-    return once if repeats <= 1 else _timed(work, device, repeats)
+    return once if repeats <= 1 else timed(work, device, repeats)
 
 
-def _timed(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def timed(work: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Mean seconds of `work()`, from when the device has nothing else to do until it has done it so many times."""
     synchronize(device)
     if device.type != "cuda":
         start = time.perf_counter()

@@ -255,7 +255,7 @@ def floor_seconds(found: Mapping[Operation, int], device: torch.device, dtype: t
 
         if device.type == "cuda":
             all_of_them()  # kernels are chosen
-            replay, _ = CUDAGraphCapture()(all_of_them)
+            ((replay, _),) = CUDAGraphCapture()(all_of_them)
             return seconds_of(replay, device)
         return seconds_of(all_of_them, device)
 

@@ -17,17 +17,15 @@ from longtake.doctor.estimate import SizedBuilder
 from longtake.encoders.bundle import Encoders, vae_calls
 from longtake.encoders.clip import ImageEncoder
 from longtake.encoders.decoders import random_decoder
-from longtake.encoders.original import published_vae
+from longtake.encoders.original import random_vae
 from longtake.encoders.sessions import Decoder
 from longtake.encoders.text import TextEncoder
 from longtake.encoders.vae import VideoVAE
 from longtake.inference.generator import Generator
-from longtake.inference.pipeline import decoding_place
+from longtake.inference.pipeline import decoding_place, streaming_model
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import SequenceParallel
 from longtake.models.sizes import DiTConfig
-from longtake.parallel.materialize import materialize
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.load import Opened
@@ -73,13 +71,7 @@ def random_generator(
     """
     sizes, decoding = model_config(preset), decoding_place(decode_device, split)
     torch.manual_seed(0)  # the same encoders on every rank
-    opened = random_weights(sizes, device)
-    if settings.is_half:
-        opened.model.cast(torch.bfloat16)
-    materialize(opened.model, device, opened.read(None))
-    if settings.precision == "fp8":
-        opened.model.quantise()
-    model = opened.model.eval().requires_grad_(False).executed(Execution(split))
+    model = streaming_model(random_weights(sizes, device), device, settings, split)
     dtype = torch.bfloat16 if settings.is_half else torch.float32
     vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
     encoders = Encoders.load(TOY_ASSETS) if preset == TOY else _encoders(sizes, device, dtype, small_text=small_text)
@@ -136,17 +128,10 @@ def _encoders(sizes: DiTConfig, device: torch.device, dtype: torch.dtype, *, sma
     image = None
     with torch.device(device):
         text = UMT5EncoderModel._from_config(text_config, dtype=dtype)
-        vae = published_vae(sizes.out_channels)
+        vae = random_vae(sizes.out_channels)
         if sizes.image_dim is not None:
             image = ImageEncoder(CLIPVisionModel._from_config(CLIPVisionConfig(**_IMAGE), dtype=dtype))
     return Encoders(VideoVAE(vae), TextEncoder(text, tokenizer, sizes.text_len), image)
-
-
-def random_vae(channels: int, sizes: Mapping[str, Any] = {}) -> Any:
-    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), or of other `sizes`, its configuration."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(**sizes) if sizes else published_vae(channels)
 
 
 def _moved(encoders: Encoders, device: torch.device, vae_dtype: torch.dtype, *, low_memory: bool) -> Encoders:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.doctor.machine import look
-from longtake.outputs import writing
+from longtake.devices import num_cores
+from longtake.doctor.machine import versions
 
 _PACKAGES = ("python", "torch", "CUDA of torch", "cuDNN", "triton", "diffusers", "transformers")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device and the versions that numbers depend on."""
-    found = look()
-    name = f"CPU, {found.cores} cores, {torch.get_num_threads()} threads"
+    name = f"CPU, {num_cores()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"device": name, "versions": {name: found.packages[name] for name in _PACKAGES}}
+    found = versions()
+    return {"device": name, "versions": {name: found[name] for name in _PACKAGES}}
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -45,9 +43,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
     return "-" if value is None else str(value)
-
-
-def write_json(found: Mapping[str, Any], file: Path) -> None:
-    """Writes all numbers so far."""
-    with writing(file):
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

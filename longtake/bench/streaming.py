@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from longtake.bench.clock import percentiles, playback, seconds_of, synchronize
+from longtake.bench.clock import percentiles, playback, seconds_of, synchronize, timed
 from longtake.bench.kernels import (
     Operation,
     best_layouts,
@@ -64,9 +64,10 @@ def bench_stream(generator: Generator, load_seconds: float, *, blocks: int, warm
     context, decode = found.parts.get("context", 0.0), found.parts["decode"]
     loop = sum(passes) + context
     copy, write = copy_seconds(generator, warm.last), write_seconds(generator, frames)
-    ms: dict[str, Any] = {**encoder_parts(generator), "passes": passes, "context": context, "decode": decode}
+    encoded = encoder_parts(generator)
+    ms: dict[str, Any] = {**encoded, "passes": passes, "context": context, "decode": decode}
     ms |= {"copy": copy, "write": write, "rest": block_seconds - loop - decode - copy}
-    ms |= {"launch": launch_seconds(generator), "first": first_parts(generator)}
+    ms |= {"launch": launch_seconds(generator), "first": first_parts(generator, encoded)}
     longer = [warmed - warming * block_seconds]
     if cold is not None:
         longer.append(cold.arrivals[-1] - warm.arrivals[len(cold.arrivals) - 1])
@@ -171,13 +172,14 @@ def encoder_parts(generator: Generator) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def first_parts(generator: Generator) -> dict[str, float | None]:
+def first_parts(generator: Generator, encoded: Mapping[str, float | None]) -> dict[str, float | None]:
     """Seconds of each part that the first generated frame of a warm video waits for, each alone: the picture at its
     size, the encoders, of y what the first block reads, the passes of the picture and of that block, and its first
     latent decoded and fetched. Some run beside each other; and Python, which begins them all, has no part here.
+    Args: `encoded`, as `encoder_parts` gives it.
     """
     encoders, device, picture = generator.encoders, generator.device, picture_of(generator)
-    image, near = encoders.image, 1 + generator.plan.block_frames
+    near = 1 + generator.plan.block_frames
     video = torch.zeros(1, 3, generator.settings.height, generator.settings.width, device=device)
     timed, with_y = TimedGenerator.of(generator), generator.model.config.condition_channels
     length = generator.first_pixels(given=picture is not None)
@@ -191,8 +193,8 @@ def first_parts(generator: Generator) -> dict[str, float | None]:
     first = decoder.decode(latent)[0]
     return {
         "picture": None if picture is None else seconds_of(lambda: generator.prepare(picture), device),
-        "text": seconds_of(lambda: encoders.text.encode([PROMPT]), device),
-        "clip": None if image is None else seconds_of(lambda: image.encode(video), device),
+        "text": encoded["text"],
+        "clip": encoded["clip"],
         "y": seconds_of(lambda: ConditionFrames(encoders.vae, video).reach(near), device) if with_y else None,
         "passes": sum(passes),
         "decode": seconds_of(lambda: decoder.decode(latent), device),
@@ -206,7 +208,7 @@ def copy_seconds(generator: Generator, frames: NDArray[np.uint8]) -> float:
     return seconds_of(lambda: Frames(video).array(), generator.device)
 
 
-def write_seconds(generator: Generator, count: int, repeats: int = 3) -> float:
+def write_seconds(generator: Generator, count: int) -> float:
     """Seconds that writing a block of `count` frames into an mp4 takes, which is no part of a block: `generate` writes
     beside a GPU. The frames are those of a picture with grain that drifts, since random networks make pure noise, which
     no encoder is made for.
@@ -223,10 +225,7 @@ def write_seconds(generator: Generator, count: int, repeats: int = 3) -> float:
         VideoWriter(Path(folder) / "bench.mp4", settings.fps, height, width) as writer,
     ):
         writer.write(frames)  # the encoder starts
-        start = time.perf_counter()
-        for _ in range(repeats):
-            writer.write(frames)
-        return (time.perf_counter() - start) / repeats
+        return timed(lambda: writer.write(frames), torch.device("cpu"), repeats=3)
 
 
 def launch_seconds(generator: Generator, blocks: int = 3) -> float | None:

@@ -5,7 +5,6 @@ The row is made in memory, the VAE has random weights, and files go to a folder 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 
-from longtake.bench.clock import synchronize
-from longtake.bench.random_models import random_vae
+from longtake.bench.clock import timed
 from longtake.config.stage import StageConfig
+from longtake.encoders.original import random_vae
 from longtake.encoders.vae import VideoVAE
 from longtake.evaluation.row_videos import row_of, teacher_maker
 from longtake.models.dit import VideoDiT
@@ -57,12 +56,12 @@ class ValidationBench:
             short = settings.model_copy(update={"times_longer": 1})
             warm = self._validation(changes | {"validation": short})
             warm.prepare()
-            first = self._seconds(lambda: warm.evaluate(0))
+            first = timed(lambda: warm.evaluate(0), self.mesh.device)
             validation = replace(warm, config=self.config.model_copy(update=changes))  # which has the teacher's videos
             self._forget_peak()
             numbers: dict[str, float] = {}
-            seconds = self._seconds(lambda: numbers.update(validation.evaluate(1)))
-            sheet = self._seconds(lambda: validation.sample(1))
+            seconds = timed(lambda: numbers.update(validation.evaluate(1)), self.mesh.device)
+            sheet = timed(lambda: validation.sample(1), self.mesh.device)
             peak = self._peak()
         self._forget_peak()
         teacher = None if self.teacher is None else self._teacher_seconds(self.teacher)
@@ -107,15 +106,8 @@ class ValidationBench:
         bf16, device = config.precision == "bf16", self.mesh.device
         row = row_of(self.batch, 0, "made")
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            seconds = self._seconds(lambda: make(row))
+            seconds = timed(lambda: make(row), device)
         return seconds * settings.teacher_steps / _TEACHER_STEPS
-
-    def _seconds(self, work: Any) -> float:
-        synchronize(self.mesh.device)
-        start = time.perf_counter()
-        work()
-        synchronize(self.mesh.device)
-        return time.perf_counter() - start
 
     def _forget_peak(self) -> None:
         if self.mesh.device.type == "cuda":

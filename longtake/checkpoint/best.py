@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from longtake import run_folder
-from longtake.outputs import new_folder, partial_name, writing
+from longtake.outputs import new_folder, write_whole, writing
 from longtake.parallel.mesh import Mesh
 
 
@@ -50,9 +50,7 @@ class Best:
             (partial / run_folder.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         about = {"step": manifest["step"], "score": self.score, "value": self._value}
         about["seed"] = manifest["config"]["validation"]["seed"]
-        temporary = partial_name(self.folder / run_folder.BEST)
-        temporary.write_text(json.dumps(about) + "\n")
-        temporary.replace(self.folder / run_folder.BEST)
+        write_whole(self.folder / run_folder.BEST, json.dumps(about) + "\n")
         for old in run_folder.list_checkpoints(self.folder):
             if old.name != final.name:
                 shutil.rmtree(old)

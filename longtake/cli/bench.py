@@ -12,13 +12,16 @@ from longtake.cli.common import (
     DecodeDevice,
     Decoder,
     Device,
+    Json,
     Run,
     WarmUp,
     clean_errors,
     given,
+    refuse,
     source_of,
     told_once,
 )
+from longtake.cli.generate import Encoders, Model
 from longtake.errors import ConfigError
 from longtake.outputs import check_output_file
 
@@ -34,18 +37,15 @@ What = Annotated[
     ),
 ]
 
+_OF_STREAMS = ("encoders", "small_text", "size", "dtype", "decoder", "blocks", "warm_up", "decode_device")
+
 
 def bench(
     context: typer.Context,
     what: What = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or file of weights in any layout, OWNER/NAME on the hub, or toy.")
-    ] = None,
+    model: Model = None,
     run: Run = None,
-    encoders: Annotated[
-        str | None,
-        typer.Option(help="Folder of the encoders, OWNER/NAME on the hub, or toy; where not in or beside the model's."),
-    ] = None,
+    encoders: Encoders = None,
     random: Annotated[
         str | None, typer.Option(metavar="PRESET", help="Random weights of a preset, made on the device; no files.")
     ] = None,
@@ -64,7 +64,7 @@ def bench(
     warm_up: WarmUp = False,
     device: Device = None,
     decode_device: DecodeDevice = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Measure a stream (of the toy, unless another model is named) or a training: seconds, parts, kernels, memory.
 
@@ -76,8 +76,18 @@ def bench(
             check_output_file(json_file, suffixes=(".json",), inputs=[config], overwrite=True)
         if sum(one is not None for one in (config, model, run, random)) > 1:
             raise ConfigError("give one of CONFIG (a training), --model, --run and --random")
-        from longtake.parallel.mesh import init_mesh
+        if config is not None:
+            refuse(context, _OF_STREAMS, "{option} is of a stream, and CONFIG of a training; leave one of them out")
+        else:
+            refuse(context, ("steps", "memory"), "{option} is of a training; give its CONFIG, too")
+            if random is None:
+                refuse(context, ("small_text",), "{option} goes with --random")
+            else:
+                refuse(context, ("encoders",), "{option} goes with --model; --random makes its own")
+        from longtake.parallel.mesh import init_mesh, let_segments_grow
 
+        if config:
+            let_segments_grow()  # as a training does
         with init_mesh(device) as mesh, told_once(mesh):
             parts = _training(context, mesh, config, overrides) if config else _stream(context, mesh, overrides)
             _tell(parts, json_file, shown=mesh.is_main)
@@ -93,20 +103,21 @@ def _stream(context: typer.Context, mesh: Mesh, overrides: list[str]) -> Iterato
     from longtake.bench.run import bench_random, bench_source
     from longtake.config.generation import changes_of
 
-    run, model, encoders, random, warm_up, small_text, size = (
-        context.params[name] for name in ("run", "model", "encoders", "random", "warm_up", "small_text", "size")
+    run, model, encoders, random, size = (
+        context.params[name] for name in ("run", "model", "encoders", "random", "size")
     )
     changes = changes_of(*overrides, **_size(size), **given(context, "dtype", "decoder"))
-    how = {"warm_up": warm_up, **given(context, "blocks", "decode_device")}
+    counted = given(context, "warm_up", "blocks", "decode_device")
     if random is not None:
-        return bench_random(random, changes, mesh, small_text=small_text, **how)
+        return bench_random(random, changes, mesh, **given(context, "small_text"), **counted)
     named = "toy" if model is None and run is None else model
-    return bench_source(source_of(run, named, encoders, None, changes, must_stream=False), mesh, **how)
+    return bench_source(source_of(run, named, encoders, None, changes, must_stream=False), mesh, **counted)
 
 
 def _tell(parts: Iterator[dict[str, Any]], file: Path | None, *, shown: bool) -> None:
     """Prints numbers as they are known, and keeps the file up to date; of all ranks, one does."""
-    from longtake.bench.report import text, write_json
+    from longtake.bench.report import text
+    from longtake.evaluation.report import write_json
 
     found: dict[str, Any] = {}
     for part in parts:
@@ -114,7 +125,7 @@ def _tell(parts: Iterator[dict[str, Any]], file: Path | None, *, shown: bool) ->
         if shown:
             typer.echo(text(part))
             if file is not None:
-                write_json(found, file)
+                write_json(file, found)
 
 
 def _told_apart(what: list[str]) -> tuple[Path | None, list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by def
 Decoder = Annotated[
     str | None, typer.Option(help="exact (the VAE), tiny (TAEHV, LightTAE) or light (LightVAE): what makes pixels.")
 ]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file, too.")]
 DecodeDevice = Annotated[str | None, typer.Option(help="Another GPU that decodes beside the transformer, e.g. cuda:1.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already; never an input.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
@@ -34,6 +36,8 @@ Rules = Annotated[
 ]
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+# What torch says of a full memory, in errors of several kinds: where a GPU has no room for a context, too
+_FULL = re.compile("can't allocate memory|out of memory|_ALLOC_FAILED")
 # What becomes of the work of a command that Ctrl-C ends
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
@@ -91,7 +95,8 @@ def _told(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted"
     text = str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if full or (isinstance(error, RuntimeError) and _FULL.search(text)):
         return f"Not enough memory ({text.splitlines()[0] if text else 'refused'}); lower sizes, lengths or batches"
     if isinstance(error, OSError) and (said := refusal(error)) is not None:
         return f"{error.filename or 'The output'}: {said}"
@@ -120,9 +125,19 @@ def given(context: typer.Context, *names: str) -> dict[str, Any]:
     """Those of the named options that were given on the command line; repeated ones as lists, which some versions of
     typer keep as tuples.
     """
-    values = {name: context.params[name] for name in names}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: value for name, value in values.items() if value not in (None, [])}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    said = (name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    values = {name: context.params[name] for name in said}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises ConfigError where one of the named options was given: the command would not look at it. Args: `why`, in
+    which `{option}` is the first of these.
+    """
+    if wrong := given(context, *names):
+        option = next(one for one in context.command.params if one.name in wrong)
+        raise ConfigError(why.format(option=option.metavar if option.param_type_name == "argument" else option.opts[0]))
 
 
 def source_of(

@@ -22,6 +22,7 @@ from longtake.cli.common import (
     WarmUp,
     clean_errors,
     given,
+    refuse,
     source_of,
     told_once,
 )
@@ -40,6 +41,7 @@ RULES = (
     *("height", "width", "fps", "sampler", "steps", "shift", "block", "window", "sink", "rope", "guidance", "dtype"),
     "decoder",
 )
+_RECORDED = (*RULES, "overrides", "config", "num_frames", "seconds", "seed", "negative")  # of a video, in its record
 
 Model = Annotated[
     str | None,
@@ -144,7 +146,7 @@ def generate(
         wanted = given(context, "num_frames", "seconds", "seed", "negative", "samples", "decode_device", "overwrite")
         wanted["writing"] = _writing(context)
         if like is not None:
-            _make_one(_again(context, like, output, changes, wanted), device, sequence_parallel)
+            _make_one(_again(context, like, output, wanted), device, sequence_parallel)
             return
         source = source_of(run, model, encoders, config, changes)
         _start(context, source, wanted, is_single)
@@ -180,19 +182,14 @@ def _writing(context: typer.Context) -> Writing:
     return writing
 
 
-def _again(
-    context: typer.Context, like: Path, output: Path, changes: dict[str, Any], wanted: dict[str, Any]
-) -> Callable[..., GenerationReport]:
+def _again(context: typer.Context, like: Path, output: Path, wanted: dict[str, Any]) -> Callable[..., GenerationReport]:
     """What makes a video again. Raises: ConfigError for options that its record answers."""
     from longtake.inference.like import generate_like
     from longtake.inference.record import Writing
 
-    foreign = given(context, "config", "num_frames", "seconds", "seed", "negative")
-    if changes or foreign:
-        named = ", ".join([f"--{name.replace('_', '-')}" for name in foreign] or changes)
-        raise ConfigError(f"--like makes the same video again, as its record says; leave out {named}")
-    run, model, encoders = (context.params[name] for name in ("run", "model", "encoders"))
-    source = None if run is None and model is None else source_of(run, model, encoders, must_stream=False)
+    refuse(context, _RECORDED, "--like makes the same video again, as its record says; leave out {option}")
+    where = [context.params[name] for name in ("run", "model", "encoders")]
+    source = source_of(*where, must_stream=False) if any(where) else None
     writing = wanted.pop("writing")
     look = given(context, "crf", "scale")
     assert isinstance(writing, Writing)

@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Quiet, Rules, Run, clean_errors, given, told_once
+from longtake.cli.common import Device, Json, Overwrite, Quiet, Rules, Run, clean_errors, given, refuse, told_once
 from longtake.cli.generate import WAIT_MINUTES, Encoders
 from longtake.errors import ConfigError
 
 Folders = Annotated[list[str], typer.Argument(metavar="NAME=FOLDER ...", help="Folders of videos, each with a name.")]
-Json = Annotated[Path | None, typer.Option("--json", help="File for every number: videos, curves, rows.")]
 Html = Annotated[
     Path | None, typer.Option("--html", help="Page with table, curves and the videos, which it links relatively.")
 ]
@@ -89,7 +88,10 @@ def evaluate(
             raise ConfigError("give either --run or --model: a training run, or folders of weights")
         if run is not None and (teacher or encoders) is not None:
             raise ConfigError("--teacher goes with --model, and so does --encoders; a run knows its own")
-        _check_kind(context, on_data=data is not None)
+        if data is not None:
+            refuse(context, _OF_WORLDS, "{option} is of toy worlds; leave it or --data out")
+        else:
+            refuse(context, (*_OF_DATA, "overrides"), "{option} needs --data, the rows to make videos of")
         folder = output or run
         if folder is None:
             raise ConfigError("--model needs --output, the folder that table, JSON and plots are written to")
@@ -101,20 +103,13 @@ def evaluate(
             return
         from longtake.evaluation.run import evaluate as measure
         from longtake.evaluation.target import of_models
+        from longtake.parallel.mesh import init_mesh
 
         target = run if run is not None else of_models(model or [], teacher, encoders)
-        report = measure(target, overrides=given(context, *_OF_WORLDS, "seed"), output=output, device=device)
-        typer.echo(str(report))
-
-
-def _check_kind(context: typer.Context, *, on_data: bool) -> None:
-    """Raises ConfigError for options of the other kind of evaluation."""
-    wrong = given(context, *(_OF_WORLDS if on_data else (*_OF_DATA, "overrides")))
-    names = {name: option.opts[0] for option in context.command.params if (name := option.name) is not None}
-    if wrong and on_data:
-        raise ConfigError(f"{names[next(iter(wrong))]} is of toy worlds; leave it or --data out")
-    if wrong:
-        raise ConfigError(f"{names[next(iter(wrong))]} needs --data, the rows to make videos of")
+        with init_mesh(device) as mesh, told_once(mesh):
+            report = measure(target, overrides=given(context, *_OF_WORLDS, "seed"), output=output, mesh=mesh)
+            if mesh.is_main:
+                typer.echo(str(report))
 
 
 def _on_data(
@@ -158,7 +153,7 @@ def measure(
         from longtake.evaluation.html import write_page
         from longtake.evaluation.measure import as_json, as_table, measure_folders, parse_blocks, parse_folders
         from longtake.evaluation.report import write_json
-        from longtake.outputs import check_output_file, writing
+        from longtake.outputs import check_output_file
 
         named, blocks = parse_folders(folders), parse_blocks(block)
         for path, suffix in ((json_file, ".json"), (html, ".html")):
@@ -167,8 +162,6 @@ def measure(
         videos = measure_folders(named, blocks)
         typer.echo(as_table(videos))
         if json_file is not None:
-            with writing(json_file):
-                write_json(json_file, as_json(videos))
+            write_json(json_file, as_json(videos))
         if html is not None:
-            with writing(html):
-                write_page(html, videos)
+            write_page(html, videos)

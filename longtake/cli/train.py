@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, given
+from longtake.cli.common import EXIT_ERROR, Overwrite, Quiet, clean_errors, given, refuse
 from longtake.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def train(
 
 
 # What both writers of encoded sets take.
+OneStage = Annotated[
+    Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
+]
 SetFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the encoded set; started again, it goes on.")
 ]
@@ -84,9 +87,7 @@ RowsPerShard = Annotated[int | None, typer.Option("--rows-per-shard", help="Rows
 
 def encode(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="YAML file or recipe of one stage, e.g. toy/distill.", autocompletion=_recipes)
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -104,13 +105,7 @@ def encode(
 
 def teacher_data(
     context: typer.Context,
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML file or recipe of one stage, e.g. toy/ode for paths, toy/causal for clips.",
-            autocompletion=_recipes,
-        ),
-    ],
+    config: OneStage,
     output: SetFolder,
     overrides: Overrides = None,
     dtype: StoredType = None,
@@ -118,7 +113,7 @@ def teacher_data(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a stage's teacher make its data: ODE paths, or clips of pictures and prompts where there are no videos."""
+    """Have a stage's teacher make its data: ODE paths (toy/ode), or clips of pictures and prompts (toy/causal)."""
     with clean_errors(context):
         from longtake.encodings.teacher_data import teacher_data as run
 
@@ -174,8 +169,7 @@ def doctor(
 
         report: Report | StreamReport
         if stream is not None:
-            if gpus is not None or seconds_from is not None or price is not None:
-                raise ConfigError("--gpus, --seconds-from and --price are of a training; leave them out with --stream")
+            refuse(context, ("gpus", "seconds_from", "price"), "{option} is of a training; leave it or --stream out")
             rules = [*([] if config is None else [str(config)]), *(overrides or [])]
             report = diagnose_stream(stream, rules, device=device)
         else:

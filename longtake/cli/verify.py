@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtake.cli.common import Device, Overwrite, Rules, clean_errors, given
+from longtake.cli.common import Device, Json, Overwrite, Rules, clean_errors, given
 
 if TYPE_CHECKING:
     from longtake.evaluation.verify import Check
@@ -19,7 +18,6 @@ Weights = Annotated[
 ]
 Image = Annotated[Path | None, typer.Option(help="A photograph; without, a picture of the toy world.")]
 Prompt = Annotated[str | None, typer.Option(help="What moves in it and how; without, the caption of that picture.")]
-Json = Annotated[Path | None, typer.Option("--json", help="File for the checks.")]
 
 
 def verify(
@@ -42,7 +40,8 @@ def verify(
     with clean_errors(context):
         from longtake.cli.common import EXIT_ERROR
         from longtake.config.generation import changes_of
-        from longtake.evaluation.verify import WRONG, as_text
+        from longtake.evaluation.report import write_json
+        from longtake.evaluation.verify import WRONG, as_json, as_text
         from longtake.evaluation.verify import verify as verified
         from longtake.outputs import check_output_file
 
@@ -57,17 +56,9 @@ def verify(
             typer.echo(as_text(check, now - last))
             last = now
             checks.append(check)
-            _write(json_file, checks, finished=False)
-        _write(json_file, checks, finished=True)
+            if json_file is not None:
+                write_json(json_file, as_json(checks, finished=False))
+        if json_file is not None:
+            write_json(json_file, as_json(checks, finished=True))
         if any(check.status == WRONG for check in checks):
             raise typer.Exit(EXIT_ERROR)
-
-
-def _write(file: Path | None, checks: Sequence[Check], *, finished: bool) -> None:
-    from longtake.evaluation.report import write_json
-    from longtake.evaluation.verify import as_json
-    from longtake.outputs import writing
-
-    if file is not None:
-        with writing(file):
-            write_json(file, as_json(checks, finished=finished))

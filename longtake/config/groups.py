@@ -165,8 +165,9 @@ class ParallelConfig(Settings):
     )
     graphs: bool = Field(
         default=True,
-        description="on a GPU, record the student's passes without gradient as CUDA graphs and replay them, where its "
-        "weights are whole on each rank, trained without low-rank updates and not compiled",
+        description="on a GPU, record as CUDA graphs, and replay, what comes again, where weights are whole on each "
+        "rank and not compiled: the student's passes without gradient, unless low-rank updates are trained, and of "
+        "small networks (narrower than 1024) every call, with its backward",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
 
@@ -273,7 +274,7 @@ class EvaluationConfig(Settings):
     seed: int = Field(
         default=1_000_003, ge=0, lt=2**63, description="seed of the worlds and the noise; must differ from data.seed"
     )
-    batch_size: int = Field(default=8, gt=0, le=10_000, description="worlds generated at once")
+    batch_size: int = Field(default=8, gt=0, le=10_000, description="worlds generated at once; on a GPU at least 32")
     teacher_steps: int = Field(default=20, gt=0, le=1000, description="sampling steps of the teacher's row")
     teacher_guidance: float = Field(default=1.0, ge=0, description="guidance w of the teacher's row")
     open_worlds: int = Field(

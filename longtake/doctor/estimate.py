@@ -28,17 +28,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
 from longtake.doctor.validating import validate
-from longtake.encoders.original import PUBLISHED_VAE
+from longtake.encoders.original import random_vae
 from longtake.models import attention
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
+from longtake.models.execution import LARGE_WIDTH, Execution
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
-from longtake.train.execution import is_fused
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -153,9 +152,10 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
         """Inside is a stretch of its own."""
-        self.where = what
+        before, self.where = self.where, what
         self.mark()
         yield
+        self.where = before
         self.mark()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -224,13 +224,8 @@ class _Parts(PhaseTimer):
         super().__init__()
         self.meter, self.turn = meter, ""
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        before, self.meter.where = self.meter.where, f"{name} in the update of the {self.turn}"
-        self.meter.mark()
-        yield
-        self.meter.where = before
-        self.meter.mark()
+    def __call__(self, name: str) -> Any:
+        return self.meter.during(f"{name} in the update of the {self.turn}")
 
     @contextmanager
     def whole(self, name: str) -> Iterator[None]:
@@ -314,15 +309,10 @@ class _KeepsInputs(torch.autograd.Function):
         return None, *(next(found) if on else None for on in wanted)
 
 
-def without_data(vae: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The library's VAE of a configuration (Wan2.1's where it is empty), for a trace to fill by `to_empty`: networks
-    without data cannot be cast.
-    """
-    from diffusers import AutoencoderKLWan
-
+def vae_without_data(channels: int, dtype: torch.dtype, sizes: Mapping[str, Any] = {}) -> nn.Module:
+    """As `random_vae`, for a trace to fill by `to_empty`: networks without data cannot be cast."""
     with torch.device("meta"):
-        module: Any = AutoencoderKLWan(**vae)
-    return nn.Module.to(module, dtype)  # its own `to` remarks on types that no module has
+        return nn.Module.to(random_vae(channels, sizes), dtype)  # its own `to` remarks on types that no module has
 
 
 @dataclass(kw_only=True)
@@ -362,11 +352,11 @@ class _Hollow(SizedBuilder):
     def _quick(self, model: VideoDiT, *, sharded: bool, compiled: bool) -> Execution:
         # Of low-rank updates what runs unfused is traced, which is within 3 % of what was measured of them.
         whole = all(wanted.lora is None for wanted in self.config.networks.values())
-        return replace(model.execution, fuses=whole and not compiled and is_fused(model, sharded=sharded))
+        return replace(model.execution, fuses=whole and not (sharded or compiled) and model.config.dim >= LARGE_WIDTH)
 
     def _recorder(self) -> CUDAGraphRunner:
         """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""
-        return CUDAGraphRunner(lambda work: (lambda: None, work()))
+        return CUDAGraphRunner(lambda *works: [(lambda: None, work()) for work in works])
 
     def open(self, source: Path, part: Part = "alone") -> Opened:
         with torch.device("meta"):
@@ -423,7 +413,6 @@ def trace(
     """
     # Compiled blocks need no more than these.
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
-    vae = vae or PUBLISHED_VAE.get(sizes["generator"].out_channels, {})  # no file tells it
     meter = Meter()
     with meter.fake:
         frames, codec = config.video.num_latent_frames, None
@@ -440,9 +429,8 @@ def trace(
             accumulation = min(2, accumulation)  # all but the first find gradients; running videos add up
         batches: Any = MadeBatches(config, sizes["generator"], image_tokens, accumulation, rows)
         of_rows = config.validates and config.validation.num_rows > 0
-        decoder = (
-            without_data(vae, torch.bfloat16 if config.precision == "bf16" else torch.float32) if of_rows else None
-        )
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        decoder = vae_without_data(sizes["generator"].out_channels, dtype, vae) if of_rows else None
         with meter.fake, meter:
             inner = builder.objective(networks, codec, phases, draws)
             objective = InPrecision(inner, mesh, bf16=config.precision == "bf16", on_a_gpu=True)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
-from longtake.config.groups import DataConfig
 from longtake.config.job import JobConfig
 from longtake.config.stage import StageConfig, is_path
 from longtake.data.encoded import EncodedRows
 from longtake.data.formats import find_format
 from longtake.doctor.estimate import Sizes
-from longtake.errors import CheckpointError, LongtakeError
+from longtake.errors import CheckpointError, ConfigError, LongtakeError
 from longtake.models.sizes import DiTConfig
+from longtake.weights.config_json import read_json
 from longtake.weights.load import open_dit
 from longtake.weights.locate import (
+    CLIP_TOKENS,
     ENCODER_PARTS,
-    EncoderPart,
     encoder_files,
     find_weights,
     hub_repository,
@@ -32,6 +30,7 @@ from longtake.weights.locate import (
     tokenizer_places,
 )
 from longtake.weights.presets import PRESETS, model_config
+from longtake.weights.read import stored_in
 from longtake.weights.students import find_student
 
 
@@ -45,11 +44,19 @@ class Findings:
 
     sizes: Sizes = field(default_factory=dict)
     encoder_bytes: int = 0
-    image_tokens: int = 0
+    image_tokens: int = CLIP_TOKENS
     vae: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     downloads: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """What is wrong with files that are looked at inside is told with the rest."""
+        try:
+            yield
+        except LongtakeError as error:
+            self.missing.append(f"{what}: {error}")
 
 
 def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
@@ -71,9 +78,15 @@ def look_at(config: StageConfig, job: JobConfig | None = None) -> Findings:
         parts.discard("image_encoder")
     folder = config.encoders_folder
     if not stored or config.objective.decodes:
-        found.encoder_bytes = _encoders(folder, parts, found, half_text=config.model.text_precision == "bf16")
-    _data(config.data, job, found)
-    found.image_tokens, found.vae = image_token_count(folder), _vae(folder)
+        _look_at_encoders(folder, parts, found, half_text=config.model.text_precision == "bf16")
+    written = None if job is None or job.data is None else job.data_folder
+    if written is None or not Path(config.data.path).is_relative_to(written):
+        with found.noting("data"):
+            find_format(Path(config.data.path), config.data.kind)
+    with found.noting("encoders"):
+        found.image_tokens = image_token_count(folder)
+        if (file := folder / "vae" / "config.json").is_file():
+            found.vae = {name: value for name, value in read_json(file).items() if not name.startswith("_")}
     return found
 
 
@@ -86,6 +99,7 @@ def _sizes(
     repository = hub_repository(path)
     try:
         if (student := find_student(path)) is not None:
+            student.check_is_one()
             if student.root is not None:
                 return student.open().model.config
             name = student.student.name
@@ -98,7 +112,7 @@ def _sizes(
             raise CheckpointError(f"{path} does not exist")
         found.notes.append(f"{key}={source} is no local path: it will be fetched from the Hugging Face hub")
     except (LongtakeError, ValueError) as error:
-        reason = "does not exist" if not path.exists() else str(error)
+        reason = str(error) if path.exists() or isinstance(error, ConfigError) else "does not exist"
         if repository is not None:
             found.downloads.append(f"longtake download {repository} -o {path}")
         hint = "" if is_path(source) else "; train that stage first"
@@ -110,18 +124,11 @@ def _sizes(
     return model_config(preset)
 
 
-def _vae(folder: Path) -> dict[str, Any]:
-    file = folder / "vae" / "config.json"
-    if not file.is_file():
-        return {}
-    return {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("_")}
-
-
-def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> int:
-    """Bytes of the encoders that are there, as they are loaded; what is not there, with the commands that get it."""
+def _look_at_encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: bool) -> None:
+    """Finds the bytes of encoders that are there, as they are loaded; what is not there, with commands that get it."""
     if not folder.exists() and is_hub_name(folder):
         found.notes.append(f"encoders={folder} will be fetched from the Hugging Face hub; their memory is not counted")
-        return 0
+        return
     parts = [part for part in ENCODER_PARTS if part.folder in wanted]
     if absent := [part for part in parts if not part.places(folder)]:
         found.missing.append(f"encoders: {folder} has no {', no '.join(part.name for part in absent)}")
@@ -139,24 +146,10 @@ def _encoders(folder: Path, wanted: set[str], found: Findings, *, half_text: boo
             files[repository] += [file, *part.beside]
         found.downloads += [f"hf download {name} {' '.join(f)} --local-dir {folder}" for name, f in files.items()]
     # Encoders are loaded in float32, whatever the files hold, but the text encoder where it is asked for.
-    there = ((file, part) for part in parts for file in encoder_files(folder, part))
-    return sum((2 if half_text and part.key == "text" else 4) * _elements(file, part) for file, part in there)
-
-
-def _elements(file: Path, part: EncoderPart) -> int:
-    """Numbers in a weight file, from its header alone (safetensors) or without reading the data (a .pth)."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            return sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    return sum(tensor.numel() for name, tensor in state.items() if name.startswith(part.prefix))
-
-
-def _data(data: DataConfig, job: JobConfig | None, found: Findings) -> None:
-    path = Path(data.path)
-    if job is not None and job.data is not None and path.is_relative_to(job.data_folder):
-        return
-    try:
-        find_format(path, data.kind)
-    except LongtakeError as error:
-        found.missing.append(f"data: {error}")
+    for part in parts:
+        width = 2 if half_text and part.key == "text" else 4
+        for weights in encoder_files(folder, part):
+            prefix = part.prefix * (weights.suffix != ".safetensors")  # there CLIP has its text tower
+            with found.noting("encoders"):
+                numbers = (prod(row.shape) for row in stored_in(weights) if row.key.startswith(prefix))
+                found.encoder_bytes += width * sum(numbers)

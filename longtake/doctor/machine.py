@@ -5,17 +5,14 @@ Must know no configuration and no model.
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.devices import host_memory
+from longtake.devices import host_memory, num_cores
 from longtake.models.attention import forward_kernels
 
 # Needed, then optional: what is named by `pyproject.toml`
@@ -70,19 +67,20 @@ class Machine:
 
 def look() -> Machine:
     """The machine this runs on. Runs each attention kernel once where there is a GPU."""
-    total, free = host_memory()
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    found = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    return Machine(f"{platform.system()} {platform.machine()}", num_cores(), *host_memory(), gpus, versions())
+
+
+def versions() -> dict[str, str | None]:
+    """Those of Python, torch, what is below it, and all packages; None where one is not there. Asks no GPU."""
     cudnn: Any = torch.backends.cudnn.version()
-    versions = {
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
         "cuDNN": None if cudnn is None else str(cudnn),
-        **found,
+        **{name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(f"{platform.system()} {platform.machine()}", cores, total, free, gpus, versions)
 
 
 def fits(needed: int, free: int) -> bool:
@@ -93,14 +91,6 @@ def fits(needed: int, free: int) -> bool:
 def in_words(size: int) -> str:
     """Bytes as people read them."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def free_disk(path: str | Path) -> int:
-    """Free bytes on the disk that will hold `path`, whose last parts need not exist yet."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def _gpu(index: int) -> Gpu:

@@ -11,14 +11,15 @@ from typing import Any
 
 from longtake.config.generation import changes_of, generation_settings, read_rules
 from longtake.config.job import JobConfig, load_config
-from longtake.config.stage import StageConfig
+from longtake.config.stage import TOY, StageConfig
 from longtake.devices import DEVICES, find_device
 from longtake.doctor.cost import Cost, measured_seconds
 from longtake.doctor.estimate import stage_need
 from longtake.doctor.files import look_at
-from longtake.doctor.machine import Machine, fits, free_disk, in_words, look
-from longtake.doctor.streaming import StreamReport, stream_report
+from longtake.doctor.machine import Machine, fits, in_words, look
+from longtake.doctor.streaming import StreamReport, stream_choices
 from longtake.errors import ConfigError
+from longtake.outputs import free_disk
 from longtake.weights.hub import fetch_small, order_weights
 from longtake.weights.load import has_writer
 from longtake.weights.locate import is_hub_name
@@ -136,6 +137,8 @@ def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | 
 
     Args: `device` as that of `diagnose`; by default the fullest GPU here. Raises: ConfigError.
     """
+    if model == TOY:
+        raise ConfigError("toy has small encoders of its own and streams on any machine; name a model of Wan's sizes")
     student, changes = find_student(model), {"precision": "bf16", **changes_of(*overrides)}
     if student is None and model not in PRESETS and not Path(model).exists() and is_hub_name(model):
         model = str(fetch_small(order_weights(model)))
@@ -145,7 +148,8 @@ def diagnose_stream(model: str, overrides: Sequence[str] = (), *, device: str | 
         raise ConfigError("this machine has no GPU; name the one to plan for, such as --device 24GB")
     apart = Path(model).is_dir() and has_writer(Path(model)) if student is None else student.student.writes_apart
     settings = generation_settings(None, changes, rules)
-    return stream_report(sizes, settings, *room, networks=2 if apart else 1)
+    asked, *others = stream_choices(sizes, settings, networks=2 if apart else 1)
+    return StreamReport(*room, asked, others)
 
 
 def _room(device: str | None, machine: Machine) -> tuple[int, str] | None:

@@ -7,7 +7,7 @@ kernels of a GPU. Text and image encoder are counted by their published sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,31 +15,36 @@ import torch
 
 from longtake.condition import Condition
 from longtake.config.generation import GenerationConfig
-from longtake.doctor.estimate import Meter, network, without_data
+from longtake.doctor.estimate import Meter, network, vae_without_data
 from longtake.doctor.machine import fits, in_words
 from longtake.encoders.bundle import vae_calls
 from longtake.encoders.decoders import random_decoder
-from longtake.encoders.original import PUBLISHED_VAE
 from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
+from longtake.weights.locate import CLIP_TOKENS
 
 # Parameters of umT5-xxl and CLIP's ViT-H, and of the largest matrix of each. Source: specification C.1, C.2.
 _TEXT, _TEXT_MATRIX = 5_680_910_336, 4096 * 10240
 _IMAGE, _IMAGE_MATRIX = 632_076_800, 1280 * 5120
-_IMAGE_TOKENS = 257
 _LAYERS = 2  # of the transformer whose pass is traced: without gradient no layer leaves anything behind
+
+
+# What takes less memory, in the order of what it costs: a rule, its value, and those that it comes in place of
+_SPARING: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("precision", "bf16", ("fp32",)),
+    ("low_memory", True, (False,)),
+    ("decoder", "tiny", ("exact", "light")),
+    ("precision", "fp8", ("bf16",)),
+)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run may choose, and the bytes that a stream then takes, by what for; `work` is the most of what is not
-    there all the time.
+    """Rules of a stream, and the bytes that it then takes, by what for; `work` is the most of what is not there all the
+    time.
     """
 
-    precision: str
-    decoder: str
-    low_memory: bool
-    window_frames: int | None
+    rules: GenerationConfig
     there: dict[str, int]
     work: dict[str, int]
 
@@ -48,75 +53,69 @@ class Choice:
         """The most at once."""
         return sum(self.there.values()) + max(self.work.values())
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The rules that one may choose by."""
+        rules, window = self.rules, self.rules.plan.window_frames
+        low = {"low_memory": rules.low_memory, "window_frames": window}
+        return {"precision": rules.precision, "decoder": rules.decoder, **low}
+
     def named(self) -> str:
-        """The values as they are given."""
-        window = "all" if self.window_frames is None else self.window_frames
-        low = "true" if self.low_memory else "false"
-        return f"precision={self.precision} decoder={self.decoder} low_memory={low} plan.window_frames={window}"
+        """They as they are given."""
+        precision, decoder, low, window = self.chosen.values()
+        return (
+            f"precision={precision} decoder={decoder} low_memory={'true' if low else 'false'} "
+            f"plan.window_frames={'all' if window is None else window}"
+        )
 
     def tree(self) -> dict[str, Any]:
         """Plain values; sizes in bytes."""
-        return {**asdict(self), "total": self.total}
+        return {**self.chosen, "there": self.there, "work": self.work, "total": self.total}
 
 
 def stream_choices(sizes: DiTConfig, settings: GenerationConfig, networks: int = 1) -> Iterator[Choice]:
-    """The stream of `settings` first, then what takes less memory, each beside those before, in the order of what they
-    cost.
+    """The stream of `settings` first, then what takes less memory, each beside those before.
 
     Args: `sizes` of the transformer, and how many there are. Raises: ConfigError for sizes that do not fit each other.
     """
-    stride = 16 if sizes.out_channels == 48 else 8
-    size = settings.height // stride, settings.width // stride
+    shape = settings.shape(4, 16 if sizes.out_channels == 48 else 8)
+    size = shape.latent_height, shape.latent_width
     # Of several choices the same: traced once.
-    transformer = cache(lambda **chosen: _transformer(sizes, settings.model_copy(update=chosen), size))
-    pixels = cache(lambda **chosen: _pixels(sizes, settings.model_copy(update=chosen), size))
+    transformer = cache(lambda **rules: _transformer(sizes, settings.model_copy(update=rules), size))
+    pixels = cache(lambda **rules: _pixels(sizes, settings.model_copy(update=rules), size))
 
-    def choice(precision: str, decoder: str, low_memory: bool) -> Choice:
-        vae = settings.vae_precision or ("fp32" if precision == "fp32" else "bf16")
-        parts, a_pass = transformer(precision=precision)
-        there, work = pixels(decoder=decoder, low_memory=low_memory, vae_precision=vae)
+    def choice(rules: GenerationConfig) -> Choice:
+        parts, a_pass = transformer(precision=rules.precision)
+        vae = "bf16" if rules.has_half_vae else "fp32"
+        there, work = pixels(decoder=rules.decoder, low_memory=rules.low_memory, vae_precision=vae)
         parts = {**parts, "transformer": networks * parts["transformer"]}
-        there = parts | _encoders(sizes, settings, half=precision != "fp32", low_memory=low_memory) | there
-        return Choice(precision, decoder, low_memory, settings.plan.window_frames, there, {"a pass": a_pass, **work})
+        return Choice(rules, parts | _encoders(sizes, rules) | there, {"a pass": a_pass, **work})
 
-    given: dict[str, Any] = {
-        "precision": settings.precision,
-        "decoder": settings.decoder,
-        "low_memory": settings.low_memory,
-    }
-    yield (last := choice(**given))
-    for name, value, instead_of in (
-        ("precision", "bf16", ("fp32",)),
-        ("low_memory", True, (False,)),
-        ("decoder", "tiny", ("exact", "light")),
-        ("precision", "fp8", ("bf16",)),
-    ):
-        if given[name] in instead_of:
-            given[name] = value
-            yield (last := choice(**given))
-    if (window := last.window_frames) is not None:  # shorter ones, of whole blocks behind the sink
-        plan, frame = settings.plan, last.there["cache"] // window
+    yield (last := choice(settings))
+    for rule, value, instead_of in _SPARING:
+        if getattr(last.rules, rule) in instead_of:
+            yield (last := choice(last.rules.model_copy(update={rule: value})))
+    plan = settings.plan
+    if (window := plan.window_frames) is not None:  # shorter ones, of whole blocks behind the sink
+        frame = last.there["cache"] // window
         for shorter in range(window - plan.block_frames, plan.sink_frames, -plan.block_frames):
-            yield replace(last, window_frames=shorter, there=last.there | {"cache": frame * shorter})
+            rules = last.rules.model_copy(update={"plan": plan.model_copy(update={"window_frames": shorter})})
+            yield Choice(rules, last.there | {"cache": frame * shorter}, last.work)
 
 
-def _encoders(sizes: DiTConfig, settings: GenerationConfig, *, half: bool, low_memory: bool) -> dict[str, int]:
-    width = 2 if half else 4
-    text = 2 if settings.text_precision == "bf16" else width
-    found = {"text encoder": text * (2 * _TEXT_MATRIX if low_memory else _TEXT)}
+def _encoders(sizes: DiTConfig, rules: GenerationConfig) -> dict[str, int]:
+    width = 2 if rules.is_half else 4
+    text = 2 if rules.text_precision == "bf16" else width
+    found = {"text encoder": text * (2 * _TEXT_MATRIX if rules.low_memory else _TEXT)}
     if sizes.image_dim:
-        found["image encoder"] = width * (2 * _IMAGE_MATRIX if low_memory else _IMAGE)
+        found["image encoder"] = width * (2 * _IMAGE_MATRIX if rules.low_memory else _IMAGE)
     return found
 
 
 def _transformer(sizes: DiTConfig, settings: GenerationConfig, size: tuple[int, int]) -> tuple[dict[str, int], int]:
     """Weights and cache, and what a pass takes."""
-    meter, plan = Meter(), settings.stream_plan
-    dtype, block, channels = (
-        torch.bfloat16 if settings.is_half else torch.float32,
-        plan.block_frames,
-        sizes.condition_channels,
-    )
+    meter, plan, dtype = Meter(), settings.stream_plan, torch.bfloat16 if settings.is_half else torch.float32
+    block, channels = plan.block_frames, sizes.condition_channels
     with meter.fake, torch.no_grad():
         model = network(sizes).cast(dtype)
         most = settings.num_latent_frames if plan.window_frames is None else None
@@ -127,7 +126,7 @@ def _transformer(sizes: DiTConfig, settings: GenerationConfig, size: tuple[int, 
         few = network(replace(sizes, num_layers=_LAYERS)).cast(dtype).eval()
         condition = Condition(
             torch.empty(1, sizes.text_len, sizes.text_dim),
-            torch.empty(1, _IMAGE_TOKENS, sizes.image_dim) if sizes.image_dim else None,
+            torch.empty(1, CLIP_TOKENS, sizes.image_dim) if sizes.image_dim else None,
             torch.empty(1, block, channels, *size) if channels else None,
         )
         x = torch.empty(1, block, sizes.out_channels, *size)
@@ -149,7 +148,7 @@ def _pixels(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What VAE and decoder hold, and what encoding y and decoding take besides."""
     meter, dtype = Meter(), torch.bfloat16 if settings.has_half_vae else torch.float32
-    module = without_data(PUBLISHED_VAE[sizes.out_channels], dtype)
+    module = vae_without_data(sizes.out_channels, dtype)
     with meter.fake, meter, torch.no_grad():
         vae = VideoVAE(module.to_empty(device="cpu"), **vae_calls(low_memory=settings.low_memory))
         weights = meter.now
@@ -209,11 +208,3 @@ class StreamReport:
         lines += [f"  {name:<20} {in_words(size):>11}" for name, size in self.asked.there.items()]
         lines += [f"  besides, {name:<11} {in_words(size):>11}" for name, size in self.asked.work.items()]
         return "\n".join([*lines, "  (of these the largest counts: they come one after the other)"])
-
-
-def stream_report(
-    sizes: DiTConfig, settings: GenerationConfig, free_bytes: int, where: str, *, networks: int = 1
-) -> StreamReport:
-    """Whether a stream fits. Args: `networks` of these sizes that it has, two where one makes the context."""
-    asked, *others = stream_choices(sizes, settings, networks)
-    return StreamReport(free_bytes, where, asked, others)

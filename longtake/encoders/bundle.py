@@ -5,7 +5,9 @@ The classes live in `vae.py`, `text.py` and `clip.py`; this file bundles them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,14 @@ class Encoders:
         self.text.offload(device)
         if self.image is not None:
             self.image.offload(device)
+
+
+def import_libraries() -> None:
+    """Imports what encoders are loaded with, as far as it is there: some seconds, for who has them to spare."""
+    with suppress(ImportError, RuntimeError):  # it is told where it is needed
+        _ = import_module("diffusers").AutoencoderKLWan
+        transformers = import_module("transformers")
+        _ = transformers.AutoTokenizer, transformers.CLIPVisionModel, transformers.UMT5EncoderModel
 
 
 def vae_calls(*, low_memory: bool) -> dict[str, Any]:

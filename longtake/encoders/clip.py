@@ -5,7 +5,6 @@ Must know no text, no video and no transformer.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.encoders.offload import WeightLine, offload
+from longtake.encoders.offload import FrozenEncoder
 from longtake.encoders.original import load_image_model
 from longtake.encoders.strict import check_folder, load_strictly
 from longtake.errors import ConfigError, ShapeError
-from longtake.models.attention import ONE_THREAD
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,7 +48,7 @@ def _cut(image: Tensor, size: int) -> Tensor:
 PREPROCESS = {"original": _stretch, "diffusers": _cut}
 
 
-class ImageEncoder:
+class ImageEncoder(FrozenEncoder):
     """A frozen `CLIPVisionModel`, read at its penultimate layer.
 
     Args: `preprocess`, how pixels are prepared. "original" is Wan's way: resized to a square without keeping the
@@ -63,12 +61,11 @@ class ImageEncoder:
         if preprocess not in PREPROCESS:
             raise ConfigError(f"preprocess={preprocess!r} is unknown; the values are {' and '.join(PREPROCESS)}")
         self._resize = PREPROCESS[preprocess]
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         config = self.model.config
         self.image_size: int = config.image_size
         self.width: int = config.hidden_size
         self.num_tokens: int = (config.image_size // config.patch_size) ** 2 + 1
-        self._line: WeightLine | None = None
 
     @classmethod
     def load(
@@ -92,18 +89,6 @@ class ImageEncoder:
         # Reshaped weights are not ignored: load_strictly refuses them by name, the library would not name them.
         model = load_strictly(CLIPVisionModel, path, ignore=_OTHER_PARTS, dtype=dtype, ignore_mismatched_sizes=True)
         return cls(model.to(device), preprocess)
-
-    def offload(self, device: torch.device) -> None:
-        """From now on works on `device` with one matrix at a time there; all weights lie in this process's memory."""
-        self._line = offload(self.model, device)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device if self._line is None else self._line.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
 
     def preprocess(self, image: Tensor) -> Tensor:
         """float32 [B, 3, s, s] as CLIP expects it, of `image` [B, 3, h, w] in [-1, 1]. Source: Wan2.1; spec C.2."""
@@ -130,5 +115,5 @@ class ImageEncoder:
     @torch.no_grad()
     def _call(self, image: Tensor, **outputs: bool) -> Any:
         check_image(image)
-        with ONE_THREAD, self._line or nullcontext(), torch.autocast(self.device.type, enabled=False):
+        with self.working():
             return self.model(pixel_values=self.preprocess(image.to(self.device)).to(self.dtype), **outputs)

@@ -18,6 +18,10 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# Pixels of a frame up to which torch does it: the kernel is compiled, half a second for each kind of call, of which a
+# network has twenty, and so small videos never get that back.
+FEW_PIXELS = 1024
+
 
 class Sum:
     """`value` + `bias` + `skip`, not added up yet. It is read once, by `norm_silu` or `settle`, and is empty then: what
@@ -65,7 +69,7 @@ def norm_silu(x: Sum, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bo
     t - taps + 1, and what there is none for is left; `silu` False leaves the SiLU out.
     Source: diffusers `WanRMS_norm`: x / max(|x|, 1e-12) * sqrt(C) * gamma, in float32.
     """
-    kernels, parts = _kernels(x.device.type), x.taken()
+    kernels, parts = _kernels(x), x.taken()
     if kernels is not None:
         total = kernels.launch(*parts, out, gamma, silu=silu, keep=keep)
     else:
@@ -79,7 +83,7 @@ def norm_silu(x: Sum, gamma: Tensor, out: Tensor, *, silu: bool = True, keep: bo
 
 def settle(x: Sum, out: Tensor | None = None) -> Tensor:
     """The sum [B, T, H, W, C], in `out` (as that of `norm_silu`) where it is given, else where `value` was."""
-    kernels, (value, bias, skip) = _kernels(x.device.type), x.taken()
+    kernels, (value, bias, skip) = _kernels(x), x.taken()
     if bias is None and skip is None:
         return value if out is None else out.copy_(value)
     if kernels is not None:
@@ -98,11 +102,15 @@ def _total(value: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
     return value
 
 
+def _kernels(x: Sum) -> ModuleType | None:
+    """The kernels for a sum, None where torch's operations do."""
+    few = x.shape[2] * x.shape[3] <= FEW_PIXELS
+    return None if few or x.device.type != "cuda" else _compiled()
+
+
 @cache
-def _kernels(device_type: str) -> ModuleType | None:
-    """The kernels for a type of device; None, said once, where there are none."""
-    if device_type != "cuda":
-        return None
+def _compiled() -> ModuleType | None:
+    """The kernels; None, said once, where there are none."""
     try:
         from longtake.encoders import norm_silu_triton
     except ImportError as error:

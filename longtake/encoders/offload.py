@@ -7,12 +7,17 @@ of the network on the device. Must know no network in particular.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from longtake.models.attention import ONE_THREAD
 
 _CHUNK_BYTES = 1 << 30  # of pinned memory at a time: torch rounds each piece up to a power of two
 _SLOTS = 2  # matrices on the device: one that is read, one that arrives
@@ -124,3 +129,29 @@ def offload(network: nn.Module, device: torch.device, stays: nn.Module | None = 
         if id(tensor) not in kept:
             tensor.data = tensor.data.to("cpu" if id(tensor) in table else device)
     return line
+
+
+class FrozenEncoder:
+    """A library's network that is never trained, and whose matrices may come by a line."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._line: WeightLine | None = None
+
+    def offload(self, device: torch.device) -> None:
+        """From now on works on `device` with one matrix at a time there; all weights lie in this process's memory."""
+        self._line = offload(self.model, device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device if self._line is None else self._line.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around a call of the network: as precise as its weights, whatever is on outside."""
+        with ONE_THREAD, self._line or nullcontext(), torch.autocast(self.device.type, enabled=False):
+            yield

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from longtake.encoders.strict import refuse
-from longtake.errors import CheckpointError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.progress import track
 from longtake.weights.file_kind import is_pickled
 from longtake.weights.read import read_tensors
@@ -267,8 +267,14 @@ def load_vae_module(path: Path, device: torch.device | str, dtype: torch.dtype, 
     return file.fill(module, _VAE | (_VAE_NESTED if nested else _VAE_FLAT), device, dtype)
 
 
-def published_vae(channels: int) -> Any:
-    """The library's VAE of Wan2.1 (16 channels) or Wan2.2 (48), with random weights."""
+def random_vae(channels: int, sizes: Mapping[str, Any] = {}) -> Any:
+    """The library's VAE with random weights, of these `sizes`, its configuration, or where they are empty that of
+    Wan2.1 (16 channels of the latents) or Wan2.2 (48). Raises: ConfigError where there is none of so many.
+    """
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**PUBLISHED_VAE[channels])
+    if not sizes and channels not in PUBLISHED_VAE:
+        raise ConfigError(
+            f"no VAE of {channels} latent channels is published, only of {' and '.join(map(str, PUBLISHED_VAE))}"
+        )
+    return AutoencoderKLWan(**(sizes or PUBLISHED_VAE[channels]))

@@ -9,14 +9,13 @@ import html
 import logging
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.encoders.offload import WeightLine, offload
+from longtake.encoders.offload import FrozenEncoder, offload
 from longtake.encoders.original import load_text_model
 from longtake.encoders.strict import check_folder, load_strictly, quiet, reading
 from longtake.errors import CheckpointError, ConfigError, DataError, printable
@@ -51,7 +50,7 @@ def _load_tokenizer(*places: Path) -> tuple[Any, Path]:
         return AutoTokenizer.from_pretrained(place, local_files_only=True), place
 
 
-class TextEncoder:
+class TextEncoder(FrozenEncoder):
     """A frozen `UMT5EncoderModel` and its tokenizer.
 
     Args: `text_len` M, the number of rows of every output, `</s>` included; longer prompts are cut, as Wan does.
@@ -60,13 +59,12 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any, text_len: int) -> None:
         if text_len < 1:
             raise ConfigError(f"text_len={text_len} must be at least 1")
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.width: int = self.model.config.d_model
         self._cut: set[str] = set()
         self._unknown: set[str] = set()
-        self._line: WeightLine | None = None
 
     @classmethod
     def load(
@@ -105,12 +103,8 @@ class TextEncoder:
         return cls(model.to(device), tokenizer, text_len)
 
     def offload(self, device: torch.device) -> None:
-        """From now on works on `device` with one matrix at a time there; all weights lie in this process's memory."""
+        """As that of every encoder; its table of words is looked up on the CPU."""
         self._line = offload(self.model, device, self.model.get_input_embeddings())
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device if self._line is None else self._line.device
 
     @torch.no_grad()
     def encode(self, prompts: list[str], *, places: Sequence[str] = ()) -> Tensor:
@@ -143,7 +137,7 @@ class TextEncoder:
             self._say_cut([places[k] if places else f"the prompt {prompts[k][:40]!r}..." for k in full])
         if int(tokens.input_ids.max()) >= self.model.config.vocab_size:
             raise CheckpointError("the tokenizer knows more words than the text encoder; their files are of two models")
-        with ONE_THREAD, self._line or nullcontext(), torch.autocast(self.device.type, enabled=False):
+        with self.working():
             table = self.model.get_input_embeddings()
             embedded = table(tokens.input_ids.to(table.weight.device)).to(self.device)
             hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state

@@ -8,8 +8,10 @@ and no transformer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import cached_property
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +162,10 @@ class VideoVAE:
         """
         if any(bool(parameter.isnan().any()) for parameter in self.module.parameters()):
             raise CheckpointError("the VAE's weights hold NaN: use another VAE")
-        size = self.spatial_stride  # one latent pixel: spatial extent changes nothing about time
-        # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            thin = {"base_dim": _THIN, "decoder_base_dim": _THIN}
-            session = VideoVAE(type(self.module).from_config(self.module.config, **thin)).encoder_session()
-            session.encode(torch.full((1, 1, 3, size, size), torch.nan))
-            grey = torch.zeros(1, self.temporal_stride, 3, size, size)
-            for index in range(1, _MAX_STEADY_INDEX):
-                if not session.encode(grey).isnan().any():
-                    return index
-        raise CheckpointError(
-            f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; it is not causal with "
-            "finite memory: use another VAE"
-        )
+        sizes = {name: value for name, value in self.module.config.items() if not name.startswith("_")}  # but paths
+        thin = {**sizes, "base_dim": _THIN, "decoder_base_dim": _THIN}
+        kind: Any = type(self.module)
+        return _steady_index(kind, json.dumps(thin, sort_keys=True))
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -199,3 +191,32 @@ class VideoVAE:
             raise ShapeError(
                 f"a video of {height}x{width} pixels needs sides that are multiples of {self.spatial_stride}; crop it"
             )
+
+
+@lru_cache(maxsize=16)  # a job loads its encoders several times
+def _steady_index(kind: Any, config: str) -> int:
+    """`VideoVAE.steady_index` of a network of this configuration (JSON); its weights may be any."""
+    # On the CPU: GPU convolutions may transform whole tiles, and then NaN marks more than the frame it came from.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _one_thread():
+        vae = VideoVAE(kind.from_config(json.loads(config)))
+        session, size = vae.encoder_session(), vae.spatial_stride  # one latent pixel: extent changes nothing about time
+        session.encode(torch.full((1, 1, 3, size, size), torch.nan))
+        grey = torch.zeros(1, vae.temporal_stride, 3, size, size)
+        for index in range(1, _MAX_STEADY_INDEX):
+            if not session.encode(grey).isnan().any():
+                return index
+    raise CheckpointError(
+        f"the VAE's latents still depend on frame 0 after {_MAX_STEADY_INDEX} latent frames; it is not causal with "
+        "finite memory: use another VAE"
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """In it, many threads do not wait for each other in convolutions of a few numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -28,6 +28,9 @@ from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
+# Pixels of all frames that a GPU encodes at once ahead of the training: over micro-batches of small videos it waits for
+# Python, which starts some thousand kernels for each. A clip of 480x832 alone has more.
+PIXELS_AT_ONCE = 1 << 24
 
 # Encodings of one row by the names of `data/encoded.py`: `text` [M, D], `clip` [L, D], `y` [F, C, H, W] without its
 # mask, `first` [1, C, H, W] where there is no y, `latents` [F, C, H, W], `text_1` [M, D] of the second prompt, `path`
@@ -320,10 +323,12 @@ class EncodedLoader:
 
         For data sets that are small enough to be remembered whole and to travel between the ranks.
         """
-        size = self.loader.micro_batch_size
-        groups = self.loader.buckets.rows
-        chunks = [rows[start : start + size] for rows in groups for start in range(0, len(rows), size)]
-        for chunk in chunks[mesh.rank :: mesh.world_size]:
+        most = rows_at_once(self.encoder.shape, self.loader.micro_batch_size, self.encoder.device)
+        chunks = []
+        for rows in self.loader.buckets.rows:
+            size = max(self.loader.micro_batch_size, -(-len(rows) // max(1, -(-len(rows) // most))))
+            chunks += [(rows[start : start + size], size) for start in range(0, len(rows), size)]
+        for chunk, size in chunks[mesh.rank :: mesh.world_size]:
             self._encode([Pick(index=int(row), row=int(row)) for row in chunk], size)
         # Through the CPU: a tensor that is sent from a GPU would arrive on the sender's.
         mine = {number: _moved(row, "cpu") for number, row in self._rows.items()} if mesh.is_distributed else {}
@@ -364,6 +369,13 @@ class EncodedLoader:
         while self._used_bytes > self.memory_bytes:
             _, oldest = self._rows.popitem(last=False)
             self._used_bytes -= _size_bytes(oldest)
+
+
+def rows_at_once(shape: VideoShape, micro_batch_size: int, device: torch.device) -> int:
+    """How many rows are encoded at once ahead of a training."""
+    if device.type != "cuda":
+        return micro_batch_size
+    return max(micro_batch_size, PIXELS_AT_ONCE // (shape.num_pixel_frames * shape.height * shape.width))
 
 
 def _size_bytes(row: EncodedRow) -> int:

@@ -218,7 +218,8 @@ class TeacherEncoder:
     def check(self, sample: Sample) -> None:
         """Raises DataError for a sample that the teacher cannot use."""
         self.inner.check(sample)
-        if sample.switch_frames and not self.maker.sampling.causal:
+        made = self.inner.shape.num_pixel_frames
+        if not self.maker.sampling.causal and any(frame < made for frame in sample.switch_frames):
             where = sample.where or sample.name
             raise DataError(f"{where}: its caption changes on the way, and a bidirectional teacher reads one a clip")
 

@@ -46,12 +46,12 @@ from longtake.encoders.fingerprint import encoder_files
 from longtake.encodings.encode import BatchEncoder, SetEncoder, encode_rows
 from longtake.encodings.key import contents_of, encoders_key, sizes_key
 from longtake.errors import ConfigError, DataError
-from longtake.inference.pipeline import load_encoders
+from longtake.lock import LOCK
 from longtake.outputs import check_output_folder, check_own, check_space
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.progress import Progress
-from longtake.train.lock import LOCK, only_run
-from longtake.train.stage_data import check_strides, find_buckets, open_data, sizes_of
+from longtake.train.lock import only_run
+from longtake.train.stage_data import DataBuilder, find_buckets, open_data, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +151,10 @@ class SetWriter:
 
     def encoder(self, *, with_latents: bool) -> BatchEncoder:
         """What encodes the rows. Raises: CheckpointError, ConfigError."""
-        config, device = self.config, self.mesh.device
-        folder, model = config.encoders_folder, config.model
-        with_tokens = model.with_y and "image" in encoder_files(folder)
-        encoders = load_encoders(folder, model, device, with_image=with_tokens)
-        check_strides(encoders.vae, config.video, folder)
-        contents = contents_of(model, with_tokens=with_tokens, with_latents=with_latents)
-        objective = config.objective
-        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
-        return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
+        model = self.config.model
+        with_tokens = model.with_y and "image" in encoder_files(self.config.encoders_folder)
+        data = DataBuilder(self.config, self.mesh, self.dataset, with_tokens)
+        return data.batch_encoder(contents_of(model, with_tokens=with_tokens, with_latents=with_latents))
 
     def head(self, encoder: BatchEncoder) -> dict[str, Any]:
         """`key` and `files` of a set by that encoder. Reads all weights of the encoders once, for their digests."""

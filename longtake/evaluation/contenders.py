@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from longtake.errors import ConfigError
 from longtake.evaluation.row_videos import Maker, student_maker, teacher_maker
 from longtake.evaluation.target import EvalTarget, load_denoiser
 from longtake.inference.source import Source
-from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 
@@ -105,13 +105,16 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
         )
     sampling = asked.teacher_steps, asked.teacher_guidance
     found: list[Contender] = []
-    if target.teacher is not None:
-        load = _as_denoiser(target.teacher)
-        found.append(Contender(TEACHER, target.result, load, clip_frames, sampling=sampling))
+    if (teacher := target.teacher) is not None:
+
+        def of_teacher(device: torch.device) -> Denoiser:
+            return Denoiser(teacher(device))
+
+        found.append(Contender(TEACHER, target.result, of_teacher, clip_frames, sampling=sampling))
         if TEACHER in target.students:
             raise ConfigError(f"a model is called {TEACHER} as the teacher's row is; give its folder another name")
     for name, source in target.students.items():
-        settings, load = source.settings, _loader(source)
+        settings, load = source.settings, partial(load_denoiser, source, by_rules=True)
         own_frames = settings.num_latent_frames
         if settings.sampler == "whole":
             own = len(settings.steps), settings.guidance
@@ -126,20 +129,3 @@ def contenders(target: EvalTarget, asked: Asked) -> list[Contender]:
         else:
             found.append(Contender(name, source, load, clip_frames, asked.multiples, streams=True))
     return found
-
-
-def _as_denoiser(load: Callable[[torch.device], VideoDiT]) -> Callable[[torch.device], Denoiser]:
-    return lambda device: Denoiser(load(device))
-
-
-def _loader(source: Source) -> Callable[[torch.device], Denoiser]:
-    dtype = torch.bfloat16 if source.settings.is_half else None
-
-    def load(device: torch.device) -> Denoiser:
-        denoiser = load_denoiser(source, device, dtype)
-        for model in (denoiser.model, denoiser.writer):
-            if model is not None and source.settings.precision == "fp8":
-                model.quantise()
-        return denoiser
-
-    return load

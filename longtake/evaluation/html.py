@@ -19,6 +19,7 @@ from PIL import Image
 
 from longtake.evaluation.instruments import Measured
 from longtake.evaluation.measure import MeasuredVideo, metrics_of, ratio, shown, summarise, title
+from longtake.outputs import write_whole
 
 _COLOURS = ("#1668b8", "#c8501e", "#2a8f4a", "#8a3fa8", "#a08a12", "#b0305c", "#3a8f9c", "#666666")
 _MOST_GROUPS = 40  # videos of one name that are shown side by side; the JSON has all
@@ -47,14 +48,12 @@ def write_page(
     captions: Mapping[str, str] | None = None,
     ratios: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
-    """Writes the page, atomically.
+    """Writes the page, atomically. Raises: OutputError where the disk refuses.
 
     Args: `played`, those of the videos that curves and players are of (None: all, as the table is); `captions`, what
     stands under the name of a file, without its suffix; `ratios` to the teacher's videos, a line a name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page(videos, path.parent, played or videos, captions or {}, ratios or {}), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page(videos, path.parent, played or videos, captions or {}, ratios or {}))
 
 
 def page(

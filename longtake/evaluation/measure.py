@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from longtake.data.clips import open_video
 from longtake.data.file_rows import files_below
 from longtake.data.samples import CLIP_SUFFIXES
+from longtake.devices import num_cores
 from longtake.errors import ConfigError, DataError, ShapeError
 from longtake.evaluation.instruments import METRICS, Blocks, Measured, measure
 from longtake.evaluation.report import aligned
@@ -134,8 +135,7 @@ def measuring_threads(processes: int = 1) -> Iterator[Executor]:
     """As many threads as there are cores for each of `processes`, to measure in; after an error none begins."""
     # Decoding and measuring let other threads run; those of OpenCV itself would only stand in each other's way.
     cv2.setNumThreads(1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max(1, cores // processes)) as pool:
+    with ThreadPoolExecutor(max(1, num_cores() // processes)) as pool:
         try:
             yield pool
         except BaseException:

@@ -38,7 +38,7 @@ from longtake.evaluation.row_videos import against, blocks_of, decoded
 from longtake.evaluation.target import EvalTarget
 from longtake.evaluation.vbench import LaidVideo, lay_out
 from longtake.inference.video_io import VideoWriter
-from longtake.outputs import check_output_folder, writing
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
 from longtake.progress import Progress, track
@@ -294,9 +294,8 @@ def _write(
     folder: Path, videos: Sequence[MeasuredVideo], longest: set[str], asked: Asked, prompts: Mapping[str, str]
 ) -> None:
     settings: dict[str, Any] = {**asdict(asked), "data": str(asked.data)}
-    with writing(folder / "evaluation.json"):
-        ratios = ratios_to_teacher(videos)
-        write_json(folder / "evaluation.json", {"settings": settings, **as_json(videos), "against_teacher": ratios})
-        (folder / "evaluation.md").write_text(tables(videos) + "\n")
-        played = [video for video in videos if video.name in longest]
-        write_page(folder / "evaluation.html", videos, played=played, captions=prompts, ratios=ratios)
+    ratios = ratios_to_teacher(videos)
+    write_json(folder / "evaluation.json", {"settings": settings, **as_json(videos), "against_teacher": ratios})
+    write_whole(folder / "evaluation.md", tables(videos) + "\n")
+    played = [video for video in videos if video.name in longest]
+    write_page(folder / "evaluation.html", videos, played=played, captions=prompts, ratios=ratios)

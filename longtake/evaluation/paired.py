@@ -23,18 +23,14 @@ LAST = 4  # windows at the end of a video that are looked at together
 ROUND_TRIP = "vae round trip"
 
 # title, name of the number, format, whether rows are compared by their ratio (else by the difference)
+_KEPT = tuple((part, f"{part}_kept", "{:.1%}", False) for part in ("shape", "colour", "count"))
 _WHOLE = (
     ("position px", "position_error_px", "{:.2f}", True),
     ("motion", "motion", "{:.3f}", False),
-    ("shape", "shape_kept", "{:.1%}", False),
-    ("colour", "colour_kept", "{:.1%}", False),
-    ("count", "count_kept", "{:.1%}", False),
+    *_KEPT,
 )
 _LAST = (
-    ("motion", "last_motion", "{:.3f}", False),
-    ("shape", "last_shape_kept", "{:.1%}", False),
-    ("colour", "last_colour_kept", "{:.1%}", False),
-    ("count", "last_count_kept", "{:.1%}", False),
+    *((title, f"last_{name}", form, is_ratio) for title, name, form, is_ratio in (_WHOLE[1], *_KEPT)),
     ("lost", "last_lost", "{:.1%}", False),
     ("saturation", "last_saturation", "{:.3f}", True),
     ("contrast", "last_contrast", "{:.3f}", True),
@@ -60,6 +56,10 @@ class Share:
         array = np.array(values, np.float64)
         scored = ~np.isnan(array)
         return cls(np.where(scored, array, 0.0), scored.astype(np.float64))
+
+    def within(self, worlds: NDArray[np.bool_]) -> Share:
+        """The same over some of the worlds [W] alone."""
+        return Share(np.where(worlds, self.sums, 0.0), np.where(worlds, self.counts, 0.0))
 
     def means(self, drawn: NDArray[np.int64]) -> Floats:
         """The number in each sample [N] of worlds, `drawn` [N, W]; NaN where none of them was scored."""
@@ -88,7 +88,7 @@ def shares(scores: Sequence[WorldScores]) -> dict[str, Share]:
     `last_...`: over the last `LAST` windows; `after_...`: in the window that begins with a switch; `follow`: a share of
     sprites.
     """
-    kept = ("shape_kept", "colour_kept", "count_kept")
+    kept = [name for _, name, *_ in _KEPT]
     found = {name: Share.of([nanmean(getattr(s, name)) for s in scores]) for name in kept}
     found["position_error_px"] = Share.of([nanmean(s.position_error) for s in scores])
     found["motion"] = Share.of([nanmean(s.sprite_motion_ratio) for s in scores])
@@ -113,12 +113,14 @@ def intervals(row: Mapping[str, Share]) -> dict[str, list[float] | None]:
 
 
 def compared(row: Mapping[str, Share], other: Mapping[str, Share]) -> dict[str, list[float] | None]:
-    """The same of what `row` has more than `other` in the same worlds; of some numbers, how many times as much."""
+    """The same of what `row` has more than `other` in the worlds in which both were scored; of some numbers, how many
+    times as much.
+    """
     found = {}
     ratios = {name for _, name, _, is_ratio in (*_WHOLE, *_LAST, *_SWITCH) if is_ratio}
     for name in row:
-        drawn = _drawn(len(row[name].sums))
-        mine, theirs = row[name].means(drawn), other[name].means(drawn)
+        both, drawn = (row[name].counts > 0) & (other[name].counts > 0), _drawn(len(row[name].sums))
+        mine, theirs = (one[name].within(both).means(drawn) for one in (row, other))
         with np.errstate(divide="ignore", invalid="ignore"):
             found[name] = interval(mine / theirs if name in ratios else mine - theirs)
     return found

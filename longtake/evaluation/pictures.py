@@ -6,7 +6,6 @@ know no model, no world and no run.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from longtake.outputs import whole_file
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -235,9 +236,8 @@ def _margins(width: int, height: int, columns: int, lines: int, *, above: int) -
 
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """A PNG file, atomically."""
+    """A PNG file, atomically. Raises: OutputError where the disk refuses."""
     from PIL import Image
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    Image.fromarray(image).save(temporary)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        Image.fromarray(image).save(file, "PNG")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from longtake.outputs import write_whole
 
 # column title, key of the summary, format
 COLUMNS = (
@@ -122,10 +123,8 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """JSON, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
+    """JSON, atomically. Raises: OutputError where the disk refuses."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 def write_samples(folder: Path, videos: Mapping[str, NDArray[np.uint8]], fps: int) -> None:

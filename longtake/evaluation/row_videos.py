@@ -35,8 +35,10 @@ from longtake.inference.frames import to_frames
 from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.inference.video_io import VideoWriter
 from longtake.models.dit import VideoDiT
+from longtake.outputs import writing
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
+from longtake.weights.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from longtake.objectives.batch import EncodedBatch
@@ -290,14 +292,8 @@ class KeptLatents:
 
     def put(self, row: VideoRow, latents: Tensor) -> None:
         """Keeps them; whoever reads sees a whole file or none. Raises: OutputError."""
-        from safetensors.torch import save_file
-
-        from longtake.outputs import partial_name, writing
-
         file = self.file(row)
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = partial_name(file)
-            about = {"made_by": self._made_by, "row": row.name}
-            save_file({"latents": latents.detach().cpu().contiguous()}, partial, about)
-            partial.replace(file)
+        about = {"made_by": self._made_by, "row": row.name}
+        save_tensors({"latents": latents.detach().cpu().contiguous()}, file, about)

@@ -5,7 +5,6 @@ A row is a function from a batch of worlds to uint8 videos. Ranks share the worl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longtake.condition import Condition, pixel_frames
+from longtake.devices import num_cores
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.inference.frames import to_frames
@@ -34,7 +34,7 @@ from longtake.toy.story import sample_story
 from longtake.toy.windows import WindowRule
 from longtake.toy.world import World, sample_world
 
-_FRAMES_A_PROCESS = 20_000  # fewer are measured (1 ms each) faster than it pays to start a process
+_FRAMES_A_PROCESS = 2_000  # fewer are measured (1 ms each) faster than a process starts
 
 Videos = list[NDArray[np.uint8]]
 
@@ -205,11 +205,23 @@ def score_row(
     rule: WindowRule | None = None,
     scorers: Executor | None = None,
 ) -> tuple[list[WorldScores], Videos]:
-    """Scores of all counted worlds in order, on every rank, and this rank's first batch of videos.
+    """As `begin_row`, its videos measured: scores of all counted worlds in order, on every rank."""
+    mine, shown = begin_row(row, batches, rule=rule, scorers=scorers)
+    return row_scores(mine, mesh), shown
 
-    Args: `rule` asks for scores window by window; `scorers` measure while the next batch is made.
+
+# By the number of its world, of each video of this rank
+Scoring = list[tuple[int, WorldScores | Future[WorldScores]]]
+
+
+def begin_row(
+    row: Row, batches: Sequence[WorldBatch], *, rule: WindowRule | None = None, scorers: Executor | None = None
+) -> tuple[Scoring, Videos]:
+    """What this rank's counted worlds score, and its first batch of videos.
+
+    Args: `rule` asks for scores window by window; `scorers` measure while something else is done.
     """
-    mine: list[tuple[int, WorldScores | Future[WorldScores]]] = []
+    mine: Scoring = []
     shown: Videos = []
     for batch in batches:
         videos = row(batch)
@@ -218,15 +230,20 @@ def score_row(
             if counted:
                 done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
                 mine.append((number, done))
+    return mine, shown
+
+
+def row_scores(mine: Scoring, mesh: Mesh) -> list[WorldScores]:
+    """Those of all ranks in the order of the worlds; all ranks call it."""
     scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
     gathered = [pair for part in mesh.every(lambda: scored if mesh.leads_sequence else []) for pair in part]
-    return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])], shown
+    return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])]
 
 
 @contextmanager
 def scorer_processes(num_frames: int, mesh: Mesh) -> Iterator[Executor | None]:
     """Processes that measure `num_frames` frames in all, this rank's share of the processors; None when few."""
-    processes = min((os.cpu_count() or 1) // mesh.world_size, num_frames // _FRAMES_A_PROCESS)
+    processes = min(num_cores() // mesh.world_size, num_frames // _FRAMES_A_PROCESS)
     if processes < 2:
         yield None
         return

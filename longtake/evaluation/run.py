@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longtake.condition import pixel_frames
+from longtake.config.base import read_yaml
 from longtake.config.groups import EvaluationConfig
 from longtake.encoders.bundle import Encoders
 from longtake.errors import ConfigError
 from longtake.evaluation import paired, pictures, report, rows
 from longtake.evaluation.target import EvalTarget, load_denoiser, of_run
 from longtake.inference.source import Source
-from longtake.outputs import check_output_folder
+from longtake.outputs import check_output_folder, write_whole
 from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.progress import track
 from longtake.rollout.denoise import Denoiser
-from longtake.toy.metrics import summarise
+from longtake.toy.metrics import WorldScores, summarise
 from longtake.toy.windows import WindowRule
 from longtake.toy.world import sample_world
 
 # Drawn before the students: the story of a run.
 _DRAWN_ROWS = ("truth", "teacher", "teacher, causal")
 _SHEET_VIDEOS = 3
+_ON_A_GPU = 32  # worlds at once, at least: it waits for Python as long for one as for so many
 # What a row is called whose condition lacks a part
 _BROKEN = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
 # What a row is called whose cache is made anew by another law than the student's own
@@ -106,18 +107,18 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
     _check_switches(settings.switch_frames, frames, target.students)
     encoders = target.load_encoders(mesh.device)
     table = _rows(target, settings, frames, mesh)
-    shared: dict[str, Any] = {"seed": settings.seed, "num_latent_frames": frames, "batch_size": settings.batch_size}
+    at_once = max(settings.batch_size, _ON_A_GPU if mesh.device.type == "cuda" else 1)
+    shared: dict[str, Any] = {"seed": settings.seed, "num_latent_frames": frames, "batch_size": at_once}
     worlds = partial(rows.held_out, encoders, mesh, with_y=target.with_y, **shared)
     batches = worlds(num_worlds=settings.num_worlds, switch_frames=settings.switch_frames)
     rule = _window_rule(target, encoders) if frames > trained or settings.switch_frames else None
     summaries: dict[str, dict[str, Any]] = {}
     numbers: dict[str, dict[str, paired.Share]] = {}
     shown: dict[str, rows.Videos] = {}
-    total = len(table) * len(batches) * settings.batch_size * batches[0].num_frames
+    total = len(table) * len(batches) * at_once * batches[0].num_frames
     with rows.scorer_processes(total, mesh) as scorers:
         told = track(table.items(), "rows of the table", "rows", len(table)) if mesh.is_main else table.items()
-        for name, row in told:
-            scores, shown[name] = rows.score_row(row, batches, mesh, rule=rule, scorers=scorers)
+        for name, scores, shown[name] in _scored(told, batches, mesh, rule, scorers):
             summaries[name], numbers[name] = summarise(scores), paired.shares(scores)
         if settings.open_worlds:
             further = worlds(num_worlds=settings.open_worlds, only=_open_worlds(settings))
@@ -133,6 +134,24 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
     captions = [rows.caption(world) for world in batches[0].worlds]
     mesh.on_main(lambda: _write(result, drawn, captions, settings, target.result.settings.fps, frames))
     return result
+
+
+def _scored(
+    table: Iterable[tuple[str, rows.Row]],
+    batches: Sequence[rows.WorldBatch],
+    mesh: Mesh,
+    rule: WindowRule | None,
+    scorers: Executor | None,
+) -> Iterator[tuple[str, list[WorldScores], rows.Videos]]:
+    """The rows with their scores and first videos; each is measured while the next one is made."""
+    before: tuple[str, rows.Scoring, rows.Videos] | None = None
+    for name, row in table:
+        made = (name, *rows.begin_row(row, batches, rule=rule, scorers=scorers))
+        if before is not None:
+            yield before[0], rows.row_scores(before[1], mesh), before[2]
+        before = made
+    if before is not None:
+        yield before[0], rows.row_scores(before[1], mesh), before[2]
 
 
 def _open_worlds(settings: EvaluationConfig) -> list[int]:
@@ -223,7 +242,7 @@ def _stored_settings(run: Path | None) -> EvaluationConfig:
     for folder in () if run is None else (run, run.parent):
         job = folder / "job.yaml"
         if job.is_file():
-            return EvaluationConfig.from_tree(yaml.safe_load(job.read_text()).get("evaluation") or {})
+            return EvaluationConfig.from_tree(read_yaml(job).get("evaluation") or {})
     return EvaluationConfig()
 
 
@@ -241,7 +260,7 @@ def _write(
     head = f"{settings.num_worlds} held-out worlds, seed {settings.seed}, {frames} latent frames"
     if settings.switch_frames:
         head += f", other captions from latent frame {', '.join(map(str, settings.switch_frames))} on"
-    (folder / "evaluation.md").write_text(f"{head}\n\n{result}\n")
+    write_whole(folder / "evaluation.md", f"{head}\n\n{result}\n")
     report.write_json(folder / "evaluation.json", {"settings": settings.model_dump(), "rows": result.summaries})
     summaries = {name: result.summaries[name] for name in drawn}
     pictures.write_png(folder / "evaluation.png", pictures.curves(summaries))

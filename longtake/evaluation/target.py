@@ -22,7 +22,7 @@ from longtake.models.dit import VideoDiT
 from longtake.models.sizes import DiTConfig
 from longtake.rollout.denoise import Denoiser
 from longtake.run_folder import checkpoints_folder, find_checkpoint, student_stages, trained_config
-from longtake.weights.load import load_opened, open_weights
+from longtake.weights.load import load_frozen, open_weights
 from longtake.weights.locate import find_weights
 from longtake.weights.widen import opened_as_asked
 
@@ -73,19 +73,19 @@ class EvalTarget:
         return load_encoders(source.encoders, source.settings, device, with_image=self.sizes.image_dim is not None)
 
 
-def load_frozen(weights: Path | Source, device: torch.device, dtype: torch.dtype | None = None) -> VideoDiT:
-    """A model for inference alone, of weights or of a source, which knows more of them than their path; `dtype` of its
-    matrix weights, None: as they are.
+def load_denoiser(source: Source, device: torch.device, *, by_rules: bool = False) -> Denoiser:
+    """A student for inference alone, with what writes its context where that is another network.
+
+    Args: `by_rules`, whether it is as precise as its rules say, and not float32.
     """
-    opened = weights.open() if isinstance(weights, Source) else open_weights(weights, check=True)
-    return load_opened(opened, device, dtype).eval().requires_grad_(False)
-
-
-def load_denoiser(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Denoiser:
-    """A student for inference alone, with what writes its context where that is another network."""
-    apart = source.open_writer()
-    writer = None if apart is None else load_opened(apart, device, dtype).eval().requires_grad_(False)
-    return Denoiser(load_frozen(source, device, dtype), writer=writer)
+    settings, apart = source.settings, source.open_writer()
+    dtype = torch.bfloat16 if by_rules and settings.is_half else None
+    writer = None if apart is None else load_frozen(apart, device, dtype)
+    model = load_frozen(source.open(), device, dtype)
+    for network in (model, writer) if by_rules and settings.precision == "fp8" else ():
+        if network is not None:
+            network.quantise()
+    return Denoiser(model, writer=writer)
 
 
 def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:
@@ -103,7 +103,7 @@ def of_run(run: Path, changes: Mapping[str, Any] | None = None) -> EvalTarget:
         logdir = checkpoint.parents[2]
         weights = find_weights(resolve_source(source or "", logdir), logdir).path
         opened = opened_as_asked(open_weights(weights, check=True), last.model, last.seed)
-        return load_opened(opened, device).eval().requires_grad_(False)
+        return load_frozen(opened, device)
 
     students = {config.name: Source.of_checkpoint(path, config, changes) for path, config in stages}
     return EvalTarget(students, None if source is None else teacher)
@@ -131,7 +131,7 @@ def of_models(
     weights = None if teacher is None else find_weights(TOY_ASSETS / "teacher" if str(teacher) == TOY else teacher).path
     return EvalTarget(
         dict(zip(names, sources, strict=True)),
-        None if weights is None else lambda device: load_frozen(weights, device),
+        None if weights is None else lambda device: load_frozen(open_weights(weights, check=True), device),
     )
 
 

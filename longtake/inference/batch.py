@@ -37,7 +37,7 @@ from longtake.inference.generator import GenerationReport, Generator, Source, wr
 from longtake.inference.pipeline import check_request
 from longtake.inference.record import PLAIN, Asked, Writing, check_space_for, sidecar
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_file, check_output_folder
+from longtake.outputs import check_output_file, check_output_folder, write_whole
 from longtake.progress import track
 
 if TYPE_CHECKING:
@@ -262,8 +262,8 @@ def _make_share(
         note = generator.beginning.zero_shot(given=given)
         record = asked if note is None else {**asked, "note": note}
         if mesh.leads_sequence:
-            sidecar(task.output).write_text(json.dumps(record, indent=2) + "\n")
-            caption(task.output).write_text(asked["prompt"] + "\n", encoding="utf-8")
+            write_whole(sidecar(task.output), json.dumps(record, indent=2) + "\n")
+            write_whole(caption(task.output), asked["prompt"] + "\n")
         rest = {
             "seed": asked["seed"],
             "negative": asked["negative"],

@@ -37,7 +37,7 @@ from longtake.progress import as_size
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.weights.hub import local_encoders
-from longtake.weights.load import Opened, load_opened
+from longtake.weights.load import Opened, load_frozen
 from longtake.weights.locate import encoder_paths, encoder_sizes
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ class Pipeline:
         if split is not None:
             check_heads(sizes.num_heads, split.size)
         started = perf_counter()
-        model = _streaming(opened, device, settings, split)
-        writer = None if apart is None else _streaming(apart, device, settings, split)
+        model = streaming_model(opened, device, settings, split)
+        writer = None if apart is None else streaming_model(apart, device, settings, split)
         runner = CUDAGraphRunner() if graphs and device.type == "cuda" else None
         denoiser = Denoiser(model, graphs=runner, writer=writer)
         vae_dtype = torch.bfloat16 if settings.has_half_vae else torch.float32
@@ -286,12 +286,11 @@ def decoding_place(decode_device: str | torch.device | None, split: SequencePara
     return usable_device(decode_device, "decode_device")
 
 
-def _streaming(
+def streaming_model(
     opened: Opened, device: torch.device, settings: GenerationConfig, split: SequenceParallel | None
 ) -> VideoDiT:
-    """A transformer with its weights, for inference alone."""
-    dtype = torch.bfloat16 if settings.is_half else None
-    model = load_opened(opened, device, dtype).eval().requires_grad_(False)
+    """A transformer with its weights, as precise as the rules say, for inference alone."""
+    model = load_frozen(opened, device, torch.bfloat16 if settings.is_half else None)
     if settings.precision == "fp8":
         model.quantise()
     return model.executed(Execution(split))

@@ -25,7 +25,7 @@ from longtake.inference.pipeline import Pipeline
 from longtake.inference.session_file import made_with
 from longtake.inference.source import Source
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_file, check_space, partial_name, writing
+from longtake.outputs import check_output_file, check_space, write_whole
 from longtake.weights.locate import is_hub_name
 from longtake.weights.students import find_student
 
@@ -201,10 +201,7 @@ def write_record(video: str | Path, record: VideoRecord | None, beside: Mapping[
     """
     file = sidecar(video)
     if record is not None:
-        partial = partial_name(file)
-        with writing(file):
-            partial.write_text(json.dumps({**(beside or {}), _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
-            partial.replace(file)
+        write_whole(file, json.dumps({**(beside or {}), _KEY: record.model_dump(mode="json")}, indent=2) + "\n")
     elif _beside(file) is not None:
         file.unlink()
 

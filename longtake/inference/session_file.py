@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.encoded import checksum
-from longtake.errors import CheckpointError, OutputError
+from longtake.errors import CheckpointError
 from longtake.inference.pipeline import Pipeline
 from longtake.json_text import parse_json
 from longtake.weights.tensor_files import save_tensors
@@ -65,23 +64,10 @@ def write_session(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]
 
     Raises: OutputError when the file cannot be written.
     """
-    from safetensors import SafetensorError
-
     values |= {"version": VERSION, **made_with(pipeline)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        values["checksum"] = checksum(json.loads(json.dumps(values)), stored)
-        save_tensors(stored, partial, {METADATA: json.dumps(values)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"the session cannot be written to {path} ({error}); name a file in a folder there is"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    values["checksum"] = checksum(json.loads(json.dumps(values)), stored)
+    save_tensors(stored, path, {METADATA: json.dumps(values)}, synced=True)
 
 
 def read_session(path: Path, pipeline: Pipeline) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -33,7 +33,7 @@ from longtake.weights.hub import (
     surely_needs_image,
 )
 from longtake.weights.load import Opened, has_writer, open_weights
-from longtake.weights.locate import find_encoders, find_weights, is_hub_name, locate
+from longtake.weights.locate import file_beside, find_encoders, find_weights, is_hub_name, locate
 from longtake.weights.students import FoundStudent, find_student
 
 TOY_STUDENT = TOY_ASSETS / "student"
@@ -270,7 +270,7 @@ def _not_a_student(path: str | Path, place: Path) -> NotAStudentError:
     folder = locate(place)
     if folder.is_file():
         is_pickled(folder)  # says what it is, unless it holds weights
-    file = (folder if folder.is_dir() else folder.parent) / FILE
+    file = file_beside(folder, FILE)
     kind = config_from_json(read_json(file), file).model_type if file.is_file() else "i2v"
     # What Wan's own code samples them with. Source: Wan-Video/Wan2.1 and Wan2.2, generate.py, README.md
     options: dict[str, Any] = {"sampler": "whole", "steps": 40, "shift": 3, "guidance": 5, "frames": 81}

@@ -79,14 +79,14 @@ class CacheView:
         return sum(own for _, own in self.blocks)
 
     @classmethod
-    def joined(cls, views: Sequence[CacheView], layers: Layers) -> CacheView:
+    def joined(cls, views: Sequence[CacheView], layers: Layers | None) -> CacheView:
         """That of several blocks in one call with gradient, one after the other."""
-        tensors: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views]) for name in _INDICES}
+        tensors: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views]) for name in INDICES}
         blocks = tuple(block for view in views for block in view.blocks)
         return cls(views[0].cache, **tensors, blocks=blocks, with_grad=True, layers=layers)
 
 
-_INDICES = ("slots", "frame_index", "query_position", "key_position", "write_slots")
+INDICES = ("slots", "frame_index", "query_position", "key_position", "write_slots")
 
 
 @contextmanager
@@ -146,7 +146,7 @@ class KVCache:
         self._first = 0  # from here to `position` every frame was committed
         # Whose keys and values it holds: whoever fills it says so, and finds out that another one has. None: nobody's.
         self.content: object | None = None
-        self._indices: dict[tuple[int, int], dict[str, Any]] = {}  # tensors by name
+        self._indices: dict[tuple[int, int], Tensor] = {}  # what views of so many frames read, one after the other
         self._pins: list[weakref.ref[PinnedSlots]] = []
         self._cross: dict[int, tuple[Tensor, ...]] = {}
         self._cross_key: tuple | None = None
@@ -305,22 +305,19 @@ class KVCache:
             "write_slots": [self.slot_of(frame) for frame in range(start, end)],
         }
         pinned = self.device.type == "cuda"  # copied beside what the device still does, without waiting for it
-        with lasting_tensors():
-            fresh = {
-                name: torch.tensor(column, dtype=torch.long, pin_memory=pinned) for name, column in columns.items()
-            }
         held = None if with_grad else self._indices.get((count, block_frames))
-        if held is None:
-            # A call with gradient keeps its own copy: backward may recompute after later calls have moved on.
-            with lasting_tensors():
-                held = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fresh.items()}
-            if not with_grad:
-                self._indices[(count, block_frames)] = held
-        else:
-            for name, tensor in fresh.items():
-                held[name].copy_(tensor, non_blocking=True)
+        with lasting_tensors():
+            numbers = [number for column in columns.values() for number in column]
+            fresh = torch.tensor(numbers, dtype=torch.long, pin_memory=pinned)
+            if held is None:
+                # A call with gradient keeps its own copy: backward may recompute after later calls have moved on.
+                held = fresh.to(self.device, non_blocking=True)
+                if not with_grad:
+                    self._indices[(count, block_frames)] = held
+            else:
+                held.copy_(fresh, non_blocking=True)
+            indices: dict[str, Any] = dict(zip(columns, held.split([len(column) for column in columns.values()])))
         blocks = ((count, block_frames),)
-        indices: dict[str, Any] = held
         return CacheView(self, **indices, blocks=blocks, commit=commit, with_grad=with_grad, cross_kept=cross_kept)
 
     def pin(self, block_frames: int) -> PinnedSlots:

@@ -59,13 +59,8 @@ Context = MaskLayout | PreparedMask | MaskOverCache | CacheView | None
 
 # Parts that Wan computes in float32; their weights stay there.
 _FLOAT32_PARTS = (
-    "time_embedding.",
-    "time_projection.",
-    "modulation",
-    "norm",
-    "head.",
-    "img_emb.proj.0",
-    "img_emb.proj.4",
+    *("time_embedding.", "time_projection.", "modulation", "norm", "head."),
+    *("img_emb.proj.0", "img_emb.proj.4"),
 )
 
 
@@ -307,6 +302,11 @@ class VideoDiT(nn.Module):
         Raises: ShapeError when `x`, `sigma`, `condition`, `context` and the config do not fit.
         """
         self.check(x, sigma, condition, context)
+        made_by = self.computed if self.execution.calls is None else partial(self.execution.calls, self)
+        return made_by(x, sigma, condition, context)
+
+    def computed(self, x: Tensor, sigma: Tensor, condition: Condition, context: Context = None) -> Tensor:
+        """As `forward`, of arguments that fit: this is what the execution's `calls` make, or record."""
         frame_index, seen = self._self_context(x, context)
         cross = self._cross_context(condition, context)
         layers = context.layers if isinstance(context, CacheView) else None

@@ -30,6 +30,10 @@ from longtake.models.sequence_parallel import SequenceParallel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Width from which on a GPU takes longer for a network than Python takes to start its kernels. A smaller one waits for
+# Python: compiling its element-wise work, which takes a minute once, would bring nothing, and its calls are recorded.
+LARGE_WIDTH = 1024
+
 
 # (entries of a call one after the other, which updates are theirs, the context in which these are on)
 Run = tuple[int, object, AbstractContextManager]
@@ -47,6 +51,12 @@ class Updates(Protocol):
         ...
 
 
+class Calls(Protocol):
+    """Makes calls of networks, in place of their own forward: by `VideoDiT.computed`, or what was recorded of that."""
+
+    def __call__(self, model: Any, x: Tensor, sigma: Tensor, condition: Any, context: Any) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
@@ -54,7 +64,8 @@ class Execution:
     ("selective") or but self-attention and matrix products ("products"), or of each block another of these;
     `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
     low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
-    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets.
+    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets;
+    `calls`, what makes the network's calls, None where Python does.
     """
 
     split: SequenceParallel | None = None
@@ -63,6 +74,7 @@ class Execution:
     updates: Updates | None = None
     attend: Attention = attend
     fuses: bool = False
+    calls: Calls | None = None
 
     def fused(self, function: F) -> F:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
@@ -78,6 +90,8 @@ class Execution:
 
     def flex(self, device: torch.device, head_width: int) -> bool | None:
         """Whether masks are flex attention's, as `make_mask` takes it. Asked before any block runs."""
+        if self.calls is not None:  # recorded, the parts of a mask wait for no Python, and flex's compiler takes longer
+            return False
         if self.attend is not attend_fastest or device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
             return None
         return flex_is_faster(device, torch.get_autocast_dtype("cuda"), head_width)
@@ -85,6 +99,11 @@ class Execution:
     def again(self, layer: int) -> Again:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
+
+    @property
+    def settled(self) -> bool:
+        """Whether what backward computes again stays as it is."""
+        return not isinstance(self.recompute, ByBlock) or self.recompute.settled
 
     def keeping(self, tokens: Tensor) -> AbstractContextManager:
         """Around the call of a block that backward computes again from these `tokens`."""

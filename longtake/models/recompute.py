@@ -24,17 +24,20 @@ Again = bool | str
 
 @dataclass(eq=False)
 class ByBlock:
-    """What backward computes again, for each block. It may change between updates, and then for all that share it."""
+    """What backward computes again, for each block. It may change between updates, and then for all that share it; not
+    any more once it is `settled`.
+    """
 
     ways: Sequence[Again]
+    settled: bool = False
 
     def of(self, layer: int) -> Again:
         """Of one block."""
         return self.ways[layer]
 
     def follow(self, ways: Sequence[Again]) -> None:
-        """From the next forward on."""
-        self.ways = ways
+        """From the next forward on, for good."""
+        self.ways, self.settled = ways, True
 
 
 class _All(AbstractContextManager):

@@ -118,10 +118,10 @@ class Dmd(Objective):
             velocity = self.guided.velocity(score, self.real, noisy, sigma, told, always=self.parts.sharded)
             real = clean_from_velocity(noisy, velocity, sigma)
             gradient = dmd_gradient(fake, real, student, made.generated)
-        loss = dmd_loss(student, gradient, made.generated)
+        loss = dmd_loss(student, gradient, made.begin)
         metrics: dict[str, float | Tensor] = {
             "generator_loss": loss.detach(),
-            "dmdtrain_gradient_norm": gradient[:, made.generated].abs().mean(),
+            "dmdtrain_gradient_norm": gradient[:, made.begin :].abs().mean(),
             "exit_step": float(self.exit_step(step)),
         }
         if self.data_loss is not None:
@@ -155,7 +155,7 @@ class Dmd(Objective):
         with self.phase("scores"):
             score = self._score(batch, made, step, "critic")
             predicted = score(self.critic, noisy, sigma, self._conditions(batch, made)[0])
-        error = (predicted - velocity(made.latents, noise))[:, made.generated].square()
+        error = (predicted - velocity(made.latents, noise))[:, made.begin :].square()
         loss = error.mean()
         return LossResult(loss, {"critic_loss": loss.detach(), "exit_step": float(self.exit_step(made_at))})
 
@@ -207,7 +207,7 @@ class Dmd(Objective):
         from longtake.flow.schedule import training_sigma
 
         settings = self.settings
-        u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64).to(clean.device)
+        u = self.draws.uniform(step, f"{purpose}_sigma", batch.indices, dtype=torch.float64, device=clean.device)
         level = training_sigma(u, self.parts.shift, settings.sigma_min, settings.sigma_max)
         sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
         noise = self.draws.noise(step, f"{purpose}_noise", batch.indices, clean.shape[1:], clean.device)

@@ -76,7 +76,7 @@ class FlowMatching(Objective):
 
         clean = require_latents(batch, "flow matching").float()
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
-        u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64).to(clean.device)
+        u = self.draws.uniform(step, "sigma", batch.indices, dtype=torch.float64, device=clean.device)
         level = training_sigma(u, self.parts.shift)
         sigma = clip_sigma(level, clean.shape[1], first_frame_clean=self.parts.first_frame_clean)
         condition = drop_captions(batch, self.draws, step, self.settings.caption_dropout)
@@ -97,7 +97,8 @@ def drop_captions(batch: EncodedBatch, draws: KeyedRNG, step: int, share: float)
         return batch.condition
     import torch
 
-    dropped = draws.uniform(step, "caption_dropout", batch.indices).to(batch.empty_text.device)[:, None, None] < share
+    drawn = draws.uniform(step, "caption_dropout", batch.indices, device=batch.empty_text.device)
+    dropped = drawn[:, None, None] < share
     text, later = (
         None if told is None else torch.where(dropped, batch.empty_text, told)
         for told in (batch.condition.text, batch.condition.later_text)

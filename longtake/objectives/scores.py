@@ -85,7 +85,7 @@ def dmd_gradient(fake: Tensor, real: Tensor, student: Tensor, counted: Tensor) -
     return (fake - real) / scale * weight
 
 
-def dmd_loss(student: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
-    """0.5 mean (x - sg(x - gradient))^2 over the counted frames: its gradient in x is `gradient / count`."""
+def dmd_loss(student: Tensor, gradient: Tensor, begin: int) -> Tensor:
+    """0.5 mean (x - sg(x - gradient))^2 over the frames from `begin` on: its gradient in x is `gradient / count`."""
     target = (student - gradient).detach()
-    return 0.5 * (student - target)[:, counted].square().mean()
+    return 0.5 * (student - target)[:, begin:].square().mean()

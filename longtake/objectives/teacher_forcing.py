@@ -100,11 +100,12 @@ class TeacherForcing(Objective):
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Mean squared error of the velocity over the generated frames."""
         from longtake.flow.path import add_noise, velocity
+        from longtake.rng import to_device
 
         clean = require_latents(batch, "teacher forcing").float()
         frames = clean.shape[1]
         noise = self.draws.noise(step, "noise", batch.indices, clean.shape[1:], clean.device)
-        sigma = self._sigma(batch, step, frames).to(clean.device)
+        sigma = to_device(self._sigma(batch, step, frames), clean.device)
         noisy = add_noise(clean, noise, sigma)
         switches = self._switches(batch, step, frames)
         if any(switches):

@@ -177,6 +177,14 @@ class Mesh:
         return torch.stack(rows).cpu()
 
 
+def let_segments_grow() -> None:
+    """Has torch's allocator, before it is first used in this process, let its pieces of a GPU's memory grow: those of
+    fixed sizes strand gigabytes where recomputation and roll-outs take turns. What the environment says stays.
+    """
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Mesh:
     """The mesh of this process, from torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them.
 

@@ -41,10 +41,14 @@ Made = tuple[Tensor, ...]
 Work = Callable[..., Made]
 
 
-class Capture(Protocol):
-    """Records what a function starts on the device, without doing it: a function that does it, and the results."""
+# A function that does what was recorded, and where that leaves its results
+Recorded = tuple[Callable[[], None], Made]
 
-    def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]: ...
+
+class Capture(Protocol):
+    """Records what functions start on the device, without doing it, each by itself and one after the other."""
+
+    def __call__(self, *works: Callable[[], Made]) -> list[Recorded]: ...
 
 
 class CUDAGraphCapture:
@@ -54,12 +58,12 @@ class CUDAGraphCapture:
         self._pool: Any = None
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # that use it: with the last of them it is gone
 
-    def __call__(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
-        work()  # what is compiled for tensors of this kind, or chosen or allocated once, is so before recording
+    def __call__(self, *works: Callable[[], Made]) -> list[Recorded]:
+        for work in works:
+            work()  # what is compiled for tensors of this kind, or chosen or allocated once, is so before recording
         others = list(self._graphs)  # kept while this one records: another thread may drop its cache
         if not others:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
         # Recording gives free memory back, that of other devices too, where it may still be in use: with growing
         # segments torch then waits for this device alone (pytorch/pytorch 196258, seen in 2.11 and 2.14).
         for device in range(torch.cuda.device_count()):
@@ -68,11 +72,14 @@ class CUDAGraphCapture:
         # Other threads, such as the one that watches over collectives, may call CUDA meanwhile; but no stream of theirs
         # may be the one that records. torch hands out 32 streams in turns, its own for recording among them, and a
         # thread that got that one failed with "invalid argument" (seen in 2.11): streams of high priority are others.
-        stream = torch.cuda.Stream(priority=-1)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            out = work()
-        self._graphs.add(graph)
-        return graph.replay, out
+        stream, made = torch.cuda.Stream(priority=-1), []
+        for work in works:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                out = work()
+            self._graphs.add(graph)
+            made.append((graph.replay, out))
+        return made
 
 
 @dataclass
@@ -145,7 +152,7 @@ class CUDAGraphRunner:
                 return work(*inputs)
             passes, latents = self._known(cache, addresses), inputs[0]
             assert latents is not None
-            key = (kind, _autocast(latents.device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
+            key = (kind, autocast_type(latents.device), *(None if t is None else (t.shape, t.dtype) for t in inputs))
             if (left := passes.eager_left(key)) >= 0:
                 made = work(*inputs)
                 if left == 0:
@@ -212,8 +219,8 @@ class CUDAGraphRunner:
         assert x is not None
         made, reason = None, "another process could not"
         try:
-            with _own_casts(x.device):
-                made = self._capture(lambda: work(*held, static=passes.static.get(x.shape)))
+            with own_casts(x.device):
+                (made,) = self._capture(lambda: work(*held, static=passes.static.get(x.shape)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if not agree(made is not None) or made is None:
@@ -235,11 +242,12 @@ def forget_all() -> None:
             graphs.forget()
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type of products under the autocast of now, None where there is none."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _own_casts(device: torch.device) -> AbstractContextManager[Any]:
-    """Under autocast, casts of weights are recorded too: those that it remembers are gone when it ends."""
-    dtype = _autocast(device)
+def own_casts(device: torch.device) -> AbstractContextManager[Any]:
+    """For recording: casts of weights under autocast are recorded too, as those that it remembers end with it."""
+    dtype = autocast_type(device)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)

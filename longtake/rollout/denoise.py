@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from longtake.flow.path import add_noise, clean_from_velocity, guided
 from longtake.models.attention import attend_fastest
 from longtake.models.cache import CacheView, KVCache
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import LARGE_WIDTH
 from longtake.models.shared_base import WriterApart
 from longtake.plan import Exits, StreamPlan
 from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made
@@ -61,6 +63,8 @@ class Denoiser:
         self.rounded = rounded
         self.batched_exit_backward, self.replays = batched_exit_backward, replays
         self._pool: tuple[tuple, KVCache] | None = None
+        # Looking for them takes as long as starting a replay, or ten. They may move, and stay the same objects.
+        self._weights: WeakKeyDictionary[VideoDiT, list[nn.Parameter]] = WeakKeyDictionary()
 
     @property
     def rereads(self) -> bool:
@@ -127,7 +131,9 @@ class Denoiser:
             velocity, *made = work.run(x, sigma, condition)
         else:
             inputs = (x, sigma, condition.frames, text, image)
-            addresses = (*(p.data_ptr() for p in made_by.parameters()), *cache.cross_addresses())
+            if made_by not in self._weights:
+                self._weights[made_by] = list(made_by.parameters())
+            addresses = (*(p.data_ptr() for p in self._weights[made_by]), *cache.cross_addresses())
             kind = (view.num_past, frames, commit, layers is not None, kept)
             split = model.execution.split
             agree = bool if split is None else split.agree
@@ -155,7 +161,8 @@ class _Pass:
     """One call without gradient; as a function of tensors alone, which can be captured.
 
     Besides the velocity it gives what each layer made, `keep_layers`; in `static` tensors where there are any. `quick`,
-    on a GPU: by the fastest attention and with what lies between matrix products compiled, which takes seconds once.
+    on a GPU: by the fastest attention and, of large networks, with what lies between matrix products compiled, which
+    takes seconds once.
     """
 
     model: VideoDiT
@@ -189,7 +196,8 @@ class _Pass:
         view = replace(self.view, layers=layers) if self.keep_layers else self.view
         model = self.model
         if self.quick and x.is_cuda:
-            model = model.executed(replace(model.execution, attend=attend_fastest, fuses=True))
+            fuses = model.config.dim >= LARGE_WIDTH
+            model = model.executed(replace(model.execution, attend=attend_fastest, fuses=fuses))
         return model(x, sigma, condition, view), *made
 
 
@@ -269,7 +277,7 @@ def denoise_block(
         assert guidance is None, "training is never guided"
         frames = x.shape[1]
         exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
-        layers = exits[-1].layers
+        layers = None if denoiser.model.execution.calls else exits[-1].layers
     itself = itself and last == len(sigmas) - 1
     store, apart = itself and stores, with_grad and exits is None
     assert not (store and denoiser.writer), "a last step that stores is one network's"

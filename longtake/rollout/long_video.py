@@ -162,8 +162,8 @@ class LongStream:
                 new[-replay.num_exits :] = [self.denoiser.replayed(self.condition, replay)]
         if history is None:
             return self._window(torch.cat(new, 1), learns_from, first=first)
-        generated = torch.arange(start - history.shape[1], end, device=history.device) >= learns_from
-        return Window(torch.cat([history, *new], 1), generated, self.condition)
+        begin = learns_from - (start - history.shape[1])
+        return Window(torch.cat([history, *new], 1), begin, self.condition)
 
     def _history(self) -> Tensor:
         """The sink and the latest `history_frames` of what there is, as one clip; nothing will be decoded."""
@@ -194,10 +194,9 @@ class LongStream:
         """The last `horizon` latents as the scores see them; `new` carries the graph."""
         end = self.position
         past = torch.cat(self._undecoded, 1)[:, : -new.shape[1]]  # begins with the first frame not decoded
-        begin = end - self.horizon
-        generated = torch.arange(begin, end, device=new.device) >= learns_from
+        begin = learns_from - (end - self.horizon)
         if first:
-            return Window(torch.cat([past, new], 1), generated, self.condition)
+            return Window(torch.cat([past, new], 1), begin, self.condition)
         clip = torch.cat([past, new], 1)
         # The picture before the window's last horizon - 1 latents; what comes before it is needed by nobody any more.
         seen = clip.shape[1] - (self.horizon - 1)
@@ -205,4 +204,4 @@ class LongStream:
             picture = self.codec.encode(self._decoder.decode(clip[:, :seen].detach())[:, -1])
         self._undecoded = [clip[:, seen:].detach()]
         latents = torch.cat([picture.latent.to(clip.dtype), clip[:, seen:]], 1)
-        return Window(latents, generated, Condition(self.condition.text, picture.tokens, picture.frames))
+        return Window(latents, begin, Condition(self.condition.text, picture.tokens, picture.frames))

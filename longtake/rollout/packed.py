@@ -16,7 +16,7 @@ from longtake.condition import Condition, MaskLayout
 from longtake.flow.path import add_noise, guided
 from longtake.models.dit import VideoDiT
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
+from longtake.rng import KeyedRNG, to_device
 from longtake.rollout.recache import Forced, forced
 
 
@@ -44,9 +44,9 @@ class PackedClip:
         of (`step`, global sample indices) where a level is not 0; and the levels, [B, F].
         """
         levels = self.plan.context_levels(history.shape[1])
-        sigma = torch.tensor(levels, device=history.device).expand(history.shape[0], -1)
         if not any(levels):
-            return history, sigma
+            return history, torch.zeros(history.shape[:2], device=history.device)
+        sigma = torch.tensor(levels, device=history.device).expand(history.shape[0], -1)
         noise = draws.noise(step, "context_noise", indices, history.shape[1:], history.device)
         return add_noise(history, noise, sigma), sigma
 
@@ -67,7 +67,7 @@ class PackedClip:
         packed, device = self._of(noisy.shape[1], switch), both.device
         if switch is None:
             condition = replace(condition, later_text=None)
-        source, entries = packed.source.to(device), packed.noisy.to(device)
+        source, entries = (to_device(numbers, device) for numbers in (packed.source, packed.noisy))
         made = model(both.index_select(1, source), levels.index_select(1, source), condition, packed.layout)
         return made.index_select(1, entries)
 

@@ -130,7 +130,8 @@ def _layout(plan: StreamPlan, first: int, exits_from: int, end: int) -> MaskLayo
 @dataclass(frozen=True)
 class ExitStep:
     """The last step that a block took without gradient: its noisy latents `x` [B, f, C, H, W] at noise level `sigma`,
-    what it saw of the cache, pinned there, and what each layer made of it [B, f, l, D], until that has been used.
+    what it saw of the cache, pinned there, and what each layer made of it [B, f, l, D], until that has been used; not
+    kept where the network's calls are recorded.
     """
 
     x: Tensor
@@ -144,7 +145,8 @@ def exits_with_grad(model: VideoDiT, condition: Condition, exits: Sequence[ExitS
     """The exit steps of several blocks, with gradient: their clean latents [B, sum of f, C, H, W].
 
     No block's exit step depends on the gradient of another, since the context is detached. So backward recomputes and
-    differentiates each layer once for all blocks, not once a block, which keeps a GPU busy.
+    differentiates each layer once for all blocks, not once a block, which keeps a GPU busy. Where layers were not kept
+    the call is made again, with its graph.
     """
     x = torch.cat([step.x for step in exits], 1)
     sigma = torch.cat([torch.full(step.x.shape[:2], step.sigma, device=x.device) for step in exits], 1)
@@ -154,7 +156,8 @@ def exits_with_grad(model: VideoDiT, condition: Condition, exits: Sequence[ExitS
         return recompute_on_backward(made, run, inputs, list(block.parameters()))
 
     with torch.enable_grad():
-        velocity = model(x, sigma, condition, CacheView.joined([step.view for step in exits], layers))
+        kept = layers if exits[0].layers else None
+        velocity = model(x, sigma, condition, CacheView.joined([step.view for step in exits], kept))
         velocity = hold_until_backward(velocity, [step.pins for step in exits])
     return clean_from_velocity(x, velocity, sigma)
 

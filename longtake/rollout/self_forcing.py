@@ -24,10 +24,15 @@ RollOutNoise = Callable[[int, int, int], Tensor]
 
 @dataclass(frozen=True)
 class RollOut:
-    """`latents` [B, F, C, H, W]; `generated` [F] boolean, False for the given picture."""
+    """`latents` [B, F, C, H, W], generated from frame `begin` on: before it are given pictures, or what is past."""
 
     latents: Tensor
-    generated: Tensor
+    begin: int
+
+    @property
+    def generated(self) -> Tensor:
+        """[F] boolean. As an index it would be waited for; frames are cut by `begin`."""
+        return torch.arange(self.latents.shape[1], device=self.latents.device) >= self.begin
 
 
 def roll_out(
@@ -88,8 +93,7 @@ def roll_out(
             blocks[-len(exits) :] = [denoiser.exits_with_grad(condition, exits)]
         if replay is not None:
             blocks[-replay.num_exits :] = [denoiser.replayed(condition, replay)]
-    latents = torch.cat(blocks, 1)
-    return RollOut(latents, torch.arange(num_frames, device=latents.device) >= plan.given_frames)
+    return RollOut(torch.cat(blocks, 1), plan.given_frames)
 
 
 @torch.no_grad()

@@ -167,20 +167,6 @@ def _with_caches(
     return other, None if guidance is None else replace(guidance, cache=cache_of(guidance.cache))
 
 
-def stream_latents(
-    denoiser: Denoiser,
-    cache: KVCache,
-    condition: Condition,
-    first_latent: Tensor | None,
-    noise: RollOutNoise,
-    plan: StreamPlan,
-    *,
-    guidance: Guidance | None = None,
-) -> Iterator[Tensor]:
-    """Yields the latents of a `LatentStream`, for ever; the caller stops when it has enough."""
-    return LatentStream(denoiser, cache, condition, first_latent, noise, plan, guidance=guidance)
-
-
 def stream_switched(
     denoiser: Denoiser,
     cache: KVCache,
@@ -190,7 +176,7 @@ def stream_switched(
     noise: RollOutNoise,
     plan: StreamPlan,
 ) -> Iterator[Tensor]:
-    """As `stream_latents`, under another condition from the first block that begins at or after each switch frame.
+    """Yields latents for ever, under another condition from the first block that begins at or after each switch frame.
 
     Args: `cache`, an empty one; `conditions`, one more than `switch_frames` (latent frames, ascending). At a switch the
     cache is made anew as the plan says. Raises: ConfigError when conditions and switch frames do not fit.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longtake.devices import host_memory
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
 
@@ -71,20 +72,11 @@ def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Cap
         _give_back()  # what the session that was measured held
         free, _ = torch.cuda.mem_get_info(generator.device)
         sessions = max(1, min(sessions, int(_SHARE * free / session_bytes)))
-        if host_bytes and (free := _free_of_host()):
+        if host_bytes and (free := host_memory()[1]):
             sessions = max(1, min(sessions, int(_SHARE * free / host_bytes)))
     each = session_bytes / 1e9, host_bytes / 1e9
     logger.info("%d sessions at once: %.1f frames/s, %.2f GB and %.2f GB of the host each", sessions, rate, *each)
     return Capacity(sessions, rate, session_bytes, host_bytes)
-
-
-def _free_of_host() -> int:
-    """Bytes of the host's memory that can be had; 0: not known here."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        return 0
 
 
 def warm_up(generator: Generator, history_blocks: int) -> None:

@@ -8,7 +8,6 @@ network and no file format.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections import deque
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longtake.devices import num_cores
 from longtake.errors import ConfigError, LongtakeError, OutputError
 from longtake.inference.frames import Frames
 from longtake.inference.generator import Generator
@@ -191,7 +191,7 @@ class Engine:
         self._generator = self._build()
         if self._generator.device.type == "cpu":
             # A core for encoding and sending: threads that share their cores with others wait for each other.
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() - 1)))
         self.model = Model.of(self._generator, self._history)
         self.ready.set_result(self.model)
         while True:

@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.lock import locked
 from longtake.outputs import check_output_folder, writing
 from longtake.serve import store
 from longtake.serve.capacity import Memory
@@ -73,6 +74,7 @@ class Hub:
         self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticking: asyncio.Task[Any] | None = None
+        self._alone = ExitStack()  # in its folder
         self.devices = Devices(
             builds, self._on_output, settings.blocks_ahead, settings.history_blocks, settings.max_sessions
         )
@@ -80,6 +82,7 @@ class Hub:
     async def start(self) -> None:
         """Returns when sessions can be opened. Raises: LongtakeError when they never can."""
         check_output_folder(self.settings.folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._alone.enter_context(locked(self.settings.folder, "give this server another --folder"))
         self.stored = await asyncio.to_thread(store.read_all, self.settings.folder)
         self.model = model = await self.devices.start()
         sizes = model.height, model.width, model.fps, model.block_frames, self.settings.blocks_ahead
@@ -100,6 +103,7 @@ class Hub:
         if self._ticking is not None:
             self._ticking.cancel()
         await self.devices.stop()
+        self._alone.close()
 
     def _later(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.outputs import partial_name, writing
+from longtake.outputs import whole_file, writing
 from longtake.serve import store
 from longtake.serve.counts import Counts
 from longtake.serve.engine import Engine, Made, Turned
@@ -406,14 +406,8 @@ class Live:
 
     def _cut_recording(self, frame: int) -> None:
         if self.recording.end > frame:
-            earlier = self.folder / "earlier.mp4"
-            partial = partial_name(earlier)
-            try:
-                with partial.open("wb") as file:
-                    file.writelines(self.recording.read())
-                partial.replace(earlier)
-            finally:
-                partial.unlink(missing_ok=True)
+            with whole_file(self.folder / "earlier.mp4") as earlier, earlier.open("wb") as file:
+                file.writelines(self.recording.read())
         self.recording.cut(frame)
 
     async def end(self, reason: str, *, reopens: bool = False) -> None:

@@ -70,6 +70,8 @@ def _session(hub: HubHere, name: str, x_session_secret: Annotated[str | None, He
 
 
 Session = Annotated[Live, Depends(_session)]
+Upload = Annotated[UploadFile | None, File()]
+Drop = Annotated[bool, Form()]
 
 
 def _checked(prompt: str, hub: Hub) -> str:
@@ -108,7 +110,7 @@ async def info(hub: HubHere) -> dict[str, Any]:
 async def create(
     hub: HubHere,
     prompt: Annotated[str, Form()],
-    image: Annotated[UploadFile | None, File()] = None,
+    image: Upload = None,
     seed: Annotated[int, Form(ge=0, lt=2**63)] = 0,
     guidance: Annotated[float | None, Form(ge=0, le=100)] = None,
     negative: Annotated[str | None, Form()] = None,
@@ -151,24 +153,14 @@ async def prompt(hub: HubHere, live: Session, body: PromptBody) -> dict[str, Any
 
 
 @router.post("/sessions/{name}/image")
-async def image(
-    hub: HubHere,
-    live: Session,
-    image: Annotated[UploadFile | None, File()] = None,
-    drop: Annotated[bool, Form()] = True,
-) -> dict[str, Any]:
+async def image(hub: HubHere, live: Session, image: Upload = None, drop: Drop = True) -> dict[str, Any]:
     """A cut to another picture, or to a scene of the prompt alone."""
     picture = await _picture(image, hub)
     return await live.change("image", picture, await _packed(picture), drop)
 
 
 @router.post("/sessions/{name}/target")
-async def target(
-    hub: HubHere,
-    live: Session,
-    image: Annotated[UploadFile | None, File()] = None,
-    drop: Annotated[bool, Form()] = True,
-) -> dict[str, Any]:
+async def target(hub: HubHere, live: Session, image: Upload = None, drop: Drop = True) -> dict[str, Any]:
     """A picture to move towards, or none any more."""
     picture = await _picture(image, hub)
     return await live.change("target", picture, await _packed(picture), drop)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.outputs import partial_name
+from longtake.outputs import whole_file, write_whole
 from longtake.serve.timeline import Beginning, Change, Timeline
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def save_file(folder: Path, save: int) -> Path:
 
 
 def write(stored: Stored) -> None:
-    """Writes what is known of a session, and removes files of saves that are no more."""
+    """Writes what is known of a session, and removes files of saves that are no more. Raises: OutputError."""
     values = {
         "version": _VERSION,
         "secret": stored.secret.hex(),
@@ -74,12 +73,7 @@ def write(stored: Stored) -> None:
             for one in stored.saves
         ],
     }
-    partial = stored.folder / f".{_FILE}.part"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(stored.folder / _FILE)
+    write_whole(stored.folder / _FILE, json.dumps(values), synced=True)
     kept = {save_file(stored.folder, one.save) for one in stored.saves}
     for old in set(stored.folder.glob("save-*.safetensors")) - kept:
         old.unlink(missing_ok=True)
@@ -150,9 +144,8 @@ def _picture_out(picture: bytes | None, folder: Path) -> str | None:
     key = hashlib.sha256(picture).hexdigest()
     path = folder / f"{key}.png"
     if not path.exists():  # under its name it is whole, else a session that was killed or met a full disk is lost
-        partial = partial_name(path)
-        partial.write_bytes(picture)
-        partial.replace(path)
+        with whole_file(path) as file:
+            file.write_bytes(picture)
     return key
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from longtake.config.groups import WorldConfig, WorldFormat
 from longtake.data.h264 import add_h264, encode
 from longtake.data.lmdb import FORMAT_VERSION
+from longtake.devices import num_cores
 from longtake.errors import ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, check_own, new_folder, writing
@@ -36,7 +36,7 @@ _ROWS_A_SHARD = 256
 _SHARD_BYTES = 1 << 26  # of pictures of a few kilobytes
 _CRF = "10"
 _STAMP_VERSION = 1
-_CLIPS_A_PROCESS = 500  # fewer are written faster than a process starts
+_CLIPS_A_PROCESS = 64  # fewer are written (some 20 ms each) faster than a process starts
 
 
 def write_world(folder: str | Path, asked: WorldConfig, *, overwrite: bool = False) -> Path:
@@ -151,7 +151,7 @@ def _write_images(folder: Path, worlds: list[World]) -> None:
 
 def _write_clips(folder: Path, worlds: list[World], num_frames: int) -> None:
     jobs = [(folder / f"{number:06d}.mp4", world, num_frames) for number, world in enumerate(worlds)]
-    processes = min(os.cpu_count() or 1, len(jobs) // _CLIPS_A_PROCESS)
+    processes = min(num_cores(), len(jobs) // _CLIPS_A_PROCESS)
     if processes > 1:
         # Spawned, not forked: the caller may have threads.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

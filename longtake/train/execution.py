@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -11,14 +13,12 @@ from longtake.config.objective import NetworkConfig
 from longtake.errors import ConfigError
 from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import Execution
+from longtake.models.execution import LARGE_WIDTH, Calls, Execution
 from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.mesh import Mesh
 from longtake.train.keeping import FEWEST_BLOCKS, first_ways
 
-# Width from which on element-wise work is compiled where there are gradients, which takes a minute once: a smaller
-# network waits for Python, not for memory.
-FUSED_WIDTH = 1024
+logger = logging.getLogger(__name__)
 
 
 def check_precision(networks: Mapping[str, NetworkConfig], precision: str, mesh: Mesh) -> None:
@@ -39,20 +39,34 @@ def check_precision(networks: Mapping[str, NetworkConfig], precision: str, mesh:
 
 
 def quick(
-    model: VideoDiT, device: torch.device, product_type: torch.dtype, *, sharded: bool, compiled: bool
+    model: VideoDiT,
+    device: torch.device,
+    product_type: torch.dtype,
+    calls: Calls | None,
+    *,
+    sharded: bool,
+    compiled: bool,
 ) -> Execution:
     """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
-    element-wise work; compiled blocks have both of their own.
+    element-wise work, else by `calls`; compiled blocks have the first two of their own. Sharded weights, which move,
+    have neither of the latter.
     """
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    return replace(model.execution, attend=attend_fastest, fuses=is_fused(model, sharded=sharded))
+    execution, large = replace(model.execution, attend=attend_fastest), model.config.dim >= LARGE_WIDTH
+    if sharded:
+        if not large and calls is not None:
+            _say_that_sharded_calls_are_not_recorded()
+        return execution
+    return replace(execution, fuses=large, calls=None if large else calls)
 
 
-def is_fused(model: VideoDiT, *, sharded: bool) -> bool:
-    """Whether a GPU computes the element-wise work of a network by compiled functions."""
-    return not sharded and model.config.dim >= FUSED_WIDTH
+@cache
+def _say_that_sharded_calls_are_not_recorded() -> None:
+    logger.info(
+        "calls are not recorded as CUDA graphs where weights are sharded; parallel.data_parallel=ddp has them so"
+    )
 
 
 def recomputed(

@@ -6,22 +6,26 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from longtake.checkpoint.invariants import flat
 from longtake.config.groups import EvaluationConfig
 from longtake.config.job import JobConfig
 from longtake.config.stage import StageConfig, dump
+from longtake.encoders.bundle import import_libraries
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.json_text import parse_json
-from longtake.outputs import check_output_folder
-from longtake.parallel.mesh import Mesh, init_mesh, restarts
+from longtake.outputs import check_output_folder, write_whole
+from longtake.parallel.mesh import Mesh, init_mesh, let_segments_grow, restarts
 from longtake.run_folder import checkpoint_name, checkpoints_folder, latest_checkpoint, read_manifest
 from longtake.toy.files import write_world
+from longtake.train.keeping import told_to_keep_less
 from longtake.train.lock import only_run
 from longtake.train.networks import Builder
 from longtake.train.pace import JobPace, StagePlan, in_words
@@ -36,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: StageConfig | JobConfig) -> None:
     """Trains what `config` says, on all ranks that torchrun started (or in this process alone)."""
+    let_segments_grow()
     with init_mesh() as mesh:
         _log_on_main(mesh)
         mesh.on_main(lambda: check_output_folder(config.logdir))
@@ -47,7 +52,8 @@ def run(config: StageConfig | JobConfig) -> None:
         values, folder = config.model_dump(), config.folder
         mesh.on_main(lambda: _refuse_other_sources(folder, config.max_steps, values))
         if not mesh.on_main(partial(_is_done, folder, config.max_steps, values)):
-            run_stage(config, mesh)
+            with told_to_keep_less(config.activation_checkpointing):
+                run_stage(config, mesh)
         elif mesh.is_main:
             more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
             steps = _next_steps(folder, with_picture=config.model.image_condition == "i2v")
@@ -75,11 +81,12 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     logdir, is_new = Path(config.logdir), False
 
     def prepare() -> None:
-        (logdir / "job.yaml").write_text(dump(config))
+        write_whole(logdir / "job.yaml", dump(config))
         if config.data is not None:
             write_world(config.data_folder, config.data)
 
-    mesh.on_main(prepare)
+    with _imports_meanwhile(config):
+        mesh.on_main(prepare)
     plans = {}
     for name, stage in config.stages.items():
         work = planned_operations(Builder(stage, mesh)) if mesh.is_main else None  # who tells it
@@ -93,7 +100,8 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         pace.begin(name)
         newest = latest_checkpoint(checkpoints_folder(folder))
         trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
-        run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
+        with told_to_keep_less(stage.activation_checkpointing):
+            run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
         pace.end(name, stage.max_steps - trained)
         is_new = True
     settings, folders = config.evaluation, [stage.folder for stage in config.stages.values()]
@@ -110,6 +118,18 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
     state = "is complete" if is_new else "was complete, and nothing was done anew"
     *_, last = config.stages.values()
     _say(f"{logdir} {state}.\n{_next_steps(logdir, with_picture=last.model.image_condition == 'i2v')}{again}")
+
+
+@contextmanager
+def _imports_meanwhile(config: JobConfig) -> Iterator[None]:
+    """Around the writing of a toy world, which other processes do: meanwhile its encoders' libraries are imported."""
+    if config.data is None or config.data_folder.exists():
+        yield
+        return
+    thread = Thread(target=import_libraries, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def _say(text: str) -> None:

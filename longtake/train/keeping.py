@@ -9,7 +9,8 @@ takes to keep, which is attention. The mathematics is the same. It must know no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,3 +233,18 @@ class Keeper:
                 *(least / GIB, self._peak / GIB),
                 ", ".join(f"{size / GIB:.2f}" for size in kept.values()),
             )
+
+
+@contextmanager
+def told_to_keep_less(asked: object) -> Iterator[None]:
+    """Where memory runs out inside, how to keep less is told with it. Args: `asked`, activation_checkpointing."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if asked == "auto":
+            error.add_note(
+                "activation_checkpointing=auto decides by what the first iterations took: where that was enough for "
+                "these and not for later ones, set activation_checkpointing=full, which keeps the least"
+            )
+        error.add_note("started again, it goes on from its last checkpoint")
+        raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.config.stage import StageConfig
+from longtake.encoders.original import random_vae
 from longtake.encoders.vae import VideoVAE
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.batch import EncodedBatch
@@ -70,12 +71,12 @@ class MadeBatches:
 
 
 def made_codec(vae: Mapping[str, Any], size: DiTConfig, image_tokens: int, num_latent_frames: int) -> EncoderCodec:
-    """A VAE with random weights, of its configuration (Wan2.1's where it is empty), and CLIP tokens that are zeros."""
-    from diffusers import AutoencoderKLWan
+    """A VAE of a configuration (as published where it is empty) with random weights; CLIP tokens that are zeros."""
 
     def encode(images: Tensor) -> Tensor:
         return torch.zeros(len(images), image_tokens, size.image_dim or 0, device=images.device)
 
     tokens: Any = SimpleNamespace(encode=encode) if size.image_dim else None
     with_y = size.condition_channels > 0
-    return EncoderCodec(VideoVAE(AutoencoderKLWan(**vae)), tokens, with_y=with_y, num_latent_frames=num_latent_frames)
+    made = VideoVAE(random_vae(size.out_channels, vae))
+    return EncoderCodec(made, tokens, with_y=with_y, num_latent_frames=num_latent_frames)

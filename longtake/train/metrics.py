@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ import torch
 from longtake.config.groups import WandbConfig
 from longtake.errors import CheckpointError
 from longtake.json_text import parse_json
+from longtake.outputs import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,7 @@ def cut_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] < first_step]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _jsonable(value: Any) -> Any:

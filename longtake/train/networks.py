@@ -37,6 +37,7 @@ from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import PictureCodec
+from longtake.rollout.recorded_calls import RecordedCalls
 from longtake.rollout.rounded import Rounded
 from longtake.run_folder import holds_student, read_manifest
 from longtake.train.adapters import adapt, earlier_values, first_values, reference_of
@@ -88,14 +89,15 @@ def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str
 
 @dataclass
 class Builder:
-    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, and the
-    networks whose memory decides what backward computes again.
+    """Builds the networks of one stage one after the other, and what trains them; remembers their updates, the
+    networks whose memory decides what backward computes again, and what records the calls of all that are small.
     """
 
     config: StageConfig
     mesh: Mesh
     adapters: dict[str, Adapter] = field(default_factory=dict)
     watched: list[Watched] = field(default_factory=list)
+    calls: RecordedCalls = field(default_factory=RecordedCalls)
 
     def __post_init__(self) -> None:
         if self.mesh.device.type != "cuda":
@@ -401,7 +403,8 @@ class Builder:
         return CUDAGraphRunner()
 
     def _quick(self, model: VideoDiT, *, sharded: bool, compiled: bool) -> Execution:
-        return quick(model, self.mesh.device, self._product_type, sharded=sharded, compiled=compiled)
+        calls = self.calls if self.config.parallel.graphs else None
+        return quick(model, self.mesh.device, self._product_type, calls, sharded=sharded, compiled=compiled)
 
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.

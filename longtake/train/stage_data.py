@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,10 +103,15 @@ class DataBuilder:
                 f"data.path={config.data.path} holds no paths of a teacher, which {objective.kind} learns from; give "
                 "the folder that `longtake teacher-data` writes with this configuration"
             )
-        folder = config.encoders_folder
-        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
+        return self.batch_encoder(contents)
+
+    def batch_encoder(self, contents: Sequence[str]) -> BatchEncoder:
+        """What encodes rows with the encoders of the stage. Raises: CheckpointError, ConfigError."""
+        config, device, folder = self.config, self.mesh.device, self.config.encoders_folder
         encoders = load_encoders(folder, config.model, device, with_image=self.with_tokens)
         check_strides(encoders.vae, config.video, folder)
+        objective = config.objective
+        rules: dict[str, Any] = {"empty_prompt": objective.empty_prompt, "switches": objective.takes_switches}
         return BatchEncoder(encoders, config.clip_shape, contents, device=device, **rules)
 
     def codec(self, encoders: Encoders | None) -> EncoderCodec:

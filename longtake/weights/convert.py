@@ -16,7 +16,10 @@ from longtake.errors import ConfigError
 from longtake.outputs import check_new_folder, new_folder
 from longtake.progress import track
 from longtake.weights.config_json import config_to_diffusers, config_to_json, config_to_original, write_config
+from longtake.weights.hub import local_path
 from longtake.weights.load import open_dit
+from longtake.weights.locate import file_beside
+from longtake.weights.lora import check_scale
 from longtake.weights.names import to_diffusers_key
 from longtake.weights.read import INDEX, CheckpointReader
 from longtake.weights.students import find_student
@@ -58,9 +61,12 @@ def convert(
         raise ConfigError(f"a shard of {shard_bytes} bytes holds nothing; give a size above 0")
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
+    check_scale(lora_scale, lora)
     student = find_student(source) if network is None and lora is None else None
     if student is None:
-        published, model = open_dit(source, network, lora, lora_scale, unmerge=unmerge)
+        here = local_path(source)
+        rules = file_beside(here, RULES_FILE)
+        published, model = open_dit(here, network, lora, lora_scale, unmerge=unmerge)
     else:
         student.check_is_one()
         published, model = student.read()
@@ -69,10 +75,9 @@ def convert(
         names = {name: to_diffusers_key(name) if to == "diffusers" else name for name in published.tensors}
         written = _write(published, names, folder, shard_bytes)
         write_config(folder, fields)
-        here = Path(source)  # a name on the hub is no path
         if student is not None:
             write_rules(folder, student.rules)
-        elif (rules := (here if here.is_dir() else here.parent) / RULES_FILE).is_file():
+        elif rules.is_file():
             shutil.copyfile(rules, folder / RULES_FILE)
     return [target / name for name in written]
 

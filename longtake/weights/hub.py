@@ -7,7 +7,6 @@ fetched; where no network is, what lies in the hub's cache is taken. Must know n
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +20,7 @@ from longtake.config.generation import RULES_FILE
 from longtake.config.stage import TOY_ASSETS
 from longtake.errors import CheckpointError, nearest
 from longtake.json_text import parse_json
+from longtake.outputs import free_disk
 from longtake.progress import Progress, as_size
 from longtake.weights.config_json import FILE, config_from_json, read_json
 from longtake.weights.file_kind import GGUF
@@ -33,6 +33,7 @@ from longtake.weights.locate import (
     PICKLED,
     SAFETENSORS,
     EncoderPart,
+    file_beside,
     files_in,
     is_hub_name,
     locate,
@@ -217,29 +218,33 @@ def fetch(orders: Sequence[Order], folder: Path | None = None) -> list[Path]:
     Says before what is fetched and how large it is. Args: `folder` to put the files into, in place of the cache.
     Raises: CheckpointError when the disk has too little room, or fetching fails.
     """
-    wanted = [_absent(order) if folder is None else order.size_bytes for order in orders]
+    wanted = [_absent(order, folder) for order in orders]
     _check_room(sum(wanted), folder)
+    there = "In the hub's cache:" if folder is None else f"In {folder}:"
     for order, size in zip(orders, wanted):
-        logger.info("%s %s (%s)", "Fetching" if size else "In the hub's cache:", order, as_size(order.size_bytes))
+        logger.info("%s %s (%s)", "Fetching" if size else there, order, as_size(order.size_bytes))
     return [_fetched(order, folder, size) for order, size in zip(orders, wanted)]
 
 
-def _absent(order: Order) -> int:
-    """Bytes of the files that are not in the cache."""
+def _absent(order: Order, folder: Path | None) -> int:
+    """Bytes of the files that are not in the cache, or not whole in a folder."""
     from huggingface_hub import try_to_load_from_cache
 
-    if order.repository.cache is not None:
-        return 0
     name, sizes = order.repository.name, order.repository.sizes
-    return sum(sizes[file] for file in order.all_files if not isinstance(try_to_load_from_cache(name, file), str))
+
+    def is_there(file: str) -> bool:
+        if folder is not None:
+            return (folder / file).is_file() and (folder / file).stat().st_size == sizes[file]
+        return order.repository.cache is not None or isinstance(try_to_load_from_cache(name, file), str)
+
+    return sum(sizes[file] for file in order.all_files if not is_there(file))
 
 
 def _check_room(size_bytes: int, folder: Path | None) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = Path(HF_HUB_CACHE if folder is None else folder).absolute()
-    disk = next(path for path in (place, *place.parents) if path.exists())
-    if size_bytes > (free := shutil.disk_usage(disk).free):
+    if size_bytes > (free := free_disk(place)):
         raise CheckpointError(
             f"{as_size(size_bytes)} are to be fetched to {place}, and its disk has {as_size(free)} left; make room, or "
             "name another place (the variable HF_HOME; `longtake download NAME -o FOLDER`)"
@@ -357,8 +362,7 @@ def no_encoders(name: str, lacking: Sequence[str]) -> CheckpointError:
 
 def needs_image(weights: Path) -> bool:
     """Whether weights may need an image encoder by the `config.json` beside them; they may where there is none."""
-    place = locate(weights)
-    file = (place if place.is_dir() else place.parent) / FILE
+    file = file_beside(locate(weights), FILE)
     return config_from_json(read_json(file), file).image_dim is not None if file.is_file() else True
 
 
@@ -369,13 +373,10 @@ def surely_needs_image(weights: Path, order: Order | None = None) -> bool:
     Args: `weights` with what is small beside them; `order`, that of the tensors where they are on the hub.
     """
     place = locate(weights)
-    file = (place if place.is_dir() else place.parent) / FILE
-    if not file.is_file():
+    file = file_beside(place, FILE)
+    if not file.is_file() or not needs_image(place):
         return False
-    data = read_json(file)
-    if config_from_json(data, file).image_dim is None:
-        return False
-    if "image_dim" in data:  # as diffusers and Longtake write it
+    if "image_dim" in read_json(file):  # as diffusers and Longtake write it
         return True
     names = _names_here(place) if order is None else _names_there(order)
     return any(_IMAGE_BRANCH in name for name in names)

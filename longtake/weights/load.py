@@ -23,7 +23,7 @@ from longtake.progress import as_size, track
 from longtake.weights.config_json import FILE, config_from_json, config_to_json, read_json, write_config
 from longtake.weights.fingerprint import check_base
 from longtake.weights.hub import local_path
-from longtake.weights.locate import SAFETENSORS, files_in, locate
+from longtake.weights.locate import SAFETENSORS, file_beside, files_in, locate
 from longtake.weights.lora import check_scale, is_adapter, read_base, read_lora
 from longtake.weights.names import shown_key
 from longtake.weights.presets import PRESETS, fitting_presets
@@ -77,7 +77,7 @@ def open_dit(
         # First: it says what the weights of others are.
         published = open_published(path, network, mend=mend or partial(part_of, part=part))
         with torch.device("meta"):
-            model = VideoDiT(_sizes(published, (path if path.is_dir() else path.parent) / FILE))
+            model = VideoDiT(_sizes(published, file_beside(path, FILE)))
         check_state(published.shapes(), model, path, diffusers=published.diffusers)
     if lora is None:
         return published, model
@@ -162,6 +162,11 @@ def load_opened(opened: Opened, device: str | torch.device = "cpu", dtype: torch
     state = {name: value.to(device, types[name], copy=True) for name, value in told}
     opened.model.load_state_dict(state, assign=True)
     return opened.model.requires_grad_(True)
+
+
+def load_frozen(opened: Opened, device: str | torch.device, dtype: torch.dtype | None = None) -> VideoDiT:
+    """The same for inference alone."""
+    return load_opened(opened, device, dtype).eval().requires_grad_(False)
 
 
 def load_dit(

@@ -27,7 +27,7 @@ TOKENIZER_FOLDER = Path("google") / "umt5-xxl"  # beside the original text encod
 EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 # Networks in a checkpoint, the average first
 _NETWORKS = ("generator_ema", "generator_ema_lora", "generator", "generator_lora")
-_CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
+CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels; specification C.2
 ON_THE_HUB = "OWNER/NAME of a repository on the Hugging Face hub"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
@@ -59,6 +59,11 @@ def files_in(folder: Path, suffixes: tuple[str, ...] = SAFETENSORS) -> list[Path
     """The files of a folder with these suffixes in any case, sorted, without hidden ones as macOS adds (`._`)."""
     found = (path for path in folder.glob("*") if path.name.lower().endswith(suffixes) and path.is_file())
     return sorted(path for path in found if not path.name.startswith("."))
+
+
+def file_beside(weights: Path, name: str) -> Path:
+    """A file of that name in a folder of weights, or beside a file of them; it need not be there."""
+    return (weights if weights.is_dir() else weights.parent) / name
 
 
 def pickles_in(folder: Path) -> list[Path]:
@@ -309,7 +314,7 @@ def image_token_count(folder: Path) -> int:
     """Tokens of the image encoder in `folder`; where its config.json is not there, those of the published one."""
     file = folder / "image_encoder" / "config.json"
     if not file.is_file():
-        return _CLIP_TOKENS
+        return CLIP_TOKENS
     data = read_json(file)
     try:
         return (data["image_size"] // data["patch_size"]) ** 2 + 1

@@ -362,6 +362,6 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], adapter: Adapter)
 def read_base(folder: Path) -> Base:
     """The base of a folder of updates. Raises: CheckpointError when `base.json` is not what `write_adapter` wrote."""
     data = read_json(folder / BASE)
-    if not isinstance(data, dict) or set(data) != {"source", "identity"}:
+    if not isinstance(data, dict) or set(data) != {"source", "identity"} or {str} != set(map(type, data.values())):
         raise CheckpointError(f"{folder / BASE} must hold source and identity of the base; use another checkpoint")
     return Base(**data)

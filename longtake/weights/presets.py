@@ -58,7 +58,7 @@ def model_config(preset: str) -> DiTConfig:
     file = (locate(folder) if folder.is_dir() else folder) / FILE
     if not file.is_file():
         known, near = ", ".join(sorted(PRESETS)), nearest(preset, PRESETS)
-        raise ConfigError(f"model.preset={preset} is neither known ({known}) nor a folder with a config.json{near}")
+        raise ConfigError(f"preset {preset} is neither known ({known}) nor a folder with a config.json{near}")
     return config_from_json(read_json(file))
 
 

@@ -207,6 +207,14 @@ def _check_present(folder: Path, wanted: list[str]) -> None:
         raise CheckpointError(f"{folder} lacks {count} weight files: {names}; download it again")
 
 
+def stored_in(file: Path) -> list[Stored]:
+    """The tensors of a safetensors or torch.save file that holds nothing else; no data is read.
+
+    Raises: CheckpointError.
+    """
+    return _rows(file, read_tensors(file)) if is_pickled(file) else _header(file)
+
+
 def _header(file: Path) -> list[Stored]:
     with open_safetensors(file) as opened:
         views = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118

@@ -42,7 +42,6 @@ class Student:
     settings: GenerationConfig
     base: str
     network: str | None
-    key_prefix: str
     licence: str
     source: str
     lora: str | None = None

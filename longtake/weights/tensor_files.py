@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.outputs import writing
+from longtake.outputs import whole_file
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -49,15 +49,18 @@ def misfits(expected: Shapes, got: Shapes, shown: Callable[[str], str] = str) ->
     return {group: keys for group, keys in groups.items() if keys}
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes contiguous CPU tensors to `path` with the permissions that a new file gets here.
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, *, synced: bool = False
+) -> None:
+    """Writes contiguous CPU tensors to `path`, whole or not at all, with the permissions that a new file gets here.
 
     `safetensors.torch.save_file` alone leaves a file that only its owner may read (seen with version 0.8).
+    Args: `synced` as that of `whole_file`. Raises: OutputError.
     """
     from safetensors.torch import save_file
 
-    with writing(path):
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-        path.chmod(mode)
+    with whole_file(path, synced=synced) as file:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(dict(tensors), file, None if metadata is None else dict(metadata))
+        file.chmod(mode)

@@ -8,7 +8,7 @@ import torch
 from toy_assets import toy
 from typer.testing import CliRunner
 
-from longtake.bench import random_models, watched
+from longtake.bench import random_models, report, watched
 from longtake.bench.clock import percentiles, playback, seconds_of
 from longtake.bench.kernels import (
     Attention,
@@ -140,6 +140,29 @@ def test_one_source_at_a_time(tmp_path):
     assert result.exit_code == 2 and "height x width" in result.output
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["toy/distill", "--blocks", "3"], "--blocks is of a stream, and CONFIG of a training"),
+        (["toy/distill", "--warm-up"], "--warm-up is of a stream"),
+        (["--steps", "3"], "--steps is of a training; give its CONFIG, too"),
+        (["--random", "toy", "--memory", "20"], "--memory is of a training"),
+        (["--model", "toy", "--small-text"], "--small-text goes with --random"),
+        (["--random", "toy", "--encoders", "toy"], "--encoders goes with --model"),
+    ],
+)
+def test_no_option_is_passed_over(words, told):
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 2 and told in " ".join(result.output.split()), result.output
+
+
+def test_no_gpu_is_asked_for_versions(monkeypatch):
+    """A rank that looked at all GPUs would take memory of each, and so change what it measures."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("GPUs are counted"))
+    assert report.machine(CPU)["versions"]["torch"] == torch.__version__
+
+
 def test_random_encoders_of_a_published_kind(monkeypatch):
     """Built of the published parts, here with few and narrow layers."""
     small = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
@@ -269,7 +292,7 @@ def test_two_contexts_of_one_length_are_two_attentions():
 def test_the_operations_of_a_decoder():
     """Those of Wan2.1's VAE, whose work is known: 3.4 TFLOP a frame at 480x832 (a latent decodes into four)."""
     with torch.device("meta"):
-        vae = original.published_vae(16)
+        vae = original.random_vae(16)
     found = decode_operations(vae, 4, 60, 104)
     total = sum(one.operations * count for one, count in found.items())
     assert total / 16 == pytest.approx(3.39e12, rel=0.01)

@@ -12,7 +12,7 @@ from longtake.errors import ConfigError
 from longtake.plan import StreamPlan
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.self_forcing import roll_out
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 
 
 def test_without_a_compiler_blocks_run_uncompiled(tiny_model, monkeypatch, caplog):
@@ -58,7 +58,7 @@ def test_compiled_blocks_equal_uncompiled_ones(tiny_model, tiny_condition, tiny_
     def results(compiled):
         model = parallelize(tiny_model(True), Mesh(), recompute=True, compiled=compiled)
         x, sigma, condition = tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model)
-        layout = tiny_plan(2, 1, 5, 1).causal_layout(5)
+        layout = causal_layout(tiny_plan(2, 1, 5, 1), 5)
         found = []
         for call in (
             lambda: model(x, sigma, condition),

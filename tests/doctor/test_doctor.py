@@ -18,13 +18,15 @@ from longtake.data.encoded import EMPTY_TEXT, INDEX
 from longtake.doctor import run as module
 from longtake.doctor.estimate import Need
 from longtake.doctor.files import look_at
-from longtake.doctor.machine import Gpu, free_disk, look
+from longtake.doctor.machine import Gpu, look
 from longtake.doctor.run import diagnose
 from longtake.encoders.bundle import Encoders, TextEncoder
 from longtake.encodings.write import encode
+from longtake.outputs import free_disk
 from longtake.parallel.mesh import Mesh
 from longtake.weights.load import load_dit
 from longtake.weights.presets import PRESETS
+from longtake.weights.students import read_table
 
 MB = 10**6
 JOB = Path(__file__).parents[2] / "configs" / "toy" / "i2v.yaml"
@@ -145,6 +147,33 @@ def test_the_tokenizer_is_missed_on_its_own(workshop, tmp_path):
     (folder / "text_encoder" / "tokenizer_config.json").unlink()
     (line,) = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(folder))).missing
     assert line.startswith("encoders: the tokenizer: tokenizer_config.json in ") and "text_encoder or " in line
+
+
+def test_damaged_files_are_told_with_the_rest(workshop, tmp_path):
+    """Each in its line, and no traceback: cut weights, JSON that is none, a text in the place of weights."""
+    folder = shutil.copytree(workshop / "encoders", tmp_path / "encoders")
+    weights = next((folder / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "vae" / "config.json").write_text("{")
+    text = shutil.copy(tmp_path / "encoders" / "vae" / "config.json", tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(folder)))
+    assert [line.partition(";")[0] for line in found.missing] == [
+        f"encoders: {weights} is cut short and cannot be read as safetensors",
+        f"encoders: {folder}/vae/config.json is not valid JSON: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)",
+    ]
+    assert found.encoder_bytes > 0 and found.sizes["generator"] == TEACHER
+    found = look_at(stage_config(workshop, tmp_path, "distill", encoders=str(tmp_path)))
+    assert any(f"{text} is JSON text and no weights" in line for line in found.missing)
+
+
+def test_a_student_that_cannot_be_trained_on_says_why(workshop, tmp_path):
+    """Refused by name, though nothing of it is here."""
+    playable, refused = read_table()
+    names = [refused[0].repository, next(one.model for one in playable if one.writes_apart)]
+    for name, told in zip(names, ("cannot be played: ", "is two networks")):
+        (line,) = look_at(stage_config(workshop, tmp_path, "distill", init_from=name)).missing
+        assert line.startswith(f"weights init_from={name} ") and told in line
 
 
 def test_encoders_count_in_their_precision_and_only_where_they_are_loaded(workshop, tmp_path):

@@ -1,5 +1,6 @@
 """What a stream takes of a GPU's memory, traced without one: parts, and which choices fit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,10 +9,12 @@ from typer.testing import CliRunner
 from longtake.cli.app import app
 from longtake.config.generation import generation_settings
 from longtake.doctor.machine import fits
-from longtake.doctor.streaming import stream_choices, stream_report
+from longtake.doctor.streaming import StreamReport, stream_choices
+from longtake.errors import ConfigError
 from longtake.weights.presets import model_config
 
 GIB = 2**30
+NAMES = ("precision", "decoder", "low_memory", "window_frames")
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +34,41 @@ def test_the_parts_are_those_that_a_gpu_showed(choices):
 
 def test_choices_take_less_in_the_order_of_their_price(choices):
     asked, low, tiny, fp8 = (
-        next(c for c in choices if (c.precision, c.decoder, c.low_memory, c.window_frames) == wanted)
+        next(c for c in choices if tuple(c.tree()[name] for name in NAMES) == wanted)
         for wanted in (
             ("bf16", "exact", False, 13), ("bf16", "exact", True, 13), ("bf16", "tiny", True, 13), ("fp8", "tiny", True, 13)
         )
     )  # fmt: skip
     assert asked is choices[0] and asked.total > low.total > tiny.total > fp8.total
-    shorter = next(c for c in choices if c.window_frames == 9)
+    shorter = next(c for c in choices if c.tree()["window_frames"] == 9)
     assert shorter.there["cache"] * 13 == asked.there["cache"] * 9
     assert low.there["text encoder"] == 2 * 2 * 4096 * 10240
 
 
 def test_the_report_names_what_fits(choices, monkeypatch):
-    monkeypatch.setattr("longtake.doctor.streaming.stream_choices", lambda *_: iter(choices))
+    def reported(room, where):
+        return StreamReport(room, where, choices[0], choices[1:])
+
     room = int(12 * GIB)
-    report = stream_report(None, None, room, "--device 12GB")
+    report = reported(room, "--device 12GB")
     assert not report.ok and report.others and any(fits(choice.total, room) for choice in report.others)
     problem, first = str(report).splitlines()[:2]
     assert problem.startswith("PROBLEM: 24.4") and "do not fit into 12.00 GiB" in problem
     assert first.split()[:3] == ["precision=bf16", "decoder=exact", "low_memory=true"] and first.endswith("  fits")
     assert len(report.tree()["others"]) == sum(fits(choice.total, room) for choice in report.others)
-    assert "no choice fits" in str(stream_report(None, None, GIB, "here"))
-    assert (fine := stream_report(None, None, 100 * GIB, "here")).ok and str(fine).startswith("it fits: 24.4")
-    monkeypatch.setattr("longtake.doctor.run.stream_report", lambda *given, **also: stream_report(*given, **also))
-    made = CliRunner().invoke(app, ["doctor", "--stream", "toy", "height=64", "width=64", "--device", "24GB", "--json"])
+    assert "no choice fits" in str(reported(GIB, "here"))
+    assert (fine := reported(100 * GIB, "here")).ok and str(fine).startswith("it fits: 24.4")
+    monkeypatch.setattr("longtake.doctor.run.stream_choices", lambda *_, **__: iter(choices))
+    made = CliRunner().invoke(app, ["doctor", "--stream", "wan2.1-t2v-1.3b", "height=64", "--device", "24GB", "--json"])
     assert made.exit_code == 1 and json.loads(made.output)["asked"]["total"] == choices[0].total
+
+
+def test_sizes_whose_encoders_are_not_known_are_refused():
+    """The toy's are its own, and no VAE of 20 channels is published."""
+    toy = CliRunner().invoke(app, ["doctor", "--stream", "toy", "--device", "24GB"])
+    assert toy.exit_code == 2 and "toy has small encoders of its own" in toy.output
+    sizes = dataclasses.replace(model_config("wan2.1-t2v-1.3b"), in_channels=20, out_channels=20)
+    odd = CliRunner().invoke(app, ["doctor", "--stream", "wan2.1-t2v-1.3b", "height=100", "--device", "24GB"])
+    assert odd.exit_code == 2 and "height=100 must be a positive multiple of 16" in odd.output
+    with pytest.raises(ConfigError, match="no VAE of 20 latent channels is published, only of 16 and 48"):
+        list(stream_choices(sizes, generation_settings()))

@@ -275,11 +275,21 @@ def test_the_finest_level_can_take_any_number_of_frames(vae, frames):
 def test_without_triton_a_gpu_says_once_that_it_takes_longer(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "longtake.encoders.norm_silu_triton", None)
     monkeypatch.delattr("longtake.encoders.norm_silu_triton", raising=False)
-    norms._kernels.cache_clear()
+    norms._compiled.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert norms._kernels("cuda") is None and norms._kernels("cuda") is None
+        assert norms._compiled() is None and norms._compiled() is None
     assert caplog.text.count("triton is missing") == 1
-    norms._kernels.cache_clear()
+    norms._compiled.cache_clear()
+
+
+def test_no_kernel_is_compiled_for_tiny_frames_nor_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(norms, "_compiled", lambda: "kernels")
+    sums = {side: Sum(torch.empty(1, 1, side, side, 4, device="meta")) for side in (32, 33)}
+    for x in sums.values():
+        x.device = torch.device("cuda")
+    assert norms._kernels(sums[32]) is None and norms._kernels(sums[33]) == "kernels"
+    sums[33].device = torch.device("cpu")
+    assert norms._kernels(sums[33]) is None
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -291,7 +301,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.parametrize("channels", [4, 96, 384])
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
 def test_the_kernel_is_the_plain_way(monkeypatch, channels, dtype, given):
-    assert norms._kernels("cuda") is not None
+    assert norms._compiled() is not None
+    monkeypatch.setattr(norms, "FEW_PIXELS", 0)
     gamma = torch.rand(channels, device="cuda", dtype=dtype) + 0.5
     made = []
     for fused in (True, False):

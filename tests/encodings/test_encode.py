@@ -10,7 +10,7 @@ from longtake.condition import VideoShape
 from longtake.data.loader import Loader
 from longtake.data.samples import Sample
 from longtake.encoders.condition import encode_condition
-from longtake.encodings.encode import BatchEncoder, EncodedLoader
+from longtake.encodings.encode import BatchEncoder, EncodedLoader, rows_at_once
 from longtake.errors import DataError
 from longtake.toy.world import sample_world
 
@@ -200,6 +200,13 @@ def test_prefill_fills_up_a_last_short_group(encoders):
     assert one.encoder.sizes == [4, 4]
     for a, b in zip(take(one, 3), take(make(encoders, batch_size=4, micro_batch_size=4), 3), strict=True):
         assert same(a, b)
+
+
+def test_a_gpu_encodes_many_rows_of_small_videos_at_once():
+    small, large = VideoShape(num_latent_frames=17), VideoShape(height=480, width=832, num_latent_frames=21)
+    gpu = torch.device("cuda")
+    assert rows_at_once(small, 4, torch.device("cpu")) == rows_at_once(large, 4, gpu) == 4
+    assert rows_at_once(small, 4, gpu) == 63
 
 
 def test_stored_latents_stand_in_for_videos(encoders):

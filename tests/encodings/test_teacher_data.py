@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.data.encoded import EncodedRows
+from longtake.data.samples import Sample
 from longtake.encodings.encode import StoredEncoder, make_batch
-from longtake.encodings.teacher_data import path_sigmas, teacher_data
+from longtake.encodings.teacher_data import TeacherEncoder, path_sigmas, teacher_data
 from longtake.encodings.write import SetWriter, encode
 from longtake.errors import ConfigError, DataError, OutputError
 from longtake.inference.sampling import teacher_latents
@@ -119,6 +120,16 @@ def test_text_to_video_has_no_picture(workshop, tmp_path):
     assert not torch.equal(stored["path"][0, 0], stored["path"][-1, 0])
     data = {"path": str(tmp_path / "e"), "num_workers": 0}
     run_stage(stage_config(workshop, tmp_path, "ode", teacher_kind="bidirectional", **changes | {"data": data}), Mesh())
+
+
+def test_a_bidirectional_teacher_refuses_captions_that_change_inside_the_clip_it_makes_alone():
+    inner = SimpleNamespace(contents=[], empty_text=None, later_texts=False, shape=SimpleNamespace(num_pixel_frames=33))
+    inner.check = lambda sample: None
+    maker = SimpleNamespace(shapes=lambda size: {}, sampling=SimpleNamespace(causal=False))
+    encoder = TeacherEncoder(inner, maker)
+    encoder.check(Sample("a", "one", None, prompts=("one", "two"), switch_frames=(33,)))
+    with pytest.raises(DataError, match="b: its caption changes on the way"):
+        encoder.check(Sample("b", "one", None, prompts=("one", "two"), switch_frames=(32,)))
 
 
 def test_from_an_encoded_set_the_paths_are_the_same_and_no_encoder_is_loaded(workshop, paths, tmp_path, monkeypatch):

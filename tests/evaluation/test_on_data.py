@@ -388,10 +388,10 @@ def test_a_refusal_after_videos_were_made_costs_no_earlier_one(place, tmp_path, 
     whole = makers.load_denoiser
     weights = place / "two"
 
-    def refused(source, *more):
+    def refused(source, *more, **rules):
         if source.weights == weights:
             raise ConfigError("cannot be loaded")
-        return whole(source, *more)
+        return whole(source, *more, **rules)
 
     monkeypatch.setattr(makers, "load_denoiser", refused)
     result = evaluate(place, *options)

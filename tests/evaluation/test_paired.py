@@ -56,6 +56,18 @@ def test_paired_rows_are_known_better_than_each_alone():
     assert found["position_error_px"] == pytest.approx([1.3] * 3)
 
 
+def test_rows_are_compared_in_the_worlds_in_which_both_were_scored():
+    """A world that one of them lost, here the hardest, is left out of both."""
+    mine = {"count_kept": Share.of([0.9, 0.8, float("nan")]), "position_error_px": Share.of([2.0, 4.0, float("nan")])}
+    theirs = {"count_kept": Share.of([0.8, 0.7, 0.1]), "position_error_px": Share.of([1.0, 2.0, 50.0])}
+    for row, other, sign in ((mine, theirs, 1), (theirs, mine, -1)):
+        found = compared(row, other)
+        assert found["count_kept"] == pytest.approx([0.1 * sign] * 3)
+        assert found["position_error_px"] == pytest.approx([2.0**sign] * 3)
+    nothing = {"count_kept": Share.of([float("nan")] * 2 + [0.5]), "position_error_px": mine["position_error_px"]}
+    assert compared(mine, nothing)["count_kept"] is None
+
+
 def test_numbers_of_closed_form_videos():
     truth = shares(scores_of(lambda world: world.render(FRAMES)))
     vanished = shares(scores_of(lambda world: np.concatenate(

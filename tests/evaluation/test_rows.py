@@ -9,7 +9,9 @@ import torch
 from fake_ranks import on_ranks
 from PIL import Image
 from tiny_stage import make_encoders, make_model, save_student, stage_config
+from typer.testing import CliRunner
 
+from longtake.cli.app import app
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation import report
 from longtake.evaluation.rows import (
@@ -61,6 +63,14 @@ def teacher(**options):
 
 
 # ---- worlds and ranks ------------------------------------------------------------------------------------------------
+def test_one_rank_of_several_prints_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr("longtake.evaluation.run.evaluate", lambda *_, **__: "the tables")
+    for rank in range(2):
+        monkeypatch.setattr("longtake.parallel.mesh.init_mesh", lambda _, rank=rank: Mesh(rank, 2))
+        told = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path)])
+        assert told.exit_code == 0 and told.output == "the tables\n" * (rank == 0)
+
+
 def test_held_out_worlds_and_their_conditions(encoders):
     first, last = worlds(encoders)
     assert first.numbers == [0, 1] and last.numbers == [2] and first.counted == [True, True]
@@ -279,6 +289,15 @@ def test_settings_come_from_the_job_and_the_command_line_wins(run, tmp_path):
     for folder in (tmp_path, tmp_path / "causal"):
         assert _stored_settings(folder).num_worlds == 5
     assert _stored_settings(run).num_worlds == 32
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "evaluation: {num_worlds: 5"])
+def test_a_damaged_job_file_is_refused_by_its_name(tmp_path, text):
+    from longtake.evaluation.run import _stored_settings
+
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.yaml"):
+        _stored_settings(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["nothing", "."])

@@ -89,7 +89,7 @@ def test_processes_measure_where_it_pays(encoders, monkeypatch):
         assert scorers is None
     with scorer_processes(10**9, Mesh(0, 1024)) as scorers:
         assert scorers is None, "other ranks use the processors"
-    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(rows_module, "num_cores", lambda: 2)
     batches = stories(encoders)
     with scorer_processes(10**9, Mesh()) as scorers:
         shared = score_row(truth, batches, Mesh(), rule=RULE, scorers=scorers)[0]

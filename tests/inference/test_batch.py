@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 from forked_ranks import torchrun
-from PIL import Image
-from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -17,24 +15,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.toy.world import sample_world
 
 WORLDS = [sample_world(3, k) for k in range(3)]
-
-
-@pytest.fixture(scope="module")
-def run(workshop, tmp_path_factory):
-    logdir = tmp_path_factory.mktemp("log")
-    save_student(stage_config(workshop, logdir, "causal"), ema=False)
-    return logdir
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """A folder of three pictures with text files."""
-    folder = tmp_path / "inputs"
-    folder.mkdir()
-    for k, world in enumerate(WORLDS):
-        Image.fromarray(world.render(1)[0]).save(folder / f"w{k}.png")
-        (folder / f"w{k}.txt").write_text(world.caption)
-    return folder
 
 
 def make(run, pairs, folder, mesh=None, **given):
@@ -125,6 +105,19 @@ def test_a_restart_makes_only_what_is_missing(run, inputs, tmp_path, monkeypatch
     assert len(kept) == 2 and all(stamps[file] == stamp for file, stamp in kept.items())
     monkeypatch.setattr(Generator, "build", lambda *_: pytest.fail("nothing is left to do"))
     assert make(run, pairs, tmp_path / "out") == []
+
+
+def test_what_is_stopped_while_it_says_what_was_asked_is_made_by_the_next_start(run, inputs, tmp_path, monkeypatch):
+    whole, pairs = Path.write_text, read_pairs(inputs)[:1]
+
+    def stopped(path, text, *args, **kwargs):
+        whole(path, text[:20], *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stopped)
+        make(run, pairs, tmp_path / "out")
+    assert [report.output.name for report in make(run, pairs, tmp_path / "out")] == ["w0-seed0.mp4"]
 
 
 def test_videos_of_another_request_are_not_taken_for_finished(run, inputs, tmp_path):

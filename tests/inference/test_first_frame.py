@@ -18,11 +18,6 @@ BLOCKS = 14  # beyond the VAE's steady index
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
-@pytest.fixture(scope="module")
 def whole(generator):
     """Frames of a session whose y is encoded to its end before anything is made."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny_plan import causal_layout
 from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
 from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
@@ -200,7 +201,7 @@ def guided_oracle(generator, weight, num_blocks):
     latents = sides[0].frames[:, :1, -encoders.vae.latent_channels :].float()
     plan = rules
     for start, end in plan.blocks(1, 1 + num_blocks * plan.block_frames):
-        layout = plan.but(window_frames=None, rope=rules.rope).causal_layout(end)
+        layout = causal_layout(plan.but(window_frames=None, rope=rules.rope), end)
         draws = KeyedRNG(0)
         shape = (end - start, model.config.out_channels, 8, 8)
         x = draws.noise(0, "stream", [0], shape, part=start)

@@ -8,9 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
-from tiny_sessions import OTHER, PICTURE, A, B, make_generator
+from tiny_sessions import OTHER, PICTURE, A, B
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -40,18 +39,6 @@ class Typed:
             line()
             return []
         return [line] if isinstance(line, str) else line
-
-
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    Image.fromarray(PICTURE).save(tmp_path / "a.png")
-    Image.fromarray(OTHER).save(tmp_path / "b.png")
-    return tmp_path
 
 
 def played(generator, lines, **given):

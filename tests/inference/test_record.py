@@ -275,7 +275,9 @@ def test_the_command(tmp_path, toy, photo, monkeypatch):
 
     for words, message in (
         (["--seed", 3], "leave out --seed"),
-        (["--steps", 2], "leave out steps"),
+        (["--steps", 2], "leave out --steps"),
+        (["plan.sink_frames=1"], "leave out KEY=VALUE"),
+        (["--encoders", "toy"], "give either --run (a training run) or --model"),
         (["--prompt", "a"], "give either"),
         (["--samples", 2], "--like makes one video"),
         (["--scale", 99], "scale=99.0 must be between"),

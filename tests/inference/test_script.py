@@ -24,11 +24,6 @@ EVENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
 @pytest.fixture
 def write(tmp_path):
     Image.fromarray(PICTURE).save(tmp_path / "a.png")

@@ -15,11 +15,6 @@ from longtake.inference.sampling import stream_noise, student_latents
 from longtake.rollout.denoise import DenoisedBlock, Guidance, commit_block, denoise_block
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
 @pytest.fixture(scope="module", params=list(KINDS))
 def any_generator(request):
     return make_generator(**KINDS[request.param])
@@ -324,7 +319,7 @@ def memory_of(session):
     stream = session.state.stream
     tensors = [t for cache in stream.caches for t in (cache.keys, cache.values)]
     tensors += [t for cache in stream.caches for kept in cache._cross.values() for t in kept]
-    tensors += [held["slots"] for cache in stream.caches for held in cache._indices.values()]
+    tensors += [held for cache in stream.caches for held in cache._indices.values()]
     return {t.data_ptr() for t in tensors}
 
 

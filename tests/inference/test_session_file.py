@@ -13,11 +13,6 @@ from longtake.errors import CheckpointError, DataError
 from longtake.inference.session_file import weights_key
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
 @pytest.mark.parametrize(
     ("kind", "num_before"), [*((kind, 2 + k % 4) for k, kind in enumerate(KINDS)), ("plain", 0), ("plain", 1)]
 )

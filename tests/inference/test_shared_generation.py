@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 from forked_ranks import torchrun
-from PIL import Image
-from tiny_stage import save_student, stage_config
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -16,23 +14,6 @@ from longtake.rollout.denoise import Denoiser
 from longtake.toy.world import sample_world
 
 WORLDS = [sample_world(3, k) for k in range(2)]
-
-
-@pytest.fixture(scope="module")
-def run(workshop, tmp_path_factory):
-    logdir = tmp_path_factory.mktemp("log")
-    save_student(stage_config(workshop, logdir, "causal"), ema=False)
-    return logdir
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    folder = tmp_path / "inputs"
-    folder.mkdir()
-    for k, world in enumerate(WORLDS):
-        Image.fromarray(world.render(1)[0]).save(folder / f"w{k}.png")
-        (folder / f"w{k}.txt").write_text(world.caption)
-    return folder
 
 
 def generate(*arguments):
@@ -52,6 +33,8 @@ def assert_frames_of_one(run, inputs, k, made, **length):
 def test_two_ranks_make_each_video_together_and_go_on_after_a_bad_picture(run, inputs, tmp_path):
     (inputs / "v.png").write_bytes(b"no picture")
     (inputs / "v.txt").write_text("something")
+    (inputs / "w2.png").unlink()
+    (inputs / "w2.txt").unlink()
     done = generate("--run", run, "--inputs", inputs, "-o", tmp_path / "out", "--seconds", 1)
     assert done.returncode != 0 and "bad pairs (1; all others are done)" in done.stderr, done.stderr
     assert done.stdout.count("frames in") == 2  # each video is reported once

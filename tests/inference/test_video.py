@@ -14,11 +14,6 @@ from longtake.inference.video_io import read_video
 KEEPS_ALL = {"block_frames": 2, "window_frames": None, "sink_frames": 0}
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
 def embedded(html, tmp_path):
     """The frames of the preview in a page, and its size in bytes."""
     (data,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', html)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 from torch import Tensor
 
 from longtake.condition import MaskLayout
@@ -21,9 +21,9 @@ from longtake.rollout.denoise import Denoiser
 
 PLAN = tiny_plan(2, 1)
 LAYOUTS = {
-    "causal": PLAN.causal_layout(7),
-    "window": PLAN.but(window_frames=5, sink_frames=1).causal_layout(7),
-    "copied sink": PLAN.but(window_frames=3, sink_frames=1).causal_layout(7),
+    "causal": causal_layout(PLAN, 7),
+    "window": causal_layout(PLAN.but(window_frames=5, sink_frames=1), 7),
+    "copied sink": causal_layout(PLAN.but(window_frames=3, sink_frames=1), 7),
     "teacher forcing": PLAN.but(window_frames=3, sink_frames=1).teacher_forcing_layout(5),
 }
 
@@ -108,7 +108,7 @@ def test_more_shapes_than_torch_keeps_are_compiled_and_none_runs_eager(monkeypat
         flex, tokens = attention._flex(True), 5
         for again in (False, True):
             for frames in range(2, 14):
-                layout = PLAN.causal_layout(2 * frames + 1)
+                layout = causal_layout(PLAN, 2 * frames + 1)
                 q, k, v = _tensors(layout, tokens)
                 mask = make_mask(layout.allowed, tokens, torch.device("cpu"), flex=True)
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -140,13 +140,13 @@ def test_one_entry_can_be_replaced_everywhere(tiny_model, tiny_condition, tiny_l
         before = model(x, sigma, condition)
         model = model.executed(Execution(attend=counting))
         assert torch.equal(model(x, sigma, condition), before)
-        model(x, sigma, condition, PLAN.causal_layout(3))
+        model(x, sigma, condition, causal_layout(PLAN, 3))
         Denoiser(model)(x, sigma, condition, model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6)))
     assert calls == [(2, 18, 2, 16)] * 3 * 2 * model.config.num_layers  # of itself, and of the text
 
 
 def test_masks_are_made_once_for_a_layout_and_forgotten_with_it(tiny_model, tiny_condition, tiny_latents) -> None:
-    model, layout = tiny_model(), PLAN.causal_layout(3)
+    model, layout = tiny_model(), causal_layout(PLAN, 3)
     x, sigma, condition = tiny_latents(3), torch.zeros(2), tiny_condition(model)
     with torch.no_grad():
         for _ in range(2):
@@ -262,7 +262,7 @@ class TestCuda:
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
     def test_chosen_kernels_are_right(self, dtype: torch.dtype, tolerance: float, rel) -> None:
-        layout = PLAN.causal_layout(5)
+        layout = causal_layout(PLAN, 5)
         q, k, v = (t.to(dtype) for t in _tensors(layout, 40, 128, "cuda"))
         assert backends(torch.device("cuda", 0), dtype, 128)
         truth = _truth(q, k, v, torch.ones_like(layout.allowed), 40)
@@ -310,7 +310,7 @@ class TestCuda:
     def test_masked_forward_equals_the_cpu(self, tiny_model, tiny_condition, tiny_latents, rel) -> None:
         model = tiny_model(True)
         condition, x, zero = tiny_condition(model), tiny_latents(5), torch.zeros(2)
-        layout = PLAN.but(window_frames=3, sink_frames=1).causal_layout(5)
+        layout = causal_layout(PLAN.but(window_frames=3, sink_frames=1), 5)
         with torch.no_grad():
             truth = model(x, zero, condition, layout)
             out = model.cuda()(x.cuda(), zero.cuda(), condition.to("cuda"), layout).cpu()

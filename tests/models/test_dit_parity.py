@@ -10,7 +10,7 @@ import pytest
 import torch
 from published_tensors import published_table
 from tiny_models import load_state, make_tiny_condition, make_tiny_latents, make_tiny_model, randomize
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError, ShapeError
@@ -128,7 +128,7 @@ def test_bidirectional_equals_oracle_and_one_block_without_window(i2v: bool, rel
     )
     with torch.no_grad():
         assert rel(model(x, sigma, condition), truth.velocity) < 1e-5
-        assert rel(model(x, sigma, condition, tiny_plan(5, 5).causal_layout(5)), truth.velocity) < 1e-5
+        assert rel(model(x, sigma, condition, causal_layout(tiny_plan(5, 5), 5)), truth.velocity) < 1e-5
         for rope in ("absolute", "relative"):
             cache = model.new_cache(tiny_plan(2, 1, None, 0, rope), 2, (4, 6), max_frames=5)
             assert rel(Denoiser(model)(x, sigma, condition, cache, commit=True), truth.velocity) < 1e-5
@@ -156,7 +156,7 @@ def test_d_clip_tokens_keep_batch_dimension(rel) -> None:
         blocks=list(plan.blocks(0, 3)),
     )
     with torch.no_grad():
-        layout = plan.causal_layout(3)
+        layout = causal_layout(plan, 3)
         three = model(x, sigma, condition, layout)
         assert three.shape == x.shape and rel(three, truth.velocity) < 1e-5
         for b in range(3):
@@ -239,7 +239,7 @@ def test_the_model_is_bare() -> None:
 def test_calls_that_do_not_fit_are_refused() -> None:
     model, x = make_tiny_model(True), make_tiny_latents(3)
     condition, sigma = make_tiny_condition(model), torch.zeros(2)
-    layout, cache = tiny_plan(2).causal_layout(3), model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))
+    layout, cache = causal_layout(tiny_plan(2), 3), model.new_cache(tiny_plan(2, 1, 3, 0), 2, (4, 6))
     text, image, frames = condition.text, condition.image, condition.frames
     assert image is not None and frames is not None
     calls = [

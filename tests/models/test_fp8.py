@@ -10,7 +10,7 @@ import pytest
 import torch
 from tape import Tape
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 from tiny_sessions import make_generator, open_session, take
 from torch import nn
 
@@ -158,7 +158,7 @@ def test_a_stream_equals_the_masked_pass(quantised_model, rope):
         for start, end in plan.blocks(0, frames):
             sigma = torch.zeros(2, end - start)
             made.append(Denoiser(quantised_model)(clean[:, start:end], sigma, condition, cache, commit=True))
-        masked = quantised_model(clean, torch.zeros(2, frames), condition, plan.causal_layout(frames))
+        masked = quantised_model(clean, torch.zeros(2, frames), condition, causal_layout(plan, frames))
     assert relative_error(torch.cat(made, 1), masked) < 2e-3
 
 

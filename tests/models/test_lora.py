@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_lora import ALPHA, RANK, adapted, adapter_of, add_lora, own, stir
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models import attention
@@ -127,12 +127,12 @@ def test_merged_equals_unmerged_in_every_use(tiny_model, tiny_condition, tiny_la
     save_dit(base.config, base.state_dict(), tmp_path / "base")
     model = stir(adapted(tiny_model(True)))
     merged = load_dit(tmp_path / "base", lora=written(model, tmp_path / "lora", Base("toy", "0")))
-    condition, layout = tiny_condition(base), tiny_plan(2, 1).causal_layout(3)
+    condition, layout = tiny_condition(base), causal_layout(tiny_plan(2, 1), 3)
     assert rel(velocity(base, condition), velocity(merged, condition)) > 0.1
     assert rel(velocity(model, condition), velocity(merged, condition)) < 1e-6
     dense = [velocity(network, condition, layout) for network in (model, merged)]
     monkeypatch.setattr(attention, "make_mask", partial(attention.make_mask, flex=True))
-    layout = tiny_plan(2, 1).causal_layout(3)
+    layout = causal_layout(tiny_plan(2, 1), 3)
     flex = [velocity(network, condition, layout) for network in (model, merged)]
     assert rel(*dense) < 1e-6 and rel(*flex) < 1e-6 and rel(dense[0], flex[0]) < 1e-5
     streams = []

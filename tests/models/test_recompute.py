@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError
@@ -40,7 +40,7 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
     found, counts = {}, {}
     for mode in MODES:
         model = parallelize(tiny_model(True), Mesh(), recompute=mode)
-        layout = tiny_plan(2, 1, 5, 1).causal_layout(5) if mask else None
+        layout = causal_layout(tiny_plan(2, 1, 5, 1), 5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), layout).square().mean()
         counted = Counted()

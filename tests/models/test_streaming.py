@@ -9,7 +9,7 @@ import pytest
 import torch
 from axes import pairwise
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, with_self_attention
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 from torch import Tensor
 
 from longtake.condition import Condition
@@ -77,7 +77,7 @@ def test_stream_equals_mask_equals_oracle(sizes, window, sink, rope: str, i2v: b
 
     rules = {"rope": rope, "window_frames": window, "sink_frames": sink}
     with torch.no_grad():
-        full = model(clean, zero, condition, plan.but(**rules).causal_layout(frames))
+        full = model(clean, zero, condition, causal_layout(plan.but(**rules), frames))
         both = torch.cat([clean, noisy], 1), torch.cat([zero, sigma], 1)
         forced = model(*both, condition, plan.but(**rules).teacher_forcing_layout(frames))
     assert rel(full, truth.velocity) < 1e-5
@@ -121,7 +121,7 @@ def test_cached_keys_equal_those_of_the_masked_forward_layer_by_layer(rel) -> No
         return attend(q, k, v, mask=mask)
 
     with torch.no_grad():
-        with_self_attention(model, spy)(x, zero, condition, plan.causal_layout(9))
+        with_self_attention(model, spy)(x, zero, condition, causal_layout(plan, 9))
     assert len(handed) == model.config.num_layers
     for layer, (k, v) in enumerate(handed):
         assert rel(cache.keys[layer].flatten(1, 2), k) < 1e-5 and rel(cache.values[layer].flatten(1, 2), v) < 1e-5

@@ -11,7 +11,7 @@ from test_dmd import make_dmd, watched
 from tiny_batches import RULES, make_batch
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from tiny_objectives import teacher_forcing
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 from toy_assets import random_encoders
 
 from longtake.condition import Condition
@@ -148,7 +148,7 @@ def test_breaking_each_condition_changes_the_velocity(way):
         if way == "bidirectional":
             return model(x, sigma, condition)
         if way == "masked":
-            layout = RULES.causal_layout(5)
+            layout = causal_layout(RULES, 5)
             return model(torch.cat([picture, x], 1), sigma, condition, layout)[:, 1:]
         cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, (4, 6))
         with torch.no_grad():

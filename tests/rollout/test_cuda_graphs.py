@@ -199,7 +199,7 @@ class SharedTape(Tape):
         finally:
             self.running -= 1
 
-    def __call__(self, work):
+    def _record(self, work):
         with self.alone():
             self.recorded += 1
             outputs = tuple(self.memory.setdefault(made.shape, torch.empty_like(made)) for made in work())
@@ -255,7 +255,7 @@ for _ in range(1000):
     product = busy @ busy
 kept = product[:2, :2].clone()
 del product  # free for torch, in use by the other device for a second to come
-replay, (out,) = CUDAGraphCapture()(lambda: (x * 2,))
+((replay, (out,)),) = CUDAGraphCapture()(lambda: (x * 2,))
 replay()
 wait(1)
 assert out.tolist() == [2.0] * 4 and torch.equal(kept, expected)

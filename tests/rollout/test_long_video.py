@@ -16,7 +16,7 @@ from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.long_video import LongStream, Switch
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
-from longtake.rollout.stream import stream_latents
+from longtake.rollout.stream import LatentStream
 
 HORIZON = 7
 T2V = tiny_plan(2, 2, 6, 2, sigmas=RULES.sigmas)
@@ -61,7 +61,7 @@ def test_it_is_the_stream_of_inference(i2v, rope):
     ends = [7, 13, 17, 23] if i2v else [6, 10, 12, 16]
     windows = [stream.advance(end, noise) for end in ends]
     cache = model.new_cache(rules, 2, (4, 6))
-    blocks = stream_latents(Denoiser(model), cache, condition, first, noise, rules)
+    blocks = LatentStream(Denoiser(model), cache, condition, first, noise, rules)
     expected = torch.cat(list(islice(blocks, rules.num_blocks(ends[-1]))), 1)
     assert torch.equal(latents_of(windows, ends, HORIZON), expected)
     assert stream.position == ends[-1] and not any(window.latents.requires_grad for window in windows)

@@ -22,7 +22,7 @@ from longtake.rollout.denoise import Denoiser, Guidance, commit_block
 from longtake.rollout.long_video import LongStream, Switch
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import roll_out
-from longtake.rollout.stream import LatentStream, stream_latents, stream_switched
+from longtake.rollout.stream import LatentStream, stream_switched
 
 SIZE, FOUR, TWO = (4, 6), (1.0, 0.9, 0.75, 0.5), (1.0, 0.6)
 # Blocks [1, 2, 2, ...] of image-to-video, [2, 2, ...] of text-to-video
@@ -123,7 +123,7 @@ def test_what_is_not_implemented_or_contradicts_itself_is_refused(changes, messa
 def test_the_calls_of_each_block(i2v, law, passes, monkeypatch):
     model, condition, picture = scene(i2v)
     calls, plan = record(model, monkeypatch), plan_of(i2v, law)
-    stream = stream_latents(Denoiser(model), model.new_cache(plan, 2, SIZE), condition, picture, noise, plan)
+    stream = LatentStream(Denoiser(model), model.new_cache(plan, 2, SIZE), condition, picture, noise, plan)
     if i2v:
         assert torch.equal(next(stream), picture) and not calls
     counted = []

@@ -14,7 +14,7 @@ from longtake.models.execution import Execution
 from longtake.rng import KeyedRNG
 from longtake.rollout.denoise import Denoiser, denoise_block
 from longtake.rollout.self_forcing import roll_out
-from longtake.rollout.stream import stream_latents
+from longtake.rollout.stream import LatentStream
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 SIZE = (4, 6)
@@ -234,7 +234,7 @@ def test_a_length_off_the_block_plan_is_refused(frames):
 
 def stream(model, condition, picture, number, rules, noise=noise_at):
     cache = model.new_cache(rules, 2, SIZE, max_frames=99)
-    return torch.cat(list(islice(stream_latents(Denoiser(model), cache, condition, picture, noise, rules), number)), 1)
+    return torch.cat(list(islice(LatentStream(Denoiser(model), cache, condition, picture, noise, rules), number)), 1)
 
 
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
@@ -257,7 +257,7 @@ def test_the_stream_commits_a_block_only_when_the_next_one_is_asked_for(monkeypa
     model, condition, picture = scene()
     calls = record(model, monkeypatch)
     cache = model.new_cache(tiny_plan(2, 1, 5, 1), 2, SIZE)
-    blocks = stream_latents(Denoiser(model), cache, condition, picture, noise_at, rules())
+    blocks = LatentStream(Denoiser(model), cache, condition, picture, noise_at, rules())
     assert torch.equal(next(blocks), picture) and calls == []
     next(blocks)
     assert [bool(call["commit"]) for call in calls] == [True, False, False, False, False]
@@ -274,7 +274,7 @@ def test_a_hundred_blocks(rope):  # spec N.13
     size = cache.size_bytes
     frames = 0
     for number, block in enumerate(
-        islice(stream_latents(Denoiser(model), cache, condition, picture, noise_at, chosen), 101)
+        islice(LatentStream(Denoiser(model), cache, condition, picture, noise_at, chosen), 101)
     ):
         assert block.shape[1] == (2 if number else 1) and block.isfinite().all()
         frames += block.shape[1]

@@ -6,24 +6,23 @@ context pass of each block's detached latents, then later exit steps through it.
 
 import pytest
 import torch
-from oracle import run
+from brute_force import HORIZON, SIZE, calls_of, compare, exit_steps, noise
+from brute_force import _layouts as _layouts
+from brute_force import double as double
 from tiny_codec import TinyCodec
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 from tiny_plan import tiny_plan
 
 from longtake.condition import MaskLayout
 from longtake.errors import CacheError
-from longtake.flow.path import clean_from_velocity
-from longtake.models.cache import CacheView
 from longtake.models.execution import Execution
 from longtake.plan import StreamPlan
-from longtake.rng import KeyedRNG
 from longtake.rollout import replay
 from longtake.rollout.denoise import Denoiser
 from longtake.rollout.long_video import LongStream, Switch
 from longtake.rollout.self_forcing import roll_out
 
-SIGMAS, SIZE, HORIZON = (1.0, 0.9, 0.75, 0.5), (4, 2), 5
+SIGMAS = (1.0, 0.9, 0.75, 0.5)
 I2V = tiny_plan(2, 1, 5, 1, sigmas=SIGMAS)
 LAWS = {
     "window": I2V,
@@ -36,35 +35,6 @@ LAWS = {
 }
 
 
-def noise(start, end, step):
-    return KeyedRNG(5).noise(0, "noise", [0], (end - start, 4, *SIZE), part=10 * start + step)
-
-
-@pytest.fixture(autouse=True)
-def _layouts():
-    """Masks of one test are none of another's, which may compute in another type."""
-    replay._layout.cache_clear()
-
-
-@pytest.fixture
-def double(monkeypatch):
-    """What Wan computes in float32, in float64 here."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-def calls_of(model, monkeypatch):
-    """Calls against a cache from now on, by the frame where they were made: (latents, level, stored)."""
-    found, forward = {}, model.forward
-
-    def spy(x, sigma, condition, context=None):
-        if isinstance(context, CacheView):
-            found.setdefault(context.cache.position, []).append((x, sigma, context.commit))
-        return forward(x, sigma, condition, context)
-
-    monkeypatch.setattr(model, "forward", spy)
-    return found
-
-
 def problem(law, frames=7, recompute=False):
     plan = LAWS[law]
     model = make_tiny_model(i2v=plan.first_frames == 1)
@@ -73,52 +43,10 @@ def problem(law, frames=7, recompute=False):
     return model.executed(Execution(recompute=recompute)), condition, picture, plan
 
 
-def brute_force(model, condition, plan, calls, blocks, exit_step, *, detached=0, exits_from=0):
+def brute_force(model, condition, plan, calls, blocks, exit_step, **options):
     """(clean latents of exit steps, weights with a graph) of what `calls` had, by the oracle."""
-    end = blocks[-1][1]
-    x, noisy = torch.zeros(2, 1, end, 4, *SIZE, dtype=torch.float64)
-    levels, exit_levels = torch.zeros(2, 1, end)
-    for start, stop in blocks:
-        made = calls.get(start, [])
-        for latents, sigma, commit in made:
-            if commit:  # the last one counts: a cache may be made again
-                x[:, start:stop], levels[:, start:stop] = latents, sigma[:, None]
-        if start >= exits_from:
-            noisy[:, start:stop], sigma, _ = made[min(exit_step, len(plan.levels(start)) - 1)]
-            exit_levels[:, start:stop] = sigma[:, None]
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    trace = run(
-        state,
-        x,
-        levels,
-        condition.text,
-        condition.image,
-        condition.frames,
-        num_heads=model.config.num_heads,
-        text_len=model.config.text_len,
-        blocks=blocks,
-        window=plan.window_frames,
-        sink=plan.sink_frames if plan.window_frames else 0,
-        rope=plan.rope,
-        noisy=noisy,
-        noisy_sigma=exit_levels,
-        graph=True,
-        detached=detached,
-    )
-    learnt = sum(stop - start for start, stop in blocks if start >= exits_from)
-    at = slice(end - learnt, end)
-    return clean_from_velocity(noisy[:, at], trace.noisy[:, -learnt:], exit_levels[:, at].double()), state
-
-
-def compare(model, made, wanted, state, tolerance=1e-10):
-    """Outputs, and the gradient of every weight for one random sum of them."""
-    assert relative_error(made.detach(), wanted.detach()) < tolerance
-    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    model.zero_grad()
-    (made * weight).sum().backward()
-    (wanted * weight).sum().backward()
-    for name, p in model.named_parameters():
-        assert (p.grad - state[name].grad).norm() <= tolerance * (1 + state[name].grad.norm()), name
+    return exit_steps(model.config, state, condition, plan, calls, blocks, exit_step, **options), state
 
 
 @pytest.mark.parametrize(
@@ -145,7 +73,7 @@ def test_the_replay_is_the_roll_out_and_its_gradient_that_of_brute_force(law, bi
     assert relative_error(made.latents.detach(), plain.latents) < tolerance
     blocks = list(plan.with_given(given).blocks(0, frames))
     wanted, state = brute_force(model, condition, plan.with_given(given), calls, blocks, exit_step, exits_from=given)
-    compare(model, made.latents[:, given:], wanted, state, tolerance)
+    compare(dict(model.named_parameters()), made.latents[:, given:], wanted, state, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +111,7 @@ def test_a_part_of_a_long_video_has_gradient_into_what_it_stored_itself(law, rec
         every |= calls
         if end > ends[0]:
             wanted, state = brute_force(model, condition, plan, every, blocks, 2, detached=first, exits_from=start)
-            compare(model, made.latents[:, start - end :], wanted, state)
+            compare(dict(model.named_parameters()), made.latents[:, start - end :], wanted, state)
         start = end
 
 
@@ -217,7 +145,7 @@ def test_the_prompt_changes_and_the_replay_begins_there(switch, recache, double,
     wanted, state = brute_force(
         *(model, condition.with_text(later), plan.with_given(1), calls, kept, 1), detached=switch, exits_from=switch
     )
-    compare(model, made.latents[:, switch - end :], wanted, state)
+    compare(dict(model.named_parameters()), made.latents[:, switch - end :], wanted, state)
 
 
 def entries_with_gradient(model, run_it):

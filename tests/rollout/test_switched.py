@@ -11,7 +11,7 @@ from longtake.errors import ConfigError
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.recache import LatentHistory, recache
 from longtake.rollout.self_forcing import block_noise_at
-from longtake.rollout.stream import stream_latents, stream_switched
+from longtake.rollout.stream import LatentStream, stream_switched
 
 PLAN = tiny_plan(2, 1)
 RULES = PLAN.but(window_frames=7, sink_frames=3, sigmas=[1.0, 0.5])
@@ -44,7 +44,7 @@ def switched(model, conditions, switch_frames, **law):
 
 
 def plain(model, condition):
-    stream = stream_latents(Denoiser(model), new_cache(model), condition, make_tiny_latents(1), noise, RULES)
+    stream = LatentStream(Denoiser(model), new_cache(model), condition, make_tiny_latents(1), noise, RULES)
     return torch.cat(list(islice(stream, BLOCKS)), 1)
 
 

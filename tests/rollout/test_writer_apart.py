@@ -1,6 +1,6 @@
 """SGF+: the context is written by other low-rank updates than those that denoise; roll-outs, replay, gradient.
 
-The judge is the oracle of `test_self_gradient.py`, in float64, with the merged weights of two networks: W + (alpha /
+The judge is `brute_force.py`, in float64, with the merged weights of two networks: W + (alpha /
 rank) B A, of whose factors autograd gives the gradient through what is remembered.
 """
 
@@ -8,15 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import run
-from test_self_gradient import HORIZON, LAWS, SIZE, calls_of, noise
-from test_self_gradient import _layouts as _layouts
-from test_self_gradient import double as double
+from brute_force import HORIZON, SIZE, calls_of, compare, exit_steps, noise
+from brute_force import _layouts as _layouts
+from brute_force import double as double
+from test_self_gradient import LAWS
 from tiny_codec import TinyCodec
 from tiny_lora import ALPHA, RANK, adapter_of
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 
-from longtake.flow.path import clean_from_velocity
 from longtake.models.execution import Execution
 from longtake.models.lora import WRITER, inject_lora, is_factor
 from longtake.models.shared_base import SharedBase, WriterApart
@@ -81,49 +80,12 @@ def problem(law, frames=9, **options):
     return pair, condition, picture, plan.with_given(int(i2v))
 
 
-def brute_force(pair, condition, plan, calls, blocks, exit_step, *, detached=0, exits_from=0):
+def brute_force(pair, condition, plan, calls, blocks, exit_step, **options):
     """(clean latents of exit steps, factors with a graph): stored by the writer, read by the other."""
-    end = blocks[-1][1]
-    x, noisy = torch.zeros(2, 1, end, 4, *SIZE, dtype=torch.float64)
-    levels, exit_levels = torch.zeros(2, 1, end)
-    for start, stop in blocks:
-        made = calls.get(start, [])
-        for latents, sigma, commit in made:
-            if commit:
-                x[:, start:stop], levels[:, start:stop] = latents, sigma[:, None]
-        if start >= exits_from:
-            noisy[:, start:stop], sigma, _ = [call for call in made if not call[2]][exit_step]
-            exit_levels[:, start:stop] = sigma[:, None]
     factors = {name: p.detach().clone().requires_grad_() for name, p in factors_of(pair).items()}
-    trace = run(
-        merged(pair, WRITER, factors),
-        *(x, levels, condition.text, condition.image, condition.frames),
-        num_heads=pair.config.num_heads,
-        text_len=pair.config.text_len,
-        blocks=blocks,
-        window=plan.window_frames,
-        sink=plan.sink_frames if plan.window_frames else 0,
-        rope=plan.rope,
-        noisy=noisy,
-        noisy_sigma=exit_levels,
-        graph=True,
-        detached=detached,
-        noisy_state=merged(pair, "generator", factors),
-    )
-    learnt = sum(stop - start for start, stop in blocks if start >= exits_from)
-    at = slice(end - learnt, end)
-    return clean_from_velocity(noisy[:, at], trace.noisy[:, -learnt:], exit_levels[:, at].double()), factors
-
-
-def compare(pair, made, wanted, factors, tolerance=1e-10):
-    assert relative_error(made.detach(), wanted.detach()) < tolerance
-    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    pair.zero_grad()
-    (made * weight).sum().backward()
-    (wanted * weight).sum().backward()
-    for name, p in factors_of(pair).items():
-        expected = torch.zeros_like(p) if factors[name].grad is None else factors[name].grad
-        assert (p.grad - expected).norm() <= tolerance * (1 + expected.norm()), name
+    writer, reader = merged(pair, WRITER, factors), merged(pair, "generator", factors)
+    rest = condition, plan, calls, blocks, exit_step
+    return exit_steps(pair.config, writer, *rest, reader=reader, **options), factors
 
 
 def watched(pair, monkeypatch):
@@ -151,7 +113,7 @@ def test_the_replay_is_the_roll_out_and_its_gradient_that_of_brute_force(law, re
     assert relative_error(made.latents.detach(), plain.latents) < 1e-10
     blocks = list(plan.blocks(0, frames))
     wanted, factors = brute_force(pair, condition, plan, calls, blocks, exit_step, exits_from=given)
-    compare(pair, made.latents[:, given:], wanted, factors)
+    compare(factors_of(pair), made.latents[:, given:], wanted, factors)
 
 
 def test_a_part_of_a_long_video_teaches_the_writer_by_what_it_stored_itself(double, monkeypatch):
@@ -169,7 +131,7 @@ def test_a_part_of_a_long_video_teaches_the_writer_by_what_it_stored_itself(doub
         if end > 5:
             blocks, first = list(plan.blocks(0, end)), plan.block_of(start - 1)[0]
             wanted, factors = brute_force(pair, condition, plan, every, blocks, 1, detached=first, exits_from=start)
-            compare(pair, made.latents[:, start - end :], wanted, factors)
+            compare(factors_of(pair), made.latents[:, start - end :], wanted, factors)
         start = end
 
 

@@ -18,6 +18,7 @@ from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B, make_generator
 from websockets.sync.client import connect
 
+from longtake.errors import OutputError
 from longtake.inference.session import Session
 from longtake.serve import capacity, store
 from longtake.serve.engine import Engine
@@ -265,8 +266,9 @@ def test_a_picture_that_the_disk_refused_costs_no_later_save(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OutputError, match="No space"):
             store.write(stored)
+    assert not list(stored.folder.glob(".*.part"))
     store.write(stored)
     assert store.read_all(tmp_path)["s"] == stored
 

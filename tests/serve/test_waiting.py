@@ -1,6 +1,9 @@
 """Nobody waits for a thread, a process or a session that has ended: whoever asks gets an answer."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B
 
 from longtake.errors import ConfigError, LongtakeError, OutputError
+from longtake.lock import LOCK
 from longtake.serve import engine as engine_module
 from longtake.serve.app import make_app
 from longtake.serve.engine import Engine, Lost
@@ -181,3 +185,19 @@ def test_a_server_that_cannot_begin_says_why_in_one_line(generator, tmp_path, ca
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="nothing is served"):
         run(lambda: generator, tmp_path / "live", taken.getsockname()[1])
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_one_server_a_folder(tmp_path):
+    """The second one is refused before it loads anything, and the first one's lock stays."""
+    hold = "import sys; from longtake.lock import *\nwith locked(Path(sys.argv[1]), ''): print(1, flush=True), input()"
+    command, pipe = [sys.executable, "-c", hold, str(tmp_path)], subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as other:
+        assert other.stdout.readline() == "1\n"
+        app = make_app([lambda: pytest.fail("weights were loaded")], settings := ServeSettings(tmp_path, port=0))
+        told = f"in use already, by process {other.pid} on .*; wait until it ends, or give this server another --folder"
+        with pytest.raises(ConfigError, match=told):
+            run_server(app, settings, lambda text: None)
+        assert (tmp_path / LOCK).is_file()
+        other.communicate("\n", timeout=30)
+    assert not any(tmp_path.iterdir())

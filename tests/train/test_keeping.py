@@ -7,15 +7,18 @@ import weakref
 
 import pytest
 import torch
+import yaml
 from fake_ranks import on_ranks
-from tiny_stage import stage_config
+from tiny_stage import stage_config, stage_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
 
+from longtake.cli.app import app
 from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train import networks
+from longtake.train import job, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
 
@@ -177,3 +180,18 @@ def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, ti
 def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
     config = stage_config(workshop, tmp_path, "distill")
     assert config.activation_checkpointing == "auto" and config.without_a_gpu().activation_checkpointing is False
+
+
+@pytest.mark.parametrize("asked", ["auto", "full"])
+def test_memory_that_runs_out_later_is_one_message_with_the_fix(workshop, tmp_path, monkeypatch, asked):
+    def run_stage(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsee the documentation")
+
+    monkeypatch.setattr(job, "run_stage", run_stage)
+    monkeypatch.setattr(job, "_log_on_main", lambda mesh: None)
+    file = tmp_path / "stage.yaml"
+    file.write_text(yaml.safe_dump(stage_tree(workshop, tmp_path, "causal")))
+    told = CliRunner().invoke(app, ["train", str(file), f"activation_checkpointing={asked}"])
+    assert told.exit_code == 1 and told.output.startswith("Not enough memory (CUDA out of memory. Tried to")
+    assert ("set activation_checkpointing=full" in told.output) == (asked == "auto")
+    assert told.output.endswith("; started again, it goes on from its last checkpoint\n")

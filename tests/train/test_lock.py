@@ -12,13 +12,14 @@ import pytest
 from encoded_files import config_of
 from tiny_stage import stage_config
 
+from longtake import lock
 from longtake.config.job import JobConfig
 from longtake.encodings.write import encode
 from longtake.errors import ConfigError
+from longtake.lock import LOCK
 from longtake.parallel.mesh import Mesh
-from longtake.train import lock
 from longtake.train.job import run_job
-from longtake.train.lock import LOCK, only_run
+from longtake.train.lock import only_run
 from longtake.train.stage import run_stage
 
 # Takes the lock, forks a child that outlives it, says so, and waits.

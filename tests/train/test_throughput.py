@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from longtake.models.flops import Call
 from longtake.objectives.base import Objective
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from longtake.parallel.mesh import Mesh
+from longtake.parallel.mesh import Mesh, let_segments_grow
 from longtake.train import metrics as metrics_log
 from longtake.train.metrics import PhaseTimer, read_rows
 from longtake.train.stage import run_stage
@@ -232,3 +233,15 @@ def test_only_wanted_ranks_are_recorded(tmp_path):
                     recorder()
         files = {f"step_000005_rank_{rank}.json.gz" for rank in expected}
         assert {file.name for file in (folder / "profile").iterdir()} == files
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_pieces_grow_unless_the_environment_says_something_else(monkeypatch, given):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    let_segments_grow()
+    told = {name: os.environ[name] for name in names if name in os.environ}
+    assert told == ({names[1]: "expandable_segments:True"} if given is None else {given: "max_split_size_mb:64"})

@@ -243,10 +243,27 @@ def test_a_full_disk_is_said_before_anything_large_is_fetched(hub, parts, monkey
     source = Source.of_model(NAME)
     hub.fetched.clear()
     free = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(CheckpointError, match=r"MB are to be fetched to .*, and its disk has 0.0 MB left; .* HF_HOME"):
-        source.fetched()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free)
+        with pytest.raises(
+            CheckpointError, match=r"MB are to be fetched to .*, and its disk has 0.0 MB left;.*HF_HOME"
+        ):
+            source.fetched()
     assert hub.fetched == []
+
+
+def test_what_is_there_needs_no_room_once_more(hub, parts, tmp_path, monkeypatch):
+    """A download into a folder goes on where most of the disk is taken by what came before."""
+    publish(hub(NAME), parts, rules=True)
+    assert invoke("download", NAME, "-o", tmp_path / "copy").exit_code == 0
+    (tmp_path / "copy" / "config.json").unlink()
+    (tmp_path / "copy" / "generation.yaml").write_text("cut")  # not whole
+    free = shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert invoke("download", NAME, "-o", tmp_path / "copy").exit_code == 0
+    assert (tmp_path / "copy" / "config.json").is_file()
+    free = free._replace(free=10)
+    assert "are to be fetched to" in invoke("download", NAME, "-o", tmp_path / "other").output
 
 
 # ---- without a network -----------------------------------------------------------------------------------------------
@@ -260,6 +277,8 @@ def test_what_was_fetched_is_there_without_a_network(hub, parts, tmp_path):
         assert one.settings.height == 32
         assert Source.of_model(tmp_path / "copy").encoders == tmp_path / "copy"
     convert(NAME, tmp_path / "converted", "longtake")
+    rules = (hub(NAME) / "generation.yaml").read_text()  # go along
+    assert (tmp_path / "converted" / "generation.yaml").read_text() == rules
 
 
 # ---- encoders: the same words everywhere -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from tiny_models import make_tiny_condition, make_tiny_latents
-from tiny_plan import tiny_plan
+from tiny_plan import causal_layout, tiny_plan
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError
@@ -57,7 +57,7 @@ def test_the_output_is_exactly_that_of_the_text_to_video_model(changes, dtype, t
     for condition in conditions(wide):
         text = Condition(condition.text)
         assert torch.equal(wide(x, sigma, condition), model(x, sigma, text))
-        layout = tiny_plan(2, 1, rope="absolute").causal_layout(5)
+        layout = causal_layout(tiny_plan(2, 1, rope="absolute"), 5)
         assert torch.equal(wide(x, sigma, condition, layout), model(x, sigma, text, layout))
 
 

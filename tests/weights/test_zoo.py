@@ -61,7 +61,7 @@ def test_every_published_model_has_a_preset_of_its_counts() -> None:
         assert parameters in (None, total)
     assert round(sum(math.prod(s) for s in shapes_of("wan2.2-ti2v-5b").values()) / 1e9, 1) == 5.0
     assert round(sum(math.prod(s) for s in shapes_of("wan2.2-i2v-a14b").values()) / 1e9, 1) == 14.3
-    with pytest.raises(ConfigError, match=r"model.preset=wan3 is neither known \(toy, wan2.1-flf2v-14b-720p, .*folder"):
+    with pytest.raises(ConfigError, match=r"preset wan3 is neither known \(toy, wan2.1-flf2v-14b-720p, .*folder"):
         model_config("wan3")
 
 
