@@ -205,13 +205,13 @@ def streamed(generator: Generator, blocks: int) -> dict[str, Any]:
     """Frames a second of a warm generator, and milliseconds of the parts of a block."""
     if generator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(generator.device)
-    found, decoding = settled(generator, blocks), (generator.decoder or generator.encoders.vae).device
+    found = settled(generator, blocks)
     return {
         "frames_per_s": found.frames / found.block_seconds,
         "block_ms": 1000 * found.block_seconds,
         "ms": {name: 1000 * seconds for name, seconds in found.parts.items()},
         "peak_gib": peak_gib(generator.device),
-        "decoding_peak_gib": peak_gib(decoding),
+        "decoding_peak_gib": peak_gib(generator.decoding_device),
     }
 
 

@@ -60,8 +60,8 @@ def _together(mesh: Mesh) -> SequenceParallel | None:
 def _parts(
     generator: Generator, weights: str, load_seconds: float, mesh: Mesh, *, blocks: int, warm_up: bool
 ) -> Iterator[dict[str, Any]]:
-    decoding = (generator.decoder or generator.encoders.vae).device
-    shared = "each pass by all ranks, decoding by each" if mesh.is_distributed else f"decoding on {decoding}"
+    alone = f"decoding on {generator.decoding_device}"
+    shared = "each pass by all ranks, decoding by each" if mesh.is_distributed else alone
     about = {"ranks": mesh.world_size, "shared": shared, "weights": weights, "plan": plan_of(generator)}
     yield machine(generator.device) | about
     found = bench_stream(generator, load_seconds, blocks=blocks, warm_up=warm_up)

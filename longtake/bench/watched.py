@@ -45,22 +45,23 @@ class TimedDenoiser:
 
 
 class TimedDecoder:
-    """A decoder whose calls are timed as "decode"."""
+    """A decoder on a `device` whose calls are timed there as "decode", from when their latents have come."""
 
-    def __init__(self, decoder: DecoderSession, phases: PhaseTimer) -> None:
-        self._decoder, self._phases = decoder, phases
+    def __init__(self, decoder: DecoderSession, phases: PhaseTimer, device: torch.device) -> None:
+        self._decoder, self._phases, self._device = decoder, phases, device
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
     def decode(self, latents: Tensor) -> Tensor:
         """As the decoder's."""
+        latents = latents.to(self._device)
         with self._phases.whole("decode"):
             return self._decoder.decode(latents)
 
     def copy(self) -> TimedDecoder:
         """As the decoder's."""
-        return TimedDecoder(self._decoder.copy(), self._phases)
+        return TimedDecoder(self._decoder.copy(), self._phases, self._device)
 
 
 class TimedGenerator(Generator):
@@ -74,14 +75,14 @@ class TimedGenerator(Generator):
         """Of another one."""
         made = cls(**{field.name: getattr(generator, field.name) for field in fields(generator)})
         made.phases = PhaseTimer(generator.device)
-        made.decoding = PhaseTimer((generator.decoder or generator.encoders.vae).device)
+        made.decoding = PhaseTimer(made.decoding_device)
         plan = generator.beginning.plan_of(given=picture_of(generator) is not None)
         made.denoiser = TimedDenoiser(generator.denoiser, made.phases, plan)  # type: ignore[assignment]
         return made
 
     def new_decoder(self) -> Any:
         """A timed decoder."""
-        return TimedDecoder(super().new_decoder(), self.decoding)
+        return TimedDecoder(super().new_decoder(), self.decoding, self.decoding_device)
 
     def take(self) -> dict[str, float]:
         """Seconds by what was timed since they were last taken; waits for the devices."""

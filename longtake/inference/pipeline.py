@@ -174,6 +174,11 @@ class Pipeline:
         return (self.decoder or self.encoders.vae).decoder_session()
 
     @property
+    def decoding_device(self) -> torch.device:
+        """Where decoding is done."""
+        return (self.decoder or self.encoders.vae).device
+
+    @property
     def is_ahead(self) -> bool:
         """Whether a video that is written to a file is made a block ahead of its frames, which only a GPU can do."""
         return self.device.type == "cuda"

@@ -23,6 +23,7 @@ from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.stage import StageConfig
 from longtake.errors import CheckpointError, ConfigError
 from longtake.models.dit import VideoDiT
+from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT, WRITER, base_name
 from longtake.models.recompute import ByBlock
 from longtake.models.sequence_parallel import check_heads
@@ -401,6 +402,10 @@ class Builder:
     def _recorder(self) -> CUDAGraphRunner:
         return CUDAGraphRunner()
 
+    def _quick(self, model: VideoDiT, *, sharded: bool, compiled: bool) -> Execution:
+        calls = self.calls if self.config.parallel.graphs else None
+        return quick(model, self.mesh.device, self._product_type, calls, sharded=sharded, compiled=compiled)
+
     def _quantised(self, model: VideoDiT) -> VideoDiT:
         # Quantising what enters a product must be part of the kernel before it, or it takes longer than it saves.
         return model.quantise().executed(replace(model.execution, fuses=self.mesh.device.type == "cuda"))
@@ -421,8 +426,7 @@ class Builder:
         """Args: `trained`, the name by which it is, None where it is not."""
         config, mesh, again = self.config, self.mesh, None
         how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
-        calls = self.calls if config.parallel.graphs else None
-        model = model.executed(quick(model, mesh.device, self._product_type, calls, **how))
+        model = model.executed(self._quick(model, **how))
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
             if isinstance(again, ByBlock):

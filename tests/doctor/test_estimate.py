@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_models import make_tiny_model, relative_error
 from tiny_stage import TEACHER, stage_config
 
 from longtake.config.stage import StageConfig
@@ -199,6 +200,16 @@ def test_random_weights_of_two_ranks_are_shared_out(workshop, tmp_path):
     for part, size in one.at_rest.items():
         assert two.at_rest[part] == pytest.approx(size / 2, rel=0.02), part
     assert one.checkpoint == two.checkpoint and two.peak < one.peak
+
+
+def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, tiny_latents):
+    found = []
+    for fuses in (False, True):
+        model = make_tiny_model(True)
+        model = model.executed(dataclasses.replace(estimate.network(model.config).execution, fuses=fuses))
+        model(tiny_latents(5), torch.ones(2), tiny_condition(model)).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(found[1], found[0]) < 1e-6
 
 
 def test_a_meter_counts_what_lives():
