@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
+from longtake.doctor.fused import Fused
 from longtake.doctor.validating import validate
 from longtake.encoders.original import random_vae
 from longtake.models import attention
