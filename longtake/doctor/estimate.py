@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longtake.config.groups import ParallelConfig
 from longtake.config.stage import StageConfig
+from longtake.doctor.fused import Fused
 from longtake.doctor.validating import validate
 from longtake.encoders.original import random_vae
 from longtake.models import attention
@@ -271,42 +272,7 @@ def ranks(parallel: ParallelConfig, world_size: int) -> Iterator[Mesh]:
 
 def network(sizes: DiTConfig) -> VideoDiT:
     """A network whose calls are traced: it has no weights, and attends and fuses as on a GPU."""
-    return VideoDiT(sizes, _OnAGpu(attend=as_on_a_gpu))
-
-
-@dataclass(frozen=True)
-class _OnAGpu(Execution):
-    """What a compiler fuses there keeps its inputs for backward, and nothing of what is between."""
-
-    def fused(self, function: Any) -> Any:
-        """As `Execution.fused`, without a compiler."""
-
-        def call(*given: Any) -> Any:
-            learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
-            return _KeepsInputs.apply(function, *given) if learns else function(*given)
-
-        return call if self.fuses else function
-
-
-class _KeepsInputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *given: Any) -> Any:
-        # What needs no gradient is there anyway, and may be written over before backward: a cache.
-        learnt = ctx.needs_input_grad[1:]
-        ctx.function, ctx.others = function, [None if on else x for x, on in zip(given, learnt, strict=True)]
-        ctx.save_for_backward(*(x if on else None for x, on in zip(given, learnt, strict=True)))
-        return function(*given)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        wanted = ctx.needs_input_grad[1:]
-        each = zip(ctx.saved_tensors, ctx.others, wanted, strict=True)
-        given = [x.detach().requires_grad_() if on else other for x, other, on in each]
-        with torch.enable_grad():
-            made = ctx.function(*given)
-        leaves = [x for x, on in zip(given, wanted) if on]
-        found = iter(torch.autograd.grad(made, leaves, grads, allow_unused=True))
-        return None, *(next(found) if on else None for on in wanted)
+    return VideoDiT(sizes, Fused(attend=as_on_a_gpu))
 
 
 def vae_without_data(channels: int, dtype: torch.dtype, sizes: Mapping[str, Any] = {}) -> nn.Module:

@@ -176,12 +176,11 @@ def _stage(
     problems = []
     if not fits(total := sum(parts.values()), free):
         remedy = "use more GPUs, a smaller micro_batch_size, or smaller videos"
-        if not config.activation_checkpointing:
-            remedy = f"set activation_checkpointing=true, or {remedy}"
+        if config.activation_checkpointing in (False, "selective"):
             recomputing = config.model_copy(update={"activation_checkpointing": True})
             less = stage_need(recomputing, found.sizes, ranks, **about).peak + found.encoder_bytes
-            if fits(less, free):
-                remedy = f"set activation_checkpointing=true, which needs {in_words(less)}"
+            enough = f"which needs {in_words(less)}" if fits(less, free) else f"and {remedy}"
+            remedy = f"set activation_checkpointing=full, {enough}"
         problems.append(
             f"{in_words(total)} and a tenth for what is not counted do not fit into {in_words(free)}: {remedy}"
         )

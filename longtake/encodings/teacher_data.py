@@ -36,7 +36,8 @@ from longtake.parallel.mesh import Mesh, init_mesh
 from longtake.plan import StreamPlan
 from longtake.rng import KeyedRNG
 from longtake.rollout.packed import PackedClip
-from longtake.train.networks import Builder, weights_folder
+from longtake.train.networks import Builder
+from longtake.weights.students import weights_folder
 
 _SAME = 1e-6  # levels nearer than that are one
 

@@ -54,12 +54,17 @@ def quick(
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    execution, large = replace(model.execution, attend=attend_fastest), model.config.dim >= LARGE_WIDTH
-    if sharded:
-        if not large and calls is not None:
-            _say_that_sharded_calls_are_not_recorded()
+    execution = replace(model.execution, attend=attend_fastest, fuses=is_fused(model, sharded=sharded))
+    if model.config.dim >= LARGE_WIDTH:
         return execution
-    return replace(execution, fuses=large, calls=None if large else calls)
+    if sharded and calls is not None:
+        _say_that_sharded_calls_are_not_recorded()
+    return replace(execution, calls=None if sharded else calls)
+
+
+def is_fused(model: VideoDiT, *, sharded: bool) -> bool:
+    """Whether a GPU computes the element-wise work of a network by compiled functions."""
+    return not sharded and model.config.dim >= LARGE_WIDTH
 
 
 @cache

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longtake.checkpoint.invariants import completed, invariants
 from longtake.config.stage import StageConfig
-from longtake.errors import CheckpointError, ConfigError
+from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import Execution
 from longtake.models.lora import DEFAULT, WRITER, base_name
@@ -50,7 +50,7 @@ from longtake.weights.load import Opened
 from longtake.weights.locate import find_weights
 from longtake.weights.lora import Adapter, Base, is_adapter, read_base
 from longtake.weights.presets import model_config
-from longtake.weights.students import find_student, is_causal, open_source
+from longtake.weights.students import find_student, is_causal, open_source, weights_folder
 from longtake.weights.tensor_files import not_finite
 from longtake.weights.two_networks import Part, updates_of, writer_updates
 from longtake.weights.widen import check_condition, opened_as_asked
@@ -67,16 +67,6 @@ class Networks(NamedTuple):
     frozen: dict[str, VideoDiT]
     adapters: dict[str, Adapter]
     student: Denoiser
-
-
-def weights_folder(source: Path, logdir: str | Path) -> Path:
-    """What is read for a source: published weights themselves, or the newest checkpoint of a stage."""
-    if (student := find_student(source)) is not None:
-        return student.weights
-    try:
-        return find_weights(source, logdir).path
-    except CheckpointError as error:
-        raise CheckpointError(f"no weights at {source}: {error}") from error
 
 
 def _fill(opened: Opened, device: torch.device | str, values: Iterator[tuple[str, Tensor]], mesh: Mesh) -> None:

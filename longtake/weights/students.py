@@ -316,3 +316,13 @@ def _on_the_hub(source: str | Path) -> list[tuple[_Row, Path, None]]:
     elif not all(isinstance(row, RefusedStudent) for row in rows):
         rows = [row for row in rows if isinstance(row, Student)]
     return [(row, Path(row.repository, *row.files[:1]), None) for row in rows]
+
+
+def weights_folder(source: Path, logdir: str | Path) -> Path:
+    """What is read for a source: published weights themselves, or the newest checkpoint of a stage."""
+    if (student := find_student(source)) is not None:
+        return student.weights
+    try:
+        return find_weights(source, logdir).path
+    except CheckpointError as error:
+        raise CheckpointError(f"no weights at {source}: {error}") from error
