@@ -37,13 +37,14 @@ import numpy as np
 import torch
 
 from longtake.bench.random_models import random_generator, random_settings
-from longtake.bench.report import machine, text, write_json
+from longtake.bench.report import machine, text
 from longtake.bench.streaming import peak_gib
 from longtake.bench.training import bench_training
 from longtake.bench.watched import PROMPT, picture_of, settled
 from longtake.config.generation import changes_of
 from longtake.config.groups import ParallelConfig
 from longtake.errors import LongtakeError
+from longtake.evaluation.report import write_json
 from longtake.inference.cache_pool import CachePool
 from longtake.inference.generator import Generator
 from longtake.models.execution import Execution
@@ -92,7 +93,7 @@ class Record:
         if self.mesh.is_main:
             print(text(values), flush=True)
             if self.file is not None:
-                write_json(self.found, self.file)
+                write_json(self.file, self.found)
 
 
 def released(device: torch.device) -> None:
