@@ -30,6 +30,8 @@ BEST = "best.json"  # beside what was kept as the best: by which number
 LORA = "_lora"  # end of the name of a folder with low-rank updates
 WRITER = "writer"  # begins that of the updates that write the context of those of the generator
 _NEEDED = {"step": int, "data_position": int, "config": dict, "files": dict}  # what every manifest holds
+# Keys of objectives that are gone, as they were where they did nothing: earlier checkpoints of any training name them.
+_GONE = {"data_forcing": {"share": 0.0}}
 _THREADS = 8
 _NAME = re.compile(r"step_(\d{6,})")
 logger = logging.getLogger(__name__)
@@ -198,6 +200,9 @@ def trained_config(checkpoint: Path) -> StageConfig:
     Raises: CheckpointError when the manifest cannot be read, or this version does not know its configuration.
     """
     config = read_manifest(checkpoint)["config"]
+    if "objective" in config:
+        objective = {key: value for key, value in config["objective"].items() if _GONE.get(key) != value}
+        config = {**config, "objective": objective}
     try:
         return StageConfig.from_tree(config)
     except ConfigError as error:

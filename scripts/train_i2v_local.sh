@@ -79,8 +79,10 @@ fi
 threads=$((cores / processes))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 
-# torchrun has nothing to do for one process that is not started anew, and takes seconds to begin.
+# torchrun has nothing to do for one process that is not started anew, and takes seconds to begin. What a cluster's own
+# launcher left in the environment, which torchrun would set anew, is not of this process.
 if ((processes == 1 && restarts == 0)); then
+    unset RANK WORLD_SIZE LOCAL_RANK
     exec "$python" -u -m longtake train "${job[@]}"
 fi
 program=(-m longtake)

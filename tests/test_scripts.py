@@ -134,6 +134,19 @@ def test_main_job_needs_torchrun_for_several_processes_or_restarts_alone(given, 
     )
 
 
+def test_one_process_is_alone_on_a_cluster_that_says_something_else(tmp_path, monkeypatch):
+    """As where torchrun --standalone starts it, which sets these anew."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    shows = 'echo "started${RANK-}${WORLD_SIZE-}${LOCAL_RANK-}"'
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *--check*) ;; *device_count*) echo 1 4 ;; *) {shows} ;; esac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert bash(SCRIPTS / "train_i2v_local.sh", "--no-setup", path=path).stdout == "started\n"
+
+
 def test_setup_says_which_python_is_too_old(tmp_path):
     (tmp_path / "scripts").mkdir()
     shutil.copy(SCRIPTS / "setup.sh", tmp_path / "scripts")

@@ -302,8 +302,8 @@ class VideoDiT(nn.Module):
         Raises: ShapeError when `x`, `sigma`, `condition`, `context` and the config do not fit.
         """
         self.check(x, sigma, condition, context)
-        made_by = self.computed if self.execution.calls is None else partial(self.execution.calls, self)
-        return made_by(x, sigma, condition, context)
+        made_by = self.execution.made_by
+        return (self.computed if made_by is None else partial(made_by, self))(x, sigma, condition, context)
 
     def computed(self, x: Tensor, sigma: Tensor, condition: Condition, context: Context = None) -> Tensor:
         """As `forward`, of arguments that fit: this is what the execution's `calls` make, or record."""

@@ -90,7 +90,7 @@ class Execution:
 
     def flex(self, device: torch.device, head_width: int) -> bool | None:
         """Whether masks are flex attention's, as `make_mask` takes it. Asked before any block runs."""
-        if self.calls is not None:  # recorded, the parts of a mask wait for no Python, and flex's compiler takes longer
+        if self.made_by is not None:  # recorded, a mask's parts wait for no Python, and flex's compiler takes longer
             return False
         if self.attend is not attend_fastest or device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
             return None
@@ -99,6 +99,11 @@ class Execution:
     def again(self, layer: int) -> Again:
         """What backward computes again of one block."""
         return self.recompute.of(layer) if isinstance(self.recompute, ByBlock) else self.recompute
+
+    @property
+    def made_by(self) -> Calls | None:
+        """`calls`, but of networks whose calls processes share, or whose updates are switched: Python makes these."""
+        return self.calls if self.split is None and self.updates is None else None
 
     @property
     def settled(self) -> bool:

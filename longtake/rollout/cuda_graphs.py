@@ -75,7 +75,11 @@ class CUDAGraphCapture:
         stream, made = torch.cuda.Stream(priority=-1), []
         for work in works:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            # torch leaves its stream alone where recording ends well: the outer context does so where it failed, too.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 out = work()
             self._graphs.add(graph)
             made.append((graph.replay, out))

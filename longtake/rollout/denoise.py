@@ -277,7 +277,7 @@ def denoise_block(
         assert guidance is None, "training is never guided"
         frames = x.shape[1]
         exits.append(ExitStep(x, sigmas[last], cache.view(frames, with_grad=True), cache.pin(frames)))
-        layers = None if denoiser.model.execution.calls else exits[-1].layers
+        layers = None if denoiser.model.execution.made_by else exits[-1].layers
     itself = itself and last == len(sigmas) - 1
     store, apart = itself and stores, with_grad and exits is None
     assert not (store and denoiser.writer), "a last step that stores is one network's"

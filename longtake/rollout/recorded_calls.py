@@ -64,13 +64,15 @@ class RecordedCalls:
             autocast_type(x.device),
             *(t if t is None else (t.shape, t.dtype) for t in given),
         )
+        if form not in network.uses:
+            network.forget_what_is_gone()
         network.uses[form] += model.execution.settled  # while its forwards are measured it is called as ever
         if form not in network.records and network.comes_again(form):
             self._record(model, network, form, given, context)
         record = network.records.get(form)
         if record is None or record.waits:
             return model.computed(x, sigma, condition, context)
-        return record.replayed(given)
+        return record.replayed(given, context)
 
     def recorded(self, model: VideoDiT) -> int:
         """How many forms of a network's calls are recorded."""
@@ -129,6 +131,12 @@ class _Network:
         """Whether a form that is not recorded should be."""
         return self.uses[form] > EAGER_CALLS and len(self.records) < MOST_FORMS
 
+    def forget_what_is_gone(self) -> None:
+        """Drops the forms of caches and masks that nobody has any more, and what was recorded of them."""
+        for form in [form for form in self.uses if form[1][0] is not None and form[1][0]() is None]:
+            del self.uses[form]
+            self.records.pop(form, None)
+
 
 def _twin(model: VideoDiT, weights: Sequence[nn.Parameter]) -> VideoDiT:
     """The same network, of the same weights, which are leaves of their own: a loss that is under way ties those of
@@ -159,20 +167,23 @@ class _Record:
         """Whether the latest forward may still have its backward."""
         return self._waiting() is not None
 
-    def replayed(self, given: Inputs) -> Tensor:
-        """The velocity of these inputs."""
+    def replayed(self, given: Inputs, context: Context) -> Tensor:
+        """The velocity of these inputs, and of a `context` of this form."""
         with torch.no_grad():  # the same are missing
             torch._foreach_copy_([t for t in self.held if t is not None], [t for t in given if t is not None])
         if self.backward is None:
             self.forward()
             return self.velocity.clone()
-        waits = _Waits()
+        waits = _Waits(context)
         self._waiting = weakref.ref(waits)
         return _Replayed.apply(torch.zeros((), device=self.velocity.device, requires_grad=True), self, waits)
 
 
+@dataclass(eq=False)
 class _Waits:
-    """A forward whose backward may come: as long as anybody holds this."""
+    """A forward whose backward may come: as long as anybody holds this, which keeps what that would read again."""
+
+    context: Context
 
 
 class _Replayed(torch.autograd.Function):
@@ -213,13 +224,10 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) 
 
 def _inputs(model: VideoDiT, x: Tensor, sigma: Tensor, condition: Condition, context: Context) -> Inputs | None:
     """All tensors that a call reads but weights and caches; None for calls that are not recorded: those of which the
-    inputs want gradients, those whose updates are switched or that processes share, and those against a cache that
-    somebody else records, or that see it through a mask.
+    inputs want gradients, and those against a cache that somebody else records, or that see it through a mask.
     """
     views = isinstance(context, CacheView) and context.with_grad and context.layers is None
     if not (context is None or isinstance(context, MaskLayout) or views):
-        return None
-    if model.execution.updates is not None or model.execution.split is not None:
         return None
     length = model.config.text_len
     text, later = (
@@ -233,8 +241,12 @@ def _inputs(model: VideoDiT, x: Tensor, sigma: Tensor, condition: Condition, con
 
 
 def _seen(context: Context) -> tuple:
-    """What tells calls apart that see something else; it keeps what they see."""
-    return (context.cache, context.blocks) if isinstance(context, CacheView) else (context,)
+    """What tells calls apart that see something else, first a reference to that. It keeps none of it: there is a cache
+    for each roll-out or video that no other may lend its own.
+    """
+    if isinstance(context, CacheView):
+        return weakref.ref(context.cache), context.blocks
+    return (None if context is None else weakref.ref(context),)
 
 
 def _work(model: VideoDiT, held: Inputs, context: Context) -> Callable[[], Tensor]:

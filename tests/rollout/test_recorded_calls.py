@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from tape import Tape
 from tiny_batches import RULES, make_batch
-from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
+from tiny_models import HEIGHT, WIDTH, make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
 from tiny_objectives import parts_of
 
 from longtake.models.execution import Execution
 from longtake.models.recompute import ByBlock
+from longtake.models.shared_base import AdapterSwitch
 from longtake.objectives.dmd import Dmd, DmdConfig
 from longtake.objectives.dmd_keys import CriticConfig
 from longtake.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from longtake.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longtake.rollout.cuda_graphs import CUDAGraphRunner
-from longtake.rollout.denoise import Denoiser
+from longtake.rollout import recorded_calls
+from longtake.rollout.cuda_graphs import CUDAGraphCapture, CUDAGraphRunner
+from longtake.rollout.denoise import Denoiser, denoise_block
 from longtake.rollout.recorded_calls import EAGER_CALLS, RecordedCalls
 
 STEPS = 5  # of two micro-batches each; the generator of dmd is updated in every other one
@@ -168,6 +171,52 @@ def test_nothing_is_recorded_while_forwards_are_measured():
     assert calls.recorded(model) == 1
 
 
+def seen_once(model, times):
+    """Calls with gradient against a cache of their own, which nobody has afterwards: what there was of it."""
+    cache = model.new_cache(RULES, 2, (HEIGHT, WIDTH), max_frames=7)
+    x, condition = make_tiny_latents(1), make_tiny_condition(model)
+    for _ in range(times):
+        model(x, torch.full((2,), 0.3), condition, cache.view(1, with_grad=True)).sum().backward()
+    return weakref.ref(cache)
+
+
+def test_caches_are_not_kept_and_make_room_for_others(monkeypatch):
+    """Each roll-out has a cache of its own where no other lends it one, and so does each long video."""
+    monkeypatch.setattr(recorded_calls, "MOST_FORMS", 1)
+
+    def as_a_graph(*works):  # of which what was recorded stays, not the function
+        return [(lambda: None, tuple(made.clone() for made in work())) for work in works]
+
+    calls = RecordedCalls(lambda: as_a_graph)
+    model = make_tiny_model(i2v=True).executed(Execution(calls=calls))
+    for times in (1, EAGER_CALLS + 1, 1, EAGER_CALLS + 1):
+        cache = seen_once(model, times)
+        assert cache() is None
+        assert calls.recorded(model) == (times > 1)
+        assert len(calls._networks[model].uses) == 1
+
+
+def test_what_a_backward_reads_again_is_kept_for_it():
+    model = make_tiny_model(i2v=True).executed(Execution(calls=RecordedCalls(Tape)))
+    layout = RULES.teacher_forcing_layout(7)
+    for _ in range(EAGER_CALLS + 1):
+        made = model(make_tiny_latents(14), torch.full((2,), 0.3), make_tiny_condition(model), layout)
+    assert made.grad_fn.waits.context is layout
+    made.sum().backward()
+    assert made.grad_fn.waits is None
+
+
+def test_exit_steps_keep_their_layers_where_calls_are_never_recorded():
+    """Else each of them would be made twice: roles that share a base, say."""
+    switch, noise = AdapterSwitch(), make_tiny_latents(RULES.first_frames)
+    for updates, kept in ((switch, 2), (None, 0)):
+        model = make_tiny_model(i2v=True).executed(Execution(calls=RecordedCalls(Tape), updates=updates))
+        denoiser, exits = Denoiser(model, batched_exit_backward=True), []
+        cache = model.new_cache(RULES, 2, (HEIGHT, WIDTH), max_frames=7)
+        denoise_block(denoiser, cache, make_tiny_condition(model), lambda _: noise, RULES, with_grad=True, exits=exits)
+        assert len(exits[0].layers) == kept
+
+
 def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(caplog):
     def refuse(*works):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -179,6 +228,16 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(caplog):
     assert [r.message for r in caplog.records if "CUDA graphs" in r.message] == [
         "calls are not recorded as CUDA graphs, and run as ever: operation not permitted when stream is capturing"
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_work_goes_on_where_it_was_after_a_recording_that_failed():
+    x, stream = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        CUDAGraphCapture()(lambda: (x * x.sum().item(),))
+    assert torch.cuda.current_stream() == stream
+    assert float((x + 1).sum()) == 8
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from tiny_stage import TEACHER, make_model, save_student, stage_config, stage_tree
 
 from longtake import Generator
-from longtake.config.job import JobConfig
+from longtake.config.job import JobConfig, load_config
 from longtake.config.stage import StageConfig
 from longtake.encoders.bundle import ImageEncoder
 from longtake.errors import CheckpointError, ConfigError
 from longtake.evaluation.run import evaluate
 from longtake.parallel.mesh import Mesh
-from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages
+from longtake.run_folder import exported_weights, latest_checkpoint, read_manifest, student_stages, trained_config
 from longtake.toy.world import sample_world
 from longtake.train.job import run, run_job
 from longtake.train.metrics import read_rows
@@ -326,6 +327,19 @@ def test_preprocessing_for_clip_is_kept_with_the_weights(workshop, tmp_path):
         CheckpointError, match="was trained with clip_preprocess='diffusers' and this run has 'original'"
     ):
         run_stage(stage_config(workshop, tmp_path, "causal", name="cut", max_steps=2), Mesh())
+
+
+def test_configurations_from_before_keys_left_are_read_where_these_did_nothing(tmp_path):
+    config = load_config(Path(__file__).parents[2] / "configs/toy/distill.yaml")
+    for share in (0.0, 0.5):
+        before = config.model_dump(mode="json")
+        before["objective"]["data_forcing"] = {"share": share}
+        manifest = {"format_version": 1, "step": 1, "data_position": 0, "config": before, "files": {}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        if not share:
+            assert trained_config(tmp_path) == config
+    with pytest.raises(CheckpointError, match="written by another version.*data_forcing"):
+        trained_config(tmp_path)
 
 
 def test_manifests_from_before_the_option_count_as_original(tmp_path):
