@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -36,7 +36,8 @@ def locked(folder: Path, fix: str) -> Iterator[None]:
         os.fsync(file.fileno())  # for readers on other machines
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # before it is let go: `_taken` looks whether its file is still there
+        with suppress(OSError):  # a disk that has become read-only: what was said of it before is told
+            (folder / LOCK).unlink()  # before it is let go: `_taken` looks whether its file is still there
         file.close()
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # refused before anything was written

@@ -80,7 +80,8 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
                 sync(partial)
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refused to write refuses this, too: what it said first is told
+            partial.unlink()
 
 
 def write_whole(path: Path, text: str, *, synced: bool = False) -> None:

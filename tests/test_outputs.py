@@ -14,7 +14,8 @@ from longtake.cli.app import app
 from longtake.cli.common import _told
 from longtake.errors import ConfigError, OutputError
 from longtake.inference.video_io import VideoWriter, read_video
-from longtake.outputs import check_new_folder, check_output_file, check_output_folder, free_name, writing
+from longtake.lock import locked
+from longtake.outputs import check_new_folder, check_output_file, check_output_folder, free_name, write_whole, writing
 from longtake.weights.tensor_files import save_tensors
 
 
@@ -88,6 +89,22 @@ def test_a_folder_is_checked_and_nothing_stays(tmp_path, photo):
 
 
 # ---- what a disk says ------------------------------------------------------------------------------------------------
+def test_a_disk_that_refuses_the_clearing_up_too_is_told_of_once(tmp_path, photo, monkeypatch):
+    for path, message in ((photo / "a.json", "Not a directory; "), (tmp_path / ("n" * 250), "File name too long; ")):
+        with pytest.raises(OutputError, match=f"{path} cannot be written: {message}"):
+            write_whole(path, "text")
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="weights cannot be written"):
+        patched.setattr("pathlib.Path.unlink", refuse)
+        with locked(tmp_path / "run", "x"):
+            raise OutputError("weights cannot be written: Read-only file system")
+    with locked(tmp_path / "run", "x"):  # let go all the same
+        assert (tmp_path / "run" / ".lock").is_file()
+
+
 def test_words_of_libraries_are_understood(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

@@ -74,7 +74,7 @@ def evaluate(
     num_worlds: Annotated[int | None, typer.Option(help="Held-out toy worlds, in place of the run's value.")] = None,
     num_latent_frames: Annotated[int | None, typer.Option(help="Length, in place of the run's value.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of worlds and noise, in place of the run's value.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Worlds at once, in place of the run's value.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Worlds at once; on a GPU at least 32.")] = None,
     open_worlds: OpenWorlds = None,
     ablations: Annotated[bool | None, typer.Option(help="Rows with a condition taken away.")] = None,
     switch_frames: LatentSwitches = None,
