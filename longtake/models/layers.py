@@ -6,7 +6,7 @@ original computes in float32 is computed in float32 here, under autocast as well
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
+from longtake.models.sizes import DiTConfig
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
 
@@ -75,6 +76,26 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.
 def gated(x: Tensor, made: Tensor, gate: Tensor) -> Tensor:
     """`x` and the gated result of attention or MLP."""
     return torch.addcmul(x, made, gate)
+
+
+class Ungated(NamedTuple):
+    """Tokens `x` [B, E, l, D] to which a gated result is still to be added, which what reads them does on the way."""
+
+    x: Tensor
+    made: Tensor
+    gate: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+
+def gated_then_modulated(
+    x: Tensor, made: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | Rows]:
+    """`x` and the gated result of the MLP before, and the sum `modulated`."""
+    x = gated(x, made, gate)
+    return x, modulated(x, shift, scale, eps, dtype)
 
 
 def gated_then_normed(
@@ -192,3 +213,18 @@ class ImageEmbedding(nn.Module):
         x = layer_norm(tokens, first.eps, first.weight, first.bias)
         x = self.proj[3](self.proj[2](self.proj[1](x.to(cast(nn.Linear, self.proj[1]).weight.dtype))))
         return layer_norm(x, last.eps, last.weight, last.bias)
+
+
+class Head(nn.Module):
+    """Modulated projection to patches, in float32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        size = config.out_channels * config.patch_size[1] * config.patch_size[2]
+        self.head = nn.Linear(config.dim, size)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (e[:, :, None] + self.modulation.float()).unsqueeze(3).unbind(2)
+        return linear_fp32(self.head, layer_norm(x, self.eps) * (1 + scale) + shift)
