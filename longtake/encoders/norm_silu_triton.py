@@ -61,7 +61,7 @@ def _sum_norm_silu(
         frames = pixels // frame_pixels
         item = frames // num_frames
         time = (frames - item * num_frames).to(tl.int64)
-        base = item.to(tl.int64) * item_step + (pixels - frames * frame_pixels) * (TAPS * C)
+        base = item.to(tl.int64) * item_step + (pixels - frames * frame_pixels).to(tl.int64) * (TAPS * C)
         made = x.to(out.dtype.element_ty)
         for age in tl.static_range(TAPS):  # frame t is read by the outputs t, t + 1, ... as one of age 0, 1, ...
             rows = base + (time + age) * frame_step + (TAPS - 1 - age) * C

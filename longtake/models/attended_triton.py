@@ -30,7 +30,8 @@ def _turned(x, turn, columns, real, K: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
 
 
-@triton.jit(do_not_specialize=["past_rows", "own_rows", "tokens"])
+# Indices are parts of one tensor, and numbers of frames and tokens differ: code for each would be compiled for nothing.
+@triton.jit(do_not_specialize=["past_rows", "own_rows", "tokens", "slots", "write_slots"])
 def _attended(
     q,
     k,
