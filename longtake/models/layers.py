@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
-from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
+from longtake.models.fp8 import (
+    FP8,
+    FP8Linear,
+    Rows,
+    entering,
+    gelu_quantised,
+    gelu_quantised_once,
+    has_kernel,
+    quantised,
+)
 from longtake.models.sizes import DiTConfig
 
 logger = logging.getLogger(__name__)
@@ -128,6 +137,7 @@ def at_once(execution: Execution, function: Normed) -> Normed:
 
     def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor | Rows]:
         quick = execution.fuses and x.is_cuda and not torch.is_grad_enabled() and has_triton()
+        quick = quick and (given[-1] != FP8 or has_kernel(x.device))  # which then has instructions for the rounding
         kernel = in_one_pass(function, x.device, given[-1]) if quick else None
         return (kernel or execution.fused(function))(x, *given)
 
