@@ -2,8 +2,8 @@
 kernel for GPUs. Import it only where triton is.
 
 Queries and keys are normed over their whole width and rotated, keys and values are put behind those of the past, and
-where the pass stores they are written into the cache too. A program does one token: as compiled functions that was six
-kernels, and the rotated window alone was read and written at half the speed of memory.
+where the pass stores they are written into the cache too. A program does one token. As compiled functions that was five
+kernels and two copies, of which the rotated window went at half the speed of memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def _turned(x, turn, columns, real, K: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
 
 
-@triton.jit(do_not_specialize=["past_rows", "own_rows", "tokens"])
+# Indices are parts of one tensor, and numbers of frames and tokens differ: code for each would be compiled for nothing.
+@triton.jit(do_not_specialize=["past_rows", "own_rows", "tokens", "slots", "write_slots"])
 def _attended(
     q,
     k,

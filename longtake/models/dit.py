@@ -39,6 +39,7 @@ from longtake.models.layers import (
     RMSNorm,
     Ungated,
     added_then_modulated,
+    at_once,
     gated,
     gated_then_modulated,
     gated_then_normed,
@@ -159,19 +160,20 @@ class Block(nn.Module):
         entries, tokens = x.shape[1], x.shape[2]
         layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
         execution, fused = self_context.execution, self_context.execution.fused
+        once = partial(at_once, execution)
         own, across, within = (execution.entering(layer.weight) for layer in layers)
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
         if isinstance(x, Ungated):
-            x, h = fused(gated_then_modulated)(*x, s1, c1, self.eps, own)
+            x, h = once(gated_then_modulated)(*x, s1, c1, self.eps, own)
         else:
             h = fused(modulated)(x, s1, c1, self.eps, own)
         h = self.self_attn(h, self_context, layer)
-        x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
+        x, h = once(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
         cross = cross_context.parts(self.cross_attn, layer, entries)
         h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
-        x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, within)
+        x, h = once(added_then_modulated)(x, h, s2, c2, self.eps, within)
         left = Ungated(x, mlp(self.ffn, h, execution), g2)
         return left if leaves_gate else fused(gated)(*left)
 
