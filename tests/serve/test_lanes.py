@@ -63,7 +63,7 @@ def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
     silent = lane()
     silent.came(silent.blocks[-1], 0.2, 1.0)
-    assert change(silent, 1, at=99.0, told=2.0) == 16  # one that says nothing is not playing on for ever
+    assert change(silent, 9, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
 
 
 @pytest.mark.parametrize("waits", ["paused", "full"])
@@ -81,6 +81,7 @@ def test_waiting_for_the_viewer_is_no_turn(waits: str) -> None:
 def test_a_branch_has_turns_of_its_own() -> None:
     one = lane()
     one.session.fork = lambda: one.session  # type: ignore[method-assign]
+    one.saw(5, 2.0)
     branch = one.fork("two")
     one.turns.append(0.5)
-    assert not branch.turns
+    assert not branch.turns and (branch.shown, branch.shown_at) == (5, None)
