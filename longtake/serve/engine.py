@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -358,7 +358,8 @@ class Engine:
         """Of the device; what nobody uses of a CPU's is given back first."""
         if self._generator.device.type == "cpu":
             trim()
-        return Memory.of(self._generator.device)
+        pool = self._generator.copies.pool
+        return replace(Memory.of(self._generator.device), host=pool.size_bytes, host_seconds=round(pool.seconds, 3))
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:
