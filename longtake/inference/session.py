@@ -238,8 +238,6 @@ class Session:
         state = self.state.copy()
         stream = state.stream
         assert stream is not None and self.state.decoder is not None
-        if self.ready_blocks:
-            self.state.decoder.put_by(self._past.copies.of)
         if self.history_blocks:
             self._past.bring_back(stream)
             self._past.save_overwritten(stream, self._streams())
@@ -247,6 +245,8 @@ class Session:
             self._change(state)
             if self.history_blocks:
                 self._past.save_overwritten(stream, self._streams())
+        if self.ready_blocks:  # last: nothing above, which the block's passes wait for, then waits for these
+            self.state.decoder.put_by(self._past.copies.of)
         return state
 
     def _check_length(self) -> None:

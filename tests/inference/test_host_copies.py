@@ -12,6 +12,7 @@ from page_locks import PageLocks
 from tiny_sessions import KINDS, OTHER, A, B, C, make_generator, open_session, take
 
 from longtake.inference.host_copies import HostCopies, HostPool
+from longtake.rollout.stream import LatentStream
 from longtake.serve.capacity import fill_history
 
 CPU = torch.device("cpu")
@@ -190,3 +191,33 @@ def test_copies_follow_what_was_given_before_and_precede_what_overwrites(monkeyp
     copies.fill([(made, source)], device)
     assert {id(stream) for stream in copies._beside.values()} == {id(next(iter(copies._beside.values())))}
     assert torch.equal(made, torch.arange(4.0))
+
+
+@pytest.mark.parametrize("kind", ["plain", "last step"])
+def test_passes_do_not_wait_for_the_features_of_the_decoder(kind, monkeypatch):
+    """Gigabytes, which are copied while the passes run."""
+    generator, told = make_generator(**KINDS[kind]), []
+
+    class Noted(HostCopies):
+        def of(self, source):
+            told.append("features")
+            return super().of(source)
+
+        def wait(self):
+            told.append("wait")
+
+    def noted(stream):
+        told.append("passes")
+        return following(stream)
+
+    following = LatentStream.next
+    monkeypatch.setattr(LatentStream, "next", noted)
+    generator.copies = Noted()
+    session = open_session(generator, **KEPT)
+    for number in range(8):
+        told.clear()
+        session.prompt = B if number > 5 else A
+        session.next()
+        if number > 2:
+            last, passes = told.index("features"), told.index("passes")
+            assert set(told[last:passes]) == {"features"} and "wait" in told[passes:]
