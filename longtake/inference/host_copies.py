@@ -12,7 +12,6 @@ import logging
 import mmap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from math import prod
 from threading import Lock
 from time import perf_counter
@@ -86,7 +85,7 @@ class HostPool:
 
     def _new(self, size: int, device: torch.device) -> _Piece:
         began = perf_counter()
-        piece = _Piece(size, partial(self._page_lock, device=device))
+        piece = _Piece(size, device, self._page_lock)
         with self._counting:
             self._made[device, size] += 1
             self.seconds += perf_counter() - began
@@ -96,12 +95,12 @@ class HostPool:
 class _Piece:
     """Pages of this process alone, locked until this is gone; at the end of the process the system unlocks them."""
 
-    def __init__(self, size: int, page_lock: Callable[[NDArray[np.uint8]], Callable[[], object]]) -> None:
+    def __init__(self, size: int, device: torch.device, page_lock: PageLock) -> None:
         try:
             self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"the host's memory has no {size / 1e9:.2f} GB for a session's history") from error
-        finalize(self, page_lock(np.frombuffer(self.memory, np.uint8))).atexit = False
+        finalize(self, page_lock(np.frombuffer(self.memory, np.uint8), device)).atexit = False
 
 
 def cuda_page_lock(memory: NDArray[np.uint8], device: torch.device) -> Callable[[], object]:
