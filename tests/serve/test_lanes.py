@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from longtake.serve import engine as engine_module
+from longtake.serve.engine import Engine
 from longtake.serve.lanes import Block, Lane
 
 FPS, FRAMES = 16, 16
@@ -85,3 +88,25 @@ def test_a_branch_has_turns_of_its_own() -> None:
     branch = one.fork("two")
     one.turns.append(0.5)
     assert not branch.turns and (branch.shown, branch.shown_at) == (5, None)
+
+
+def test_seconds_of_a_block_are_those_of_the_device_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is begun while the first is made, and waits for it; a third when nobody has wanted one for a while."""
+    now, out = [0.0], []
+
+    class Piece:
+        def __init__(self, arrives: float) -> None:
+            self.arrives = arrives
+
+        def array(self) -> np.ndarray:
+            now[0] = self.arrives
+            return np.zeros((FRAMES, 1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
+    engine, one = Engine(cast(Any, None), out.append, 2, 2), lane()
+    for number, (began, arrives) in enumerate([(0.0, 0.5), (0.125, 1.0), (2.0, 2.5)]):
+        item = one, Block(FRAMES * number, FRAMES, 0), SimpleNamespace(pieces=[Piece(arrives)]), began
+        engine._on_their_way.put(cast(Any, item))
+    engine._on_their_way.put(None)
+    engine._fetch()
+    assert [made.seconds for made in out] == [0.5] * 3
