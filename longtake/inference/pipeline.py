@@ -150,6 +150,7 @@ class Pipeline:
         encoder_paths(source.encoders, with_image=source.needs_image)
         opened, apart = source.open(), source.open_writer()
         sizes = opened.model.config  # from the heads of the files: before they are read
+        settings.shape(4, sizes.vae_stride)
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)
