@@ -127,8 +127,8 @@ class Lane:
 
     def fork(self, name: str) -> Lane:
         """A branch of this name, which nobody watches yet."""
-        own = {"blocks": list(self.blocks), "turns": self.turns.copy(), "shown_at": None}
-        return replace(self, name=name, session=self.session.fork(), **own)
+        session, blocks, turns = self.session.fork(), list(self.blocks), self.turns.copy()
+        return replace(self, name=name, session=session, blocks=blocks, turns=turns, shown_at=None)
 
 
 def apply(session: Session, kind: str, value: Any) -> None:
