@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import MaskLayout
+from longtake.models.apart import Places, apart, joined
 from longtake.models.attention import FrameMask, block_mask, make_mask
 from longtake.models.cache import CacheView, KVCache, beside
 from longtake.models.execution import WHOLE_NETWORK, Execution, Run
@@ -29,21 +30,39 @@ class Projection(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PreparedMask:
-    """A `MaskLayout` (`key_entry` None: its keys are plain) for frames of some number of tokens, on a device."""
+    """A `MaskLayout` (`key_entry` None: its keys are plain) for frames of some number of tokens, on a device; `places`,
+    where each part of the mask has slots of its own.
+    """
 
     frame_index: Tensor
     key_position: Tensor
     key_entry: Tensor | None
     mask: FrameMask
     later_from: int | None = None
+    places: Places | None = None
 
     @classmethod
-    def of(cls, layout: MaskLayout, tokens: int, device: torch.device, *, flex: bool | None = None) -> PreparedMask:
-        """As `make_mask` makes it of the layout."""
+    def of(
+        cls,
+        layout: MaskLayout,
+        tokens: int,
+        device: torch.device,
+        *,
+        flex: bool | None = None,
+        heads: tuple[torch.dtype, int] | None = None,
+    ) -> PreparedMask:
+        """As `make_mask` makes it of the layout. Args: `heads`, type and width of heads, where each part shall have
+        slots of its own (`apart.py`).
+        """
         moved = layout.to(device)
-        entry = None if layout.plain_keys else moved.key_entry
+        entry, position = moved.key_entry, moved.key_position
         mask = make_mask(moved.allowed, tokens, device, flex=flex)
-        return cls(moved.frame_index, moved.key_position, entry, mask, layout.later_from)
+        if heads is None or len(mask.parts) < 2:
+            return cls(moved.frame_index, position, None if layout.plain_keys else entry, mask, layout.later_from)
+        mask, slots = apart(mask)
+        places = Places.of(entry[slots], tokens, int(entry.max()) + 1)
+        mask = joined(mask, *heads)
+        return cls(moved.frame_index, position[slots], entry[slots], mask, layout.later_from, places)
 
     @property
     def num_entries(self) -> int:
@@ -95,12 +114,14 @@ class MaskedContext(SelfContext):
 
     def __init__(self, prepared: PreparedMask, past: MaskOverCache | None, *common: Any) -> None:
         super().__init__(*common)
-        self.mask, self.key_entry = prepared.mask, prepared.key_entry
+        self.mask, self.key_entry, self.places = prepared.mask, prepared.key_entry, prepared.places
         self.past = past if past is not None and past.slots.numel() else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         if self.past is not None:
             k, v = self._with_past(self.past, layer, k, v)
+        if self.places is not None:
+            return self.places.put(k, self.key_turn), self.places.put(v), self.mask
         if self.key_entry is not None:
             k, v = (
                 t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
+from longtake.models.apart import of_heads
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.context import (
@@ -387,7 +388,8 @@ class VideoDiT(nn.Module):
         if isinstance(context, PreparedMask):
             mine, keys, shard, execution = common(context.frame_index, context.key_position)
             if past is not None and past.cache.rope == "absolute":  # which holds keys that are rotated already
-                keys = unturned(keys, context.num_entries * rows * columns, past.slots.numel() * rows * columns)
+                assert context.key_entry is not None
+                keys = unturned(keys, context.key_entry >= context.num_entries)
             return context.frame_index + offset, MaskedContext(context, past, mine, keys, shard, execution)
         frame_index = torch.arange(x.shape[1], device=x.device)
         return frame_index, SelfContext(*common(frame_index, frame_index))
@@ -445,6 +447,8 @@ class VideoDiT(nn.Module):
         """A mask for frames of `tokens`, made once and forgotten with its layout."""
         known = self._masks.setdefault(layout, {})
         if (tokens, device) not in known:
-            flex = self.execution.flex(device, self.config.head_width)
-            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex)
+            width = self.config.head_width
+            flex = self.execution.flex(device, width)
+            heads = of_heads(device, width) if flex is False and self.execution.fuses else None
+            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex, heads=heads)
         return known[tokens, device]

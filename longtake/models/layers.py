@@ -116,10 +116,11 @@ def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tenso
     return torch.stack([angles.cos().float(), angles.sin().float()], -1)
 
 
-def unturned(turn: Tensor, start: int, count: int) -> Tensor:
-    """`turn` [L, 1, K/2, 2] with `count` tokens from `start` on that stay as they are."""
-    stays = torch.tensor([1.0, 0.0], device=turn.device).expand(count, *turn.shape[1:])
-    return torch.cat([turn[:start], stays, turn[start + count :]])
+def unturned(turn: Tensor, stays: Tensor) -> Tensor:
+    """`turn` [S * L, 1, K/2, 2] with frames that stay as they are, where `stays` [S]."""
+    still = torch.tensor([1.0, 0.0], device=turn.device)
+    by_frame = turn.unflatten(0, (stays.numel(), -1))
+    return torch.where(stays[:, None, None, None, None], still, by_frame).flatten(0, 1)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:

@@ -25,7 +25,10 @@ class Package(ModuleType):
         self.calls: list[str] = []
         self.wrong, self.error = wrong, error
 
-    def _flash_attn_fwd(self, q, k, v, *, return_lse):
+    def _flash_attn_fwd(self, q, k, v, *, return_lse, **lengths):
+        if lengths:
+            made = [self._flash_attn_fwd(*part, return_lse=return_lse) for part in parts_of((q, k, v), **lengths)]
+            return torch.cat([out[0] for out, *_ in made]), torch.cat([sums[0] for _, sums, *_ in made], 1), *[None] * 3
         self.calls.append("forward")
         assert return_lse and not torch.is_grad_enabled() or not q.requires_grad
         if self.error is not None:
@@ -34,7 +37,11 @@ class Package(ModuleType):
         out = torch.einsum("bnls,bsnk->blnk", scores.softmax(-1).to(v.dtype), v).contiguous()
         return out, scores.logsumexp(-1), None, None, None
 
-    def _flash_attn_bwd(self, q, k, v, out, grad, log_sum):
+    def _flash_attn_bwd(self, q, k, v, out, grad, log_sum, **lengths):
+        if lengths:
+            parts = parts_of((q, k, v, out, grad, log_sum.T), **lengths)
+            made = [self._flash_attn_bwd(*five, sums.transpose(1, 2)) for *five, sums in parts]
+            return tuple(torch.cat([part[0] for part in parts]) for parts in zip(*made))
         self.calls.append("backward")
         scores = torch.einsum("blnk,bsnk->bnls", q, k).float() / q.shape[-1] ** 0.5
         share = (scores - log_sum[..., None]).exp()
@@ -43,6 +50,14 @@ class Package(ModuleType):
         change, share = change.to(q.dtype), share.to(q.dtype)
         dq, dk = torch.einsum("bnls,bsnk->blnk", change, k), torch.einsum("bnls,blnk->bsnk", change, q)
         return self.wrong * dq, dk, torch.einsum("bnls,blnk->bsnk", share, grad)
+
+
+def parts_of(tensors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """The sequences of tensors of several lengths, each as a batch of one; of keys and values are the second and third."""
+    both = [ends.diff().tolist() for ends in (cu_seqlens_q, cu_seqlens_k)]
+    assert [max(lengths) for lengths in both] == [max_seqlen_q, max_seqlen_k]
+    assert all(ends.dtype == torch.int32 and ends.is_contiguous() for ends in (cu_seqlens_q, cu_seqlens_k))
+    return zip(*(each[None].split(both[index in (1, 2)], 1) for index, each in enumerate(tensors)))
 
 
 @pytest.fixture()
