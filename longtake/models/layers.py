@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8Linear, Rows, entering, gelu_quantised, gelu_quantised_once, quantised
+from longtake.models.gelu import mlp_with_gradient
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
 
@@ -144,20 +145,25 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
 
 def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
     """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product where no
-    gradient is wanted, or of quantising its result.
+    gradient is wanted, of one operator where one is, or of quantising the first product's result.
     """
     first, second = layers[0], layers[2]
     if isinstance(x, Rows):
         hidden = first(x)
         once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
         return second((once or execution.fused(gelu_quantised))(hidden))
-    alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if type(first) is not nn.Linear and not torch.is_grad_enabled():
         return _by_frames(layers, x)
-    if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
+    alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
+    if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
-    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
+    if torch.is_grad_enabled():
+        if type(second) is not nn.Linear:
+            return layers(x)
+        last, last_bias = second.weight.to(x.dtype), second.bias.to(x.dtype)
+        return mlp_with_gradient(x.flatten(0, -2), weight, bias, last, last_bias).unflatten(0, x.shape[:-1])
+    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return second(hidden.unflatten(0, x.shape[:-1]))
 

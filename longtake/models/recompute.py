@@ -125,7 +125,8 @@ def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointP
 
 
 def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+    products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    if operator in products or operator.name() == "longtake::mlp":
         return CheckpointPolicy.MUST_SAVE
     return _policy(context, operator, *args, **options)
 
