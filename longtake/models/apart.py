@@ -52,6 +52,18 @@ def plainly(places: Places, x: Tensor, turn: Tensor | None = None) -> Tensor:
     return x if turn is None else rotated(x, turn)
 
 
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """`rotated` [B, E, L, N, K] by `turn` [E, L, 1, K/2, 2], where it is: as one frame in one slot."""
+    whole = Places(*_alone(x.device), x.shape[1] * x.shape[2])
+    return whole.put(x.flatten(1, 2), turn.flatten(0, 1)).unflatten(1, x.shape[1:3])
+
+
+@cache
+def _alone(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    still = torch.zeros(1, dtype=torch.int32, device=device)
+    return still, still, torch.arange(2, dtype=torch.int32, device=device)
+
+
 class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: Tensor | None, places: Places) -> Tensor:
@@ -82,6 +94,7 @@ def apart(mask: FrameMask) -> tuple[FrameMask, Tensor]:
 def joined(mask: FrameMask, dtype: torch.dtype, head_width: int) -> FrameMask:
     """A mask that is `apart`, with what attends in all parts together where that is right and faster."""
     device = mask.allowed.device
+    _alone(device)  # now: made in a block, it would count as its work, which backward may do again
     kernel = _together(device, dtype, head_width) if device.type == "cuda" else None
     return mask if kernel is None else replace(mask, together=kernel(mask))
 

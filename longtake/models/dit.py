@@ -37,21 +37,17 @@ from longtake.models.fp8 import FP8Linear, Rows
 from longtake.models.layers import (
     ImageEmbedding,
     RMSNorm,
-    added_then_modulated,
     gated,
-    gated_then_normed,
     into,
     layer_norm,
     linear_fp32,
     mlp,
-    modulated,
     read_clock,
-    rms_norm,
     rope_turn,
-    rotated,
     sinusoid,
     unturned,
 )
+from longtake.models.norms import added_then_modulated, gated_then_normed, kept_and_modulated, rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
@@ -83,11 +79,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor | Rows, context: SelfContext, layer: int) -> Tensor:
         """x [B, E, l, D] -> the same: this process's tokens of each frame."""
         entries, execution = x.shape[1], context.execution
-        norm = execution.fused(rms_norm)
-        q, k = norm(self.q(x), self.norm_q.weight, self.eps), norm(self.k(x), self.norm_k.weight, self.eps)
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps, execution)
+        k = rms_norm(self.k(x), self.norm_k.weight, self.eps, execution)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, self.v(x)))
-        # A kernel of its own: the compiler's one for norm and rotation took longer than both (41 and 32 us on an H200).
-        q = execution.fused(rotated)(q, context.query_turn)
+        q = context.turned(q)
         # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
         q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, v))
         k, v, mask = context.extend(layer, k, v)
@@ -121,7 +116,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor | Rows, parts: Sequence[tuple[int, tuple[Tensor, ...]]], tokens: int, execution: Execution
     ) -> Tensor:
         """x [B, E * tokens, D] -> the same. Args: `parts` as those of a `CrossContext`."""
-        q = execution.fused(rms_norm)(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps, execution).unflatten(-1, (self.num_heads, -1))
         queries = [q] if len(parts) == 1 else q.split([entries * tokens for entries, _ in parts], 1)
         made = [self._attended(part, kept, execution) for part, (_, kept) in zip(queries, parts, strict=True)]
         return into(self.o, (made[0] if len(made) == 1 else torch.cat(made, 1)).flatten(2), execution)
@@ -159,18 +154,18 @@ class Block(nn.Module):
         """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
         entries, tokens = x.shape[1], x.shape[2]
         layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
-        execution, fused = self_context.execution, self_context.execution.fused
+        execution = self_context.execution
         own, across, within = (execution.entering(layer.weight) for layer in layers)
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
-        h = fused(modulated)(x, s1, c1, self.eps, own)
+        x, h = kept_and_modulated(x, s1, c1, self.eps, own, execution)
         h = self.self_attn(h, self_context, layer)
-        x, h = fused(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
+        x, h = gated_then_normed(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across, execution)
         cross = cross_context.parts(self.cross_attn, layer, entries)
         h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
-        x, h = fused(added_then_modulated)(x, h, s2, c2, self.eps, within)
-        return fused(gated)(x, mlp(self.ffn, h, execution), g2)
+        x, h = added_then_modulated(x, h, s2, c2, self.eps, within, execution)
+        return execution.fused(gated)(x, mlp(self.ffn, h, execution), g2)
 
 
 class Head(nn.Module):
