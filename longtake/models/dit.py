@@ -382,9 +382,9 @@ class VideoDiT(nn.Module):
             context = self._prepared(layout, rows * columns, x.device)
         if isinstance(context, PreparedMask):
             mine, keys, shard, execution = common(context.frame_index, context.key_position)
-            if past is not None and past.cache.rope == "absolute":  # which holds keys that are rotated already
-                assert context.key_entry is not None
-                keys = unturned(keys, context.key_entry >= context.num_entries)
+            stored = None if past is None or past.cache.rope == "relative" else context.key_entry
+            if stored is not None:  # frames of a cache among them are rotated already
+                keys = unturned(keys, stored >= context.num_entries)
             return context.frame_index + offset, MaskedContext(context, past, mine, keys, shard, execution)
         frame_index = torch.arange(x.shape[1], device=x.device)
         return frame_index, SelfContext(*common(frame_index, frame_index))
