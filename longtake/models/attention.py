@@ -187,7 +187,10 @@ def gradient_kernels(device: torch.device, dtype: torch.dtype, head_width: int, 
     kernels = [Kernel(backends(device, dtype, head_width)[0].name, attend)]
     with ONE_THREAD, torch.enable_grad():
         flash = None if _flash4_for(device, dtype, head_width) is None else _flash4_with_gradient()
-        if flash is not None and _is_right(flash, device, dtype, head_width, gradients=True):
+        sizes = [(200, 321), *([] if many_keys else [(4096, 70)])]  # queries in pieces, too
+        if flash is not None and all(
+            _is_right(flash, device, dtype, head_width, *each, gradients=True) for each in sizes
+        ):
             kernels.insert(0, flash)
         elif flash is not None:
             logger.warning("FlashAttention-4 is not used where there are gradients: its own are not right, or missing")
@@ -286,13 +289,19 @@ def random_problem(
 
 
 def _is_right(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int, *, gradients: bool = False
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    queries: int = 200,  # no multiples of a kernel's tile
+    keys: int = 321,
+    *,
+    gradients: bool = False,
 ) -> bool:
     """Whether a kernel runs and agrees with the mathematical definition in float64, with its `gradients` too where
     asked for; says when its result is wrong.
     """
-    # No multiples of a kernel's tile; the gradient of a result goes along it.
-    q, k, v = random_problem(device, dtype, head_width, 200, 321, heads=2)
+    q, k, v = random_problem(device, dtype, head_width, queries, keys, heads=2)  # a result's gradient goes along it
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # why it does not take this problem
             found = results_of(kernel.run, (q, k, v), gradients=gradients)

@@ -12,6 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_KEYS = 128  # for which a core finds the gradient, going through all queries
+_LEAST = 1024  # queries of a piece
+
+
+def pieces(queries: int, blocks: int, cores: int) -> int:
+    """Into how many equal pieces queries are cut for a backward of so many `blocks` of keys (and heads), which leaves
+    most cores idle where keys are few.
+    """
+    if blocks >= 4 * cores:
+        return 1
+    most = min(-(-8 * cores // blocks), queries // _LEAST)
+    return max((count for count in range(2, most + 1) if queries % count == 0), default=1)
+
+
+def cores(device: torch.device) -> int:
+    """Those that a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
 
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention, scale 1/sqrt(K): q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N, K]; with gradient."""
@@ -39,8 +57,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    found = _called(_flash_attn_bwd, q, k, v, out, grad, log_sum)
-    return found[0], found[1], found[2]
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    count = pieces(queries, batch * heads * -(-keys // _KEYS), cores(q.device))
+    if count > 1:  # as so many videos, which all have these keys and values
+        q, out, grad = (t.unflatten(1, (count, -1)).flatten(0, 1) for t in (q, out, grad))
+        log_sum = log_sum.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        k, v = (t.repeat_interleave(count, 0) for t in (k, v))
+    of_q, of_k, of_v, *_ = _called(_flash_attn_bwd, q, k, v, out, grad, log_sum)
+    if count > 1:
+        of_q = of_q.unflatten(0, (batch, count)).flatten(1, 2)
+        of_k, of_v = (t.unflatten(0, (batch, count)).sum(1) for t in (of_k, of_v))
+    return of_q, of_k, of_v
 
 
 @_backward.register_fake
