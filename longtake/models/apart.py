@@ -8,7 +8,7 @@ of its places, in one pass over memory, and its gradient is the sum over these. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from longtake.models import attention
-from longtake.models.attention import ONE_THREAD, FrameMask, Run, has_triton, in_parts, make_mask
+from longtake.models.attention import ONE_THREAD, FrameMask, Run, in_parts, make_mask
 from longtake.models.layers import rotated
+from longtake.models.trial import beside, is_right
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +102,17 @@ def joined(mask: FrameMask, dtype: torch.dtype, head_width: int) -> FrameMask:
 
 def of_heads(device: torch.device, head_width: int) -> tuple[torch.dtype, int] | None:
     """Type and width of heads, where masks on a device shall be `apart`. Asked before a call with gradient."""
-    return (torch.get_autocast_dtype(device.type), head_width) if puts_rightly(device) else None
+    dtype = torch.get_autocast_dtype(device.type)
+    return (dtype, head_width) if puts_rightly(device, dtype) else None
 
 
 @cache
-def puts_rightly(device: torch.device) -> bool:
-    """Whether the kernel of `Places.put` does on a GPU what `plainly` says. Asked before a call with gradient."""
-    if device.type != "cuda" or not has_triton():
-        return False
+def puts_rightly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel of `Places.put` does on a GPU what `plainly` says."""
+    return is_right("the kernel that puts keys in their places", device, lambda: _off_in_places(device, dtype))
+
+
+def _off_in_places(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     places = Places.of(torch.tensor([0, 1, 3, 1, 2, 0, 0], device=device), 11, 5)
     generator = torch.Generator(device).manual_seed(0)
     x, grad, angle = (
@@ -116,17 +120,14 @@ def puts_rightly(device: torch.device) -> bool:
         for shape in ((2, 55, 3, 64), (2, 77, 3, 64), (77, 1, 32, 1))
     )
     turn = torch.cat([angle.cos(), angle.sin()], -1)
-    for dtype in (torch.float32, torch.bfloat16):
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for one in (turn, None):
-            with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                leaf = x.to(dtype).requires_grad_()
-                made, truth = places.put(leaf, one), plainly(places, leaf.float(), one)
-                found = (made, *torch.autograd.grad(made, leaf, grad.to(dtype)))
-                wanted = (truth, *torch.autograd.grad(truth, leaf, grad.to(dtype).float()))
-            if any(float((a.float() - b.float()).norm() / b.float().norm()) > 1e-2 for a, b in zip(found, wanted)):
-                logger.warning("the kernel that puts keys in their places is wrong on %s and is not used", device)
-                return False
-    return True
+            leaf, change = x.to(dtype).requires_grad_(), grad.to(dtype)
+            made, truth = places.put(leaf, one), plainly(places, leaf.float(), one)
+            yield beside(made, truth)
+            yield beside(
+                torch.autograd.grad(made, leaf, change)[0], torch.autograd.grad(truth, leaf, change.float())[0]
+            )
 
 
 @cache
@@ -136,13 +137,7 @@ def _together(device: torch.device, dtype: torch.dtype, head_width: int) -> Call
     if attention.gradient_kernels(device, dtype, head_width, True)[0].name != "FLASH_ATTENTION_4":
         return None
     with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            wrong = _off(device, dtype, head_width)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            logger.warning("masked attention goes part by part, together it failed: %s", str(error).splitlines()[0])
-            return None
-        if wrong > 3e-2:
-            logger.warning("masked attention goes part by part, together it is off by %.3f on %s", wrong, device)
+        if not is_right("attention in all parts at once", device, lambda: _off(device, dtype, head_width), 3e-2):
             return None
         mask, problem = _blocks(device, dtype, head_width, 1024, heads=12)
         for tensor in problem:
@@ -166,14 +161,14 @@ def _flash4(mask: FrameMask) -> Run:
     return run
 
 
-def _off(device: torch.device, dtype: torch.dtype, head_width: int) -> float:
+def _off(device: torch.device, dtype: torch.dtype, head_width: int) -> list[float]:
     """How far results and gradients of parts together are from the definition, on a small problem of two videos."""
     mask, problem = _blocks(device, dtype, head_width, 70, heads=2)
     both = [torch.cat([t, t.flip(1)]) for t in problem]
     found = attention.results_of(_flash4(mask), (both[0], both[1], both[2]), gradients=True)
     exact = (both[0].double(), both[1].double(), both[2].double())
     truth = attention.results_of(partial(in_parts, mask=mask, plain=attention.defined), exact, gradients=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
+    return [beside(a, b) for a, b in zip(found, truth, strict=True)]
 
 
 def _blocks(

@@ -6,7 +6,6 @@ all rows for the first bias. It must know no transformer.
 """
 
 # No `from __future__ import annotations`: torch reads the types of an operator from its signature.
-import logging
 from functools import cache
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.models.attention import has_triton
-
-logger = logging.getLogger(__name__)
+from longtake.models import trial
 
 
 def mlp_with_gradient(x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> Tensor:
@@ -83,19 +80,19 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def is_right(device: torch.device) -> bool:
-    """Whether the kernels for GELU do on a GPU what torch's operations do; says when they do not."""
-    if device.type != "cuda" or not has_triton():
-        return False
+    """Whether the kernels for GELU do on a GPU what torch's operations do."""
+    return trial.is_right("the kernel for GELU", device, lambda: _off(device))
+
+
+def _off(device: torch.device) -> list[float]:
     from longtake.models.gelu_triton import gelu, gelu_backward
 
     generator = torch.Generator(device).manual_seed(0)
     x, grad = (3 * torch.randn(70, 300, device=device, generator=generator).bfloat16() for _ in range(2))
     exact = x.double()
-    wanted = F.gelu(exact, approximate="tanh"), torch.ops.aten.gelu_backward(grad.double(), exact, approximate="tanh")
+    made, change = (
+        F.gelu(exact, approximate="tanh"),
+        torch.ops.aten.gelu_backward(grad.double(), exact, approximate="tanh"),
+    )
     found = [gelu(x), *gelu_backward(x, grad.clone())]
-    truth = [wanted[0], *wanted, wanted[1].sum(0)]
-    wrong = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
-    if wrong <= 1e-2:
-        return True
-    logger.warning("the kernels for GELU are off by %.3f on %s and are not used", wrong, device)
-    return False
+    return [trial.beside(one, truth) for one, truth in zip(found, [made, made, change, change.sum(0)], strict=True)]

@@ -1,23 +1,22 @@
 """What a block does between its products where gradients flow: norms with what is added before and multiplied after.
 
-Each is one function of `layers.py`, which says what it is. On a GPU it is a kernel of its own forward and one backward,
-whose rows are read once (`norms_triton.py`); elsewhere, and where no gradient is wanted, the function as the execution
-fuses it. It must know no attention and no block.
+Each is one function of `layers.py`, which says what it is. Where an execution goes by rows it is a kernel of its own
+forward and one backward, whose rows are read once (`norms_triton.py`); else, and where no gradient is wanted, the
+function as the execution fuses it. It must know no attention and no block.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.models import layers
-from longtake.models.attention import has_triton
+from longtake.models import layers, trial
+from longtake.models.attention import ONE_THREAD, milliseconds
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8, Rows
 
@@ -68,9 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, execution: Execution) -> Ten
 
 
 def _by_rows(x: Tensor, dtype: torch.dtype, execution: Execution) -> bool:
-    if not (execution.fuses and torch.is_grad_enabled() and x.is_cuda and dtype != FP8):
-        return False
-    return x.shape[-1] <= _WIDEST and not torch.compiler.is_compiling() and is_right(x.device)
+    return execution.by_rows and torch.is_grad_enabled() and x.is_cuda and dtype != FP8
 
 
 class _Normed(torch.autograd.Function):
@@ -144,28 +141,45 @@ def _by_entry(t: Tensor | None) -> Tensor | None:
 
 
 @cache
-def is_right(device: torch.device) -> bool:
-    """Whether the kernels do on a GPU what the functions do, gradients included; says when they do not."""
-    if device.type != "cuda" or not has_triton():
+def are_faster(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernels do on a GPU what the functions do, gradients included, and faster than what torch's compiler
+    makes of these, for rows of that width beside products in `dtype`; by one measurement.
+    """
+    if width > _WIDEST:
         return False
-    with ThreadPoolExecutor(1) as another:  # of what this one keeps or counts of a forward nothing is there
-        wrong = max(another.submit(off, device, dtype).result() for dtype in (torch.float32, torch.bfloat16))
-    if wrong <= 1e-2:
-        return True
-    logger.warning("the kernels for norms are off by %.3f on %s and are not used", wrong, device)
-    return False
+    with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        if not trial.is_right("the kernel for norms", device, lambda: off(device, dtype, width)):
+            return False
+        x, made, more = (torch.randn(1, 16, n, width, device=device) for n in (1560, 1560, 2))
+        problem = (x.requires_grad_(), made.to(dtype).requires_grad_(), more.requires_grad_())
+        compiled, own = (
+            milliseconds(partial(_added, execution=Execution(fuses=True, by_rows=by_rows)), problem)
+            for by_rows in (False, True)
+        )
+    logger.info("a norm of rows of %d, forward and backward: compiled %.2f ms, by rows %.2f ms", width, compiled, own)
+    return own < compiled
 
 
-def off(device: torch.device, dtype: torch.dtype) -> float:
-    """How far results and gradients of the kernels are from those of the functions, of products in `dtype`."""
+def _added(x: Tensor, made: Tensor, modulation: Tensor, *, execution: Execution) -> Tensor:
+    """A sum and its norm, added up: a problem with gradients of both."""
+    shift, scale = modulation.unsqueeze(3).unbind(2)
+    out, normed = added_then_modulated(x, made, shift, scale, 1e-6, made.dtype, execution)
+    assert isinstance(normed, Tensor)
+    return out + normed
+
+
+def off(device: torch.device, dtype: torch.dtype, width: int = 200) -> list[float]:
+    """How far results and gradients of the kernels are from those of the functions, for rows of `width`, of products in
+    `dtype`.
+    """
     generator, eps, exact = torch.Generator(device).manual_seed(0), 1e-6, torch.float32
 
     def random(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, device=device, generator=generator).to(of)
 
-    x, made, low = random(2, 3, 45, 200), random(2, 3, 45, 200, of=dtype), random(2, 3, 45, 200, of=dtype)
-    shift, scale, gate, *_ = random(2, 3, 6, 200).unsqueeze(3).unbind(2)
-    weight, bias = random(200), random(200)
+    x, made, low = (random(2, 3, 45, width, of=of) for of in (torch.float32, dtype, dtype))
+    shift, scale, gate, *_ = random(2, 3, 6, width).unsqueeze(3).unbind(2)
+    weight, bias = random(width), random(width)
     cases: list[tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]] = [
         (
             lambda x, a, b: _Normed.apply(x, None, None, b, a, eps, dtype),
@@ -188,11 +202,11 @@ def off(device: torch.device, dtype: torch.dtype) -> float:
             [low, weight],
         ),
     ]
-    return max(_difference(*case) for case in cases)
+    return [one for case in cases for one in _differences(*case)]
 
 
-def _difference(kernel: Callable[..., Any], function: Callable[..., Any], given: list[Tensor]) -> float:
-    """The largest of results and gradients, each beside its own size."""
+def _differences(kernel: Callable[..., Any], function: Callable[..., Any], given: list[Tensor]) -> list[float]:
+    """Of results and gradients, each beside its own size."""
     found, truth = ([t.detach().to(t if same else torch.float32).requires_grad_() for t in given] for same in (1, 0))
     made, wanted = kernel(*found), function(*truth)
     gradients = [
@@ -200,4 +214,4 @@ def _difference(kernel: Callable[..., Any], function: Callable[..., Any], given:
         for results, leaves in ((made, found), (wanted, truth))
     ]
     pairs = zip([*made, *gradients[0]], [*wanted, *gradients[1]], strict=True)
-    return max(float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm()) for a, b in pairs)
+    return [trial.beside(one, truth) for one, truth in pairs]
