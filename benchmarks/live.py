@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red circle climbs slowly", "a red circle drifts to the right", "a red circle descends slowly"]
 SETTLING_SECONDS = 5.0
 START_SECONDS = 600
+_GOLDEN = 0.618034
 
 
 def picture(size: tuple[int, int]) -> bytes:
@@ -138,9 +139,11 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
         while (now := time.monotonic() - began) < args.seconds:
             memory.append(memory_bytes(process))
             stalls.append(sum(viewer.session.dry_seconds for viewer in viewers) - sum(dry))
-            if args.every and now >= due:
+            if args.every and due - now < 1.0:
+                time.sleep(max(0.0, due - now))
                 viewers[turn % len(viewers)].change(PROMPTS[turn // len(viewers) % len(PROMPTS)])
-                turn, due = turn + 1, due + args.every
+                # At all points of a block: changes whole seconds apart would always meet the same frame of it.
+                turn, due = turn + 1, due + args.every + _GOLDEN * turn % 1.0
             time.sleep(max(0.0, 1.0 - (time.monotonic() - began - now)))
         latencies = sorted(value for viewer in viewers for value in viewer.latencies)
         third, minutes = max(1, len(memory) // 3), range(0, len(memory), 60)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What torch says of a full memory, in errors of several kinds: where a GPU has no room for a context, too
+_FULL = re.compile("can't allocate memory|out of memory|_ALLOC_FAILED")
 
 
 class LongtakeError(Exception):
@@ -26,6 +30,13 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
     plain = {name.casefold().replace("_", "-"): name for name in known}
     near = difflib.get_close_matches(wrong.casefold().replace("_", "-"), plain, n=2)
     return f"; did you mean {' or '.join(plain[one] for one in near)}?" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or of torch says that a memory is full."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
 
 
 class ConfigError(LongtakeError, ValueError):

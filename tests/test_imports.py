@@ -20,6 +20,7 @@ BASE = {
     "devices",
     "outputs",
     "progress",
+    "processes",
     "lock",
 }
 BELOW_ROLLOUT = BASE | {"flow", "models", "weights", "encoders", "data", "toy"}

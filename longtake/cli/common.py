@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longtake.errors import ConfigError, LongtakeError
+from longtake.errors import ConfigError, LongtakeError, is_out_of_memory
 from longtake.outputs import refusal
 from longtake.progress import shown
 
@@ -36,8 +35,6 @@ Rules = Annotated[
 ]
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
-# What torch says of a full memory, in errors of several kinds: where a GPU has no room for a context, too
-_FULL = re.compile("can't allocate memory|out of memory|_ALLOC_FAILED")
 # What becomes of the work of a command that Ctrl-C ends
 _INTERRUPTED = {
     "train": "started again, it goes on from its last checkpoint",
@@ -94,10 +91,10 @@ def _told(error: BaseException) -> str | None:
         return f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted"
-    text = str(error)
-    full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if full or (isinstance(error, RuntimeError) and _FULL.search(text)):
-        return f"Not enough memory ({text.splitlines()[0] if text else 'refused'}); lower sizes, lengths or batches"
+    if is_out_of_memory(error):
+        reason = next(iter(str(error).splitlines()), "refused")
+        fix = "" if hasattr(error, "__notes__") else "; lower sizes, lengths or batches"
+        return f"Not enough memory ({reason}){fix}"
     if isinstance(error, OSError) and (said := refusal(error)) is not None:
         return f"{error.filename or 'The output'}: {said}"
     return None

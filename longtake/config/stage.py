@@ -157,6 +157,20 @@ class StageConfig(RunConfig):
         return self.model_copy(update={"activation_checkpointing": False})
 
     @property
+    def lighter(self) -> list[str]:
+        """What would take less memory than this stage does, the least harm first."""
+        video, batch, again = self.video, self.micro_batch_size, self.activation_checkpointing
+        how = ", which decides by what the first iterations took" if again == "auto" else ""
+        ways = {
+            f"activation_checkpointing=full (it is {again}{how})": again not in ("full", True),
+            f"micro_batch_size=1 (it is {batch})": batch > 1,
+            f"fewer latents, video.num_latent_frames (it is {video.num_latent_frames})": True,
+            f"smaller pictures, video.height and video.width (they are {video.height} and {video.width})": True,
+            "low-rank updates, lora.rank=64": self.lora is None,
+        }
+        return [way for way, helps in ways.items() if helps] + ["more GPUs"]
+
+    @property
     def networks(self) -> Mapping[str, NetworkConfig]:
         """The networks of the stage by name; the generator first."""
         generator = NetworkConfig("init_from", self.init_from, self.optim, self.lora)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longtake.errors import ConfigError
 from longtake.json_text import parse_json
@@ -36,21 +37,32 @@ class Cost:
         return text
 
 
-def measured_seconds(file: Path, ranks: int) -> tuple[str, float, str]:
+def measured_seconds(file: Path, ranks: int, stages: Sequence[str], command: str) -> tuple[str, float, str]:
     """The stage, seconds of an iteration and the device that a JSON of `longtake bench CONFIG --json` tells.
 
     A cycle is the iterations to one update of the generator, over which exit steps were averaged.
-    Raises: ConfigError, also where other numbers of `ranks` were measured than are planned.
+    Args: `stages` that there are, by name; `command`, which writes such a file.
+    Raises: ConfigError for files of something else, and of other numbers of `ranks` than are planned.
     """
     try:
-        found: dict[str, Any] = parse_json(file.read_bytes())
-        stage, device, measured, iterations = (found[key] for key in ("stage", "device", "ranks", "cycle_iterations"))
-        seconds = found["cycle_s"] / iterations
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        found = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--seconds-from {file} cannot be read ({error}); write it by {command}") from None
+    if not isinstance(found, dict) or "stage" not in found:
+        what = "a stream" if isinstance(found, dict) and "plan" in found else "something else"
         raise ConfigError(
-            f"--seconds-from {file} tells no seconds of a stage ({type(error).__name__}: {error}); write it by "
-            "`longtake bench CONFIG --json FILE`, with more --steps where cycle_s is null"
-        ) from None
+            f"--seconds-from {file} is of {what}, and hours are those of a training: measure its stage by {command}"
+        )
+    measured, iterations, seconds = (found.get(key) for key in ("ranks", "cycle_iterations", "cycle_s"))
     if measured != ranks:
         raise ConfigError(f"--seconds-from {file} was measured on {measured} rank(s), and {ranks} are planned")
-    return stage, seconds, device
+    numbers = [value for value in (seconds, iterations) if isinstance(value, int | float) and 0 < value < math.inf]
+    if len(numbers) < 2:
+        raise ConfigError(
+            f"--seconds-from {file} tells no seconds of a whole cycle (cycle_s {seconds}, cycle_iterations "
+            f"{iterations}): the bench was ended, or its iterations were too few; write it by {command} with --steps"
+        )
+    if (name := str(found["stage"])) not in stages:
+        there = f"CONFIG has {', '.join(stages)}" if stages else "CONFIG is missing"
+        raise ConfigError(f"--seconds-from {file} is of stage {name}, and {there}; write it by {command}")
+    return name, numbers[0] / numbers[1], str(found.get("device"))

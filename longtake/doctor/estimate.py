@@ -356,8 +356,8 @@ class _Hollow(SizedBuilder):
         return model
 
 
-def _before_backward(out: Tensor, mark: Callable[[], None]) -> None:
-    if out.requires_grad:
+def _before_backward(out: object, mark: Callable[[], None]) -> None:
+    if isinstance(out, Tensor) and out.requires_grad:  # without gradient a block may leave its last gate to the next
         out.register_hook(lambda _: mark())
 
 

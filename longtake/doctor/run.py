@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -120,13 +121,15 @@ def diagnose(
         stages = [stage.without_a_gpu() for stage in stages]
     costs: dict[str, Cost] = {}
     if seconds_from is not None:
-        name, seconds, gpu = measured_seconds(seconds_from, ranks)
-        for stage in (stage for stage in stages if stage.name == name):
-            share = stage.validation.max_share if stage.validates and stage.validation.num_rows else 0.0
-            costs[name] = Cost(seconds, gpu, stage.max_steps, ranks, share, price)
-    if not costs and (seconds_from is not None or price is not None):
-        names = ", ".join(stage.name for stage in stages) or "a CONFIG, which is missing"
-        raise ConfigError(f"--price needs --seconds-from, and that the JSON of a `longtake bench` of {names}")
+        of = [str(config), *overrides] if isinstance(loaded, StageConfig) else ["FILE_OF_THE_STAGE"]
+        command = shlex.join(["longtake", "bench", *of, "--json", "bench.json"])
+        known = {stage.name: stage for stage in stages}
+        name, seconds, gpu = measured_seconds(seconds_from, ranks, list(known), f"`{command}`")
+        stage = known[name]
+        share = stage.validation.max_share if stage.validates and stage.validation.num_rows else 0.0
+        costs[name] = Cost(seconds, gpu, stage.max_steps, ranks, share, price)
+    elif price is not None:
+        raise ConfigError("--price needs --seconds-from, the JSON of a `longtake bench` of the stage")
     reports = [_stage(s, costs.get(s.name), job, ranks, *room, elsewhere=device is not None) for s in stages]
     return Report(machine, reports, problems)
 

@@ -37,12 +37,13 @@ def _sum_norm_silu(
     NORM: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    # 64 bits: sixteen frames of 720x1280 with 256 channels are more elements than 32 bits can count.
-    pixels = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    # 64 bits where elements are counted: sixteen frames of 720x1280 with 256 channels are more than 32 bits can count.
+    # Pixels they can, and divisions of 64 bits would take registers, so that fewer programs run at a time.
+    pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     columns = tl.arange(0, BLOCK)
     real = columns < C
     mask = (pixels < num_pixels)[:, None] & real[None, :]
-    places = pixels[:, None] * C + columns[None, :]
+    places = pixels[:, None].to(tl.int64) * C + columns[None, :]
     x = tl.load(value + places, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -56,10 +57,11 @@ def _sum_norm_silu(
             x = x * (scale / tl.sqrt(tl.maximum(square, 1e-24)))[:, None]
             x *= tl.load(gamma + columns, mask=real, other=0.0).to(tl.float32)[None, :]
             if SILU:
-                x = x / (1.0 + tl.exp(-x))
+                x = x / (1.0 + tl.exp2(x * -1.4426950408889634))  # exp(-x), by what GPUs have
         frames = pixels // frame_pixels
-        item, time = frames // num_frames, frames % num_frames
-        base = item * item_step + (pixels % frame_pixels) * (TAPS * C)
+        item = frames // num_frames
+        time = (frames - item * num_frames).to(tl.int64)
+        base = item.to(tl.int64) * item_step + (pixels - frames * frame_pixels).to(tl.int64) * (TAPS * C)
         made = x.to(out.dtype.element_ty)
         for age in tl.static_range(TAPS):  # frame t is read by the outputs t, t + 1, ... as one of age 0, 1, ...
             rows = base + (time + age) * frame_step + (TAPS - 1 - age) * C

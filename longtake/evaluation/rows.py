@@ -6,11 +6,10 @@ A row is a function from a batch of worlds to uint8 videos. Ranks share the worl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from longtake.inference.sampling import student_latents, teacher_latents
 from longtake.models.dit import VideoDiT
 from longtake.parallel.mesh import Mesh
 from longtake.plan import StreamPlan
+from longtake.processes import answered, spawned
 from longtake.rollout.denoise import Denoiser
 from longtake.toy.metrics import WorldScores, measure
 from longtake.toy.story import sample_story
@@ -35,6 +35,7 @@ from longtake.toy.windows import WindowRule
 from longtake.toy.world import World, sample_world
 
 _FRAMES_A_PROCESS = 2_000  # fewer are measured (1 ms each) faster than a process starts
+_MEASURING = "the scores of videos"
 
 Videos = list[NDArray[np.uint8]]
 
@@ -228,15 +229,21 @@ def begin_row(
         shown = shown or videos
         for world, number, counted, video in zip(batch.worlds, batch.numbers, batch.counted, videos):
             if counted:
-                done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
+                with answered(_MEASURING):
+                    done = scorers.submit(measure, world, video, rule) if scorers else measure(world, video, rule)
                 mine.append((number, done))
     return mine, shown
 
 
 def row_scores(mine: Scoring, mesh: Mesh) -> list[WorldScores]:
     """Those of all ranks in the order of the worlds; all ranks call it."""
-    scored = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
-    gathered = [pair for part in mesh.every(lambda: scored if mesh.leads_sequence else []) for pair in part]
+
+    def scored() -> list[tuple[int, WorldScores]]:
+        with answered(_MEASURING):
+            found = [(number, done.result() if isinstance(done, Future) else done) for number, done in mine]
+        return found if mesh.leads_sequence else []
+
+    gathered = [pair for part in mesh.every(scored) for pair in part]
     return [scores for _, scores in sorted(gathered, key=lambda pair: pair[0])]
 
 
@@ -247,6 +254,5 @@ def scorer_processes(num_frames: int, mesh: Mesh) -> Iterator[Executor | None]:
     if processes < 2:
         yield None
         return
-    # Spawned, not forked: this process may have threads and a GPU.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with spawned(processes) as pool:
         yield pool

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from longtake.condition import pixel_frames
 from longtake.config.base import read_yaml
@@ -35,6 +35,8 @@ _ON_A_GPU = 32  # worlds at once, at least: it waits for Python as long for one 
 _BROKEN = {"y": "zeroed y", "clip": "zeroed CLIP", "text": "shuffled captions"}
 # What a row is called whose cache is made anew by another law than the student's own
 _LAWS = {"rebuild": "rebuild", "last_window": "last window", "none": "no rebuild"}
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +124,9 @@ def _measure(target: EvalTarget, settings: EvaluationConfig, folder: Path, mesh:
             summaries[name], numbers[name] = summarise(scores), paired.shares(scores)
         if settings.open_worlds:
             further = worlds(num_worlds=settings.open_worlds, only=_open_worlds(settings))
-            for name in (name for name in table if not _is_broken(name)):
-                found = summarise(rows.score_row(table[name], further, mesh, scorers=scorers)[0])
+            whole = ((name, row) for name, row in table.items() if not _is_broken(name))
+            for name, scores, _ in _scored(whole, further, mesh, None, scorers):
+                found = summarise(scores)
                 summaries[name]["open_worlds"] = {key: value for key, value in found.items() if key != "curves"}
     for name, summary in summaries.items():
         others = _compared_with(name, list(target.students), with_windows=rule is not None)
@@ -146,12 +149,19 @@ def _scored(
     """The rows with their scores and first videos; each is measured while the next one is made."""
     before: tuple[str, rows.Scoring, rows.Videos] | None = None
     for name, row in table:
-        made = (name, *rows.begin_row(row, batches, rule=rule, scorers=scorers))
+        made = (name, *_on_each(mesh, partial(rows.begin_row, row, batches, rule=rule, scorers=scorers)))
         if before is not None:
             yield before[0], rows.row_scores(before[1], mesh), before[2]
         before = made
     if before is not None:
         yield before[0], rows.row_scores(before[1], mesh), before[2]
+
+
+def _on_each(mesh: Mesh, work: Callable[[], T]) -> T:
+    """What `work` returned on this rank. Raises: on every rank, where it failed on one, for which they would wait."""
+    mine: list[T] = []
+    mesh.every(lambda: mine.append(work()))
+    return mine[0]
 
 
 def _open_worlds(settings: EvaluationConfig) -> list[int]:

@@ -5,9 +5,11 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +17,17 @@ from torch import Tensor
 
 from longtake.condition import MaskLayout
 from longtake.models.apart import Places, apart, joined, turned
-from longtake.models.attention import FrameMask, block_mask, make_mask
+from longtake.models.attention import FrameMask, block_mask, has_triton, make_mask
 from longtake.models.cache import CacheView, KVCache, beside
 from longtake.models.execution import WHOLE_NETWORK, Execution, Run
-from longtake.models.layers import rotated
+from longtake.models.layers import RMSNorm, rotated
+from longtake.models.norms import rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
+
+logger = logging.getLogger(__name__)
+
+Projected = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of a call's tokens
+Made = tuple[Tensor, Tensor, Tensor]  # queries, and keys and values that they attend to
 
 
 class Projection(Protocol):
@@ -99,6 +107,21 @@ class SelfContext:
     ) -> None:
         self.query_turn, self.key_turn, self.shard, self.execution = query_turn, key_turn, shard, execution
 
+    def attended(
+        self, layer: int, projected: Projected, norms: tuple[RMSNorm, RMSNorm], heads: int
+    ) -> tuple[Tensor, Tensor, Tensor, FrameMask | None]:
+        """Queries, and keys and values that they attend to, [B, L or S, n, K], and the mask if there is one.
+
+        Args: `projected` queries, keys and values [B, E, l, D] of this process's tokens; `norms` of the first two.
+        """
+        (q_norm, k_norm), (q, k, v) = norms, projected
+        q, k = (rms_norm(t, one.weight, one.eps, self.execution) for t, one in ((q, q_norm), (k, k_norm)))
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        q = self.turned(q)
+        # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
+        q, k, v = (t.flatten(1, 2) for t in self.shard.to_heads(q, k, v))
+        return q, *self.extend(layer, k, v)
+
     def turned(self, q: Tensor) -> Tensor:
         """Queries [B, E, l, N, K] of this process's tokens, rotated."""
         # A kernel of its own: the compiler's one for norm and rotation took longer than both (41 and 32 us on an H200).
@@ -151,6 +174,36 @@ class CachedContext(SelfContext):
         self.view = view
         self.mask = block_mask(view.blocks, view.cache.tokens_per_frame)
 
+    def attended(
+        self, layer: int, projected: Projected, norms: tuple[RMSNorm, RMSNorm], heads: int
+    ) -> tuple[Tensor, Tensor, Tensor, FrameMask | None]:
+        """As that of all contexts; of one block, where work is fused on a GPU, in one pass over memory."""
+        device, dtype = projected[0].device, projected[0].dtype
+        fuses = self.execution.fuses and device.type == "cuda" and has_triton() and not torch.is_grad_enabled()
+        if fuses and self.mask is None and self.shard is NO_SPLIT and self.view.cache.keys.dtype == dtype:
+            kernel = attended_at_once(device, dtype)
+            if kernel is not None:
+                return self.by_kernel(kernel, layer, projected, norms)
+        return super().attended(layer, projected, norms, heads)
+
+    def by_kernel(
+        self, kernel: Callable[..., Made], layer: int, projected: Projected, norms: tuple[RMSNorm, RMSNorm]
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """As `attended`, by a function like that of `attended_triton.py`."""
+        view, cache, (q_norm, k_norm) = self.view, self.view.cache, norms
+        assert q_norm.eps == k_norm.eps
+        made = kernel(
+            *(t.flatten(1, 2) for t in projected),
+            (q_norm.weight, k_norm.weight),
+            q_norm.eps,
+            (self.query_turn.flatten(0, 1), self.key_turn),
+            (cache.keys[layer], cache.values[layer]),
+            view.slots,
+            view.write_slots if view.commit else None,
+            relative=cache.rope == "relative",
+        )
+        return *made, None
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         view, cache, together = self.view, self.view.cache, self.execution.fused(beside)
         if cache.rope == "relative":  # where all are rotated, not only the block's own, and for this call
@@ -162,6 +215,51 @@ class CachedContext(SelfContext):
         if view.commit:
             cache.write(layer, view, k, v)
         return keys, values, self.mask
+
+
+@cache
+def attended_at_once(device: torch.device, dtype: torch.dtype) -> Callable[..., Made] | None:
+    """The kernel of `attended_triton.py`; None, which is said once, where it is not right."""
+    from longtake.models.attended_triton import attended as kernel
+
+    wrong = {rope: _difference(kernel, rope, device, dtype) for rope in ("relative", "absolute")}
+    if all(error <= 1e-2 for error in wrong.values()):
+        return kernel
+    logger.warning("the kernel of what attention reads is off by %s on %s and is not used", wrong, device)
+    return None
+
+
+@torch.no_grad()
+def _difference(kernel: Callable[..., Made], rope: str, device: torch.device, dtype: torch.dtype) -> float:
+    """How far a kernel is from plain work on a small problem that stores: the norm of errors by that of results."""
+    generator, heads, width, tokens = torch.Generator(device).manual_seed(0), 3, 16, 7
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    sizes: dict[str, Any] = {"num_layers": 1, "batch_size": 2, "num_heads": heads, "head_width": width}
+    sizes |= {"window_frames": 6, "sink_frames": 1, "max_frames": None, "spare_frames": 0, "clock": "exact"}
+    one = KVCache(**sizes, tokens_per_frame=tokens, rope=rope, device=device, dtype=dtype)
+    for stored in (one.keys, one.values):
+        stored.copy_(drawn(*stored.shape))
+    slots, write_slots = (torch.tensor(numbers, device=device) for numbers in ([0, 4, 2], [5, 1]))
+    q, k, v = (drawn(2, 2, tokens, heads * width).to(dtype) for _ in range(3))
+    q_norm, k_norm = (RMSNorm(heads * width, 1e-6).to(device) for _ in range(2))
+    for norm in (q_norm, k_norm):
+        norm.weight.data = drawn(heads * width).to(dtype)
+    given: Any = {"layer": 0, "projected": (q, k, v), "norms": (q_norm, k_norm)}
+    query_turn, key_turn = drawn(2, tokens, 1, width // 2, 2), drawn(5 * tokens, 1, width // 2, 2)
+    if rope == "absolute":
+        key_turn = query_turn.flatten(0, 1)
+    found = []
+    for by_kernel in (True, False):
+        own = one.copy()
+        view = CacheView(own, slots, *(write_slots,) * 4, blocks=((3, 2),), commit=True)
+        context = CachedContext(view, query_turn, key_turn)
+        run = partial(context.by_kernel, kernel) if by_kernel else partial(context.attended, heads=heads)
+        made = run(**given)[:3]
+        found.append(torch.cat([t.flatten().double() for t in (*made, own.keys, own.values)]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
 
 
 class CrossContext:

@@ -35,11 +35,14 @@ from longtake.models.context import (
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.fp8 import FP8Linear, Rows
 from longtake.models.layers import (
+    Head,
     ImageEmbedding,
     RMSNorm,
+    Ungated,
+    at_once,
     gated,
+    gated_then_modulated,
     into,
-    layer_norm,
     linear_fp32,
     mlp,
     read_clock,
@@ -72,20 +75,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.num_heads, self.eps = num_heads, eps
+        self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x: Tensor | Rows, context: SelfContext, layer: int) -> Tensor:
         """x [B, E, l, D] -> the same: this process's tokens of each frame."""
         entries, execution = x.shape[1], context.execution
-        q = rms_norm(self.q(x), self.norm_q.weight, self.eps, execution)
-        k = rms_norm(self.k(x), self.norm_k.weight, self.eps, execution)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, self.v(x)))
-        q = context.turned(q)
-        # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
-        q, k, v = (t.flatten(1, 2) for t in context.shard.to_heads(q, k, v))
-        k, v, mask = context.extend(layer, k, v)
+        projected, norms = (self.q(x), self.k(x), self.v(x)), (self.norm_q, self.norm_k)
+        q, k, v, mask = context.attended(layer, projected, norms, self.num_heads)
         out = execution.attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask)
         return into(self.o, context.shard.to_tokens(out.unflatten(1, (entries, -1))).flatten(3), execution)
 
@@ -145,13 +143,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Ungated,
         modulation: Tensor,
         self_context: SelfContext,
         cross_context: CrossContext,
         layer: int,
-    ) -> Tensor:
-        """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D]."""
+        *,
+        leaves_gate: bool = False,
+    ) -> Tensor | Ungated:
+        """x [B, E, l, D] float32, this process's tokens of each frame -> the same; `modulation` [B, E, 6, D].
+
+        Args: `leaves_gate`: what reads the result adds the MLP's.
+        """
         entries, tokens = x.shape[1], x.shape[2]
         layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
         execution = self_context.execution
@@ -159,28 +162,17 @@ class Block(nn.Module):
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
-        x, h = kept_and_modulated(x, s1, c1, self.eps, own, execution)
+        if isinstance(x, Ungated):
+            x, h = at_once(execution, gated_then_modulated)(*x, s1, c1, self.eps, own)
+        else:
+            x, h = kept_and_modulated(x, s1, c1, self.eps, own, execution)
         h = self.self_attn(h, self_context, layer)
         x, h = gated_then_normed(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across, execution)
         cross = cross_context.parts(self.cross_attn, layer, entries)
         h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
         x, h = added_then_modulated(x, h, s2, c2, self.eps, within, execution)
-        return execution.fused(gated)(x, mlp(self.ffn, h, execution), g2)
-
-
-class Head(nn.Module):
-    """Modulated projection to patches, in float32."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.eps = config.eps
-        size = config.out_channels * config.patch_size[1] * config.patch_size[2]
-        self.head = nn.Linear(config.dim, size)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        shift, scale = (e[:, :, None] + self.modulation.float()).unsqueeze(3).unbind(2)
-        return linear_fp32(self.head, layer_norm(x, self.eps) * (1 + scale) + shift)
+        left = Ungated(x, mlp(self.ffn, h, execution), g2)
+        return left if leaves_gate else execution.fused(gated)(*left)
 
 
 class VideoDiT(nn.Module):
@@ -322,9 +314,11 @@ class VideoDiT(nn.Module):
         """The network itself; of the condition's `frames`, entry e reads number `frame_index[e]`."""
         batch, entries, _, height, width = x.shape
         e, modulation = self._embed_time(clock if clock.ndim == 2 else clock[:, None].expand(batch, entries))
-        hidden = self._embed_patches(x, frames, frame_index, seen.shard)
+        hidden: Tensor | Ungated = self._embed_patches(x, frames, frame_index, seen.shard)
         for layer, block in enumerate(self.blocks):
             hidden = self._run(block, layer, hidden, modulation, seen, cross, layers)
+        if isinstance(hidden, Ungated):
+            hidden = self.execution.fused(gated)(*hidden)
         _, ph, pw = self.config.patch_size
         return self._unpatchify(seen.shard.all_gather(self.head(hidden, e)), height // ph, width // pw)
 
@@ -332,13 +326,16 @@ class VideoDiT(nn.Module):
         self,
         block: nn.Module,
         layer: int,
-        hidden: Tensor,
+        hidden: Tensor | Ungated,
         modulation: Tensor,
         seen: SelfContext,
         cross: CrossContext,
         layers: Layers | None,
-    ) -> Tensor:
+    ) -> Tensor | Ungated:
         """One block: as the caller wants it (`layers`), recomputed in backward, or as it is."""
+        if self.execution.fuses and layers is None and not torch.is_grad_enabled():
+            return block(hidden, modulation, seen, cross, layer, leaves_gate=True)
+        assert isinstance(hidden, Tensor)
         if layers is not None:
             around, cache = self.execution.contexts()[1] if torch.is_grad_enabled() else nullcontext(), cross.cache
 

@@ -46,7 +46,7 @@ def gated_then_normed(
 ) -> tuple[Tensor, Tensor | Rows]:
     """`layers.gated_then_normed`."""
     if not _by_rows(x, dtype, execution):
-        return execution.fused(layers.gated_then_normed)(x, made, gate, weight, bias, eps, dtype)
+        return layers.at_once(execution, layers.gated_then_normed)(x, made, gate, weight, bias, eps, dtype)
     return _Normed.apply(x, made, gate, weight, bias, eps, dtype)
 
 
@@ -55,7 +55,7 @@ def added_then_modulated(
 ) -> tuple[Tensor, Tensor | Rows]:
     """`layers.added_then_modulated`."""
     if not _by_rows(x, dtype, execution):
-        return execution.fused(layers.added_then_modulated)(x, made, shift, scale, eps, dtype)
+        return layers.at_once(execution, layers.added_then_modulated)(x, made, shift, scale, eps, dtype)
     return _Normed.apply(x, made, None, scale, shift, eps, dtype)
 
 

@@ -267,7 +267,8 @@ class Engine:
                     array = piece.array()
                     self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - began))
                     first += len(array)
-                lane.block_seconds = monotonic() - began
+                now = monotonic()
+                lane.came(block, now - began, now)
             except BaseException as error:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, _plain(error))
@@ -303,13 +304,13 @@ class Engine:
         """Makes no more blocks of a session, or goes on."""
         lane = self._lane(name)
         self._settle()
-        lane.paused, lane.dry_at = paused, max(lane.dry_at, monotonic())
+        lane.hold(paused, monotonic())
         self._turned(name, None)
 
     def do_shown(self, name: str, frame: int) -> None:
         """So many frames of a session have been shown."""
         if (lane := self._lanes.get(name)) is not None:
-            lane.shown = min(frame, lane.session.num_frames)
+            lane.saw(frame, monotonic())
 
     def do_change(self, name: str, kind: str, value: Any, number: int, drop: bool) -> tuple[int, bool]:
         """Another `prompt`, `image` or `target` (the kind); with `drop` in the place of what was not shown yet.
@@ -318,7 +319,7 @@ class Engine:
         """
         lane = self._lane(name)
         self._settle()
-        dropped = lane.change(kind, value, number, drop=drop)
+        dropped = lane.change(kind, value, number, monotonic(), drop=drop)
         return self._turned(name, (lane.session.num_frames, dropped))
 
     def do_rewind(self, name: str, blocks: int | None, to_frame: int | None) -> tuple[int, int]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longtake.errors import ConfigError
 from longtake.inference.session import Session
+
+_TURN = 1.5  # blocks that a change takes, as long as none was measured: its own, and a rebuilt cache before it
+_SENDING_SECONDS = 0.05  # from the end of a block until it is encoded and has come to the viewer
+_REPORT_SECONDS = 0.5  # for so long a viewer plays on without saying so
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Block:
 
 @dataclass
 class Lane:
-    """A session in its place among others; must be used by one thread.
+    """A session in its place among others; must be used by one thread, but for
+    `came`, which the one that fetches calls while a block is on its way.
 
     Fields: `number`, the change of prompt or picture that the next block follows, and `past`, the one that those before
-    `blocks` followed; `shown`, frames that the viewer has seen; `ahead`, frames beyond those from which on it waits;
-    `block_seconds` that the latest block took; `dry_at`, the time at which one who watches in real time would have seen
-    all there is: a session whose viewer takes frames faster than that does not starve the others.
+    `blocks` followed; `shown`, frames that the viewer had seen at `shown_at`; `ahead`, frames beyond those from which
+    on it waits; `block_seconds` that the latest block took; `turns`, seconds from the latest changes until the first
+    block that followed each, others' blocks between included; `dry_at`, the time at which one who watches in real time
+    would have seen all there is: a session whose viewer takes frames faster than that does not starve the others.
     """
 
     name: str
@@ -40,9 +47,12 @@ class Lane:
     ahead: int
     dry_at: float
     shown: int = 0
+    shown_at: float = 0.0
     block_seconds: float = 0.0
+    turns: deque[float] = field(default_factory=lambda: deque(maxlen=4))
     paused: bool = False
     blocks: list[Block] = field(default_factory=list)  # those that can be taken back, and no others
+    _changed: tuple[int, float] | None = None  # the latest change, and when; until a block that follows it has come
 
     @property
     def rewindable(self) -> int:
@@ -62,6 +72,21 @@ class Lane:
         self.blocks = blocks[gone:]
         self.dry_at = max(self.dry_at, now) + block.count / self.session.generator.fps
 
+    def came(self, block: Block, seconds: float, now: float) -> None:
+        """A block has come out, so many seconds after it was begun."""
+        self.block_seconds = seconds
+        if self._changed is not None and block.number >= self._changed[0]:
+            self.turns.append(now - self._changed[1])
+            self._changed = None
+
+    def hold(self, paused: bool, now: float) -> None:
+        """No more blocks are made of it, or they are again."""
+        self.paused, self.dry_at, self._changed = paused, max(self.dry_at, now), None
+
+    def saw(self, frame: int, now: float) -> None:
+        """A viewer has said that it has seen so many frames."""
+        self.shown, self.shown_at = min(frame, self.session.num_frames), now
+
     def blocks_from(self, frame: int | None) -> int:
         """Blocks that begin at a frame or later."""
         return sum(frame is None or block.first >= frame for block in self.blocks)
@@ -74,25 +99,33 @@ class Lane:
         self.dry_at -= sum(block.count for block in gone) / self.session.generator.fps
         self.shown = min(self.shown, self.session.num_frames)
 
-    def change(self, kind: str, value: Any, number: int, *, drop: bool) -> bool:
+    def change(self, kind: str, value: Any, number: int, now: float, *, drop: bool) -> bool:
         """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back."""
-        unseen = [block for block in self.blocks if drop and block.first >= self.shown + self._bridge()]
+        unseen = [block for block in self.blocks if drop and block.first >= self._seen(now) + self._bridge()]
         apply(self.session, kind, value)
         if unseen:
             self.rewind(len(unseen), keep_wanted=True)
         self.number = number
+        self._changed = (number, now) if self.wants else None  # else it waits for its viewer first
         return bool(unseen)
 
+    def _seen(self, now: float) -> int:
+        """Frames that a viewer will have seen by now: what it says of them comes late."""
+        since = min(_REPORT_SECONDS, now - self.shown_at) if self.shown else 0.0
+        return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
+
     def _bridge(self) -> int:
-        """Frames that a viewer sees while a block is made. Who drops them has nothing to show, and where blocks take
-        longer than they last, and are asked for anew before they are there, never has.
+        """Frames that a viewer sees until the first block after a change has come. Who drops them has nothing to show,
+        and where blocks take longer than they last, and are asked for anew before they are there, never has.
         """
         last = self.blocks[-1].count if self.blocks else 0
-        return min(last, math.ceil(self.block_seconds * self.session.generator.fps))
+        turn = max(self.turns, default=_TURN * self.block_seconds)
+        seconds = max(self.block_seconds, turn) + _SENDING_SECONDS
+        return min(last, math.ceil(seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:
         """A branch of this name."""
-        return replace(self, name=name, session=self.session.fork(), blocks=list(self.blocks))
+        return replace(self, name=name, session=self.session.fork(), blocks=list(self.blocks), turns=self.turns.copy())
 
 
 def apply(session: Session, kind: str, value: Any) -> None:

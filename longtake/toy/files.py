@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +22,7 @@ from longtake.devices import num_cores
 from longtake.errors import ConfigError, DataError
 from longtake.json_text import parse_json
 from longtake.outputs import check_output_folder, check_own, new_folder, writing
+from longtake.processes import answered, spawned
 from longtake.toy.story import sample_story
 from longtake.toy.world import FPS, SIZE, World
 
@@ -153,8 +152,7 @@ def _write_clips(folder: Path, worlds: list[World], num_frames: int) -> None:
     jobs = [(folder / f"{number:06d}.mp4", world, num_frames) for number, world in enumerate(worlds)]
     processes = min(num_cores(), len(jobs) // _CLIPS_A_PROCESS)
     if processes > 1:
-        # Spawned, not forked: the caller may have threads.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with spawned(processes) as pool, answered("clips"):
             list(pool.map(_write_clip, *zip(*jobs), chunksize=32))
     else:
         for job in jobs:

@@ -52,7 +52,7 @@ def run(config: StageConfig | JobConfig) -> None:
         values, folder = config.model_dump(), config.folder
         mesh.on_main(lambda: _refuse_other_sources(folder, config.max_steps, values))
         if not mesh.on_main(partial(_is_done, folder, config.max_steps, values)):
-            with told_to_keep_less(config.activation_checkpointing):
+            with told_to_keep_less(config.lighter):
                 run_stage(config, mesh)
         elif mesh.is_main:
             more = f"  longtake train RECIPE max_steps={2 * config.max_steps}     # trains on"
@@ -100,7 +100,7 @@ def _run_job(config: JobConfig, mesh: Mesh) -> None:
         pace.begin(name)
         newest = latest_checkpoint(checkpoints_folder(folder))
         trained = 0 if newest is None else read_manifest(newest)["step"]  # now: it may be gone when the stage ends
-        with told_to_keep_less(stage.activation_checkpointing):
+        with told_to_keep_less(stage.lighter):
             run_stage(stage, mesh, passed=pace.update if mesh.is_main else None)
         pace.end(name, stage.max_steps - trained)
         is_new = True

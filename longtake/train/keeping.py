@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longtake.errors import is_out_of_memory
 from longtake.models.execution import Execution
 from longtake.models.layers import rms_norm
 from longtake.models.recompute import Again, ByBlock, keep_products
@@ -236,15 +237,13 @@ class Keeper:
 
 
 @contextmanager
-def told_to_keep_less(asked: object) -> Iterator[None]:
-    """Where memory runs out inside, how to keep less is told with it. Args: `asked`, activation_checkpointing."""
+def told_to_keep_less(ways: Sequence[str]) -> Iterator[None]:
+    """Where memory runs out inside, `ways` to take less of it are told with that."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if asked == "auto":
-            error.add_note(
-                "activation_checkpointing=auto decides by what the first iterations took: where that was enough for "
-                "these and not for later ones, set activation_checkpointing=full, which keeps the least"
-            )
-        error.add_note("started again, it goes on from its last checkpoint")
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            listed = "; ".join(ways)
+            error.add_note(f"any of these takes less: {listed}; `longtake doctor CONFIG KEY=VALUE ...` tells how much")
+            error.add_note("started again, it goes on from its last checkpoint")
         raise

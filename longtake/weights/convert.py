@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +21,10 @@ from longtake.weights.config_json import config_to_diffusers, config_to_json, co
 from longtake.weights.hub import local_path
 from longtake.weights.load import open_dit
 from longtake.weights.locate import file_beside
-from longtake.weights.lora import check_scale
+from longtake.weights.lora import check_scale, updates_file
 from longtake.weights.names import to_diffusers_key
 from longtake.weights.read import INDEX, CheckpointReader
-from longtake.weights.students import find_student
+from longtake.weights.students import find_student, read_table
 from longtake.weights.tensor_files import check_finite, save_tensors
 
 Layout = Literal["original", "diffusers", "longtake"]
@@ -62,6 +64,8 @@ def convert(
     if unmerge and lora is None:
         raise ConfigError("unmerge takes a low-rank update out of the weights; name its file (lora)")
     check_scale(lora_scale, lora)
+    if lora is not None:
+        _check_updates(lora, target, to)
     student = find_student(source) if network is None and lora is None else None
     if student is None:
         here = local_path(source)
@@ -80,6 +84,19 @@ def convert(
         elif rules.is_file():
             shutil.copyfile(rules, folder / RULES_FILE)
     return [target / name for name in written]
+
+
+def _check_updates(lora: str | Path, target: Path, to: Layout) -> None:
+    """Before anything is fetched. Raises: CheckpointError for no file; ConfigError for a published student's name."""
+    students = () if Path(lora).expanduser().exists() else read_table()[0]
+    for student in students:
+        if os.fspath(lora).lower() in (student.name.lower(), student.repository.lower()):
+            command = shlex.join(["longtake", "convert", student.name, os.fspath(target), "--to", to])
+            raise ConfigError(
+                f"lora is a file of low-rank updates, and {lora} names a published student, which is written with what "
+                f"updates it has by `{command}`"
+            )
+    updates_file(Path(lora).expanduser())
 
 
 def _write(published: CheckpointReader, names: Mapping[str, str], folder: Path, shard_bytes: int) -> list[str]:

@@ -26,7 +26,7 @@ from longtake.config.stage import TOY, resolve_source
 from longtake.errors import CheckpointError, ConfigError
 from longtake.weights.config_json import read_json
 from longtake.weights.file_kind import describe, is_pickled, is_wan
-from longtake.weights.locate import PICKLED, SAFETENSORS, files_in
+from longtake.weights.locate import PICKLED, SAFETENSORS, files_in, is_hub_name
 from longtake.weights.lora_scale import ABSENT, CONFIG, ONLY_PLAIN, Settings, settings_from_json, settings_from_metadata
 from longtake.weights.names import clean_key, original_names, shown_key
 from longtake.weights.read import check_type, open_safetensors, pick, read_pickled
@@ -112,7 +112,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Tensor], *, scale: float | 
     weight, another shape or rank, is not finite, or is of another kind than W + scale B A.
     """
     check_scale(scale, path)
-    file = _file_of(Path(path).expanduser())
+    file = updates_file(Path(path).expanduser())
     state, metadata = _read(file)
     updates, problems = _assigned(state, shapes, file)
     problems += [problem for name, update in updates.items() for problem in _misfit(name, update, shapes)]
@@ -166,11 +166,17 @@ def _misfit(name: str, update: Update, shapes: Mapping[str, Tensor]) -> list[str
     return problems
 
 
-def _file_of(path: Path) -> Path:
+def updates_file(path: Path) -> Path:
+    """The file of updates that a path means: itself, or the one in a folder. Raises: CheckpointError."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give the file of the low-rank updates")
+        fix = "give the file of the low-rank updates"
+        if is_hub_name(path):
+            repository, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+            get = " ".join(filter(None, ["hf download", repository, file, "--local-dir updates"]))
+            fix += f"; of the hub none are fetched, `{get}` does it"
+        raise CheckpointError(f"{path} does not exist; {fix}")
     named = [path / name for name in _FILES if (path / name).is_file()]
     files = named or files_in(path, (*SAFETENSORS, *PICKLED))
     if not named and len(files) != 1:

@@ -310,14 +310,28 @@ def test_hours_and_price_are_measured_seconds_times_iterations(workshop, tmp_pat
     assert "x 1 GPU(s) x 3.5 an hour = 17.50" in told
     (stage,) = json.loads(invoke(file, "--seconds-from", measured, "--json").output)["stages"]
     assert stage["cost"]["seconds"] == 6 and stage["cost"]["price"] is None
-    for changes, reason in (
-        ({"ranks": 2}, "was measured on 2 rank(s), and 1 are planned"),
-        ({"cycle_s": None}, "with more --steps where cycle_s is null"),
-        ({"stage": "causal"}, "the JSON of a `longtake bench` of distill"),
-        ({"cycle_iterations": 0}, "tells no seconds of a stage"),
+    stream = {
+        "device": "CPU",
+        "ranks": 1,
+        "plan": {"fps": 16},
+        "fps": {"loop": 40.0},
+    }  # of `longtake bench --model toy`
+    right = f"`longtake bench {file} --json bench.json`"
+    for found, reason in (
+        (numbers | {"ranks": 2}, "was measured on 2 rank(s), and 1 are planned"),
+        (numbers | {"cycle_s": None}, f"the bench was ended, or its iterations were too few; write it by {right}"),
+        (numbers | {"cycle_iterations": 0}, "tells no seconds of a whole cycle (cycle_s 30.0, cycle_iterations 0)"),
+        ({"stage": "distill", "ranks": 1}, "tells no seconds of a whole cycle (cycle_s None"),
+        (numbers | {"stage": "causal"}, f"is of stage causal, and CONFIG has distill; write it by {right}"),
+        (stream, f"is of a stream, and hours are those of a training: measure its stage by {right}"),
+        ([3], "is of something else"),
     ):
-        measured.write_text(json.dumps(numbers | changes))
+        measured.write_text(json.dumps(found))
         result = invoke(file, "--seconds-from", measured)
         assert result.exit_code == 2 and reason in " ".join(result.output.split()), result.output
+    measured.write_text("{")
+    assert "cannot be read (Expecting" in invoke(file, "--seconds-from", measured).output
+    measured.write_text(json.dumps(stream))
+    assert "measure its stage by `longtake bench FILE_OF_THE_STAGE" in invoke(JOB, "--seconds-from", measured).output
     for wrong in ([file, "--price", 3], [file, "--seconds-from", tmp_path / "none"], ["--stream", "toy", "--gpus", 2]):
         assert invoke(*wrong).exit_code == 2

@@ -54,7 +54,7 @@ def test_fused_work_equals_plain_work(dtype, tolerance, rope, traced, rel):
     plain = last_of_a_stream(model, rope, Execution())
     assert not traced
     assert rel(last_of_a_stream(model, rope, Execution(fuses=True)), plain) < tolerance
-    assert len(set(traced)) == len(traced) == 7  # each once, for all layers
+    assert len(set(traced)) == len(traced) == 8  # each once, for all layers
 
 
 @pytest.mark.whole

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from longtake.cli.app import app
 from longtake.models.recompute import Again, ByBlock
+from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
 from longtake.train import job, networks
@@ -182,16 +183,54 @@ def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
     assert config.activation_checkpointing == "auto" and config.without_a_gpu().activation_checkpointing is False
 
 
-@pytest.mark.parametrize("asked", ["auto", "full"])
-def test_memory_that_runs_out_later_is_one_message_with_the_fix(workshop, tmp_path, monkeypatch, asked):
-    def run_stage(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsee the documentation")
+CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsee the documentation")
 
-    monkeypatch.setattr(job, "run_stage", run_stage)
+
+@pytest.mark.parametrize(
+    ("error", "changes", "told", "not_told"),
+    [
+        (
+            CUDA_IS_FULL,
+            {},
+            ["activation_checkpointing=full (it is auto, which decides by", "micro_batch_size=1 (it is 2)"],
+            [],
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            {"activation_checkpointing": "full"},
+            ["2)"],
+            ["=full"],
+        ),
+        (
+            CUDA_IS_FULL,
+            {"micro_batch_size": 1, "lora": {"rank": 2}},
+            ["=full"],
+            ["micro_batch", "lora.rank", "; lower"],
+        ),
+    ],
+)
+def test_memory_that_runs_out_later_is_one_message_with_the_fix(
+    workshop, tmp_path, monkeypatch, error, changes, told, not_told
+):
+    """In the third iteration, where `auto` has decided; the checkpoint before it stays."""
+    loss = TeacherForcing.loss
+
+    def out_of_memory(self, turn, batch, step):
+        if step == 2:
+            raise type(error)(str(error))
+        return loss(self, turn, batch, step)
+
+    monkeypatch.setattr(TeacherForcing, "loss", out_of_memory)
     monkeypatch.setattr(job, "_log_on_main", lambda mesh: None)
+    changes = {"max_steps": 3, "save_every": 2, "batch_size": 2, "micro_batch_size": 2} | changes
+    tree = stage_tree(workshop, tmp_path / "log", "causal", **changes)
     file = tmp_path / "stage.yaml"
-    file.write_text(yaml.safe_dump(stage_tree(workshop, tmp_path, "causal")))
-    told = CliRunner().invoke(app, ["train", str(file), f"activation_checkpointing={asked}"])
-    assert told.exit_code == 1 and told.output.startswith("Not enough memory (CUDA out of memory. Tried to")
-    assert ("set activation_checkpointing=full" in told.output) == (asked == "auto")
-    assert told.output.endswith("; started again, it goes on from its last checkpoint\n")
+    file.write_text(yaml.safe_dump(tree))
+    result = CliRunner().invoke(app, ["train", str(file)])
+    (said,) = (line for line in result.output.splitlines() if line.startswith("Not enough memory ("))
+    assert result.exit_code == 1 and said.startswith(f"Not enough memory ({str(error).splitlines()[0]}); any of these")
+    for part in (*told, "video.num_latent_frames (it is ", "`longtake doctor CONFIG"):
+        assert part in said
+    assert not [part for part in not_told if part in said]
+    assert said.endswith("; started again, it goes on from its last checkpoint")
+    assert [path.name for path in (tmp_path / "log/causal/checkpoints").iterdir()] == ["step_000002"]

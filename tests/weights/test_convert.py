@@ -181,3 +181,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert identical(tensors(tmp_path / "out"), {to_diffusers_key(key): value for key, value in state.items()})
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2 and "exists already" in again.output
+
+
+def test_updates_are_files_and_what_to_do_with_names_is_said_before_a_base_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("longtake.weights.convert.local_path", lambda _: pytest.fail("the base was asked for"))
+    whole = (
+        "names a published student, which is written with what updates it has by `longtake convert LongLive out --to"
+    )
+    for lora, error, told in (
+        ("LongLive", ConfigError, f"lora is a file of low-rank updates, and LongLive {whole} longtake`"),
+        ("efficient-large-model/longlive-1.3b", ConfigError, whole),
+        (
+            "owner/updates",
+            CheckpointError,
+            "of the hub none are fetched, `hf download owner/updates --local-dir updates`",
+        ),
+        ("lora.pt", CheckpointError, "lora.pt does not exist; give the file of the low-rank updates"),
+    ):
+        with pytest.raises(error) as caught:
+            convert("owner/base", "out", "longtake", lora=lora)
+        assert told in str(caught.value)

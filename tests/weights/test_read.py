@@ -273,6 +273,11 @@ def test_updates_that_do_not_fit_are_listed(tiny_model, tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(CheckpointError, match=r"nowhere.pt does not exist; give the file of the low-rank updates"):
         load_dit(tmp_path / "base", lora=tmp_path / "nowhere.pt")
+    told = (
+        "owner/updates/a/lora.pt does not exist; .* `hf download owner/updates a/lora.pt --local-dir updates` does it"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        load_dit(tmp_path / "base", lora="owner/updates/a/lora.pt")
     save_config(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"lora.pt holds low-rank updates, not weights \(.*\); give the base"):
         load_dit(tmp_path / "lora.pt")

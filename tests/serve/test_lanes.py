@@ -1,0 +1,86 @@
+"""What a change takes back of what is made and not shown: as much as its viewer does not need until the next block."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from longtake.serve.lanes import Block, Lane
+
+FPS, FRAMES = 16, 16
+
+
+class Played:
+    """A session of so many blocks, of which only numbers are known."""
+
+    def __init__(self, blocks: int) -> None:
+        self.num_frames, self.rewindable = blocks * FRAMES, 8
+        self.generator = SimpleNamespace(fps=FPS)
+        self.prompt = ""
+
+    def rewind(self, blocks: int, *, keep_wanted: bool) -> None:
+        self.num_frames -= blocks * FRAMES
+
+
+def lane(blocks: int = 3, *, ahead: int = 2 * FRAMES) -> Lane:
+    """One whose blocks are all made, none shown."""
+    made = [Block(FRAMES * k, FRAMES, 0) for k in range(blocks)]
+    return Lane("one", cast(Any, Played(blocks)), 0, 0, ahead, 0.0, blocks=made)
+
+
+def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1) -> int:
+    """Its first frame, when `shown` frames were told at time `told` and a prompt changes at time `at`."""
+    one.saw(shown, told)
+    one.change("prompt", "another", number, at, drop=True)
+    return one.session.num_frames
+
+
+def test_blocks_that_are_seen_before_the_next_can_come_stay() -> None:
+    fast, slow = lane(), lane()
+    fast.came(fast.blocks[-1], 0.2, 1.0)  # 0.3 s with a rebuild, and 0.05 s to the viewer: 6 frames
+    slow.came(slow.blocks[-1], 0.5, 1.0)
+    assert change(fast, 26, at=2.0, told=2.0) == 32  # 6 frames are left of the block on the screen
+    assert change(slow, 26, at=2.0, told=2.0) == 48
+
+
+def test_a_turn_with_its_rebuild_counts_and_not_a_block_alone() -> None:
+    """The first block after a change rebuilds the cache, and other sessions' blocks may come before it."""
+    one = lane(4)
+    one.came(one.blocks[-1], 0.2, 1.0)
+    first = change(one, 20, at=2.0, told=2.0)
+    assert first == 32
+    one.came(Block(first, FRAMES, 1), 0.3, 2.6)
+    assert list(one.turns) == [pytest.approx(0.6)]
+    one.session.num_frames = 64
+    assert change(one, 26, at=9.0, told=9.0, number=2) == 64  # 6 frames are less than 0.65 s
+
+
+def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
+    one = lane()
+    one.came(one.blocks[-1], 0.2, 1.0)
+    assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
+    silent = lane()
+    silent.came(silent.blocks[-1], 0.2, 1.0)
+    assert change(silent, 1, at=99.0, told=2.0) == 16  # one that says nothing is not playing on for ever
+
+
+@pytest.mark.parametrize("waits", ["paused", "full"])
+def test_waiting_for_the_viewer_is_no_turn(waits: str) -> None:
+    one = lane(ahead=2 * FRAMES if waits == "paused" else FRAMES)
+    one.came(one.blocks[-1], 0.2, 1.0)
+    one.saw(16, 2.0)
+    one.change("prompt", "another", 1, 2.0, drop=False)
+    if waits == "paused":
+        one.hold(True, 2.1)
+    one.came(Block(48, FRAMES, 1), 0.2, 30.0)
+    assert not one.turns
+
+
+def test_a_branch_has_turns_of_its_own() -> None:
+    one = lane()
+    one.session.fork = lambda: one.session  # type: ignore[method-assign]
+    branch = one.fork("two")
+    one.turns.append(0.5)
+    assert not branch.turns
