@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.models import attention
-from longtake.models.attention import ONE_THREAD, FrameMask, Run, in_parts, make_mask
+from longtake.models.attention import ONE_THREAD, FrameMask, Run, has_triton, in_parts, make_mask
 from longtake.models.layers import rotated
 from longtake.models.trial import beside, is_right
 
@@ -109,6 +109,8 @@ def of_heads(device: torch.device, head_width: int) -> tuple[torch.dtype, int] |
 @cache
 def puts_rightly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel of `Places.put` does on a GPU what `plainly` says."""
+    if device.type != "cuda" or not has_triton():
+        return False
     return is_right("the kernel that puts keys in their places", device, lambda: _off_in_places(device, dtype))
 
 

@@ -5,7 +5,6 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ from longtake.models.execution import WHOLE_NETWORK, Execution, Run
 from longtake.models.layers import RMSNorm, rotated
 from longtake.models.norms import rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
-
-logger = logging.getLogger(__name__)
+from longtake.models.trial import is_right
 
 Projected = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of a call's tokens
 Made = tuple[Tensor, Tensor, Tensor]  # queries, and keys and values that they attend to
@@ -222,11 +220,10 @@ def attended_at_once(device: torch.device, dtype: torch.dtype) -> Callable[..., 
     """The kernel of `attended_triton.py`; None, which is said once, where it is not right."""
     from longtake.models.attended_triton import attended as kernel
 
-    wrong = {rope: _difference(kernel, rope, device, dtype) for rope in ("relative", "absolute")}
-    if all(error <= 1e-2 for error in wrong.values()):
-        return kernel
-    logger.warning("the kernel of what attention reads is off by %s on %s and is not used", wrong, device)
-    return None
+    def off() -> list[float]:
+        return [_difference(kernel, rope, device, dtype) for rope in ("relative", "absolute")]
+
+    return kernel if is_right("the kernel of what attention reads", device, off) else None
 
 
 @torch.no_grad()

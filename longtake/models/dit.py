@@ -39,7 +39,6 @@ from longtake.models.layers import (
     ImageEmbedding,
     RMSNorm,
     Ungated,
-    at_once,
     gated,
     gated_then_modulated,
     into,
@@ -50,7 +49,7 @@ from longtake.models.layers import (
     sinusoid,
     unturned,
 )
-from longtake.models.norms import added_then_modulated, gated_then_normed, kept_and_modulated, rms_norm
+from longtake.models.norms import added_then_modulated, at_once, gated_then_normed, kept_and_modulated, rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.models import trial
+from longtake.models.attention import has_triton
 
 
 def mlp_with_gradient(x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> Tensor:
@@ -81,6 +82,8 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def is_right(device: torch.device) -> bool:
     """Whether the kernels for GELU do on a GPU what torch's operations do."""
+    if device.type != "cuda" or not has_triton():
+        return False
     return trial.is_right("the kernel for GELU", device, lambda: _off(device))
 
 

@@ -6,10 +6,7 @@ original computes in float32 is computed in float32 here, under autocast as well
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +15,15 @@ from torch import Tensor, nn
 from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
 from longtake.models.fp8 import (
-    FP8,
     FP8Linear,
     Rows,
     entering,
     gelu_quantised,
     gelu_quantised_once,
-    has_kernel,
     quantised,
 )
 from longtake.models.gelu import mlp_with_gradient
 from longtake.models.sizes import DiTConfig
-
-logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
 
@@ -127,46 +120,6 @@ def added_then_modulated(
     """`x` and the result of cross-attention, and the sum `modulated`."""
     x = x + made
     return x, modulated(x, shift, scale, eps, dtype)
-
-
-# Of tokens, what is added to them, and at the end the type of weights: their sum, and its norm as it enters these
-Normed = Callable[..., tuple[Tensor, Tensor | Rows]]
-
-
-def at_once(execution: Execution, function: Normed) -> Normed:
-    """`function`, one of the three above: without gradient on a GPU as a kernel, where that is right, else fused."""
-
-    def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor | Rows]:
-        quick = execution.fuses and x.is_cuda and not torch.is_grad_enabled() and has_triton()
-        quick = quick and (given[-1] != FP8 or has_kernel(x.device))  # which then has instructions for the rounding
-        kernel = in_one_pass(function, x.device, given[-1]) if quick else None
-        return (kernel or execution.fused(function))(x, *given)
-
-    return run
-
-
-@cache
-def in_one_pass(function: Normed, device: torch.device, dtype: torch.dtype) -> Normed | None:
-    """The kernel of `normed_triton.py` for `function`; None, which is said once, where it is not right."""
-    from longtake.models import normed_triton
-
-    kernel: Normed = getattr(normed_triton, function.__name__)
-    generator = torch.Generator(device).manual_seed(0)
-    x, made, modulation = (torch.randn(2, 3, n, 48, device=device, generator=generator) for n in (5, 5, 3))
-    gate, *rest = modulation.unsqueeze(3).unbind(2)
-    if function is gated_then_normed:
-        rest = [rest[0][0, 0, 0], rest[1][0, 0, 0]]
-    given = [made.bfloat16(), *([] if function is added_then_modulated else [gate]), *rest, 1e-6, dtype]
-    found = []
-    for run in (kernel, function):
-        total, normed = run(x, *given)
-        normed = normed.values.float() * normed.scale if isinstance(normed, Rows) else normed.float()
-        found.append(torch.cat([total.flatten(), normed.flatten()]))
-    wrong = float((found[0] - found[1]).norm() / found[1].norm())
-    if wrong <= 1e-2:
-        return kernel
-    logger.warning("the kernel of %s is off by %.3f on %s and is not used", function.__name__, wrong, device)
-    return None
 
 
 def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tensor:

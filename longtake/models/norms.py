@@ -1,8 +1,8 @@
-"""What a block does between its products where gradients flow: norms with what is added before and multiplied after.
+"""What a block does between its products: norms with what is added before and multiplied after.
 
-Each is one function of `layers.py`, which says what it is. Where an execution goes by rows it is a kernel of its own
-forward and one backward, whose rows are read once (`norms_triton.py`); else, and where no gradient is wanted, the
-function as the execution fuses it. It must know no attention and no block.
+Each is one function of `layers.py`, which says what it is. On a GPU a kernel stands in for it, whose rows are read once
+(`normed_triton.py`): without gradient where it is right; with one, and another kernel for the gradients, where an
+execution goes by rows; elsewhere it is as the execution fuses it. It must know no attention and no block.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from longtake.models import layers, trial
-from longtake.models.attention import ONE_THREAD, milliseconds
+from longtake.models.attention import ONE_THREAD, has_triton, milliseconds
 from longtake.models.execution import Execution
-from longtake.models.fp8 import FP8, Rows
+from longtake.models.fp8 import FP8, Rows, has_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def gated_then_normed(
 ) -> tuple[Tensor, Tensor | Rows]:
     """`layers.gated_then_normed`."""
     if not _by_rows(x, dtype, execution):
-        return layers.at_once(execution, layers.gated_then_normed)(x, made, gate, weight, bias, eps, dtype)
+        return at_once(execution, layers.gated_then_normed)(x, made, gate, weight, bias, eps, dtype)
     return _Normed.apply(x, made, gate, weight, bias, eps, dtype)
 
 
@@ -55,7 +55,7 @@ def added_then_modulated(
 ) -> tuple[Tensor, Tensor | Rows]:
     """`layers.added_then_modulated`."""
     if not _by_rows(x, dtype, execution):
-        return layers.at_once(execution, layers.added_then_modulated)(x, made, shift, scale, eps, dtype)
+        return at_once(execution, layers.added_then_modulated)(x, made, shift, scale, eps, dtype)
     return _Normed.apply(x, made, None, scale, shift, eps, dtype)
 
 
@@ -70,8 +70,50 @@ def _by_rows(x: Tensor, dtype: torch.dtype, execution: Execution) -> bool:
     return execution.by_rows and torch.is_grad_enabled() and x.is_cuda and dtype != FP8
 
 
+# Of tokens, what is added to them, and at the end the type of weights: their sum, and its norm as it enters these
+Normed = Callable[..., tuple[Tensor, Tensor | Rows]]
+
+
+def at_once(execution: Execution, function: Normed) -> Normed:
+    """`function`, one of `layers.py` with a kernel of its name: that without gradient on a GPU where it is right, else
+    as the execution fuses it.
+    """
+
+    def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor | Rows]:
+        quick = execution.fuses and x.is_cuda and not torch.is_grad_enabled() and has_triton()
+        quick = quick and (given[-1] != FP8 or has_kernel(x.device))  # which then has instructions for the rounding
+        kernel = in_one_pass(function, x.device, given[-1]) if quick else None
+        return (kernel or execution.fused(function))(x, *given)
+
+    return run
+
+
+@cache
+def in_one_pass(function: Normed, device: torch.device, dtype: torch.dtype) -> Normed | None:
+    """The kernel of `normed_triton.py` for `function`; None, which is said once, where it is not right."""
+    from longtake.models import normed_triton
+
+    kernel: Normed = getattr(normed_triton, function.__name__)
+
+    def off() -> list[float]:
+        generator = torch.Generator(device).manual_seed(0)
+        x, made, modulation = (torch.randn(2, 3, n, 48, device=device, generator=generator) for n in (5, 5, 3))
+        gate, *rest = modulation.unsqueeze(3).unbind(2)
+        if function is layers.gated_then_normed:
+            rest = [rest[0][0, 0, 0], rest[1][0, 0, 0]]
+        given = [made.bfloat16(), *([] if function is layers.added_then_modulated else [gate]), *rest, 1e-6, dtype]
+        found = []
+        for run in (kernel, function):
+            total, normed = run(x, *given)
+            normed = normed.values.float() * normed.scale if isinstance(normed, Rows) else normed.float()
+            found.append(torch.cat([total.flatten(), normed.flatten()]))
+        return [trial.beside(*found)]
+
+    return kernel if trial.is_right(f"the kernel of {function.__name__}", device, off) else None
+
+
 class _Normed(torch.autograd.Function):
-    """Of x [..., L, D]: (the sum, its norm); `scale` and `shift` [..., 1, D] are of modulation, [D] of a norm."""
+    """`normed_triton.normed` in a type that has gradients: of x [..., L, D] the sum, and its norm."""
 
     @staticmethod
     def forward(
@@ -84,60 +126,38 @@ class _Normed(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        from longtake.models.norms_triton import forward
+        from longtake.models.normed_triton import normed
 
-        added = None if made is None else _rows(made)
-        out, normed = forward(_rows(x), added, _by_entry(gate), _entries(scale), _by_entry(shift), eps, dtype)
-        out = x if made is None else out.view(x.shape)
-        ctx.save_for_backward(out, made if gate is not None else None, gate, scale)
-        ctx.eps, ctx.mean, ctx.shared = eps, shift is not None, scale.ndim == 1
+        total, out = normed(x.contiguous(), None if made is None else made.contiguous(), gate, scale, shift, eps, dtype)
+        assert isinstance(out, Tensor)
+        total = x if made is None else total  # itself: its gradient comes with that of the norm
+        ctx.save_for_backward(total, None if gate is None else made, gate, scale)
+        ctx.eps, ctx.mean = eps, shift is not None
         ctx.added = None if made is None else made.dtype
         ctx.set_materialize_grads(False)
-        return out, normed.view(x.shape)
+        return total, out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        from longtake.models.norms_triton import backward
+    def backward(ctx: Any, of_total: Tensor | None, of_out: Tensor | None) -> tuple[Any, ...]:
+        from longtake.models.normed_triton import gradients
 
-        out, made, gate, scale = ctx.saved_tensors
-        of_out, of_normed = (None if grad is None else _rows(grad) for grad in grads)
-        value = _rows(out)
-        if ctx.mean and of_out is None:
-            of_out = torch.zeros_like(value)
-        found, of_made, of_gate, *of_both = backward(
-            value,
-            None if made is None else _rows(made),
-            _by_entry(gate),
-            _entries(scale),
-            torch.zeros_like(value) if of_normed is None else of_normed,
-            of_out if ctx.mean else None,
+        def given(grad: Tensor | None) -> Tensor:
+            return torch.zeros_like(total) if grad is None else grad.contiguous()
+
+        total, made, gate, scale = ctx.saved_tensors
+        of_x, of_made, of_gate, *of_both = gradients(
+            total.contiguous(),
+            None if made is None else made.contiguous(),
+            gate,
+            scale,
+            given(of_out),
+            given(of_total) if ctx.mean else None,
             ctx.added,
             ctx.eps,
         )
-
-        def of_entries(total: Tensor | None) -> Tensor | None:
-            return None if total is None else total.view(*out.shape[:-2], 1, out.shape[-1])
-
-        def of_all(total: Tensor | None) -> Tensor | None:
-            return None if total is None else total.sum(0).to(scale.dtype)
-
-        of_scale, of_shift = map(of_all if ctx.shared else of_entries, of_both)
-        of_made = None if of_made is None else of_made.view(out.shape)
-        return found.view(out.shape), of_made, of_entries(of_gate), of_scale, of_shift, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., L, D] -> [E, L, D]."""
-    return x.contiguous().flatten(0, -3)
-
-
-def _entries(t: Tensor) -> Tensor:
-    """[..., 1, D] -> [E, D], a view where it can be one; [D] as it is."""
-    return t if t.ndim == 1 else t.squeeze(-2).flatten(0, -2)
-
-
-def _by_entry(t: Tensor | None) -> Tensor | None:
-    return None if t is None else _entries(t)
+        if scale.ndim == 1:  # one weight for all frames
+            of_both = [None if one is None else one.flatten(0, -2).sum(0).to(scale.dtype) for one in of_both]
+        return of_x, of_made, of_gate, *of_both, None, None
 
 
 @cache
@@ -145,7 +165,7 @@ def are_faster(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the kernels do on a GPU what the functions do, gradients included, and faster than what torch's compiler
     makes of these, for rows of that width beside products in `dtype`; by one measurement.
     """
-    if width > _WIDEST:
+    if device.type != "cuda" or not has_triton() or width > _WIDEST:
         return False
     with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         if not trial.is_right("the kernel for norms", device, lambda: off(device, dtype, width)):

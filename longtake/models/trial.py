@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
-
-from longtake.models.attention import has_triton
 
 logger = logging.getLogger(__name__)
 
 
 def is_right(what: str, device: torch.device, off: Callable[[], Iterable[float]], most: float = 1e-2) -> bool:
-    """Whether `what` runs on a GPU and its results are `off` by no more than that, each beside its size; says why not:
-    torch's operations take its place.
+    """Whether `what` runs on a device and its results are `off` by no more than that, each beside its size; says once
+    why not, where its result is kept: torch's operations take its place.
     """
-    if device.type != "cuda" or not has_triton():
-        return False
-    import triton
-
-    own: Any = getattr(triton, "TritonError", RuntimeError)  # of its compiler; not in every version
     try:
         found = list(off())
-    except (RuntimeError, AssertionError, ValueError, TypeError, own) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, _of_compiler()) as error:
         logger.warning("%s failed on %s and is not used: %s", what, device, str(error).strip().splitlines()[:1])
         return False
     if all(one <= most for one in found):  # false of what is no number
@@ -37,3 +30,8 @@ def beside(found: torch.Tensor, truth: torch.Tensor) -> float:
     """The size of the difference beside that of the truth."""
     found, truth = found.detach().double(), truth.detach().double()
     return float((found - truth).norm() / truth.norm())
+
+
+def _of_compiler() -> type[Exception]:
+    """Errors of triton, where it is used; they have a class of their own, not in every version."""
+    return getattr(sys.modules.get("triton"), "TritonError", RuntimeError)
