@@ -12,7 +12,8 @@ video's rate, from the first generated frame on, and changes its prompt every `-
 - prompt to pixel: from the request until the first frame that follows it is shown;
 - frames/s: frames shown a second, and, `--unpaced`, received: the server then makes them as fast as it can;
 - stalls: seconds without a frame to show, after the first five, and in each minute of all viewers together;
-- memory: of the server's process; the last third's median beside the first third's, and that of each minute.
+- memory: of the server's process; the last third's median beside the first third's, and that of each minute;
+- host: page-locked memory of the histories of a GPU's sessions, and seconds in which blocks waited for more of it.
 
 Decoding and painting, some milliseconds, are not in it: a test in a browser has them.
 """
@@ -127,6 +128,7 @@ def server(arguments: list[str], folder: Path) -> Iterator[tuple[str, int]]:
 def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one server."""
     with Client(address) as client:
+        locked = memory_of(client)["host_seconds"]
         model = client.info()["model"]
         image = picture((model["height"], model["width"])) if model["picture"] != "none" else None
         pace = None if args.unpaced else float(model["fps"])
@@ -163,11 +165,22 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
             "memory_first_third_mb": round(median(memory[:third]) / 1e6, 1),
             "memory_last_third_mb": round(median(memory[-third:]) / 1e6, 1),
             "memory_of_minutes_mb": [round(median(memory[k : k + 60]) / 1e6, 1) for k in minutes],
+            "host_mb": round((host := memory_of(client))["host_bytes"] / 1e6, 1),
+            "page_locking_s": round(host["host_seconds"] - locked, 3),
+            "sessions": client.info()["sessions"],
             "server": next(event for event in viewers[0].session.events[::-1] if event["type"] == "stats"),
         }
         for viewer in viewers:
             viewer.session.delete()
         return found
+
+
+def memory_of(client: Client) -> dict[str, float]:
+    """What the server tells of its memory, as soon as it has looked, which it does each second."""
+    until = time.monotonic() + SETTLING_SECONDS
+    while not (memory := client.info()["memory"])["used_bytes"] and time.monotonic() < until:
+        time.sleep(0.1)
+    return memory
 
 
 def quantile(values: list[float], share: float) -> float | None:

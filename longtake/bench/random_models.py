@@ -67,9 +67,10 @@ def random_generator(
     """A generator of a preset's sizes. Args: `small_text`, a text encoder of one layer in umT5's place (11 GB less);
     `split` and `decode_device` as in `Generator.build`.
 
-    Raises: ConfigError listing the known presets, and as `decoding_place`.
+    Raises: ConfigError listing the known presets, for a size that the VAE does not take, and as `decoding_place`.
     """
     sizes, decoding = model_config(preset), decoding_place(decode_device, split)
+    settings.shape(4, sizes.vae_stride)
     torch.manual_seed(0)  # the same encoders on every rank
     model = streaming_model(random_weights(sizes, device), device, settings, split)
     dtype = torch.bfloat16 if settings.is_half else torch.float32

@@ -161,7 +161,7 @@ def _room(device: str | None, machine: Machine) -> tuple[int, str] | None:
         return min(((gpu.free_bytes, "on the fullest GPU") for gpu in machine.gpus), default=None)
     if (known := find_device(device)) is not None:
         return known.memory_bytes, f"--device {device}"
-    if (plain := re.fullmatch(r"(\d+) ?GB", device, re.IGNORECASE)) is None:
+    if (plain := re.fullmatch(r"([1-9]\d*) ?GB", device, re.IGNORECASE)) is None:
         raise ConfigError(
             f"--device {device} is not known; give {', '.join(d.name for d in DEVICES)}, or memory such as 24GB"
         )

@@ -78,7 +78,7 @@ def stream_choices(sizes: DiTConfig, settings: GenerationConfig, networks: int =
 
     Args: `sizes` of the transformer, and how many there are. Raises: ConfigError for sizes that do not fit each other.
     """
-    shape = settings.shape(4, 16 if sizes.out_channels == 48 else 8)
+    shape = settings.shape(4, sizes.vae_stride)
     size = shape.latent_height, shape.latent_width
     # Of several choices the same: traced once.
     transformer = cache(lambda **rules: _transformer(sizes, settings.model_copy(update=rules), size))

@@ -2,19 +2,17 @@
 
 A cache has room for what its next block attends to and nothing else: keys and values that the next block overwrites,
 and all of them where another prompt or scene begins, are copied here first, and put back when a session goes back to
-them, so that the same frames come again, bit for bit. On a GPU copies go to pinned memory, on a stream of their own,
-beside what the device computes; on a CPU they are made at once. Must know no picture, prompt or file.
+them, so that the same frames come again, bit for bit. Must know no picture, prompt or file.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from longtake.inference.host_copies import HostCopies
 from longtake.models.cache import KVCache
 from longtake.rollout.stream import LatentStream
 
@@ -22,67 +20,18 @@ from longtake.rollout.stream import LatentStream
 _Key = tuple[object, int, int]
 
 
-class HostCopies:
-    """Copies of tensors of a device in the host's memory; `wait` before what they were made of is overwritten."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        """Room for a copy, pinned where there is a GPU."""
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._beside is not None)
-
-    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copies from the second of each pair to the first, behind what the device has been given to do so far."""
-        if self._beside is None:
-            for target, source in pairs:
-                target.copy_(source)
-            return
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._beside):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-                source.record_stream(self._beside)
-
-    def of(self, source: Tensor) -> Tensor:
-        """A copy of a tensor."""
-        made = self.empty(source.shape, source.dtype)
-        self.fill([(made, source)])
-        return made
-
-    def wait(self) -> None:
-        """What the device is given to do from now on comes behind the copies."""
-        if self._beside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """Keys and values of the frames that were copied together, [2, layers, B, F, tokens, N, K]."""
-
-    stored: Tensor
-    index: int
-
-    @property
-    def frame(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of it."""
-        return self.stored[0, :, :, self.index], self.stored[1, :, :, self.index]
-
-
 class HostHistory:
     """The keys and values of a session's past. Methods are called between two blocks, by the session's thread."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.copies = HostCopies(device)
-        self._kept: dict[_Key, _Frames] = {}
+    def __init__(self, copies: HostCopies) -> None:
+        self.copies = copies
+        self._kept: dict[_Key, Tensor] = {}  # [2, layers, B, tokens, N, K]: keys, and values
         self._first: dict[tuple[object, int], int] = {}
 
     @property
     def size_bytes(self) -> int:
         """What it takes of the host's memory."""
-        stored = {id(one.stored): one.stored for one in self._kept.values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
 
     def copy(self) -> HostHistory:
         """That of a branch: what is kept is never changed, and shared."""
@@ -112,19 +61,24 @@ class HostHistory:
 
     def _save(self, side: int, cache: KVCache, frames: Sequence[int], wanted: set[_Key]) -> None:
         keys = [(cache.content, side, frame) for frame in frames]
-        new = [key[2] for key in keys if key in wanted and key not in self._kept]
+        layers, batch, _, *rest = cache.keys.shape
+        shape, dtype = (2, layers, batch, *rest), cache.keys.dtype
+        new = {
+            key: self.copies.empty(shape, dtype, cache.device)
+            for key in keys
+            if key in wanted and key not in self._kept
+        }
         if not new:
             return
-        layers, batch, _, *rest = cache.keys.shape
-        stored = self.copies.empty((2, layers, batch, len(new), *rest), cache.keys.dtype)
         self.copies.fill(
-            (stored[which, layer, :, index], source[layer, :, cache.slot_of(frame)])
-            for which, source in enumerate((cache.keys, cache.values))
-            for index, frame in enumerate(new)
-            for layer in range(layers)
+            (
+                (kept[which], source[:, :, cache.slot_of(frame)])
+                for (_, _, frame), kept in new.items()
+                for which, source in enumerate((cache.keys, cache.values))
+            ),
+            cache.device,
         )
-        for index, frame in enumerate(new):
-            self._kept[cache.content, side, frame] = _Frames(stored, index)
+        self._kept |= new
         self._first[cache.content, side] = cache.first
 
     def bring_back(self, stream: LatentStream) -> None:
@@ -150,10 +104,11 @@ class HostHistory:
                 cache.position = stream.committed
             if missing:
                 cache.hold(
-                    {frame: mine[frame].frame for frame in sorted(missing)},
+                    {frame: (mine[frame][0], mine[frame][1]) for frame in sorted(missing)},
                     stream.committed,
                     self._first[stream.content, side],
                 )
+        self.copies.read()
 
     def forget(self, stream: LatentStream) -> None:
         """Of what `stream` may make otherwise from here on nothing is kept."""

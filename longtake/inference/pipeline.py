@@ -27,6 +27,7 @@ from longtake.encoders.vae import VideoVAE
 from longtake.errors import ConfigError
 from longtake.inference.beginning import Beginning
 from longtake.inference.cache_pool import CachePool
+from longtake.inference.host_copies import HostCopies
 from longtake.inference.source import Source
 from longtake.models.cache import KVCache
 from longtake.models.dit import VideoDiT
@@ -100,7 +101,8 @@ def picture_condition(
 class Pipeline:
     """Weights, encoders and the rules to stream by. Make it with `build`.
 
-    `decoder` makes pixels where the VAE of the encoders does not; `source`, where all of it came from.
+    `decoder` makes pixels where the VAE of the encoders does not; `copies`, where sessions keep their past; `source`,
+    where all of it came from.
     """
 
     denoiser: Denoiser
@@ -110,6 +112,7 @@ class Pipeline:
     config: StageConfig | None = None
     decoder: Decoder | None = None
     caches: CachePool = field(default_factory=CachePool)
+    copies: HostCopies = field(default_factory=HostCopies)
     source: Source | None = None
 
     @property
@@ -147,6 +150,7 @@ class Pipeline:
         encoder_paths(source.encoders, with_image=source.needs_image)
         opened, apart = source.open(), source.open_writer()
         sizes = opened.model.config  # from the heads of the files: before they are read
+        settings.shape(4, sizes.vae_stride)
         beginning = Beginning.of(sizes, settings)
         for given in begins:
             beginning.check(given=given)

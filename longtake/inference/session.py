@@ -64,7 +64,7 @@ class Session:
         self.state = SessionState(inputs)
         self._history: tuple[SessionState, ...] = ()  # the latest ones, never changed
         self._unused: list[KVCache] = []  # caches of a scene that could not be begun
-        self._past = HostHistory(generator.device)  # what the history needs and the caches no longer hold
+        self._past = HostHistory(generator.copies)  # what the history needs and the caches no longer hold
         # What was asked for and is not in effect yet; `cut`: a new scene begins. A new session begins with one.
         self.wanted, self.cut = inputs, True
         self._is_made = True
@@ -113,7 +113,7 @@ class Session:
 
     @property
     def host_bytes(self) -> int:
-        """What its history takes of the host's memory now, on a GPU pinned."""
+        """What its history takes of the host's memory now, with a GPU page-locked."""
         decoders = [state.decoder for state in self._history if state.decoder is not None]
         return self._past.size_bytes + sum(decoder.put_by_bytes for decoder in decoders)
 
@@ -238,8 +238,6 @@ class Session:
         state = self.state.copy()
         stream = state.stream
         assert stream is not None and self.state.decoder is not None
-        if self.ready_blocks:
-            self.state.decoder.put_by(self._past.copies.of)
         if self.history_blocks:
             self._past.bring_back(stream)
             self._past.save_overwritten(stream, self._streams())
@@ -247,6 +245,8 @@ class Session:
             self._change(state)
             if self.history_blocks:
                 self._past.save_overwritten(stream, self._streams())
+        if self.ready_blocks:  # last: nothing above, which the block's passes wait for, then waits for these
+            self.state.decoder.put_by(self._past.copies.of)
         return state
 
     def _check_length(self) -> None:

@@ -245,9 +245,8 @@ class KVCache:
         with lasting_tensors():
             for frame, kept in frames.items():
                 slot = self.slot_of(frame)
-                for target, layers in zip((self.keys, self.values), kept):
-                    for layer, source in enumerate(layers):  # each in one piece, which is copied without waiting for it
-                        target[layer, :, slot].copy_(source, non_blocking=True)
+                for target, source in zip((self.keys, self.values), kept):
+                    target[:, :, slot].copy_(source, non_blocking=True)  # in one piece: without waiting for it
                 self._held[slot] = frame
         self._position, self._first = position, first
 

@@ -47,6 +47,11 @@ class DiTConfig:
         """Channels of `Condition.frames`: mask and condition latents (0 for text-to-video)."""
         return self.in_channels - self.out_channels
 
+    @property
+    def vae_stride(self) -> int:
+        """Pixels a latent pixel of the VAE whose latents have so many channels: 16 of TI2V-5B's, which has 48."""
+        return 16 if self.out_channels == 48 else 8
+
     def quantises(self, inputs: int, outputs: int) -> bool:
         """Whether a linear layer of a block is quantised where 8-bit floats are asked for: the MLP, and large ones."""
         return self.ffn_dim in (inputs, outputs) or inputs * outputs >= _QUANTISED_WEIGHTS

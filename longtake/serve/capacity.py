@@ -6,7 +6,7 @@ import ctypes
 import gc
 import logging
 import mmap
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -26,10 +26,16 @@ _COUNTED_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device: `used`, and `held`, with those that the process keeps for later. Of a CPU, the process's."""
+    """Bytes of a device: `used`, and `held`, with those that the process keeps for later. Of a CPU, the process's.
+
+    `host`: those of the host's page-locked memory for the histories of a GPU's sessions; `host_seconds`, for which
+    making it was waited for.
+    """
 
     used: int = 0
     held: int = 0
+    host: int = 0
+    host_seconds: float = 0.0
 
     @classmethod
     def of(cls, device: torch.device) -> Memory:
@@ -42,7 +48,8 @@ class Memory:
         return cls(resident, resident)
 
     def __add__(self, other: Memory) -> Memory:
-        return Memory(self.used + other.used, self.held + other.held)
+        mine, others = astuple(self), astuple(other)
+        return Memory(*(one + another for one, another in zip(mine, others)))
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Capacity:
 
 def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Capacity:
     """The capacity for sessions of this generator; `most`, where somebody has said how many; `kept`, what
-    each keeps of its past: `history_blocks` and `ready_blocks`.
+    each keeps of its past: `history_blocks`, `ready_blocks` and `history_caches`. On a GPU the host's memory that so
+    many sessions can need is page-locked then, and no viewer waits for it.
     """
     on_gpu = generator.device.type == "cuda"
     if on_gpu:
@@ -73,7 +81,11 @@ def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Cap
         free, _ = torch.cuda.mem_get_info(generator.device)
         sessions = max(1, min(sessions, int(_SHARE * free / session_bytes)))
         if host_bytes and (free := host_memory()[1]):
+            free += host_bytes  # what the one that was measured has left
             sessions = max(1, min(sessions, int(_SHARE * free / host_bytes)))
+        pool = generator.copies.pool
+        pool.make_ready(sessions)
+        logger.info("%.2f GB of the host's memory page-locked in %.1f s", pool.size_bytes / 1e9, pool.seconds)
     each = session_bytes / 1e9, host_bytes / 1e9
     logger.info("%d sessions at once: %.1f frames/s, %.2f GB and %.2f GB of the host each", sessions, rate, *each)
     return Capacity(sessions, rate, session_bytes, host_bytes)
@@ -110,28 +122,34 @@ def _play(generator: Generator, kept: dict[str, Any]) -> tuple[float, int, int]:
     """Frames a second of a session whose history is full, and its bytes on the device and in the host's memory."""
     rules = generator.settings
     picture = np.zeros((rules.height, rules.width, 3), np.uint8) if generator.beginning.needed else None
-    before = _allocated(generator)
+    on_gpu, before = generator.device.type == "cuda", _allocated(generator)
     session = generator.open(picture, "a picture", seed=0, **kept)
-    for _ in range(2 + (kept["history_blocks"] if generator.device.type == "cuda" else 0)):
+    if on_gpu:
+        fill_history(session)
+    for _ in range(2):
         session.next()
     # Of a CPU what this thread was given of it: a browser that opens meanwhile must not count for as long as it stays.
-    clock = thread_time if generator.device.type == "cpu" else perf_counter
+    clock = perf_counter if on_gpu else thread_time
     began = clock()
     frames = sum(len(session.next()) for _ in range(_COUNTED_BLOCKS))
     rate = frames / (clock() - began)
-    if generator.device.type != "cuda":
+    if not on_gpu:
         return rate, 0, 0
-    return rate, _allocated(generator) - before, session.host_bytes + changes_bytes(session)
+    return rate, _allocated(generator) - before, generator.copies.pool.size_bytes
 
 
-def changes_bytes(session: Session) -> int:
-    """What a session takes of the host's memory beside that when it has been changed as often as its history can hold:
-    what its caches held, for each.
+def fill_history(session: Session) -> None:
+    """Plays until the history has once taken as much of the host's memory as it ever can: another change comes when its
+    blocks follow as many prompts as it may hold, each of which has left a cache behind.
     """
-    if session.state.stream is None or session.history_caches is None:
-        return 0
-    changes = min(session.history_caches, session.history_blocks)
-    return changes * sum(cache.size_bytes for cache in session.state.stream.caches)
+    blocks, plan = session.history_blocks, session.generator.plan
+    changes = blocks if session.history_caches is None else min(session.history_caches, blocks)
+    for _ in range(2 + blocks + (plan.window_frames or 0) // plan.block_frames):
+        session.next()
+    for number in range(changes + 1 if blocks else 0):
+        session.prompt = f"a picture, {number}"
+        for _ in range(max(1, (blocks + 1) // (changes + 1))):
+            session.next()
 
 
 def _allocated(generator: Generator) -> int:

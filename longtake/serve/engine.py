@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -42,7 +42,8 @@ _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next 
 @dataclass(frozen=True)
 class Made:
     """Frames of a session: `frames` uint8 [T, h, w, 3] from number `first` on, all of `block` or, of the first one that
-    is generated, a part; `rewindable` blocks can be taken back; `seconds` since the block was begun.
+    is generated, a part; `rewindable` blocks can be taken back; `seconds` since the block was begun and the one before
+    it had come out.
     """
 
     session: str
@@ -259,13 +260,15 @@ class Engine:
 
     # ---- the thread that waits for frames ---------------------------------------------------------------------------
     def _fetch(self) -> None:
+        now = 0.0  # when the block before has come out: until then the device was busy with it
         while (item := self._on_their_way.get()) is not None:
             lane, block, frames, began = item
+            alone = max(began, now)
             try:
                 first = block.first
                 for piece in frames.pieces:
                     array = piece.array()
-                    self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - began))
+                    self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - alone))
                     first += len(array)
                 now = monotonic()
                 lane.came(block, now - began, now)
@@ -359,7 +362,8 @@ class Engine:
         """Of the device; what nobody uses of a CPU's is given back first."""
         if self._generator.device.type == "cpu":
             trim()
-        return Memory.of(self._generator.device)
+        pool = self._generator.copies.pool
+        return replace(Memory.of(self._generator.device), host=pool.size_bytes, host_seconds=round(pool.seconds, 3))
 
     def _lane(self, name: str) -> Lane:
         if name not in self._lanes:

@@ -352,7 +352,12 @@ class Hub:
             "model": asdict(self.model),
             "stream": {key: stream[key] for key in ("height", "width", "codec")} | {"formats": list(formats)},
             "limits": asdict(self.settings.limits) | {"blocks_ahead": self.settings.blocks_ahead},
-            "memory": {"used_bytes": self.memory.used, "held_bytes": self.memory.held},
+            "memory": {
+                "used_bytes": self.memory.used,
+                "held_bytes": self.memory.held,
+                "host_bytes": self.memory.host,
+                "host_seconds": self.memory.host_seconds,
+            },
             "sessions": {
                 "most": self.devices.most,
                 "now": self.devices.playing,

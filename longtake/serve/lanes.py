@@ -13,7 +13,7 @@ from longtake.inference.session import Session
 
 _TURN = 1.5  # blocks that a change takes, as long as none was measured: its own, and a rebuilt cache before it
 _SENDING_SECONDS = 0.05  # from the end of a block until it is encoded and has come to the viewer
-_REPORT_SECONDS = 0.5  # for so long a viewer plays on without saying so
+_REPORT_SECONDS = 0.5  # a viewer that plays says within this what it has seen
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Lane:
     `came`, which the one that fetches calls while a block is on its way.
 
     Fields: `number`, the change of prompt or picture that the next block follows, and `past`, the one that those before
-    `blocks` followed; `shown`, frames that the viewer had seen at `shown_at`; `ahead`, frames beyond those from which
-    on it waits; `block_seconds` that the latest block took; `turns`, seconds from the latest changes until the first
-    block that followed each, others' blocks between included; `dry_at`, the time at which one who watches in real time
-    would have seen all there is: a session whose viewer takes frames faster than that does not starve the others.
+    `blocks` followed; `shown`, frames that the viewer had seen at `shown_at` (None: it has not said yet); `ahead`,
+    frames beyond those from which on it waits; `block_seconds` that the latest block took; `turns`, seconds from the
+    latest changes until the first block that followed each, others' blocks between included; `dry_at`, the time at
+    which one who watches in real time would have seen all there is: a session whose viewer takes frames faster than
+    that does not starve the others.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Lane:
     ahead: int
     dry_at: float
     shown: int = 0
-    shown_at: float = 0.0
+    shown_at: float | None = None
     block_seconds: float = 0.0
     turns: deque[float] = field(default_factory=lambda: deque(maxlen=4))
     paused: bool = False
@@ -111,7 +112,8 @@ class Lane:
 
     def _seen(self, now: float) -> int:
         """Frames that a viewer will have seen by now: what it says of them comes late."""
-        since = min(_REPORT_SECONDS, now - self.shown_at) if self.shown else 0.0
+        since = 0.0 if self.shown_at is None else now - self.shown_at
+        since = since if since <= _REPORT_SECONDS else 0.0  # it has stopped
         return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
 
     def _bridge(self) -> int:
@@ -124,8 +126,9 @@ class Lane:
         return min(last, math.ceil(seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:
-        """A branch of this name."""
-        return replace(self, name=name, session=self.session.fork(), blocks=list(self.blocks), turns=self.turns.copy())
+        """A branch of this name, which nobody watches yet."""
+        session, blocks, turns = self.session.fork(), list(self.blocks), self.turns.copy()
+        return replace(self, name=name, session=session, blocks=blocks, turns=turns, shown_at=None)
 
 
 def apply(session: Session, kind: str, value: Any) -> None:

@@ -29,6 +29,7 @@ class _Collector:
             "viewers": ("Connections that watch", sum(len(live.viewers) for live in hub.live.values())),
             "memory_bytes": ("Memory of the device, else of the process", hub.memory.used),
             "memory_held_bytes": ("The same with what the process keeps for later", hub.memory.held),
+            "memory_host_bytes": ("Page-locked memory of the host, of histories", hub.memory.host),
             "frames_per_second": ("Frames a second while making them", hub.rate()),
         }
         for name, (about, value) in gauges.items():

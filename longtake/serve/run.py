@@ -55,6 +55,7 @@ def serve(source: Source, devices: Sequence[str | None], settings: ServeSettings
 
 def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]) -> None:
     """Serves an application until a signal ends it. Raises: LongtakeError when it cannot begin."""
+    _check_address(settings.host, settings.port)
     server = LiveServer(app, settings, say)
     with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises its signal once more when all is put away, or exits
         server.run()
@@ -63,6 +64,18 @@ def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]
     if not server.started:
         raise ConfigError(f"nothing is served at {settings.host}:{settings.port}; the log says why")
     say("ended; sessions are saved and can be opened again")
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before weights are loaded. Raises: ConfigError where nothing can listen there."""
+    family = socket_module.AF_INET6 if ":" in host else socket_module.AF_INET
+    try:
+        socket_module.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"nothing can be served at {host}:{port}: {error.strerror}; give another --port, 0 for a free one, or "
+            "another --host"
+        ) from error
 
 
 def address_of(host: str, port: int) -> str:

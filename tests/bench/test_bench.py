@@ -138,6 +138,10 @@ def test_one_source_at_a_time(tmp_path):
     assert result.exit_code == 2 and "give one of" in result.output
     result = CliRunner().invoke(app, ["bench", "--size", "480"])
     assert result.exit_code == 2 and "height x width" in result.output
+    result = CliRunner().invoke(app, ["bench", "--random", "toy", "--size", "10x32"])
+    assert (result.exit_code, result.output) == (
+        2, "ConfigError: height=10 must be a positive multiple of 16; set it to 16 or 32\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

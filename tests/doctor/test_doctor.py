@@ -264,6 +264,7 @@ def test_other_machines(workshop, tmp_path, machine, quick):
             ("--device", "TPU"),
             "--device TPU is not known; give H200, H100, A100, RTX 5090, RTX 4090, RTX 3090, or memory such as 24GB",
         ),
+        (("--device", "0GB"), "--device 0GB is not known; give H200"),
         (("--gpus", 64), "batch_size=4 must be a multiple of 64 ranks"),
         (("--gpus", 0), "greater than or equal to 1"),
     ):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from page_locks import PageLocks
 from tiny_sessions import KINDS, OTHER, A, B, C, make_generator, open_session, take
 
+from longtake.inference.host_copies import HostCopies
 from longtake.models.cache import KVCache
 
 BLOCKS = 12
@@ -26,6 +28,7 @@ def steered(session, number):
 @pytest.mark.parametrize(("kind", "ready"), [*((kind, 3) for kind in KINDS), ("plain", 0)])
 def test_all_of_a_history_comes_again_over_changes_and_cuts(kind, ready):
     generator = make_generator(history_blocks=9, **KINDS[kind])
+    generator.copies = HostCopies(PageLocks())  # memory that is used again, as with a GPU
     session = open_session(generator, seed=3, ready_blocks=ready)
     frames = [steered(session, number) for number in range(BLOCKS)]
     for back in (3, 9, 2):  # each from the end that was made again
@@ -91,7 +94,7 @@ def test_the_device_holds_one_window_and_the_host_what_is_counted():
         most = 6 * generator.plan.block_frames * frame + 2 * cache.size_bytes
         assert session._past.size_bytes <= most
     assert {id(state.stream.cache) for state in session._history} == {id(cache)}
-    copied = session._past.copies.empty((2, 3), torch.float32)
+    copied = session._past.copies.empty((2, 3), torch.float32, cache.device)
     assert not copied.is_pinned()  # there is no GPU here
 
 

@@ -19,6 +19,7 @@ from longtake.cli.app import app
 from longtake.config.generation import GenerationConfig, changes_of, generation_settings
 from longtake.config.job import load_config
 from longtake.errors import CheckpointError, ConfigError
+from longtake.inference import pipeline
 from longtake.inference.export import export
 from longtake.inference.generator import Source
 from longtake.inference.video_io import read_video
@@ -152,8 +153,12 @@ def test_a_checkpoint_keeps_its_rules(models, workshop, tmp_path):
     assert Source.of_run(checkpoint).weights == checkpoint / "generator"
 
 
-def test_weights_and_encoders_must_fit(models, tmp_path):
-    with pytest.raises(ConfigError, match="height=72 must be a positive multiple of 16"):
+def test_weights_and_encoders_must_fit(models, tmp_path, monkeypatch):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ConfigError, match="height=72 must be a positive multiple of 16"),
+    ):
+        patched.setattr(pipeline, "streaming_model", lambda *_: pytest.fail("weights were read before"))
         Generator.from_model(models / "original", "cpu", changes={**RULES, "height": 72})
     config = TEACHER.__class__(**{**TEACHER.to_dict(), "out_channels": 8})
     save_dit(config, make_model(config).state_dict(), tmp_path / "model")

@@ -3,16 +3,10 @@
 import pytest
 import torch
 from tape import Tape
-from tiny_sessions import PICTURE, A, make_generator
+from tiny_sessions import make_generator
 
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
-from longtake.serve.capacity import Memory, changes_bytes, warm_up
-
-
-def test_bytes_of_changes_are_counted(generator):
-    session = generator.open(PICTURE, A, seed=1, guidance=2.0, history_blocks=6, history_caches=2)
-    session.next()
-    assert changes_bytes(session) == 2 * sum(cache.size_bytes for cache in session.state.stream.caches) > 0
+from longtake.serve.capacity import Memory, warm_up
 
 
 @pytest.mark.parametrize(("history", "kept"), [(6, 0), (0, 1)])
@@ -28,4 +22,4 @@ def test_memory_that_is_told_is_what_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9)
     assert Memory.of(torch.device("cuda")) == Memory(used=5, held=9)
     assert Memory.of(torch.device("cpu")).used > 10**6
-    assert Memory(1, 2) + Memory(3, 4) == Memory(4, 6)
+    assert Memory(1, 2, 5, 0.5) + Memory(3, 4, 6, 1.0) == Memory(4, 6, 11, 1.5)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from longtake.serve import engine as engine_module
+from longtake.serve.engine import Engine
 from longtake.serve.lanes import Block, Lane
 
 FPS, FRAMES = 16, 16
@@ -63,7 +66,7 @@ def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
     silent = lane()
     silent.came(silent.blocks[-1], 0.2, 1.0)
-    assert change(silent, 1, at=99.0, told=2.0) == 16  # one that says nothing is not playing on for ever
+    assert change(silent, 9, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
 
 
 @pytest.mark.parametrize("waits", ["paused", "full"])
@@ -81,6 +84,29 @@ def test_waiting_for_the_viewer_is_no_turn(waits: str) -> None:
 def test_a_branch_has_turns_of_its_own() -> None:
     one = lane()
     one.session.fork = lambda: one.session  # type: ignore[method-assign]
+    one.saw(5, 2.0)
     branch = one.fork("two")
     one.turns.append(0.5)
-    assert not branch.turns
+    assert not branch.turns and (branch.shown, branch.shown_at) == (5, None)
+
+
+def test_seconds_of_a_block_are_those_of_the_device_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is begun while the first is made, and waits for it; a third when nobody has wanted one for a while."""
+    now, out = [0.0], []
+
+    class Piece:
+        def __init__(self, arrives: float) -> None:
+            self.arrives = arrives
+
+        def array(self) -> np.ndarray:
+            now[0] = self.arrives
+            return np.zeros((FRAMES, 1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
+    engine, one = Engine(cast(Any, None), out.append, 2, 2), lane()
+    for number, (began, arrives) in enumerate([(0.0, 0.5), (0.125, 1.0), (2.0, 2.5)]):
+        item = one, Block(FRAMES * number, FRAMES, 0), SimpleNamespace(pieces=[Piece(arrives)]), began
+        engine._on_their_way.put(cast(Any, item))
+    engine._on_their_way.put(None)
+    engine._fetch()
+    assert [made.seconds for made in out] == [0.5] * 3
