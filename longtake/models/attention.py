@@ -35,6 +35,9 @@ ONE_THREAD = threading.RLock()
 SHAPES = VARIANTS = 64
 
 
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(Protocol):
     """Signature of the replaceable entry."""
 
@@ -47,12 +50,14 @@ class FrameMask:
 
     `allowed` [E, S] boolean, `tokens` per frame, `flex` the block mask of `flex_attention` or None. Without it
     there are `parts`: runs of entries that see the same slots, each attended by itself: (first entry, end, slots).
+    `together`, what attends in all parts by one call, where there is something (`apart.py`).
     """
 
     allowed: Tensor
     tokens: int
     flex: Any = None
     parts: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    together: Run | None = None
 
 
 def make_mask(allowed: Tensor, tokens: int, device: torch.device, *, flex: bool | None = None) -> FrameMask:
@@ -96,7 +101,7 @@ def attend_fastest(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = 
     again, since finding it takes seconds. Where there will be gradients, `choose_kernels` finds it beforehand.
     """
     if mask is not None and mask.flex is None:
-        return in_parts(q, k, v, mask, attend_fastest)
+        return in_parts(q, k, v, mask, attend_fastest) if mask.together is None else mask.together(q, k, v)
     if mask is not None or not q.is_cuda:
         return attend(q, k, v, mask=mask)
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -112,7 +117,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_width: int) ->
         gradient_kernels(device, dtype, head_width, many_keys)
 
 
-def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Attention) -> Tensor:
+def in_parts(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, plain: Run) -> Tensor:
     """`attend` with the `parts` of a mask: `plain` attention of each run of entries to the slots that it sees.
 
     Only permitted pairs are computed, which a dense mask does not spare. Where the runs see one slot after
@@ -146,8 +151,6 @@ def _parts(allowed: Tensor) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     return tuple((start, end, rows[start]) for start, end in zip(starts, [*starts[1:], len(rows)]))
 
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 MANY_KEYS = 1024  # from here on keys are many (frames), below few (text, image): the best kernels may differ
 MARGIN = 1.05  # a kernel takes the place of one named before it when it is so much faster: the same one each time
 
@@ -172,7 +175,7 @@ def forward_kernels(device: torch.device, dtype: torch.dtype, head_width: int, m
         if flash is not None and _is_right(flash, device, dtype, head_width):
             kernels.insert(0, flash)
         if len(kernels) > 1:
-            problem = _problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
+            problem = random_problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
             kernels = _by_time(kernels, problem)
     _tell("attention", kernels, device, dtype, many_keys=many_keys)
     return tuple(kernels)
@@ -184,12 +187,15 @@ def gradient_kernels(device: torch.device, dtype: torch.dtype, head_width: int, 
     kernels = [Kernel(backends(device, dtype, head_width)[0].name, attend)]
     with ONE_THREAD, torch.enable_grad():
         flash = None if _flash4_for(device, dtype, head_width) is None else _flash4_with_gradient()
-        if flash is not None and _is_right(flash, device, dtype, head_width, gradients=True):
+        sizes = [(200, 321), *([] if many_keys else [(4096, 70)])]  # queries in pieces, too
+        if flash is not None and all(
+            _is_right(flash, device, dtype, head_width, *each, gradients=True) for each in sizes
+        ):
             kernels.insert(0, flash)
         elif flash is not None:
             logger.warning("FlashAttention-4 is not used where there are gradients: its own are not right, or missing")
         if len(kernels) > 1:
-            problem = _problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
+            problem = random_problem(device, dtype, head_width, 6144, 16384 if many_keys else 512, heads=12)
             for tensor in problem:
                 tensor.requires_grad_()
             kernels = _by_time(kernels, problem)
@@ -207,13 +213,13 @@ def flex_is_faster(device: torch.device, dtype: torch.dtype, head_width: int) ->
     allowed = torch.ones(3, 3, dtype=torch.bool).tril().repeat_interleave(4, 0).repeat_interleave(4, 1)
     choose_kernels(device, dtype, head_width)
     with ONE_THREAD, torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        problem = _problem(device, dtype, head_width, 12 * 1024, 12 * 1024, heads=12)
+        problem = random_problem(device, dtype, head_width, 12 * 1024, 12 * 1024, heads=12)
         for tensor in problem:
             tensor.requires_grad_()
         by_flex, in_turn = (make_mask(allowed, 1024, device, flex=flex) for flex in (True, False))
-        parts = _milliseconds(partial(attend_fastest, mask=in_turn), problem)
+        parts = milliseconds(partial(attend_fastest, mask=in_turn), problem)
         try:
-            flex = _milliseconds(partial(attend, mask=by_flex), problem)
+            flex = milliseconds(partial(attend, mask=by_flex), problem)
         except RuntimeError as error:  # its compiler
             logger.warning("masked attention goes part by part, flex attention failed: %s", str(error).splitlines()[0])
             return False
@@ -228,7 +234,7 @@ def _tell(what: str, kernels: Sequence[Kernel], device: torch.device, dtype: tor
 
 def _by_time(kernels: Sequence[Kernel], problem: tuple[Tensor, Tensor, Tensor]) -> list[Kernel]:
     """Kernels with their times, without the one that keeps all scores; those within `MARGIN` of the fastest first."""
-    timed = [replace(k, ms=_milliseconds(k.run, problem)) for k in kernels if k.name != SDPBackend.MATH.name]
+    timed = [replace(k, ms=milliseconds(k.run, problem)) for k in kernels if k.name != SDPBackend.MATH.name]
     fastest = min(kernel.ms or 0.0 for kernel in timed)
     return sorted(timed, key=lambda kernel: (kernel.ms or 0.0) > MARGIN * fastest)
 
@@ -272,7 +278,7 @@ def _flash4() -> Kernel | None:
     return Kernel("FLASH_ATTENTION_4", run)
 
 
-def _problem(
+def random_problem(
     device: torch.device, dtype: torch.dtype, head_width: int, queries: int, keys: int, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random q, k and v."""
@@ -283,20 +289,26 @@ def _problem(
 
 
 def _is_right(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: int, *, gradients: bool = False
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    queries: int = 200,  # no multiples of a kernel's tile
+    keys: int = 321,
+    *,
+    gradients: bool = False,
 ) -> bool:
     """Whether a kernel runs and agrees with the mathematical definition in float64, with its `gradients` too where
     asked for; says when its result is wrong.
     """
-    # No multiples of a kernel's tile; the gradient of a result goes along it.
-    q, k, v = _problem(device, dtype, head_width, 200, 321, heads=2)
+    q, k, v = random_problem(device, dtype, head_width, queries, keys, heads=2)  # a result's gradient goes along it
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # why it does not take this problem
-            found = _results(kernel.run, (q, k, v), gradients=gradients)
+            found = results_of(kernel.run, (q, k, v), gradients=gradients)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # it does not support this type or device
         logger.debug("attention kernel %s is not available: %s", kernel.name, error)
         return False
-    truth = _results(_defined, (q.double(), k.double(), v.double()), gradients=gradients)
+    truth = results_of(defined, (q.double(), k.double(), v.double()), gradients=gradients)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     if all(float((a.double() - b).norm() / b.norm()) <= tolerance for a, b in zip(found, truth, strict=True)):
         return True
@@ -304,7 +316,7 @@ def _is_right(
     return False
 
 
-def _results(run: Run, problem: tuple[Tensor, Tensor, Tensor], *, gradients: bool) -> tuple[Tensor, ...]:
+def results_of(run: Run, problem: tuple[Tensor, Tensor, Tensor], *, gradients: bool) -> tuple[Tensor, ...]:
     """What a kernel makes of a problem, and where asked for the gradients of half the square of that."""
     if not gradients:
         return (run(*problem),)
@@ -313,12 +325,13 @@ def _results(run: Run, problem: tuple[Tensor, Tensor, Tensor], *, gradients: boo
     return out.detach(), *torch.autograd.grad(out, leaves, out.detach())
 
 
-def _defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, scale 1/sqrt(K), as it is defined."""
     scores = torch.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v)
 
 
-def _milliseconds(run: Run, problem: tuple[Tensor, Tensor, Tensor]) -> float:
+def milliseconds(run: Run, problem: tuple[Tensor, Tensor, Tensor]) -> float:
     """Of one call on a GPU, with its backward where the problem asks for gradients: the best of three rounds of ten."""
     learnt = [tensor for tensor in problem if tensor.requires_grad]
 

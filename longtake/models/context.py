@@ -5,7 +5,6 @@ Between the transformer, which knows no cache layout, and the cache, which knows
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from longtake.condition import MaskLayout
+from longtake.models.apart import Places, apart, joined, turned
 from longtake.models.attention import FrameMask, block_mask, has_triton, make_mask
 from longtake.models.cache import CacheView, KVCache, beside
 from longtake.models.execution import WHOLE_NETWORK, Execution, Run
-from longtake.models.layers import RMSNorm, rms_norm, rotated
+from longtake.models.layers import RMSNorm, rotated
+from longtake.models.norms import rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard
-
-logger = logging.getLogger(__name__)
+from longtake.models.trial import is_right
 
 Projected = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of a call's tokens
 Made = tuple[Tensor, Tensor, Tensor]  # queries, and keys and values that they attend to
@@ -36,21 +36,39 @@ class Projection(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PreparedMask:
-    """A `MaskLayout` (`key_entry` None: its keys are plain) for frames of some number of tokens, on a device."""
+    """A `MaskLayout` (`key_entry` None: its keys are plain) for frames of some number of tokens, on a device; `places`,
+    where each part of the mask has slots of its own.
+    """
 
     frame_index: Tensor
     key_position: Tensor
     key_entry: Tensor | None
     mask: FrameMask
     later_from: int | None = None
+    places: Places | None = None
 
     @classmethod
-    def of(cls, layout: MaskLayout, tokens: int, device: torch.device, *, flex: bool | None = None) -> PreparedMask:
-        """As `make_mask` makes it of the layout."""
+    def of(
+        cls,
+        layout: MaskLayout,
+        tokens: int,
+        device: torch.device,
+        *,
+        flex: bool | None = None,
+        heads: tuple[torch.dtype, int] | None = None,
+    ) -> PreparedMask:
+        """As `make_mask` makes it of the layout. Args: `heads`, type and width of heads, where each part shall have
+        slots of its own (`apart.py`).
+        """
         moved = layout.to(device)
-        entry = None if layout.plain_keys else moved.key_entry
+        entry, position = moved.key_entry, moved.key_position
         mask = make_mask(moved.allowed, tokens, device, flex=flex)
-        return cls(moved.frame_index, moved.key_position, entry, mask, layout.later_from)
+        if heads is None or len(mask.parts) < 2:
+            return cls(moved.frame_index, position, None if layout.plain_keys else entry, mask, layout.later_from)
+        mask, slots = apart(mask)
+        places = Places.of(entry[slots], tokens, int(entry.max()) + 1)
+        mask = joined(mask, *heads)
+        return cls(moved.frame_index, position[slots], entry[slots], mask, layout.later_from, places)
 
     @property
     def num_entries(self) -> int:
@@ -94,14 +112,18 @@ class SelfContext:
 
         Args: `projected` queries, keys and values [B, E, l, D] of this process's tokens; `norms` of the first two.
         """
-        norm, (q_norm, k_norm), (q, k, v) = self.execution.fused(rms_norm), norms, projected
-        q, k = norm(q, q_norm.weight, q_norm.eps), norm(k, k_norm.weight, k_norm.eps)
+        (q_norm, k_norm), (q, k, v) = norms, projected
+        q, k = (rms_norm(t, one.weight, one.eps, self.execution) for t, one in ((q, q_norm), (k, k_norm)))
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        # A kernel of its own: the compiler's one for norm and rotation took longer than both (41 and 32 us on an H200).
-        q = self.execution.fused(rotated)(q, self.query_turn)
+        q = self.turned(q)
         # From here on all tokens of the call, and where processes shard them, some of the heads: [B, E * L, n, K].
         q, k, v = (t.flatten(1, 2) for t in self.shard.to_heads(q, k, v))
         return q, *self.extend(layer, k, v)
+
+    def turned(self, q: Tensor) -> Tensor:
+        """Queries [B, E, l, N, K] of this process's tokens, rotated."""
+        # A kernel of its own: the compiler's one for norm and rotation took longer than both (41 and 32 us on an H200).
+        return self.execution.fused(rotated)(q, self.query_turn)
 
     def rotated(self, k: Tensor) -> Tensor:
         return self.execution.fused(rotated)(k, self.key_turn)
@@ -118,12 +140,17 @@ class MaskedContext(SelfContext):
 
     def __init__(self, prepared: PreparedMask, past: MaskOverCache | None, *common: Any) -> None:
         super().__init__(*common)
-        self.mask, self.key_entry = prepared.mask, prepared.key_entry
+        self.mask, self.key_entry, self.places = prepared.mask, prepared.key_entry, prepared.places
         self.past = past if past is not None and past.slots.numel() else None
+
+    def turned(self, q: Tensor) -> Tensor:
+        return super().turned(q) if self.places is None else turned(q, self.query_turn)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, FrameMask | None]:
         if self.past is not None:
             k, v = self._with_past(self.past, layer, k, v)
+        if self.places is not None:
+            return self.places.put(k, self.key_turn), self.places.put(v), self.mask
         if self.key_entry is not None:
             k, v = (
                 t.unflatten(1, (-1, self.mask.tokens)).index_select(1, self.key_entry).flatten(1, 2) for t in (k, v)
@@ -193,11 +220,10 @@ def attended_at_once(device: torch.device, dtype: torch.dtype) -> Callable[..., 
     """The kernel of `attended_triton.py`; None, which is said once, where it is not right."""
     from longtake.models.attended_triton import attended as kernel
 
-    wrong = {rope: _difference(kernel, rope, device, dtype) for rope in ("relative", "absolute")}
-    if all(error <= 1e-2 for error in wrong.values()):
-        return kernel
-    logger.warning("the kernel of what attention reads is off by %s on %s and is not used", wrong, device)
-    return None
+    def off() -> list[float]:
+        return [_difference(kernel, rope, device, dtype) for rope in ("relative", "absolute")]
+
+    return kernel if is_right("the kernel of what attention reads", device, off) else None
 
 
 @torch.no_grad()

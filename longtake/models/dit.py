@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
+from longtake.models.apart import of_heads
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.context import (
@@ -38,21 +39,17 @@ from longtake.models.layers import (
     ImageEmbedding,
     RMSNorm,
     Ungated,
-    added_then_modulated,
-    at_once,
     gated,
     gated_then_modulated,
-    gated_then_normed,
     into,
     linear_fp32,
     mlp,
-    modulated,
     read_clock,
-    rms_norm,
     rope_turn,
     sinusoid,
     unturned,
 )
+from longtake.models.norms import added_then_modulated, at_once, gated_then_normed, kept_and_modulated, rms_norm
 from longtake.models.sequence_parallel import NO_SPLIT, TokenShard, check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.plan import StreamPlan
@@ -116,7 +113,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor | Rows, parts: Sequence[tuple[int, tuple[Tensor, ...]]], tokens: int, execution: Execution
     ) -> Tensor:
         """x [B, E * tokens, D] -> the same. Args: `parts` as those of a `CrossContext`."""
-        q = execution.fused(rms_norm)(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps, execution).unflatten(-1, (self.num_heads, -1))
         queries = [q] if len(parts) == 1 else q.split([entries * tokens for entries, _ in parts], 1)
         made = [self._attended(part, kept, execution) for part, (_, kept) in zip(queries, parts, strict=True)]
         return into(self.o, (made[0] if len(made) == 1 else torch.cat(made, 1)).flatten(2), execution)
@@ -159,23 +156,22 @@ class Block(nn.Module):
         """
         entries, tokens = x.shape[1], x.shape[2]
         layers = cast(tuple[nn.Linear, ...], (self.self_attn.q, self.cross_attn.q, self.ffn[0]))
-        execution, fused = self_context.execution, self_context.execution.fused
-        once = partial(at_once, execution)
+        execution = self_context.execution
         own, across, within = (execution.entering(layer.weight) for layer in layers)
         # [6][B, E, 1, D] in float32: shift, scale, gate of the attention, then of the MLP
         s1, c1, g1, s2, c2, g2 = (modulation + self.modulation.float()).unsqueeze(3).unbind(2)
 
         if isinstance(x, Ungated):
-            x, h = once(gated_then_modulated)(*x, s1, c1, self.eps, own)
+            x, h = at_once(execution, gated_then_modulated)(*x, s1, c1, self.eps, own)
         else:
-            h = fused(modulated)(x, s1, c1, self.eps, own)
+            x, h = kept_and_modulated(x, s1, c1, self.eps, own, execution)
         h = self.self_attn(h, self_context, layer)
-        x, h = once(gated_then_normed)(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across)
+        x, h = gated_then_normed(x, h, g1, self.norm3.weight, self.norm3.bias, self.eps, across, execution)
         cross = cross_context.parts(self.cross_attn, layer, entries)
         h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
-        x, h = once(added_then_modulated)(x, h, s2, c2, self.eps, within)
+        x, h = added_then_modulated(x, h, s2, c2, self.eps, within, execution)
         left = Ungated(x, mlp(self.ffn, h, execution), g2)
-        return left if leaves_gate else fused(gated)(*left)
+        return left if leaves_gate else execution.fused(gated)(*left)
 
 
 class VideoDiT(nn.Module):
@@ -382,8 +378,9 @@ class VideoDiT(nn.Module):
             context = self._prepared(layout, rows * columns, x.device)
         if isinstance(context, PreparedMask):
             mine, keys, shard, execution = common(context.frame_index, context.key_position)
-            if past is not None and past.cache.rope == "absolute":  # which holds keys that are rotated already
-                keys = unturned(keys, context.num_entries * rows * columns, past.slots.numel() * rows * columns)
+            stored = None if past is None or past.cache.rope == "relative" else context.key_entry
+            if stored is not None:  # frames of a cache among them are rotated already
+                keys = unturned(keys, stored >= context.num_entries)
             return context.frame_index + offset, MaskedContext(context, past, mine, keys, shard, execution)
         frame_index = torch.arange(x.shape[1], device=x.device)
         return frame_index, SelfContext(*common(frame_index, frame_index))
@@ -441,6 +438,8 @@ class VideoDiT(nn.Module):
         """A mask for frames of `tokens`, made once and forgotten with its layout."""
         known = self._masks.setdefault(layout, {})
         if (tokens, device) not in known:
-            flex = self.execution.flex(device, self.config.head_width)
-            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex)
+            width = self.config.head_width
+            flex = self.execution.flex(device, width)
+            heads = of_heads(device, width) if flex is False and self.execution.fuses else None
+            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex, heads=heads)
         return known[tokens, device]

@@ -64,8 +64,9 @@ class Execution:
     ("selective") or but self-attention and matrix products ("products"), or of each block another of these;
     `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
     low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
-    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets;
-    `calls`, what makes the network's calls, None where Python does.
+    element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets, and
+    `by_rows`, whether norms that are learnt through are kernels of ours instead (`norms.py`); `calls`, what makes the
+    network's calls, None where Python does.
     """
 
     split: SequenceParallel | None = None
@@ -74,6 +75,7 @@ class Execution:
     updates: Updates | None = None
     attend: Attention = attend
     fuses: bool = False
+    by_rows: bool = False
     calls: Calls | None = None
 
     def fused(self, function: F) -> F:

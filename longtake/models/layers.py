@@ -6,10 +6,7 @@ original computes in float32 is computed in float32 here, under autocast as well
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +15,15 @@ from torch import Tensor, nn
 from longtake.models.attention import has_triton
 from longtake.models.execution import Execution
 from longtake.models.fp8 import (
-    FP8,
     FP8Linear,
     Rows,
     entering,
     gelu_quantised,
     gelu_quantised_once,
-    has_kernel,
     quantised,
 )
+from longtake.models.gelu import mlp_with_gradient
 from longtake.models.sizes import DiTConfig
-
-logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
 
@@ -128,46 +122,6 @@ def added_then_modulated(
     return x, modulated(x, shift, scale, eps, dtype)
 
 
-# Of tokens, what is added to them, and at the end the type of weights: their sum, and its norm as it enters these
-Normed = Callable[..., tuple[Tensor, Tensor | Rows]]
-
-
-def at_once(execution: Execution, function: Normed) -> Normed:
-    """`function`, one of the three above: without gradient on a GPU as a kernel, where that is right, else fused."""
-
-    def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor | Rows]:
-        quick = execution.fuses and x.is_cuda and not torch.is_grad_enabled() and has_triton()
-        quick = quick and (given[-1] != FP8 or has_kernel(x.device))  # which then has instructions for the rounding
-        kernel = in_one_pass(function, x.device, given[-1]) if quick else None
-        return (kernel or execution.fused(function))(x, *given)
-
-    return run
-
-
-@cache
-def in_one_pass(function: Normed, device: torch.device, dtype: torch.dtype) -> Normed | None:
-    """The kernel of `normed_triton.py` for `function`; None, which is said once, where it is not right."""
-    from longtake.models import normed_triton
-
-    kernel: Normed = getattr(normed_triton, function.__name__)
-    generator = torch.Generator(device).manual_seed(0)
-    x, made, modulation = (torch.randn(2, 3, n, 48, device=device, generator=generator) for n in (5, 5, 3))
-    gate, *rest = modulation.unsqueeze(3).unbind(2)
-    if function is gated_then_normed:
-        rest = [rest[0][0, 0, 0], rest[1][0, 0, 0]]
-    given = [made.bfloat16(), *([] if function is added_then_modulated else [gate]), *rest, 1e-6, dtype]
-    found = []
-    for run in (kernel, function):
-        total, normed = run(x, *given)
-        normed = normed.values.float() * normed.scale if isinstance(normed, Rows) else normed.float()
-        found.append(torch.cat([total.flatten(), normed.flatten()]))
-    wrong = float((found[0] - found[1]).norm() / found[1].norm())
-    if wrong <= 1e-2:
-        return kernel
-    logger.warning("the kernel of %s is off by %.3f on %s and is not used", function.__name__, wrong, device)
-    return None
-
-
 def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tensor:
     """How tokens of S frames at the given frame positions are `rotated`: [S * height * width, 1, K/2, 2], float32.
 
@@ -191,10 +145,11 @@ def rope_turn(frames: Tensor, height: int, width: int, head_width: int) -> Tenso
     return torch.stack([angles.cos().float(), angles.sin().float()], -1)
 
 
-def unturned(turn: Tensor, start: int, count: int) -> Tensor:
-    """`turn` [L, 1, K/2, 2] with `count` tokens from `start` on that stay as they are."""
-    stays = torch.tensor([1.0, 0.0], device=turn.device).expand(count, *turn.shape[1:])
-    return torch.cat([turn[:start], stays, turn[start + count :]])
+def unturned(turn: Tensor, stays: Tensor) -> Tensor:
+    """`turn` [S * L, 1, K/2, 2] with frames that stay as they are, where `stays` [S]."""
+    still = torch.tensor([1.0, 0.0], device=turn.device)
+    by_frame = turn.unflatten(0, (stays.numel(), -1))
+    return torch.where(stays[:, None, None, None, None], still, by_frame).flatten(0, 1)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -218,20 +173,25 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
 
 def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
     """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product where no
-    gradient is wanted, or of quantising its result.
+    gradient is wanted, of one operator where one is, or of quantising the first product's result.
     """
     first, second = layers[0], layers[2]
     if isinstance(x, Rows):
         hidden = first(x)
         once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
         return second((once or execution.fused(gelu_quantised))(hidden))
-    alone = x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if type(first) is not nn.Linear and not torch.is_grad_enabled():
         return _by_frames(layers, x)
-    if not (execution.fuses and alone and type(first) is nn.Linear):  # not one with low-rank updates
+    alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
+    if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
-    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
+    if torch.is_grad_enabled():
+        if type(second) is not nn.Linear:
+            return layers(x)
+        last, last_bias = second.weight.to(x.dtype), second.bias.to(x.dtype)
+        return mlp_with_gradient(x.flatten(0, -2), weight, bias, last, last_bias).unflatten(0, x.shape[:-1])
+    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
     hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return second(hidden.unflatten(0, x.shape[:-1]))
 

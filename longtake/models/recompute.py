@@ -116,8 +116,8 @@ def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointP
     # Flash4's operator is there only where its package is; its name is there always.
     if operator in _attention():
         queries, keys = (each.shape[-2] for each in inputs[:2])
-    elif operator.name() == "longtake::flash4":
-        queries, keys = (each.shape[1] for each in inputs[:2])
+    elif operator.name() in ("longtake::flash4", "longtake::flash4_joined"):
+        queries, keys = (each.shape[-3] for each in inputs[:2])
     else:
         return CheckpointPolicy.PREFER_RECOMPUTE
     # Attention to text and picture has fewer keys than queries: it costs little to run again and as much to keep.
@@ -125,7 +125,8 @@ def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointP
 
 
 def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+    products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    if operator in products or operator.name() == "longtake::mlp":
         return CheckpointPolicy.MUST_SAVE
     return _policy(context, operator, *args, **options)
 

@@ -14,6 +14,7 @@ from longtake.errors import ConfigError
 from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import LARGE_WIDTH, Calls, Execution
+from longtake.models.norms import are_faster
 from longtake.models.recompute import Again, ByBlock
 from longtake.parallel.mesh import Mesh
 from longtake.train.keeping import FEWEST_BLOCKS, first_ways
@@ -54,7 +55,9 @@ def quick(
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    execution = replace(model.execution, attend=attend_fastest, fuses=is_fused(model, sharded=sharded))
+    fuses = is_fused(model, sharded=sharded)
+    by_rows = fuses and are_faster(device, product_type, model.config.dim)
+    execution = replace(model.execution, attend=attend_fastest, fuses=fuses, by_rows=by_rows)
     if model.config.dim >= LARGE_WIDTH:
         return execution
     if sharded and calls is not None:

@@ -185,7 +185,7 @@ def test_the_fastest_kernel_is_chosen_once_and_ties_go_to_the_first(times, first
         calls.append(run)
         return times["abc".index(run)]
 
-    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "milliseconds", milliseconds)
     kernels = [attention.Kernel(name, name) for name in "abc"]  # type: ignore[arg-type]
     every = [*kernels, attention.Kernel("MATH", "none")]  # type: ignore[arg-type]
     assert attention._by_time(every, ())[0].name == first and calls == ["a", "b", "c"]  # type: ignore[arg-type]
@@ -225,8 +225,8 @@ def test_masks_go_the_way_that_was_faster(ms, expected, monkeypatch, caplog) -> 
             raise RuntimeError("no code for this device")
         return time
 
-    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
-    monkeypatch.setattr(attention, "_problem", lambda *_, **__: (torch.zeros(1),) * 3)
+    monkeypatch.setattr(attention, "milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "random_problem", lambda *_, **__: (torch.zeros(1),) * 3)
     monkeypatch.setattr(attention, "choose_kernels", lambda *_: None)
     monkeypatch.setattr(attention, "has_triton", lambda: True)
     attention.flex_is_faster.cache_clear()
@@ -279,7 +279,7 @@ class TestCuda:
         shapes = [(2, 700, 3, 128), (2, keys, 3, 128), (2, keys, 3, 128)]
         values = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n, shape in enumerate(shapes)]
         results = []
-        for run, kind in ((attention.attend_fastest, dtype), (attention._defined, torch.float64)):
+        for run, kind in ((attention.attend_fastest, dtype), (attention.defined, torch.float64)):
             q, k, v = (value.to(device, kind).requires_grad_() for value in values)
             out = run(q, k, v)
             out.square().sum().backward()

@@ -12,7 +12,8 @@ import torch
 import longtake.models
 from longtake.models import layers
 from longtake.models.fp8 import FP8, Rows
-from longtake.models.layers import added_then_modulated, gated_then_modulated, gated_then_normed, in_one_pass
+from longtake.models.layers import added_then_modulated, gated_then_modulated, gated_then_normed
+from longtake.models.norms import in_one_pass
 
 FUNCTIONS = (gated_then_modulated, gated_then_normed, added_then_modulated)
 CPU = torch.device("cpu")
