@@ -342,6 +342,8 @@ def _check_fit(model: VideoDiT, encoders: Encoders, source: Source) -> None:
 
 def check_prompt(text: str) -> str:
     """The prompt. Raises: ConfigError when it is empty or no text."""
+    if not isinstance(text, str):
+        raise ConfigError(f"the prompt is {text!r} and no text; say what should move and how")
     if not text.strip():
         raise ConfigError("the prompt is empty; say what should move and how")
     if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
@@ -351,8 +353,8 @@ def check_prompt(text: str) -> str:
 
 def check_request(guidance: float, seed: int, negative: str | None) -> None:
     """Raises ConfigError for a seed that is none, and for a negative prompt that nothing would read."""
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
+    if not (hasattr(seed, "__index__") and 0 <= seed < 2**63):
+        raise ConfigError(f"seed={seed!r} must be a whole number, at least 0 and below 2^63")
     if negative is not None and guidance == 1:
         raise ConfigError(
             f"a negative prompt ({negative!r}) has no effect with guidance=1; set guidance above 1 (it doubles the "
