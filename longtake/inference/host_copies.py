@@ -1,9 +1,11 @@
 """Copies of a device's tensors in the host's memory, made beside what the device computes.
 
 Those of a GPU lie in page-locked memory, which it writes and reads without the processor. To lock pages takes about a
-second a GB, in which their thread does nothing else, and torch rounds what it locks up to a power of two: pieces are
-locked one by one at their size, and used again. On a CPU copies are plain tensors, made at once. Must know nothing of
-what is copied.
+second a GB, in which their thread does nothing else. torch (2.13, `ATen/core/CachingHostAllocator.h`) rounds what it
+locks up to a power of two, uses a piece again only when its streams have done all that they had been given when it
+became free, and unlocks all free ones whenever a CUDA graph is recorded (`torch.cuda.graph`). Here pieces are locked
+one by one at their size, and stay. On a CPU copies are plain tensors, made at once. Must know nothing of what is
+copied.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from longtake.data.h264 import BT601, configure, picture_of
 
 LEAST_SIDE = 256
 _CRF = "17"
+_SLICE_PIXELS = 480 * 832 // 4  # that a thread encodes of a picture; noise of 480x832 takes one thread 24 ms a picture
 _OPTIONS = {
     "preset": "veryfast",
     "tune": "zerolatency",  # a frame in, an access unit out
@@ -51,7 +52,9 @@ class LiveEncoder:
 
         self.size = size
         codec: Any = av.CodecContext.create("libx264", "w")
-        configure(codec, size.height, size.width, "yuv420p", threads=1, matrix=BT601)
+        threads = max(1, size.height * size.width // _SLICE_PIXELS)
+        configure(codec, size.height, size.width, "yuv420p", threads=threads, matrix=BT601)
+        codec.thread_type = "SLICE"  # of each picture: threads that share out pictures would hold some back
         codec.time_base, codec.framerate = Fraction(1, fps), Fraction(fps)
         codec.options = {**_OPTIONS, "x264-params": _PARAMETERS}
         self._codec, self._count = codec, 0

@@ -65,6 +65,18 @@ def test_pictures_of_the_toy_are_sent_at_more_than_38_db():
     assert psnr(decoded(units), frames.repeat(4, 1).repeat(4, 2)) > 38
 
 
+@pytest.mark.parametrize(("height", "width", "slices"), [(256, 256, 1), (480, 832, 4)])
+def test_large_pictures_are_encoded_by_several_threads_and_none_is_held_back(height, width, slices):
+    """The same bytes whenever it is done, and a picture for each unit."""
+    rows, columns = np.mgrid[:height, :width]
+    grey = np.stack([(rows + columns + 8 * k) * 200 // (height + width) for k in range(3)]).astype(np.uint8)
+    pictures = grey[..., None].repeat(3, -1)
+    units, again = (LiveEncoder(Size.of(height, width), 16).encode(pictures) for _ in range(2))
+    assert units == again and all(len(decoded(units[: k + 1])) == k + 1 for k in range(3))
+    assert [len(nal_units(unit)) for unit in units[1:]] == [slices] * 2
+    assert psnr(decoded(units), pictures) > 36
+
+
 def test_changes_drop_what_was_not_shown_and_say_from_which_frame_they_hold(client, generator):
     client.open(seed=3)
     told = []
