@@ -11,7 +11,7 @@ from typing import Any
 from longtake.errors import ConfigError
 from longtake.inference.session import Session
 
-_TURN = 1.5  # blocks that a change takes, as long as none was measured: its own, and a rebuilt cache before it
+_TURN = 2.0  # blocks that a change takes, as long as none was measured: its own, a rebuilt cache, another session's
 _SENDING_SECONDS = 0.05  # from the end of a block until it is encoded and has come to the viewer
 _REPORT_SECONDS = 0.5  # a viewer that plays says within this what it has seen
 

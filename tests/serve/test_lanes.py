@@ -42,10 +42,10 @@ def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1) ->
 
 def test_blocks_that_are_seen_before_the_next_can_come_stay() -> None:
     fast, slow = lane(), lane()
-    fast.came(fast.blocks[-1], 0.2, 1.0)  # 0.3 s with a rebuild, and 0.05 s to the viewer: 6 frames
+    fast.came(fast.blocks[-1], 0.2, 1.0)  # two of them and 0.05 s to the viewer: 8 frames
     slow.came(slow.blocks[-1], 0.5, 1.0)
-    assert change(fast, 26, at=2.0, told=2.0) == 32  # 6 frames are left of the block on the screen
-    assert change(slow, 26, at=2.0, told=2.0) == 48
+    assert change(fast, 24, at=2.0, told=2.0) == 32  # 8 frames are left of the block on the screen
+    assert change(slow, 24, at=2.0, told=2.0) == 48
 
 
 def test_a_turn_with_its_rebuild_counts_and_not_a_block_alone() -> None:
@@ -66,7 +66,7 @@ def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
     silent = lane()
     silent.came(silent.blocks[-1], 0.2, 1.0)
-    assert change(silent, 9, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
+    assert change(silent, 8, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
 
 
 @pytest.mark.parametrize("waits", ["paused", "full"])
