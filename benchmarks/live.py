@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -136,11 +137,14 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
         while any(viewer.first is None for viewer in viewers):
             time.sleep(0.01)
         time.sleep(SETTLING_SECONDS)
-        began, memory, turn, due = time.monotonic(), [], 0, args.every
-        dry, stalls = [viewer.session.dry_seconds for viewer in viewers], [0.0]
+        began, turn, due = time.monotonic(), 0, args.every
+        dry = [viewer.session.dry_seconds for viewer in viewers]
+        memory, stalls, minutes = [], [0.0], [(0, 0)]  # where each minute begins in either
         while (now := time.monotonic() - began) < args.seconds:
             memory.append(memory_bytes(process))
             stalls.append(sum(viewer.session.dry_seconds for viewer in viewers) - sum(dry))
+            if now >= 60 * len(minutes):
+                minutes.append((len(memory) - 1, len(stalls) - 1))
             if args.every and due - now < 1.0:
                 time.sleep(max(0.0, due - now))
                 viewers[turn % len(viewers)].change(PROMPTS[turn // len(viewers) % len(PROMPTS)])
@@ -148,7 +152,7 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
                 turn, due = turn + 1, due + args.every + _GOLDEN * turn % 1.0
             time.sleep(max(0.0, 1.0 - (time.monotonic() - began - now)))
         latencies = sorted(value for viewer in viewers for value in viewer.latencies)
-        third, minutes = max(1, len(memory) // 3), range(0, len(memory), 60)
+        third, parts = max(1, len(memory) // 3), list(pairwise([*minutes, (len(memory), len(stalls) - 1)]))
         found = {
             "model": model,
             "viewers": args.viewers,
@@ -161,10 +165,10 @@ def measure(address: str, process: int, args: argparse.Namespace) -> dict[str, A
             "prompt_to_pixel_p95_s": quantile(latencies, 0.95),
             "frames_per_second": [round(viewer.rate(began), 2) for viewer in viewers],
             "stalled_s": [round(viewer.session.dry_seconds - before, 3) for viewer, before in zip(viewers, dry)],
-            "stalled_of_minutes_s": [round(stalls[min(k + 60, len(stalls) - 1)] - stalls[k], 3) for k in minutes],
+            "stalled_of_minutes_s": [round(stalls[end] - stalls[start], 3) for (_, start), (_, end) in parts],
             "memory_first_third_mb": round(median(memory[:third]) / 1e6, 1),
             "memory_last_third_mb": round(median(memory[-third:]) / 1e6, 1),
-            "memory_of_minutes_mb": [round(median(memory[k : k + 60]) / 1e6, 1) for k in minutes],
+            "memory_of_minutes_mb": [round(median(memory[start:end]) / 1e6, 1) for (start, _), (end, _) in parts],
             "host_mb": round((host := memory_of(client))["host_bytes"] / 1e6, 1),
             "page_locking_s": round(host["host_seconds"] - locked, 3),
             "sessions": client.info()["sessions"],

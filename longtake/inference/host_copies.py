@@ -14,6 +14,7 @@ import logging
 import mmap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from math import prod
 from threading import Lock
 from time import perf_counter
@@ -78,12 +79,21 @@ class HostPool:
         finalize(array, free.append, piece).atexit = False
         return torch.from_numpy(array)
 
-    def make_ready(self, times: int) -> None:
-        """Has `times` as many pieces as there are now. If more are needed later, that is told."""
-        for (device, size), count in list(self._made.items()):
-            for _ in range((times - 1) * count):
-                self._free[device, size].append(self._new(size, device))
+    def make_ready(self, times: int) -> int:
+        """Has `times` as many pieces as there are now, or as many times as the system allows, which is told. If more
+        are needed later, that is told too. Returns: how many times.
+        """
+        once, ready = list(self._made.items()), 1
+        try:
+            for _ in range(times - 1):
+                for (device, size), count in once:
+                    for _ in range(count):
+                        self._free[device, size].append(self._new(size, device))
+                ready += 1
+        except MemoryError as error:
+            logger.warning("%s", error)
         self._is_ready = True
+        return ready
 
     def _new(self, size: int, device: torch.device) -> _Piece:
         began = perf_counter()
@@ -116,6 +126,8 @@ def cuda_page_lock(memory: NDArray[np.uint8], device: torch.device) -> Callable[
     with ONE_THREAD, torch.cuda.device(device):  # while none records, which may not be waited for
         refused = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
     if refused:
+        with suppress(RuntimeError):  # CUDA remembers it, and whatever is started next would fail for it
+            torch.zeros(1, device=device)
         raise MemoryError(
             f"{memory.nbytes / 1e9:.2f} GB of the host's memory could not be page-locked (CUDA error {refused}); ask "
             "for fewer blocks of history or fewer sessions, or allow more (`ulimit -l`)"

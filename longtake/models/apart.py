@@ -82,7 +82,7 @@ class _Put(torch.autograd.Function):
 
 
 def apart(mask: FrameMask) -> tuple[FrameMask, Tensor]:
-    """The same mask of slots one part after the other, and which slot of before each of them is, [S]."""
+    """The same mask of slots one part after the other, and which of the slots before each of them is a copy of, [S]."""
     lengths = [(end - start, len(slots)) for start, end, slots in mask.parts]
     own = torch.block_diag(*(torch.ones(length, dtype=torch.bool) for length in lengths)).bool()
     numbers = iter(range(own.shape[1]))
@@ -147,7 +147,7 @@ def _together(device: torch.device, dtype: torch.dtype, head_width: int) -> Call
         each = attention.milliseconds(partial(in_parts, mask=mask, plain=attention.attend_fastest), problem)
         together = attention.milliseconds(_flash4(mask), problem)
     logger.info("masked attention, forward and backward: part by part %.2f ms, together %.2f ms", each, together)
-    return _flash4 if together < each else None
+    return _flash4 if together * attention.MARGIN < each else None
 
 
 def _flash4(mask: FrameMask) -> Run:

@@ -1,5 +1,5 @@
 """Frames into their places and their gradients back, in one pass over memory, as kernels for GPUs. Import it only where
-triton is. What they compute says `apart.plainly`.
+triton is. `apart.plainly` says what they compute.
 """
 
 from __future__ import annotations

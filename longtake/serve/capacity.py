@@ -85,7 +85,7 @@ def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Cap
                 free += host_bytes  # what the one that was measured has left
                 sessions = max(1, min(sessions, int(_SHARE * free / host_bytes)))
             pool = generator.copies.pool
-            pool.make_ready(sessions)
+            sessions = pool.make_ready(sessions)
             logger.info("%.2f GB of the host's memory page-locked in %.1f s", pool.size_bytes / 1e9, pool.seconds)
     each = session_bytes / 1e9, host_bytes / 1e9
     logger.info("%d sessions at once: %.1f frames/s, %.2f GB and %.2f GB of the host each", sessions, rate, *each)

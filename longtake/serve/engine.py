@@ -310,19 +310,20 @@ class Engine:
         lane.hold(paused, monotonic())
         self._turned(name, None)
 
-    def do_shown(self, name: str, frame: int) -> None:
-        """So many frames of a session have been shown."""
+    def do_shown(self, name: str, frame: int, at: float) -> None:
+        """So many frames of a session had been shown at that time, by the clock of `monotonic`."""
         if (lane := self._lanes.get(name)) is not None:
-            lane.saw(frame, monotonic())
+            lane.saw(frame, at)
 
-    def do_change(self, name: str, kind: str, value: Any, number: int, drop: bool) -> tuple[int, bool]:
-        """Another `prompt`, `image` or `target` (the kind); with `drop` in the place of what was not shown yet.
+    def do_change(self, name: str, kind: str, value: Any, number: int, asked: float, drop: bool) -> tuple[int, bool]:
+        """Another `prompt`, `image` or `target` (the kind), `asked` for at that time, by the clock of `monotonic`; with
+        `drop` in the place of what was not shown yet.
 
         Returns: the frame from which on it holds, and whether frames were taken back for it.
         """
         lane = self._lane(name)
         self._settle()
-        dropped = lane.change(kind, value, number, monotonic(), drop=drop)
+        dropped = lane.change(kind, value, number, asked, monotonic(), drop=drop)
         return self._turned(name, (lane.session.num_frames, dropped))
 
     def do_rewind(self, name: str, blocks: int | None, to_frame: int | None) -> tuple[int, int]:

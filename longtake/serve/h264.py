@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.data.h264 import BT601, configure, picture_of
+from longtake.devices import num_cores
 
 LEAST_SIDE = 256
 _CRF = "17"
@@ -52,7 +53,7 @@ class LiveEncoder:
 
         self.size = size
         codec: Any = av.CodecContext.create("libx264", "w")
-        threads = max(1, size.height * size.width // _SLICE_PIXELS)
+        threads = max(1, min(num_cores(), size.height * size.width // _SLICE_PIXELS))
         configure(codec, size.height, size.width, "yuv420p", threads=threads, matrix=BT601)
         codec.thread_type = "SLICE"  # of each picture: threads that share out pictures would hold some back
         codec.time_base, codec.framerate = Fraction(1, fps), Fraction(fps)

@@ -84,9 +84,9 @@ class Lane:
         """No more blocks are made of it, or they are again."""
         self.paused, self.dry_at, self._changed = paused, max(self.dry_at, now), None
 
-    def saw(self, frame: int, now: float) -> None:
-        """A viewer has said that it has seen so many frames."""
-        self.shown, self.shown_at = min(frame, self.session.num_frames), now
+    def saw(self, frame: int, at: float) -> None:
+        """A viewer has said at that time that it has seen so many frames."""
+        self.shown, self.shown_at = min(frame, self.session.num_frames), at
 
     def blocks_from(self, frame: int | None) -> int:
         """Blocks that begin at a frame or later."""
@@ -100,9 +100,10 @@ class Lane:
         self.dry_at -= sum(block.count for block in gone) / self.session.generator.fps
         self.shown = min(self.shown, self.session.num_frames)
 
-    def change(self, kind: str, value: Any, number: int, now: float, *, drop: bool) -> bool:
+    def change(self, kind: str, value: Any, number: int, asked: float, now: float, *, drop: bool) -> bool:
         """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back."""
-        unseen = [block for block in self.blocks if drop and block.first >= self._seen(now) + self._bridge()]
+        needed = self._seen(asked, now) + self._bridge()
+        unseen = [block for block in self.blocks if drop and block.first >= needed]
         apply(self.session, kind, value)
         if unseen:
             self.rewind(len(unseen), keep_wanted=True)
@@ -110,10 +111,12 @@ class Lane:
         self._changed = (number, now) if self.wants else None  # else it waits for its viewer first
         return bool(unseen)
 
-    def _seen(self, now: float) -> int:
-        """Frames that a viewer will have seen by now: what it says of them comes late."""
-        since = 0.0 if self.shown_at is None else now - self.shown_at
-        since = since if since <= _REPORT_SECONDS else 0.0  # it has stopped
+    def _seen(self, asked: float, now: float) -> int:
+        """Frames that a viewer will have seen by now, when a change is made that was `asked` for some time ago: blocks
+        on their way were waited for, in which what it says of them was not read.
+        """
+        plays = self.shown_at is not None and asked - self.shown_at <= _REPORT_SECONDS
+        since = now - self.shown_at if plays and self.shown_at is not None else 0.0
         return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
 
     def _bridge(self) -> int:

@@ -244,6 +244,7 @@ class Live:
 
     async def change(self, kind: str, value: Any, picture: bytes | None, drop: bool) -> dict[str, Any]:
         """Another prompt, image or target; `picture`, its PNG for the script."""
+        asked = monotonic()
         async with self.asking:
             self.check_running()
             self._check_many(picture)
@@ -258,7 +259,7 @@ class Live:
                 self.timeline.add(changed := Change(number, kind, frame, prompt, picture))
                 self.tell("change", **changed.public(), dropped=dropped)
 
-            frame, _ = await self._turn(step, "change", kind, value, number, drop)
+            frame, _ = await self._turn(step, "change", kind, value, number, asked, drop)
             return {"from_frame": frame, "number": number}
 
     async def rewind(self, blocks: int | None, to_frame: int | None) -> dict[str, Any]:
@@ -331,7 +332,7 @@ class Live:
         if shown != self.shown:
             self.shown = shown
             if self.engine is not None:
-                self.engine.call("shown", self.lane, shown)
+                self.engine.call("shown", self.lane, shown, monotonic())
 
     def join(self, viewer: Viewer, frame: int | None) -> None:
         """A viewer begins, at the chunk that holds `frame`."""

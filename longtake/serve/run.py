@@ -68,8 +68,8 @@ def run_server(app: Guard, settings: ServeSettings, say: Callable[[str], object]
 
 def _check_address(host: str, port: int) -> None:
     """Before weights are loaded. Raises: ConfigError where nothing can listen there."""
-    family = socket_module.AF_INET6 if ":" in host else socket_module.AF_INET
     try:
+        family = socket_module.getaddrinfo(host, port, type=socket_module.SOCK_STREAM)[0][0]
         socket_module.create_server((host, port), family=family).close()
     except OSError as error:
         raise ConfigError(

@@ -238,11 +238,11 @@ class Keeper:
 
 @contextmanager
 def told_to_keep_less(ways: Sequence[str]) -> Iterator[None]:
-    """Where memory runs out inside, `ways` to take less of it are told with that."""
+    """Where a device's memory runs out inside, `ways` to take less of it are told with that."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
+    except RuntimeError as error:
+        if is_out_of_memory(error) and "CPUAllocator" not in str(error):  # they take no less of the host's
             listed = "; ".join(ways)
             error.add_note(f"any of these takes less: {listed}; `longtake doctor CONFIG KEY=VALUE ...` tells how much")
             error.add_note("started again, it goes on from its last checkpoint")

@@ -72,6 +72,15 @@ def test_what_is_made_ready_is_enough_for_as_many_and_more_is_told_once(caplog):
     assert len(locks.made) == 8 and len(warnings(caplog)) == 1
 
 
+def test_as_much_is_made_ready_as_the_system_allows(caplog):
+    pool = HostPool(locks := PageLocks())
+    pool.take(10, CPU)
+    locks.most = 3
+    with caplog.at_level(logging.WARNING):
+        assert pool.make_ready(8) == 3
+    assert len(locks.made) == 3 and "can be locked" in caplog.text
+
+
 def steered(session, number):
     """Changes faster than the history can hold, a cut among them, and a block."""
     if number % 2 == 0:

@@ -33,10 +33,10 @@ def lane(blocks: int = 3, *, ahead: int = 2 * FRAMES) -> Lane:
     return Lane("one", cast(Any, Played(blocks)), 0, 0, ahead, 0.0, blocks=made)
 
 
-def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1) -> int:
+def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1, asked: float | None = None) -> int:
     """Its first frame, when `shown` frames were told at time `told` and a prompt changes at time `at`."""
     one.saw(shown, told)
-    one.change("prompt", "another", number, at, drop=True)
+    one.change("prompt", "another", number, at if asked is None else asked, at, drop=True)
     return one.session.num_frames
 
 
@@ -64,6 +64,9 @@ def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     one = lane()
     one.came(one.blocks[-1], 0.2, 1.0)
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
+    waiting = lane(4)  # a change that was asked for at once, and waited for blocks on their way
+    waiting.came(waiting.blocks[-1], 0.2, 1.0)
+    assert change(waiting, 26, at=3.0, told=2.0, asked=2.1) == 64
     silent = lane()
     silent.came(silent.blocks[-1], 0.2, 1.0)
     assert change(silent, 8, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
@@ -74,7 +77,7 @@ def test_waiting_for_the_viewer_is_no_turn(waits: str) -> None:
     one = lane(ahead=2 * FRAMES if waits == "paused" else FRAMES)
     one.came(one.blocks[-1], 0.2, 1.0)
     one.saw(16, 2.0)
-    one.change("prompt", "another", 1, 2.0, drop=False)
+    one.change("prompt", "another", 1, 2.0, 2.0, drop=False)
     if waits == "paused":
         one.hold(True, 2.1)
     one.came(Block(48, FRAMES, 1), 0.2, 30.0)

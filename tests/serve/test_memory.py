@@ -33,8 +33,8 @@ def test_changes_leave_no_more_caches_than_the_history_may_hold(engine):
     engine.call("open", "one", PICTURE, A, seed=1).result(30)
     most = 0
     for number in range(1, 13):
-        engine.call("shown", "one", 10**6).result(30)
-        engine.call("change", "one", "prompt", (B, C)[number % 2], number, False).result(30)
+        engine.call("shown", "one", 10**6, 0.0).result(30)
+        engine.call("change", "one", "prompt", (B, C)[number % 2], number, 0.0, False).result(30)
         most = max(most, contents(engine))
     assert most == 3
     engine.call("hold", "one", True).result(30)
