@@ -323,7 +323,10 @@ class Engine:
         """
         lane = self._lane(name)
         self._settle()
-        dropped = lane.change(kind, value, number, asked, monotonic(), drop=drop)
+        others = max(
+            (one.block_seconds for one in self._lanes.values() if one is not lane and not one.paused), default=0.0
+        )
+        dropped = lane.change(kind, value, number, asked, monotonic(), drop=drop, others=others)
         return self._turned(name, (lane.session.num_frames, dropped))
 
     def do_rewind(self, name: str, blocks: int | None, to_frame: int | None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from longtake.errors import ConfigError
 from longtake.inference.session import Session
 
-_TURN = 2.0  # blocks that a change takes, as long as none was measured: its own, a rebuilt cache, another session's
+_TURN = 1.5  # blocks that a change takes, as long as none was measured: its own, and a rebuilt cache
 _SENDING_SECONDS = 0.05  # from the end of a block until it is encoded and has come to the viewer
 _REPORT_SECONDS = 0.5  # a viewer that plays says within this what it has seen
 
@@ -100,9 +100,13 @@ class Lane:
         self.dry_at -= sum(block.count for block in gone) / self.session.generator.fps
         self.shown = min(self.shown, self.session.num_frames)
 
-    def change(self, kind: str, value: Any, number: int, asked: float, now: float, *, drop: bool) -> bool:
-        """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back."""
-        needed = self._seen(asked, now) + self._bridge()
+    def change(
+        self, kind: str, value: Any, number: int, asked: float, now: float, *, drop: bool, others: float = 0.0
+    ) -> bool:
+        """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back. Args: `others`,
+        seconds of another session's block, which may be made before the next one of this.
+        """
+        needed = self._seen(asked, now) + self._bridge(others)
         unseen = [block for block in self.blocks if drop and block.first >= needed]
         apply(self.session, kind, value)
         if unseen:
@@ -119,13 +123,14 @@ class Lane:
         since = now - self.shown_at if plays and self.shown_at is not None else 0.0
         return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
 
-    def _bridge(self) -> int:
+    def _bridge(self, others: float) -> int:
         """Frames that a viewer sees until the first block after a change has come. Who drops them has nothing to show,
         and where blocks take longer than they last, and are asked for anew before they are there, never has.
         """
         last = self.blocks[-1].count if self.blocks else 0
-        turn = max(self.turns, default=_TURN * self.block_seconds)
-        seconds = max(self.block_seconds, turn) + _SENDING_SECONDS
+        shortest, longest = (each(self.turns, default=_TURN * self.block_seconds) for each in (min, max))
+        # None of the latest ones may have had another session's block between.
+        seconds = max(self.block_seconds, longest, shortest + others) + _SENDING_SECONDS
         return min(last, math.ceil(seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:

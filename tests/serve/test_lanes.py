@@ -42,9 +42,9 @@ def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1, as
 
 def test_blocks_that_are_seen_before_the_next_can_come_stay() -> None:
     fast, slow = lane(), lane()
-    fast.came(fast.blocks[-1], 0.2, 1.0)  # two of them and 0.05 s to the viewer: 8 frames
+    fast.came(fast.blocks[-1], 0.2, 1.0)  # 0.3 s with a rebuild, and 0.05 s to the viewer: 6 frames
     slow.came(slow.blocks[-1], 0.5, 1.0)
-    assert change(fast, 24, at=2.0, told=2.0) == 32  # 8 frames are left of the block on the screen
+    assert change(fast, 26, at=2.0, told=2.0) == 32  # 6 frames are left of the block on the screen
     assert change(slow, 24, at=2.0, told=2.0) == 48
 
 
@@ -60,13 +60,24 @@ def test_a_turn_with_its_rebuild_counts_and_not_a_block_alone() -> None:
     assert change(one, 26, at=9.0, told=9.0, number=2) == 64  # 6 frames are less than 0.65 s
 
 
+def test_a_block_of_another_session_may_come_between() -> None:
+    alone, shared = lane(), lane()
+    for one in (alone, shared):
+        one.came(one.blocks[-1], 0.2, 1.0)
+        one.turns.append(0.3)
+        one.saw(26, 2.0)
+    alone.change("prompt", "another", 1, 2.0, 2.0, drop=True)
+    shared.change("prompt", "another", 1, 2.0, 2.0, drop=True, others=0.25)
+    assert (alone.session.num_frames, shared.session.num_frames) == (32, 48)
+
+
 def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     one = lane()
     one.came(one.blocks[-1], 0.2, 1.0)
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
     waiting = lane(4)  # a change that was asked for at once, and waited for blocks on their way
     waiting.came(waiting.blocks[-1], 0.2, 1.0)
-    assert change(waiting, 26, at=3.0, told=2.0, asked=2.1) == 64
+    assert change(waiting, 27, at=3.0, told=2.0, asked=2.1) == 64
     silent = lane()
     silent.came(silent.blocks[-1], 0.2, 1.0)
     assert change(silent, 8, at=99.0, told=2.0) == 16  # one that says nothing is not playing on
