@@ -89,6 +89,15 @@ def _normed(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def _through(change, hat, inverse, D: tl.constexpr, MEAN: tl.constexpr):
+    """The gradient of a row from that of its norm `hat`, which was divided by 1 / `inverse`."""
+    along = tl.sum(change * hat, axis=0) / D
+    if MEAN:
+        change -= tl.sum(change, axis=0) / D
+    return (change - hat * along) * inverse
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _gradients(
     total,
@@ -135,11 +144,7 @@ def _gradients(
         hat, inverse = _hat(hat, real, eps, D, MEAN)
         scale_sum += change * hat
         shift_sum += change
-        change *= factor
-        along = tl.sum(change * hat, axis=0) / D
-        if MEAN:
-            change -= tl.sum(change, axis=0) / D
-        change = (change - hat * along) * inverse
+        change = _through(change * factor, hat, inverse, D, MEAN)
         if MEAN:
             change += through
         tl.store(of_x + at, change.to(of_x.dtype.element_ty), mask=real)
