@@ -190,3 +190,12 @@ def test_who_asks_an_objective_does_not_ask_for_its_kind():
             asked = text.startswith("isinstance(") and any(name in text for name in classes)
             found += [f"{relative(path)}: {text}"] * (compared or asked)
     assert len(found) < 10, found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_and_files_are_short(path):
+    text = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    assert len(text.splitlines()) <= 450
