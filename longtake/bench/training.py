@@ -167,8 +167,8 @@ class Bench:
         total = Work()
         for one in self.inner.passes(step, clips):
             size, lora = sizes[one.network], config.networks[one.network].lora
-            if one.ahead:
-                total += forward(size, one.call, lora) * one.times
+            if one.ahead:  # without gradient updates are merged into their weights
+                total += forward(size, one.call, lora if one.with_grad else None) * one.times
             if one.with_grad:
                 total += backward(size, one.call, lora) * one.times
         return total * (1 / self.mesh.world_size)

@@ -6,6 +6,8 @@ original computes in float32 is computed in float32 here, under autocast as well
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -23,6 +25,7 @@ from longtake.models.fp8 import (
     quantised,
 )
 from longtake.models.gelu import mlp_with_gradient
+from longtake.models.low_rank import LowRankLinear, Plain
 from longtake.models.sizes import DiTConfig
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
@@ -171,34 +174,52 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
     return layer(execution.fused(quantised)(x) if isinstance(layer, FP8Linear) else x)
 
 
-def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
-    """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product where no
-    gradient is wanted, of one operator where one is, or of quantising the first product's result.
-    """
-    first, second = layers[0], layers[2]
-    if isinstance(x, Rows):
-        hidden = first(x)
-        once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
-        return second((once or execution.fused(gelu_quantised))(hidden))
-    if type(first) is not nn.Linear and not torch.is_grad_enabled():
-        return _by_frames(layers, x)
-    alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
-    if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
-        return layers(x)
-    weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
-    if torch.is_grad_enabled():
-        if type(second) is not nn.Linear:
-            return layers(x)
-        last, last_bias = second.weight.to(x.dtype), second.bias.to(x.dtype)
-        return mlp_with_gradient(x.flatten(0, -2), weight, bias, last, last_bias).unflatten(0, x.shape[:-1])
+class MLP(nn.Sequential):
+    """A linear layer, GELU and another one. `forward` computes them as an execution says."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__(nn.Linear(dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, dim))
+
+    def forward(self, x: Tensor | Rows, execution: Execution) -> Tensor:
+        """x [B, E, l, D] -> the same. Where `execution` fuses, GELU is part of the first product where no gradient is
+        wanted, of one operator where one is, or of quantising the first product's result.
+        """
+        first, second = self[0], self[2]
+        if isinstance(x, Rows):
+            hidden = first(x)
+            once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
+            return second((once or execution.fused(gelu_quantised))(hidden))
+        alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
+        if torch.is_grad_enabled():
+            if not (alone and type(first) is nn.Linear and type(second) is nn.Linear):
+                return super().forward(x)
+            # Weights as autocast would round them
+            weights = (tensor.to(x.dtype) for layer in (first, second) for tensor in (layer.weight, layer.bias))
+            return mlp_with_gradient(x.flatten(0, -2), *weights).unflatten(0, x.shape[:-1])
+        if isinstance(first, LowRankLinear):
+            return _by_frames(partial(_mlp, first.plain() or first, _plain(second) or second, alone=alone), x)
+        return _mlp(_plain(first) or first, _plain(second) or second, x, alone=alone)
+
+
+def _plain(layer: nn.Module) -> Plain | None:
+    """A layer as one product without gradient, where it is one of weights that are read as they are or merged."""
+    if type(layer) is nn.Linear:
+        return Plain(layer.weight, layer.bias)
+    return layer.plain() if isinstance(layer, LowRankLinear) else None
+
+
+def _mlp(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, *, alone: bool) -> Tensor:
+    if not (alone and isinstance(first, Plain)):
+        return second(F.gelu(first(x), approximate="tanh"))
     # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
+    weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)
     hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return second(hidden.unflatten(0, x.shape[:-1]))
 
 
-def _by_frames(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """`layers` with low-rank updates, of some frames of `x` [B, E, l, D] at a time. Such a layer holds its result, the
-    update and their sum at once, each wider than all else: of a whole clip, most of what its scores take.
+def _by_frames(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`layers` of some frames of `x` [B, E, l, D] at a time: of a whole clip what is between them, wider than all else,
+    would be most of what its scores take, where low-rank updates are trained because memory is scarce.
     """
     frames = max(1, _TOKENS_AT_ONCE // (x.shape[0] * x.shape[2]))
     if x.shape[1] <= frames:

@@ -107,7 +107,8 @@ def operations_of(
     @lru_cache(maxsize=4096)
     def cost(each: Pass) -> float:
         size, lora = sizes[each.network], loras[each.network]
-        ahead = forward(size, each.call, lora).total if each.ahead else 0.0
+        # Without gradient updates are merged into their weights
+        ahead = forward(size, each.call, lora if each.with_grad else None).total if each.ahead else 0.0
         return each.times * (ahead + (backward(size, each.call, lora).total if each.with_grad else 0.0))
 
     return lambda step: sum(map(cost, objective.passes(step, clips))) / world_size
