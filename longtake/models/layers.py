@@ -180,7 +180,7 @@ class MLP(nn.Sequential):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__(nn.Linear(dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, dim))
 
-    def forward(self, x: Tensor | Rows, execution: Execution) -> Tensor:
+    def forward(self, x: Tensor | Rows, execution: Execution) -> Tensor:  # type: ignore[override]
         """x [B, E, l, D] -> the same. Where `execution` fuses, GELU is part of the first product where no gradient is
         wanted, of one operator where one is, or of quantising the first product's result.
         """
@@ -208,7 +208,7 @@ def _plain(layer: nn.Module) -> Plain | None:
     return layer.plain() if isinstance(layer, LowRankLinear) else None
 
 
-def _mlp(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, *, alone: bool) -> Tensor:
+def _mlp(first: Plain | nn.Module, second: Plain | nn.Module, x: Tensor, *, alone: bool) -> Tensor:
     if not (alone and isinstance(first, Plain)):
         return second(F.gelu(first(x), approximate="tanh"))
     # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.

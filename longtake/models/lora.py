@@ -63,7 +63,7 @@ def first_factors(model: VideoDiT, draws: KeyedRNG, purpose: str, name: str = DE
     for layer_name, layer in low_rank_layers(model):
         if name not in layer.lora_A:
             continue
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a, b = (factor.weight for factor in layer.factors(name))
         bound = 1 / math.sqrt(a.shape[1])
         generator = draws.generator(0, f"{purpose} {layer_name}", 0)
         start = torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator)
@@ -91,4 +91,3 @@ def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             yield name, module
-

@@ -14,7 +14,7 @@ operations with gradient are those of PEFT (huggingface/peft 0.21 `tuners/lora/l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,13 +70,17 @@ class LowRankLinear(nn.Module):
         """Gives it updates called `name`, of no value yet: float32 on the device of its weight."""
         outputs, inputs = self.weight.shape
         for factors, shape in ((self.lora_A, (rank, inputs)), (self.lora_B, (outputs, rank))):
-            factors[name] = nn.Linear(*reversed(shape), bias=False, device="meta")
-            factors[name].weight = nn.Parameter(torch.empty(shape, device=self.weight.device))
+            factors[name] = factor = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+            factor.weight = nn.Parameter(torch.empty(shape, device=self.weight.device))
         self._scales[name] = scale
 
     def follow(self, switch: Switch) -> None:
         """From now on the updates are on that `switch` says."""
         self._switch = switch
+
+    def factors(self, name: str) -> tuple[nn.Linear, nn.Linear]:
+        """A and B of the updates of that name."""
+        return cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
 
     def plain(self) -> Plain | None:
         """What it computes without gradient, as one product; None where entries take turns and it has their updates."""
@@ -84,7 +88,7 @@ class LowRankLinear(nn.Module):
         if isinstance(on, Turns):
             return None
         if on is not None:
-            a, b = (factors[on].weight.to(weight.dtype) for factors in (self.lora_A, self.lora_B))
+            a, b = (factor.weight.to(weight.dtype) for factor in self.factors(on))
             weight = torch.addmm(weight, b, a, alpha=self._scales[on])
         return Plain(weight, self.base_layer.bias)
 
@@ -108,11 +112,12 @@ class LowRankLinear(nn.Module):
         if self._switch is None:
             return next(reversed(self._scales))
         on = self._switch.active
-        names = [on] if isinstance(on, str) else [] if on is None else [name for _, name in on.runs]
-        return on if any(name in self._scales for name in names) else None
+        if isinstance(on, Turns):
+            return on if any(name in self._scales for _, name in on.runs) else None
+        return on if on in self._scales else None
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        a, b = self.lora_A[name], self.lora_B[name]
+        a, b = self.factors(name)
         if not torch.is_autocast_enabled(x.device.type):
             # Under autocast this cast would be undone at once, and each layer keep a copy of its input for backward.
             x = x.to(a.weight.dtype)

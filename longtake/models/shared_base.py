@@ -23,7 +23,6 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
