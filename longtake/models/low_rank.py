@@ -62,7 +62,7 @@ class LowRankLinear(nn.Module):
         self._switch: Switch | None = None
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The frozen one."""
         return self.base_layer.weight
 
