@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
+from longtake.models.attention import attend
+from longtake.models.execution import Execution
+from longtake.models.layers import mlp
 from longtake.models.recompute import Again, ByBlock
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train import job, networks
+from longtake.train import job, keeping, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
 
@@ -176,6 +180,36 @@ def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, ti
     monkeypatch.setattr(networks, "keeps_some", lambda *_: can.pop())
     config, model = stage_config(workshop, tmp_path, "distill"), tiny_model(True)
     assert on_ranks(lambda mesh: networks.Builder(config, mesh)._keeps_some(model)) == [False, False] and not can
+
+
+class Whole(Execution):
+    """One on a CPU that goes the ways of a GPU."""
+
+    def on_a_gpu(self, x):
+        return True
+
+
+@pytest.mark.parametrize("wrong", [None, "attention", "the MLP"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtype, monkeypatch, caplog):
+    """Right by itself, and another function in backward."""
+
+    def spoilt(function):
+        def run(first, *given, **options):
+            again = torch._C._current_graph_task_id() != -1
+            return function(first * 2 if again else first, *given, **options)
+
+        return run
+
+    execution = Whole(fuses=True, attend=spoilt(attend) if wrong == "attention" else attend)
+    if wrong == "the MLP":
+        monkeypatch.setattr(keeping, "mlp", lambda layers, x, execution: spoilt(partial(mlp, layers))(x, execution))
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        assert keeping.keeps_some(execution, torch.device("cpu"), dtype, 16) == (wrong is None)
+    assert torch.equal(torch.get_rng_state(), state)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (wrong is not None) and all(f"keeping some results of {wrong}" in one for one in told)
 
 
 def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
