@@ -119,7 +119,7 @@ class _Piece:
 
 
 def cuda_page_lock(memory: NDArray[np.uint8], device: torch.device) -> Callable[[], object]:
-    """Locks pages for a GPU's copies. What it returns waits for the device, which a CUDA graph that is recorded does not
+    """Locks pages for a GPU's copies. What it returns waits for the device, which a recording of CUDA graphs does not
     survive (`while_none_records`). Raises: MemoryError when the system refuses.
     """
 

@@ -94,24 +94,25 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
         return mlp(layers, x.sin(), execution)
 
     works = {"attention": (attends, (x, weight)), "the MLP": (within, (x, *layers.parameters()))}
-    return all([is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items()])
+    return all(is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items())
 
 
 def _off(work: Callable[..., Tensor], given: Sequence[Tensor]) -> list[float]:
     """How far gradients are from what they are otherwise where `work` keeps products alone."""
-    found, truth = (
-        torch.autograd.grad(run(*given).float().square().sum(), given) for run in (made_again(work), work)
-    )
+    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in (made_again(work), work))
     return [beside(one, other) for one, other in zip(found, truth, strict=True)]
 
 
 @dataclass(eq=False)
 class Watched:
-    """A network of `blocks`, whose ways are `by_block`, and what those that try each were seen to keep."""
+    """A network of `blocks`, whose ways are `by_block`, and what those that try each were seen to keep; `forms()`, how
+    many kinds of its calls are to be recorded and keep that for good (`rollout/recorded_calls.py`).
+    """
 
     name: str
     blocks: nn.ModuleList
     by_block: ByBlock
+    forms: Callable[[], int] = lambda: 0
     now: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     most: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     hooks: list[Any] = field(default_factory=list)
@@ -218,10 +219,18 @@ class Keeper:
         self._missing -= set(self.shown(step))
         if not self._missing:
             self.settled = True
-            self._decide(int(ROOM * self.memory.all()) - self._peak)
+            self._decide(self._each(int(ROOM * self.memory.all()) - self._peak))
+
+    def _each(self, spare: int) -> int:
+        """What each call may keep of so many bytes beside the most that was held. Calls come one after the other, and
+        what one kept is gone when the next begins; but where they will be recorded, each kind holds what it works in
+        and what it keeps as long as the recording, beside one more kind that is not recorded.
+        """
+        forms = sum(one.forms() for one in self.watched)
+        return (spare - forms * (self._peak - self.memory.now())) // (1 + forms)
 
     def _decide(self, spare: int) -> None:
-        """Args: `spare`, bytes of this rank beside the most that it held."""
+        """Args: `spare`, bytes of this rank that a call may keep beside the most that it held."""
         found = [one.kept(self.micro_batches) for one in self.watched]
         ranks = self.mesh.every(lambda: (spare, found))
         least = min(each for each, _ in ranks)
