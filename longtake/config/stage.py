@@ -164,6 +164,7 @@ class StageConfig(RunConfig):
         ways = {
             f"activation_checkpointing=full (it is {again}{how})": again not in ("full", True),
             f"micro_batch_size=1 (it is {batch})": batch > 1,
+            "parallel.graphs=false (what is recorded keeps memory of its own)": self.parallel.graphs,
             f"fewer latents, video.num_latent_frames (it is {video.num_latent_frames})": True,
             f"smaller pictures, video.height and video.width (they are {video.height} and {video.width})": True,
             "low-rank updates, lora.rank=64": self.lora is None,

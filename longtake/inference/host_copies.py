@@ -119,8 +119,8 @@ class _Piece:
 
 
 def cuda_page_lock(memory: NDArray[np.uint8], device: torch.device) -> Callable[[], object]:
-    """Locks pages for a GPU's copies. Raises: MemoryError when the system refuses. What it returns waits for the device,
-    which a CUDA graph that is recorded does not survive (`while_none_records`).
+    """Locks pages for a GPU's copies. What it returns waits for the device, which a recording of CUDA graphs does not
+    survive (`while_none_records`). Raises: MemoryError when the system refuses.
     """
 
     def unlock() -> None:

@@ -420,7 +420,7 @@ class Builder:
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
             if isinstance(again, ByBlock):
-                self.watched.append(Watched(trained, model.blocks, again))
+                self.watched.append(Watched(trained, model.blocks, again, partial(self.calls.forms, model.blocks)))
         return parallelize(
             model,
             mesh,
