@@ -85,7 +85,7 @@ def _(x: Tensor, turn: Tensor | None, entry: Tensor, order: Tensor, first: Tenso
 def _taken(grad: Tensor, turn: Tensor | None, order: Tensor, first: Tensor, tokens: int) -> Tensor:
     """The gradient of `x` in `_put`."""
     if not grad.is_cuda:
-        back = grad if turn is None else rotated(grad, turn * turn.new_tensor([1, -1]))
+        back = grad if turn is None else rotated(grad.contiguous(), turn * turn.new_tensor([1, -1]))
         frames, entry = back.unflatten(1, (-1, tokens)), torch.empty_like(order)
         entry[order] = torch.repeat_interleave(first.diff())
         total = frames.new_zeros(frames.shape[0], first.numel() - 1, *frames.shape[2:])

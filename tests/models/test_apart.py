@@ -77,6 +77,14 @@ def test_places_know_where_each_entry_went():
     assert torch.equal(places.put(x, turn)[:, :2], places.put(x)[:, :2]) and not torch.equal(
         places.put(x, turn), places.put(x)
     )
+    for one in (turn, None):
+        given = x.clone().requires_grad_(), one, places.entry, places.order, places.first, places.tokens
+        torch.library.opcheck(torch.ops.longtake.put.default, given)
+        (found,), (wanted,) = (
+            torch.autograd.grad(put, given[0], torch.ones_like(put).cumsum(1))
+            for put in (places.put(given[0], one), plainly(places, given[0], one))
+        )
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
