@@ -14,6 +14,7 @@ from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.apart import by_flash4
 from longtake.models.dit import VideoDiT
+from longtake.models.layers import mlp
 from longtake.models.sizes import DiTConfig
 from longtake.train.optim import NetworkOptimizer
 from longtake.weights.presets import PRESETS
@@ -213,6 +214,23 @@ def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, ti
         model(tiny_latents(5), torch.ones(2), tiny_condition(model)).square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative_error(found[1], found[0]) < 1e-6
+
+
+def test_the_mlp_keeps_its_first_product_alone():
+    meter, rows, wide = Meter(), 50, 72
+    with torch.device("meta"):
+        layers = torch.nn.Sequential(torch.nn.Linear(24, wide), torch.nn.GELU("tanh"), torch.nn.Linear(wide, 24))
+        layers.bfloat16()
+    with meter.fake, meter:
+        layers.to_empty(device="cpu")
+        x = torch.empty(rows, 24, dtype=torch.bfloat16)
+        before = meter.now
+        made = mlp(layers, x, estimate.Fused(fuses=True))
+        assert meter.now - before == 2 * rows * (wide + 24)
+        meter.mark()
+        made.sum().backward()
+    gradients = 2 * sum(p.numel() for p in layers.parameters())
+    assert meter.moments[-1].size - before <= 2 * rows * (3 * wide + 3 * 24) + gradients + 4 * wide  # not a fourth
 
 
 @pytest.mark.parametrize("together", [True, False])
