@@ -326,9 +326,8 @@ def _batch_rule(batch_size: int, micro_batch_size: int, groups: int, together: i
     ranks = "ranks" if together == 1 else f"sequence groups of {together} ranks"
     factors += [f"{groups} {ranks}"] if groups > 1 else []
     lower = ", or micro_batch_size lower" if micro_batch_size > 1 else ""
-    return (
-        f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
-    )
+    product = " x ".join(factors) + (f" = {unit}" if groups > 1 else "")
+    return f"batch_size={batch_size} must be a multiple of {product}; set batch_size to {fix}{lower}"
 
 
 def dump(config: Settings) -> str:

@@ -182,7 +182,7 @@ def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor
         return second((once or execution.fused(gelu_quantised))(hidden))
     if type(first) is not nn.Linear and not torch.is_grad_enabled():
         return _by_frames(layers, x)
-    alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
+    alone = execution.fuses and execution.on_a_gpu(x) and x.dtype == torch.bfloat16
     if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
         return layers(x)
     weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them

@@ -93,7 +93,10 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
     def within(x: Tensor, *_: Tensor) -> Tensor:
         return mlp(layers, x.sin(), execution)
 
-    works = {"attention": (attends, (x, weight)), "the MLP": (within, (x, *layers.parameters()))}
+    works: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
+        "attention": (attends, (x, weight)),
+        "the MLP": (within, (x, *layers.parameters())),
+    }
     return all(is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items())
 
 
