@@ -166,7 +166,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["flow.steps=[0.9, 0.5]"], r"must descend strictly from 1"),
         (["flow.steps=[1, 0.5, 0.5]"], r"must descend strictly from 1"),
         (["flow.steps=[]"], r"flow.steps: got \[\]"),
-        (["batch_size=6"], r"batch_size=6 must be a multiple of micro_batch_size=4 = 4; set batch_size to 4 or 8"),
+        (["batch_size=6"], r"batch_size=6 must be a multiple of micro_batch_size=4; set batch_size to 4 or 8"),
         (["batch_size=2"], r"set batch_size to 4, or"),
         (["init_from=null"], r"init_from=null: teacher_forcing needs trained weights"),
         (["init_from=causal"], r"init_from=causal is the stage itself"),

@@ -130,6 +130,8 @@ class Bench:
         for step in range(_LOOK_AHEAD):
             if self.rolls_out(step):
                 first.setdefault(self.kind(step), step)
+        if len(first) == 1:  # all are alike: one after the other, as in a training, whose noise is made ahead
+            return list(range(WARM_UP + count))
         exits = sorted({kind.exit_step or 0 for kind in first}, reverse=True)
         inwards = {step: min(2 * n, 2 * (len(exits) - n) - 1) for n, step in enumerate(exits)}
         order = sorted(first, key=lambda kind: (inwards[kind.exit_step or 0], not kind.generator))

@@ -162,6 +162,7 @@ def doctor(
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one GPU, in any currency.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what is missing, whether a configuration fits, and what this machine has."""
     with clean_errors(context):

@@ -164,6 +164,7 @@ class StageConfig(RunConfig):
         ways = {
             f"activation_checkpointing=full (it is {again}{how})": again not in ("full", True),
             f"micro_batch_size=1 (it is {batch})": batch > 1,
+            "parallel.graphs=false (what is recorded keeps memory of its own)": self.parallel.graphs,
             f"fewer latents, video.num_latent_frames (it is {video.num_latent_frames})": True,
             f"smaller pictures, video.height and video.width (they are {video.height} and {video.width})": True,
             "low-rank updates, lora.rank=64": self.lora is None,
@@ -325,9 +326,8 @@ def _batch_rule(batch_size: int, micro_batch_size: int, groups: int, together: i
     ranks = "ranks" if together == 1 else f"sequence groups of {together} ranks"
     factors += [f"{groups} {ranks}"] if groups > 1 else []
     lower = ", or micro_batch_size lower" if micro_batch_size > 1 else ""
-    return (
-        f"batch_size={batch_size} must be a multiple of {' x '.join(factors)} = {unit}; set batch_size to {fix}{lower}"
-    )
+    product = " x ".join(factors) + (f" = {unit}" if groups > 1 else "")
+    return f"batch_size={batch_size} must be a multiple of {product}; set batch_size to {fix}{lower}"
 
 
 def dump(config: Settings) -> str:

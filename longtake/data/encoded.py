@@ -69,6 +69,11 @@ def shard_name(number: int) -> str:
 
 def read_index(path: Path) -> dict[str, Any]:
     """The index of an encoded set. Raises: DataError when it is missing, no JSON object, or not as it was written."""
+    if path.is_dir() and not (path / INDEX).exists():
+        raise DataError(
+            f"{path} is no encoded set, it has no {INDEX}; write one with `longtake encode`, or set data.kind to what "
+            "it is"
+        )
     try:
         index = parse_json((path / INDEX).read_bytes())
     except (OSError, ValueError) as error:

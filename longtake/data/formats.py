@@ -45,6 +45,8 @@ def find_format(path: Path, kind: str = "auto") -> type[Format]:
     found = _format(detect_kind(path) if check_format(kind) == "auto" else kind)
     if path.is_file() and not found.takes_file(path):
         raise DataError(f"data.path={path} is a file, and data.kind={kind} needs a folder")
+    if kind not in ("auto", "encoded") and _format("encoded").lies_at(path):
+        raise DataError(f"data.path={path} is an encoded set, and data.kind={kind}; set data.kind=encoded")
     return found
 
 

@@ -31,14 +31,16 @@ from longtake.doctor.fused import Fused
 from longtake.doctor.validating import validate
 from longtake.encoders.original import random_vae
 from longtake.models import attention
+from longtake.models.apart import by_flash4
 from longtake.models.dit import VideoDiT
-from longtake.models.execution import LARGE_WIDTH, Execution
+from longtake.models.execution import Execution
 from longtake.models.sequence_parallel import check_heads
 from longtake.models.sizes import DiTConfig
 from longtake.objectives.base import Objective
 from longtake.parallel.mesh import Mesh
 from longtake.rng import KeyedRNG
 from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.train.execution import is_fused
 from longtake.train.loop import MetricWindow, iteration
 from longtake.train.made_batches import MadeBatches, made_codec
 from longtake.train.metrics import PhaseTimer
@@ -318,7 +320,8 @@ class _Hollow(SizedBuilder):
     def _quick(self, model: VideoDiT, *, sharded: bool, compiled: bool) -> Execution:
         # Of low-rank updates what runs unfused is traced, which is within 3 % of what was measured of them.
         whole = all(wanted.lora is None for wanted in self.config.networks.values())
-        return replace(model.execution, fuses=whole and not (sharded or compiled) and model.config.dim >= LARGE_WIDTH)
+        fuses = is_fused(model, sharded=sharded) and not compiled
+        return replace(model.execution, fuses=whole and fuses, joins=by_flash4 if fuses else None)
 
     def _recorder(self) -> CUDAGraphRunner:
         """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""
@@ -362,11 +365,9 @@ def _before_backward(out: object, mark: Callable[[], None]) -> None:
 
 
 def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, *, mask: attention.FrameMask | None = None) -> Tensor:
-    """Attention with the memory that it takes there: masks by which a key is seen more than once are flex attention's,
-    which copies no keys.
-    """
-    if mask is not None and sum(len(seen) for _, _, seen in mask.parts) > mask.allowed.shape[1]:
-        mask = None
+    """Attention with the memory that it takes there, where parts of a mask that are apart are attended together."""
+    if mask is not None and mask.together is not None:
+        return mask.together(q, k, v)
     return attention.attend(q, k, v, mask=mask)
 
 

@@ -14,7 +14,17 @@ from longtake.models.execution import Execution
 
 @dataclass(frozen=True)
 class Fused(Execution):
-    """An execution whose fused functions are traced: each keeps its inputs, and nothing of what is between."""
+    """An execution whose fused functions are traced: each keeps its inputs, and nothing of what is between. Operators
+    of a GPU are those of `longtake`, which say without data what they take.
+    """
+
+    def on_a_gpu(self, x: Tensor) -> bool:
+        """One is planned for."""
+        return True
+
+    def flex(self, device: torch.device, head_width: int) -> bool | None:
+        """Masks go part by part: flex attention, which some GPUs are faster by, copies no keys, and takes less."""
+        return False
 
     def fused(self, function: Any) -> Any:
         """As `Execution.fused`, without a compiler."""

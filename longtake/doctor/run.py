@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from collections import defaultdict
@@ -26,6 +27,8 @@ from longtake.weights.load import has_writer
 from longtake.weights.locate import is_hub_name
 from longtake.weights.presets import PRESETS, model_config
 from longtake.weights.students import find_student
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def _stage(
 ) -> StageReport:
     found = look_at(config, job)
     about: dict[str, Any] = {"image_tokens": found.image_tokens, "vae": found.vae}
+    logger.info("%s: an iteration is traced without data, which can take minutes", config.name)
     need = stage_need(config, found.sizes, ranks, **about)
     parts = {**need.at_rest, "encoders": found.encoder_bytes}
     parts["working memory"] = need.peak - sum(need.at_rest.values())

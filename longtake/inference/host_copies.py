@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longtake.models.attention import ONE_THREAD
+from longtake.rollout.cuda_graphs import while_none_records
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +113,18 @@ class _Piece:
             self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"the host's memory has no {size / 1e9:.2f} GB for a session's history") from error
-        finalize(self, page_lock(np.frombuffer(self.memory, np.uint8), device)).atexit = False
+        # The last who needs it may be gone in the middle of a recording, and by garbage collection in its thread.
+        unlock = page_lock(np.frombuffer(self.memory, np.uint8), device)
+        finalize(self, while_none_records, unlock).atexit = False
 
 
 def cuda_page_lock(memory: NDArray[np.uint8], device: torch.device) -> Callable[[], object]:
-    """Locks pages for a GPU's copies. Raises: MemoryError when the system refuses."""
+    """Locks pages for a GPU's copies. What it returns waits for the device, which a recording of CUDA graphs does not
+    survive (`while_none_records`). Raises: MemoryError when the system refuses.
+    """
 
     def unlock() -> None:
-        with ONE_THREAD, torch.cuda.device(device):
+        with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # what it was given may still be copying
             torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
 

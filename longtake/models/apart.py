@@ -5,13 +5,12 @@ of its places, in one pass over memory, and its gradient is the sum over these. 
 (`apart_triton.py`); `plainly` says what it computes. It must know no model and no cache.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch reads the types of an operator from its signature.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from longtake.models import attention
 from longtake.models.attention import ONE_THREAD, FrameMask, Run, has_triton, in_parts, make_mask
 from longtake.models.layers import rotated
+from longtake.models.recompute import made_again
 from longtake.models.trial import beside, is_right
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Places:
     tokens: int
 
     @classmethod
-    def of(cls, entry: Tensor, tokens: int, entries: int) -> Places:
+    def of(cls, entry: Tensor, tokens: int, entries: int) -> Self:
         """Of slots of some of so many `entries`."""
         first = torch.bincount(entry, minlength=entries).cumsum(0)
         whole = torch.cat([first.new_zeros(1), first])
@@ -44,7 +44,7 @@ class Places:
 
     def put(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         """`x` [B, E * tokens, N, K] in its slots [B, S * tokens, N, K], `rotated` there by `turn`."""
-        return _Put.apply(x, turn, self) if x.is_cuda else plainly(self, x, turn)
+        return _put(x, turn, self.entry, self.order, self.first, self.tokens)
 
 
 def plainly(places: Places, x: Tensor, turn: Tensor | None = None) -> Tensor:
@@ -65,20 +65,51 @@ def _alone(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return still, still, torch.arange(2, dtype=torch.int32, device=device)
 
 
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Tensor | None, places: Places) -> Tensor:
-        from longtake.models.apart_triton import put
+# Operators of torch, as those of `flash4.py`: a trace without data sees what they take, which is their results alone.
+@torch.library.custom_op("longtake::put", mutates_args=())
+def _put(x: Tensor, turn: Tensor | None, entry: Tensor, order: Tensor, first: Tensor, tokens: int) -> Tensor:
+    """As `Places.put`, of the fields of `Places`."""
+    if not x.is_cuda:
+        return plainly(Places(entry, order, first, tokens), x, turn)
+    from longtake.models.apart_triton import put
 
-        ctx.turn, ctx.places = turn, places
-        return put(x.contiguous(), turn, places.entry, places.tokens)
+    return put(x.contiguous(), turn, entry, tokens)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        from longtake.models.apart_triton import taken
 
-        places = ctx.places
-        return taken(grads[0].contiguous(), ctx.turn, places.order, places.first, places.tokens), None, None
+@_put.register_fake
+def _(x: Tensor, turn: Tensor | None, entry: Tensor, order: Tensor, first: Tensor, tokens: int) -> Tensor:
+    return x.new_empty(x.shape[0], entry.numel() * tokens, *x.shape[2:])
+
+
+@torch.library.custom_op("longtake::taken", mutates_args=())
+def _taken(grad: Tensor, turn: Tensor | None, order: Tensor, first: Tensor, tokens: int) -> Tensor:
+    """The gradient of `x` in `_put`."""
+    if not grad.is_cuda:
+        back = grad if turn is None else rotated(grad.contiguous(), turn * turn.new_tensor([1, -1]))
+        frames, entry = back.unflatten(1, (-1, tokens)), torch.empty_like(order)
+        entry[order] = torch.repeat_interleave(first.diff())
+        total = frames.new_zeros(frames.shape[0], first.numel() - 1, *frames.shape[2:])
+        return total.index_add_(1, entry, frames).flatten(1, 2)
+    from longtake.models.apart_triton import taken
+
+    return taken(grad.contiguous(), turn, order, first, tokens)
+
+
+@_taken.register_fake
+def _(grad: Tensor, turn: Tensor | None, order: Tensor, first: Tensor, tokens: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], (first.numel() - 1) * tokens, *grad.shape[2:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, turn, _, order, first, ctx.tokens = inputs
+    ctx.save_for_backward(turn, order, first)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _taken(grad, *ctx.saved_tensors, ctx.tokens), None, None, None, None, None
+
+
+_put.register_autograd(_gradients, setup_context=_keep)
 
 
 def apart(mask: FrameMask) -> tuple[FrameMask, Tensor]:
@@ -92,18 +123,22 @@ def apart(mask: FrameMask) -> tuple[FrameMask, Tensor]:
     return FrameMask(own.to(device), mask.tokens, parts=parts), before
 
 
-def joined(mask: FrameMask, dtype: torch.dtype, head_width: int) -> FrameMask:
-    """A mask that is `apart`, with what attends in all parts together where that is right and faster."""
-    device = mask.allowed.device
+# What a mask that is `apart` becomes, with what attends in all its parts together where there is something
+Joins = Callable[[FrameMask], FrameMask]
+
+
+def joins(device: torch.device, dtype: torch.dtype, head_width: int) -> Joins | None:
+    """What joins the parts of masks on a device, where these shall be `apart`. Asked before a call with gradient."""
+    if not puts_rightly(device, dtype):
+        return None
     _alone(device)  # now: made in a block, it would count as its work, which backward may do again
-    kernel = _together(device, dtype, head_width) if device.type == "cuda" else None
-    return mask if kernel is None else replace(mask, together=kernel(mask))
+    return partial(_joined, dtype=dtype, head_width=head_width)
 
 
-def of_heads(device: torch.device, head_width: int) -> tuple[torch.dtype, int] | None:
-    """Type and width of heads, where masks on a device shall be `apart`. Asked before a call with gradient."""
-    dtype = torch.get_autocast_dtype(device.type)
-    return (dtype, head_width) if puts_rightly(device, dtype) else None
+def _joined(mask: FrameMask, dtype: torch.dtype, head_width: int) -> FrameMask:
+    """A mask that is `apart`, with what attends in all parts together where that is right and faster."""
+    kernel = _together(mask.allowed.device, dtype, head_width)
+    return mask if kernel is None else kernel(mask)
 
 
 @cache
@@ -125,15 +160,16 @@ def _off_in_places(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for one in (turn, None):
             leaf, change = x.to(dtype).requires_grad_(), grad.to(dtype)
-            made, truth = places.put(leaf, one), plainly(places, leaf.float(), one)
-            yield beside(made, truth)
-            yield beside(
-                torch.autograd.grad(made, leaf, change)[0], torch.autograd.grad(truth, leaf, change.float())[0]
-            )
+            truth = plainly(places, leaf.float(), one)
+            (wanted,) = torch.autograd.grad(truth, leaf, change.float())
+            for put in (places.put, made_again(places.put)):
+                made = put(leaf, one)
+                yield beside(made, truth)
+                yield beside(torch.autograd.grad(made, leaf, change)[0], wanted)
 
 
 @cache
-def _together(device: torch.device, dtype: torch.dtype, head_width: int) -> Callable[[FrameMask], Run] | None:
+def _together(device: torch.device, dtype: torch.dtype, head_width: int) -> Joins | None:
     """FlashAttention-4 of sequences of several lengths, where it is right and faster than part by part."""
     attention.choose_kernels(device, dtype, head_width)
     if attention.gradient_kernels(device, dtype, head_width, True)[0].name != "FLASH_ATTENTION_4":
@@ -147,7 +183,12 @@ def _together(device: torch.device, dtype: torch.dtype, head_width: int) -> Call
         each = attention.milliseconds(partial(in_parts, mask=mask, plain=attention.attend_fastest), problem)
         together = attention.milliseconds(_flash4(mask), problem)
     logger.info("masked attention, forward and backward: part by part %.2f ms, together %.2f ms", each, together)
-    return _flash4 if together * attention.MARGIN < each else None
+    return by_flash4 if together * attention.MARGIN < each else None
+
+
+def by_flash4(mask: FrameMask) -> FrameMask:
+    """A mask that is `apart`, whose parts FlashAttention-4 attends together."""
+    return replace(mask, together=_flash4(mask))
 
 
 def _flash4(mask: FrameMask) -> Run:
@@ -166,11 +207,12 @@ def _flash4(mask: FrameMask) -> Run:
 def _off(device: torch.device, dtype: torch.dtype, head_width: int) -> list[float]:
     """How far results and gradients of parts together are from the definition, on a small problem of two videos."""
     mask, problem = _blocks(device, dtype, head_width, 70, heads=2)
-    both = [torch.cat([t, t.flip(1)]) for t in problem]
-    found = attention.results_of(_flash4(mask), (both[0], both[1], both[2]), gradients=True)
-    exact = (both[0].double(), both[1].double(), both[2].double())
+    q, k, v = (torch.cat([t, t.flip(1)]) for t in problem)
+    exact = (q.double(), k.double(), v.double())
     truth = attention.results_of(partial(in_parts, mask=mask, plain=attention.defined), exact, gradients=True)
-    return [beside(a, b) for a, b in zip(found, truth, strict=True)]
+    runs = (_flash4(mask), made_again(_flash4(mask)))
+    found = [one for run in runs for one in attention.results_of(run, (q, k, v), gradients=True)]
+    return [beside(a, b) for a, b in zip(found, truth * 2, strict=True)]
 
 
 def _blocks(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.condition import MaskLayout
-from longtake.models.apart import Places, apart, joined, turned
+from longtake.models.apart import Joins, Places, apart, turned
 from longtake.models.attention import FrameMask, block_mask, has_triton, make_mask
 from longtake.models.cache import CacheView, KVCache, beside
 from longtake.models.execution import WHOLE_NETWORK, Execution, Run
@@ -55,20 +55,19 @@ class PreparedMask:
         device: torch.device,
         *,
         flex: bool | None = None,
-        heads: tuple[torch.dtype, int] | None = None,
+        joins: Joins | None = None,
     ) -> PreparedMask:
-        """As `make_mask` makes it of the layout. Args: `heads`, type and width of heads, where each part shall have
-        slots of its own (`apart.py`).
+        """As `make_mask` makes it of the layout. Args: `joins`, where each part shall have slots of its own
+        (`apart.py`).
         """
         moved = layout.to(device)
         entry, position = moved.key_entry, moved.key_position
         mask = make_mask(moved.allowed, tokens, device, flex=flex)
-        if heads is None or len(mask.parts) < 2:
+        if joins is None or len(mask.parts) < 2:
             return cls(moved.frame_index, position, None if layout.plain_keys else entry, mask, layout.later_from)
         mask, slots = apart(mask)
         places = Places.of(entry[slots], tokens, int(entry.max()) + 1)
-        mask = joined(mask, *heads)
-        return cls(moved.frame_index, position[slots], entry[slots], mask, layout.later_from, places)
+        return cls(moved.frame_index, position[slots], entry[slots], joins(mask), layout.later_from, places)
 
     @property
     def num_entries(self) -> int:

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.condition import Condition, MaskLayout
 from longtake.errors import ShapeError
-from longtake.models.apart import of_heads
 from longtake.models.cache import CacheView, KVCache, Layers
 from longtake.models.call_checks import check_call
 from longtake.models.context import (
@@ -436,8 +435,7 @@ class VideoDiT(nn.Module):
         """A mask for frames of `tokens`, made once and forgotten with its layout."""
         known = self._masks.setdefault(layout, {})
         if (tokens, device) not in known:
-            width = self.config.head_width
-            flex = self.execution.flex(device, width)
-            heads = of_heads(device, width) if flex is False and self.execution.fuses else None
-            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex, heads=heads)
+            flex = self.execution.flex(device, self.config.head_width)
+            joins = None if flex is not False else self.execution.joins
+            known[tokens, device] = PreparedMask.of(layout, tokens, device, flex=flex, joins=joins)
         return known[tokens, device]

@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.models.attention import (
     VARIANTS,
     Attention,
+    FrameMask,
     attend,
     attend_fastest,
     flex_is_faster,
@@ -65,8 +66,9 @@ class Execution:
     `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
     low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
     element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets, and
-    `by_rows`, whether norms that are learnt through are kernels of ours instead (`norms.py`); `calls`, what makes the
-    network's calls, None where Python does.
+    `by_rows`, whether norms that are learnt through are kernels of ours instead (`norms.py`); `joins`, what joins the
+    parts of masks whose keys lie apart, None where they do not (`apart.py`); `calls`, what makes the network's calls,
+    None where Python does.
     """
 
     split: SequenceParallel | None = None
@@ -76,11 +78,16 @@ class Execution:
     attend: Attention = attend
     fuses: bool = False
     by_rows: bool = False
+    joins: Callable[[FrameMask], FrameMask] | None = None
     calls: Calls | None = None
 
     def fused(self, function: F) -> F:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
         return cast(F, _compiled(function)) if self.fuses and has_triton() else function
+
+    def on_a_gpu(self, x: Tensor) -> bool:
+        """Whether what is done with `x` is done there."""
+        return x.is_cuda
 
     def entering(self, weight: Tensor) -> torch.dtype:
         """The type in which is written what enters a product with `weight`: where work is fused, autocast finds it in

@@ -75,8 +75,8 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from longtake.models.gelu_triton import gelu_backward as kernel
 
         return kernel(x.contiguous(), grad.contiguous())
-    change = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    return F.gelu(x, approximate="tanh"), change, change.float().sum(0)
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
+    return F.gelu(x, approximate="tanh"), grad, grad.sum(0, dtype=torch.float32)
 
 
 @cache

@@ -189,7 +189,7 @@ class MLP(nn.Sequential):
             hidden = first(x)
             once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
             return second((once or execution.fused(gelu_quantised))(hidden))
-        alone = execution.fuses and x.is_cuda and x.dtype == torch.bfloat16
+        alone = execution.fuses and execution.on_a_gpu(x) and x.dtype == torch.bfloat16
         if torch.is_grad_enabled():
             if not (alone and type(first) is nn.Linear and type(second) is nn.Linear):
                 return super().forward(x)

@@ -19,6 +19,7 @@ from longtake.models import layers, trial
 from longtake.models.attention import MARGIN, ONE_THREAD, has_triton, milliseconds
 from longtake.models.execution import Execution
 from longtake.models.fp8 import FP8, Rows, has_kernel
+from longtake.models.recompute import made_again
 
 logger = logging.getLogger(__name__)
 
@@ -226,12 +227,12 @@ def off(device: torch.device, dtype: torch.dtype, width: int = 200) -> list[floa
 
 
 def _differences(kernel: Callable[..., Any], function: Callable[..., Any], given: list[Tensor]) -> list[float]:
-    """Of results and gradients, each beside its own size."""
+    """Of results and gradients, also of those that backward makes again, each beside its own size."""
     found, truth = ([t.detach().to(t if same else torch.float32).requires_grad_() for t in given] for same in (1, 0))
-    made, wanted = kernel(*found), function(*truth)
+    made, again, wanted = kernel(*found), made_again(kernel)(*found), function(*truth)
     gradients = [
         torch.autograd.grad(results, leaves, [w.detach().to(r.dtype) for w, r in zip(wanted, results, strict=True)])
-        for results, leaves in ((made, found), (wanted, truth))
+        for results, leaves in ((made, found), (again, found), (wanted, truth))
     ]
-    pairs = zip([*made, *gradients[0]], [*wanted, *gradients[1]], strict=True)
+    pairs = zip([*made, *gradients[0], *gradients[1]], [*wanted, *gradients[2], *gradients[2]], strict=True)
     return [trial.beside(one, truth) for one, truth in pairs]

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
@@ -88,6 +89,13 @@ def keep_attention() -> Contexts:
 def keep_products() -> Contexts:
     """As `keep_attention`, with the results of matrix products too: what lies between them is recomputed."""
     return _keeping(_policy_of_products)
+
+
+def made_again(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` as part of a block that keeps products: for trials, since what is right once may not be when backward
+    makes it again.
+    """
+    return partial(checkpoint, work, use_reentrant=False, context_fn=keep_products, preserve_rng_state=False)
 
 
 def _keeping(policy: Callable[..., CheckpointPolicy]) -> Contexts:

@@ -15,6 +15,8 @@ one thread at a time, and on the GPU behind the one before. While one records, t
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -51,6 +53,39 @@ class Capture(Protocol):
     def __call__(self, *works: Callable[[], Made]) -> list[Recorded]: ...
 
 
+_RECORDS = threading.Lock()  # held while a graph is recorded; the thread that records cannot take it again either
+_later: deque[Callable[[], object]] = deque()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, nothing is done that `while_none_records` was told to do."""
+    try:
+        with _RECORDS:
+            yield
+    finally:
+        _do_what_waits()
+
+
+def while_none_records(work: Callable[[], object]) -> None:
+    """Does `work`, which waits for a device, at once, or where a graph is recorded, in this thread or another, as soon
+    as that ends: it would end the recording with an error. Waits for nothing, since garbage collection may call it at
+    any point of any thread, one that holds locks or records among them.
+    """
+    _later.append(work)
+    _do_what_waits()
+
+
+def _do_what_waits() -> None:
+    # Whoever has the lock looks again when it is given back, so that what was put there meanwhile is not left over.
+    while _later and _RECORDS.acquire(blocking=False):
+        try:
+            while _later:
+                _later.popleft()()
+        finally:
+            _RECORDS.release()
+
+
 class CUDAGraphCapture:
     """Records CUDA graphs that share their memory: they are replayed one after the other."""
 
@@ -77,6 +112,7 @@ class CUDAGraphCapture:
             graph = torch.cuda.CUDAGraph()
             # torch leaves its stream alone where recording ends well: the outer context does so where it failed, too.
             with (
+                recording(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):

@@ -78,6 +78,17 @@ class RecordedCalls:
         """How many forms of a network's calls are recorded."""
         return len(self._networks[model].records) if model in self._networks else 0
 
+    def forms(self, blocks: nn.ModuleList) -> int:
+        """How many kinds of calls with gradient of networks of these blocks have come, as far as they may be recorded:
+        each would hold memory of its own.
+        """
+        found = 0
+        for model, network in list(self._networks.items()):
+            if model.blocks is blocks and not self._broken:
+                network.forget_what_is_gone()
+                found += min(MOST_FORMS, sum(form[0] for form in network.uses))
+        return found
+
     def _network(self, model: VideoDiT) -> _Network:
         """What is known of a network, anew where its weights lie elsewhere or something else is computed again."""
         network = self._networks.get(model)

@@ -87,8 +87,8 @@ def measure(generator: Generator, most: int | None, kept: dict[str, Any]) -> Cap
             pool = generator.copies.pool
             sessions = pool.make_ready(sessions)
             logger.info("%.2f GB of the host's memory page-locked in %.1f s", pool.size_bytes / 1e9, pool.seconds)
-    each = session_bytes / 1e9, host_bytes / 1e9
-    logger.info("%d sessions at once: %.1f frames/s, %.2f GB and %.2f GB of the host each", sessions, rate, *each)
+    each = f", {session_bytes / 1e9:.2f} GB and {host_bytes / 1e9:.2f} GB of the host each" if on_gpu else ""
+    logger.info("room for %d session%s: %.1f frames/s in all%s", sessions, "s" * (sessions > 1), rate, each)
     return Capacity(sessions, rate, session_bytes, host_bytes)
 
 

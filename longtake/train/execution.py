@@ -11,6 +11,7 @@ import torch
 
 from longtake.config.objective import NetworkConfig
 from longtake.errors import ConfigError
+from longtake.models.apart import joins
 from longtake.models.attention import attend_fastest, choose_kernels
 from longtake.models.dit import VideoDiT
 from longtake.models.execution import LARGE_WIDTH, Calls, Execution
@@ -57,7 +58,8 @@ def quick(
     choose_kernels(device, product_type, model.config.head_width)
     fuses = is_fused(model, sharded=sharded)
     by_rows = fuses and are_faster(device, product_type, model.config.dim)
-    execution = replace(model.execution, attend=attend_fastest, fuses=fuses, by_rows=by_rows)
+    parts = joins(device, product_type, model.config.head_width) if fuses else None
+    execution = replace(model.execution, attend=attend_fastest, fuses=fuses, by_rows=by_rows, joins=parts)
     if model.config.dim >= LARGE_WIDTH:
         return execution
     if sharded and calls is not None:

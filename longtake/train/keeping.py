@@ -12,17 +12,18 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.errors import is_out_of_memory
 from longtake.models.execution import Execution
-from longtake.models.layers import rms_norm
-from longtake.models.recompute import Again, ByBlock, keep_products
+from longtake.models.layers import MLP, rms_norm
+from longtake.models.recompute import Again, ByBlock, made_again
+from longtake.models.trial import beside, is_right
 from longtake.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -68,41 +69,53 @@ def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]
 
 
 def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether some results can be kept without others, as networks are computed here; says why not.
+    """Whether some results can be kept without others, as networks are computed here; says of what not, and why.
 
     Versions of torch differ in how compiled functions, operators of others and selective recomputation go together.
+    Kernels of ours for norms and masks are tried so before they are chosen.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, 256, 2 * head_width, device=device, generator=generator).to(dtype).requires_grad_()
-    weight = torch.ones(2 * head_width, device=device, requires_grad=True)
-    matrix = torch.eye(2 * head_width, device=device, dtype=dtype)
+    generator, width = torch.Generator(device).manual_seed(0), 2 * head_width
 
-    def work(x: Tensor) -> Tensor:
+    def random(*shape: int, over: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device, generator=generator) / over).to(dtype).requires_grad_()
+
+    x, weight = random(1, 256, width), torch.ones(width, device=device, requires_grad=True)
+    matrix = torch.eye(width, device=device, dtype=dtype)
+    with torch.device("meta"):  # which draws nothing
+        layers = MLP(width, width)
+    values = {name: random(*one.shape, over=one.shape[0] ** 0.5) for name, one in layers.named_parameters()}
+    layers.load_state_dict(values, assign=True)
+
+    def attends(x: Tensor, weight: Tensor) -> Tensor:
         q = execution.fused(rms_norm)(F.linear(x, matrix), weight, 1e-6).unflatten(-1, (2, -1))
         return execution.attend(q, q.sin(), q.cos()).flatten(2)
 
-    def gradients(made: Tensor) -> Tensor:
-        return torch.cat([one.flatten() for one in torch.autograd.grad(made.square().sum(), (x, weight))])
+    def within(x: Tensor, *_: Tensor) -> Tensor:
+        return layers(x.sin(), execution)
 
-    try:
-        truth = gradients(work(x))
-        found = gradients(checkpoint(work, x, use_reentrant=False, context_fn=keep_products))
-    except (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
-        logger.warning("blocks keep all or nothing: %s", str(error).splitlines()[0])
-        return False
-    if float((found - truth).norm() / truth.norm()) < 1e-2:
-        return True
-    logger.warning("blocks keep all or nothing: gradients were others otherwise")
-    return False
+    works: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
+        "attention": (attends, (x, weight)),
+        "the MLP": (within, (x, *layers.parameters())),
+    }
+    return all(is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items())
+
+
+def _off(work: Callable[..., Tensor], given: Sequence[Tensor]) -> list[float]:
+    """How far gradients are from what they are otherwise where `work` keeps products alone."""
+    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in (made_again(work), work))
+    return [beside(one, other) for one, other in zip(found, truth, strict=True)]
 
 
 @dataclass(eq=False)
 class Watched:
-    """A network of `blocks`, whose ways are `by_block`, and what those that try each were seen to keep."""
+    """A network of `blocks`, whose ways are `by_block`, and what those that try each were seen to keep; `forms()`, how
+    many kinds of its calls are to be recorded and keep that for good (`rollout/recorded_calls.py`).
+    """
 
     name: str
     blocks: nn.ModuleList
     by_block: ByBlock
+    forms: Callable[[], int] = lambda: 0
     now: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     most: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     hooks: list[Any] = field(default_factory=list)
@@ -209,10 +222,18 @@ class Keeper:
         self._missing -= set(self.shown(step))
         if not self._missing:
             self.settled = True
-            self._decide(int(ROOM * self.memory.all()) - self._peak)
+            self._decide(self._each(int(ROOM * self.memory.all()) - self._peak))
+
+    def _each(self, spare: int) -> int:
+        """What each call may keep of so many bytes beside the most that was held. Calls come one after the other, and
+        what one kept is gone when the next begins; but where they will be recorded, each kind holds what it works in
+        and what it keeps as long as the recording, beside one more kind that is not recorded.
+        """
+        forms = sum(one.forms() for one in self.watched)
+        return (spare - forms * (self._peak - self.memory.now())) // (1 + forms)
 
     def _decide(self, spare: int) -> None:
-        """Args: `spare`, bytes of this rank beside the most that it held."""
+        """Args: `spare`, bytes of this rank that a call may keep beside the most that it held."""
         found = [one.kept(self.micro_batches) for one in self.watched]
         ranks = self.mesh.every(lambda: (spare, found))
         least = min(each for each, _ in ranks)

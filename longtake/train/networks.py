@@ -123,7 +123,7 @@ class Builder:
             student=networks.student,
             trained=networks.trained,
             frozen=networks.frozen,
-            draws=draws or KeyedRNG(self.config.seed),
+            draws=draws or KeyedRNG(self.config.seed, ahead=self.mesh.device.type == "cuda"),
             plan=self.config.stream_plan,
             shift=self.config.flow.shift,
             num_frames=self.config.video.num_latent_frames,
@@ -420,7 +420,7 @@ class Builder:
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
             if isinstance(again, ByBlock):
-                self.watched.append(Watched(trained, model.blocks, again))
+                self.watched.append(Watched(trained, model.blocks, again, partial(self.calls.forms, model.blocks)))
         return parallelize(
             model,
             mesh,

@@ -226,3 +226,19 @@ def test_a_pipe_is_no_data_set(tmp_path):
     os.mkfifo(tmp_path / "rows.tar")
     with pytest.raises(DataError, match="rows.tar is a pipe or a device"):
         open_dataset(tmp_path / "rows.tar")
+
+
+def test_an_encoded_set_and_other_data_are_told_apart(tmp_path):
+    """Who encodes data of a recipe that reads clips names the new folder, and the recipe still says clips."""
+    for name in ("photos", "encoded"):
+        (tmp_path / name).mkdir()
+    paired_images(tmp_path / "photos", 1)
+    for name in ("index.json", "shard_00000.safetensors"):
+        (tmp_path / "encoded" / name).write_text("{}")
+    for kind in ("clips", "images", "lmdb"):
+        with pytest.raises(DataError, match=f"is an encoded set, and data.kind={kind}; set data.kind=encoded"):
+            open_dataset(tmp_path / "encoded", kind=kind, num_frames=5)
+    with pytest.raises(
+        DataError, match="photos is no encoded set, it has no index.json; write one with `longtake encode`"
+    ):
+        open_dataset(tmp_path / "photos", kind="encoded")

@@ -110,13 +110,21 @@ def test_an_encoded_set_needs_no_encoders(workshop, tmp_path):
     assert found.encoder_bytes == 0 and not found.missing
 
 
+def test_what_takes_its_time_is_told_before(workshop, tmp_path, quick, caplog):
+    file = write(tmp_path, stage_tree(workshop, tmp_path, "causal"))
+    for options in (["--json"], ["--json", "--quiet"]):
+        caplog.clear()
+        assert json.loads(invoke(file, *options).stdout)["stages"]
+        assert ("causal: an iteration is traced without data" in caplog.text) == ("--quiet" not in options)
+
+
 def test_what_is_missing_is_named_with_the_place_to_get_it(workshop, tmp_path, quick):
     folder = tmp_path / "Wan2.1-Fun-1.3B-InP"
     tree = stage_tree(workshop, tmp_path, "distill", init_from="causal", teacher=str(folder), encoders=str(folder))
     tree["data"]["path"] = str(tmp_path / "pictures")
     result = invoke(write(tmp_path, tree), "--json")
     assert result.exit_code == 1
-    (stage,) = json.loads(result.output)["stages"]
+    (stage,) = json.loads(result.stdout)["stages"]
     text = "\n".join(stage["missing"])
     assert f"teacher={folder} does not exist" in text
     command = f"longtake download alibaba-pai/Wan2.1-Fun-1.3B-InP -o {folder}"
@@ -257,7 +265,7 @@ def test_other_machines(workshop, tmp_path, machine, quick):
     machine(ram_free_bytes=1, gpus=[])
     file = write(tmp_path, stage_tree(workshop, tmp_path, "distill"))
     for device, size in (("h100", 80), ("24GB", 24), ("32 gb", 32), ("4090", 24), ("rtx 3090", 24), ("RTX 5090", 32)):
-        (stage,) = json.loads(invoke(file, "--device", device, "--gpus", 2, "--json").output)["stages"]
+        (stage,) = json.loads(invoke(file, "--device", device, "--gpus", 2, "--json").stdout)["stages"]
         assert stage["free_bytes"] == size * 10**9 and stage["ranks"] == 2 and not stage["problems"]
     for arguments, reason in (
         (
@@ -309,7 +317,7 @@ def test_hours_and_price_are_measured_seconds_times_iterations(workshop, tmp_pat
     told = invoke(file, "--seconds-from", measured, "--price", 3.5).output
     assert "6 s (NVIDIA H200) x 3000 iterations / 3600 = 5.0 hours" in told
     assert "x 1 GPU(s) x 3.5 an hour = 17.50" in told
-    (stage,) = json.loads(invoke(file, "--seconds-from", measured, "--json").output)["stages"]
+    (stage,) = json.loads(invoke(file, "--seconds-from", measured, "--json").stdout)["stages"]
     assert stage["cost"]["seconds"] == 6 and stage["cost"]["price"] is None
     stream = {
         "device": "CPU",

@@ -1,16 +1,20 @@
 """What the doctor traces against what was measured, and against traces of whole depth."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import make_tiny_model, relative_error
 from tiny_stage import TEACHER, stage_config
 
+from longtake.condition import MaskLayout
 from longtake.config.stage import StageConfig
 from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
+from longtake.models.apart import by_flash4
 from longtake.models.dit import VideoDiT
+from longtake.models.layers import MLP
 from longtake.models.sizes import DiTConfig
 from longtake.train.optim import NetworkOptimizer
 from longtake.weights.presets import PRESETS
@@ -210,6 +214,45 @@ def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, ti
         model(tiny_latents(5), torch.ones(2), tiny_condition(model)).square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative_error(found[1], found[0]) < 1e-6
+
+
+def test_the_mlp_keeps_its_first_product_alone():
+    meter, rows, wide = Meter(), 50, 72
+    with torch.device("meta"):
+        layers = MLP(24, wide).bfloat16()
+    with meter.fake, meter:
+        layers.to_empty(device="cpu")
+        x = torch.empty(rows, 24, dtype=torch.bfloat16)
+        before = meter.now
+        made = layers(x, estimate.Fused(fuses=True))
+        assert meter.now - before == 2 * rows * (wide + 24)
+        meter.mark()
+        made.sum().backward()
+    gradients = 2 * sum(p.numel() for p in layers.parameters())
+    assert meter.moments[-1].size - before <= 2 * rows * (3 * wide + 3 * 24) + gradients + 4 * wide  # not a fourth
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_count_in_each_part_of_a_mask_that_sees_them(together, dtype, tiny_condition, tiny_latents):
+    """Blocks of two frames that see those before them hold 12 frames of keys and values where 6 see themselves alone."""
+    model, found = make_tiny_model(True), []
+    execution = replace(estimate.network(model.config).execution, fuses=together, joins=by_flash4 if together else None)
+    block = torch.arange(6) // 2
+    for allowed in (block[:, None] == block, block[:, None] >= block):
+        layout, meter = MaskLayout(torch.arange(6), torch.arange(6), torch.arange(6), allowed), estimate.Meter()
+        with torch.device("meta"):
+            network = VideoDiT(model.config, execution)
+        condition, x = tiny_condition(model, num_frames=6), tiny_latents(6)
+        with meter.fake, meter:
+            network.to_empty(device="cpu")
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                made = network(x, torch.full((2, 6), 0.5), condition, layout)
+            found.append(meter.now)
+            made.sum().backward()
+    sizes, tokens = model.config, 6 * model.tokens_per_frame(*x.shape[-2:])
+    turn = 4 * tokens * sizes.head_width if together else 0
+    assert found[1] - found[0] == sizes.num_layers * 2 * 2 * tokens * sizes.dim * dtype.itemsize + turn
 
 
 def test_a_meter_counts_what_lives():

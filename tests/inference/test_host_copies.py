@@ -4,6 +4,7 @@ import gc
 import logging
 import mmap
 from contextlib import nullcontext
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from page_locks import PageLocks
 from tiny_sessions import KINDS, OTHER, A, B, C, make_generator, open_session, take
 
 from longtake.inference.host_copies import HostCopies, HostPool
+from longtake.rollout.cuda_graphs import CUDAGraphCapture
 from longtake.rollout.stream import LatentStream
 from longtake.serve.capacity import fill_history
 
@@ -58,6 +60,40 @@ def test_pages_are_unlocked_behind_the_last_who_needs_them():
     assert locks.held == {kept.data_ptr()} and kept.tolist() == [7] * 10
     del kept
     assert not locks.held
+
+
+class Dropped:
+    """A pool that only garbage collection finds, as that of a generator whose parts know each other."""
+
+    def __init__(self, locks):
+        self.pool, self.mine = HostPool(locks), self
+        self.pool.take(10, CPU)
+
+
+@pytest.mark.parametrize("where", ["in the thread that records", "in another"])
+def test_pages_that_nobody_needs_while_a_graph_is_recorded_are_unlocked_behind_that(where, monkeypatch):
+    """To unlock them waits for the device, which may not be done then, and nor may another thread be waited for."""
+    cuda, locks, held, calls = torch.cuda, PageLocks(), [], []
+    for name in ("Stream", "CUDAGraph", "stream", "current_stream", "graph", "graph_pool_handle"):
+        monkeypatch.setattr(cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(nullcontext, "replay", None, raising=False)
+    monkeypatch.setattr(cuda, "device_count", lambda: 0)
+
+    def work():
+        calls.append(1)
+        if len(calls) == 2:  # the one that is recorded
+            Dropped(locks)
+            if where == "in another":
+                thread = Thread(target=gc.collect)
+                thread.start()
+                thread.join(20)
+                assert not thread.is_alive()
+            gc.collect()
+            held.append(len(locks.held))
+        return ()
+
+    CUDAGraphCapture()(work)
+    assert held == [1] and not locks.held
 
 
 def test_what_is_made_ready_is_enough_for_as_many_and_more_is_told_once(caplog):

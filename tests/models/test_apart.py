@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from test_flash4 import package as package
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model
 from tiny_plan import tiny_plan
 
+from longtake.models import apart as apart_module
 from longtake.models import attention
-from longtake.models.apart import Places, _flash4, _together, apart, of_heads, plainly, puts_rightly
+from longtake.models.apart import Places, _flash4, _together, apart, joins, plainly, puts_rightly
 from longtake.models.attention import attend, attend_fastest, make_mask
 from longtake.models.cache import KVCache
 from longtake.models.context import MaskOverCache, PreparedMask
@@ -33,9 +35,9 @@ def test_the_network_is_the_same(name, monkeypatch, rel):
     x = make_tiny_latents(layout.num_entries)
     sigma = torch.linspace(0.1, 0.9, layout.num_entries).expand(2, -1)
     found = []
-    for heads in (None, (torch.float32, 16)):
-        prepared = PreparedMask.of(layout, model.tokens_per_frame(4, 6), CPU, heads=heads)
-        assert (prepared.places is None) == (heads is None)
+    for joined in (None, lambda mask: mask):
+        prepared = PreparedMask.of(layout, model.tokens_per_frame(4, 6), CPU, joins=joined)
+        assert (prepared.places is None) == (joined is None)
         made = model(x, sigma, condition, prepared)
         model.zero_grad()
         made.square().mean().backward()
@@ -56,12 +58,11 @@ def test_frames_of_a_cache_stay_as_they_were_stored(rope, monkeypatch, rel):
     over = MaskOverCache(layout, cache, torch.arange(len(plan.past(5))))
     x, sigma = make_tiny_latents(layout.num_entries), torch.full((2, layout.num_entries), 0.5)
     found = []
-    for heads in (None, (torch.float32, 16)):
-        monkeypatch.setattr("longtake.models.dit.of_heads", lambda *_, heads=heads: heads)
+    for joined in (None, lambda mask: mask):
         monkeypatch.setattr(Execution, "flex", lambda *_: False)
         with torch.no_grad():
             found.append(
-                model.executed(Execution(fuses=True))(x, sigma, condition, replace(over, layout=replace(layout)))
+                model.executed(Execution(joins=joined))(x, sigma, condition, replace(over, layout=replace(layout)))
             )
     assert rel(found[1], found[0]) < 1e-6
 
@@ -76,6 +77,14 @@ def test_places_know_where_each_entry_went():
     assert torch.equal(places.put(x, turn)[:, :2], places.put(x)[:, :2]) and not torch.equal(
         places.put(x, turn), places.put(x)
     )
+    for one in (turn, None):
+        given = x.clone().requires_grad_(), one, places.entry, places.order, places.first, places.tokens
+        torch.library.opcheck(torch.ops.longtake.put.default, given)
+        (found,), (wanted,) = (
+            torch.autograd.grad(put, given[0], torch.ones_like(put).cumsum(1))
+            for put in (places.put(given[0], one), plainly(places, given[0], one))
+        )
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -134,6 +143,24 @@ def test_one_call_is_used_where_it_is_right_and_faster(ms, used, wrong, package,
     assert (found is not None) == (used and wrong == 1)
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_both_kernels_are_also_tried_where_backward_makes_them_again(wrong, package, monkeypatch):
+    package()
+    monkeypatch.setattr(attention, "random_problem", _of_two_heads)
+
+    def spoilt(run):
+        again = lambda: torch._C._current_graph_task_id() != -1  # noqa: E731
+        return lambda x, *given: run(x * torch.full_like(x, 1 + wrong * again()), *given)
+
+    inner = apart_module._flash4
+    monkeypatch.setattr(apart_module, "_flash4", lambda mask: spoilt(inner(mask)))
+    found = apart_module._off(CPU, torch.float32, 16)
+    assert max(found[:4]) < 1e-5 and (max(found) > 0.1) == bool(wrong)
+    put = Places.put
+    monkeypatch.setattr(Places, "put", lambda self, x, turn=None: spoilt(partial(put, self))(x, turn))
+    assert (max(apart_module._off_in_places(CPU, torch.float32)) > 0.1) == bool(wrong)
+
+
 def _of_two_heads(device, dtype, head_width, queries, keys, heads):
     sizes, generator = (queries, keys, keys), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, head_width, generator=generator) for n in sizes)
@@ -141,7 +168,7 @@ def _of_two_heads(device, dtype, head_width, queries, keys, heads):
 
 
 def test_without_a_gpu_nothing_is_apart():
-    assert not puts_rightly(CPU, torch.float32) and of_heads(CPU, 16) is None
+    assert not puts_rightly(CPU, torch.float32) and joins(CPU, torch.float32, 16) is None
 
 
 class TestCuda:
@@ -172,8 +199,8 @@ class TestCuda:
         for one in (Execution(), quick):
             model = make_tiny_model(True, **sizes).to(device).executed(one)
             condition = make_tiny_condition(model, num_frames=7).to("cuda")
-            heads = None if one is not quick else (torch.bfloat16, 128)
-            prepared = PreparedMask.of(layout, 6, device, flex=False, heads=heads)
+            joined = None if one is not quick else joins(device, torch.bfloat16, 128)
+            prepared = PreparedMask.of(layout, 6, device, flex=False, joins=joined)
             x, sigma = make_tiny_latents(layout.num_entries).to(device), torch.full((2, layout.num_entries), 0.5)
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
                 loss = model(x, sigma.to(device), condition, prepared).square().mean()

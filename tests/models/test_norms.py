@@ -51,6 +51,17 @@ def test_kernels_are_used_where_they_are_right_and_faster(wrong, ms, used, monke
     assert not norms.are_faster.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 2**14)
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_kernel_is_also_tried_where_backward_makes_it_again(wrong):
+    def kernel(x, weight):
+        again = torch._C._current_graph_task_id() != -1
+        return ((x * (1 + wrong * again)).exp() * weight,)
+
+    given = [torch.randn(3, 5), torch.randn(5)]
+    found = norms._differences(kernel, lambda x, weight: (x.exp() * weight,), given)
+    assert (max(found) > 0.5) == bool(wrong) and max(found[:3]) < 1e-6
+
+
 class TestCuda:
     pytestmark = cuda
 

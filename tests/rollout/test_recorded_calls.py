@@ -164,7 +164,12 @@ def test_nothing_is_recorded_while_forwards_are_measured():
     model = make_tiny_model(i2v=True).executed(Execution(recompute=ways, calls=calls))
     for _ in range(EAGER_CALLS + 2):
         gradients(model, [make_tiny_latents(7)])
-    assert calls.recorded(model) == 0
+        with torch.no_grad():
+            gradient_free = model(make_tiny_latents(7), torch.tensor([0.9, 0.3]), make_tiny_condition(model))
+    assert not gradient_free.requires_grad and calls.recorded(model) == 0
+    assert calls.forms(model.blocks) == 1 and calls.forms(make_tiny_model().blocks) == 0
+    gradients(model, [make_tiny_latents(5)])
+    assert calls.forms(model.blocks) == 2  # each is to hold memory of its own
     ways.follow([False, False])
     for _ in range(EAGER_CALLS + 1):
         gradients(model, [make_tiny_latents(7)])

@@ -7,7 +7,7 @@ import time
 import av
 import numpy as np
 import pytest
-from live_server import LiveClient, until_closed
+from live_server import SECONDS, LiveClient, until_closed
 from tiny_sessions import OTHER, PICTURE, A, B, C
 from websockets.exceptions import ConnectionClosed
 
@@ -32,16 +32,24 @@ def psnr(one, other):
     return 10 * np.log10(255**2 / ((one.astype(float) - other) ** 2).mean())
 
 
-def test_png_is_the_session_bit_for_bit(client, generator):
+@pytest.mark.parametrize("made_before", [0, 17])
+def test_png_is_the_session_bit_for_bit(client, generator, made_before):
+    """Whether the viewer was there first or the blocks: `hello` names those that have begun, each later one is told."""
     client.open(seed=3)
+    until = time.monotonic() + SECONDS
+    while client.request("GET").json()["frame"] < made_before:
+        assert time.monotonic() < until, "no block was made"
+        time.sleep(0.02)
     seen = client.watch(41)
     session = generator.open(PICTURE, A, seed=3)
     assert np.array_equal(seen.pictures(), made(session, 41))
     hello = seen.events[0]
     assert hello["type"] == "hello" and hello["stream"]["height"] == 32 and hello["prompt"] == A
-    blocks = [event for event in seen.events if event["type"] == "block"]
-    assert [(one["first_frame"], one["count"]) for one in blocks[:3]] == [(0, 1), (1, 8), (9, 8)]
-    assert blocks[0]["thumbnail"].startswith("data:image/jpeg;base64,/9j/")
+    told = [event for event in seen.events if event["type"] == "block"]
+    blocks = [(one["first_frame"], one["count"]) for one in [*hello["blocks"], *told]]
+    assert blocks == [(0, 1), (1, 8), (9, 8), (17, 8), (25, 8), (33, 8)]
+    assert told[0]["thumbnail"].startswith("data:image/jpeg;base64,/9j/")
+    assert client.request("GET", "/thumbnails/0").content.startswith(b"\xff\xd8\xff")
 
 
 def test_h264_and_mp4_are_the_same_pictures_enlarged(client, generator):

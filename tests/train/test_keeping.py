@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
+from longtake.models.attention import attend
+from longtake.models.execution import Execution
+from longtake.models.layers import MLP
 from longtake.models.recompute import Again, ByBlock
+from longtake.models.trial import is_right
 from longtake.objectives.teacher_forcing import TeacherForcing
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
-from longtake.train import job, networks
+from longtake.train import job, keeping, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
 
@@ -171,11 +176,54 @@ def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
     assert on_ranks(decide) == [expected, expected]
 
 
+@pytest.mark.parametrize("forms, expected", [((0, 0), [0, 0, 0, 8]), ((1, 0), [0, 0, 8, 0]), ((1, 2), [8, 0, 0, 0])])
+def test_recorded_calls_each_hold_what_they_keep(forms, expected):
+    """A kind of call that is recorded holds its memory while another one runs: 1000 bytes to work in, and what is kept."""
+    watched = []
+    for number in forms:
+        by_block = ByBlock(first_ways(8, selective=True))
+        blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8))
+        watched.append(Watched("critic", blocks, by_block, lambda number=number: number))
+        watched[-1].most = dict(KEPT)
+    Keeper(watched, Mesh(), ["critic"], lambda step: ["critic"], 1, Stated(1800)).passed(0)
+    assert [[list(one.by_block.ways).count(way) for way in KEPT] for one in watched] == [expected] * 2
+
+
 def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, tiny_model):
     can = [True, False]
     monkeypatch.setattr(networks, "keeps_some", lambda *_: can.pop())
     config, model = stage_config(workshop, tmp_path, "distill"), tiny_model(True)
     assert on_ranks(lambda mesh: networks.Builder(config, mesh)._keeps_some(model)) == [False, False] and not can
+
+
+class Whole(Execution):
+    """One on a CPU that goes the ways of a GPU."""
+
+    def on_a_gpu(self, x):
+        return True
+
+
+@pytest.mark.parametrize("wrong", [None, "attention", "the MLP"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtype, monkeypatch, caplog):
+    """Right by itself, and another function in backward."""
+
+    def spoilt(function):
+        def run(first, *given, **options):
+            again = torch._C._current_graph_task_id() != -1
+            return function(first * 2 if again else first, *given, **options)
+
+        return run
+
+    execution = Whole(fuses=True, attend=spoilt(attend) if wrong == "attention" else attend)
+    if wrong == "the MLP":
+        monkeypatch.setattr(MLP, "forward", lambda layers, *given, own=MLP.forward: spoilt(partial(own, layers))(*given))
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        assert keeping.keeps_some(execution, torch.device("cpu"), dtype, 16) == (wrong is None)
+    assert torch.equal(torch.get_rng_state(), state)
+    told = [record.getMessage() for record in caplog.records if record.name == is_right.__module__]
+    assert len(told) == (wrong is not None) and all(f"keeping some results of {wrong}" in one for one in told)
 
 
 def test_a_stage_on_a_cpu_recomputes_nothing(workshop, tmp_path):
