@@ -24,7 +24,7 @@ GRACE_SECONDS = 1.0
 # The server runs no backward pass itself: autograd's threads would not survive the fork.
 PRELOADED = [
     *("torch.utils.tensorboard", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"),
-    *("diffusers", "transformers", "safetensors.torch", "av", "lmdb", "PIL.Image"),
+    *("diffusers", "transformers", "peft", "safetensors.torch", "av", "lmdb", "PIL.Image"),
     *("longtake.train.job", "longtake.encodings.write", "longtake.inference.batch", "longtake.cli.app"),
 ]
 _CONTEXT = get_context("forkserver")

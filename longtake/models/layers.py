@@ -25,7 +25,7 @@ from longtake.models.fp8 import (
     quantised,
 )
 from longtake.models.gelu import mlp_with_gradient
-from longtake.models.low_rank import LowRankLinear, Plain
+from longtake.models.low_rank import Merging, Plain
 from longtake.models.sizes import DiTConfig
 
 _TOKENS_AT_ONCE = 8192  # enough for a GPU's products to be as fast as on all
@@ -196,7 +196,7 @@ class MLP(nn.Sequential):
             # Weights as autocast would round them
             weights = (tensor.to(x.dtype) for layer in (first, second) for tensor in (layer.weight, layer.bias))
             return mlp_with_gradient(x.flatten(0, -2), *weights).unflatten(0, x.shape[:-1])
-        if isinstance(first, LowRankLinear):
+        if isinstance(first, Merging):
             return _by_frames(partial(_mlp, first.plain() or first, _plain(second) or second, alone=alone), x)
         return _mlp(_plain(first) or first, _plain(second) or second, x, alone=alone)
 
@@ -205,7 +205,7 @@ def _plain(layer: nn.Module) -> Plain | None:
     """A layer as one product without gradient, where it is one of weights that are read as they are or merged."""
     if type(layer) is nn.Linear:
         return Plain(layer.weight, layer.bias)
-    return layer.plain() if isinstance(layer, LowRankLinear) else None
+    return layer.plain() if isinstance(layer, Merging) else None
 
 
 def _mlp(first: Plain | nn.Module, second: Plain | nn.Module, x: Tensor, *, alone: bool) -> Tensor:

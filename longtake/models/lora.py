@@ -1,22 +1,24 @@
-"""Low-rank updates while they are trained: layers that have them (`low_rank.py`) inside the blocks of a transformer,
-all else frozen.
+"""Low-rank updates while they are trained: PEFT's layers inside the blocks of a transformer, all else frozen.
 
-W stays as it is and the layer computes W x + (alpha / rank) B A x, with B = 0 at the start. Names are those of PEFT
-(huggingface/peft 0.21 `tuners/lora/layer.py`). Source of the choice of layers: specification H.7. Must know no file.
+W stays as it is and the layer computes W x + (alpha / rank) B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3), with B = 0
+at the start; without gradient as one product (`low_rank.py`). Source of the layers: huggingface/peft 0.21
+`inject_adapter_in_model` (its guides "Adapter injection" and, of layers beside PEFT's own, "Custom models") and
+`tuners/lora/layer.py`; of the choice of layers: specification H.7. Must know no file.
 """
 
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longtake.errors import ConfigError
 from longtake.models.dit import VideoDiT
-from longtake.models.low_rank import LowRankLinear
+from longtake.models.low_rank import low_rank_linear
 from longtake.rng import KeyedRNG
 
 DEFAULT = "default"  # PEFT's name of the only updates of a network; published files leave it out
@@ -42,15 +44,23 @@ def inject_lora(model: VideoDiT, pattern: str, rank: int, alpha: float, name: st
     Call it before sharding, and fill in `first_factors` after it. A model may get several, each under its own name; the
     last one is on. The factors are float32 on the device of the weights, whatever the type of these, and are trained.
     """
-    for layer_name, layer in list(model.named_modules()):
-        if re.fullmatch(pattern, layer_name):
-            if type(layer) is nn.Linear:
-                layer = LowRankLinear(layer)
-                model.set_submodule(layer_name, layer)
-            assert isinstance(layer, LowRankLinear)
-            layer.add(name, rank, alpha / rank)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern)  # type: ignore[arg-type]
+    settings._register_custom_module({nn.Linear: low_rank_linear()})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several on purpose
+        inject_adapter_in_model(settings, model, name, low_cpu_mem_usage=True)
+    for _, layer in _updated_layers(model, name):
+        weight: Tensor = layer.base_layer.weight
+        outputs, inputs = weight.shape
+        for linear, shape in ((layer.lora_A[name], (rank, inputs)), (layer.lora_B[name], (outputs, rank))):
+            linear.weight = nn.Parameter(torch.empty(shape, device=weight.device))
+        if len(layer.lora_A) == 1:
+            layer.register_forward_pre_hook(_cast_outside_autocast)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_factor(parameter_name))
+        if is_factor(parameter_name):
+            parameter.requires_grad_(True)  # PEFT lets only the newest ones be trained
     return model
 
 
@@ -60,10 +70,8 @@ def first_factors(model: VideoDiT, draws: KeyedRNG, purpose: str, name: str = DE
     A is uniform in +-1 / sqrt(inputs) (PEFT's own start) and a function of the seed of `draws`, `purpose` and the
     layer's name alone, hence the same on every rank; B is 0, so that the model computes what it did.
     """
-    for layer_name, layer in low_rank_layers(model):
-        if name not in layer.lora_A:
-            continue
-        a, b = (factor.weight for factor in layer.factors(name))
+    for layer_name, layer in _updated_layers(model, name):
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = 1 / math.sqrt(a.shape[1])
         generator = draws.generator(0, f"{purpose} {layer_name}", 0)
         start = torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator)
@@ -86,8 +94,15 @@ def factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if is_factor(name)}
 
 
-def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
-    """The layers that have updates, by name."""
+def _updated_layers(model: VideoDiT, update: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if hasattr(module, "lora_A") and update in module.lora_A:
             yield name, module
+
+
+def _cast_outside_autocast(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+    """Lets PEFT cast the input of bfloat16 layers to the float32 of the factors where autocast does not see to types.
+
+    Under autocast that cast would be undone at once, and each layer would keep a copy of the input for backward.
+    """
+    layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(arguments[0].device.type)

@@ -4,9 +4,9 @@ Teacher, critic and student of a distillation differ by their updates alone: the
 role is called as a network of its own would be, has the parameters, names and state of one, and so everything above
 (objectives, optimizer, averages, checkpoints, export) treats it as one.
 
-Which updates are on is a value that one call sets and takes back (`AdapterSwitch.on`) and that each updated layer
-follows. A block that is recomputed in backward, when another role may have been called since, sees the updates of its
-own forward, through `Execution.updates`.
+Which updates are on is a value that one call sets and takes back (`AdapterSwitch.on`); a hook of each updated layer
+hands it to PEFT, and where they are merged (`low_rank.py`) the layer reads it. A block that is recomputed in backward,
+when another role may have been called since, sees the updates of its own forward, through `Execution.updates`.
 
 A student may be two roles, of which one writes the context that the other reads (`WriterApart`). Their calls against a
 cache are each one role's. A packed call, [context | noisy], is both's: attention is one, and every updated layer gives
@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longtake.condition import Condition, MaskLayout
@@ -30,9 +31,23 @@ from longtake.models.cache import CacheView, KVCache
 from longtake.models.context import MaskOverCache
 from longtake.models.dit import Context, VideoDiT
 from longtake.models.execution import Execution, Run
-from longtake.models.lora import DEFAULT, WRITER, is_factor, low_rank_layers
-from longtake.models.low_rank import Active, Turns
+from longtake.models.lora import DEFAULT, WRITER, is_factor
+from longtake.models.low_rank import Merging
 from longtake.models.recompute import Contexts
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The roles of the entries of one call, one run after the other: (how many entries, whose)."""
+
+    runs: tuple[tuple[int, str], ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(count for count, _ in self.runs)
+
+
+Active = str | Turns | None
 
 
 class AdapterSwitch:
@@ -68,8 +83,31 @@ class SharedBase:
             switch = AdapterSwitch()
             model = model.executed(replace(model.execution, updates=switch))
         self.model, self.switch = model, switch
-        for _, layer in low_rank_layers(model):
-            layer.follow(switch)
+        for module in model.modules():
+            if isinstance(module, Merging):
+                module.switch = switch
+                module.register_forward_pre_hook(self._select)
+                module.register_forward_hook(self._add)
+
+    def _select(self, layer: Any, _: Any) -> None:
+        # PEFT's own `set_adapter` also decides what is trained, which must not change between forward and backward.
+        layer._active_adapter = [self.switch.active] if isinstance(self.switch.active, str) else []
+
+    def _add(self, layer: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Where roles take turns: `out`, without updates until here, with those of each entry's role."""
+        turns, (x,) = self.switch.active, inputs
+        if not isinstance(turns, Turns) or not any(role in layer.lora_A for _, role in turns.runs):
+            return out
+        tokens = x.shape[1] // turns.entries  # 1 where x is [B, E, l, D], l where it is [B, E * l, D]
+        parts = x.split([count * tokens for count, _ in turns.runs], 1)
+        made = [_update(layer, role, part) for part, (_, role) in zip(parts, turns.runs)]
+        return out + torch.cat(made, 1).to(out.dtype)
+
+
+def _update(layer: Any, role: str, x: Tensor) -> Tensor:
+    """(alpha / rank) B A x of one role; both factors are there for all roles that take turns."""
+    a, b = layer.lora_A[role], layer.lora_B[role]
+    return b(a(layer._cast_input_dtype(x, a.weight.dtype))) * layer.scaling[role]
 
 
 class _On(AbstractContextManager):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from test_shared_base import make
 from tiny_lora import RANK, adapted, stir
 from tiny_models import make_tiny_condition, make_tiny_latents, make_tiny_model, relative_error
@@ -14,8 +15,9 @@ from tiny_plan import tiny_plan
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longtake.models.low_rank import LowRankLinear, Turns
-from longtake.models.shared_base import AdapterSwitch
+from longtake.models.lora import inject_lora
+from longtake.models.low_rank import Merging
+from longtake.models.shared_base import AdapterSwitch, SharedBase, Turns
 from longtake.rollout.denoise import Denoiser, commit_block, denoise_block
 from longtake.rollout.self_forcing import roll_out
 
@@ -27,6 +29,17 @@ def noise(start, end, step):
     return torch.randn(2, end - start, 4, *SIZE, generator=torch.Generator().manual_seed(100 * start + step))
 
 
+def layers_with(*names, shape, rank, alpha):
+    """A network of one linear layer that has updates of these names."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*shape))
+    for name in names:
+        inject_lora(model, "0", rank, alpha, name)
+        for factors in (model[0].lora_A, model[0].lora_B):
+            nn.init.normal_(factors[name].weight)
+    return model
+
+
 def rolled(student, precise, *, with_grad=False):
     condition = make_tiny_condition(student.model)
     with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16):
@@ -35,7 +48,7 @@ def rolled(student, precise, *, with_grad=False):
 
 
 def unmerged(monkeypatch):
-    monkeypatch.setattr(LowRankLinear, "plain", lambda layer: None)
+    monkeypatch.setattr(Merging, "plain", lambda layer: None)
 
 
 @pytest.mark.parametrize("targets", [None, ["ffn.0", "cross_attn.k"], ["ffn.2"]])
@@ -104,13 +117,10 @@ def test_a_merged_weight_is_no_farther_from_float64_than_the_layers(size):
     and what shows of it is as much as where its product is added to theirs.
     """
     draws = torch.Generator().manual_seed(0)
-    layer = LowRankLinear(nn.Linear(256, 320, bias=True))
-    layer.add("default", 16, 0.5)
+    layer = layers_with("default", shape=(256, 320), rank=16, alpha=8.0)[0]
     with torch.no_grad():
         layer.weight.copy_(0.03 * torch.randn(320, 256, generator=draws))
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        a.copy_(torch.randn(a.shape, generator=draws))
-        b.copy_(torch.randn(b.shape, generator=draws))
         b.mul_(size * layer.weight.norm() / (0.5 * b @ a).norm())
         layer.base_layer.bfloat16()
         x = torch.randn(400, 256, generator=draws).bfloat16()
@@ -132,13 +142,9 @@ def test_a_merged_weight_is_no_farther_from_float64_than_the_layers(size):
 
 
 def test_where_entries_take_turns_the_layers_are_as_with_gradient():
-    switch = AdapterSwitch()
-    layer = LowRankLinear(nn.Linear(6, 4))
-    for name in ("one", "two"):
-        layer.add(name, 2, 3.0)
-        for factors in (layer.lora_A, layer.lora_B):
-            nn.init.normal_(factors[name].weight)
-    layer.follow(switch)
+    model, switch = layers_with("one", "two", shape=(6, 4), rank=2, alpha=6.0), AdapterSwitch()
+    SharedBase(model, switch)
+    layer = model[0]
     x = torch.randn(2, 5, 6)
     with torch.no_grad():
         parts = []
@@ -149,6 +155,19 @@ def test_where_entries_take_turns_the_layers_are_as_with_gradient():
             torch.testing.assert_close(layer(x), torch.cat(parts, 1))
         with switch.on(Turns(((5, "three"),))):
             assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_with_gradient_the_forward_is_that_of_peft_and_without_what_peft_merges():
+    """Of one update and of two that are on at once; in float32."""
+    for names in (["one"], ["two"], ["one", "two"]):
+        layer = layers_with("one", "two", shape=(6, 4), rank=2, alpha=6.0)[0]
+        layer.set_adapter(names)
+        x = torch.randn(3, 6)
+        assert torch.equal(layer(x), Linear.forward(layer, x))
+        with torch.no_grad():
+            found = layer(x)
+            layer.merge()
+            torch.testing.assert_close(found, layer.base_layer(x))
 
 
 def test_changed_updates_are_seen_at_once():

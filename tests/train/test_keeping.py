@@ -217,7 +217,9 @@ def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtyp
 
     execution = Whole(fuses=True, attend=spoilt(attend) if wrong == "attention" else attend)
     if wrong == "the MLP":
-        monkeypatch.setattr(MLP, "forward", lambda layers, *given, own=MLP.forward: spoilt(partial(own, layers))(*given))
+        monkeypatch.setattr(
+            MLP, "forward", lambda layers, *given, own=MLP.forward: spoilt(partial(own, layers))(*given)
+        )
     state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
         assert keeping.keeps_some(execution, torch.device("cpu"), dtype, 16) == (wrong is None)
