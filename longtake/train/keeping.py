@@ -68,6 +68,15 @@ def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]
     return {way: count for way, count in found.items() if count}
 
 
+def tried_first(kept: Mapping[Again, int]) -> int:
+    """Bytes that the first block kept, because it tried to, beyond what the first way leaves: part of the most that was
+    held, and gone with the trial. It still had them whenever another block's backward held the most. What others tried
+    is not counted: it makes up for the last block, which is computed again in full beside all others once it tries nothing.
+    Args: `kept`, bytes of a block by way.
+    """
+    return kept[False] - kept[True]
+
+
 def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether some results can be kept without others, as networks are computed here; says of what not, and why.
 
@@ -222,23 +231,25 @@ class Keeper:
         self._missing -= set(self.shown(step))
         if not self._missing:
             self.settled = True
-            self._decide(self._each(int(ROOM * self.memory.all()) - self._peak))
+            forms = sum(one.forms() for one in self.watched)
+            self._decide(self._each(int(ROOM * self.memory.all()) - self._peak, forms), recorded=forms > 0)
 
-    def _each(self, spare: int) -> int:
+    def _each(self, spare: int, forms: int) -> int:
         """What each call may keep of so many bytes beside the most that was held. Calls come one after the other, and
         what one kept is gone when the next begins; but where they will be recorded, each kind holds what it works in
         and what it keeps as long as the recording, beside one more kind that is not recorded.
         """
-        forms = sum(one.forms() for one in self.watched)
         return (spare - forms * (self._peak - self.memory.now())) // (1 + forms)
 
-    def _decide(self, spare: int) -> None:
-        """Args: `spare`, bytes of this rank that a call may keep beside the most that it held."""
+    def _decide(self, spare: int, *, recorded: bool) -> None:
+        """Args: `spare`, bytes of this rank that a call may keep beside the most that it held; `recorded`, whether calls
+        are.
+        """
         found = [one.kept(self.micro_batches) for one in self.watched]
-        ranks = self.mesh.every(lambda: (spare, found))
-        least = min(each for each, _ in ranks)
+        ranks = self.mesh.every(lambda: (spare, [] if recorded else list(map(tried_first, found)), found))
         for number, one in enumerate(self.watched):
-            kept = {way: max(seen[number][way] for _, seen in ranks) for way in found[number]}
+            kept = {way: max(seen[number][way] for *_, seen in ranks) for way in found[number]}
+            least = min(beside + (0 if recorded else early[number]) for beside, early, _ in ranks)
             count, base = len(one.blocks), kept[True]
             if kept[False] <= base:  # it is differentiated in ways of its own (`rollout/replay.py`)
                 one.by_block.follow([True] * count)
