@@ -47,11 +47,15 @@ class Merging(nn.Module):
     lora_B: nn.ModuleDict
     scaling: dict[str, float]
     active_adapters: list[str]
-    switch: Switch | None = None  # says which updates are on also where nobody calls the layer, as its hooks do
+    _switch: Switch | None = None
+
+    def follow(self, switch: Switch) -> None:
+        """From now on `switch` says which updates are on, also where nobody calls the layer, as its hooks do."""
+        self._switch = switch
 
     def plain(self) -> Plain | None:
         """What it computes without gradient, as one product; None where parts of a call have updates of their own."""
-        on = self.active_adapters if self.switch is None else self.switch.active or []
+        on = self.active_adapters if self._switch is None else self._switch.active or []
         if not isinstance(on, str | list):
             return None
         weight: Tensor = self.base_layer.weight

@@ -85,7 +85,7 @@ class SharedBase:
         self.model, self.switch = model, switch
         for module in model.modules():
             if isinstance(module, Merging):
-                module.switch = switch
+                module.follow(switch)
                 module.register_forward_pre_hook(self._select)
                 module.register_forward_hook(self._add)
 
