@@ -273,12 +273,6 @@ def test_real_videos_are_read_as_clips_of_their_own_length(tmp_path):
         stage(tmp_path, "objective.data_loss.weight=1", "data.kind=images", base=DISTILL)
 
 
-def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
-    """Selective recomputation after a gathered roll-out: torch met operators of FSDP that the forward had not."""
-    assert stage(tmp_path, base=DISTILL).gathers_once
-    assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
-
-
 def test_the_anchor_needs_clips_of_the_videos_length(tmp_path):
     option = "objective.anchor.weight=0.5"
     config = stage(tmp_path, option, "data.kind=clips", base=DISTILL)

@@ -193,13 +193,6 @@ class StageConfig(RunConfig):
         frames = self.objective.num_clip_frames
         return self.video if frames is None else self.video.but(num_latent_frames=frames)
 
-    @property
-    def gathers_once(self) -> bool:
-        """Whether a sharded student is gathered once for a whole roll-out. Not under selective recomputation, which
-        counts operators: a forward and its recomputation must gather alike.
-        """
-        return self.activation_checkpointing != "selective"
-
     def batches_exit_backward(self, *, whole: bool, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds
         `whole` networks and `sequence` ranks share a video: where these would wait for Python, and on one GPU where all

@@ -318,7 +318,7 @@ class _Hollow(SizedBuilder):
     def _quick(self, model: VideoDiT, *, sharded: bool, compiled: bool) -> Execution:
         # Of low-rank updates what runs unfused is traced, which is within 3 % of what was measured of them.
         whole = all(wanted.lora is None for wanted in self.config.networks.values())
-        return replace(model.execution, fuses=whole and not (sharded or compiled) and model.config.dim >= LARGE_WIDTH)
+        return replace(model.execution, fuses=whole and not compiled and model.config.dim >= LARGE_WIDTH)
 
     def _recorder(self) -> CUDAGraphRunner:
         """Of passes without data, for all that lasts between them: the cache, places of inputs and results."""

@@ -6,14 +6,17 @@ Must know no model and no memory; `Execution` chooses contexts, and `VideoDiT` e
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
@@ -79,27 +82,56 @@ def keep_attention() -> Contexts:
     """Contexts under which the results of self-attention are kept from forward, and all else is recomputed.
 
     An attention kernel costs the most to run again and its result, [B, L, N, K], little to keep. Its inputs are
-    recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
-    `create_selective_checkpoint_contexts`.
+    recomputed, so what a cache lent to the forward must stay there until backward.
     """
-    return _keeping(_policy)
+    return _keeping(_is_attention)
 
 
 def keep_products() -> Contexts:
     """As `keep_attention`, with the results of matrix products too: what lies between them is recomputed."""
-    return _keeping(_policy_of_products)
-
-
-def _keeping(policy: Callable[..., CheckpointPolicy]) -> Contexts:
-    forward, again = create_selective_checkpoint_contexts(policy)
-    return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
+    return _keeping(_is_product)
 
 
 KEEPERS = {"selective": keep_attention, "products": keep_products}
 
 
+def _keeping(keeps: Callable[..., bool]) -> Contexts:
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _All([_NoCopies(), _Account(keeps, kept)]), _All([_NoCopies(), _Account(keeps, kept, again=True)])
+
+
+class _Account(TorchDispatchMode):
+    """Keeps the results of some operators of a forward in `kept`, in their order, and gives them to its recomputation.
+
+    torch's own (`create_selective_checkpoint_contexts`) counts all operators, and refuses those that the forward had
+    not. Sharded weights may be gathered in one of both alone: a roll-out gathers them once for many forwards.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, keeps: Callable[..., bool], kept: dict[Any, deque[Any]], *, again: bool = False) -> None:
+        super().__init__()
+        self.keeps, self.kept, self.again = keeps, kept, again
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Functions are compiled under it, as if it was not there."""
+        return True
+
+    def __torch_dispatch__(self, operator: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        if not self.keeps(operator, *inputs, **options):
+            return operator(*inputs, **options)
+        if self.again:
+            return self.kept[operator].popleft()
+        made = operator(*inputs, **options)
+        # Detached: the tensors themselves will know the graph, which holds this account.
+        self.kept[operator].append(tree_map_only(Tensor, Tensor.detach, made))
+        return made
+
+
 class _NoCopies(AbstractContextManager):
-    """Inside, autocast does not remember casts of weights: operators are counted, and must be the same both times."""
+    """Inside, autocast does not remember casts of weights: what is saved is counted, and must be the same both times."""
 
     def __init__(self) -> None:
         self._before: list[bool] = []
@@ -112,32 +144,33 @@ class _NoCopies(AbstractContextManager):
         torch.set_autocast_cache_enabled(self._before.pop())
 
 
-def _policy(_context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
+def _is_attention(operator: Any, *inputs: Any, **_: Any) -> bool:
     # Flash4's operator is there only where its package is; its name is there always.
     if operator in _attention():
         queries, keys = (each.shape[-2] for each in inputs[:2])
     elif operator.name() in ("longtake::flash4", "longtake::flash4_joined"):
         queries, keys = (each.shape[-3] for each in inputs[:2])
     else:
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        return False
     # Attention to text and picture has fewer keys than queries: it costs little to run again and as much to keep.
-    return CheckpointPolicy.MUST_SAVE if keys >= queries else CheckpointPolicy.PREFER_RECOMPUTE
+    return keys >= queries
 
 
-def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+def _is_product(operator: Any, *inputs: Any, **options: Any) -> bool:
     products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
-    if operator in products or operator.name() == "longtake::mlp":
-        return CheckpointPolicy.MUST_SAVE
-    return _policy(context, operator, *args, **options)
+    return operator in products or operator.name() == "longtake::mlp" or _is_attention(operator, *inputs, **options)
 
 
-def _attention() -> tuple[Any, ...]:
+@cache
+def _attention() -> frozenset[Any]:
     """The kernels behind `scaled_dot_product_attention`, and `flex_attention`."""
     aten = torch.ops.aten
-    return (
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.higher_order.flex_attention,
+    return frozenset(
+        (
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+            torch.ops.higher_order.flex_attention,
+        )
     )

@@ -86,8 +86,7 @@ def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, each unit of a sharded model is gathered by its first forward and stays so: for several calls between
-    which no weight changes. Not under "selective" recomputation: it gathers again what its forward found gathered, and
-    torch refuses operators that the forward had not.
+    which no weight changes.
     """
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(False)

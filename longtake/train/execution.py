@@ -49,25 +49,20 @@ def quick(
     compiled: bool,
 ) -> Execution:
     """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
-    element-wise work, else by `calls`; compiled blocks have the first two of their own. Sharded weights, which move,
-    have neither of the latter.
+    element-wise work, else by `calls`; compiled blocks have the first two of their own, and sharded weights, which
+    move, not the last.
     """
     if device.type != "cuda" or compiled:
         return model.execution
     choose_kernels(device, product_type, model.config.head_width)
-    fuses = is_fused(model, sharded=sharded)
-    by_rows = fuses and are_faster(device, product_type, model.config.dim)
-    execution = replace(model.execution, attend=attend_fastest, fuses=fuses, by_rows=by_rows)
-    if model.config.dim >= LARGE_WIDTH:
+    large = model.config.dim >= LARGE_WIDTH
+    by_rows = large and are_faster(device, product_type, model.config.dim)
+    execution = replace(model.execution, attend=attend_fastest, fuses=large, by_rows=by_rows)
+    if large:
         return execution
     if sharded and calls is not None:
         _say_that_sharded_calls_are_not_recorded()
     return replace(execution, calls=None if sharded else calls)
-
-
-def is_fused(model: VideoDiT, *, sharded: bool) -> bool:
-    """Whether a GPU computes the element-wise work of a network by compiled functions."""
-    return not sharded and model.config.dim >= LARGE_WIDTH
 
 
 @cache
@@ -78,7 +73,7 @@ def _say_that_sharded_calls_are_not_recorded() -> None:
 
 
 def recomputed(
-    model: VideoDiT, given: Again, keeps_some: Callable[[VideoDiT], bool], *, sharded: bool, compiled: bool
+    model: VideoDiT, given: Again, keeps_some: Callable[[VideoDiT], bool], *, compiled: bool
 ) -> Again | ByBlock:
     """What backward computes again of a network that is trained. Args: `given` as `activation_checkpointing`;
     `keeps_some`, as in `keeping.py`.
@@ -87,5 +82,4 @@ def recomputed(
         return given
     if compiled or len(model.blocks) < FEWEST_BLOCKS:
         return True
-    # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
-    return ByBlock(first_ways(len(model.blocks), selective=not sharded and keeps_some(model)))
+    return ByBlock(first_ways(len(model.blocks), selective=keeps_some(model)))

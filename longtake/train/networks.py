@@ -264,7 +264,6 @@ class Builder:
         """The generator as it streams."""
         config, mesh = self.config, self.mesh
         sharded = generator.base.model if isinstance(generator, AdapterView) else generator
-        once = mesh.fsdp_mesh is not None and config.gathers_once
         sequence, replays = 1 if mesh.sequence is None else mesh.sequence.size, config.objective.replays
         batches = config.batches_exit_backward(whole=mesh.fsdp_mesh is None, sequence=sequence)
         return Denoiser(
@@ -273,7 +272,7 @@ class Builder:
             rounded=Rounded(generator, torch.bfloat16) if self._captures and config.precision == "bf16" else None,
             batched_exit_backward=batches and not replays,
             replays=replays,
-            gathering=partial(gathered, sharded) if once else nullcontext,
+            gathering=partial(gathered, sharded) if mesh.fsdp_mesh is not None else nullcontext,
         )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -415,10 +414,10 @@ class Builder:
     def _parallelized(self, model: VideoDiT, trained: str | None) -> VideoDiT:
         """Args: `trained`, the name by which it is, None where it is not."""
         config, mesh, again = self.config, self.mesh, None
-        how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
-        model = model.executed(self._quick(model, **how))
+        compiled = config.parallel.compile
+        model = model.executed(self._quick(model, sharded=mesh.fsdp_mesh is not None, compiled=compiled))
         if trained is not None:
-            again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
+            again = recomputed(model, config.activation_checkpointing, self._keeps_some, compiled=compiled)
             if isinstance(again, ByBlock):
                 self.watched.append(Watched(trained, model.blocks, again))
         return parallelize(
@@ -427,7 +426,7 @@ class Builder:
             recompute=again,
             recompute_from=torch.bfloat16 if config.recompute_from == "bf16" else None,
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            compiled=config.parallel.compile,
+            compiled=compiled,
         )
 
     @property
